@@ -1,0 +1,25 @@
+"""Every test runs on eight fake CPU devices, with rank promotion and warnings as errors."""
+
+import os
+
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+from pathlib import Path
+
+import jax
+import pytest
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Folder of real preference pairs beside the checkout; tests that want it skip where it is absent."""
+    if not SHARED_DATA.is_dir():
+        pytest.skip(f"real preference pairs are not at {SHARED_DATA}")
+    return SHARED_DATA
