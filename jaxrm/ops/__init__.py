@@ -1,0 +1,1 @@
+"""Pure maths, arrays in and arrays out: jax and chex only."""

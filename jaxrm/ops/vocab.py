@@ -1,0 +1,193 @@
+"""Log-probs, entropy and argmax over a vocabulary, chunk by chunk.
+
+The logits ``[..., V]`` of a 256,000-word vocabulary are the largest array of a training step by far, and the one
+that most often does not fit. They need not exist: everything that a loss or a reward wants of them is a running
+sum over the vocabulary. One pass over chunks of the head computes it forward, a second pass recomputes each chunk
+backward (the online softmax of Milakov & Gimelshein, arXiv 1805.02867; chunked cross-entropy as in Wijmans et al.,
+"Cut Your Losses", arXiv 2411.09009).
+
+Chunk ``c`` of ``n`` takes the head's rows ``c, c + n, c + 2n, ...``: a head sharded over its rows stays sharded
+in every chunk, so no device ever gathers it.
+"""
+
+import functools
+from typing import NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+
+DEFAULT_CHUNK = 8192
+
+
+class TokenStatistics(NamedTuple):
+    """What one pass over the vocabulary says about each token, all float32 but ``argmax``.
+
+    Attributes:
+      log_probs: ``[...]`` log-prob of the target token.
+      entropy: ``[...]`` entropy of the distribution, in nats.
+      argmax: ``[...]`` int32 most likely token (the lowest id among equals); has no gradient.
+      max_log_prob: ``[...]`` log-prob of that token; has no gradient.
+    """
+
+    log_probs: jax.Array
+    entropy: jax.Array
+    argmax: jax.Array
+    max_log_prob: jax.Array
+
+
+def token_statistics(
+    hidden: jax.Array,
+    head: jax.Array,
+    targets: jax.Array,
+    *,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    chunk_size: int = DEFAULT_CHUNK,
+) -> TokenStatistics:
+    """Statistics of ``softmax(cap(hidden . head^T) / temperature)`` without the ``[..., V]`` array.
+
+        cap(z) = softcap * tanh(z / softcap), the identity when softcap is None
+
+    Args:
+      hidden: ``[..., D]`` hidden states; their dtype is that of the matrix products, which add up in float32.
+      head: ``[V, D]`` output embedding.
+      targets: ``[...]`` int token ids in ``[0, V)``.
+      softcap: bound on the absolute logit (Gemma 2), or None.
+      temperature: divides the capped logits; the same one for every log-prob of a run.
+      chunk_size: most rows of the head in one chunk; memory is ``[..., chunk_size]`` in float32.
+
+    Returns:
+      `TokenStatistics`; ``log_probs`` and ``entropy`` are differentiable in ``hidden`` and ``head``.
+    """
+    chex.assert_rank(head, 2)
+    chex.assert_equal_shape_prefix([hidden, targets], targets.ndim)
+    chex.assert_axis_dimension(hidden, -1, head.shape[1])
+    return TokenStatistics(*_statistics(hidden, head, targets, softcap, temperature, chunk_size))
+
+
+def linear_cross_entropy(
+    hidden: jax.Array,
+    head: jax.Array,
+    targets: jax.Array,
+    *,
+    softcap: float | None = None,
+    chunk_size: int = DEFAULT_CHUNK,
+) -> jax.Array:
+    """Cross-entropy ``[...]`` in nats of the targets, unreduced: ``-log softmax(cap(hidden . head^T))[target]``.
+
+    Shapes as in `token_statistics`.
+    """
+    return -token_statistics(hidden, head, targets, softcap=softcap, chunk_size=chunk_size).log_probs
+
+
+def number_of_chunks(vocab_size: int, chunk_size: int) -> int:
+    """Fewest chunks of at most ``chunk_size`` rows, preferring a number that divides the vocabulary.
+
+    A number that does not divide it costs a padded copy of the head; up to four times as many chunks cost less.
+    """
+    fewest = -(-vocab_size // chunk_size)
+    return next((n for n in range(fewest, 4 * fewest + 1) if vocab_size % n == 0), fewest)
+
+
+def _chunked_head(head: jax.Array, chunk_size: int) -> jax.Array:
+    """``[rows, n, D]`` view of the head (padded if it must be): ``[:, c]`` is chunk ``c``."""
+    n = number_of_chunks(head.shape[0], chunk_size)
+    padded = jnp.pad(head, ((0, -head.shape[0] % n), (0, 0)))
+    return padded.reshape(-1, n, head.shape[1])
+
+
+def _chunk_logits(
+    hidden: jax.Array,
+    chunks: jax.Array,
+    chunk: jax.Array,
+    vocab_size: int,
+    softcap: float | None,
+    temperature: float,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Logits ``[..., rows]`` of one chunk, the ids of its tokens ``[rows]`` and its rows of the head."""
+    rows, n, _ = chunks.shape
+    weights = jax.lax.dynamic_index_in_dim(chunks, chunk, axis=1, keepdims=False).astype(hidden.dtype)
+    logits = jnp.einsum("...d,vd->...v", hidden, weights, preferred_element_type=jnp.float32)
+    if softcap is not None:
+        logits = softcap * jnp.tanh(logits / softcap)
+    logits = logits / temperature
+    ids = jnp.arange(rows, dtype=jnp.int32) * n + chunk
+    if rows * n > vocab_size:
+        logits = jnp.where(jnp.expand_dims(ids < vocab_size, range(logits.ndim - 1)), logits, -jnp.inf)
+    return logits, ids, weights
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def _statistics(hidden, head, targets, softcap, temperature, chunk_size):  # type: ignore[no-untyped-def]
+    return _forward(hidden, head, targets, softcap, temperature, chunk_size)[0]
+
+
+def _forward(hidden, head, targets, softcap, temperature, chunk_size):  # type: ignore[no-untyped-def]
+    chunks = _chunked_head(head, chunk_size)
+    shape = targets.shape
+
+    def one_chunk(carry, chunk):  # type: ignore[no-untyped-def]
+        top, top_id, total, weighted, target_logit = carry
+        logits, ids, _ = _chunk_logits(hidden, chunks, chunk, head.shape[0], softcap, temperature)
+        ids = jnp.expand_dims(ids, range(targets.ndim))
+
+        best = jnp.max(logits, axis=-1)
+        best_id = jnp.min(jnp.where(logits == best[..., None], ids, head.shape[0]), axis=-1)
+        wins = (best > top) | ((best == top) & (best_id < top_id))
+        new_top = jnp.maximum(top, best)
+
+        shrink = jnp.exp(top - new_top)
+        weight = jnp.exp(logits - new_top[..., None])
+        # A padded row has weight 0 and logit -inf, whose product would be NaN.
+        product = jnp.where(weight > 0, weight * logits, 0.0)
+        return (
+            new_top,
+            jnp.where(wins, best_id, top_id),
+            total * shrink + jnp.sum(weight, axis=-1),
+            weighted * shrink + jnp.sum(product, axis=-1),
+            target_logit + jnp.sum(jnp.where(ids == targets[..., None], logits, 0.0), axis=-1),
+        ), None
+
+    zeros = jnp.zeros(shape, jnp.float32)
+    start = (zeros - jnp.inf, jnp.zeros(shape, jnp.int32), zeros, zeros, zeros)
+    (top, top_id, total, weighted, target_logit), _ = jax.lax.scan(
+        one_chunk, start, jnp.arange(chunks.shape[1], dtype=jnp.int32)
+    )
+    log_normalizer = top + jnp.log(total)
+    entropy = log_normalizer - weighted / total
+    outputs = (target_logit - log_normalizer, entropy, top_id, top - log_normalizer)
+    return outputs, (hidden, head, targets, log_normalizer, entropy)
+
+
+def _backward(softcap, temperature, chunk_size, residuals, cotangents):  # type: ignore[no-untyped-def]
+    hidden, head, targets, log_normalizer, entropy = residuals
+    d_log_prob, d_entropy = cotangents[0], cotangents[1]
+    chunks = _chunked_head(head, chunk_size)
+
+    def one_chunk(carry, chunk):  # type: ignore[no-untyped-def]
+        d_hidden, d_chunks = carry
+        logits, ids, weights = _chunk_logits(hidden, chunks, chunk, head.shape[0], softcap, temperature)
+        ids = jnp.expand_dims(ids, range(targets.ndim))
+        log_p = logits - log_normalizer[..., None]
+        p = jnp.exp(log_p)
+        # d log p_y / d l_v = 1[v = y] - p_v    and    d H / d l_v = -p_v (log p_v + H)
+        d_logits = d_log_prob[..., None] * ((ids == targets[..., None]) - p)
+        d_logits -= d_entropy[..., None] * jnp.where(p > 0, p * (log_p + entropy[..., None]), 0.0)
+        d_logits /= temperature
+        if softcap is not None:
+            capped = jnp.where(p > 0, logits * temperature / softcap, 0.0)
+            d_logits *= 1.0 - capped**2
+        d_logits = d_logits.astype(hidden.dtype)
+        d_hidden += jnp.einsum("...v,vd->...d", d_logits, weights, preferred_element_type=jnp.float32)
+        d_weights = jnp.einsum("...v,...d->vd", d_logits, hidden, preferred_element_type=jnp.float32)
+        d_chunks = jax.lax.dynamic_update_index_in_dim(d_chunks, d_weights.astype(head.dtype), chunk, axis=1)
+        return (d_hidden, d_chunks), None
+
+    start = (jnp.zeros(hidden.shape, jnp.float32), jnp.zeros(chunks.shape, head.dtype))
+    (d_hidden, d_chunks), _ = jax.lax.scan(one_chunk, start, jnp.arange(chunks.shape[1], dtype=jnp.int32))
+    d_head = d_chunks.reshape(-1, head.shape[1])[: head.shape[0]]
+    return d_hidden.astype(hidden.dtype), d_head, None
+
+
+_statistics.defvjp(_forward, _backward)
