@@ -1,0 +1,1 @@
+"""Decoders, their weights and sampling, written as single-device code."""

@@ -1,0 +1,189 @@
+"""Causal attention inside segments, by the best kernel of the platform.
+
+Every kernel is a function of the same arguments, an `Attend`: a token sees itself and the tokens before it in its
+own segment, the last ``window`` of them where there is a window.
+"""
+
+import functools
+from typing import Protocol
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from jaxrm.errors import UserError
+
+KERNELS = ("auto", "xla", "cudnn", "splash")
+_SPLASH_BLOCK = 128
+
+
+class Attend(Protocol):
+    """Self-attention over whole rows.
+
+    Args:
+      query: ``[B, T, N, H]``.
+      key: ``[B, T, K, H]`` with ``K`` dividing ``N`` (grouped queries).
+      value: ``[B, T, K, H]``.
+      segment_ids: ``[B, T]`` int; padding is a segment of its own, 0.
+      scale: factor on the logits.
+      softcap: bound on the absolute logit, or None.
+      window: tokens a token sees, itself included, or None for all.
+
+    Returns:
+      ``[B, T, N, H]`` in the dtype of ``query``.
+    """
+
+    def __call__(
+        self,
+        query: jax.Array,
+        key: jax.Array,
+        value: jax.Array,
+        segment_ids: jax.Array,
+        *,
+        scale: float,
+        softcap: float | None,
+        window: int | None,
+    ) -> jax.Array:
+        """Attend."""
+        ...
+
+
+def choose(kernel: str, platform: str, dtype: jnp.dtype) -> Attend:
+    """The kernel for a platform.
+
+    Args:
+      kernel: one of `KERNELS`; ``auto`` takes splash on TPU, cuDNN on GPU in 16 bits, XLA elsewhere.
+      platform: ``cpu``, ``gpu`` or ``tpu``, of the devices that will run it.
+      dtype: compute dtype.
+
+    Raises:
+      UserError: for an unknown name, or cuDNN in 32 bits.
+    """
+    if kernel not in KERNELS:
+        raise UserError(f"config.model.attention is {kernel!r}; use one of {', '.join(KERNELS)}")
+    sixteen_bits = jnp.dtype(dtype).itemsize == 2
+    if kernel == "auto":
+        kernel = {"tpu": "splash", "gpu": "cudnn" if sixteen_bits else "xla"}.get(platform, "xla")
+    if kernel == "cudnn" and not sixteen_bits:
+        raise UserError(
+            f"config.model.attention is 'cudnn', which needs 16 bits, but config.model.dtype is {jnp.dtype(dtype)}; "
+            "use --config.model.dtype=bfloat16 or --config.model.attention=xla"
+        )
+    return {"xla": xla, "cudnn": cudnn, "splash": splash}[kernel]
+
+
+def causal_mask(segment_ids: jax.Array, window: int | None) -> jax.Array:
+    """``[B, T, T]`` bool: may the row's token (query) see the column's (key)?"""
+    chex.assert_rank(segment_ids, 2)
+    index = jnp.arange(segment_ids.shape[1])
+    distance = index[:, None] - index[None, :]
+    visible = distance >= 0
+    if window is not None:
+        visible &= distance < window
+    return visible[None] & (segment_ids[:, :, None] == segment_ids[:, None, :])
+
+
+def xla(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    segment_ids: jax.Array,
+    *,
+    scale: float,
+    softcap: float | None,
+    window: int | None,
+) -> jax.Array:
+    """`Attend` in plain XLA, on any platform; its logits ``[B, N, T, T]`` are float32."""
+    mask = causal_mask(segment_ids, window)
+    if softcap is None:
+        return jax.nn.dot_product_attention(query, key, value, mask=mask[:, None], scale=scale, implementation="xla")
+    heads_first = (0, 2, 1, 3)
+    return cached(query, key.transpose(heads_first), value.transpose(heads_first), mask, scale=scale, softcap=softcap)
+
+
+def cudnn(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    segment_ids: jax.Array,
+    *,
+    scale: float,
+    softcap: float | None,
+    window: int | None,
+) -> jax.Array:
+    """`Attend` by cuDNN's fused attention on GPU; models with a soft-cap take the XLA kernel."""
+    if softcap is not None:
+        return xla(query, key, value, segment_ids, scale=scale, softcap=softcap, window=window)
+    mask = causal_mask(segment_ids, window)[:, None]
+    return jax.nn.dot_product_attention(query, key, value, mask=mask, scale=scale, implementation="cudnn")
+
+
+def splash(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    segment_ids: jax.Array,
+    *,
+    scale: float,
+    softcap: float | None,
+    window: int | None,
+    interpret: bool = False,
+) -> jax.Array:
+    """`Attend` by the splash kernel on TPU; rows that do not fill its blocks of 128 take the XLA kernel."""
+    _, T, N, H = query.shape
+    if T % _SPLASH_BLOCK:
+        return xla(query, key, value, segment_ids, scale=scale, softcap=softcap, window=window)
+    from jax.experimental.pallas.ops.tpu import splash_attention as tpu
+
+    shape = (T, T)
+    mask = tpu.CausalMask(shape) if window is None else tpu.LocalMask(shape, (window - 1, 0), offset=0)
+    kernel = tpu.make_splash_mha(
+        tpu.MultiHeadMask([mask] * N),
+        head_shards=1,
+        q_seq_shards=1,
+        attn_logits_soft_cap=softcap,
+        interpret=interpret,
+    )
+    # The kernel wants whole lanes of 128; zeros change neither a dot product nor the columns that are kept.
+    widen = ((0, 0), (0, 0), (0, 0), (0, -H % 128))
+    query, key, value = (jnp.pad(x, widen).transpose(0, 2, 1, 3) for x in (query * scale, key, value))
+    segments = tpu.SegmentIds(q=segment_ids, kv=segment_ids)
+    return jax.vmap(kernel)(query, key, value, segments).transpose(0, 2, 1, 3)[..., :H].astype(query.dtype)
+
+
+def cached(
+    query: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    mask: jax.Array,
+    *,
+    scale: float,
+    softcap: float | None,
+) -> jax.Array:
+    """Attention of a few queries over cached keys, heads first so that decoding reads the cache in order.
+
+    Args:
+      query: ``[B, T, N, H]``.
+      keys: ``[B, K, S, H]``.
+      values: ``[B, K, S, H]``.
+      mask: ``[B, T, S]`` bool; every query sees at least one key.
+      scale: factor on the logits.
+      softcap: bound on the absolute logit, or None.
+
+    Returns:
+      ``[B, T, N, H]`` in the dtype of ``query``.
+    """
+    B, T, N, H = query.shape
+    K = keys.shape[1]
+    chex.assert_shape(mask, (B, T, keys.shape[2]))
+    grouped = query.reshape(B, T, K, N // K, H)
+    logits = jnp.einsum("btkgh,bksh->bkgts", grouped, keys, preferred_element_type=jnp.float32) * scale
+    if softcap is not None:
+        logits = softcap * jnp.tanh(logits / softcap)
+    logits = jnp.where(mask[:, None, None], logits, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(logits, axis=-1).astype(query.dtype)
+    out = jnp.einsum("bkgts,bksh->btkgh", weights, values, preferred_element_type=jnp.float32)
+    return out.reshape(B, T, N, H).astype(query.dtype)
+
+
+splash_interpreted: Attend = functools.partial(splash, interpret=True)

@@ -1,0 +1,123 @@
+"""From the `model` section of a config to a decoder: its shape, its graph and its first parameters."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxrm.errors import UserError
+from jaxrm.models import attention, hub, layers
+from jaxrm.models.config import ModelConfig, preset
+from jaxrm.models.transformer import REMAT_POLICIES, Decoder
+
+DTYPES = ("float32", "bfloat16")
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Which model, and how it computes. Give a path or a preset.
+
+    Attributes:
+      path: published weights: hub name, folder with config.json and safetensors, or GGUF file.
+      preset: shape by public name (`jaxrm.models.config.PRESETS`), with random parameters.
+      dtype: compute dtype, ``float32`` or ``bfloat16``; parameters are float32 whatever it is.
+      remat: what the backward pass keeps of a layer: ``full`` nothing, ``dots`` matrix products, ``none`` all.
+      attention: ``auto`` (by platform), ``xla``, ``cudnn`` or ``splash``.
+    """
+
+    path: str | None = None
+    preset: str | None = None
+    dtype: str = "float32"
+    remat: str = "full"
+    attention: str = "auto"
+
+    def __post_init__(self) -> None:
+        for field, allowed in (("dtype", DTYPES), ("remat", REMAT_POLICIES), ("attention", attention.KERNELS)):
+            if getattr(self, field) not in allowed:
+                raise UserError(
+                    f"config.model.{field} is {getattr(self, field)!r}; use one of {', '.join(allowed)}, "
+                    f"e.g. --config.model.{field}={allowed[0]}"
+                )
+        if self.path is not None and self.preset is not None:
+            raise UserError(
+                f"config.model has both path {self.path!r} and preset {self.preset!r}; give weights or a shape, "
+                "e.g. --config.model.preset=None"
+            )
+
+
+def read_shape(source: ModelSource) -> ModelConfig:
+    """Shape of the model that ``source`` names, without its weights.
+
+    Raises:
+      UserError: where there is no such model, or neither path nor preset.
+    """
+    if source.path is not None:
+        return hub.read_model_config(source.path)
+    if source.preset is not None:
+        return preset(source.preset)
+    raise UserError(
+        "config.model has neither path nor preset; give weights, e.g. --config.model.path=google/gemma-2b, "
+        "or a shape with random parameters, e.g. --config.model.preset=tiny"
+    )
+
+
+def check_vocabulary(config: ModelConfig, num_tokens: int, tokenizer: str) -> None:
+    """Refuse a tokenizer whose ids the model has no embeddings for.
+
+    Args:
+      config: shape of the model.
+      num_tokens: ids of the tokenizer, added tokens included.
+      tokenizer: its name, for the message.
+    """
+    if num_tokens > config.vocab_size:
+        raise UserError(
+            f"the tokenizer {tokenizer} has {num_tokens} tokens, but the model's vocabulary holds "
+            f"{config.vocab_size}; use the tokenizer that belongs to the model (--config.data.tokenizer=...) or a "
+            "model with a larger vocabulary"
+        )
+
+
+def abstract_decoder(
+    config: ModelConfig,
+    source: ModelSource,
+    *,
+    attend: attention.Attend = attention.xla,
+    constrain: layers.Constrain = layers.unconstrained,
+) -> tuple[nnx.GraphDef, Any, Any]:
+    """The decoder without memory: its graph, the shapes of its parameters and their logical axes.
+
+    Returns:
+      ``graphdef`` (static, for ``nnx.merge(graphdef, params)``), a nested dict of `jax.ShapeDtypeStruct` and the
+      same dict of tuples of logical axis names.
+    """
+    decoder = nnx.eval_shape(lambda: _decoder(config, source, nnx.Rngs(0), attend, constrain))
+    graphdef, state = nnx.split(decoder)
+    axes = jax.tree.map(
+        lambda param: param.get_metadata()["logical_axes"], state, is_leaf=lambda x: isinstance(x, nnx.Variable)
+    )
+    return graphdef, nnx.to_pure_dict(state), nnx.to_pure_dict(axes)
+
+
+def init_params(config: ModelConfig, source: ModelSource, key: jax.Array, shardings: Any) -> Any:
+    """First parameters, float32, each made where it lies: read from ``source.path``, or drawn with ``key``."""
+    if source.path is not None:
+        return hub.load_params(source.path, config, shardings=shardings)
+
+    def draw(key: jax.Array) -> Any:
+        decoder = _decoder(config, source, nnx.Rngs(params=key), attention.xla, layers.unconstrained)
+        return nnx.to_pure_dict(nnx.state(decoder))
+
+    return jax.jit(draw, out_shardings=shardings)(key)
+
+
+def _decoder(
+    config: ModelConfig,
+    source: ModelSource,
+    rngs: nnx.Rngs,
+    attend: attention.Attend,
+    constrain: layers.Constrain,
+) -> Decoder:
+    dtype = jnp.dtype(source.dtype)
+    return Decoder(config, rngs=rngs, dtype=dtype, remat=source.remat, attend=attend, constrain=constrain)

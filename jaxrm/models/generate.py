@@ -1,0 +1,143 @@
+"""Sampling from a decoder: one prefill, then one jitted loop over a key-value cache."""
+
+import functools
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxrm.errors import UserError
+from jaxrm.models import cache as cache_lib
+from jaxrm.models.transformer import positions_from_mask
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How the next token is drawn.
+
+    Attributes:
+      max_new_tokens: longest response, its EOS included.
+      temperature: divides the logits; 0 takes the most likely token.
+      top_k: draw among this many most likely tokens only; 0 for all.
+      top_p: draw among the fewest most likely tokens whose probabilities reach this sum (Holtzman et al. 2020,
+        arXiv 1904.09751); 1 for all.
+    """
+
+    max_new_tokens: int = 128
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        for field, good, required in (
+            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
+            ("temperature", self.temperature >= 0, "at least 0 (0 is greedy)"),
+            ("top_k", self.top_k >= 0, "at least 0 (0 is no limit)"),
+            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
+        ):
+            if not good:
+                raise UserError(
+                    f"{field} is {getattr(self, field)}; it must be {required}, "
+                    f"e.g. --{field}={getattr(SamplingConfig, field)}"
+                )
+
+
+class Generation(NamedTuple):
+    """Sampled responses.
+
+    Attributes:
+      tokens: ``[B, max_new_tokens]`` int32; after the end, whatever was there.
+      mask: ``[B, max_new_tokens]`` bool, True on tokens of the response, its EOS included.
+    """
+
+    tokens: jax.Array
+    mask: jax.Array
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "sampling", "end_ids"))
+def generate(
+    graphdef: nnx.GraphDef,
+    params: Any,
+    prompts: jax.Array,
+    prompt_mask: jax.Array,
+    key: jax.Array,
+    *,
+    sampling: SamplingConfig,
+    end_ids: tuple[int, ...],
+) -> Generation:
+    """Sample one response to each prompt; stops early once every row has ended.
+
+    Args:
+      graphdef: of the decoder.
+      params: its parameters.
+      prompts: ``[B, P]`` int32, padded on the left.
+      prompt_mask: ``[B, P]`` bool, False on padding.
+      key: typed PRNG key. Token ``t`` is drawn with ``fold_in(key, t)``, whatever the length limit.
+      sampling: see `SamplingConfig`.
+      end_ids: ids that end a response.
+    """
+    chex.assert_equal_shape([prompts, prompt_mask])
+    B, P = prompts.shape
+    T = sampling.max_new_tokens
+    model = nnx.merge(graphdef, params)
+    positions = positions_from_mask(prompt_mask)
+    hidden, past = model.prefill(prompts, positions=positions, segment_ids=prompt_mask.astype(jnp.int32), size=P + T)
+    layers = model.unstack()
+    ends = jnp.asarray(end_ids, jnp.int32)
+
+    def draw(hidden: jax.Array, t: jax.Array) -> jax.Array:
+        return sample(model.logits(hidden), jax.random.fold_in(key, t), sampling)
+
+    def is_end(token: jax.Array) -> jax.Array:
+        return jnp.any(token[:, None] == ends[None], axis=1)
+
+    class Carry(NamedTuple):
+        t: jax.Array
+        token: jax.Array
+        alive: jax.Array
+        tokens: jax.Array
+        mask: jax.Array
+        past: cache_lib.Cache
+
+    def unfinished(carry: Carry) -> jax.Array:
+        return (carry.t < T) & jnp.any(carry.alive)
+
+    def one_token(carry: Carry) -> Carry:
+        tokens = jax.lax.dynamic_update_index_in_dim(carry.tokens, carry.token, carry.t, axis=1)
+        mask = jax.lax.dynamic_update_index_in_dim(carry.mask, carry.alive, carry.t, axis=1)
+        hidden, past = model.decode(carry.token[:, None], layers, carry.past)
+        token = draw(hidden[:, 0], carry.t + 1)
+        alive = carry.alive & ~is_end(carry.token)
+        return Carry(carry.t + 1, token, alive, tokens, mask, past)
+
+    start = Carry(
+        jnp.zeros((), jnp.int32),
+        draw(hidden[:, -1], jnp.zeros((), jnp.int32)),
+        jnp.ones((B,), bool),
+        jnp.zeros((B, T), jnp.int32),
+        jnp.zeros((B, T), bool),
+        past,
+    )
+    end = jax.lax.while_loop(unfinished, one_token, start)
+    return Generation(end.tokens, end.mask)
+
+
+def sample(logits: jax.Array, key: jax.Array, sampling: SamplingConfig) -> jax.Array:
+    """Draw one token id ``[B]`` from ``logits [B, V]`` float32."""
+    chex.assert_rank(logits, 2)
+    if sampling.temperature == 0:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    logits = logits / sampling.temperature
+    if sampling.top_k:
+        kth = jax.lax.top_k(logits, min(sampling.top_k, logits.shape[-1]))[0][:, -1:]
+        logits = jnp.where(logits >= kth, logits, -jnp.inf)
+    if sampling.top_p < 1:
+        ordered = jnp.sort(logits, axis=-1, descending=True)
+        probs = jax.nn.softmax(ordered, axis=-1)
+        reached = jnp.cumsum(probs, axis=-1) - probs  # of the tokens before it; the first is always kept
+        last = jnp.min(jnp.where(reached < sampling.top_p, ordered, jnp.inf), axis=-1, keepdims=True)
+        logits = jnp.where(logits >= last, logits, -jnp.inf)
+    return jax.random.categorical(key, logits).astype(jnp.int32)

@@ -1,0 +1,7 @@
+"""Published weights in (safetensors folders, hub names, GGUF files) and out (safetensors folders)."""
+
+from jaxrm.models.hub.export import export_model
+from jaxrm.models.hub.hf_config import parse_hf_config, to_hf_config
+from jaxrm.models.hub.read import load_params, read_model_config
+
+__all__ = ["export_model", "load_params", "parse_hf_config", "read_model_config", "to_hf_config"]

@@ -1,0 +1,135 @@
+"""From what the user typed (a hub name, a folder, a .gguf file) to files on this machine."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from jaxrm.errors import UserError
+
+_HUB_NAME = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
+_CONFIG_FILES = ["config.json"]
+# The name "model*" leaves out second copies in another layout, such as Mistral's consolidated.safetensors.
+_MODEL_FILES = [
+    "config.json",
+    "generation_config.json",
+    "model*.safetensors",
+    "model.safetensors.index.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template*",
+]
+
+
+def locate(path: str, *, config_only: bool = False) -> Path:
+    """Find the model that ``path`` names, downloading it into the Hugging Face cache if it is a hub name.
+
+    Args:
+      path: a folder with ``config.json`` and safetensors, a folder with exactly one ``.gguf`` file, a
+        ``.gguf`` file, or a hub name such as ``google/gemma-2b``.
+      config_only: for a hub name, download ``config.json`` alone.
+
+    Returns:
+      A ``.gguf`` file, or a folder that holds ``config.json``.
+
+    Raises:
+      UserError: if nothing is there, or what is there is not a model.
+    """
+    local = Path(path).expanduser()
+    if local.is_dir():
+        return _in_folder(local)
+    if local.is_file():
+        if local.suffix == ".gguf":
+            return local
+        raise UserError(f"{path} is a file; give the folder that holds config.json, or a .gguf file")
+    if _HUB_NAME.fullmatch(path) and local.suffix not in (".gguf", ".safetensors"):
+        return _download(path, _CONFIG_FILES if config_only else _MODEL_FILES)
+    raise UserError(
+        f"there is no model at {path!r}; give a folder with config.json and safetensors, a .gguf file, "
+        "or a hub name such as google/gemma-2b"
+    )
+
+
+def _in_folder(folder: Path) -> Path:
+    if (folder / "config.json").is_file():
+        return folder
+    ggufs = sorted(folder.glob("*.gguf"))
+    if len(ggufs) == 1:
+        return ggufs[0]
+    if ggufs:
+        names = ", ".join(file.name for file in ggufs)
+        raise UserError(f"{folder} holds {len(ggufs)} .gguf files ({names}); give the path of one of them")
+    raise UserError(f"{folder} has no config.json; a model folder needs config.json and .safetensors files")
+
+
+def _download(name: str, patterns: list[str]) -> Path:
+    import huggingface_hub
+    from huggingface_hub.errors import GatedRepoError
+
+    try:
+        folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns))
+    except GatedRepoError as error:
+        raise UserError(
+            f"{name} asks you to accept its licence: do so on its hub page, then run `hf auth login`"
+        ) from error
+    except Exception as error:  # which HTTP client, and so which errors, depends on the hub library's version
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"{name} is neither a folder here nor a model that could be fetched from the hub ({reason})"
+        ) from error
+    if not (folder / "config.json").is_file():
+        raise UserError(f"the hub model {name} has no config.json; choose one with config.json and safetensors")
+    return folder
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+      UserError: if the file is absent, is not JSON, or holds something other than an object.
+    """
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{file} does not exist") from error
+    except ValueError as error:
+        raise UserError(f"{file} is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{file} holds a JSON {type(value).__name__}; it must be an object")
+    return value
+
+
+def safetensors_files(folder: Path) -> list[Path]:
+    """List the weight files of a model folder, those its index names where it has one.
+
+    Raises:
+      UserError: if there are none, an indexed one is missing, or the index points out of the folder.
+    """
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise UserError(f"{index} has no 'weight_map' from tensor names to files")
+        names = sorted({str(name) for name in weight_map.values()})
+        for name in names:
+            # The name is data: it must stay a plain file name, so that it cannot reach out of the folder.
+            if Path(name).name != name or "\\" in name or not name.endswith(".safetensors"):
+                raise UserError(f"{index} names the file {name!r}; it must be a .safetensors file in the same folder")
+            if not (folder / name).is_file():
+                raise UserError(f"{index} names {name}, which is not in the folder; fetch the model again")
+        return [folder / name for name in names]
+    if (folder / "model.safetensors").is_file():
+        return [folder / "model.safetensors"]
+    files = sorted(file for file in folder.glob("*.safetensors") if not file.name.startswith("consolidated"))
+    if files:
+        return files
+    pickles = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern))
+    if pickles:
+        raise UserError(
+            f"{folder} holds weights only as {pickles[0]}, a pickle, which can run code when read; "
+            "convert it to safetensors with transformers' save_pretrained"
+        )
+    raise UserError(f"{folder} holds no .safetensors files; a model folder needs config.json and safetensors")

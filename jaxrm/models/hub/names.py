@@ -1,0 +1,114 @@
+"""Which tensor of a Hugging Face checkpoint is which parameter, and how their axes correspond."""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from jaxrm.models.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class NamedTensor:
+    """One tensor of a checkpoint: one layer's slice of a parameter, or the whole of an unstacked one.
+
+    A checkpoint stores a projection as ``[out, in]`` with heads flattened; ``split`` is that shape with the
+    heads unflattened and ``axes`` the transposition that then gives the parameter's order.
+    """
+
+    path: tuple[str, ...]  # of the parameter, e.g. ("layers", "attention", "query", "kernel")
+    layer: int | None  # index on the parameter's leading axis; None: the parameter is not stacked
+    name: str  # in the checkpoint
+    file_shape: tuple[int, ...]
+    split: tuple[int, ...]
+    axes: tuple[int, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the parameter, without the layer axis."""
+        return tuple(self.split[axis] for axis in self.axes)
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return math.prod(self.file_shape)
+
+    def from_file(self, array: np.ndarray) -> np.ndarray:
+        """View a checkpoint's tensor as the parameter."""
+        return array.reshape(self.split).transpose(self.axes)
+
+    def to_file(self, array: np.ndarray) -> np.ndarray:
+        """View the parameter as the checkpoint's tensor; the inverse of ``from_file``."""
+        inverse = sorted(range(len(self.axes)), key=self.axes.__getitem__)
+        return array.transpose(inverse).reshape(self.file_shape)
+
+
+def tensor_table(config: ModelConfig, *, prefix: str = "model.", head: str = "lm_head.weight") -> list[NamedTensor]:
+    """Every tensor of a checkpoint of this model, in the order in which checkpoints list them.
+
+    Args:
+      config: the model.
+      prefix: what precedes ``embed_tokens`` and ``layers`` in the names.
+      head: name of the output head, present only when embeddings are not tied.
+    """
+    V, D = config.vocab_size, config.hidden_size
+    table = [_plain(("embedder", "embedding"), None, f"{prefix}embed_tokens.weight", (V, D))]
+    for layer in range(config.num_layers):
+        table += _layer_tensors(config, layer, f"{prefix}layers.{layer}.")
+    table.append(_plain(("final_norm", "scale"), None, f"{prefix}norm.weight", (D,)))
+    if not config.tie_embeddings:
+        table.append(_plain(("head", "embedding"), None, head, (V, D)))
+    return table
+
+
+def _plain(path: tuple[str, ...], layer: int | None, name: str, shape: tuple[int, ...]) -> NamedTensor:
+    return NamedTensor(path, layer, name, shape, shape, tuple(range(len(shape))))
+
+
+def _layer_tensors(config: ModelConfig, layer: int, prefix: str) -> list[NamedTensor]:
+    D, F, H = config.hidden_size, config.intermediate_size, config.head_dim
+    N, K = config.num_heads, config.num_kv_heads
+
+    def vector(path: str, name: str, size: int) -> NamedTensor:
+        return _plain(("layers", *path.split("/")), layer, prefix + name, (size,))
+
+    def heads(part: str, name: str, count: int) -> list[NamedTensor]:
+        path = ("layers", "attention", part)
+        kernel = NamedTensor(
+            (*path, "kernel"), layer, f"{prefix}{name}.weight", (count * H, D), (count, H, D), (2, 0, 1)
+        )
+        if not config.qkv_bias:
+            return [kernel]
+        bias = NamedTensor((*path, "bias"), layer, f"{prefix}{name}.bias", (count * H,), (count, H), (0, 1))
+        return [kernel, bias]
+
+    def linear(part: str, name: str, inputs: int, outputs: int) -> list[NamedTensor]:
+        path = ("layers", "mlp", part)
+        shape = (outputs, inputs)
+        kernel = NamedTensor((*path, "kernel"), layer, f"{prefix}{name}.weight", shape, shape, (1, 0))
+        bias = [vector(f"mlp/{part}/bias", f"{name}.bias", outputs)] if config.mlp_bias else []
+        return [kernel, *bias]
+
+    table = [vector("attention_norm/scale", "input_layernorm.weight", D)]
+    table += heads("query", "self_attn.q_proj", N)
+    table += heads("key", "self_attn.k_proj", K)
+    table += heads("value", "self_attn.v_proj", K)
+    output = ("layers", "attention", "output", "kernel")
+    table.append(NamedTensor(output, layer, f"{prefix}self_attn.o_proj.weight", (D, N * H), (D, N, H), (1, 2, 0)))
+    if config.output_bias:
+        table.append(vector("attention/output/bias", "self_attn.o_proj.bias", D))
+    if config.qk_norm:
+        table.append(vector("attention/query_norm/scale", "self_attn.q_norm.weight", H))
+        table.append(vector("attention/key_norm/scale", "self_attn.k_norm.weight", H))
+    if config.post_norms:
+        table.append(vector("post_attention_norm/scale", "post_attention_layernorm.weight", D))
+        table.append(vector("mlp_norm/scale", "pre_feedforward_layernorm.weight", D))
+    else:
+        # The name is historical: in families without post-norms this is the norm before the MLP.
+        table.append(vector("mlp_norm/scale", "post_attention_layernorm.weight", D))
+    table += linear("gate", "mlp.gate_proj", D, F)
+    table += linear("up", "mlp.up_proj", D, F)
+    table += linear("down", "mlp.down_proj", F, D)
+    if config.post_norms:
+        table.append(vector("post_mlp_norm/scale", "post_feedforward_layernorm.weight", D))
+    return table

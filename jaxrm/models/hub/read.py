@@ -1,0 +1,177 @@
+"""Weights of a checkpoint, streamed tensor by tensor into (sharded) parameter buffers."""
+
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
+
+from jaxrm.errors import UserError
+from jaxrm.models.config import ModelConfig
+from jaxrm.models.hub.gguf import gguf_model_config, open_gguf
+from jaxrm.models.hub.hf_config import parse_hf_config
+from jaxrm.models.hub.locate import locate, read_json, safetensors_files
+from jaxrm.models.hub.names import NamedTensor, tensor_table
+from jaxrm.models.hub.safetensors_file import StoredTensor, open_tensors
+
+Params = dict[str, Any]
+
+
+def read_model_config(path: str) -> ModelConfig:
+    """Read the configuration of a published model: ``config.json``, or the metadata of a GGUF file.
+
+    Args:
+      path: a hub name, a model folder, or a ``.gguf`` file.
+
+    Raises:
+      UserError: if there is no model, or it needs something that jaxrm does not do, naming the field.
+    """
+    found = locate(path, config_only=True)
+    if found.is_file():
+        return gguf_model_config(found)
+    return parse_hf_config(read_json(found / "config.json"), where=str(found / "config.json"))
+
+
+def load_params(path: str, config: ModelConfig, *, shardings: Params | None = None, dtype: Any = jnp.float32) -> Params:
+    """Read a model's weights into the decoder's parameter tree, layers stacked on a leading axis.
+
+    Names and shapes are checked before anything is allocated. Then one tensor at a time is read, converted
+    and copied into its buffer on the devices, so host memory stays near the largest tensor; with shardings,
+    only the slices of this process's devices are read.
+
+    Args:
+      path: a hub name, a model folder with safetensors, or a ``.gguf`` file.
+      config: what the weights must fit, usually ``read_model_config(path)``.
+      shardings: the parameter tree with a sharding in place of every array; None: the default device.
+      dtype: of the parameters.
+
+    Returns:
+      A nested dict of ``jax.Array``, e.g. ``params["layers"]["mlp"]["up"]["kernel"]`` of ``[L, D, F]``.
+
+    Raises:
+      UserError: naming the missing, extra or misshapen tensors.
+    """
+    found = locate(path)
+    if found.is_file():
+        stored = open_gguf(found, config)
+        table = tensor_table(config)
+    else:
+        stored = {}
+        for file in safetensors_files(found):
+            stored |= open_tensors(file)
+        table = tensor_table(config, **_naming(stored))
+    _check(table, stored, config, found)
+
+    tensors: dict[tuple[str, ...], list[NamedTensor]] = {}
+    for tensor in table:
+        tensors.setdefault(tensor.path, []).append(tensor)
+    params: Params = {}
+    for parameter, parts in tensors.items():
+        sharding = _lookup(shardings, parameter)
+        if parts[0].layer is None:
+            array = _to_devices(parts[0], stored, sharding, dtype)
+        else:
+            array = _stack(parts, stored, sharding, dtype)
+        node = params
+        for key in parameter[:-1]:
+            node = node.setdefault(key, {})
+        node[parameter[-1]] = array
+    return params
+
+
+def _lookup(shardings: Params | None, parameter: tuple[str, ...]) -> Sharding:
+    if shardings is None:
+        return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    node: Any = shardings
+    for key in parameter:
+        assert key in node, f"no sharding for {'/'.join(parameter)}"
+        node = node[key]
+    return node
+
+
+def _to_devices(tensor: NamedTensor, stored: dict[str, StoredTensor], sharding: Sharding, dtype: Any) -> jax.Array:
+    view = tensor.from_file(stored[tensor.name].read())
+
+    def slice_of(index: tuple[slice, ...] | None) -> np.ndarray:
+        # Always a copy: on CPU the array may keep this memory, which must not be the mapped file.
+        return np.array(view[index], dtype=dtype, order="C", copy=True)
+
+    return jax.make_array_from_callback(tensor.shape, sharding, slice_of, dtype=dtype).block_until_ready()
+
+
+def _stack(parts: list[NamedTensor], stored: dict[str, StoredTensor], sharding: Sharding, dtype: Any) -> jax.Array:
+    buffer = _zeros_maker((len(parts), *parts[0].shape), jnp.dtype(dtype), sharding)()
+    write = _layer_writer(sharding)
+    for part in parts:
+        # Waiting here keeps a single tensor in flight instead of a queue of them in host memory.
+        layer = _to_devices(part, stored, _without_layers(sharding), dtype)
+        buffer = write(buffer, layer, jnp.int32(part.layer)).block_until_ready()
+    return buffer
+
+
+# Parameters of one shape and sharding, such as keys and values, share these compiled functions.
+@cache
+def _layer_writer(sharding: Sharding) -> Any:
+    write = partial(jax.lax.dynamic_update_index_in_dim, axis=0)
+    return jax.jit(write, donate_argnums=0, out_shardings=sharding)
+
+
+@cache
+def _zeros_maker(shape: tuple[int, ...], dtype: jnp.dtype, sharding: Sharding) -> Any:
+    return jax.jit(partial(jnp.zeros, shape, dtype), out_shardings=sharding)
+
+
+def _without_layers(sharding: Sharding) -> Sharding:
+    if isinstance(sharding, NamedSharding):
+        return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]), memory_kind=sharding.memory_kind)
+    assert isinstance(sharding, jax.sharding.SingleDeviceSharding), sharding
+    return sharding
+
+
+def _naming(stored: dict[str, StoredTensor]) -> dict[str, str]:
+    """How a checkpoint names its tensors: a plain decoder, or the text part of a multimodal Gemma 3."""
+    for prefix in ("language_model.model.", "model.language_model.", "model.", ""):
+        if f"{prefix}embed_tokens.weight" in stored:
+            head = "language_model.lm_head.weight" if prefix.startswith("language_model.") else "lm_head.weight"
+            return {"prefix": prefix, "head": head}
+    return {"prefix": "model.", "head": "lm_head.weight"}
+
+
+def _check(table: list[NamedTensor], stored: dict[str, StoredTensor], config: ModelConfig, found: Path) -> None:
+    expected = {tensor.name: tensor for tensor in table}
+    missing = [name for name in expected if name not in stored]
+    if missing:
+        raise UserError(f"{found} lacks {_listed(missing)}; the model config asks for {len(expected)} tensors")
+    extra = [name for name in stored if name not in expected and not _is_harmless(name, config)]
+    if extra:
+        raise UserError(
+            f"{found} holds {_listed(extra)}, which the model config has no place for; "
+            "does its config.json belong to these weights?"
+        )
+    for tensor in table:
+        shape = stored[tensor.name].shape
+        if shape != tensor.file_shape:
+            raise UserError(
+                f"{found}: {tensor.name} has shape {list(shape)}; the model config asks for {list(tensor.file_shape)}"
+            )
+
+
+def _is_harmless(name: str, config: ModelConfig) -> bool:
+    """True for tensors that hold nothing to learn, a second copy, or the vision part of a Gemma 3."""
+    return (
+        name.endswith("rotary_emb.inv_freq")
+        or (config.tie_embeddings and name.endswith("lm_head.weight"))
+        or (
+            config.family == "gemma3_text"
+            and name.removeprefix("model.").startswith(("vision_tower.", "multi_modal_projector."))
+        )
+    )
+
+
+def _listed(names: list[str]) -> str:
+    shown = ", ".join(names[:3])
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"{len(names)} tensor{'s' if len(names) > 1 else ''}: {shown}{more}"

@@ -1,0 +1,151 @@
+"""The parts of a decoder layer. Given a leading ``stack`` they hold the parameters of all layers at once.
+
+Every parameter carries the names of its logical axes; a leading ``layers`` axis is the stack, and is gone inside
+the scan over layers.
+"""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxrm.models import rope
+from jaxrm.models.config import ModelConfig
+
+_ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": jax.nn.silu,
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+}
+
+
+# Pins an activation, given the logical name of each of its axes, to devices; single-device code leaves it alone.
+Constrain = Callable[[jax.Array, tuple[str | None, ...]], jax.Array]
+
+
+def unconstrained(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
+    """The `Constrain` of a single device."""
+    del axes
+    return x
+
+
+def _unchanged(x: jax.Array) -> jax.Array:
+    return x
+
+
+class Projection(nnx.Module):
+    """Matrix product over the first ``contracted`` axes of the kernel, and a bias over the rest."""
+
+    def __init__(
+        self,
+        rngs: nnx.Rngs,
+        shape: tuple[int, ...],
+        axes: tuple[str, ...],
+        *,
+        contracted: int = 1,
+        bias: bool,
+        stddev: float,
+        dtype: jnp.dtype,
+    ):
+        first = axes.index("layers") + 1 if "layers" in axes else 0
+        self.contracted, self.dtype = contracted, dtype
+        self.kernel = nnx.Param(stddev * jax.random.normal(rngs.params(), shape), logical_axes=axes)
+        kept = [i for i in range(len(axes)) if not first <= i < first + contracted]
+        zeros = jnp.zeros([shape[i] for i in kept])
+        self.bias = nnx.Param(zeros, logical_axes=tuple(axes[i] for i in kept)) if bias else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Apply to ``x [B, T, *contracted]``."""
+        y = jnp.tensordot(x, self.kernel[...].astype(self.dtype), axes=self.contracted)
+        if self.bias is None:
+            return y
+        bias = self.bias[...].astype(self.dtype)
+        return y + jnp.expand_dims(bias, tuple(range(y.ndim - bias.ndim)))
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square norm over the last axis, in float32 (Zhang & Sennrich 2019, arXiv 1910.07467)."""
+
+    def __init__(self, config: ModelConfig, stack: tuple[int, ...], dim: int, axis: str = "norm"):
+        self.eps, self.unit_offset = config.norm_eps, config.unit_offset_norm
+        fill = jnp.zeros if self.unit_offset else jnp.ones
+        self.scale = nnx.Param(fill((*stack, dim)), logical_axes=("layers",) * len(stack) + (axis,))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Normalize ``x [..., dim]``."""
+        wide = x.astype(jnp.float32)
+        wide = wide * jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + self.eps)
+        scale = self.scale[...].astype(jnp.float32) + (1.0 if self.unit_offset else 0.0)
+        return (wide * jnp.expand_dims(scale, tuple(range(x.ndim - 1)))).astype(x.dtype)
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention with rotary positions; the kernel that attends is given by the caller."""
+
+    def __init__(self, rngs: nnx.Rngs, config: ModelConfig, stack: tuple[int, ...], dtype: jnp.dtype):
+        D, N, K, H = config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim
+        project = functools.partial(Projection, rngs, dtype=dtype)
+        into = functools.partial(project, bias=config.qkv_bias, stddev=D**-0.5)
+        self.query = into((*stack, D, N, H), ("layers", "embed", "heads", "head_dim"))
+        self.key = into((*stack, D, K, H), ("layers", "embed", "kv_heads", "head_dim"))
+        self.value = into((*stack, D, K, H), ("layers", "embed", "kv_heads", "head_dim"))
+        self.output = project(
+            (*stack, N, H, D),
+            ("layers", "heads", "head_dim", "embed"),
+            contracted=2,
+            bias=config.output_bias,
+            stddev=(2 * config.num_layers * N * H) ** -0.5,
+        )
+        self.query_norm = RMSNorm(config, stack, H, "head_dim") if config.qk_norm else None
+        self.key_norm = RMSNorm(config, stack, H, "head_dim") if config.qk_norm else None
+
+    def read(self, x: jax.Array, rotation: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Queries ``[B, T, N, H]``, keys and values ``[B, T, K, H]`` of ``x [B, T, D]``, rotated."""
+        query, key, value = self.query(x), self.key(x), self.value(x)
+        if self.query_norm is not None and self.key_norm is not None:
+            query, key = self.query_norm(query), self.key_norm(key)
+        return rope.rotate(query, *rotation), rope.rotate(key, *rotation), value
+
+
+class MLP(nnx.Module):
+    """Gated MLP: ``down(act(gate(x)) * up(x))`` (Shazeer 2020, arXiv 2002.05202)."""
+
+    def __init__(self, rngs: nnx.Rngs, config: ModelConfig, stack: tuple[int, ...], dtype: jnp.dtype):
+        D, F = config.hidden_size, config.intermediate_size
+        project = functools.partial(Projection, rngs, bias=config.mlp_bias, dtype=dtype)
+        self.gate = project((*stack, D, F), ("layers", "embed", "mlp"), stddev=D**-0.5)
+        self.up = project((*stack, D, F), ("layers", "embed", "mlp"), stddev=D**-0.5)
+        self.down = project((*stack, F, D), ("layers", "mlp", "embed"), stddev=(2 * config.num_layers * F) ** -0.5)
+        self.activation = _ACTIVATIONS[config.activation]
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Apply to ``x [B, T, D]``."""
+        return self.down(self.activation(self.gate(x)) * self.up(x))
+
+
+class Layer(nnx.Module):
+    """One decoder layer, or a stack of them when its parameters carry the leading ``layers`` axis."""
+
+    def __init__(self, rngs: nnx.Rngs, config: ModelConfig, stack: tuple[int, ...], dtype: jnp.dtype):
+        norm = functools.partial(RMSNorm, config, stack, config.hidden_size)
+        self.attention_norm, self.mlp_norm = norm(), norm()
+        self.attention = Attention(rngs, config, stack, dtype)
+        self.mlp = MLP(rngs, config, stack, dtype)
+        self.post_attention_norm = norm() if config.post_norms else _unchanged
+        self.post_mlp_norm = norm() if config.post_norms else _unchanged
+
+    def finish(self, x: jax.Array, attended: jax.Array) -> jax.Array:
+        """The rest of the layer after attention: ``x [B, T, D]``, ``attended [B, T, N, H]`` -> ``[B, T, D]``."""
+        x = x + self.post_attention_norm(self.attention.output(attended))
+        return x + self.post_mlp_norm(self.mlp(self.mlp_norm(x)))
+
+
+class Embedding(nnx.Module):
+    """A table ``[V, D]`` of token embeddings."""
+
+    def __init__(self, rngs: nnx.Rngs, config: ModelConfig):
+        shape = (config.vocab_size, config.hidden_size)
+        table = config.hidden_size**-0.5 * jax.random.normal(rngs.params(), shape)
+        self.embedding = nnx.Param(table, logical_axes=("vocab", "embed"))

@@ -1,0 +1,185 @@
+"""One decoder for the Llama, Mistral, Qwen and Gemma families.
+
+Single-device code: parameters carry the names of their logical axes, and `jaxrm.runtime.partition` alone maps
+those to devices. Layers are stacked on a leading axis and scanned, so a model of any depth compiles once; decoding
+alone unrolls them, since a scan would copy the cache of every layer at every token.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxrm.models import attention, cache, layers, rope
+from jaxrm.models.config import ModelConfig
+
+REMAT_POLICIES = ("full", "dots", "none")
+_HIDDEN = ("batch", None, None)
+
+
+class Decoder(nnx.Module):
+    """Causal language model from token ids to hidden states.
+
+    Args:
+      config: shape and choices of the model.
+      rngs: source of the initial parameters, float32.
+      dtype: compute dtype; norms, softmax and rotations are in float32 whatever it is.
+      remat: what the backward pass keeps of a layer: ``full`` nothing (least memory), ``dots`` the results of
+        matrix products with weights, ``none`` everything.
+      attend: attention kernel, see `jaxrm.models.attention.choose`.
+      constrain: pins activations to devices where a mesh is used.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        rngs: nnx.Rngs,
+        dtype: jnp.dtype | type = jnp.float32,
+        remat: str = "full",
+        attend: attention.Attend = attention.xla,
+        constrain: layers.Constrain = layers.unconstrained,
+    ):
+        assert remat in REMAT_POLICIES, remat
+        dtype = jnp.dtype(dtype)
+        self.config, self.dtype, self.remat = config, dtype, remat
+        self.attend, self.constrain = attend, constrain
+        self.scale = config.head_dim**-0.5 if config.query_scale is None else config.query_scale
+        self.embedder = layers.Embedding(rngs, config)
+        self.layers = layers.Layer(rngs, config, (config.num_layers,), dtype)
+        self.final_norm = layers.RMSNorm(config, (), config.hidden_size)
+        self.head = None if config.tie_embeddings else layers.Embedding(rngs, config)
+
+    def __call__(self, tokens: jax.Array, *, positions: jax.Array, segment_ids: jax.Array) -> jax.Array:
+        """Hidden states ``[B, T, D]`` after the final norm, in the compute dtype.
+
+        Args:
+          tokens: ``[B, T]`` int token ids.
+          positions: ``[B, T]`` int, counted inside each segment.
+          segment_ids: ``[B, T]`` int, 0 for padding; a token sees only its own segment.
+        """
+        return self._read(tokens, positions, segment_ids, keep=False)[0]
+
+    def prefill(
+        self, tokens: jax.Array, *, positions: jax.Array, segment_ids: jax.Array, size: int
+    ) -> tuple[jax.Array, cache.Cache]:
+        """Hidden states ``[B, P, D]`` of a prompt, and a cache of ``size`` slots that holds it.
+
+        Arguments as for a call, with one segment a row and any padding on the left.
+        """
+        hidden, kept = self._read(tokens, positions, segment_ids, keep=True)
+        assert kept is not None
+        return hidden, cache.from_prompt(*kept, segment_ids, positions, size)
+
+    def unstack(self) -> tuple[layers.Layer, ...]:
+        """The layers one by one, for `decode`; outside the decoding loop, which then reads each in place."""
+        graphdef, stacked = nnx.split(self.layers)
+        return tuple(
+            nnx.merge(graphdef, jax.tree.map(lambda p, i=i: p[i], stacked)) for i in range(self.config.num_layers)
+        )
+
+    def decode(
+        self, tokens: jax.Array, unstacked: tuple[layers.Layer, ...], past: cache.Cache
+    ) -> tuple[jax.Array, cache.Cache]:
+        """Hidden states ``[B, 1, D]`` of the next token of each row, and the cache with it written in.
+
+        Args:
+          tokens: ``[B, 1]`` int token ids.
+          unstacked: from `unstack`.
+          past: the tokens before it.
+        """
+        config = self.config
+        positions = past.next_position[:, None]
+        full, sliding = self._rotations(positions)
+        slot = jnp.arange(past.occupied.shape[1])
+        occupied = past.occupied | (slot == past.length)[None]
+        seen = occupied & (slot <= past.length)[None]
+        near = seen & (slot > past.length - (config.sliding_window or 0))[None]
+
+        x = self._embed(tokens)
+        keys, values = list(past.keys), list(past.values)
+        for i, layer in enumerate(unstacked):
+            is_sliding = bool(config.layer_is_sliding) and config.layer_is_sliding[i]
+            query, key, value = layer.attention.read(layer.attention_norm(x), sliding if is_sliding else full)
+            write = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=past.length, axis=2)
+            keys[i] = write(keys[i], key.transpose(0, 2, 1, 3))
+            values[i] = write(values[i], value.transpose(0, 2, 1, 3))
+            mask = (near if is_sliding else seen)[:, None]
+            attended = attention.cached(
+                query, keys[i], values[i], mask, scale=self.scale, softcap=config.attention_softcap
+            )
+            x = self.constrain(layer.finish(x, attended), _HIDDEN)
+        grown = cache.Cache(tuple(keys), tuple(values), occupied, past.length + 1, past.next_position + 1)
+        return self.final_norm(x), grown
+
+    @property
+    def head_embedding(self) -> jax.Array:
+        """Output embedding ``[V, D]``, float32: what `jaxrm.ops.vocab` takes as its head."""
+        return (self.head or self.embedder).embedding[...]
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """Logits ``[..., V]`` in float32, soft-capped; for single positions (decoding) and small tests only."""
+        head = self.head_embedding.astype(hidden.dtype)
+        logits = jnp.einsum("...d,vd->...v", hidden, head, preferred_element_type=jnp.float32)
+        cap = self.config.logit_softcap
+        return logits if cap is None else cap * jnp.tanh(logits / cap)
+
+    def _embed(self, tokens: jax.Array) -> jax.Array:
+        # A table split over its columns is looked up column by column for the rows of all those devices; the rows
+        # then go home in one all-to-all. Without the first constraint the compiler copies everything to everyone.
+        x = self.embedder.embedding[...][tokens]
+        x = self.constrain(x, ("batch_by_data", None, "embed")).astype(self.dtype)
+        if self.config.scale_embedding:
+            x = x * jnp.asarray(self.config.hidden_size**0.5, self.dtype)
+        return self.constrain(x, _HIDDEN)
+
+    def _rotations(self, positions: jax.Array) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
+        """Rotations of the full-attention layers and of the sliding ones (the same unless the model says)."""
+        config = self.config
+        full = rope.rotations(positions, rope.frequencies(config.head_dim, config.rope_theta, config.rope_scaling))
+        if config.local_rope_theta is None:
+            return full, full
+        local = rope.frequencies(config.head_dim, config.local_rope_theta, None)
+        return full, rope.rotations(positions, local)
+
+    def _read(
+        self, tokens: jax.Array, positions: jax.Array, segment_ids: jax.Array, *, keep: bool
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
+        """Scan the layers over whole rows; with ``keep``, also the keys and values ``[L, B, T, K, H]``."""
+        config = self.config
+        graphdef, stacked = nnx.split(self.layers)
+        full, sliding = self._rotations(positions)
+        attend = functools.partial(self.attend, scale=self.scale, softcap=config.attention_softcap)
+        attend_full = functools.partial(attend, window=None)
+        attend_near = functools.partial(attend, window=config.sliding_window)
+        flags = config.layer_is_sliding or (False,) * config.num_layers
+
+        def one_layer(x, inputs):  # type: ignore[no-untyped-def]
+            state, is_sliding = inputs
+            layer = nnx.merge(graphdef, state)
+            normed = layer.attention_norm(x)
+            if all(flags) or not any(flags):
+                read = layer.attention.read(normed, sliding if flags[0] else full)
+                attended = (attend_near if flags[0] else attend_full)(*read, segment_ids)
+            else:
+                rotation = jax.tree.map(lambda near, far: jnp.where(is_sliding, near, far), sliding, full)
+                read = layer.attention.read(normed, rotation)
+                attended = jax.lax.cond(is_sliding, attend_near, attend_full, *read, segment_ids)
+            x = self.constrain(layer.finish(x, attended), _HIDDEN)
+            return x, read[1:] if keep else None
+
+        if self.remat != "none":
+            policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if self.remat == "dots" else None
+            one_layer = jax.checkpoint(one_layer, policy=policy, prevent_cse=False)
+        x, kept = jax.lax.scan(one_layer, self._embed(tokens), (stacked, jnp.asarray(flags)))
+        return self.final_norm(x), kept
+
+
+def positions_from_mask(mask: jax.Array) -> jax.Array:
+    """Positions ``[B, T]`` of rows with padding on either side: the count of real tokens before, from 0.
+
+    Args:
+      mask: ``[B, T]`` bool, False on padding.
+    """
+    return jnp.maximum(jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, 0)

