@@ -1,0 +1,121 @@
+"""From records to token examples that a loss can be taken on."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from jaxrm.data.config import DataConfig
+from jaxrm.data.readers import ReadReport
+from jaxrm.data.records import DemonstrationRecord, Message
+from jaxrm.data.templates import Piece, bos_id, cut_dialogue, encode_texts
+from jaxrm.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Progress = Callable[[int, int], None]
+Run = tuple[list[int], bool]  # consecutive token ids, and whether they are an assistant turn
+_CHUNK = 512  # dialogues handed to the tokenizer at once
+
+
+@dataclass(frozen=True)
+class Example:
+    """Token ids and which of them are targets.
+
+    tokens: int32 `[n]`.
+    loss_mask: bool `[n]`, True where token t itself is a target (a response token or what ends the turn); never the
+      first token, which nothing predicts.
+    source: where the record was read.
+    """
+
+    tokens: np.ndarray
+    loss_mask: np.ndarray
+    source: str
+
+
+def tokenize_demonstrations(
+    records: Sequence[DemonstrationRecord],
+    tokenizer: "PreTrainedTokenizerBase",
+    config: DataConfig,
+    progress: Progress | None = None,
+) -> tuple[list[Example], ReadReport]:
+    """Write dialogues as tokens, with the loss on the last response or on all (`config.train_on`).
+
+    Args:
+      records: dialogues that end with a response.
+      tokenizer: as `load_tokenizer` returns it.
+      config: `template`, `max_length`, `train_on`, `too_long`, `max_bad_share`.
+      progress: called with the number of records done and their total.
+
+    Returns:
+      The examples, each at most `max_length` tokens, and the report: responses that did not fit and dialogues that
+      the template refused are bad; prompts that were cut on the left are counted beside.
+
+    Raises:
+      UserError: no such template; a response does not fit and `too_long` is "error"; more bad records than
+        `max_bad_share`, or nothing left.
+    """
+    # A template that cannot work at all is one error, not as many bad records as there are.
+    cut_dialogue(tokenizer, [Message("user", "x"), Message("assistant", "x")], config.template)
+    first_id = bos_id(tokenizer, config.template)
+    report = ReadReport(total=len(records))
+    examples: list[Example] = []
+    for start in range(0, len(records), _CHUNK):
+        kept: list[DemonstrationRecord] = []
+        dialogues: list[list[Piece]] = []
+        for record in records[start : start + _CHUNK]:
+            try:
+                dialogues.append(cut_dialogue(tokenizer, record.messages, config.template))
+                kept.append(record)
+            except UserError as error:
+                report.add_bad(str(error), record.source)
+        for record, runs in zip(kept, _encode_dialogues(tokenizer, dialogues), strict=True):
+            response, length = len(runs[-1][0]), sum(len(ids) for ids, _ in runs)
+            if response < config.max_length:  # something must stand before the first target
+                examples.append(_build_example(runs, record.source, first_id, config))
+                report.cut_prompts += length > config.max_length
+            elif config.too_long == "error":
+                raise UserError(
+                    f"{record.source}: the response has {response} tokens, but a row has {config.max_length}; "
+                    f"e.g. --config.data.max_length={response + 1}, or --config.data.too_long=drop"
+                )
+            else:
+                report.add_bad("response longer than max_length", record.source)
+        if progress:
+            progress(min(start + _CHUNK, len(records)), len(records))
+    report.used = len(examples)
+    report.check(config.max_bad_share, config.path)
+    return examples, report
+
+
+def _encode_dialogues(tokenizer: "PreTrainedTokenizerBase", dialogues: list[list[Piece]]) -> list[list[Run]]:
+    """All pieces through the tokenizer at once, then joined into one run per stretch of prompt or response."""
+    pieces = [piece for dialogue in dialogues for piece in dialogue]
+    continues = [i > 0 for dialogue in dialogues for i in range(len(dialogue))]
+    encoded = iter(encode_texts(tokenizer, [piece.text for piece in pieces], continues))
+    return [
+        [
+            ([token for _ in group for token in next(encoded)], is_target)
+            for is_target, group in groupby(piece.is_target for piece in dialogue)
+        ]
+        for dialogue in dialogues
+    ]
+
+
+def _build_example(runs: list[Run], source: str, first_id: int | None, config: DataConfig) -> Example:
+    """Join the runs; what is too much goes from the left, except BOS. A turn that loses tokens is no target."""
+    tokens = np.array([token for ids, _ in runs for token in ids], np.int32)
+    excess = max(len(tokens) - config.max_length, 0)
+    has_bos = first_id is not None and tokens[0] == first_id
+    cut = excess + has_bos if excess else 0
+    loss_mask = np.zeros(len(tokens), bool)
+    start = 0
+    for i, (ids, is_target) in enumerate(runs):
+        wanted = is_target and (config.train_on == "all" or i == len(runs) - 1)
+        loss_mask[start : start + len(ids)] = wanted and start >= max(cut, 1)
+        start += len(ids)
+    kept = np.r_[0:1, cut : len(tokens)] if excess and has_bos else np.arange(cut, len(tokens))
+    return Example(tokens[kept], loss_mask[kept], source)

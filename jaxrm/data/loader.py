@@ -1,0 +1,117 @@
+"""From examples to endless shuffled batches whose position can be saved, and to the fixed batches of an evaluation."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from jaxrm.data.config import DataConfig
+from jaxrm.data.examples import Example
+from jaxrm.data.packing import Row, build_row, pack
+from jaxrm.errors import UserError
+
+if TYPE_CHECKING:
+    import grain
+
+
+def build_loader(
+    examples: Sequence[Example],
+    config: DataConfig,
+    *,
+    pad_id: int,
+    seed: int,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> "grain.DatasetIterator":
+    """Batches without end, in an order that is a function of `seed` and the position alone.
+
+    Rows are packed once and shuffled anew every epoch; a batch may span two epochs. Process p of P gets the p-th
+    part of the rows of every batch, so that together the processes see what a single one would.
+
+    Args:
+      examples: what to batch, none longer than `config.max_length`.
+      config: `max_length` T, `batch_size` and `packing`.
+      pad_id: the token that fills rows up; its value never matters.
+      seed: of the order.
+      process_index: p.
+      process_count: P, a divisor of `config.batch_size`.
+
+    Returns:
+      A Grain iterator over dicts of arrays `[batch_size / P, T]` (see `packing.build_row`). `get_state()` is a small
+      dict that survives JSON, and `set_state()` goes back to exactly that position.
+
+    Raises:
+      UserError: the data do not fill one batch, or the processes do not share it evenly.
+    """
+    import grain
+
+    share = _share(config, process_index, process_count)
+    rows = _assign_rows(examples, config)
+    if len(rows) < config.batch_size:
+        raise UserError(
+            f"config.data.batch_size is {config.batch_size}, but the {len(examples)} examples of "
+            f"{config.path!r} make only {len(rows)} rows of {config.max_length} tokens; give more data or e.g. "
+            f"--config.data.batch_size={max(len(rows), 1)} or a smaller --config.data.max_length"
+        )
+
+    def build_batch(row_indices: np.ndarray) -> Row:
+        return _stack([[examples[i] for i in rows[r]] for r in row_indices[share]], config, pad_id)
+
+    # Grain shuffles epoch e with seed + e, so neighbouring seeds would share epochs if they were used as they are.
+    shuffle_seed = int(np.random.SeedSequence(seed % 2**64).generate_state(1)[0])
+    order = grain.MapDataset.range(len(rows)).shuffle(seed=shuffle_seed).repeat()
+    batches = order.batch(config.batch_size).map(build_batch)
+    # A batch takes well under a millisecond, so one thread a few batches ahead hides it from the step.
+    return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))
+
+
+def eval_batches(
+    examples: Sequence[Example],
+    config: DataConfig,
+    *,
+    pad_id: int,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> list[Row]:
+    """Every example once, in a fixed order; the last batch is filled with empty rows (`segment_ids` 0).
+
+    Returns:
+      Dicts of arrays `[batch_size / P, T]` (see `packing.build_row`), the same number of them on every process.
+
+    Raises:
+      UserError: the processes do not share a batch evenly.
+    """
+    share = _share(config, process_index, process_count)
+    rows = _assign_rows(examples, config)
+    rows += [[]] * (-len(rows) % config.batch_size)
+    return [
+        _stack([[examples[i] for i in row] for row in rows[start : start + config.batch_size][share]], config, pad_id)
+        for start in range(0, len(rows), config.batch_size)
+    ]
+
+
+def rows_per_epoch(examples: Sequence[Example], config: DataConfig) -> int:
+    """Rows that the examples make once packed; divided by `config.batch_size`, the steps of an epoch."""
+    return len(_assign_rows(examples, config))
+
+
+def _assign_rows(examples: Sequence[Example], config: DataConfig) -> list[list[int]]:
+    if config.packing:
+        return pack([len(example.tokens) for example in examples], config.max_length)
+    return [[index] for index in range(len(examples))]
+
+
+def _share(config: DataConfig, process_index: int, process_count: int) -> slice:
+    assert 0 <= process_index < process_count
+    if config.batch_size % process_count:
+        raise UserError(
+            f"config.data.batch_size is {config.batch_size}, but there are {process_count} processes; use a "
+            f"multiple, e.g. --config.data.batch_size={-(-config.batch_size // process_count) * process_count}"
+        )
+    local = config.batch_size // process_count
+    return slice(process_index * local, (process_index + 1) * local)
+
+
+def _stack(rows: list[list[Example]], config: DataConfig, pad_id: int) -> Row:
+    built = [build_row(row, config.max_length, pad_id) for row in rows]
+    return {key: np.stack([row[key] for row in built]) for key in built[0]}

@@ -1,0 +1,264 @@
+"""Records from files, folders and the hub, with an account of what was read."""
+
+import gzip
+import hashlib
+import importlib
+import json
+import re
+import zlib
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+from jaxrm.data.config import DataConfig
+from jaxrm.data.records import Record
+from jaxrm.data.schemas import BadRecordError, describe_schemas, parse, recognise
+from jaxrm.errors import UserError
+
+SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet", ".json")
+_SAMPLE = 100  # rows from which the schema is recognised
+
+Row = tuple[str, Any]  # where it was found, and a dict of fields, or a BadRecordError
+
+
+@dataclass
+class Count:
+    """How many records were unusable for one reason, and where the first was."""
+
+    count: int
+    first: str
+
+
+@dataclass
+class ReadReport:
+    """What became of the records: `total` were looked at, `used` are kept.
+
+    The others were unusable (`bad`, by reason), or belong to the other side of the held-out split (`other_side`).
+    `cut_prompts` of the used ones lost the beginning of their prompt.
+    """
+
+    total: int = 0
+    used: int = 0
+    other_side: int = 0
+    cut_prompts: int = 0
+    bad: dict[str, Count] = field(default_factory=dict)
+
+    def add_bad(self, reason: str, source: str, count: int = 1) -> None:
+        """Count a record as unusable."""
+        self.bad.setdefault(reason, Count(0, source)).count += count
+
+    def merge(self, later: "ReadReport") -> "ReadReport":
+        """This report and that of the next stage, which saw the records used here, as one."""
+        merged = ReadReport(self.total, later.used, self.other_side, self.cut_prompts + later.cut_prompts)
+        for report in (self, later):
+            for reason, found in report.bad.items():
+                merged.add_bad(reason, found.first, found.count)
+        return merged
+
+    def check(self, max_bad_share: float, path: str) -> None:
+        """Stop where too much is unusable, or nothing is left.
+
+        Raises:
+          UserError: names the most frequent reason and its first record.
+        """
+        bad = sum(found.count for found in self.bad.values())
+        if not bad or (bad <= max_bad_share * self.total and self.used):
+            return
+        reason, found = max(self.bad.items(), key=lambda item: item[1].count)
+        often = f"most often: {reason} ({found.count}, first at {found.first})"
+        if not self.used:
+            raise UserError(f"{path}: {bad} of {self.total} records are unusable and none is left; {often}; mend them")
+        raise UserError(
+            f"{path}: {bad} of {self.total} records are unusable, more than config.data.max_bad_share "
+            f"{max_bad_share:g}; {often}; mend them, or e.g. "
+            f"--config.data.max_bad_share={min(1.0, bad / self.total + 0.01):.2f}"
+        )
+
+    def rows(self) -> list[tuple[str, int, str]]:
+        """For a table: what, how many, where the first was."""
+        counts = [("read", self.total, ""), ("used", self.used, "")]
+        counts += [("on the other side of the split", self.other_side, "")] if self.other_side else []
+        counts += [("prompts cut on the left", self.cut_prompts, "")] if self.cut_prompts else []
+        return counts + [(reason, found.count, found.first) for reason, found in self.bad.items()]
+
+
+def read_records(config: DataConfig, *, held_out: bool = False) -> tuple[list[Record], ReadReport]:
+    """Read the training records, or the held-out ones.
+
+    Without `config.eval_path` and `config.eval_split`, a record is held out by a hash of its prompt's text, so that
+    a prompt is never on both sides and stays on its side when records are added.
+
+    Returns:
+      The records in the order of the files, and the report.
+
+    Raises:
+      UserError: nothing there, a damaged file, an unknown schema, more bad records than `config.max_bad_share`, or no
+        usable record.
+    """
+    separate = config.eval_path is not None or config.eval_split is not None
+    path, split = config.path, config.split
+    if held_out and separate:
+        path, split = config.eval_path or path, config.eval_split or split
+    limit = config.max_eval_records if held_out else config.max_records
+    rows = _rows(path, split)
+    first_rows = list(islice(rows, _SAMPLE))
+    schema = config.schema if config.schema != "auto" else _recognise_most(first_rows, path)
+    records: list[Record] = []
+    report = ReadReport()
+    for source, row in chain(first_rows, rows):
+        if len(records) == limit:
+            break
+        report.total += 1
+        try:
+            if isinstance(row, BadRecordError):
+                raise row
+            record = parse(schema, row, source, config.preferred)
+        except BadRecordError as error:
+            report.add_bad(str(error), source)
+            continue
+        if separate or is_held_out(record, config.eval_share) == held_out:
+            records.append(record)
+        else:
+            report.other_side += 1
+    report.used = len(records)
+    report.check(config.max_bad_share, path)
+    if not records:
+        side = "held-out " if held_out else ""
+        raise UserError(
+            f"config.data.path {path!r} has no usable {side}records ({report.total} read); give more data"
+            + (" or e.g. --config.data.eval_share=0.2" if report.other_side and held_out else "")
+        )
+    return records, report
+
+
+def is_held_out(record: Record, share: float) -> bool:
+    """Whether the hash of the record's prompt falls within `share`; the same everywhere and for ever."""
+    text = "\n\n".join(message.content for message in record.prompt)
+    digest = hashlib.sha256(text.encode("utf-8")).digest()
+    return int.from_bytes(digest[:8], "big") < share * 2**64
+
+
+def _recognise_most(rows: list[Row], path: str) -> str:
+    """The schema that most rows have; one row alone may be spoiled."""
+    with_fields = [row for _, row in rows if isinstance(row, dict)]
+    votes = Counter(schema for row in with_fields if (schema := recognise(row)))
+    if votes or not with_fields:  # rows without any fields are bad records under every schema
+        return votes.most_common(1)[0][0] if votes else "preference"
+    fields = ", ".join(repr(str(name)[:40]) for name in list(with_fields[0])[:20]) or "none"
+    raise UserError(
+        f"config.data.path {path!r} has no known schema: its fields are {fields}; required is one of "
+        f"{describe_schemas()}; rename the fields"
+    )
+
+
+def _rows(path: str, split: str) -> Iterator[Row]:
+    if not path:
+        raise UserError(
+            "config.data.path is empty; name a file, a folder or a data set, e.g. --config.data.path=task:safety"
+        )
+    place = Path(path).expanduser()
+    if place.is_dir():
+        for file in _files(place, split):
+            yield from _file_rows(file, str(file.relative_to(place)))
+    elif place.is_file():
+        yield from _file_rows(place, place.name)
+    elif re.fullmatch(r"[\w.-]+/[\w.-]+(/[\w./-]+)?(:[\w.-]+)?", path) and not path.endswith(SUFFIXES):
+        yield from _hub_rows(path, split)
+    else:
+        raise UserError(
+            f"config.data.path is {path!r}, which is no file, folder or data set (org/name); check the spelling, "
+            "e.g. --config.data.path=pairs.jsonl"
+        )
+
+
+def _files(folder: Path, split: str) -> list[Path]:
+    """The data files of a folder: those named after the split (`train.jsonl`, `train-00000.parquet`), else all."""
+    found = sorted(file for file in folder.rglob("*") if file.is_file() and file.name.endswith(SUFFIXES))
+    found = [file for file in found if not any(part.startswith(".") for part in file.relative_to(folder).parts)]
+    # Beside lines and tables, a lone .json holds settings rather than records.
+    found = [file for file in found if file.suffix != ".json"] or found
+    named = [file for file in found if re.match(rf"{re.escape(split)}(\W|_|$)", file.name)]
+    if named or (found and split == DataConfig.split):
+        return named or found
+    files = ", ".join(file.name for file in found[:10]) or "no file that ends in " + ", ".join(SUFFIXES)
+    raise UserError(f"{folder}: there is no file of split {split!r}, but {files}; e.g. --config.data.split=train")
+
+
+def _file_rows(file: Path, name: str) -> Iterator[Row]:
+    try:
+        if name.endswith(".parquet"):
+            yield from _parquet_rows(file, name)
+        elif name.endswith(".json"):
+            yield from _json_rows(file, name)
+        else:
+            with gzip.open(file, "rb") if name.endswith(".gz") else file.open("rb") as lines:
+                yield from _json_lines(lines, name)
+    except (OSError, EOFError, zlib.error) as error:  # gzip.BadGzipFile is an OSError
+        raise UserError(f"{file} cannot be read to its end ({error}); fetch or write it again") from error
+
+
+def _json_lines(lines: Any, name: str) -> Iterator[Row]:
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            yield f"{name}:{number}", _decode(line.removeprefix(b"\xef\xbb\xbf"))
+
+
+def _decode(line: bytes) -> Any:
+    try:
+        return json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError:
+        return BadRecordError("not UTF-8")
+    except (ValueError, RecursionError):  # too deep a nesting, or too long a number, is no usable JSON either
+        return BadRecordError("invalid JSON")
+
+
+def _json_rows(file: Path, name: str) -> Iterator[Row]:
+    """One list of records; a file that holds one object a line is read as lines, since many are named .json."""
+    content = file.read_bytes()
+    if not content.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
+        yield from _json_lines(content.splitlines(), name)
+        return
+    found = _decode(content.removeprefix(b"\xef\xbb\xbf"))
+    if isinstance(found, BadRecordError):
+        raise UserError(f"{file}: {found}; it must be a list of records, or one record a line")
+    for number, row in enumerate(found, 1):
+        yield f"{name}:{number}", row
+
+
+def _parquet_rows(file: Path, name: str) -> Iterator[Row]:
+    pyarrow, parquet = (_import(module, "read parquet files") for module in ("pyarrow", "pyarrow.parquet"))
+    number = 0
+    try:
+        for batch in parquet.ParquetFile(file).iter_batches(batch_size=1024):
+            for row in batch.to_pylist():
+                number += 1
+                yield f"{name}:{number}", row
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
+        raise UserError(f"{file}: not a readable parquet file ({error}); fetch or write it again") from error
+
+
+def _hub_rows(path: str, split: str) -> Iterator[Row]:
+    datasets = _import("datasets", "read data sets from the hub")
+    place, _, configuration = path.partition(":")
+    repository, folder = "/".join(place.split("/")[:2]), "/".join(place.split("/")[2:])
+    try:
+        rows = datasets.load_dataset(repository, configuration or None, data_dir=folder or None, split=split)
+    except Exception as error:  # datasets raises whatever its storage, parsers and the network raise
+        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"config.data.path {path!r} is no file or folder here, and as a data set of the hub (split {split!r}) it "
+            f"could not be had: {reason}; check the name and the network, or give a file, "
+            "e.g. --config.data.path=pairs.jsonl"
+        ) from error
+    for index, row in enumerate(rows):
+        yield f"{place}[{split}]:{index}", row
+
+
+def _import(module: str, purpose: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise UserError(f"{module} is needed to {purpose}, but is not installed; pip install datasets") from error

@@ -1,0 +1,70 @@
+"""The three kinds of record that every data set is read into, and nothing else travels from readers to tokens."""
+
+from dataclasses import dataclass
+
+from jaxrm.errors import UserError
+
+ROLES = ("system", "user", "assistant")
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn of a dialogue; `role` is one of `ROLES`."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True)
+class PreferenceRecord:
+    """A prompt x with a chosen response y⁺ and a rejected one y⁻; `source` says where it was read, `file:line`."""
+
+    prompt: tuple[Message, ...]
+    chosen: str
+    rejected: str
+    source: str
+
+
+@dataclass(frozen=True)
+class DemonstrationRecord:
+    """A dialogue that ends with the assistant's response."""
+
+    messages: tuple[Message, ...]
+    source: str
+
+    @property
+    def prompt(self) -> tuple[Message, ...]:
+        """Everything before the last response."""
+        return self.messages[:-1]
+
+    @property
+    def response(self) -> str:
+        """The last assistant turn."""
+        return self.messages[-1].content
+
+
+@dataclass(frozen=True)
+class PromptRecord:
+    """A prompt without a response."""
+
+    prompt: tuple[Message, ...]
+    source: str
+
+
+Record = PreferenceRecord | DemonstrationRecord | PromptRecord
+
+
+def as_demonstration(record: Record) -> DemonstrationRecord:
+    """The record as a dialogue to imitate; of a preference, the chosen response.
+
+    Raises:
+      UserError: the record is a prompt without a response.
+    """
+    if isinstance(record, DemonstrationRecord):
+        return record
+    if isinstance(record, PreferenceRecord):
+        return DemonstrationRecord((*record.prompt, Message("assistant", record.chosen)), record.source)
+    raise UserError(
+        f"{record.source}: a prompt without a response, but training imitates responses; give records with e.g. "
+        "prompt and response, or name the schema, e.g. --config.data.schema=messages"
+    )

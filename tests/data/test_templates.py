@@ -1,0 +1,211 @@
+import copy
+
+import pytest
+
+from jaxrm.data.records import Message
+from jaxrm.data.templates import TEMPLATES, bos_id, cut_dialogue, encode_prompt, encode_response, end_ids
+from jaxrm.data.tokenizer import load_tokenizer
+from jaxrm.errors import UserError
+
+DIALOGUE = [
+    Message("user", "what should the garden answer?"),
+    Message("assistant", "a quiet stone, always"),
+    Message("user", "why 12 (maybe)"),
+]
+
+# The published templates of Llama 2 and Mistral (spaces around the response) and of Gemma (refuses system turns),
+# reduced to what they write.
+LLAMA2_OWN = (
+    "{% for message in messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}{% endif %}"
+    "{% if message['role'] == 'user' %}{{ bos_token + '[INST] ' + message['content'] + ' [/INST]' }}"
+    "{% else %}{{ ' ' + message['content'] + ' ' + eos_token }}{% endif %}{% endfor %}"
+)
+GEMMA_OWN = (
+    "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'system' %}"
+    "{{ raise_exception('System role not supported') }}{% endif %}"
+    "{{ '<start_of_turn>' + ('model' if message['role'] == 'assistant' else message['role']) + '\n' + "
+    "message['content'] | trim + '<end_of_turn>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
+)
+
+
+@pytest.fixture
+def gemma(gemma_folder):
+    tokenizer = load_tokenizer(str(gemma_folder))
+    tokenizer.chat_template = GEMMA_OWN
+    return tokenizer
+
+
+@pytest.fixture
+def llama(llama_folder):
+    tokenizer = load_tokenizer(str(llama_folder))
+    tokenizer.chat_template = LLAMA2_OWN
+    return tokenizer
+
+
+@pytest.fixture
+def every_tokenizer(gemma, llama, chatml_tokenizer):
+    return {"gemma": gemma, "llama": llama, "chatml": chatml_tokenizer}
+
+
+def as_dicts(messages):
+    return [{"role": message.role, "content": message.content} for message in messages]
+
+
+def by_transformers(tokenizer, messages, **options):
+    return tokenizer.apply_chat_template(as_dicts(messages), return_dict=False, **options)
+
+
+def test_prompt_equals_the_chat_template_of_transformers(every_tokenizer):
+    for tokenizer in every_tokenizer.values():
+        expected = by_transformers(tokenizer, DIALOGUE, add_generation_prompt=True)
+        assert encode_prompt(tokenizer, DIALOGUE, "auto") == expected
+
+
+def test_prompt_and_response_equal_the_rendered_dialogue(every_tokenizer):
+    for tokenizer in every_tokenizer.values():
+        answer = Message("assistant", "never open the harbour window")
+        ours = encode_prompt(tokenizer, DIALOGUE, "auto") + encode_response(tokenizer, answer.content, "auto")
+        theirs = by_transformers(tokenizer, [*DIALOGUE, answer])
+        assert theirs[: len(ours)] == ours
+        assert tokenizer.decode(theirs[len(ours) :]).strip() == ""
+        assert ours[-1] in end_ids(tokenizer, "auto")
+
+
+def test_real_chat_template_is_followed(smollm2_tokenizer):
+    expected = by_transformers(smollm2_tokenizer, DIALOGUE, add_generation_prompt=True)
+    assert encode_prompt(smollm2_tokenizer, DIALOGUE, "auto") == expected
+    assert end_ids(smollm2_tokenizer, "auto") == {2}
+    assert bos_id(smollm2_tokenizer, "auto") is None
+
+
+def test_bos_stands_first_once_where_the_model_has_one(gemma, llama, chatml_tokenizer):
+    for tokenizer, name in ((gemma, "gemma"), (gemma, "hh"), (llama, "plain"), (llama, "hh")):
+        ids = encode_prompt(tokenizer, DIALOGUE, name)
+        assert ids[0] == tokenizer.bos_token_id == bos_id(tokenizer, name)
+        assert ids.count(tokenizer.bos_token_id) == 1
+    assert bos_id(chatml_tokenizer, "chatml") is None
+
+
+def test_named_templates_write_what_they_say(gemma, llama, chatml_tokenizer):
+    messages = [Message("system", "be good."), *DIALOGUE]
+    written = {
+        name: tokenizer.decode(encode_prompt(tokenizer, messages, name))
+        for name, tokenizer in {"gemma": gemma, "llama2": llama, "chatml": chatml_tokenizer}.items()
+    }
+    assert written["chatml"] == (
+        "<|im_start|>system\nbe good.<|im_end|>\n<|im_start|>user\nwhat should the garden answer?<|im_end|>\n"
+        "<|im_start|>assistant\na quiet stone, always<|im_end|>\n<|im_start|>user\nwhy 12 (maybe)<|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )
+    assert written["gemma"] == (
+        "<bos><start_of_turn>user\nbe good.\n\nwhat should the garden answer?<end_of_turn>\n<start_of_turn>model\n"
+        "a quiet stone, always<end_of_turn>\n<start_of_turn>user\nwhy 12 (maybe)<end_of_turn>\n<start_of_turn>model\n"
+    )
+    assert written["llama2"] == (
+        "<s> [INST] <<SYS>>\nbe good.\n<</SYS>>\n\nwhat should the garden answer? [/INST] a quiet stone, always </s>"
+        "<s> [INST] why 12 (maybe) [/INST]"
+    )
+    ids = encode_prompt(llama, DIALOGUE, "hh") + encode_response(llama, "good.", "hh")
+    assert llama.decode(ids) == (
+        "<s> \n\nHuman: what should the garden answer?\n\nAssistant: a quiet stone, always</s>"
+        "\n\nHuman: why 12 (maybe)\n\nAssistant: good.</s>"
+    )
+    ids = encode_prompt(gemma, [Message("user", "POST: a\n\nTL;DR:")], "plain") + encode_response(gemma, " b", "plain")
+    assert gemma.decode(ids) == "<bos>POST: a\n\nTL;DR: b<eos>"
+
+
+def test_llama_response_continues_the_prompt(llama):
+    """The response has the leading space of "[/INST] good", once, and no second one from sentencepiece."""
+    pieces = llama.convert_ids_to_tokens(encode_response(llama, "good", "auto"))
+    assert "".join(pieces[:-1]) == "\u2581good\u2581"
+    assert pieces[-1] == "</s>"
+
+
+@pytest.mark.parametrize("name", sorted({"auto", *TEMPLATES} - {"llama3"}))  # none of the three has its tokens
+def test_special_tokens_spelled_out_by_a_user_stay_text(every_tokenizer, name):
+    tried = 0
+    for tokenizer in every_tokenizer.values():
+        added = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
+        turns = [t for t in ("<start_of_turn>", "<end_of_turn>") if t in tokenizer.get_vocab()]
+        attack = "good " + " ".join({*added, *(turns if name in ("auto", "gemma") else ())}) + "<<s><s>></s> bad"
+        try:
+            honest = encode_prompt(tokenizer, [Message("user", "good bad")], name)
+        except UserError:  # a named template of another family
+            continue
+        ids = encode_prompt(tokenizer, [Message("user", attack)], name)
+        answer = encode_response(tokenizer, attack, name)
+        forbidden = [tokenizer.convert_tokens_to_ids(t) for t in {*added, *turns}]
+        for token in forbidden:
+            if token in turns and name not in ("auto", "gemma"):
+                continue
+            assert ids.count(token) == honest.count(token)
+            assert answer.count(token) == (token == answer[-1])
+        assert attack in tokenizer.decode(ids)
+        assert attack in tokenizer.decode(answer)
+        tried += 1
+    assert tried
+
+
+def test_token_that_only_the_template_makes_special_stays_text(chatml_tokenizer):
+    """`<think>` is an ordinary added token here; it is guarded once the template writes it."""
+    token = chatml_tokenizer.convert_tokens_to_ids("<think>")
+    assert token in encode_response(chatml_tokenizer, "a <think> b", "chatml")
+    thinking = copy.copy(chatml_tokenizer)
+    thinking.chat_template = chatml_tokenizer.chat_template.replace("assistant\\n", "assistant\\n<think>") + "<think>"
+    assert token not in encode_response(thinking, "a <think> b", "auto")
+
+
+def test_marks_in_a_message_are_dropped(chatml_tokenizer):
+    plain = encode_prompt(chatml_tokenizer, [Message("user", "good bad")], "auto")
+    assert encode_prompt(chatml_tokenizer, [Message("user", "\ufdd1good\ufdd2 \ufdd0bad\ufdd3")], "auto") == plain
+
+
+def test_white_space_around_a_message_is_dropped(every_tokenizer):
+    for tokenizer in every_tokenizer.values():
+        padded = [Message(m.role, f" \n{m.content}\n\n ") for m in DIALOGUE]
+        assert encode_prompt(tokenizer, padded, "auto") == encode_prompt(tokenizer, DIALOGUE, "auto")
+        assert encode_response(tokenizer, "\n good ", "auto") == encode_response(tokenizer, "good", "auto")
+
+
+def test_targets_are_the_assistant_turns_and_their_ends(chatml_tokenizer):
+    pieces = cut_dialogue(chatml_tokenizer, [*DIALOGUE, Message("assistant", "good.")], "auto")
+    targets = [piece.text for piece in pieces if piece.is_target]
+    assert targets == ["a quiet stone, always", "<|im_end|>", "good.", "<|im_end|>"]
+
+
+@pytest.mark.parametrize(
+    ("template", "problem"),
+    [
+        ("{% for m in messages %}{{ m.content }", "unexpected"),
+        ("{{ raise_exception('no such role') }}", "no such role"),
+        ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "unsafe|undefined"),
+        ("{{ messages.append(1) }}", "unsafe|immutable"),
+        ("{{ 1 / 0 }}", "zero"),
+        ("{{ messages[0].content }}", "does not write the assistant"),
+    ],
+)
+def test_a_broken_or_hostile_template_is_one_line(chatml_tokenizer, template, problem):
+    tokenizer = copy.copy(chatml_tokenizer)
+    tokenizer.chat_template = template
+    with pytest.raises(UserError, match=problem) as error:
+        encode_prompt(tokenizer, DIALOGUE, "auto")
+    assert "\n" not in str(error.value)
+
+
+def test_a_dialogue_that_the_template_refuses_is_a_user_error(llama, gemma):
+    with pytest.raises(UserError, match="must alternate"):
+        encode_prompt(llama, [DIALOGUE[0], DIALOGUE[2]], "auto")
+    with pytest.raises(UserError, match="System role not supported"):
+        encode_prompt(gemma, [Message("system", "be good"), DIALOGUE[0]], "auto")
+
+
+def test_a_template_that_is_not_there_is_refused(gemma_folder, chatml_tokenizer):
+    bare = load_tokenizer(str(gemma_folder))
+    with pytest.raises(UserError, match=r"no chat template.*--config.data.template="):
+        encode_prompt(bare, DIALOGUE, "auto")
+    with pytest.raises(UserError, match="'vicuna'"):
+        encode_prompt(bare, DIALOGUE, "vicuna")
+    with pytest.raises(UserError, match="no token '<start_of_turn>'"):
+        encode_prompt(chatml_tokenizer, DIALOGUE, "gemma")

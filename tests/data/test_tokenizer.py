@@ -1,0 +1,183 @@
+import json
+
+import pytest
+
+from jaxrm.data.tokenizer import load_tokenizer, save_tokenizer
+from jaxrm.errors import UserError
+
+MESSAGES = [{"role": "user", "content": "what 12"}]
+
+
+def reference(folder):
+    import sentencepiece
+
+    return sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+
+
+def ids_of(tokenizer, text):
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def test_gemma_model_file_gives_the_ids_of_sentencepiece(gemma_folder, tricky_texts):
+    tokenizer, expected = load_tokenizer(str(gemma_folder)), reference(gemma_folder)
+    # Text that spells a control piece out is an ordinary special token in transformers; templates.py breaks it up.
+    for text in [t for t in tricky_texts if "<s>" not in t] + ["<start_of_turn>user\nhow<end_of_turn>\n", "<h1>a"]:
+        assert ids_of(tokenizer, text) == expected.encode(text), text
+        assert tokenizer(text)["input_ids"] == [expected.bos_id(), *expected.encode(text)], text
+        assert tokenizer.decode(expected.encode(text)) == text
+    assert len(tokenizer) == expected.get_piece_size()
+    assert (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id) == (0, 1, 2)
+
+
+def test_llama_model_file_gives_the_ids_of_sentencepiece(llama_folder, tricky_texts):
+    tokenizer, expected = load_tokenizer(str(llama_folder)), reference(llama_folder)
+    for text in [t for t in tricky_texts if "<s>" not in t]:
+        assert ids_of(tokenizer, text) == expected.encode(text), text
+        assert tokenizer(text)["input_ids"] == [expected.bos_id(), *expected.encode(text)], text
+        assert tokenizer.decode(expected.encode(text)) == text
+    assert len(tokenizer) == expected.get_piece_size()
+    assert tokenizer.pad_token_id is None
+
+
+def test_byte_fallback_spells_unknown_characters_in_bytes(llama_folder):
+    tokenizer = load_tokenizer(str(llama_folder))
+    pieces = tokenizer.convert_ids_to_tokens(ids_of(tokenizer, "😀"))
+    assert pieces[-4:] == ["<0xF0>", "<0x9F>", "<0x98>", "<0x80>"]
+
+
+def test_unigram_model_file_gives_the_ids_of_sentencepiece(train_sentencepiece, tmp_path, tricky_texts):
+    (tmp_path / "tokenizer.model").write_bytes(train_sentencepiece(model_type="unigram", vocab_size=200))
+    tokenizer, expected = load_tokenizer(str(tmp_path)), reference(tmp_path)
+    for text in [t for t in tricky_texts if "<" not in t]:
+        assert ids_of(tokenizer, text) == expected.encode(text), text
+
+
+@pytest.mark.parametrize("family", ["gemma", "llama"])
+def test_saved_model_file_loads_in_transformers_beside_a_config(family, request, tmp_path, tricky_texts):
+    from transformers import AutoTokenizer
+
+    tokenizer = load_tokenizer(str(request.getfixturevalue(f"{family}_folder")))
+    save_tokenizer(tokenizer, tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": family, "vocab_size": len(tokenizer)}))
+    for again in (load_tokenizer(str(tmp_path)), AutoTokenizer.from_pretrained(str(tmp_path))):
+        assert [again(t)["input_ids"] for t in tricky_texts] == [tokenizer(t)["input_ids"] for t in tricky_texts]
+        assert again.special_tokens_map == tokenizer.special_tokens_map
+
+
+def test_settings_beside_a_model_file_are_kept(llama_folder, tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes((llama_folder / "tokenizer.model").read_bytes())
+    settings = {
+        "chat_template": "{{ messages[0].content }}",
+        "pad_token": {"content": "<unk>", "special": True},
+        "add_bos_token": False,
+        "auto_map": {"AutoTokenizer": ["evil.Tokenizer", None]},
+    }
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    tokenizer = load_tokenizer(str(tmp_path))
+    assert tokenizer.chat_template == settings["chat_template"]
+    assert tokenizer.pad_token == "<unk>"
+    assert tokenizer("how")["input_ids"] == ids_of(tokenizer, "how")
+
+
+def test_saved_folder_is_read_as_written(chatml_tokenizer, tmp_path, tricky_texts):
+    save_tokenizer(chatml_tokenizer, tmp_path / "new")
+    save_tokenizer(chatml_tokenizer, tmp_path / "new")  # over what is there
+    written = {file.name for file in (tmp_path / "new").iterdir()}
+    assert written == {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
+    again = load_tokenizer(str(tmp_path / "new"))
+    assert [ids_of(again, t) for t in tricky_texts] == [ids_of(chatml_tokenizer, t) for t in tricky_texts]
+    assert again.apply_chat_template(MESSAGES, tokenize=False) == "<|im_start|>user\nwhat 12<|im_end|>\n"
+
+
+def test_gguf_gives_tokenizer_and_chat_template(smollm2_tokenizer):
+    tokenizer = smollm2_tokenizer
+    assert len(tokenizer) == 49_152
+    assert [ids_of(tokenizer, t) for t in ("<|im_start|>", "<|im_end|>")] == [[1], [2]]
+    assert tokenizer.eos_token == "<|im_end|>"
+    assert tokenizer("how")["input_ids"] == ids_of(tokenizer, "how")
+    rendered = tokenizer.apply_chat_template(MESSAGES, tokenize=False, add_generation_prompt=True)
+    assert rendered.endswith("<|im_start|>user\nwhat 12<|im_end|>\n<|im_start|>assistant\n")
+
+
+def test_gguf_splits_digits_as_the_model_was_trained(smollm2_tokenizer):
+    pieces = smollm2_tokenizer.convert_ids_to_tokens(ids_of(smollm2_tokenizer, "in 1999"))
+    assert pieces == ["in", "Ġ", "1", "9", "9", "9"]
+
+
+def test_gguf_tokenizer_round_trips_text_and_folder(smollm2_tokenizer, smollm2_gguf, tmp_path, tricky_texts):
+    for text in tricky_texts:
+        assert smollm2_tokenizer.decode(ids_of(smollm2_tokenizer, text)) == text
+    save_tokenizer(smollm2_tokenizer, tmp_path / "saved")
+    again = load_tokenizer(str(tmp_path / "saved"))
+    assert [ids_of(again, t) for t in tricky_texts] == [ids_of(smollm2_tokenizer, t) for t in tricky_texts]
+    (tmp_path / "only").mkdir()
+    (tmp_path / "only" / "model.gguf").symlink_to(smollm2_gguf)
+    assert load_tokenizer(str(tmp_path / "only")).chat_template == smollm2_tokenizer.chat_template
+
+
+def write_gguf(file, pieces, scores, kinds, **fields):
+    import gguf
+
+    writer = gguf.GGUFWriter(file, "llama")
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(pieces)
+    writer.add_token_scores(scores)
+    writer.add_token_types(kinds)
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_unk_token_id(0)
+    for name, value in fields.items():
+        writer.add_bool(f"tokenizer.ggml.{name}", value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+
+
+def test_gguf_of_a_sentencepiece_model_gives_its_ids(llama_folder, tmp_path, tricky_texts):
+    model = reference(llama_folder)
+    size = range(model.get_piece_size())
+    kinds = [2 if model.is_unknown(i) else 3 if model.is_control(i) else 6 if model.is_byte(i) else 1 for i in size]
+    write_gguf(
+        tmp_path / "m.gguf",
+        [model.id_to_piece(i) for i in size],
+        [model.get_score(i) for i in size],
+        kinds,
+        add_bos_token=True,
+    )
+    tokenizer = load_tokenizer(str(tmp_path / "m.gguf"))
+    for text in [t for t in tricky_texts if "<s>" not in t]:
+        assert tokenizer(text)["input_ids"] == [1, *model.encode(text)], text
+
+
+@pytest.mark.parametrize("content", [b"", b"GGUF", b"not a model at all", b"GGUF\x03\x00\x00\x00" + b"\xff" * 64])
+@pytest.mark.parametrize("name", ["tokenizer.model", "model.gguf", "tokenizer.json"])
+def test_damaged_files_are_one_line_errors(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=name.split(".")[0]) as error:
+        load_tokenizer(str(tmp_path))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("files", [[], ["a.gguf", "b.gguf"]])
+def test_a_folder_without_exactly_one_tokenizer_is_refused(tmp_path, files):
+    for file in files:
+        (tmp_path / file).touch()
+    with pytest.raises(UserError, match=r"exactly one \.gguf"):
+        load_tokenizer(str(tmp_path))
+
+
+@pytest.mark.parametrize("path", ["no/such/folder/here", "missing.gguf", "org/not-downloaded", "../x"])
+def test_a_tokenizer_that_is_not_there_is_refused(path):
+    with pytest.raises(UserError, match="tokenizer"):
+        load_tokenizer(path)
+
+
+def test_code_in_a_tokenizer_folder_is_not_run(tmp_path, chatml_tokenizer):
+    save_tokenizer(chatml_tokenizer, tmp_path)
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    settings |= {"auto_map": {"AutoTokenizer": [None, "code.Tokenizer"]}, "tokenizer_class": "Tokenizer"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    (tmp_path / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Tokenizer: pass\n")
+    with pytest.raises(UserError):
+        load_tokenizer(str(tmp_path))
+    assert not (tmp_path / "ran").exists()
