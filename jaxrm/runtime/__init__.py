@@ -1,0 +1,1 @@
+"""Where side effects live: devices, files, metrics, signals."""

@@ -1,0 +1,80 @@
+"""The devices as a grid with named axes."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import jax
+from jax.sharding import AxisType, Mesh
+
+from jaxrm.errors import UserError
+
+AXES = ("data", "fsdp", "tensor")
+BATCH_AXES = ("data", "fsdp")
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each axis; one of them may be -1, which takes what the others leave.
+
+    Attributes:
+      data: copies of the model, each with its share of the batch.
+      fsdp: shards of the parameters, gathered layer by layer; each has its share of the batch too.
+      tensor: shards of heads, MLP and vocabulary; the batch is the same on all of them.
+    """
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+    def __post_init__(self) -> None:
+        sizes = {axis: getattr(self, axis) for axis in AXES}
+        for axis, size in sizes.items():
+            if size == 0 or size < -1:
+                raise UserError(
+                    f"config.mesh.{axis} is {size}; use a number of devices, or -1 for the rest, "
+                    f"e.g. --config.mesh.{axis}=1"
+                )
+        if list(sizes.values()).count(-1) > 1:
+            raise UserError(f"config.mesh has more than one -1 ({sizes}); give all axes but one a number of devices")
+
+
+def build_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Mesh with axes data, fsdp and tensor over all devices.
+
+    Raises:
+      UserError: where the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    sizes = [getattr(config, axis) for axis in AXES]
+    known = math.prod(size for size in sizes if size != -1)
+    if len(devices) % known or (-1 not in sizes and known != len(devices)):
+        found = " x ".join(f"{axis} {size}" for axis, size in zip(AXES, sizes, strict=True))
+        raise UserError(
+            f"config.mesh is {found}, which does not fit {len(devices)} devices; the product must be "
+            f"{len(devices)}, e.g. --config.mesh.data=-1 --config.mesh.fsdp=1 --config.mesh.tensor=1"
+        )
+    shape = tuple(len(devices) // known if size == -1 else size for size in sizes)
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def batch_shards(mesh: Mesh) -> int:
+    """Number of parts that a batch is split into."""
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
+def check_batch(mesh: Mesh, field: str, batch_size: int, num_microbatches: int = 1) -> None:
+    """Refuse a batch that does not divide over the mesh and its microbatches.
+
+    Raises:
+      UserError: naming ``field``, and the nearest size that divides.
+    """
+    shards = batch_shards(mesh)
+    unit = shards * num_microbatches
+    if batch_size % unit:
+        nearest = max(unit, round(batch_size / unit) * unit)
+        microbatches = f" x {num_microbatches} microbatches" if num_microbatches > 1 else ""
+        raise UserError(
+            f"{field} is {batch_size}, but the data and fsdp axes have {shards} devices{microbatches}; "
+            f"use a multiple of {unit}, e.g. --{field}={nearest}"
+        )

@@ -1,0 +1,117 @@
+"""The optimizer, from optax."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxrm.errors import UserError
+
+OPTIMIZERS = ("adamw", "adafactor")
+SCHEDULES = ("cosine", "linear", "constant")
+_DECAYED = ("kernel", "embedding")
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """Optimizer, learning-rate schedule and gradient clipping.
+
+    Attributes:
+      name: ``adamw``, or ``adafactor`` (factored second moment, far less memory).
+      lr: peak learning rate.
+      schedule: after the warm-up ``cosine`` or ``linear`` to ``final_lr_share`` of the peak, or ``constant``.
+      warmup: share of the steps over which the rate rises linearly from 0.
+      final_lr_share: rate at the last step, as a share of ``lr``.
+      b1: decay of the first moment.
+      b2: decay of the second moment.
+      eps: added to the root of the second moment.
+      weight_decay: decoupled; on kernels and embeddings, never on norms and biases.
+      clip_norm: largest global norm of the gradients, or None for no clipping.
+      moment_dtype: of the first moment, ``float32`` or ``bfloat16``. The second stays in float32: at b2 near 1
+        its updates are smaller than the spacing of bfloat16 and it would never move (jaxrm choice).
+    """
+
+    name: str = "adamw"
+    lr: float = 2e-5
+    schedule: str = "cosine"
+    warmup: float = 0.03
+    final_lr_share: float = 0.0
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip_norm: float | None = 1.0
+    moment_dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        for field, allowed in (
+            ("name", OPTIMIZERS),
+            ("schedule", SCHEDULES),
+            ("moment_dtype", ("float32", "bfloat16")),
+        ):
+            if getattr(self, field) not in allowed:
+                raise UserError(
+                    f"config.optimizer.{field} is {getattr(self, field)!r}; use one of {', '.join(allowed)}, "
+                    f"e.g. --config.optimizer.{field}={allowed[0]}"
+                )
+        if not 0 <= self.warmup < 1:
+            raise UserError(
+                f"config.optimizer.warmup is {self.warmup}; it is a share of the steps, at least 0 and below 1, "
+                "e.g. --config.optimizer.warmup=0.03"
+            )
+        if self.lr <= 0:
+            raise UserError(f"config.optimizer.lr is {self.lr}; it must be above 0, e.g. --config.optimizer.lr=2e-5")
+        if self.clip_norm is not None and self.clip_norm <= 0:
+            raise UserError(
+                f"config.optimizer.clip_norm is {self.clip_norm}; it must be above 0, or None for no clipping, "
+                "e.g. --config.optimizer.clip_norm=1.0"
+            )
+
+
+def learning_rate(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
+    """Learning rate as a function of the step, over ``num_steps`` in all."""
+    warmup = round(config.warmup * num_steps)
+    rest = max(num_steps - warmup, 1)
+    final = config.lr * config.final_lr_share
+    decay = {
+        "cosine": optax.cosine_decay_schedule(config.lr, rest, alpha=config.final_lr_share),
+        "linear": optax.linear_schedule(config.lr, final, rest),
+        "constant": optax.constant_schedule(config.lr),
+    }[config.schedule]
+    if warmup == 0:
+        return decay
+    # The first step is 1 / warmup of the peak, not 0: no step is spent on nothing.
+    rise = optax.linear_schedule(config.lr / warmup, config.lr, max(warmup - 1, 1))
+    return optax.join_schedules([rise, decay], [warmup])
+
+
+def build_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTransformation:
+    """Clipping, then AdamW (Loshchilov & Hutter, arXiv 1711.05101) or Adafactor (arXiv 1804.04235)."""
+    schedule = learning_rate(config, num_steps)
+    if config.name == "adamw":
+        update = optax.adamw(
+            schedule,
+            b1=config.b1,
+            b2=config.b2,
+            eps=config.eps,
+            mu_dtype=jnp.dtype(config.moment_dtype),
+            weight_decay=config.weight_decay,
+            mask=decay_mask,
+        )
+    else:
+        update = optax.adafactor(
+            schedule,
+            weight_decay_rate=config.weight_decay or None,
+            weight_decay_mask=decay_mask,
+            multiply_by_parameter_scale=False,
+            dtype_momentum=jnp.dtype(config.moment_dtype),
+        )
+    clip = optax.identity() if config.clip_norm is None else optax.clip_by_global_norm(config.clip_norm)
+    return optax.chain(clip, update)
+
+
+def decay_mask(params: Any) -> Any:
+    """True for the parameters that weight decay applies to: kernels and embeddings."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in _DECAYED, params)

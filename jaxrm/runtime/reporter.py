@@ -1,0 +1,56 @@
+"""What a training run tells while it goes on: a progress bar for people, rows for files."""
+
+from collections.abc import Mapping
+
+import jax
+
+from jaxrm.runtime import hardware
+from jaxrm.runtime.metrics import MetricsWriter
+from jaxrm.runtime.progress import Progress, format_value
+
+
+class TrainingReporter:
+    """Sends metrics to the progress bar at every step and to the files every so often.
+
+    Args:
+      writer: of the metrics files.
+      progress: the bar.
+      every: steps between rows of training metrics; evaluations always have one.
+      num_steps: the last step, which always has a row.
+      flops_per_token: forward and backward, for the share of the hardware's peak that is used (MFU).
+      dtype: compute dtype, which the peak depends on.
+    """
+
+    def __init__(
+        self,
+        writer: MetricsWriter,
+        progress: Progress,
+        *,
+        every: int,
+        num_steps: int,
+        flops_per_token: float,
+        dtype: str,
+    ) -> None:
+        self._writer, self._progress = writer, progress
+        self._every, self._num_steps = every, num_steps
+        self._flops_per_token, self._dtype = flops_per_token, dtype
+
+    def step(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Metrics of one training step, with its ``tokens_per_second``."""
+        rate = metrics["tokens_per_second"]
+        mfu = hardware.mfu(self._flops_per_token * rate, 1.0, jax.devices(), self._dtype)
+        self._progress.update(step, loss=metrics["loss"], tokens_per_second=rate, mfu=mfu)
+        if step % self._every == 0 or step == self._num_steps:
+            memory = hardware.device_memory()
+            measured = {
+                "mfu": mfu,
+                "host_memory_gib": hardware.host_memory_gib(),
+                "device_memory_gib": None if memory is None else memory.peak,
+            }
+            self._writer.write(step, {**metrics, **{name: x for name, x in measured.items() if x is not None}})
+
+    def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Held-out metrics after ``step`` updates."""
+        self._writer.write(step, metrics)
+        told = " · ".join(f"{name.replace('eval_', '')} {format_value(x)}" for name, x in metrics.items())
+        self._progress.print(f"step {step}: held-out {told}")

@@ -1,0 +1,250 @@
+"""The folder of a run: what it holds, when it may be continued, and how it says where it came from.
+
+    run_dir/
+      run.json        resolved config; one entry per launch: time, command, versions, devices, git commit
+      metrics.jsonl   one row per logged step (`metrics`)
+      samples.jsonl   generated samples
+      checkpoints/    whole states
+      model.json      shape of the model
+      tokenizer/      the tokenizer that it was trained with
+      tensorboard/    the metrics again
+
+Nothing is ever deleted: a run that is started anew finds its old folder beside the new one, as ``run_dir.1``.
+"""
+
+import datetime
+import json
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from jaxrm.errors import UserError
+from jaxrm.runtime.config import differences
+from jaxrm.runtime.provenance import describe_devices, git_state, package_versions
+
+OnExisting = Literal["resume", "restart", "error"]
+_UNFINISHED = ".run.json.tmp"  # all that a launch killed before its run.json leaves behind
+_SHOWN = 8  # differing fields that a message lists
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """An opened run.
+
+    Attributes:
+        path: the folder.
+        resumed: whether it held this run already.
+        message: what was found there, in words for the console.
+        is_writer: whether this process writes into it.
+    """
+
+    path: Path
+    resumed: bool
+    message: str
+    is_writer: bool = True
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the whole states."""
+        return self.path / "checkpoints"
+
+    @property
+    def tensorboard(self) -> Path:
+        """Folder of TensorBoard's event files."""
+        return self.path / "tensorboard"
+
+    @property
+    def metrics(self) -> Path:
+        """File of one row per logged step."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def model(self) -> Path:
+        """File with the shape of the model."""
+        return self.path / "model.json"
+
+    @property
+    def tokenizer(self) -> Path:
+        """Folder of the tokenizer that the run was trained with."""
+        return self.path / "tokenizer"
+
+    @property
+    def samples(self) -> Path:
+        """File of generated samples."""
+        return self.path / "samples.jsonl"
+
+
+def open_run(
+    run_dir: str,
+    resolved_config: Mapping[str, Any],
+    *,
+    on_existing: OnExisting = "resume",
+    may_differ: frozenset[str] = frozenset(),
+    is_writer: bool = True,
+    process_count: int = 1,
+    command: list[str] | None = None,
+    devices: Mapping[str, Any] | None = None,
+) -> RunFolder:
+    """Make the folder of a run, or find the run that it holds, and note this launch in ``run.json``.
+
+    Where several processes take part, all call this; the writer decides and the others learn what it decided.
+
+    Args:
+        run_dir: the folder; its parents are made.
+        resolved_config: the config as `config.as_dict` gives it.
+        on_existing: what to do with a folder that holds a run: "resume" continues it if the configs agree,
+            "restart" renames it aside to ``run_dir.1``, "error" refuses.
+        may_differ: dotted names (without ``config.``) of fields and sections that may change between launches,
+            such as ``mesh``, since a checkpoint restores on another one.
+        is_writer: whether this process writes; exactly one does.
+        process_count: the number of processes that call this.
+        command: the command line, ``sys.argv`` by default.
+        devices: what ``run.json`` says of the devices; asked of jax by default.
+
+    Raises:
+        UserError: the folder belongs to another config, holds something that is no run, or cannot be written.
+            Nothing has been written then.
+    """
+    opened: RunFolder | UserError | None = None
+    if is_writer:
+        try:
+            opened = _open(run_dir, resolved_config, on_existing, may_differ, command, devices)
+        except UserError as error:
+            opened = error
+    outcome = -1 if isinstance(opened, UserError) else int(opened is not None and opened.resumed)
+    if process_count > 1:
+        outcome = _from_writer(outcome, is_writer)
+    if isinstance(opened, UserError):
+        raise opened
+    if outcome < 0:
+        raise UserError(f"config.run_dir is {run_dir!r}, which the first process refused; its message says why")
+    return opened or RunFolder(Path(run_dir).expanduser(), bool(outcome), "", is_writer=False)
+
+
+def write_json_atomically(path: Path, content: Any) -> None:
+    """Write `content` as JSON so that a reader finds the old file or the new one, never a part of either.
+
+    Raises:
+        ValueError: `content` holds NaN or an infinity, which JSON cannot.
+    """
+    unfinished = path.with_name(f".{path.name}.tmp")
+    with unfinished.open("w", encoding="utf-8") as file:
+        json.dump(content, file, indent=2, allow_nan=False, ensure_ascii=False)
+        file.write("\n")
+    unfinished.replace(path)
+
+
+def _open(
+    run_dir: str,
+    config: Mapping[str, Any],
+    on_existing: OnExisting,
+    may_differ: frozenset[str],
+    command: list[str] | None,
+    devices: Mapping[str, Any] | None,
+) -> RunFolder:
+    path = _checked_path(run_dir)
+    found = _found_run(path, run_dir)
+    changed: list[tuple[str, Any, Any]] = []
+    message = f"{run_dir} is new"
+    if found is not None:
+        since = f"{run_dir} holds a run started {found['launches'][0]['started']}"
+        if on_existing == "error":
+            raise UserError(f"{since}; {_what_to_type(run_dir, ('resume', 'restart'))}")
+        if on_existing == "resume":
+            changed = differences(found["config"], config)
+            _check_same_config(changed, may_differ, run_dir)
+            message = f"{since}, launched {_times(len(found['launches']))}; continuing it"
+    launch = {
+        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": list(sys.argv if command is None else command),
+        "changed": [list(change) for change in changed],
+        "versions": package_versions(),
+        "devices": dict(describe_devices() if devices is None else devices),
+        "git": git_state(),
+    }
+    try:
+        if found is not None and on_existing == "restart":
+            aside = _rename_aside(path)
+            message, found = f"{run_dir} is new; the run that was there is now {aside}", None
+        path.mkdir(parents=True, exist_ok=True)
+        launches = [*found["launches"], launch] if found is not None else [launch]
+        write_json_atomically(path / "run.json", {"config": config, "launches": launches})
+    except OSError as error:
+        raise UserError(
+            f"config.run_dir is {run_dir!r}, which cannot be written ({error.strerror}); "
+            "required a folder that can, e.g. --config.run_dir=runs/first"
+        ) from error
+    return RunFolder(path, found is not None, message)
+
+
+def _checked_path(run_dir: str) -> Path:
+    if not run_dir:
+        raise UserError("config.run_dir is empty; required a folder, e.g. --config.run_dir=runs/first")
+    if "://" in run_dir:
+        raise UserError(f"config.run_dir is {run_dir!r}, a URL; required a folder, such as one that mounts the bucket")
+    return Path(run_dir).expanduser()
+
+
+def _found_run(path: Path, run_dir: str) -> dict[str, Any] | None:
+    """The ``run.json`` of the run in the folder; None for a folder that is absent or empty."""
+    if not path.exists():
+        return None
+    another = f"required an empty or a new folder, e.g. --config.run_dir={_next(run_dir)}"
+    if not path.is_dir():
+        raise UserError(f"config.run_dir is {run_dir!r}, which is a file; {another}")
+    names = sorted(entry.name for entry in path.iterdir() if entry.name != _UNFINISHED)
+    if not names:
+        return None
+    if "run.json" not in names:
+        raise UserError(f"config.run_dir is {run_dir!r}, which is no run but holds {names[0]!r}; {another}")
+    try:
+        found = json.loads((path / "run.json").read_text(encoding="utf-8"))
+        return {"config": dict(found["config"]), "launches": [{**launch} for launch in found["launches"]]}
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{path / 'run.json'} cannot be read ({error}); {another}") from error
+
+
+def _check_same_config(changed: list[tuple[str, Any, Any]], may_differ: frozenset[str], run_dir: str) -> None:
+    wrong = [
+        f"config.{name} was {old!r} and is {new!r}"
+        for name, old, new in changed
+        if not any(name == free or name.startswith(f"{free}.") for free in may_differ)
+    ]
+    if wrong:
+        more = f", and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
+        raise UserError(
+            f"config.run_dir is {run_dir!r}, which holds a run of another config: {', '.join(wrong[:_SHOWN])}{more}; "
+            f"{_what_to_type(run_dir, ('restart',))}"
+        )
+
+
+def _what_to_type(run_dir: str, choices: tuple[str, ...]) -> str:
+    meaning = {"resume": "continue it", "restart": "put it aside and start anew"}
+    ways = [f"--config.on_existing={choice} to {meaning[choice]}" for choice in choices]
+    return f"use {', '.join(ways)}, or another folder, e.g. --config.run_dir={_next(run_dir)}"
+
+
+def _next(run_dir: str) -> str:
+    return f"{run_dir.rstrip('/')}-2"
+
+
+def _times(count: int) -> str:
+    return "once" if count == 1 else f"{count} times"
+
+
+def _rename_aside(path: Path) -> Path:
+    path = path.resolve()
+    number = 1
+    while (aside := path.with_name(f"{path.name}.{number}")).exists():
+        number += 1
+    return path.rename(aside)
+
+
+def _from_writer(outcome: int, is_writer: bool) -> int:
+    """The writer's `outcome`, in every process."""
+    import numpy as np
+    from jax.experimental import multihost_utils
+
+    return int(multihost_utils.broadcast_one_to_all(np.int32(outcome), is_source=is_writer))
