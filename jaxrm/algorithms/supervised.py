@@ -1,0 +1,159 @@
+"""The host loop of everything that is trained from a data set: SFT, and reward models after it.
+
+It reads top to bottom: take a batch, step, log, evaluate, save. Metrics are fetched one step late, while the devices
+are busy with the next, and what is saved is a function of the step alone, so a run that was killed and started again
+ends with the same parameters, bit for bit, as one that was not.
+"""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+
+from jaxrm.algorithms.evaluation import evaluate
+from jaxrm.algorithms.state import TrainState
+from jaxrm.errors import UserError
+from jaxrm.runtime.checkpoint import Checkpoints
+from jaxrm.runtime.preemption import StopRequest, agree
+
+
+class Loader(Protocol):
+    """Batches without end, whose position can be saved."""
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        """The next batch."""
+        ...
+
+    def get_state(self) -> dict[str, Any]:
+        """The position, as JSON can hold it."""
+        ...
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Go back to a position."""
+        ...
+
+
+class Reporter(Protocol):
+    """Where a run tells what happens: console, files, dashboards."""
+
+    def step(self, step: int, metrics: dict[str, float]) -> None:
+        """Metrics of one training step."""
+        ...
+
+    def evaluation(self, step: int, metrics: dict[str, float]) -> None:
+        """Held-out metrics after ``step`` updates."""
+        ...
+
+
+def fit(
+    state: TrainState,
+    *,
+    num_steps: int,
+    train_step: Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]],
+    eval_step: Callable[[Any, Any], Any],
+    loader: Loader,
+    place: Callable[[dict[str, np.ndarray]], Any],
+    eval_batches: Sequence[Any],
+    eval_every: int,
+    checkpoints: Checkpoints,
+    checkpoint_every: int,
+    reporter: Reporter,
+    stop: StopRequest,
+) -> tuple[TrainState, bool]:
+    """Train from ``state.step`` to ``num_steps``, or until asked to stop.
+
+    Args:
+      state: where to start; donated.
+      num_steps: updates in all, those already made included.
+      train_step: from `jaxrm.algorithms.train_step.build_train_step`.
+      eval_step: from `jaxrm.algorithms.evaluation.build_eval_step`.
+      loader: training batches, at the position that belongs to ``state``.
+      place: puts a batch of this process on the devices.
+      eval_batches: held-out batches, already placed.
+      eval_every: updates between evaluations; the first and last parameters are always evaluated.
+      checkpoints: where to save.
+      checkpoint_every: updates between checkpoints; the last one is always saved.
+      reporter: told of every step and evaluation.
+      stop: asked after every step.
+
+    Returns:
+      The state, and whether it reached ``num_steps``.
+
+    Raises:
+      UserError: when the loss or the gradient is not finite; nothing of that step is saved.
+    """
+    step = int(state.step)
+    if step == 0:
+        reporter.evaluation(0, evaluate(eval_step, state.params, eval_batches))
+
+    unreported: tuple[int, dict[str, jax.Array], int] | None = None
+    reported_at = time.perf_counter()
+
+    def report() -> None:
+        """Fetch the metrics of the latest step, once, and tell them."""
+        nonlocal unreported, reported_at
+        if unreported is None:
+            return
+        (at, arrays, tokens), unreported = unreported, None
+        metrics = {name: float(value) for name, value in jax.device_get(arrays).items()}
+        _check_finite(at, metrics, checkpoints)
+        seconds = time.perf_counter() - reported_at
+        reported_at += seconds
+        reporter.step(at, metrics | {"tokens_per_second": tokens / seconds, "step_seconds": seconds})
+
+    while step < num_steps:
+        batch = next(loader)
+        state, metrics = train_step(state, place(batch))
+        step += 1
+        report()  # of the step before, while this one runs
+        unreported = (step, metrics, int(np.count_nonzero(batch["segment_ids"])) * jax.process_count())
+
+        last, stopping, loss = step == num_steps, agree(stop.requested), None
+        if last or step % eval_every == 0:
+            report()
+            held_out = evaluate(eval_step, state.params, eval_batches)
+            reporter.evaluation(step, held_out)
+            loss = held_out["eval_loss"]
+        if last or stopping or step % checkpoint_every == 0:
+            report()
+            arrays = {"params": state.params, "opt_state": state.opt_state}
+            checkpoints.save(step, arrays, {"loader": loader.get_state()}, loss)
+        if unreported is None:
+            reported_at = time.perf_counter()  # evaluating and saving are not training time
+        if stopping:
+            break
+    checkpoints.wait()
+    return state, step == num_steps
+
+
+def restore(abstract: TrainState, checkpoints: Checkpoints, loader: Loader, key: jax.Array) -> TrainState:
+    """State of the latest checkpoint, and the loader moved to where it was.
+
+    Args:
+      abstract: shapes and shardings of the state.
+      checkpoints: at least one of them is there.
+      loader: moved to the position that belongs to the state.
+      key: of the run, which follows from its seed.
+    """
+    latest = checkpoints.steps()[-1]
+    arrays = checkpoints.restore(latest, {"params": abstract.params, "opt_state": abstract.opt_state})
+    loader.set_state(checkpoints.progress(latest)["loader"])
+    step = jax.device_put(np.int32(latest), abstract.step.sharding)
+    return TrainState(step, arrays["params"], arrays["opt_state"], jax.device_put(key, abstract.key.sharding))
+
+
+def _check_finite(step: int, metrics: dict[str, float], checkpoints: Checkpoints) -> None:
+    bad = [name for name in ("loss", "grad_norm") if not math.isfinite(metrics[name])]
+    if bad:
+        checkpoints.wait()
+        saved = checkpoints.steps()
+        where = (
+            f"the last good checkpoint is {checkpoints.folder / str(saved[-1])}" if saved else "nothing was saved yet"
+        )
+        raise UserError(
+            f"step {step}: {' and '.join(bad)} is not finite, so the run stopped before saving it; {where}; "
+            "try a lower --config.optimizer.lr or more --config.optimizer.warmup"
+        )

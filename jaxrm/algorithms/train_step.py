@@ -1,0 +1,82 @@
+"""The one builder of training steps: it alone knows about jit, donation and microbatches."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxrm.algorithms.state import TrainState
+
+Metrics = dict[str, jax.Array]
+# (params, batch, key) -> (loss_sum, weight), {name: (sum, weight)}; sums are float32 and not divided.
+LossFn = Callable[[Any, Any, jax.Array], tuple[tuple[jax.Array, jax.Array], dict[str, tuple[jax.Array, jax.Array]]]]
+
+
+def build_train_step(
+    loss_fn: LossFn,
+    optimizer: optax.GradientTransformation,
+    *,
+    state_sharding: Any,
+    batch_sharding: Any,
+    num_microbatches: int = 1,
+) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:
+    """Jitted ``step(state, batch) -> (state, metrics)`` that minimizes ``loss_sum / weight`` of the whole batch.
+
+    Gradients of the sum and the weights are added over microbatches and devices and divided once, so a batch gives
+    the same update however it is cut, even where its parts carry different numbers of tokens.
+
+    Args:
+      loss_fn: ``(params, batch, key) -> (loss_sum, weight), aux``; aux maps a metric to its own (sum, weight).
+      optimizer: from `jaxrm.runtime.optimizer`.
+      state_sharding: pytree of shardings like the state. The state is donated: its buffers are reused.
+      batch_sharding: sharding of the rows of a batch, or a pytree of them.
+      num_microbatches: parts that the rows are cut into, one after another; divides the rows of every device.
+
+    Returns:
+      The step. Its metrics are float32 scalars: ``loss``, ``weight`` (the divisor, e.g. tokens), ``grad_norm``
+      before clipping, and each metric of aux.
+    """
+
+    def gradients(params: Any, batch: Any, key: jax.Array) -> Any:
+        def total(params: Any) -> Any:
+            (loss_sum, weight), aux = loss_fn(params, batch, key)
+            return loss_sum, {"loss": (loss_sum, weight), **aux}
+
+        return jax.grad(total, has_aux=True)(params)
+
+    def accumulated(params: Any, batch: Any, key: jax.Array) -> Any:
+        parts = jax.tree.map(lambda x: _microbatches(x, num_microbatches), batch)
+        keys = jax.random.split(key, num_microbatches)
+        first = jax.tree.map(lambda x: x[0], (parts, keys))
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradients, params, *first))
+
+        def add(total: Any, part: Any) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, total, gradients(params, *part)), None
+
+        return jax.lax.scan(add, zeros, (parts, keys))[0]
+
+    def step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
+        key = jax.random.fold_in(state.key, state.step)
+        grads, sums = (accumulated if num_microbatches > 1 else gradients)(state.params, batch, key)
+        # An empty batch has a zero gradient; dividing by 1 keeps it so.
+        divisor = jnp.maximum(sums["loss"][1], 1e-8).astype(jnp.float32)
+        grads = jax.tree.map(lambda g: g / divisor, grads)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        metrics = {name: total / jnp.maximum(weight, 1e-8) for name, (total, weight) in sums.items()}
+        metrics |= {"weight": sums["loss"][1], "grad_norm": optax.global_norm(grads)}
+        return TrainState(state.step + 1, params, opt_state, state.key), metrics
+
+    return jax.jit(
+        step,
+        in_shardings=(state_sharding, batch_sharding),
+        out_shardings=(state_sharding, None),
+        donate_argnums=0,
+    )
+
+
+def _microbatches(x: jax.Array, n: int) -> jax.Array:
+    """``[B, ...] -> [n, B / n, ...]``: part ``i`` takes rows ``i, i + n, ...``, so each device cuts its own rows."""
+    return x.reshape(x.shape[0] // n, n, *x.shape[1:]).swapaxes(0, 1)

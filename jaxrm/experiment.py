@@ -1,0 +1,84 @@
+"""The whole of a config: the sections that live beside the code they configure, in one frozen tree."""
+
+from dataclasses import dataclass, field
+
+from jaxrm.data.config import DataConfig
+from jaxrm.errors import UserError
+from jaxrm.models.build import ModelSource
+from jaxrm.models.generate import SamplingConfig
+from jaxrm.runtime.checkpoint import CheckpointConfig
+from jaxrm.runtime.mesh import MeshConfig
+from jaxrm.runtime.metrics import LoggingConfig
+from jaxrm.runtime.optimizer import OptimizerConfig
+from jaxrm.runtime.run_folder import OnExisting
+
+ALGORITHMS = ("sft",)
+
+# What may change between two launches of one run: nothing here changes what is learnt.
+MAY_DIFFER = frozenset({"run_dir", "on_existing", "mesh", "checkpoint", "logging", "evaluation.samples"})
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """Evaluation on held-out data.
+
+    Attributes:
+      every: updates between evaluations; the first and the last parameters are always evaluated.
+      samples: responses to held-out prompts that are generated when training ends.
+      sampling: how.
+    """
+
+    every: int = 100
+    samples: int = 3
+    sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(max_new_tokens=64, temperature=0.0))
+
+    def __post_init__(self) -> None:
+        if self.every < 1:
+            raise UserError(
+                f"config.evaluation.every is {self.every}; it must be at least 1, e.g. --config.evaluation.every=100"
+            )
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One run.
+
+    Attributes:
+      run_dir: folder of the run; all that it writes is in it.
+      algorithm: what to run, one of `ALGORITHMS`.
+      on_existing: a folder that already holds this run is continued (``resume``), put aside and started anew
+        (``restart``) or refused (``error``).
+      seed: of everything random: initial parameters, order of the data, sampling.
+      num_steps: updates in all, or None for ``num_epochs``.
+      num_epochs: passes over the data, where ``num_steps`` is None.
+      num_microbatches: parts that a batch is cut into, to save memory; the update is the same.
+    """
+
+    run_dir: str
+    algorithm: str = "sft"
+    on_existing: OnExisting = "resume"
+    seed: int = 0
+    num_steps: int | None = None
+    num_epochs: float = 3.0
+    num_microbatches: int = 1
+    model: ModelSource = field(default_factory=ModelSource)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("algorithm", ALGORITHMS), ("on_existing", ("resume", "restart", "error"))):
+            if getattr(self, name) not in allowed:
+                raise UserError(
+                    f"config.{name} is {getattr(self, name)!r}; use one of {', '.join(allowed)}, "
+                    f"e.g. --config.{name}={allowed[0]}"
+                )
+        for name in ("num_steps", "num_microbatches"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"config.{name} is {value}; it must be at least 1, e.g. --config.{name}=1")
+        if self.num_epochs <= 0:
+            raise UserError(f"config.num_epochs is {self.num_epochs}; it must be above 0, e.g. --config.num_epochs=3.0")

@@ -1,0 +1,62 @@
+"""Export a trained model as a folder that transformers and vLLM load.
+
+python -m jaxrm.export --checkpoint=runs/quickstart --output=exported/quickstart
+python -m jaxrm.export --checkpoint=runs/quickstart/checkpoints/best --output=exported/best --dtype=bfloat16
+"""
+
+import sys
+
+from absl import flags
+
+from jaxrm import command_line
+from jaxrm.errors import UserError
+
+
+def define_flags(values: flags.FlagValues) -> None:
+    """The flags of this command."""
+    text = flags.DEFINE_string
+    text("checkpoint", None, "folder of a run, or RUN_DIR/checkpoints/STEP (or /best)", flag_values=values)
+    text("weights", None, "published weights instead (a GGUF file becomes safetensors)", flag_values=values)
+    text("tokenizer", None, "with --weights: tokenizer, if it is not beside them", flag_values=values)
+    text("output", None, "folder to make", flag_values=values)
+    text("dtype", "float32", "of the exported tensors: float32, bfloat16 or float16", flag_values=values)
+    flags.DEFINE_integer("max_shard_mb", 5000, "largest file in MB", flag_values=values)
+    flags.DEFINE_bool("overwrite", False, "replace an earlier export", flag_values=values)
+
+
+def main(_: None, given: flags.FlagValues) -> int:
+    """Read the parameters and write the folder."""
+    if given.output is None:
+        raise UserError("--output is missing; give the folder to make, e.g. --output=exported/model")
+    if (given.checkpoint is None) == (given.weights is None):
+        raise UserError("give one of --checkpoint=RUN_DIR and --weights=MODEL")
+    if given.max_shard_mb < 1:
+        raise UserError(f"--max_shard_mb is {given.max_shard_mb}; it must be at least 1, e.g. --max_shard_mb=5000")
+
+    from jaxrm.data.templates import end_ids
+    from jaxrm.models.build import ModelSource
+    from jaxrm.models.hub import export_model
+    from jaxrm.runtime.mesh import MeshConfig, build_mesh
+    from jaxrm.stages.trained import open_checkpoint, open_weights
+
+    mesh = build_mesh(MeshConfig(data=1, fsdp=-1))
+    if given.checkpoint is not None:
+        trained = open_checkpoint(given.checkpoint, mesh)
+    else:
+        trained = open_weights(ModelSource(path=given.weights), given.tokenizer, "auto", mesh)
+    folder = export_model(
+        given.output,
+        trained.params,
+        trained.model.config,
+        tokenizer=trained.tokenizer,
+        end_ids=end_ids(trained.tokenizer, trained.template),
+        dtype=given.dtype,
+        max_shard_bytes=given.max_shard_mb * 1_000_000,
+        overwrite=given.overwrite,
+    )
+    print(f"{trained.name} is now in {folder}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(command_line.run(main, define_flags=define_flags))

@@ -1,0 +1,143 @@
+"""Ask a model: one prompt, a file of them, or a chat.
+
+python -m jaxrm.generate --checkpoint=runs/quickstart --prompt="how do i wash the lamp in the office ?"
+python -m jaxrm.generate --checkpoint=runs/quickstart --input=prompts.jsonl --output=responses.jsonl
+python -m jaxrm.generate --weights=HuggingFaceTB/SmolLM2-135M-Instruct --interactive
+"""
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
+
+from absl import flags
+
+from jaxrm import command_line
+from jaxrm.errors import UserError
+
+if TYPE_CHECKING:
+    import jax
+
+    from jaxrm.data.records import Message
+    from jaxrm.stages.responses import Responder
+
+
+def define_flags(values: flags.FlagValues) -> None:
+    """The flags of this command."""
+    text, number, real = flags.DEFINE_string, flags.DEFINE_integer, flags.DEFINE_float
+    text("checkpoint", None, "folder of a run, or RUN_DIR/checkpoints/STEP (or /best)", flag_values=values)
+    text("weights", None, "published weights instead: hub name, folder or GGUF file", flag_values=values)
+    text("tokenizer", None, "with --weights: tokenizer, if it is not beside them", flag_values=values)
+    text("template", "auto", "with --weights: chat template", flag_values=values)
+    text("dtype", None, "compute dtype: float32 or bfloat16", flag_values=values)
+    text("prompt", None, "a prompt to answer", flag_values=values)
+    text("input", None, "file of prompts, in any schema that jaxrm reads", flag_values=values)
+    text("output", None, "JSONL to write responses to; standard output without it", flag_values=values)
+    flags.DEFINE_bool("interactive", False, "chat; an empty line or Ctrl-D ends it", flag_values=values)
+    number("batch_size", 16, "prompts answered at once, with --input", flag_values=values)
+    number("max_new_tokens", 128, "longest response in tokens", flag_values=values)
+    real("temperature", 1.0, "0 is greedy", flag_values=values)
+    number("top_k", 0, "draw among this many tokens only; 0 for all", flag_values=values)
+    real("top_p", 1.0, "draw among the likeliest tokens that reach this probability; 1 for all", flag_values=values)
+    number("seed", 0, "of the draws", flag_values=values)
+
+
+def main(_: None, given: flags.FlagValues) -> int:
+    """Open the model and answer."""
+    if sum([given.prompt is not None, given.input is not None, given.interactive]) != 1:
+        raise UserError("give one of --prompt=TEXT, --input=FILE and --interactive")
+    if (given.checkpoint is None) == (given.weights is None):
+        raise UserError("give one of --checkpoint=RUN_DIR and --weights=MODEL")
+
+    import jax
+
+    from jaxrm.data.records import Message
+    from jaxrm.models.build import ModelSource
+    from jaxrm.models.generate import SamplingConfig
+    from jaxrm.runtime.mesh import MeshConfig, build_mesh
+    from jaxrm.stages.responses import Responder
+    from jaxrm.stages.trained import open_checkpoint, open_weights
+
+    sampling = SamplingConfig(given.max_new_tokens, given.temperature, given.top_k, given.top_p)
+    prompts = None if given.input is None else _read_prompts(given.input)
+    mesh = build_mesh(MeshConfig())
+    if given.checkpoint is not None:
+        trained = open_checkpoint(given.checkpoint, mesh, given.dtype)
+    else:
+        source = ModelSource(path=given.weights, dtype=given.dtype or "float32")
+        trained = open_weights(source, given.tokenizer, given.template, mesh)
+    responder = Responder(trained.model, trained.params, trained.tokenizer, trained.template, sampling)
+    key = jax.random.key(given.seed)
+    if given.interactive:
+        print(f"{trained.name}; an empty line ends the chat", file=sys.stderr)
+        _chat(responder, key)
+    elif prompts is not None:
+        _answer_file(responder, prompts, given.output, given.batch_size, key)
+    else:
+        print(responder.respond([[Message("user", given.prompt)]], key)[0])
+    return 0
+
+
+def _read_prompts(path: str) -> "list[Sequence[Message]]":
+    from jaxrm.data.config import DataConfig
+    from jaxrm.data.readers import read_records
+
+    # Nothing is held out of a file of prompts: the held-out side of a file given as such is all of it.
+    records, report = read_records(DataConfig(path=path, eval_path=path, max_eval_records=None), held_out=True)
+    report.check(0.0, path)
+    return [record.prompt for record in records]
+
+
+def _answer_file(
+    responder: "Responder", prompts: "list[Sequence[Message]]", output: str | None, batch_size: int, key: "jax.Array"
+) -> None:
+    """Write one JSON object a prompt, in order; a file appears under its name once it is whole."""
+    import jax
+
+    from jaxrm.runtime.progress import Progress
+
+    def write(file: TextIO) -> None:
+        with Progress("generate", len(prompts), unit="prompts", enabled=output is not None) as progress:
+            for start in range(0, len(prompts), batch_size):
+                batch = prompts[start : start + batch_size]
+                for prompt, response in zip(
+                    batch, responder.respond(batch, jax.random.fold_in(key, start)), strict=True
+                ):
+                    messages = [{"role": m.role, "content": m.content} for m in prompt]
+                    row = {"prompt": messages, "response": response}
+                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                progress.update(start + len(batch))
+
+    if output is None:
+        write(sys.stdout)
+        return
+    target = Path(output).expanduser()
+    part = target.with_name(f".{target.name}.part")
+    with part.open("w", encoding="utf-8") as file:
+        write(file)
+    part.replace(target)
+
+
+def _chat(responder: "Responder", key: "jax.Array") -> None:
+    """Alternate turns until an empty line; the whole dialogue is the prompt of each response."""
+    import jax
+
+    from jaxrm.data.records import Message
+
+    dialogue: list[Message] = []
+    while True:
+        try:
+            said = input("> " if sys.stdin.isatty() else "").strip()
+        except EOFError:
+            said = ""
+        if not said:
+            return
+        dialogue.append(Message("user", said))
+        response = responder.respond([dialogue], jax.random.fold_in(key, len(dialogue)))[0]
+        dialogue.append(Message("assistant", response))
+        print(response)
+
+
+if __name__ == "__main__":
+    sys.exit(command_line.run(main, define_flags=define_flags))

@@ -1,0 +1,105 @@
+"""What every stage sets up: a model over the devices, the files of an embedded task, batches on the devices."""
+
+import dataclasses
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from jaxrm.data.config import DataConfig
+from jaxrm.data.tasks import write_task
+from jaxrm.errors import UserError
+from jaxrm.models import attention, build
+from jaxrm.models.build import ModelSource
+from jaxrm.models.config import ModelConfig
+from jaxrm.runtime import partition
+from jaxrm.types import TokenBatch
+
+_TASK = "task:"
+
+
+@dataclass(frozen=True)
+class OpenedModel:
+    """A decoder and where its parameters lie, before any of them exists.
+
+    Attributes:
+      config: its shape.
+      graphdef: for ``nnx.merge(graphdef, params)``.
+      shapes: pytree of `jax.ShapeDtypeStruct`.
+      shardings: the same tree of shardings.
+    """
+
+    config: ModelConfig
+    graphdef: nnx.GraphDef
+    shapes: Any
+    shardings: Any
+
+
+def open_model(source: ModelSource, mesh: Mesh, config: ModelConfig | None = None) -> OpenedModel:
+    """Lay a model over the devices; nothing is allocated.
+
+    Args:
+      source: which model, and how it computes.
+      mesh: the devices.
+      config: its shape, read from ``source`` where it is None.
+
+    Raises:
+      UserError: where there is no such model, or it does not fit the mesh.
+    """
+    config = config or build.read_shape(source)
+    platform = mesh.devices.flat[0].platform
+    attend = attention.choose(source.attention, platform, np.dtype(source.dtype))
+    if attend is attention.splash:  # the compiler cannot split a Pallas kernel
+        attend = partition.per_device(attend, mesh)
+    constrain = partition.activation_constraint(mesh)
+    graphdef, shapes, axes = build.abstract_decoder(config, source, attend=attend, constrain=constrain)
+    return OpenedModel(config, graphdef, shapes, partition.parameter_shardings(shapes, axes, mesh))
+
+
+@contextmanager
+def task_files(data: DataConfig, seed: int) -> Iterator[DataConfig]:
+    """The data section with an embedded task (``task:safety``) replaced by its files, which live as long as this.
+
+    From here on a task is read like any other data. Other sections pass unchanged.
+    """
+    if not data.path.startswith(_TASK):
+        yield data
+        return
+    with tempfile.TemporaryDirectory(prefix="jaxrm-task-") as name:
+        folder = Path(name)
+        write_task(data.path.removeprefix(_TASK), folder, seed=seed)
+        yield dataclasses.replace(
+            data,
+            path=str(folder / "train.jsonl"),
+            eval_path=str(folder / "heldout.jsonl") if data.eval_path is None else data.eval_path,
+            tokenizer=str(folder / "tokenizer") if data.tokenizer is None else data.tokenizer,
+        )
+
+
+def tokenizer_path(data: DataConfig, source: ModelSource) -> str:
+    """Where the tokenizer is: as the data section says, else beside the weights."""
+    path = data.tokenizer or source.path
+    if path is None:
+        raise UserError(
+            "config.data.tokenizer is None and there are no weights to find it beside; give a hub name, a folder or "
+            "a GGUF file, e.g. --config.data.tokenizer=google/gemma-2b"
+        )
+    return path
+
+
+def batch_placer(mesh: Mesh) -> Callable[[dict[str, np.ndarray]], TokenBatch]:
+    """Function that puts this process's rows ``[local_B, T]`` on its devices as part of the whole `TokenBatch`."""
+    sharding = partition.batch_sharding(mesh)
+
+    def place(batch: dict[str, np.ndarray]) -> TokenBatch:
+        arrays = {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}
+        return TokenBatch(**arrays)
+
+    return place

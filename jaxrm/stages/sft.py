@@ -1,0 +1,110 @@
+"""The SFT stage: fine-tune a model on demonstrations, or on the chosen responses of pairs."""
+
+import math
+from typing import Any
+
+import jax
+
+from jaxrm.algorithms import sft
+from jaxrm.data.loader import build_loader, eval_batches, rows_per_epoch
+from jaxrm.data.tokenizer import load_tokenizer
+from jaxrm.experiment import MAY_DIFFER, Experiment
+from jaxrm.models import build
+from jaxrm.runtime import config as bridge
+from jaxrm.runtime.mesh import build_mesh, check_batch
+from jaxrm.runtime.metrics import read_rows
+from jaxrm.runtime.preemption import EXIT_PREEMPTED
+from jaxrm.runtime.progress import print_table
+from jaxrm.runtime.run_folder import RunFolder, open_run
+from jaxrm.stages import setup, supervised
+from jaxrm.stages.demonstrations import load_demonstrations
+from jaxrm.stages.responses import Responder
+from jaxrm.stages.trained import keep_model
+
+
+def run(config: Experiment) -> int:
+    """Run the stage, or what is left of it.
+
+    Returns:
+      Exit status: 0 when the run is complete, `EXIT_PREEMPTED` when it was asked to stop and saved.
+
+    Raises:
+      UserError: for what the user can mend, before anything is written wherever it can be known by then.
+    """
+    mesh = build_mesh(config.mesh)
+    check_batch(mesh, "config.data.batch_size", config.data.batch_size, config.num_microbatches)
+    model = setup.open_model(config.model, mesh)
+    is_writer = jax.process_index() == 0
+    show = is_writer and config.logging.progress
+
+    with setup.task_files(config.data, config.seed) as data:
+        tokenizer_path = setup.tokenizer_path(data, config.model)
+        tokenizer = load_tokenizer(tokenizer_path)
+        build.check_vocabulary(model.config, len(tokenizer), tokenizer_path)
+        train = load_demonstrations(data, tokenizer, held_out=False, show_progress=show)
+        held_out = load_demonstrations(data, tokenizer, held_out=True, show_progress=show)
+
+    batching: dict[str, Any] = {
+        "pad_id": tokenizer.pad_token_id or 0,  # never attended to and never a target: any id will do
+        "process_index": jax.process_index(),
+        "process_count": jax.process_count(),
+    }
+    loader = build_loader(train.examples, config.data, seed=config.seed, **batching)
+    held_out_batches = eval_batches(held_out.examples, config.data, **batching)
+    rows = rows_per_epoch(train.examples, config.data)
+    num_steps = config.num_steps or math.ceil(config.num_epochs * rows / config.data.batch_size)
+
+    folder = open_run(
+        config.run_dir,
+        bridge.as_dict(config),
+        on_existing=config.on_existing,
+        may_differ=MAY_DIFFER,
+        is_writer=is_writer,
+        process_count=jax.process_count(),
+    )
+    if is_writer:
+        print(folder.message)
+        keep_model(model.config, tokenizer, folder)
+        print_table(f"Data in {config.data.path}", ["records", "number", "first at"], train.report.rows())
+        print(
+            f"{rows:,} rows of {config.data.max_length:,} tokens; {num_steps:,} steps of {config.data.batch_size} rows"
+        )
+
+    state, finished = supervised.train(
+        config,
+        mesh=mesh,
+        model=model,
+        loss_fn=sft.sft_loss(model.graphdef),
+        loader=loader,
+        eval_batches=held_out_batches,
+        num_steps=num_steps,
+        folder=folder,
+    )
+    if not finished:
+        if is_writer:
+            print(f"Stopped and saved at step {int(state.step)} of {num_steps}; the same command continues from there.")
+        return EXIT_PREEMPTED
+
+    responder = Responder(model, state.params, tokenizer, config.data.template, config.evaluation.sampling)
+    prompts = [record.prompt for record in held_out.records[: config.evaluation.samples]]
+    responses = responder.respond(prompts, jax.random.key(config.seed))
+    if is_writer:
+        _print_held_out(folder)
+        for prompt, response in zip(prompts, responses, strict=True):
+            print(f"prompt    {prompt[-1].content}\nresponse  {response}\n")
+        print(f"The run is in {folder.path}")
+    return 0
+
+
+def _print_held_out(folder: RunFolder) -> None:
+    """Table of the held-out metrics before and after, from the rows of the run, whichever launch wrote them."""
+    rows = [row for row in read_rows(folder.metrics) if "eval_loss" in row]
+    if not rows:
+        return
+    before, after = rows[0], rows[-1]
+    names = [name for name in before if name.startswith("eval_")]
+    print_table(
+        "Held-out data",
+        ["", f"step {before['step']}", f"step {after['step']}"],
+        [[name.removeprefix("eval_"), float(before[name]), float(after[name])] for name in names],
+    )
