@@ -14,6 +14,7 @@ Exit status: what ``main`` returns (0 for None), 2 for a user's mistake, 130 for
 """
 
 import logging
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -56,7 +57,8 @@ def run(
         config_required: whether leaving out ``--config`` is a mistake; if not, `main` receives None.
         argv: the command line, program name first; ``sys.argv`` by default.
     """
-    logging.getLogger("absl").setLevel(logging.ERROR)  # libraries under us explain themselves through it
+    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax and others explain themselves through it
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that there is no torch is no news here
     arguments = list(sys.argv if argv is None else argv)
     values = flags.FlagValues()
     if define_flags is not None:

@@ -66,7 +66,7 @@ def build_train_step(
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics = {name: total / jnp.maximum(weight, 1e-8) for name, (total, weight) in sums.items()}
-        metrics |= {"weight": sums["loss"][1], "grad_norm": optax.global_norm(grads)}
+        metrics |= {"weight": sums["loss"][1], "grad_norm": optax.tree.norm(grads)}
         return TrainState(state.step + 1, params, opt_state, state.key), metrics
 
     return jax.jit(

@@ -51,18 +51,19 @@ class Checkpoints:
         from orbax.checkpoint import checkpoint_managers as policies
 
         config = config or CheckpointConfig()
+
+        def score(metrics: dict[str, float]) -> float:
+            return metrics["score"]
+
         keep = policies.AnyPreservationPolicy(
             [
                 policies.LatestN(config.keep),
-                policies.BestN(
-                    get_metric_fn=lambda metrics: metrics["score"],
-                    n=config.keep_best,
-                    keep_checkpoints_without_metrics=False,
-                ),
+                policies.BestN(get_metric_fn=score, n=config.keep_best, keep_checkpoints_without_metrics=False),
             ]
         )
         options = ocp.CheckpointManagerOptions(
             preservation_policy=None if read_only else keep,
+            best_fn=score,  # without it Orbax forgets the scores when the folder is opened again
             read_only=read_only,
             create=not read_only,
             save_interval_steps=0 if read_only else 1,

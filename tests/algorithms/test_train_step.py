@@ -1,0 +1,263 @@
+"""The step builder: one division, microbatches, donation, meshes; and the optimizer that it drives."""
+
+import dataclasses
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jaxrm.algorithms import sft
+from jaxrm.algorithms.state import TrainState, create
+from jaxrm.algorithms.train_step import build_train_step
+from jaxrm.errors import UserError
+from jaxrm.models import build
+from jaxrm.models.build import ModelSource
+from jaxrm.models.config import PRESETS
+from jaxrm.runtime import partition
+from jaxrm.runtime.checkpoint import Checkpoints, with_shardings
+from jaxrm.runtime.mesh import MeshConfig, build_mesh, check_batch
+from jaxrm.runtime.optimizer import OptimizerConfig, build_optimizer, decay_mask, learning_rate
+from jaxrm.types import TokenBatch
+
+SMALL = dataclasses.replace(
+    PRESETS["tiny"], vocab_size=64, hidden_size=32, intermediate_size=64, num_layers=2, head_dim=8
+)
+SOURCE = ModelSource(preset="tiny")
+ADAMW = OptimizerConfig(lr=3e-3, b2=0.99)
+ONE, EIGHT = MeshConfig(1, 1, 1), MeshConfig(2, 2, 2)
+
+
+def copy_batch(seed=0, B=8, T=12):
+    """Rows whose second half repeats the first: learnable, with unequal numbers of trained tokens a row."""
+    rng = np.random.default_rng(seed)
+    half = rng.integers(1, 64, (B, T // 2))
+    tokens = np.concatenate([half, half], axis=1).astype(np.int32)
+    lengths = np.arange(B) % 4 + T - 3
+    real = np.arange(T)[None] < lengths[:, None]
+    return {
+        "tokens": tokens,
+        "segment_ids": real.astype(np.int32),
+        "positions": np.broadcast_to(np.arange(T, dtype=np.int32), (B, T)).copy(),
+        "loss_mask": real & (np.arange(T)[None] >= T // 2),
+    }
+
+
+class Setup:
+    """A model, an optimizer and a step on one mesh."""
+
+    def __init__(self, mesh_config, num_microbatches=1, optimizer=ADAMW, seed=0):
+        devices = jax.devices() if mesh_config == EIGHT else jax.devices()[:1]
+        mesh = build_mesh(mesh_config, devices)
+        graphdef, shapes, axes = build.abstract_decoder(SMALL, SOURCE, constrain=partition.activation_constraint(mesh))
+        self.shardings = partition.parameter_shardings(shapes, axes, mesh)
+        self.optimizer = build_optimizer(optimizer, 100)
+        copied = NamedSharding(mesh, PartitionSpec())
+        moments = partition.optimizer_shardings(self.optimizer, shapes, self.shardings, mesh)
+        self.sharding = TrainState(copied, self.shardings, moments, copied)
+        self.rows = partition.batch_sharding(mesh)
+        self.loss_fn = sft.sft_loss(graphdef)
+        self.step = build_train_step(
+            self.loss_fn,
+            self.optimizer,
+            state_sharding=self.sharding,
+            batch_sharding=self.rows,
+            num_microbatches=num_microbatches,
+        )
+        # Drawn on one device and then placed, so that all meshes start from the same numbers.
+        params = build.init_params(SMALL, SOURCE, jax.random.key(seed), None)
+        state = create(params, self.optimizer, jax.random.key(1))
+        self.state = jax.device_put(state, self.sharding)
+        self.shapes = jax.eval_shape(lambda: state)
+
+    def run(self, steps, state=None):
+        state, losses = self.state if state is None else state, []
+        for i in range(steps):
+            batch = TokenBatch(**jax.device_put(copy_batch(i % 3), self.rows))
+            state, metrics = self.step(state, batch)
+            losses.append(float(metrics["loss"]))
+        return state, losses
+
+
+def test_a_tiny_problem_is_learnt():
+    _, losses = Setup(ONE).run(120)
+    assert losses[0] > 3.5 and losses[-1] < 0.3
+
+
+def test_one_device_and_eight_give_the_same_losses():
+    _, one = Setup(ONE).run(6)
+    eight_state, eight = Setup(EIGHT).run(6)
+    np.testing.assert_allclose(eight, one, rtol=1e-5)
+    kernel = eight_state.params["layers"]["mlp"]["gate"]["kernel"]
+    assert kernel.sharding.spec == PartitionSpec(None, "fsdp", "tensor")
+    assert {s.data.shape for s in kernel.addressable_shards} == {(2, 16, 32)}
+
+
+@pytest.mark.parametrize("mesh", [ONE, EIGHT], ids=["one", "eight"])
+def test_microbatches_give_the_same_update(mesh):
+    """Although the microbatches hold different numbers of trained tokens: there is one division."""
+    whole_state, whole = Setup(mesh).run(3)
+    cut_state, cut = Setup(mesh, num_microbatches=2).run(3)
+    np.testing.assert_allclose(cut, whole, rtol=1e-5)
+    chex.assert_trees_all_close(cut_state.params, whole_state.params, rtol=1e-3, atol=1e-5)
+
+
+def test_loss_is_the_sum_over_tokens_divided_by_their_number():
+    """Against a loop over single rows, each divided by the tokens of the whole batch."""
+    setup = Setup(ONE)
+    batch = copy_batch()
+    params = jax.device_get(setup.state.params)  # the step takes the state's own buffers
+    total = tokens = 0.0
+    for row in range(8):
+        one = TokenBatch(**{name: jnp.asarray(x[row : row + 1]) for name, x in batch.items()})
+        (loss_sum, weight), _ = setup.loss_fn(params, one, jax.random.key(0))
+        total, tokens = total + float(loss_sum), tokens + float(weight)
+    _, metrics = setup.step(setup.state, TokenBatch(**jax.device_put(batch, setup.rows)))
+    np.testing.assert_allclose(float(metrics["loss"]), total / tokens, rtol=1e-5)
+    assert float(metrics["weight"]) == tokens == batch["loss_mask"].sum()
+
+
+def test_padding_and_empty_rows_change_nothing():
+    setup = Setup(ONE)
+    batch = copy_batch()
+    padded = {name: np.pad(x, ((0, 4), (0, 5))) for name, x in batch.items()}
+    padded["tokens"][:, 12:] = 7
+    loss = [jax.jit(setup.loss_fn)(setup.state.params, TokenBatch(**b), jax.random.key(0))[0] for b in (batch, padded)]
+    np.testing.assert_allclose(loss[1], loss[0], rtol=1e-6)
+
+
+def test_an_empty_batch_moves_nothing_but_decay():
+    setup = Setup(ONE)
+    before = jax.device_get(setup.state.params)
+    empty = {name: np.zeros_like(x) for name, x in copy_batch().items()}
+    state, metrics = setup.step(setup.state, TokenBatch(**jax.device_put(empty, setup.rows)))
+    assert float(metrics["loss"]) == 0.0
+    chex.assert_trees_all_equal(jax.device_get(state.params), before)
+
+
+def test_the_state_is_donated():
+    setup = Setup(ONE)
+    old = setup.state
+    setup.run(1)
+    assert old.params["final_norm"]["scale"].is_deleted()
+    assert old.opt_state[1][0].nu["embedder"]["embedding"].is_deleted()
+
+
+@pytest.mark.parametrize(("written_on", "read_on"), [(ONE, EIGHT), (EIGHT, ONE)], ids=["one-eight", "eight-one"])
+def test_a_checkpoint_restores_on_another_mesh(tmp_path, written_on, read_on):
+    writer, reader = Setup(written_on), Setup(read_on, seed=5)
+    state, _ = writer.run(3)
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    checkpoints.save(3, {"params": state.params, "opt_state": state.opt_state}, {"loader": {}})
+    checkpoints.wait()
+    abstract = with_shardings(reader.shapes, reader.sharding)
+    got = checkpoints.restore(3, {"params": abstract.params, "opt_state": abstract.opt_state})
+    chex.assert_trees_all_equal(jax.device_get(got["params"]), jax.device_get(state.params))
+    restored = TrainState(jnp.asarray(3), got["params"], got["opt_state"], jax.random.key(1))
+    restored = jax.device_put(restored, reader.sharding)
+    _, continued = writer.run(3, state)
+    _, elsewhere = reader.run(3, restored)
+    np.testing.assert_allclose(elsewhere, continued, rtol=1e-5)
+
+
+def test_steps_equal_save_restore_continue(tmp_path):
+    setup = Setup(ONE)
+    state, _ = setup.run(2)
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    checkpoints.save(2, {"params": state.params, "opt_state": state.opt_state}, {"loader": {}})
+    unbroken, _ = setup.run(3, state)  # donates and overwrites while the save may still be writing
+    checkpoints.wait()
+    abstract = with_shardings(setup.shapes, setup.sharding)
+    got = checkpoints.restore(2, {"params": abstract.params, "opt_state": abstract.opt_state})
+    restored = TrainState(jnp.asarray(2), got["params"], got["opt_state"], jax.random.key(1))
+    resumed, _ = setup.run(3, jax.device_put(restored, setup.sharding))
+    chex.assert_trees_all_equal(jax.device_get(resumed.params), jax.device_get(unbroken.params))
+
+
+def test_checkpoints_keep_the_latest_and_the_best(tmp_path):
+    from jaxrm.runtime.checkpoint import CheckpointConfig
+
+    def reopen():
+        return Checkpoints(tmp_path / "checkpoints", CheckpointConfig(keep=2, keep_best=1))
+
+    checkpoints = reopen()
+    for step, loss in ((1, 3.0), (2, 1.0), (3, None), (4, 2.0)):
+        checkpoints.save(step, {"params": {"x": jnp.full(3, step)}}, {"loader": {"at": step}}, loss)
+    checkpoints.close()
+    checkpoints = reopen()  # a resumed run still knows which was best
+    for step, loss in ((5, 4.0), (6, float("nan")), (7, 2.0)):
+        checkpoints.save(step, {"params": {"x": jnp.full(3, step)}}, {"loader": {"at": step}}, loss)
+    checkpoints.wait()
+    assert checkpoints.steps() == [2, 6, 7]
+    assert checkpoints.best_step() == 2
+    assert checkpoints.progress(2) == {"step": 2, "loss": 1.0, "loader": {"at": 2}}
+
+
+@pytest.mark.parametrize("name", ["adamw", "adafactor"])
+@pytest.mark.parametrize("moment_dtype", ["float32", "bfloat16"])
+def test_every_optimizer_learns_on_a_mesh(name, moment_dtype):
+    config = OptimizerConfig(name=name, lr=5e-3, moment_dtype=moment_dtype, schedule="constant", weight_decay=0.01)
+    state, losses = Setup(EIGHT, optimizer=config).run(25)
+    assert losses[-1] < 0.75 * losses[0]
+    if name == "adamw":
+        moments = state.opt_state[1][0]
+        assert moments.mu["embedder"]["embedding"].dtype == moment_dtype
+        assert moments.nu["embedder"]["embedding"].dtype == "float32"
+
+
+def test_decay_spares_norms():
+    params = {"a": {"kernel": 1, "bias": 2}, "n": {"scale": 3}, "e": {"embedding": 4}}
+    assert decay_mask(params) == {"a": {"kernel": True, "bias": False}, "n": {"scale": False}, "e": {"embedding": True}}
+
+
+def test_learning_rate_by_hand():
+    cosine = learning_rate(OptimizerConfig(lr=1.0, warmup=0.1, final_lr_share=0.2), 100)
+    np.testing.assert_allclose([cosine(0), cosine(4), cosine(9)], [0.1, 0.5, 1.0], rtol=1e-5)
+    np.testing.assert_allclose(cosine(55), 0.2 + 0.8 * 0.5, rtol=1e-4)
+    np.testing.assert_allclose(cosine(100), 0.2, rtol=1e-5)
+    linear = learning_rate(OptimizerConfig(lr=1.0, warmup=0.0, schedule="linear"), 10)
+    np.testing.assert_allclose([linear(0), linear(5), linear(10)], [1.0, 0.5, 0.0], atol=1e-6)
+    constant = learning_rate(OptimizerConfig(lr=0.3, warmup=0.5, schedule="constant"), 10)
+    np.testing.assert_allclose([constant(0), constant(4), constant(9)], [0.06, 0.3, 0.3], rtol=1e-5)
+
+
+def test_a_logical_axis_that_the_table_lacks_is_an_error():
+    mesh = build_mesh(EIGHT)
+    shapes = {"odd": {"kernel": jax.ShapeDtypeStruct((4, 4), jnp.float32)}}
+    with pytest.raises(UserError, match=r"parameter odd/kernel has logical axis 'wings'.*LOGICAL_TO_MESH"):
+        partition.parameter_shardings(shapes, {"odd": {"kernel": ("embed", "wings")}}, mesh)
+    with pytest.raises(UserError, match="name each of its axes"):
+        partition.parameter_shardings(shapes, {"odd": {"kernel": ("embed",)}}, mesh)
+
+
+def test_a_mesh_that_does_not_divide_a_parameter_is_an_error():
+    mesh = build_mesh(MeshConfig(1, 1, 8))
+    shapes = {"q": jax.ShapeDtypeStruct((16, 6, 8), jnp.float32)}
+    with pytest.raises(UserError, match=r"config.mesh.tensor is 8.*'heads' of parameter q has size 6.*tensor=6"):
+        partition.parameter_shardings(shapes, {"q": ("embed", "heads", "head_dim")}, mesh)
+    shared = partition.parameter_shardings(shapes, {"q": ("embed", "kv_heads", "head_dim")}, mesh)
+    assert shared["q"].spec == PartitionSpec("fsdp", None, None)
+
+
+def test_batches_and_meshes_that_do_not_fit_are_errors():
+    mesh = build_mesh(EIGHT)
+    with pytest.raises(UserError, match=r"config.data.batch_size is 30.*4 devices.*--config.data.batch_size=32"):
+        check_batch(mesh, "config.data.batch_size", 30)
+    with pytest.raises(UserError, match=r"2 microbatches; use a multiple of 8"):
+        check_batch(mesh, "config.data.batch_size", 12, num_microbatches=2)
+    with pytest.raises(UserError, match="does not fit 8 devices"):
+        build_mesh(MeshConfig(3, 1, 1))
+    with pytest.raises(UserError, match="more than one -1"):
+        MeshConfig(-1, -1, 1)
+
+
+def test_clipping_bounds_the_update():
+    optimizer = build_optimizer(OptimizerConfig(clip_norm=1e-3, lr=1.0, schedule="constant", warmup=0.0), 10)
+    params = {"w": {"kernel": jnp.ones(4)}}
+    grads = {"w": {"kernel": jnp.full(4, 1e6)}}
+    state = optimizer.init(params)
+    _, state = optimizer.update(grads, state, params)
+    assert float(optax.tree.norm(state[1][0].mu)) <= 0.1 * 1e-3 * 1.001
