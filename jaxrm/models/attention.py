@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxrm.errors import UserError
+from jaxrm.models import blockwise
 
 KERNELS = ("auto", "xla", "cudnn", "splash")
 _SPLASH_BLOCK = 128
@@ -93,12 +94,8 @@ def xla(
     softcap: float | None,
     window: int | None,
 ) -> jax.Array:
-    """`Attend` in plain XLA, on any platform; its logits ``[B, N, T, T]`` are float32."""
-    mask = causal_mask(segment_ids, window)
-    if softcap is None:
-        return jax.nn.dot_product_attention(query, key, value, mask=mask[:, None], scale=scale, implementation="xla")
-    heads_first = (0, 2, 1, 3)
-    return cached(query, key.transpose(heads_first), value.transpose(heads_first), mask, scale=scale, softcap=softcap)
+    """`Attend` in plain XLA, on any platform."""
+    return blockwise.attend(query, key, value, segment_ids, scale, softcap, window)
 
 
 def cudnn(

@@ -23,7 +23,7 @@ class ModelSource:
       path: published weights: hub name, folder with config.json and safetensors, or GGUF file.
       preset: shape by public name (`jaxrm.models.config.PRESETS`), with random parameters.
       dtype: compute dtype, ``float32`` or ``bfloat16``; parameters are float32 whatever it is.
-      remat: what the backward pass keeps of a layer: ``full`` nothing, ``dots`` matrix products, ``none`` all.
+      remat: what the backward pass keeps of a layer: ``full`` least, ``dots`` matrix products, ``none`` all.
       attention: ``auto`` (by platform), ``xla``, ``cudnn`` or ``splash``.
     """
 

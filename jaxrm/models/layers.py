@@ -35,6 +35,32 @@ def _unchanged(x: jax.Array) -> jax.Array:
     return x
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _project(x: jax.Array, kernel: jax.Array, contracted: int) -> jax.Array:
+    """``tensordot(x, kernel, contracted)`` in the dtype of ``x``, with a gradient of the kernel that is cheap to lay out.
+
+    JAX writes that gradient as ``(dy^T x)^T``, for which XLA on CPU transposes ``dy``, the larger of the two, and all
+    that is fused into it; here it is ``x^T dy``, in the dtype of the kernel whatever that of ``x`` is.
+    """
+    return jnp.tensordot(x, kernel.astype(x.dtype), axes=contracted)
+
+
+def _project_forward(x, kernel, contracted):  # type: ignore[no-untyped-def]
+    return jnp.tensordot(x, kernel.astype(x.dtype), axes=contracted), (x, kernel)
+
+
+def _project_backward(contracted, residuals, dy):  # type: ignore[no-untyped-def]
+    x, kernel = residuals
+    rows = tuple(range(x.ndim - contracted))
+    out_of_dy, out_of_kernel = tuple(range(len(rows), dy.ndim)), tuple(range(contracted, kernel.ndim))
+    dx = jax.lax.dot_general(dy, kernel.astype(x.dtype), ((out_of_dy, out_of_kernel), ((), ())))
+    d_kernel = jax.lax.dot_general(x, dy, ((rows, rows), ((), ())), preferred_element_type=kernel.dtype)
+    return dx, d_kernel
+
+
+_project.defvjp(_project_forward, _project_backward)
+
+
 class Projection(nnx.Module):
     """Matrix product over the first ``contracted`` axes of the kernel, and a bias over the rest."""
 
@@ -58,7 +84,7 @@ class Projection(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Apply to ``x [B, T, *contracted]``."""
-        y = jnp.tensordot(x, self.kernel[...].astype(self.dtype), axes=self.contracted)
+        y = _project(x, self.kernel[...], self.contracted)
         if self.bias is None:
             return y
         bias = self.bias[...].astype(self.dtype)

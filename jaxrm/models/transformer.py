@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxrm.models import attention, cache, layers, rope
+from jaxrm.models import attention, blockwise, cache, layers, rope
 from jaxrm.models.config import ModelConfig
 
 REMAT_POLICIES = ("full", "dots", "none")
@@ -25,8 +25,8 @@ class Decoder(nnx.Module):
       config: shape and choices of the model.
       rngs: source of the initial parameters, float32.
       dtype: compute dtype; norms, softmax and rotations are in float32 whatever it is.
-      remat: what the backward pass keeps of a layer: ``full`` nothing (least memory), ``dots`` the results of
-        matrix products with weights, ``none`` everything.
+      remat: what the backward pass keeps of a layer: ``full`` the output of attention alone (least memory),
+        ``dots`` the results of matrix products with weights too, ``none`` everything.
       attend: attention kernel, see `jaxrm.models.attention.choose`.
       constrain: pins activations to devices where a mesh is used.
     """
@@ -170,7 +170,10 @@ class Decoder(nnx.Module):
             return x, read[1:] if keep else None
 
         if self.remat != "none":
-            policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if self.remat == "dots" else None
+            policies = jax.checkpoint_policies
+            policy = policies.save_only_these_names(*blockwise.SAVED_BY_REMAT)
+            if self.remat == "dots":
+                policy = policies.save_from_both_policies(policy, policies.dots_with_no_batch_dims_saveable)
             one_layer = jax.checkpoint(one_layer, policy=policy, prevent_cse=False)
         x, kept = jax.lax.scan(one_layer, self._embed(tokens), (stacked, jnp.asarray(flags)))
         return self.final_norm(x), kept

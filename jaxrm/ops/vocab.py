@@ -17,7 +17,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-DEFAULT_CHUNK = 8192
+DEFAULT_CHUNK = 4096
 
 
 class TokenStatistics(NamedTuple):
@@ -162,6 +162,10 @@ def _forward(hidden, head, targets, softcap, temperature, chunk_size):  # type: 
 
 def _backward(softcap, temperature, chunk_size, residuals, cotangents):  # type: ignore[no-untyped-def]
     hidden, head, targets, log_normalizer, entropy = residuals
+    # The head's gradient as hidden^T d_logits: XLA on CPU would else transpose the far larger logits in every chunk.
+    columns = jnp.moveaxis(hidden, -1, 0)
+    axes = tuple(range(targets.ndim))
+    contraction = ((tuple(axis + 1 for axis in axes), axes), ((), ()))
     d_log_prob, d_entropy = cotangents[0], cotangents[1]
     chunks = _chunked_head(head, chunk_size)
 
@@ -180,7 +184,8 @@ def _backward(softcap, temperature, chunk_size, residuals, cotangents):  # type:
             d_logits *= 1.0 - capped**2
         d_logits = d_logits.astype(hidden.dtype)
         d_hidden += jnp.einsum("...v,vd->...d", d_logits, weights, preferred_element_type=jnp.float32)
-        d_weights = jnp.einsum("...v,...d->vd", d_logits, hidden, preferred_element_type=jnp.float32)
+        rows = tuple(range(targets.ndim))
+        d_weights = jax.lax.dot_general(columns, d_logits, contraction, preferred_element_type=jnp.float32).T
         d_chunks = jax.lax.dynamic_update_index_in_dim(d_chunks, d_weights.astype(head.dtype), chunk, axis=1)
         return (d_hidden, d_chunks), None
 
