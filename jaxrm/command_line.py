@@ -17,7 +17,7 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from absl import flags
@@ -41,6 +41,7 @@ def run(
     *,
     define_flags: Callable[[flags.FlagValues], None] | None = None,
     config_required: bool = True,
+    flag_of_field: Mapping[str, str] | None = None,
     argv: Sequence[str] | None = None,
 ) -> int:
     """Parse the command line, call ``main(config, flags)`` and return the exit status.
@@ -55,6 +56,8 @@ def run(
         define_flags: defines the command's own flags on the values that it is given, as in
             ``flags.DEFINE_string("prompt", None, "the text to answer", flag_values=values)``.
         config_required: whether leaving out ``--config`` is a mistake; if not, `main` receives None.
+        flag_of_field: for a command without ``--config``, which flag of its own stands for which field of the
+            config, ``{"config.data.path": "input"}``, since messages name fields.
         argv: the command line, program name first; ``sys.argv`` by default.
     """
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax and others explain themselves through it
@@ -73,7 +76,10 @@ def run(
             config = _read(values.config, overrides, config_class, config_required)
         return main(config, values) or 0  # type: ignore[arg-type]  # None only where it is not required
     except UserError as error:
-        return _say(f"error: {error}", EXIT_USER_ERROR)
+        message = str(error)
+        for field, flag in (flag_of_field or {}).items():
+            message = re.sub(rf"(--)?\b{re.escape(field)}\b", f"--{flag}", message)
+        return _say(f"error: {message}", EXIT_USER_ERROR)
     except KeyboardInterrupt:
         return _say("interrupted", EXIT_INTERRUPTED)
 
@@ -122,7 +128,10 @@ def _wrong_flag(message: str, values: flags.FlagValues) -> UserError:
     if flag.value is None and match[2] == "None":
         return UserError(f"--{flag.name} is missing; required {flag.help}")
     required = f"required {flag.parser.syntactic_help}" if flag.parser.syntactic_help else match[3]
-    example = "" if flag.default is None else f"; e.g. --{flag.name}={config_fields.as_text(flag.default)}"
+    good = flag.default
+    if isinstance(flag.parser, flags.EnumParser):
+        required, good = f"use one of {', '.join(flag.parser.enum_values)}", good or flag.parser.enum_values[0]
+    example = "" if good is None else f"; e.g. --{flag.name}={config_fields.as_text(good)}"
     return UserError(f"--{flag.name} is {match[2]!r}; {required}{example}")
 
 

@@ -1,5 +1,6 @@
 """The whole of a config: the sections that live beside the code they configure, in one frozen tree."""
 
+import math
 from dataclasses import dataclass, field
 
 from jaxrm.data.config import DataConfig
@@ -33,10 +34,12 @@ class EvaluationConfig:
     sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(max_new_tokens=64, temperature=0.0))
 
     def __post_init__(self) -> None:
-        if self.every < 1:
-            raise UserError(
-                f"config.evaluation.every is {self.every}; it must be at least 1, e.g. --config.evaluation.every=100"
-            )
+        for name, least in (("every", 1), ("samples", 0)):
+            if getattr(self, name) < least:
+                raise UserError(
+                    f"config.evaluation.{name} is {getattr(self, name)}; it must be at least {least}, "
+                    f"e.g. --config.evaluation.{name}={getattr(EvaluationConfig, name)}"
+                )
 
 
 @dataclass(frozen=True)
@@ -80,5 +83,9 @@ class Experiment:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"config.{name} is {value}; it must be at least 1, e.g. --config.{name}=1")
-        if self.num_epochs <= 0:
-            raise UserError(f"config.num_epochs is {self.num_epochs}; it must be above 0, e.g. --config.num_epochs=3.0")
+        if not 0 < self.num_epochs < math.inf:
+            raise UserError(
+                f"config.num_epochs is {self.num_epochs}; it must be above 0 and finite, e.g. --config.num_epochs=3.0"
+            )
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"config.seed is {self.seed}; it must be from 0 to {2**32 - 1}, e.g. --config.seed=0")

@@ -11,6 +11,8 @@ from absl import flags
 from jaxrm import command_line
 from jaxrm.errors import UserError
 
+FLAG_OF_FIELD = {"config.model.path": "weights", "config.data.tokenizer": "tokenizer"}
+
 
 def define_flags(values: flags.FlagValues) -> None:
     """The flags of this command."""
@@ -19,8 +21,9 @@ def define_flags(values: flags.FlagValues) -> None:
     text("weights", None, "published weights instead (a GGUF file becomes safetensors)", flag_values=values)
     text("tokenizer", None, "with --weights: tokenizer, if it is not beside them", flag_values=values)
     text("output", None, "folder to make", flag_values=values)
-    text("dtype", "float32", "of the exported tensors: float32, bfloat16 or float16", flag_values=values)
-    flags.DEFINE_integer("max_shard_mb", 5000, "largest file in MB", flag_values=values)
+    dtypes = ["float32", "bfloat16", "float16"]
+    flags.DEFINE_enum("dtype", "float32", dtypes, "of the exported tensors", flag_values=values)
+    flags.DEFINE_integer("max_shard_mb", 5000, "largest file in MB", lower_bound=1, flag_values=values)
     flags.DEFINE_bool("overwrite", False, "replace an earlier export", flag_values=values)
 
 
@@ -30,20 +33,19 @@ def main(_: None, given: flags.FlagValues) -> int:
         raise UserError("--output is missing; give the folder to make, e.g. --output=exported/model")
     if (given.checkpoint is None) == (given.weights is None):
         raise UserError("give one of --checkpoint=RUN_DIR and --weights=MODEL")
-    if given.max_shard_mb < 1:
-        raise UserError(f"--max_shard_mb is {given.max_shard_mb}; it must be at least 1, e.g. --max_shard_mb=5000")
+    if given.checkpoint is not None and given.tokenizer is not None:
+        raise UserError("--tokenizer goes with --weights; a run has its own, so leave it out with --checkpoint")
 
     from jaxrm.data.templates import end_ids
     from jaxrm.models.build import ModelSource
-    from jaxrm.models.hub import export_model
-    from jaxrm.runtime.mesh import MeshConfig, build_mesh
+    from jaxrm.models.hub import check_export_folder, export_model
     from jaxrm.stages.trained import open_checkpoint, open_weights
 
-    mesh = build_mesh(MeshConfig(data=1, fsdp=-1))
+    check_export_folder(given.output, overwrite=given.overwrite)
     if given.checkpoint is not None:
-        trained = open_checkpoint(given.checkpoint, mesh)
+        trained = open_checkpoint(given.checkpoint, None)
     else:
-        trained = open_weights(ModelSource(path=given.weights), given.tokenizer, "auto", mesh)
+        trained = open_weights(ModelSource(path=given.weights), given.tokenizer, "auto", None)
     folder = export_model(
         given.output,
         trained.params,
@@ -59,4 +61,4 @@ def main(_: None, given: flags.FlagValues) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(command_line.run(main, define_flags=define_flags))
+    sys.exit(command_line.run(main, define_flags=define_flags, flag_of_field=FLAG_OF_FIELD))

@@ -6,6 +6,7 @@ python -m jaxrm.generate --weights=HuggingFaceTB/SmolLM2-135M-Instruct --interac
 """
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +16,13 @@ from absl import flags
 
 from jaxrm import command_line
 from jaxrm.errors import UserError
+
+FLAG_OF_FIELD = {
+    "config.model.path": "weights",
+    "config.data.eval_path": "input",
+    "config.data.tokenizer": "tokenizer",
+    "config.data.template": "template",
+}
 
 if TYPE_CHECKING:
     import jax
@@ -30,17 +38,17 @@ def define_flags(values: flags.FlagValues) -> None:
     text("weights", None, "published weights instead: hub name, folder or GGUF file", flag_values=values)
     text("tokenizer", None, "with --weights: tokenizer, if it is not beside them", flag_values=values)
     text("template", "auto", "with --weights: chat template", flag_values=values)
-    text("dtype", None, "compute dtype: float32 or bfloat16", flag_values=values)
+    flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "compute dtype", flag_values=values)
     text("prompt", None, "a prompt to answer", flag_values=values)
     text("input", None, "file of prompts, in any schema that jaxrm reads", flag_values=values)
     text("output", None, "JSONL to write responses to; standard output without it", flag_values=values)
     flags.DEFINE_bool("interactive", False, "chat; an empty line or Ctrl-D ends it", flag_values=values)
-    number("batch_size", 16, "prompts answered at once, with --input", flag_values=values)
+    number("batch_size", 16, "prompts answered at once, with --input", lower_bound=1, flag_values=values)
     number("max_new_tokens", 128, "longest response in tokens", flag_values=values)
     real("temperature", 1.0, "0 is greedy", flag_values=values)
     number("top_k", 0, "draw among this many tokens only; 0 for all", flag_values=values)
     real("top_p", 1.0, "draw among the likeliest tokens that reach this probability; 1 for all", flag_values=values)
-    number("seed", 0, "of the draws", flag_values=values)
+    number("seed", 0, "of the draws", lower_bound=0, upper_bound=2**32 - 1, flag_values=values)
 
 
 def main(_: None, given: flags.FlagValues) -> int:
@@ -49,6 +57,12 @@ def main(_: None, given: flags.FlagValues) -> int:
         raise UserError("give one of --prompt=TEXT, --input=FILE and --interactive")
     if (given.checkpoint is None) == (given.weights is None):
         raise UserError("give one of --checkpoint=RUN_DIR and --weights=MODEL")
+    if given.prompt is not None and not given.prompt.strip():
+        raise UserError('--prompt is empty; required some text, e.g. --prompt="how do i wash a lamp?"')
+    if given.checkpoint is not None and (given.tokenizer is not None or given.template != "auto"):
+        raise UserError("--tokenizer and --template go with --weights; a run has its own, so leave them out")
+    if given.output is not None:
+        _check_output(given)
 
     import jax
 
@@ -79,13 +93,27 @@ def main(_: None, given: flags.FlagValues) -> int:
     return 0
 
 
+def _check_output(given: flags.FlagValues) -> None:
+    if given.input is None:
+        raise UserError("--output goes with --input=FILE; a single response and a chat go to standard output")
+    target = Path(given.output).expanduser()
+    if target.is_dir() or not target.parent.is_dir() or not os.access(target.parent, os.W_OK):
+        reason = "is a folder" if target.is_dir() else f"cannot be written, since {target.parent} is no such folder"
+        raise UserError(f"--output is {given.output!r}, which {reason}; give a file, e.g. --output=responses.jsonl")
+
+
 def _read_prompts(path: str) -> "list[Sequence[Message]]":
     from jaxrm.data.config import DataConfig
     from jaxrm.data.readers import read_records
 
     # Nothing is held out of a file of prompts: the held-out side of a file given as such is all of it.
-    records, report = read_records(DataConfig(path=path, eval_path=path, max_eval_records=None), held_out=True)
-    report.check(0.0, path)
+    whole = DataConfig(path=path, eval_path=path, max_eval_records=None, max_bad_share=1.0)
+    records, report = read_records(whole, held_out=True)
+    for reason, found in report.bad.items():
+        raise UserError(
+            f"--input is {path!r}, where {found.count} of {report.total} records are no prompts: {reason} (first at "
+            f"{found.first}); mend them, so that every prompt has its response"
+        )
     return [record.prompt for record in records]
 
 
@@ -109,14 +137,18 @@ def _answer_file(
                     file.write(json.dumps(row, ensure_ascii=False) + "\n")
                 progress.update(start + len(batch))
 
+    responder.check(prompts)
     if output is None:
         write(sys.stdout)
         return
     target = Path(output).expanduser()
     part = target.with_name(f".{target.name}.part")
-    with part.open("w", encoding="utf-8") as file:
-        write(file)
-    part.replace(target)
+    try:
+        with part.open("w", encoding="utf-8") as file:
+            write(file)
+        part.replace(target)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def _chat(responder: "Responder", key: "jax.Array") -> None:
@@ -140,4 +172,4 @@ def _chat(responder: "Responder", key: "jax.Array") -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(command_line.run(main, define_flags=define_flags))
+    sys.exit(command_line.run(main, define_flags=define_flags, flag_of_field=FLAG_OF_FIELD))

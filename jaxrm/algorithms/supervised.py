@@ -106,18 +106,24 @@ def fit(
 
     while step < num_steps:
         batch = next(loader)
-        state, metrics = train_step(state, place(batch))
+        placed = place(batch)
+        state, metrics = train_step(state, placed)
         step += 1
         report()  # of the step before, while this one runs
-        unreported = (step, metrics, int(np.count_nonzero(batch["segment_ids"])) * jax.process_count())
+        parts = jax.tree.leaves(placed)[0].shape[0] // len(batch["segment_ids"])  # about as many tokens in each
+        unreported = (step, metrics, int(np.count_nonzero(batch["segment_ids"])) * parts)
 
-        last, stopping, loss = step == num_steps, agree(stop.requested), None
+        last, loss = step == num_steps, None
+        saving = last or step % checkpoint_every == 0
         if last or step % eval_every == 0:
             report()
             held_out = evaluate(eval_step, state.params, eval_batches)
             reporter.evaluation(step, held_out)
             loss = held_out["eval_loss"]
-        if last or stopping or step % checkpoint_every == 0:
+        if saving:
+            report()
+        stopping = agree(stop.requested)  # asked last, so that a signal during what was slow saves this very step
+        if saving or stopping:
             report()
             arrays = {"params": state.params, "opt_state": state.opt_state}
             checkpoints.save(step, arrays, {"loader": loader.get_state()}, loss)
@@ -141,8 +147,10 @@ def restore(abstract: TrainState, checkpoints: Checkpoints, loader: Loader, key:
     latest = checkpoints.steps()[-1]
     arrays = checkpoints.restore(latest, {"params": abstract.params, "opt_state": abstract.opt_state})
     loader.set_state(checkpoints.progress(latest)["loader"])
-    step = jax.device_put(np.int32(latest), abstract.step.sharding)
-    return TrainState(step, arrays["params"], arrays["opt_state"], jax.device_put(key, abstract.key.sharding))
+    # Through jit, since device_put refuses a sharding over the devices of other processes.
+    place = jax.jit(lambda *scalars: scalars, out_shardings=(abstract.step.sharding, abstract.key.sharding))
+    step, key = place(np.int32(latest), key)
+    return TrainState(step, arrays["params"], arrays["opt_state"], key)
 
 
 def _check_finite(step: int, metrics: dict[str, float], checkpoints: Checkpoints) -> None:

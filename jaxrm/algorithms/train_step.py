@@ -60,7 +60,7 @@ def build_train_step(
     def step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(state.key, state.step)
         grads, sums = (accumulated if num_microbatches > 1 else gradients)(state.params, batch, key)
-        # An empty batch has a zero gradient; dividing by 1 keeps it so.
+        # An empty batch has a zero gradient; a divisor that is not zero keeps it so.
         divisor = jnp.maximum(sums["loss"][1], 1e-8).astype(jnp.float32)
         grads = jax.tree.map(lambda g: g / divisor, grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)

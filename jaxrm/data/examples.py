@@ -83,7 +83,7 @@ def tokenize_demonstrations(
                     f"e.g. --config.data.max_length={response + 1}, or --config.data.too_long=drop"
                 )
             else:
-                report.add_bad("response longer than max_length", record.source)
+                report.add_bad(f"response longer than config.data.max_length {config.max_length}", record.source)
         if progress:
             progress(min(start + _CHUNK, len(records)), len(records))
     report.used = len(examples)

@@ -22,6 +22,7 @@ def build_loader(
     seed: int,
     process_index: int = 0,
     process_count: int = 1,
+    batch_unit: int = 1,
 ) -> "grain.DatasetIterator":
     """Batches without end, in an order that is a function of `seed` and the position alone.
 
@@ -35,6 +36,7 @@ def build_loader(
       seed: of the order.
       process_index: p.
       process_count: P, a divisor of `config.batch_size`.
+      batch_unit: what batch sizes must be a multiple of, so that the error proposes one that works.
 
     Returns:
       A Grain iterator over dicts of arrays `[batch_size / P, T]` (see `packing.build_row`). `get_state()` is a small
@@ -48,10 +50,12 @@ def build_loader(
     share = _share(config, process_index, process_count)
     rows = _assign_rows(examples, config)
     if len(rows) < config.batch_size:
+        largest = len(rows) // batch_unit * batch_unit
+        smaller = f"e.g. --config.data.batch_size={largest} or " if largest else ""
         raise UserError(
             f"config.data.batch_size is {config.batch_size}, but the {len(examples)} examples of "
-            f"{config.path!r} make only {len(rows)} rows of {config.max_length} tokens; give more data or e.g. "
-            f"--config.data.batch_size={max(len(rows), 1)} or a smaller --config.data.max_length"
+            f"{config.path!r} make only {len(rows)} rows of {config.max_length} tokens; give more data, or use "
+            f"{smaller}a smaller --config.data.max_length"
         )
 
     def build_batch(row_indices: np.ndarray) -> Row:

@@ -99,13 +99,14 @@ def read_records(config: DataConfig, *, held_out: bool = False) -> tuple[list[Re
         usable record.
     """
     separate = config.eval_path is not None or config.eval_split is not None
-    path, split = config.path, config.split
+    field, path, split = "config.data.path", config.path, config.split
     if held_out and separate:
+        field = field if config.eval_path is None else "config.data.eval_path"
         path, split = config.eval_path or path, config.eval_split or split
     limit = config.max_eval_records if held_out else config.max_records
-    rows = _rows(path, split)
+    rows = _rows(path, split, field)
     first_rows = list(islice(rows, _SAMPLE))
-    schema = config.schema if config.schema != "auto" else _recognise_most(first_rows, path)
+    schema = config.schema if config.schema != "auto" else _recognise_most(first_rows, path, field)
     records: list[Record] = []
     report = ReadReport()
     for source, row in chain(first_rows, rows):
@@ -128,7 +129,7 @@ def read_records(config: DataConfig, *, held_out: bool = False) -> tuple[list[Re
     if not records:
         side = "held-out " if held_out else ""
         raise UserError(
-            f"config.data.path {path!r} has no usable {side}records ({report.total} read); give more data"
+            f"{field} {path!r} has no usable {side}records ({report.total} read); give more data"
             + (" or e.g. --config.data.eval_share=0.2" if report.other_side and held_out else "")
         )
     return records, report
@@ -141,7 +142,7 @@ def is_held_out(record: Record, share: float) -> bool:
     return int.from_bytes(digest[:8], "big") < share * 2**64
 
 
-def _recognise_most(rows: list[Row], path: str) -> str:
+def _recognise_most(rows: list[Row], path: str, field: str) -> str:
     """The schema that most rows have; one row alone may be spoiled."""
     with_fields = [row for _, row in rows if isinstance(row, dict)]
     votes = Counter(schema for row in with_fields if (schema := recognise(row)))
@@ -149,16 +150,14 @@ def _recognise_most(rows: list[Row], path: str) -> str:
         return votes.most_common(1)[0][0] if votes else "preference"
     fields = ", ".join(repr(str(name)[:40]) for name in list(with_fields[0])[:20]) or "none"
     raise UserError(
-        f"config.data.path {path!r} has no known schema: its fields are {fields}; required is one of "
+        f"{field} {path!r} has no known schema: its fields are {fields}; required is one of "
         f"{describe_schemas()}; rename the fields"
     )
 
 
-def _rows(path: str, split: str) -> Iterator[Row]:
+def _rows(path: str, split: str, field: str) -> Iterator[Row]:
     if not path:
-        raise UserError(
-            "config.data.path is empty; name a file, a folder or a data set, e.g. --config.data.path=task:safety"
-        )
+        raise UserError(f"{field} is empty; name a file, a folder or a data set, e.g. --{field}=task:safety")
     place = Path(path).expanduser()
     if place.is_dir():
         for file in _files(place, split):
@@ -166,11 +165,11 @@ def _rows(path: str, split: str) -> Iterator[Row]:
     elif place.is_file():
         yield from _file_rows(place, place.name)
     elif re.fullmatch(r"[\w.-]+/[\w.-]+(/[\w./-]+)?(:[\w.-]+)?", path) and not path.endswith(SUFFIXES):
-        yield from _hub_rows(path, split)
+        yield from _hub_rows(path, split, field)
     else:
         raise UserError(
-            f"config.data.path is {path!r}, which is no file, folder or data set (org/name); check the spelling, "
-            "e.g. --config.data.path=pairs.jsonl"
+            f"{field} is {path!r}, which is no file, folder or data set (org/name); check the spelling, "
+            f"e.g. --{field}=pairs.jsonl"
         )
 
 
@@ -240,7 +239,7 @@ def _parquet_rows(file: Path, name: str) -> Iterator[Row]:
         raise UserError(f"{file}: not a readable parquet file ({error}); fetch or write it again") from error
 
 
-def _hub_rows(path: str, split: str) -> Iterator[Row]:
+def _hub_rows(path: str, split: str, field: str) -> Iterator[Row]:
     datasets = _import("datasets", "read data sets from the hub")
     place, _, configuration = path.partition(":")
     repository, folder = "/".join(place.split("/")[:2]), "/".join(place.split("/")[2:])
@@ -249,9 +248,9 @@ def _hub_rows(path: str, split: str) -> Iterator[Row]:
     except Exception as error:  # datasets raises whatever its storage, parsers and the network raise
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
         raise UserError(
-            f"config.data.path {path!r} is no file or folder here, and as a data set of the hub (split {split!r}) it "
+            f"{field} {path!r} is no file or folder here, and as a data set of the hub (split {split!r}) it "
             f"could not be had: {reason}; check the name and the network, or give a file, "
-            "e.g. --config.data.path=pairs.jsonl"
+            f"e.g. --{field}=pairs.jsonl"
         ) from error
     for index, row in enumerate(rows):
         yield f"{place}[{split}]:{index}", row

@@ -15,7 +15,7 @@ from jaxrm.errors import UserError
 from jaxrm.models import blockwise
 
 KERNELS = ("auto", "xla", "cudnn", "splash")
-_SPLASH_BLOCK = 128
+_SPLASH_BLOCKS = (512, 256, 128)  # the largest that divides the row; 128 is the least that the kernel takes
 
 
 class Attend(Protocol):
@@ -58,13 +58,19 @@ def choose(kernel: str, platform: str, dtype: jnp.dtype) -> Attend:
       dtype: compute dtype.
 
     Raises:
-      UserError: for an unknown name, or cuDNN in 32 bits.
+      UserError: for an unknown name, a kernel of another platform, or cuDNN in 32 bits.
     """
     if kernel not in KERNELS:
         raise UserError(f"config.model.attention is {kernel!r}; use one of {', '.join(KERNELS)}")
     sixteen_bits = jnp.dtype(dtype).itemsize == 2
     if kernel == "auto":
         kernel = {"tpu": "splash", "gpu": "cudnn" if sixteen_bits else "xla"}.get(platform, "xla")
+    home = {"cudnn": "gpu", "splash": "tpu"}.get(kernel, platform)
+    if platform != home:
+        raise UserError(
+            f"config.model.attention is {kernel!r}, which runs on {home.upper()}, but the devices are of platform "
+            f"{platform}; use --config.model.attention=auto"
+        )
     if kernel == "cudnn" and not sixteen_bits:
         raise UserError(
             f"config.model.attention is 'cudnn', which needs 16 bits, but config.model.dtype is {jnp.dtype(dtype)}; "
@@ -108,11 +114,17 @@ def cudnn(
     softcap: float | None,
     window: int | None,
 ) -> jax.Array:
-    """`Attend` by cuDNN's fused attention on GPU; models with a soft-cap take the XLA kernel."""
-    if softcap is not None:
-        return xla(query, key, value, segment_ids, scale=scale, softcap=softcap, window=window)
-    mask = causal_mask(segment_ids, window)[:, None]
-    return jax.nn.dot_product_attention(query, key, value, mask=mask, scale=scale, implementation="cudnn")
+    """`Attend` by cuDNN's fused attention on GPU; models with a soft-cap take the XLA kernel.
+
+    So do heads that the GPU's cuDNN has no kernel for, e.g. wider than 128 before Hopper.
+    """
+    if softcap is None:
+        mask = causal_mask(segment_ids, window)[:, None]
+        try:
+            return jax.nn.dot_product_attention(query, key, value, mask=mask, scale=scale, implementation="cudnn")
+        except NotImplementedError:  # raised as it is traced
+            pass
+    return xla(query, key, value, segment_ids, scale=scale, softcap=softcap, window=window)
 
 
 def splash(
@@ -128,7 +140,8 @@ def splash(
 ) -> jax.Array:
     """`Attend` by the splash kernel on TPU; rows that do not fill its blocks of 128 take the XLA kernel."""
     _, T, N, H = query.shape
-    if T % _SPLASH_BLOCK:
+    block = next((size for size in _SPLASH_BLOCKS if T % size == 0), None)
+    if block is None:
         return xla(query, key, value, segment_ids, scale=scale, softcap=softcap, window=window)
     from jax.experimental.pallas.ops.tpu import splash_attention as tpu
 
@@ -138,6 +151,15 @@ def splash(
         tpu.MultiHeadMask([mask] * N),
         head_shards=1,
         q_seq_shards=1,
+        block_sizes=tpu.BlockSizes(
+            block_q=block,
+            block_kv=block,
+            block_q_dkv=block,
+            block_kv_dkv=block,
+            block_q_dq=block,
+            block_kv_dq=block,
+        ),
+        residual_checkpoint_name=blockwise.SAVED_BY_REMAT[0],
         attn_logits_soft_cap=softcap,
         interpret=interpret,
     )

@@ -79,6 +79,31 @@ def check_vocabulary(config: ModelConfig, num_tokens: int, tokenizer: str) -> No
         )
 
 
+def check_length(config: ModelConfig, field: str, length: int) -> None:
+    """Refuse rows of more tokens than the model has positions for.
+
+    Args:
+      config: shape of the model.
+      field: that says ``length``, for the message.
+      length: tokens in a row.
+    """
+    if length > config.max_position:
+        raise UserError(
+            f"{field} is {length}, but the model reads at most {config.max_position} tokens; "
+            f"e.g. --{field}={config.max_position}"
+        )
+
+
+def check_weights(config: ModelConfig, source: ModelSource) -> None:
+    """Refuse weights that `init_params` could not read, by their headers; nothing is allocated.
+
+    Raises:
+      UserError: naming the missing, extra, misshapen or unreadable tensors.
+    """
+    if source.path is not None:
+        hub.check_weights(source.path, config)
+
+
 def abstract_decoder(
     config: ModelConfig,
     source: ModelSource,

@@ -228,6 +228,9 @@ def preset(name: str) -> ModelConfig:
     config = PRESETS.get(name.lower())
     if config is None:
         near = difflib.get_close_matches(name.lower(), PRESETS, n=3, cutoff=0.4)
-        meant = f"; did you mean {' or '.join(near)}?" if near else ""
-        raise UserError(f"there is no model preset {name!r}{meant} Known: {', '.join(sorted(PRESETS))}")
+        meant = f"did you mean {' or '.join(near)}? " if near else ""
+        raise UserError(
+            f"config.model.preset is {name!r}, which is no preset; {meant}known are {', '.join(sorted(PRESETS))}; "
+            f"e.g. --config.model.preset={near[0] if near else 'tiny'}"
+        )
     return config

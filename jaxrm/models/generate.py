@@ -122,7 +122,8 @@ def generate(
         past,
     )
     end = jax.lax.while_loop(unfinished, one_token, start)
-    return Generation(end.tokens, end.mask)
+    # Whole on every device, so that any process can read them.
+    return Generation(model.constrain(end.tokens, (None, None)), model.constrain(end.mask, (None, None)))
 
 
 def sample(logits: jax.Array, key: jax.Array, sampling: SamplingConfig) -> jax.Array:

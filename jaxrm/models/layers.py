@@ -37,7 +37,7 @@ def _unchanged(x: jax.Array) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _project(x: jax.Array, kernel: jax.Array, contracted: int) -> jax.Array:
-    """``tensordot(x, kernel, contracted)`` in the dtype of ``x``, with a gradient of the kernel that is cheap to lay out.
+    """``tensordot(x, kernel, contracted)`` in the dtype of ``x``, with a cheaper gradient of the kernel.
 
     JAX writes that gradient as ``(dy^T x)^T``, for which XLA on CPU transposes ``dy``, the larger of the two, and all
     that is fused into it; here it is ``x^T dy``, in the dtype of the kernel whatever that of ``x`` is.

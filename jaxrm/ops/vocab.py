@@ -180,11 +180,10 @@ def _backward(softcap, temperature, chunk_size, residuals, cotangents):  # type:
         d_logits -= d_entropy[..., None] * jnp.where(p > 0, p * (log_p + entropy[..., None]), 0.0)
         d_logits /= temperature
         if softcap is not None:
-            capped = jnp.where(p > 0, logits * temperature / softcap, 0.0)
+            capped = jnp.where(logits > -jnp.inf, logits * temperature / softcap, 0.0)
             d_logits *= 1.0 - capped**2
         d_logits = d_logits.astype(hidden.dtype)
         d_hidden += jnp.einsum("...v,vd->...d", d_logits, weights, preferred_element_type=jnp.float32)
-        rows = tuple(range(targets.ndim))
         d_weights = jax.lax.dot_general(columns, d_logits, contraction, preferred_element_type=jnp.float32).T
         d_chunks = jax.lax.dynamic_update_index_in_dim(d_chunks, d_weights.astype(head.dtype), chunk, axis=1)
         return (d_hidden, d_chunks), None

@@ -97,10 +97,10 @@ class Checkpoints:
         return self._manager.restore(step, args=self._args.Composite(progress=self._args.JsonRestore())).progress
 
     def best_step(self) -> int | None:
-        """Step with the lowest evaluation loss among those kept; the latest where none was evaluated."""
+        """Step with the lowest evaluation loss among those kept; the latest where none has a finite one."""
         steps = self.steps()
         losses = {step: self.progress(step)["loss"] for step in steps}
-        known = [step for step in steps if losses[step] is not None]
+        known = [step for step in steps if losses[step] is not None and math.isfinite(losses[step])]
         return min(known, key=losses.__getitem__) if known else (steps[-1] if steps else None)
 
     def restore(self, step: int, abstract: dict[str, Any]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ checked against its annotations, which may be strings (``from __future__ import 
 
 import dataclasses
 import math
+import re
 import typing
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, TypeVar
@@ -78,7 +79,10 @@ def from_config_dict(cls: type[Tree], config: Mapping[str, Any] | ConfigDict, wh
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             advice = fields.advice_for(annotation, name)
             raise UserError(f"{name} is missing; required {fields.type_name(annotation)}; {advice}")
-    return cls(**values)
+    try:
+        return cls(**values)
+    except UserError as error:
+        raise _placed(error, cls, where) from error
 
 
 def parse_text(text: str, annotation: Any, where: str, example: Any = None) -> Any:
@@ -162,6 +166,15 @@ def _checked(value: Any, annotation: Any, where: str, example: Any = None) -> An
             if isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
                 return value
     raise fields.wrong_value(value, annotation, where, example)
+
+
+def _placed(error: UserError, cls: Any, where: str) -> UserError:
+    """The error of a section that may stand in several places and so names its fields alone, with its place."""
+    message = str(error)
+    field = message.split(" ", 1)[0]
+    if field not in fields.annotations_of(cls):
+        return error
+    return UserError(re.sub(rf"(^|--){field}\b", rf"\1{where}.{field}", message))
 
 
 def _read(text: str, kind: Any) -> Any:

@@ -63,6 +63,28 @@ def batch_shards(mesh: Mesh) -> int:
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
+def batch_share(mesh: Mesh) -> tuple[int, int]:
+    """Which part of the rows of a batch this process supplies, and how many parts there are.
+
+    Processes that differ along the tensor axis alone supply the same rows.
+
+    Raises:
+      UserError: where the processes' shares of the rows overlap or differ in size.
+    """
+    held: dict[int, set[int]] = {}
+    for shard, devices in enumerate(mesh.devices.reshape(batch_shards(mesh), -1)):
+        for device in devices:
+            held.setdefault(device.process_index, set()).add(shard)
+    parts = sorted({tuple(sorted(shards)) for shards in held.values()})
+    if any(len(part) * len(parts) != batch_shards(mesh) for part in parts):
+        raise UserError(
+            f"config.mesh.tensor is {mesh.shape['tensor']}, which spreads the rows unevenly over the processes; use a "
+            f"divisor or a multiple of the {mesh.devices.size // len(held)} devices of a process, "
+            "e.g. --config.mesh.tensor=1"
+        )
+    return parts.index(tuple(sorted(held[jax.process_index()]))), len(parts)
+
+
 def check_batch(mesh: Mesh, field: str, batch_size: int, num_microbatches: int = 1) -> None:
     """Refuse a batch that does not divide over the mesh and its microbatches.
 

@@ -1,5 +1,6 @@
 """The optimizer, from optax."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,11 +20,12 @@ class OptimizerConfig:
     """Optimizer, learning-rate schedule and gradient clipping.
 
     Attributes:
-      name: ``adamw``, or ``adafactor`` (factored second moment, far less memory).
+      name: ``adamw``, or ``adafactor`` (factored second moment and no first, far less memory; it has no use for
+        ``b1``, ``b2``, ``eps`` and ``moment_dtype``).
       lr: peak learning rate.
       schedule: after the warm-up ``cosine`` or ``linear`` to ``final_lr_share`` of the peak, or ``constant``.
-      warmup: share of the steps over which the rate rises linearly from 0.
-      final_lr_share: rate at the last step, as a share of ``lr``.
+      warmup: share of the steps over which the rate rises linearly; the first has 1 / (their number) of ``lr``.
+      final_lr_share: rate that the schedule reaches when the last step is done, as a share of ``lr``.
       b1: decay of the first moment.
       b2: decay of the second moment.
       eps: added to the root of the second moment.
@@ -61,13 +63,20 @@ class OptimizerConfig:
                 f"config.optimizer.warmup is {self.warmup}; it is a share of the steps, at least 0 and below 1, "
                 "e.g. --config.optimizer.warmup=0.03"
             )
-        if self.lr <= 0:
-            raise UserError(f"config.optimizer.lr is {self.lr}; it must be above 0, e.g. --config.optimizer.lr=2e-5")
-        if self.clip_norm is not None and self.clip_norm <= 0:
-            raise UserError(
-                f"config.optimizer.clip_norm is {self.clip_norm}; it must be above 0, or None for no clipping, "
-                "e.g. --config.optimizer.clip_norm=1.0"
-            )
+        for field, good, required in (
+            ("lr", 0 < self.lr < math.inf, "above 0 and finite"),
+            ("final_lr_share", 0 <= self.final_lr_share <= 1, "a share of lr, from 0 to 1"),
+            ("b1", 0 <= self.b1 < 1, "at least 0 and below 1"),
+            ("b2", 0 <= self.b2 < 1, "at least 0 and below 1"),
+            ("eps", self.eps > 0, "above 0"),
+            ("weight_decay", 0 <= self.weight_decay < math.inf, "at least 0"),
+            ("clip_norm", self.clip_norm is None or self.clip_norm > 0, "above 0, or None for no clipping"),
+        ):
+            if not good:
+                raise UserError(
+                    f"config.optimizer.{field} is {getattr(self, field)}; it must be {required}, "
+                    f"e.g. --config.optimizer.{field}={getattr(OptimizerConfig, field)}"
+                )
 
 
 def learning_rate(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
@@ -101,12 +110,11 @@ def build_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTr
             mask=decay_mask,
         )
     else:
-        update = optax.adafactor(
-            schedule,
-            weight_decay_rate=config.weight_decay or None,
-            weight_decay_mask=decay_mask,
-            multiply_by_parameter_scale=False,
-            dtype_momentum=jnp.dtype(config.moment_dtype),
+        # Its own decay would shrink the weights by the whole of weight_decay at every step, whatever the rate.
+        update = optax.chain(
+            optax.adafactor(None, multiply_by_parameter_scale=False),
+            optax.add_decayed_weights(-config.weight_decay, mask=decay_mask),
+            optax.scale_by_learning_rate(schedule, flip_sign=False),
         )
     clip = optax.identity() if config.clip_norm is None else optax.clip_by_global_norm(config.clip_norm)
     return optax.chain(clip, update)

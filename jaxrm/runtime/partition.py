@@ -103,16 +103,19 @@ def per_device(attend: Callable[..., jax.Array], mesh: Mesh) -> Callable[..., ja
 
     Args:
       attend: as `jaxrm.models.attention.Attend`.
-      mesh: the devices; rows lie over data and fsdp, heads over tensor.
+      mesh: the devices; rows lie over data and fsdp (whole where they do not divide), heads over tensor.
     """
-    rows, heads = PartitionSpec(BATCH_AXES), PartitionSpec(BATCH_AXES, None, "tensor")
 
     def sharded(
         query: jax.Array, key: jax.Array, value: jax.Array, segment_ids: jax.Array, **options: Any
     ) -> jax.Array:
-        if key.shape[2] % mesh.shape["tensor"]:  # fewer key heads than devices: one copy for each query head
-            repeats = query.shape[2] // key.shape[2]
-            key, value = (jax.numpy.repeat(x, repeats, axis=2) for x in (key, value))
+        # Fewer key heads than devices: as many copies as give each device the heads that its queries read.
+        tensor = mesh.shape["tensor"]
+        copies = tensor // math.gcd(key.shape[2], tensor)
+        if copies > 1:
+            key, value = (jax.numpy.repeat(x, copies, axis=2) for x in (key, value))
+        batch = BATCH_AXES if query.shape[0] % _devices(mesh, BATCH_AXES) == 0 else None
+        rows, heads = PartitionSpec(batch), PartitionSpec(batch, None, "tensor")
         kernel = jax.shard_map(
             lambda *arrays: attend(*arrays, **options),
             mesh=mesh,

@@ -39,13 +39,14 @@ class TrainingReporter:
         """Metrics of one training step, with its ``tokens_per_second``."""
         rate = metrics["tokens_per_second"]
         mfu = hardware.mfu(self._flops_per_token * rate, 1.0, jax.devices(), self._dtype)
-        self._progress.update(step, loss=metrics["loss"], tokens_per_second=rate, mfu=mfu)
+        host, device = hardware.host_memory_gib(), hardware.device_memory()
+        shown = f"{host if device is None else device.peak:.1f} GiB"
+        self._progress.update(step, loss=metrics["loss"], tokens_per_second=rate, mfu=mfu, memory=shown)
         if step % self._every == 0 or step == self._num_steps:
-            memory = hardware.device_memory()
             measured = {
                 "mfu": mfu,
-                "host_memory_gib": hardware.host_memory_gib(),
-                "device_memory_gib": None if memory is None else memory.peak,
+                "host_memory_gib": host,
+                "device_memory_gib": None if device is None else device.peak,
             }
             self._writer.write(step, {**metrics, **{name: x for name, x in measured.items() if x is not None}})
 

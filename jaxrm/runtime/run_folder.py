@@ -14,6 +14,7 @@ Nothing is ever deleted: a run that is started anew finds its old folder beside 
 
 import datetime
 import json
+import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -123,6 +124,21 @@ def open_run(
     return opened or RunFolder(Path(run_dir).expanduser(), bool(outcome), "", is_writer=False)
 
 
+def check_run(
+    run_dir: str,
+    resolved_config: Mapping[str, Any],
+    *,
+    on_existing: OnExisting = "resume",
+    may_differ: frozenset[str] = frozenset(),
+) -> None:
+    """Refuse what `open_run` would refuse, before the work that comes ahead of it; writes nothing.
+
+    Raises:
+        UserError: as `open_run`.
+    """
+    _look(run_dir, resolved_config, on_existing, may_differ)
+
+
 def write_json_atomically(path: Path, content: Any) -> None:
     """Write `content` as JSON so that a reader finds the old file or the new one, never a part of either.
 
@@ -144,18 +160,7 @@ def _open(
     command: list[str] | None,
     devices: Mapping[str, Any] | None,
 ) -> RunFolder:
-    path = _checked_path(run_dir)
-    found = _found_run(path, run_dir)
-    changed: list[tuple[str, Any, Any]] = []
-    message = f"{run_dir} is new"
-    if found is not None:
-        since = f"{run_dir} holds a run started {found['launches'][0]['started']}"
-        if on_existing == "error":
-            raise UserError(f"{since}; {_what_to_type(run_dir, ('resume', 'restart'))}")
-        if on_existing == "resume":
-            changed = differences(found["config"], config)
-            _check_same_config(changed, may_differ, run_dir)
-            message = f"{since}, launched {_times(len(found['launches']))}; continuing it"
+    path, found, changed, message = _look(run_dir, config, on_existing, may_differ)
     launch = {
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": list(sys.argv if command is None else command),
@@ -172,11 +177,47 @@ def _open(
         launches = [*found["launches"], launch] if found is not None else [launch]
         write_json_atomically(path / "run.json", {"config": config, "launches": launches})
     except OSError as error:
-        raise UserError(
-            f"config.run_dir is {run_dir!r}, which cannot be written ({error.strerror}); "
-            "required a folder that can, e.g. --config.run_dir=runs/first"
-        ) from error
+        raise _unusable(run_dir, str(error.strerror)) from error
     return RunFolder(path, found is not None, message)
+
+
+def _look(
+    run_dir: str, config: Mapping[str, Any], on_existing: OnExisting, may_differ: frozenset[str]
+) -> tuple[Path, dict[str, Any] | None, list[tuple[str, Any, Any]], str]:
+    """The folder's path, its ``run.json`` if it holds a run, how the configs differ, and what to tell of it."""
+    path = _checked_path(run_dir)
+    try:
+        found = _found_run(path, run_dir)
+        _check_writable(path, run_dir)
+    except OSError as error:
+        raise _unusable(run_dir, str(error.strerror)) from error
+    if found is None:
+        return path, None, [], f"{run_dir} is new"
+    changed: list[tuple[str, Any, Any]] = []
+    message = since = f"{run_dir} holds a run started {found['launches'][0]['started']}"
+    if on_existing == "error":
+        raise UserError(f"{since}; {_what_to_type(run_dir, ('resume', 'restart'))}")
+    if on_existing == "resume":
+        changed = differences(found["config"], config)
+        _check_same_config(changed, may_differ, run_dir)
+        message = f"{since}, launched {_times(len(found['launches']))}; continuing it"
+    return path, found, changed, message
+
+
+def _check_writable(path: Path, run_dir: str) -> None:
+    """Refuse a path whose nearest folder that exists is no folder, or takes no files."""
+    nearest = next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
+    if not nearest.is_dir():
+        raise _unusable(run_dir, f"{nearest} is a file")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise _unusable(run_dir, f"no permission to write in {nearest}")
+
+
+def _unusable(run_dir: str, reason: str) -> UserError:
+    return UserError(
+        f"config.run_dir is {run_dir!r}, which cannot be written ({reason}); "
+        "required a folder that can, e.g. --config.run_dir=runs/first"
+    )
 
 
 def _checked_path(run_dir: str) -> Path:

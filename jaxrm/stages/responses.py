@@ -1,6 +1,6 @@
 """Text in, text out: a model's responses to chat prompts."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -9,6 +9,7 @@ import numpy as np
 from jaxrm.data import templates
 from jaxrm.data.records import Message
 from jaxrm.errors import UserError
+from jaxrm.models.config import ModelConfig
 from jaxrm.models.generate import SamplingConfig, generate
 from jaxrm.stages.setup import OpenedModel
 
@@ -16,6 +17,39 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _LENGTH_BUCKET = 64
+
+
+def prompt_room(model: ModelConfig, sampling: SamplingConfig, field: str) -> int:
+    """Longest prompt in tokens that leaves room for a response.
+
+    Args:
+      model: whose positions they share.
+      sampling: says the length of the response.
+      field: where that is said, for the message.
+
+    Raises:
+      UserError: where there is no room at all.
+    """
+    room = model.max_position - sampling.max_new_tokens
+    if room < 1:
+        raise UserError(
+            f"{field} is {sampling.max_new_tokens}, but the model reads {model.max_position} tokens, prompt and "
+            f"response together; e.g. --{field}={max(model.max_position // 4, 1)}"
+        )
+    return room
+
+
+def answerable(
+    prompts: Iterable[Sequence[Message]], tokenizer: "PreTrainedTokenizerBase", template: str, room: int
+) -> Iterator[Sequence[Message]]:
+    """Those prompts that the template takes and that have at most ``room`` tokens."""
+    for prompt in prompts:
+        try:
+            ids = templates.encode_prompt(tokenizer, prompt, template)
+        except UserError:
+            continue
+        if len(ids) <= room:
+            yield prompt
 
 
 class Responder:
@@ -43,18 +77,34 @@ class Responder:
         self._tokenizer, self._template, self._sampling = tokenizer, template, sampling
         self._end_ids = tuple(sorted(templates.end_ids(tokenizer, template)))
 
+    def check(self, prompts: Sequence[Sequence[Message]]) -> None:
+        """Refuse prompts that cannot be answered, before any of them is.
+
+        Raises:
+          UserError: the template refuses one, or the model cannot read it whole.
+        """
+        room = prompt_room(self._model.config, self._sampling, "max_new_tokens")
+        for number, prompt in enumerate(prompts, 1):
+            length = len(templates.encode_prompt(self._tokenizer, prompt, self._template))
+            if length > room:
+                raise UserError(
+                    f"prompt {number} has {length} tokens, but the model reads {self._model.config.max_position} in "
+                    f"all and {self._sampling.max_new_tokens} are for the response; shorten it, or use a smaller "
+                    f"--max_new_tokens"
+                )
+
     def respond(self, prompts: Sequence[Sequence[Message]], key: jax.Array) -> list[str]:
-        """One response to each prompt, as text without its end token."""
+        """One response to each prompt, as text without its end token.
+
+        Raises:
+          UserError: as `check`.
+        """
         if not prompts:
             return []
+        self.check(prompts)
         ids = [templates.encode_prompt(self._tokenizer, prompt, self._template) for prompt in prompts]
-        room = self._model.config.max_position - self._sampling.max_new_tokens
+        room = prompt_room(self._model.config, self._sampling, "max_new_tokens")
         longest = max(len(prompt) for prompt in ids)
-        if longest > room:
-            raise UserError(
-                f"a prompt has {longest} tokens, but the model reads {self._model.config.max_position} in all and "
-                f"{self._sampling.max_new_tokens} are for the response; shorten it, or lower max_new_tokens"
-            )
         width = min(-(-longest // _LENGTH_BUCKET) * _LENGTH_BUCKET, room)
         height = 1 << (len(ids) - 1).bit_length()
         tokens, mask = np.zeros((height, width), np.int32), np.zeros((height, width), bool)

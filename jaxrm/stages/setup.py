@@ -56,7 +56,7 @@ def open_model(source: ModelSource, mesh: Mesh, config: ModelConfig | None = Non
     config = config or build.read_shape(source)
     platform = mesh.devices.flat[0].platform
     attend = attention.choose(source.attention, platform, np.dtype(source.dtype))
-    if attend is attention.splash:  # the compiler cannot split a Pallas kernel
+    if attend is not attention.xla:  # the compiler cannot split a kernel that is not its own
         attend = partition.per_device(attend, mesh)
     constrain = partition.activation_constraint(mesh)
     graphdef, shapes, axes = build.abstract_decoder(config, source, attend=attend, constrain=constrain)

@@ -1,6 +1,7 @@
 """The SFT stage: fine-tune a model on demonstrations, or on the chosen responses of pairs."""
 
 import math
+from itertools import islice
 from typing import Any
 
 import jax
@@ -11,14 +12,14 @@ from jaxrm.data.tokenizer import load_tokenizer
 from jaxrm.experiment import MAY_DIFFER, Experiment
 from jaxrm.models import build
 from jaxrm.runtime import config as bridge
-from jaxrm.runtime.mesh import build_mesh, check_batch
+from jaxrm.runtime.mesh import batch_shards, batch_share, build_mesh, check_batch
 from jaxrm.runtime.metrics import read_rows
 from jaxrm.runtime.preemption import EXIT_PREEMPTED
 from jaxrm.runtime.progress import print_table
-from jaxrm.runtime.run_folder import RunFolder, open_run
+from jaxrm.runtime.run_folder import RunFolder, check_run, open_run
 from jaxrm.stages import setup, supervised
 from jaxrm.stages.demonstrations import load_demonstrations
-from jaxrm.stages.responses import Responder
+from jaxrm.stages.responses import Responder, answerable, prompt_room
 from jaxrm.stages.trained import keep_model
 
 
@@ -34,6 +35,12 @@ def run(config: Experiment) -> int:
     mesh = build_mesh(config.mesh)
     check_batch(mesh, "config.data.batch_size", config.data.batch_size, config.num_microbatches)
     model = setup.open_model(config.model, mesh)
+    build.check_length(model.config, "config.data.max_length", config.data.max_length)
+    sampling = config.evaluation.sampling
+    room = prompt_room(model.config, sampling, "config.evaluation.sampling.max_new_tokens")
+    resolved = bridge.as_dict(config)
+    if jax.process_count() == 1:  # several must refuse together, which only `open_run` sees to
+        check_run(config.run_dir, resolved, on_existing=config.on_existing, may_differ=MAY_DIFFER)
     is_writer = jax.process_index() == 0
     show = is_writer and config.logging.progress
 
@@ -44,19 +51,24 @@ def run(config: Experiment) -> int:
         train = load_demonstrations(data, tokenizer, held_out=False, show_progress=show)
         held_out = load_demonstrations(data, tokenizer, held_out=True, show_progress=show)
 
+    part, parts = batch_share(mesh)
     batching: dict[str, Any] = {
         "pad_id": tokenizer.pad_token_id or 0,  # never attended to and never a target: any id will do
-        "process_index": jax.process_index(),
-        "process_count": jax.process_count(),
+        "process_index": part,
+        "process_count": parts,
     }
-    loader = build_loader(train.examples, config.data, seed=config.seed, **batching)
+    batch_unit = batch_shards(mesh) * config.num_microbatches
+    loader = build_loader(train.examples, config.data, seed=config.seed, batch_unit=batch_unit, **batching)
     held_out_batches = eval_batches(held_out.examples, config.data, **batching)
     rows = rows_per_epoch(train.examples, config.data)
     num_steps = config.num_steps or math.ceil(config.num_epochs * rows / config.data.batch_size)
+    asked = (record.prompt for record in held_out.records)
+    prompts = list(islice(answerable(asked, tokenizer, data.template, room), config.evaluation.samples))
+    build.check_weights(model.config, config.model)  # last, since a hub model is fetched for it
 
     folder = open_run(
         config.run_dir,
-        bridge.as_dict(config),
+        resolved,
         on_existing=config.on_existing,
         may_differ=MAY_DIFFER,
         is_writer=is_writer,
@@ -85,8 +97,7 @@ def run(config: Experiment) -> int:
             print(f"Stopped and saved at step {int(state.step)} of {num_steps}; the same command continues from there.")
         return EXIT_PREEMPTED
 
-    responder = Responder(model, state.params, tokenizer, config.data.template, config.evaluation.sampling)
-    prompts = [record.prompt for record in held_out.records[: config.evaluation.samples]]
+    responder = Responder(model, state.params, tokenizer, config.data.template, sampling)
     responses = responder.respond(prompts, jax.random.key(config.seed))
     if is_writer:
         _print_held_out(folder)

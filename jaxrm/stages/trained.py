@@ -1,6 +1,7 @@
 """A trained model from the folder of its run, which is all that is needed to read it."""
 
 import json
+import math
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from jaxrm.models.build import ModelSource
 from jaxrm.models.config import ModelConfig
 from jaxrm.runtime import config as bridge
 from jaxrm.runtime.checkpoint import Checkpoints, with_shardings
+from jaxrm.runtime.mesh import MeshConfig, build_mesh
 from jaxrm.runtime.run_folder import RunFolder, write_json_atomically
 from jaxrm.stages.setup import OpenedModel, open_model
 
@@ -53,13 +55,14 @@ def keep_model(config: ModelConfig, tokenizer: "PreTrainedTokenizerBase", folder
             (Path(name) / "tokenizer").rename(folder.tokenizer)
 
 
-def open_checkpoint(path: str, mesh: Mesh, dtype: str | None = None) -> Trained:
+def open_checkpoint(path: str, mesh: Mesh | None, dtype: str | None = None) -> Trained:
     """Model of a run.
 
     Args:
       path: folder of a run, for its latest checkpoint; ``RUN_DIR/checkpoints/best`` for that with the lowest
         held-out loss; or ``RUN_DIR/checkpoints/STEP``.
-      mesh: devices to put the parameters on; need not be those of the training.
+      mesh: devices to put the parameters on; need not be those of the training. None: spread over as many as
+        divide them.
       dtype: compute dtype, that of the training where it is None.
 
     Raises:
@@ -76,30 +79,40 @@ def open_checkpoint(path: str, mesh: Mesh, dtype: str | None = None) -> Trained:
         )
     checkpoints = Checkpoints(folder.checkpoints, read_only=True)
     step = _choose(checkpoints, wanted, path)
-    recorded = json.loads((run / "run.json").read_text(encoding="utf-8"))["config"]
+    try:
+        recorded = json.loads((run / "run.json").read_text(encoding="utf-8"))["config"]
+        described = json.loads(folder.model.read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"--checkpoint is {path!r}, whose run.json or model.json is damaged ({error})") from error
     config = bridge.from_config_dict(Experiment, recorded)
-    shape = bridge.from_config_dict(ModelConfig, json.loads(folder.model.read_text(encoding="utf-8")), "model.json")
-    source = ModelSource(preset="as trained", dtype=dtype or config.model.dtype, attention=config.model.attention)
-    model = open_model(source, mesh, shape)
+    shape = bridge.from_config_dict(ModelConfig, described, "model.json")
+    source = ModelSource(preset="as trained", dtype=dtype or config.model.dtype)  # attention by this platform
+    model = open_model(source, mesh or _spread(shape), shape)
     params = checkpoints.restore(step, {"params": with_shardings(model.shapes, model.shardings)})["params"]
     checkpoints.close()
     tokenizer = load_tokenizer(str(folder.tokenizer))
     return Trained(model, params, tokenizer, config.data.template, f"{run}, step {step}")
 
 
-def open_weights(source: ModelSource, tokenizer_path: str | None, template: str, mesh: Mesh) -> Trained:
-    """Published model, as it is.
+def open_weights(source: ModelSource, tokenizer_path: str | None, template: str, mesh: Mesh | None) -> Trained:
+    """Published model, as it is; for ``mesh`` see `open_checkpoint`.
 
     Raises:
       UserError: where there is no such model or its tokenizer does not fit.
     """
     assert source.path is not None
-    model = open_model(source, mesh)
+    shape = build.read_shape(source)
+    model = open_model(source, mesh or _spread(shape), shape)
     path = tokenizer_path or source.path
     tokenizer = load_tokenizer(path)
     build.check_vocabulary(model.config, len(tokenizer), path)
     params = build.init_params(model.config, source, jax.random.key(0), model.shardings)
     return Trained(model, params, tokenizer, template, source.path)
+
+
+def _spread(config: ModelConfig) -> Mesh:
+    shards = math.gcd(jax.device_count(), config.hidden_size)
+    return build_mesh(MeshConfig(data=-1, fsdp=shards))
 
 
 def _choose(checkpoints: Checkpoints, wanted: str, path: str) -> int:

@@ -14,7 +14,7 @@ from jaxrm.algorithms import sft
 from jaxrm.algorithms.state import TrainState, create
 from jaxrm.algorithms.train_step import build_train_step
 from jaxrm.errors import UserError
-from jaxrm.models import build
+from jaxrm.models import attention, build
 from jaxrm.models.build import ModelSource
 from jaxrm.models.config import PRESETS
 from jaxrm.runtime import partition
@@ -94,6 +94,24 @@ def test_one_device_and_eight_give_the_same_losses():
     kernel = eight_state.params["layers"]["mlp"]["gate"]["kernel"]
     assert kernel.sharding.spec == PartitionSpec(None, "fsdp", "tensor")
     assert {s.data.shape for s in kernel.addressable_shards} == {(2, 16, 32)}
+
+
+@pytest.mark.parametrize(("rows", "kv_heads"), [(4, 8), (4, 2), (3, 1)], ids=["shared", "copied", "one-kv-head"])
+def test_a_kernel_on_each_device_gives_what_it_gives_on_one(rows, kv_heads):
+    """Also where the key heads are fewer than the devices, or the rows do not divide over them."""
+    mesh = build_mesh(MeshConfig(2, 1, 4))
+    rng = np.random.default_rng(0)
+    arrays = [jnp.asarray(rng.normal(size=(rows, 6, heads, 4)), jnp.float32) for heads in (8, kv_heads, kv_heads)]
+    segments = jnp.ones((rows, 6), jnp.int32)
+
+    def gradients(attend):
+        def loss(*arrays):
+            return (attend(*arrays, segments, scale=0.5, softcap=None, window=None) ** 2).sum()
+
+        return jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(*arrays)
+
+    split = gradients(partition.per_device(attention.xla, mesh))
+    chex.assert_trees_all_close(split, gradients(attention.xla), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("mesh", [ONE, EIGHT], ids=["one", "eight"])

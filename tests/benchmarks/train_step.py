@@ -14,6 +14,7 @@ import resource
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 SHAPE = {
     "vocab_size": 49152,
@@ -125,7 +126,7 @@ def main() -> None:
         for side in args.sides:
             sizes = [f"--{name}={getattr(args, name)}" for name in ("rows", "length", "steps")]
             command = [sys.executable, __file__, *sizes, f"--one={side}"]
-            environment = {**os.environ, "PYTHONPATH": os.getcwd()}
+            environment = {**os.environ, "PYTHONPATH": str(Path.cwd())}
             output = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
             results[side].append(tuple(json.loads(output.splitlines()[-1])))
     first = args.sides[0]

@@ -102,10 +102,10 @@ def test_a_response_that_does_not_fit_is_dropped_and_counted(chatml_tokenizer):
     records = [dialogue("a", "good. " * 60, source="f:1"), dialogue("a", "good.", source="f:2")]
     examples, report = tokenize(records, chatml_tokenizer, max_length=32)
     assert [example.source for example in examples] == ["f:2"]
-    assert report.bad["response longer than max_length"].first == "f:1"
+    assert report.bad["response longer than config.data.max_length 32"].first == "f:1"
     with pytest.raises(UserError, match=r"f:1: the response has \d+ tokens.*max_length="):
         tokenize(records, chatml_tokenizer, max_length=32, too_long="error")
-    with pytest.raises(UserError, match=r"1 of 2 records are unusable.*longer than max_length"):
+    with pytest.raises(UserError, match=r"1 of 2 records are unusable.*longer than config.data.max_length 32"):
         tokenize(records, chatml_tokenizer, max_length=32, max_bad_share=0.4)
 
 

@@ -153,3 +153,14 @@ def test_chunks_prefer_a_divisor_of_the_vocabulary():
     assert vocab.number_of_chunks(49_152, 8192) == 6
     assert vocab.number_of_chunks(151_936, 8192) == 32
     assert vocab.number_of_chunks(8191 * 3 + 1, 8192) <= 16
+
+
+def test_softcapped_gradients_hold_where_a_probability_underflows():
+    """At a low temperature the target is e^-140 likely, and its capped logit still has a slope."""
+    hidden, head, targets = jnp.ones((1, 1)), jnp.asarray([[4.0], [-3.0]]), jnp.asarray([1])
+    got = jax.grad(
+        lambda h, w: vocab.token_statistics(h, w, targets, softcap=9.0, temperature=0.05).log_probs.sum(), (0, 1)
+    )(hidden, head)
+    want = jax.grad(lambda h, w: plain_statistics(h, w, targets, 9.0, 0.05)[0].sum(), (0, 1))(hidden, head)
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5)

@@ -1,7 +1,15 @@
 """Published weights in (safetensors folders, hub names, GGUF files) and out (safetensors folders)."""
 
-from jaxrm.models.hub.export import export_model
+from jaxrm.models.hub.export import check_export_folder, export_model
 from jaxrm.models.hub.hf_config import parse_hf_config, to_hf_config
-from jaxrm.models.hub.read import load_params, read_model_config
+from jaxrm.models.hub.read import check_weights, load_params, read_model_config
 
-__all__ = ["export_model", "load_params", "parse_hf_config", "read_model_config", "to_hf_config"]
+__all__ = [
+    "check_export_folder",
+    "check_weights",
+    "export_model",
+    "load_params",
+    "parse_hf_config",
+    "read_model_config",
+    "to_hf_config",
+]

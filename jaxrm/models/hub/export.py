@@ -70,7 +70,7 @@ def export_model(
     target = Path(folder).expanduser().absolute()
     writes = jax.process_index() == 0
     if writes:
-        _check_target(target, overwrite)
+        check_export_folder(target, overwrite=overwrite)
     dtype = dtype or str(_leaf(params, ("embedder", "embedding")).dtype)
     if dtype not in _DTYPES:
         raise UserError(f"the export dtype is {dtype!r}; choose {', '.join(_DTYPES)}")
@@ -111,13 +111,24 @@ def export_model(
     return target
 
 
-def _check_target(target: Path, overwrite: bool) -> None:
-    if target.exists() and not target.is_dir():
-        raise UserError(f"the export folder {target} is a file; name a folder")
+def check_export_folder(folder: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+    """Refuse a folder that an export may not replace.
+
+    Raises:
+      UserError: it is a file or inside one, is not empty, or holds something other than a model.
+    """
+    target = Path(folder).expanduser().absolute()
+    for place in (target, *target.parents):
+        if place.exists():
+            if not place.is_dir():
+                raise UserError(f"the export folder is {target}, but {place} is a file; name a folder")
+            if not os.access(place, os.W_OK):
+                raise UserError(f"the export folder is {target}, but {place} cannot be written; name another")
+            break
     if not target.is_dir() or not any(target.iterdir()):
         return
     if not overwrite:
-        raise UserError(f"the export folder {target} is not empty; name another, or ask to overwrite it")
+        raise UserError(f"the export folder {target} is not empty; name another, or replace it with --overwrite")
     if not (target / "config.json").is_file():
         raise UserError(f"the export folder {target} holds something that is not a model; name another")
 

@@ -6,6 +6,7 @@ Gemma files hold 1 + w for a norm's w. Quantised tensors are dequantised one at 
 """
 
 import re
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -204,7 +205,8 @@ def open_gguf(file: Path, config: ModelConfig) -> dict[str, StoredTensor]:
         if tensor.name == "rope_freqs.weight":  # part of the config
             continue
         name = _hub_name(tensor.name, layer_names)
-        stored[name] = StoredTensor(tuple(int(n) for n in reversed(tensor.shape)), _reader(file, tensor, name, config))
+        shape = tuple(int(n) for n in reversed(tensor.shape))
+        stored[name] = StoredTensor(shape, _reader(tensor, name, config), _unreadable(tensor.name, tensor.tensor_type))
     return stored
 
 
@@ -219,21 +221,33 @@ def _hub_name(name: str, layer_names: dict[str, str]) -> str:
     return name
 
 
-def _reader(file: Path, tensor: Any, name: str, config: ModelConfig) -> Any:
+def _unreadable(name: str, kind: Any) -> str | None:
+    if _can_dequantise(kind):
+        return None
+    return f"{name} has the type {kind.name}, which gguf cannot dequantise; choose a file of another quantisation"
+
+
+@cache
+def _can_dequantise(kind: Any) -> bool:
+    from gguf import GGML_QUANT_SIZES
+    from gguf.quants import dequantize
+
+    _, bytes_per_block = GGML_QUANT_SIZES[kind]
+    try:
+        dequantize(np.zeros((1, bytes_per_block), np.uint8), kind)
+    except NotImplementedError:
+        return False
+    return True
+
+
+def _reader(tensor: Any, name: str, config: ModelConfig) -> Any:
     interleaved = config.family in _INTERLEAVED and (".q_proj." in name or ".k_proj." in name)
     unit_offset = config.unit_offset_norm and "norm." in name
 
     def read() -> np.ndarray:
         from gguf.quants import dequantize
 
-        try:
-            array = dequantize(tensor.data, tensor.tensor_type)
-        except NotImplementedError as error:
-            kind = tensor.tensor_type.name
-            raise UserError(
-                f"{file}: {tensor.name} has the type {kind}, which gguf cannot dequantise; "
-                "choose a file of another quantisation"
-            ) from error
+        array = dequantize(tensor.data, tensor.tensor_type)
         if interleaved:
             # [head, pair, half, in] in the file; [head, half, pair, in] in a Hugging Face checkpoint.
             pairs = array.reshape(-1, config.head_dim // 2, 2, *array.shape[1:])

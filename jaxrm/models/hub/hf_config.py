@@ -43,6 +43,8 @@ def parse_hf_config(values: dict[str, Any], *, where: str = "config.json") -> Mo
         )
     if values.get("model_type") == "gemma3":
         text = values.get("text_config") or {}
+        if not isinstance(text, dict):
+            raise UserError(f"{where}: text_config is {text!r}; it must be an object")
         values = {"tie_word_embeddings": values.get("tie_word_embeddings", True)} | text
         values["model_type"] = "gemma3_text"
     fields = Fields(values, where)
@@ -103,7 +105,7 @@ def _activation(fields: Fields) -> str:
     if fields.family == "gemma" and name == "gelu":
         # The first Gemma configs said "gelu" and meant the approximation that the model was trained with.
         name = "gelu_pytorch_tanh"
-    if name not in _ACTIVATIONS:
+    if not isinstance(name, str) or name not in _ACTIVATIONS:
         fields.refuse(field, f"jaxrm supports {', '.join(_ACTIVATIONS)}")
     return _ACTIVATIONS[name]
 
@@ -117,16 +119,16 @@ def _query_scale(fields: Fields) -> float:
 
 def _rope(fields: Fields) -> tuple[float, RopeScaling | None, float | None]:
     """Base and scaling of the rotary frequencies, and the base of Gemma 3's sliding layers."""
-    parameters = fields.get("rope_parameters") or {}
+    parameters = fields.mapping("rope_parameters")
     local: dict[str, Any] = {}
     if "full_attention" in parameters or "sliding_attention" in parameters:
-        local = parameters.get("sliding_attention") or {}
-        parameters = parameters.get("full_attention") or {}
+        local = fields.mapping("rope_parameters.sliding_attention", parameters.get("sliding_attention"))
+        parameters = fields.mapping("rope_parameters.full_attention", parameters.get("full_attention"))
         if fields.family != "gemma3_text" and local != parameters:
             fields.refuse("rope_parameters", "only Gemma 3 may rotate sliding layers differently")
     given = parameters.get("rope_theta", fields.get("rope_theta"))
     theta = fields.number("rope_theta", 10_000.0 if given is None else given)
-    scaling = _rope_scaling(fields, fields.get("rope_scaling") or parameters)
+    scaling = _rope_scaling(fields, fields.mapping("rope_scaling") or parameters)
     if fields.family != "gemma3_text":
         return theta, scaling, None
     if _rope_scaling(fields, local) is not None:
@@ -172,6 +174,8 @@ def _sliding(fields: Fields, num_layers: int) -> tuple[int | None, tuple[bool, .
     window = fields.integer("sliding_window")
     layer_types = fields.get("layer_types")
     if layer_types is not None:
+        if not isinstance(layer_types, list):
+            fields.refuse("layer_types", "it must be a list")
         unknown = sorted({str(kind) for kind in layer_types} - {"sliding_attention", "full_attention"})
         if unknown:
             fields.refuse("layer_types", f"jaxrm does not know {', '.join(unknown)}")
@@ -183,7 +187,7 @@ def _sliding(fields: Fields, num_layers: int) -> tuple[int | None, tuple[bool, .
     elif family == "mistral":
         sliding = (True,) * num_layers
     elif family in ("qwen2", "qwen3"):
-        first = 28 if fields.get("max_window_layers") is None else fields.integer("max_window_layers")
+        first = 28 if fields.get("max_window_layers") is None else fields.integer("max_window_layers", least=0)
         sliding = tuple(layer >= first for layer in range(num_layers))
     else:
         pattern = fields.get("sliding_window_pattern") or fields.get("_sliding_window_pattern")

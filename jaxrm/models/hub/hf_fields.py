@@ -61,7 +61,7 @@ class Fields:
     def __init__(self, values: dict[str, Any], where: str) -> None:
         self.where = where
         self.family = values.get("model_type")
-        if self.family not in ARCHITECTURES:
+        if not isinstance(self.family, str) or self.family not in ARCHITECTURES:
             raise UserError(f"{where}: model_type is {self.family!r}; jaxrm supports {', '.join(ARCHITECTURES)}")
         self.values = _COMMON | _DEFAULTS[self.family] | values
 
@@ -69,13 +69,15 @@ class Fields:
         """The field's value, or its family's default, or None."""
         return self.values.get(name)
 
-    def integer(self, name: str) -> int:
-        """A whole number that must be there."""
+    def integer(self, name: str, least: int = 1) -> int:
+        """A whole number of at least ``least`` that must be there."""
         value = self.values.get(name)
         if value is None:
             raise UserError(f"{self.where} has no {name!r}; a {self.family} model needs it")
         if isinstance(value, bool) or not isinstance(value, int):
             raise UserError(f"{self.where}: {name} is {value!r}; it must be a whole number")
+        if value < least:
+            raise UserError(f"{self.where}: {name} is {value}; it must be at least {least}")
         return value
 
     def number(self, name: str, value: Any = None) -> float:
@@ -88,6 +90,13 @@ class Fields:
     def optional_number(self, name: str) -> float | None:
         """The field's number, or None."""
         return None if self.values.get(name) is None else self.number(name)
+
+    def mapping(self, name: str, value: Any = None) -> dict[str, Any]:
+        """The JSON object ``value``, or where that is None the field's, empty where it is absent."""
+        value = self.values.get(name) if value is None else value
+        if value is not None and not isinstance(value, dict):
+            raise UserError(f"{self.where}: {name} is {value!r}; it must be an object")
+        return value or {}
 
     def refuse(self, name: str, reason: str) -> NoReturn:
         """Raise the error that the field's value is unsupported."""

@@ -54,17 +54,7 @@ def load_params(path: str, config: ModelConfig, *, shardings: Params | None = No
     Raises:
       UserError: naming the missing, extra or misshapen tensors.
     """
-    found = locate(path)
-    if found.is_file():
-        stored = open_gguf(found, config)
-        table = tensor_table(config)
-    else:
-        stored = {}
-        for file in safetensors_files(found):
-            stored |= open_tensors(file)
-        table = tensor_table(config, **_naming(stored))
-    _check(table, stored, config, found)
-
+    table, stored = _open(path, config)
     tensors: dict[tuple[str, ...], list[NamedTensor]] = {}
     for tensor in table:
         tensors.setdefault(tensor.path, []).append(tensor)
@@ -80,6 +70,29 @@ def load_params(path: str, config: ModelConfig, *, shardings: Params | None = No
             node = node.setdefault(key, {})
         node[parameter[-1]] = array
     return params
+
+
+def check_weights(path: str, config: ModelConfig) -> None:
+    """Refuse weights that `load_params` would refuse, by their headers alone: nothing is read or allocated.
+
+    Raises:
+      UserError: naming the missing, extra, misshapen or unreadable tensors.
+    """
+    _open(path, config)
+
+
+def _open(path: str, config: ModelConfig) -> tuple[list[NamedTensor], dict[str, StoredTensor]]:
+    found = locate(path)
+    stored: dict[str, StoredTensor] = {}
+    if found.is_file():
+        stored = open_gguf(found, config)
+        table = tensor_table(config)
+    else:
+        for file in safetensors_files(found):
+            stored |= open_tensors(file)
+        table = tensor_table(config, **_naming(stored))
+    _check(table, stored, config, found)
+    return table, stored
 
 
 def _lookup(shardings: Params | None, parameter: tuple[str, ...]) -> Sharding:
@@ -157,6 +170,9 @@ def _check(table: list[NamedTensor], stored: dict[str, StoredTensor], config: Mo
             raise UserError(
                 f"{found}: {tensor.name} has shape {list(shape)}; the model config asks for {list(tensor.file_shape)}"
             )
+    unreadable = next((problem for tensor in table if (problem := stored[tensor.name].unreadable)), None)
+    if unreadable:
+        raise UserError(f"{found}: {unreadable}")
 
 
 def _is_harmless(name: str, config: ModelConfig) -> bool:

@@ -30,16 +30,20 @@ _MAX_HEADER = 100_000_000  # bytes, the format's own bound
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor in a file: its shape, and a function that reads it (a view of the file where possible)."""
+    """A tensor in a file: its shape, and a function that reads it (a view of the file where possible).
+
+    ``unreadable`` says why there is nothing that could read it.
+    """
 
     shape: tuple[int, ...]
     read: Callable[[], np.ndarray]
+    unreadable: str | None = None
 
 
 def open_tensors(file: Path) -> dict[str, StoredTensor]:
     """Read the header of a safetensors file.
 
-    Tensors of types other than floating point are listed, and refused only when read.
+    Tensors of types other than floating point are listed as unreadable.
 
     Raises:
       UserError: if the file is not safetensors, is cut short, or its header does not fit its bytes.
@@ -74,17 +78,19 @@ def _stored(file: Path, name: str, entry: Any, start: int, size: int) -> StoredT
         raise UserError(f"{file}: the bytes of {name} do not fit its shape {list(shape)}; fetch the file again")
 
     def read() -> np.ndarray:
-        if dtype is None:
-            raise UserError(
-                f"{file}: {name} is stored as {entry['dtype']}; jaxrm reads {', '.join(_DTYPES)}: "
-                "choose a checkpoint that is not quantised"
-            )
+        assert dtype is not None, "an unreadable tensor is refused before it is read"
         if not math.prod(shape):
             return np.zeros(shape, dtype)
         # A map of its own per tensor: its pages leave memory with the last view of it.
         return np.memmap(file, dtype=dtype, mode="r", offset=start + first, shape=shape)
 
-    return StoredTensor(shape, read)
+    unreadable = None
+    if dtype is None:
+        unreadable = (
+            f"{name} is stored as {entry['dtype']}; jaxrm reads {', '.join(_DTYPES)}: "
+            "choose a checkpoint that is not quantised"
+        )
+    return StoredTensor(shape, read, unreadable)
 
 
 def write_tensors(
