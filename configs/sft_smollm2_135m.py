@@ -32,7 +32,7 @@ def get_config() -> ConfigDict:
             data=DataConfig(path="Anthropic/hh-rlhf", max_length=512, batch_size=8, max_eval_records=48),
             optimizer=OptimizerConfig(lr=2e-5, warmup=0.1),
             checkpoint=CheckpointConfig(every=10),
-            evaluation=EvaluationConfig(every=15, sampling=SamplingConfig(max_new_tokens=48, temperature=0.0)),
+            evaluation=EvaluationConfig(every=10, sampling=SamplingConfig(max_new_tokens=48, temperature=0.0)),
             logging=LoggingConfig(every=1),
         )
     )

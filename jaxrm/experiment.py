@@ -16,7 +16,7 @@ from jaxrm.runtime.run_folder import OnExisting
 ALGORITHMS = ("sft",)
 
 # What may change between two launches of one run: nothing here changes what is learnt.
-MAY_DIFFER = frozenset({"run_dir", "on_existing", "mesh", "checkpoint", "logging", "evaluation.samples"})
+MAY_DIFFER = frozenset({"run_dir", "on_existing", "mesh", "checkpoint", "logging", "evaluation"})
 
 
 @dataclass(frozen=True)

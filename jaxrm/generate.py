@@ -137,7 +137,7 @@ def _answer_file(
                     file.write(json.dumps(row, ensure_ascii=False) + "\n")
                 progress.update(start + len(batch))
 
-    responder.check(prompts)
+    responder.encode(prompts)  # refuses what cannot be answered before anything is
     if output is None:
         write(sys.stdout)
         return
@@ -149,6 +149,18 @@ def _answer_file(
         part.replace(target)
     finally:
         part.unlink(missing_ok=True)
+
+
+def _forget(dialogue: "list[Message]", responder: "Responder") -> None:
+    """Drop the oldest turns of a dialogue that has outgrown the model; a single message stays, to be refused."""
+    while len(dialogue) > 1:
+        try:
+            responder.encode([dialogue])
+        except UserError:
+            del dialogue[:2]
+            print("(the oldest turns no longer fit and are forgotten)", file=sys.stderr)
+        else:
+            return
 
 
 def _chat(responder: "Responder", key: "jax.Array") -> None:
@@ -166,6 +178,7 @@ def _chat(responder: "Responder", key: "jax.Array") -> None:
         if not said:
             return
         dialogue.append(Message("user", said))
+        _forget(dialogue, responder)
         response = responder.respond([dialogue], jax.random.fold_in(key, len(dialogue)))[0]
         dialogue.append(Message("assistant", response))
         print(response)

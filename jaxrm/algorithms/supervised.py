@@ -19,6 +19,8 @@ from jaxrm.errors import UserError
 from jaxrm.runtime.checkpoint import Checkpoints
 from jaxrm.runtime.preemption import StopRequest, agree
 
+_AGREE_EVERY = 8  # steps
+
 
 class Loader(Protocol):
     """Batches without end, whose position can be saved."""
@@ -122,7 +124,10 @@ def fit(
             loss = held_out["eval_loss"]
         if saving:
             report()
-        stopping = agree(stop.requested)  # asked last, so that a signal during what was slow saves this very step
+        # Asked last, so that a signal during what was slow saves this very step. Where processes must agree they wait
+        # for each other, so they do it every few steps.
+        asking = saving or jax.process_count() == 1 or step % _AGREE_EVERY == 0
+        stopping = asking and agree(stop.requested)
         if saving or stopping:
             report()
             arrays = {"params": state.params, "opt_state": state.opt_state}
@@ -132,7 +137,7 @@ def fit(
         if stopping:
             break
     checkpoints.wait()
-    return state, step == num_steps
+    return state, step >= num_steps
 
 
 def restore(abstract: TrainState, checkpoints: Checkpoints, loader: Loader, key: jax.Array) -> TrainState:

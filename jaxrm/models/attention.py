@@ -116,9 +116,9 @@ def cudnn(
 ) -> jax.Array:
     """`Attend` by cuDNN's fused attention on GPU; models with a soft-cap take the XLA kernel.
 
-    So do heads that the GPU's cuDNN has no kernel for, e.g. wider than 128 before Hopper.
+    So do rows of odd length and heads that the GPU's cuDNN has no kernel for, e.g. wider than 128 before Hopper.
     """
-    if softcap is None:
+    if softcap is None and query.shape[1] % 2 == 0:
         mask = causal_mask(segment_ids, window)[:, None]
         try:
             return jax.nn.dot_product_attention(query, key, value, mask=mask, scale=scale, implementation="cudnn")

@@ -75,10 +75,10 @@ class Projection(nnx.Module):
         stddev: float,
         dtype: jnp.dtype,
     ):
-        first = axes.index("layers") + 1 if "layers" in axes else 0
+        assert axes[0] == "layers", axes
         self.contracted, self.dtype = contracted, dtype
         self.kernel = nnx.Param(stddev * jax.random.normal(rngs.params(), shape), logical_axes=axes)
-        kept = [i for i in range(len(axes)) if not first <= i < first + contracted]
+        kept = [i for i in range(len(axes)) if not 1 <= i < 1 + contracted]
         zeros = jnp.zeros([shape[i] for i in kept])
         self.bias = nnx.Param(zeros, logical_axes=tuple(axes[i] for i in kept)) if bias else None
 

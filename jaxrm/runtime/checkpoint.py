@@ -17,7 +17,8 @@ class CheckpointConfig:
     Attributes:
       every: steps between checkpoints; the last step always has one.
       keep: latest checkpoints to keep.
-      keep_best: besides those, the checkpoints with the lowest evaluation loss to keep.
+      keep_best: besides those, the checkpoints with the lowest held-out loss to keep, of the steps that were both
+        evaluated and saved.
     """
 
     every: int = 100

@@ -1,6 +1,7 @@
 """What a training run tells while it goes on: a progress bar for people, rows for files."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 
@@ -17,6 +18,7 @@ class TrainingReporter:
       progress: the bar.
       every: steps between rows of training metrics; evaluations always have one.
       num_steps: the last step, which always has a row.
+      learning_rate: of a step, counted from 0.
       flops_per_token: forward and backward, for the share of the hardware's peak that is used (MFU).
       dtype: compute dtype, which the peak depends on.
     """
@@ -28,11 +30,13 @@ class TrainingReporter:
         *,
         every: int,
         num_steps: int,
+        learning_rate: Callable[[int], Any],
         flops_per_token: float,
         dtype: str,
     ) -> None:
         self._writer, self._progress = writer, progress
         self._every, self._num_steps = every, num_steps
+        self._learning_rate = learning_rate
         self._flops_per_token, self._dtype = flops_per_token, dtype
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -44,6 +48,7 @@ class TrainingReporter:
         self._progress.update(step, loss=metrics["loss"], tokens_per_second=rate, mfu=mfu, memory=shown)
         if step % self._every == 0 or step == self._num_steps:
             measured = {
+                "learning_rate": float(self._learning_rate(step - 1)),
                 "mfu": mfu,
                 "host_memory_gib": host,
                 "device_memory_gib": None if device is None else device.peak,

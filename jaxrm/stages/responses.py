@@ -77,32 +77,32 @@ class Responder:
         self._tokenizer, self._template, self._sampling = tokenizer, template, sampling
         self._end_ids = tuple(sorted(templates.end_ids(tokenizer, template)))
 
-    def check(self, prompts: Sequence[Sequence[Message]]) -> None:
-        """Refuse prompts that cannot be answered, before any of them is.
+    def encode(self, prompts: Sequence[Sequence[Message]]) -> list[list[int]]:
+        """Token ids of each prompt.
 
         Raises:
           UserError: the template refuses one, or the model cannot read it whole.
         """
         room = prompt_room(self._model.config, self._sampling, "max_new_tokens")
-        for number, prompt in enumerate(prompts, 1):
-            length = len(templates.encode_prompt(self._tokenizer, prompt, self._template))
-            if length > room:
+        encoded = [templates.encode_prompt(self._tokenizer, prompt, self._template) for prompt in prompts]
+        for number, ids in enumerate(encoded, 1):
+            if len(ids) > room:
                 raise UserError(
-                    f"prompt {number} has {length} tokens, but the model reads {self._model.config.max_position} in "
+                    f"prompt {number} has {len(ids)} tokens, but the model reads {self._model.config.max_position} in "
                     f"all and {self._sampling.max_new_tokens} are for the response; shorten it, or use a smaller "
                     f"--max_new_tokens"
                 )
+        return encoded
 
     def respond(self, prompts: Sequence[Sequence[Message]], key: jax.Array) -> list[str]:
         """One response to each prompt, as text without its end token.
 
         Raises:
-          UserError: as `check`.
+          UserError: as `encode`.
         """
         if not prompts:
             return []
-        self.check(prompts)
-        ids = [templates.encode_prompt(self._tokenizer, prompt, self._template) for prompt in prompts]
+        ids = self.encode(prompts)
         room = prompt_room(self._model.config, self._sampling, "max_new_tokens")
         longest = max(len(prompt) for prompt in ids)
         width = min(-(-longest // _LENGTH_BUCKET) * _LENGTH_BUCKET, room)

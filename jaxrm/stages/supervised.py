@@ -15,7 +15,7 @@ from jaxrm.runtime import config as bridge
 from jaxrm.runtime import partition
 from jaxrm.runtime.checkpoint import Checkpoints, with_shardings
 from jaxrm.runtime.metrics import open_metrics
-from jaxrm.runtime.optimizer import build_optimizer
+from jaxrm.runtime.optimizer import build_optimizer, learning_rate
 from jaxrm.runtime.preemption import catch_signals
 from jaxrm.runtime.progress import Progress
 from jaxrm.runtime.reporter import TrainingReporter
@@ -97,6 +97,7 @@ def train(
                 progress,
                 every=config.logging.every,
                 num_steps=num_steps,
+                learning_rate=learning_rate(config.optimizer, num_steps),
                 flops_per_token=flops.training_flops_per_token(model.config, config.data.max_length),
                 dtype=config.model.dtype,
             ),

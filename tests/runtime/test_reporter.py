@@ -27,7 +27,13 @@ class Recorder:
 
 def reporter(recorder, every=3, num_steps=8, flops_per_token=1e9):
     return TrainingReporter(
-        recorder, recorder, every=every, num_steps=num_steps, flops_per_token=flops_per_token, dtype="bfloat16"
+        recorder,
+        recorder,
+        every=every,
+        num_steps=num_steps,
+        learning_rate=lambda step: 0.1 * step,
+        flops_per_token=flops_per_token,
+        dtype="bfloat16",
     )
 
 
@@ -38,6 +44,7 @@ def test_the_bar_hears_every_step_and_the_files_every_third_and_the_last():
     assert list(recorder.shown) == list(range(1, 9))
     assert list(recorder.rows) == [3, 6, 8]
     assert recorder.rows[6]["loss"] == recorder.shown[6]["loss"] == 6.0
+    assert recorder.rows[6]["learning_rate"] == pytest.approx(0.5)  # that of the step's own update
 
 
 def test_what_is_unknown_is_left_out_of_the_rows(monkeypatch):
@@ -46,7 +53,7 @@ def test_what_is_unknown_is_left_out_of_the_rows(monkeypatch):
     recorder = Recorder()
     reporter(recorder).step(3, METRICS)
     assert recorder.shown[3]["mfu"] is None
-    assert set(recorder.rows[3]) == {*METRICS, "host_memory_gib"}
+    assert set(recorder.rows[3]) == {*METRICS, "host_memory_gib", "learning_rate"}
 
 
 def test_mfu_is_the_share_of_the_peak_of_all_devices(monkeypatch):
