@@ -156,6 +156,33 @@ def test_another_config_is_refused_and_restart_keeps_the_old_run(environment, un
     old.rename(unbroken)
 
 
+def test_other_data_under_the_same_name_are_refused(environment, tmp_path):
+    """A position in one data set means nothing in another."""
+    data, run_dir = tmp_path / "pairs.jsonl", tmp_path / "run"
+
+    def write(word):
+        rows = [{"prompt": f"say {i}", "response": f"{word} the lamp in the office"} for i in range(40)]
+        data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    from jaxrm.data.tasks import write_task
+
+    write_task("safety", tmp_path / "task", seed=0)
+    more = [
+        f"--config.data.path={data}",
+        f"--config.data.tokenizer={tmp_path / 'task' / 'tokenizer'}",
+        "--config.data.eval_share=0.2",
+        "--config.num_steps=3",
+    ]
+    write("wash")
+    finish(environment, run_dir, *more)
+    write("clean")
+    process = launch(environment, run_dir, *more)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 2, output
+    assert "no longer gives the examples" in output.strip().splitlines()[-1]
+    assert len(list((run_dir / "checkpoints").iterdir())) > 0
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_before_saving_it(environment, tmp_path):
     run_dir = tmp_path / "run"
     process = launch(

@@ -57,6 +57,7 @@ def fit(
     train_step: Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]],
     eval_step: Callable[[Any, Any], Any],
     loader: Loader,
+    data_fingerprint: str,
     place: Callable[[dict[str, np.ndarray]], Any],
     eval_batches: Sequence[Any],
     eval_every: int,
@@ -73,6 +74,7 @@ def fit(
       train_step: from `jaxrm.algorithms.train_step.build_train_step`.
       eval_step: from `jaxrm.algorithms.evaluation.build_eval_step`.
       loader: training batches, at the position that belongs to ``state``.
+      data_fingerprint: of the training data, kept with every checkpoint.
       place: puts a batch of this process on the devices.
       eval_batches: held-out batches, already placed.
       eval_every: updates between evaluations; the first and last parameters are always evaluated.
@@ -131,7 +133,8 @@ def fit(
         if saving or stopping:
             report()
             arrays = {"params": state.params, "opt_state": state.opt_state}
-            checkpoints.save(step, arrays, {"loader": loader.get_state()}, loss)
+            position = {"loader": loader.get_state(), "data": data_fingerprint}
+            checkpoints.save(step, arrays, position, loss)
         if unreported is None:
             reported_at = time.perf_counter()  # evaluating and saving are not training time
         if stopping:
@@ -140,18 +143,31 @@ def fit(
     return state, step >= num_steps
 
 
-def restore(abstract: TrainState, checkpoints: Checkpoints, loader: Loader, key: jax.Array) -> TrainState:
+def restore(
+    abstract: TrainState, checkpoints: Checkpoints, loader: Loader, data_fingerprint: str, key: jax.Array
+) -> TrainState:
     """State of the latest checkpoint, and the loader moved to where it was.
 
     Args:
       abstract: shapes and shardings of the state.
       checkpoints: at least one of them is there.
       loader: moved to the position that belongs to the state.
+      data_fingerprint: of the data that the loader reads.
       key: of the run, which follows from its seed.
+
+    Raises:
+      UserError: where the data are not those of the checkpoint.
     """
     latest = checkpoints.steps()[-1]
+    progress = checkpoints.progress(latest)
+    if progress["data"] != data_fingerprint:
+        raise UserError(
+            f"config.data.path no longer gives the examples that {checkpoints.folder / str(latest)} was trained on, so "
+            "its position in them means nothing; give the same data and tokenizer, or put the run aside with "
+            "--config.on_existing=restart"
+        )
     arrays = checkpoints.restore(latest, {"params": abstract.params, "opt_state": abstract.opt_state})
-    loader.set_state(checkpoints.progress(latest)["loader"])
+    loader.set_state(progress["loader"])
     # Through jit, since device_put refuses a sharding over the devices of other processes.
     place = jax.jit(lambda *scalars: scalars, out_shardings=(abstract.step.sharding, abstract.key.sharding))
     step, key = place(np.int32(latest), key)

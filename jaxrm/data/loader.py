@@ -1,5 +1,6 @@
 """From examples to endless shuffled batches whose position can be saved, and to the fixed batches of an evaluation."""
 
+import hashlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -92,6 +93,15 @@ def eval_batches(
         _stack([[examples[i] for i in row] for row in rows[start : start + config.batch_size][share]], config, pad_id)
         for start in range(0, len(rows), config.batch_size)
     ]
+
+
+def fingerprint(examples: Sequence[Example], config: DataConfig) -> str:
+    """Hash of what decides, with the seed, the batch at a position; in other data the position means nothing."""
+    digest = hashlib.sha256(f"{config.max_length} {config.batch_size} {config.packing}".encode())
+    for example in examples:
+        digest.update(example.tokens.tobytes())
+        digest.update(example.loss_mask.tobytes())
+    return digest.hexdigest()
 
 
 def rows_per_epoch(examples: Sequence[Example], config: DataConfig) -> int:

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from jaxrm.algorithms import sft
-from jaxrm.data.loader import build_loader, eval_batches, rows_per_epoch
+from jaxrm.data.loader import build_loader, eval_batches, fingerprint, rows_per_epoch
 from jaxrm.data.tokenizer import load_tokenizer
 from jaxrm.experiment import MAY_DIFFER, Experiment
 from jaxrm.models import build
@@ -88,6 +88,7 @@ def run(config: Experiment) -> int:
         model=model,
         loss_fn=sft.sft_loss(model.graphdef),
         loader=loader,
+        data_fingerprint=fingerprint(train.examples, config.data),
         eval_batches=held_out_batches,
         num_steps=num_steps,
         folder=folder,

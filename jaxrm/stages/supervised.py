@@ -30,6 +30,7 @@ def train(
     model: OpenedModel,
     loss_fn: LossFn,
     loader: supervised.Loader,
+    data_fingerprint: str,
     eval_batches: Sequence[dict[str, np.ndarray]],
     num_steps: int,
     folder: RunFolder,
@@ -42,6 +43,7 @@ def train(
       model: from `jaxrm.stages.setup.open_model`.
       loss_fn: of a `jaxrm.types.TokenBatch`.
       loader: training batches of this process.
+      data_fingerprint: of the data behind it, from `jaxrm.data.loader.fingerprint`.
       eval_batches: held-out batches of this process.
       num_steps: updates in all.
       folder: the opened run.
@@ -61,7 +63,7 @@ def train(
     checkpoints = Checkpoints(folder.checkpoints, config.checkpoint)
     if checkpoints.steps():
         shapes = jax.eval_shape(lambda params: create(params, optimizer, step_key), model.shapes)
-        state = supervised.restore(with_shardings(shapes, sharding), checkpoints, loader, step_key)
+        state = supervised.restore(with_shardings(shapes, sharding), checkpoints, loader, data_fingerprint, step_key)
     else:
         params = build.init_params(model.config, config.model, init_key, model.shardings)
         start = jax.jit(lambda p, k: create(p, optimizer, k), out_shardings=sharding, donate_argnums=0)
@@ -87,6 +89,7 @@ def train(
             ),
             eval_step=evaluation.build_eval_step(loss_fn, params_sharding=model.shardings, batch_sharding=rows),
             loader=loader,
+            data_fingerprint=data_fingerprint,
             place=place,
             eval_batches=[place(batch) for batch in eval_batches],
             eval_every=config.evaluation.every,
