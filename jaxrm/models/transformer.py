@@ -25,9 +25,9 @@ class Decoder(nnx.Module):
       config: shape and choices of the model.
       rngs: source of the initial parameters, float32.
       dtype: compute dtype; norms, softmax and rotations are in float32 whatever it is.
-      remat: what the backward pass keeps of a layer: ``full`` the output of attention alone, and with cuDNN, whose
-        kernel does not name it, nothing (least memory),
-        ``dots`` the results of matrix products with weights too, ``none`` everything.
+      remat: what the backward pass keeps of a layer: ``full`` the output of attention alone, and nothing with cuDNN,
+        whose kernel does not name it (least memory); ``dots`` the results of matrix products with weights too;
+        ``none`` everything.
       attend: attention kernel, see `jaxrm.models.attention.choose`.
       constrain: pins activations to devices where a mesh is used.
     """
