@@ -78,8 +78,8 @@ def _backward(scale, softcap, window, residuals, d_output):  # type: ignore[no-u
             d_scores *= 1.0 - jnp.where(weights > 0, scores / softcap, 0.0) ** 2
         d_scores, weights = (d_scores * scale).astype(dtype), weights.astype(dtype)
         d_query.append(product("bkgts,bksh->bkgth", d_scores, keys[:, :, columns]))
-        d_keys = d_keys.at[:, :, columns].add(product("bkgts,bkgth->bksh", d_scores, grouped[..., rows, :]))
-        d_values = d_values.at[:, :, columns].add(product("bkgts,bkgth->bksh", weights, d_mixed[..., rows, :]))
+        d_keys = _add(d_keys, columns, product("bkgts,bkgth->bksh", d_scores, grouped[..., rows, :]))
+        d_values = _add(d_values, columns, product("bkgts,bkgth->bksh", weights, d_mixed[..., rows, :]))
     d_grouped = jnp.concatenate(d_query, axis=3).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
     return d_grouped.astype(dtype), _heads_first(d_keys).astype(dtype), _heads_first(d_values).astype(dtype), None
 
@@ -116,6 +116,14 @@ def _scores(
         visible &= distance < window
     visible = visible[None] & (segment_ids[:, rows, None] == segment_ids[:, None, columns])
     return jnp.where(visible[:, None, None], scores, _HIDDEN_SCORE)
+
+
+def _add(total: jax.Array, columns: slice, part: jax.Array) -> jax.Array:
+    """``total [B, K, T, H]`` with ``part`` added to ``columns``.
+
+    As a slice: the scatter of ``.at[].add`` under `jax.shard_map` crashes the CPU compiler of JAX 0.11.2.
+    """
+    return jax.lax.dynamic_update_slice_in_dim(total, total[:, :, columns] + part, columns.start, axis=2)
 
 
 def _heads_first(x: jax.Array) -> jax.Array:
