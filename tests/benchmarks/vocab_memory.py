@@ -1,6 +1,6 @@
 """Cross-entropy at a vocabulary of 256,000: the chunked pass beside the plain one.
 
-    python tests/benchmarks/vocab_memory.py
+    PYTHONPATH=. python tests/benchmarks/vocab_memory.py
 
 Compiles value and gradients of both at 4,096 tokens, prints their temporary memory and times, and compares every
 value and gradient. Needs about 16 GB, all of it for the plain one.
