@@ -34,7 +34,15 @@ def attend(
     return _forward(query, key, value, segment_ids, scale, softcap, window)[0]
 
 
-def _forward(query, key, value, segment_ids, scale, softcap, window):  # type: ignore[no-untyped-def]
+def _forward(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    segment_ids: jax.Array,
+    scale: float,
+    softcap: float | None,
+    window: int | None,
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     B, T, N, H = query.shape
     grouped, keys, values = _grouped(query, key.shape[2]), _heads_first(key), _heads_first(value)
     outputs, normalizers = [], []
@@ -57,7 +65,13 @@ def _forward(query, key, value, segment_ids, scale, softcap, window):  # type: i
     return output, (query, key, value, segment_ids, output, normalizer)
 
 
-def _backward(scale, softcap, window, residuals, d_output):  # type: ignore[no-untyped-def]
+def _backward(
+    scale: float,
+    softcap: float | None,
+    window: int | None,
+    residuals: tuple[jax.Array, ...],
+    d_output: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array, None]:
     query, key, value, segment_ids, output, normalizer = residuals
     B, T, N, H = query.shape
     K, dtype = key.shape[2], query.dtype

@@ -45,11 +45,13 @@ def _project(x: jax.Array, kernel: jax.Array, contracted: int) -> jax.Array:
     return jnp.tensordot(x, kernel.astype(x.dtype), axes=contracted)
 
 
-def _project_forward(x, kernel, contracted):  # type: ignore[no-untyped-def]
+def _project_forward(x: jax.Array, kernel: jax.Array, contracted: int) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     return jnp.tensordot(x, kernel.astype(x.dtype), axes=contracted), (x, kernel)
 
 
-def _project_backward(contracted, residuals, dy):  # type: ignore[no-untyped-def]
+def _project_backward(
+    contracted: int, residuals: tuple[jax.Array, jax.Array], dy: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     x, kernel = residuals
     rows = tuple(range(x.ndim - contracted))
     out_of_dy, out_of_kernel = tuple(range(len(rows), dy.ndim)), tuple(range(contracted, kernel.ndim))

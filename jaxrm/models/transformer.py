@@ -6,6 +6,7 @@ alone unrolls them, since a scan would copy the cache of every layer at every to
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -156,7 +157,7 @@ class Decoder(nnx.Module):
         attend_near = functools.partial(attend, window=config.sliding_window)
         flags = config.layer_is_sliding or (False,) * config.num_layers
 
-        def one_layer(x, inputs):  # type: ignore[no-untyped-def]
+        def one_layer(x: jax.Array, inputs: Any) -> Any:
             state, is_sliding = inputs
             layer = nnx.merge(graphdef, state)
             normed = layer.attention_norm(x)

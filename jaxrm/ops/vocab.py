@@ -119,15 +119,29 @@ def _chunk_logits(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
-def _statistics(hidden, head, targets, softcap, temperature, chunk_size):  # type: ignore[no-untyped-def]
+def _statistics(
+    hidden: jax.Array,
+    head: jax.Array,
+    targets: jax.Array,
+    softcap: float | None,
+    temperature: float,
+    chunk_size: int,
+) -> tuple[jax.Array, ...]:
     return _forward(hidden, head, targets, softcap, temperature, chunk_size)[0]
 
 
-def _forward(hidden, head, targets, softcap, temperature, chunk_size):  # type: ignore[no-untyped-def]
+def _forward(
+    hidden: jax.Array,
+    head: jax.Array,
+    targets: jax.Array,
+    softcap: float | None,
+    temperature: float,
+    chunk_size: int,
+) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
     chunks = _chunked_head(head, chunk_size)
     shape = targets.shape
 
-    def one_chunk(carry, chunk):  # type: ignore[no-untyped-def]
+    def one_chunk(carry: tuple[jax.Array, ...], chunk: jax.Array) -> tuple[tuple[jax.Array, ...], None]:
         top, top_id, total, weighted, target_logit = carry
         logits, ids, _ = _chunk_logits(hidden, chunks, chunk, head.shape[0], softcap, temperature)
         ids = jnp.expand_dims(ids, range(targets.ndim))
@@ -150,7 +164,7 @@ def _forward(hidden, head, targets, softcap, temperature, chunk_size):  # type: 
         ), None
 
     zeros = jnp.zeros(shape, jnp.float32)
-    start = (zeros - jnp.inf, jnp.zeros(shape, jnp.int32), zeros, zeros, zeros)
+    start: tuple[jax.Array, ...] = (zeros - jnp.inf, jnp.zeros(shape, jnp.int32), zeros, zeros, zeros)
     (top, top_id, total, weighted, target_logit), _ = jax.lax.scan(
         one_chunk, start, jnp.arange(chunks.shape[1], dtype=jnp.int32)
     )
@@ -160,7 +174,13 @@ def _forward(hidden, head, targets, softcap, temperature, chunk_size):  # type: 
     return outputs, (hidden, head, targets, log_normalizer, entropy)
 
 
-def _backward(softcap, temperature, chunk_size, residuals, cotangents):  # type: ignore[no-untyped-def]
+def _backward(
+    softcap: float | None,
+    temperature: float,
+    chunk_size: int,
+    residuals: tuple[jax.Array, ...],
+    cotangents: tuple[jax.Array, ...],
+) -> tuple[jax.Array, jax.Array, None]:
     hidden, head, targets, log_normalizer, entropy = residuals
     # The head's gradient as hidden^T d_logits: XLA on CPU would else transpose the far larger logits in every chunk.
     columns = jnp.moveaxis(hidden, -1, 0)
@@ -169,7 +189,7 @@ def _backward(softcap, temperature, chunk_size, residuals, cotangents):  # type:
     d_log_prob, d_entropy = cotangents[0], cotangents[1]
     chunks = _chunked_head(head, chunk_size)
 
-    def one_chunk(carry, chunk):  # type: ignore[no-untyped-def]
+    def one_chunk(carry: tuple[jax.Array, ...], chunk: jax.Array) -> tuple[tuple[jax.Array, ...], None]:
         d_hidden, d_chunks = carry
         logits, ids, weights = _chunk_logits(hidden, chunks, chunk, head.shape[0], softcap, temperature)
         ids = jnp.expand_dims(ids, range(targets.ndim))
@@ -188,7 +208,7 @@ def _backward(softcap, temperature, chunk_size, residuals, cotangents):  # type:
         d_chunks = jax.lax.dynamic_update_index_in_dim(d_chunks, d_weights.astype(head.dtype), chunk, axis=1)
         return (d_hidden, d_chunks), None
 
-    start = (jnp.zeros(hidden.shape, jnp.float32), jnp.zeros(chunks.shape, head.dtype))
+    start: tuple[jax.Array, ...] = (jnp.zeros(hidden.shape, jnp.float32), jnp.zeros(chunks.shape, head.dtype))
     (d_hidden, d_chunks), _ = jax.lax.scan(one_chunk, start, jnp.arange(chunks.shape[1], dtype=jnp.int32))
     d_head = d_chunks.reshape(-1, head.shape[1])[: head.shape[0]]
     return d_hidden.astype(hidden.dtype), d_head, None

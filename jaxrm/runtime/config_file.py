@@ -41,7 +41,7 @@ def load_config_file(name: str, config_class: type) -> tuple[ConfigDict, str | N
     try:
         # a config file is a program; run here, since an import would write a __pycache__ beside it
         module.__file__ = path
-        exec(compile(_source(path), path, "exec"), module.__dict__)  # noqa: S102
+        exec(compile(_source(path), path, "exec"), module.__dict__)  # noqa: S102  # the user's own program
         get_config = getattr(module, "get_config", None)
         if not callable(get_config):
             raise UserError("there is no get_config; required a function get_config() that returns the config")
