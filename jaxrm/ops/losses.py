@@ -28,3 +28,29 @@ def next_token_targets(tokens: jax.Array, segment_ids: jax.Array, loss_mask: jax
     same_segment = jnp.roll(segment_ids, -1, axis=1) == segment_ids
     mask = jnp.roll(loss_mask, -1, axis=1) & same_segment & (segment_ids > 0)
     return targets, mask.at[:, -1].set(False)
+
+
+def bradley_terry_loss(
+    chosen_rewards: jax.Array,
+    rejected_rewards: jax.Array,
+    *,
+    margin: float | jax.Array = 0.0,
+) -> jax.Array:
+    """How surprising it is that the chosen response won: ``-log sigmoid(chosen - rejected - margin)``.
+
+    The scalar reward model's loss (Bradley & Terry, 1952, as in InstructGPT, arXiv 2203.02155); a margin as in
+    Llama 2, arXiv 2307.09288, asks for a difference of at least so much.
+
+    Args:
+      chosen_rewards: ``[...]`` float rewards of the chosen responses.
+      rejected_rewards: ``[...]`` float rewards of the rejected ones, of the same shape.
+      margin: a number, or ``[...]`` of the same shape.
+
+    Returns:
+      ``[...]`` float32 losses in nats, unreduced.
+    """
+    chex.assert_equal_shape([chosen_rewards, rejected_rewards])
+    chex.assert_type([chosen_rewards, rejected_rewards], float)
+    difference = chosen_rewards.astype(jnp.float32) - rejected_rewards.astype(jnp.float32)
+    # softplus(-z) is -log sigmoid(z) without the log of an underflowed sigmoid.
+    return jax.nn.softplus(margin - difference)

@@ -1,11 +1,16 @@
-"""Next-token targets against a hand-worked case and a NumPy loop."""
+"""Next-token targets and the Bradley-Terry loss against hand-worked cases, NumPy loops and optax."""
+
+import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-from jaxrm.ops.losses import next_token_targets
+from jaxrm.ops.losses import bradley_terry_loss, next_token_targets
+
+bradley_terry = jax.jit(bradley_terry_loss)
 
 
 def packed_case(seed=0, B=6, T=12):
@@ -81,3 +86,92 @@ def test_a_mask_of_numbers_or_of_another_shape_is_refused():
         next_token_targets(tokens, segments, loss_mask.astype(jnp.int32))
     with pytest.raises(AssertionError):
         next_token_targets(tokens, segments[:, :-1], loss_mask)
+
+
+# --- Bradley-Terry
+
+
+def pair_rewards(seed=0, shape=(5, 7)):
+    rng = np.random.default_rng(seed)
+    return rng.normal(0, 3, shape).astype(np.float32), rng.normal(0, 3, shape).astype(np.float32)
+
+
+def test_bradley_terry_by_hand():
+    chosen, rejected = jnp.asarray([0.7, 0.0, math.log(3)]), jnp.asarray([0.7, math.log(4), 0.0])
+    # sigma(0) = 1/2, sigma(-log 4) = 1/5 and sigma(log 3) = 3/4.
+    np.testing.assert_allclose(bradley_terry(chosen, rejected), np.log([2, 5, 4 / 3]), rtol=1e-6)
+    # A margin of log 3 is met exactly by the last pair.
+    with_margin = bradley_terry(chosen, rejected, margin=math.log(3))
+    np.testing.assert_allclose(with_margin, np.log([4, 13, 2]), rtol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(), (6,), (3, 4), (2, 0)])
+@pytest.mark.parametrize("margin", [0.0, 0.75])
+def test_bradley_terry_equals_a_numpy_loop(shape, margin):
+    chosen, rejected = pair_rewards(1, shape) if shape else (np.float32(0.3), np.float32(-0.4))
+    loss = bradley_terry(jnp.asarray(chosen), jnp.asarray(rejected), margin=margin)
+    assert loss.shape == shape and loss.dtype == jnp.float32
+    for at in np.ndindex(*shape):
+        difference = float(chosen[at]) - float(rejected[at]) - margin
+        assert float(loss[at]) == pytest.approx(math.log1p(math.exp(-difference)), rel=1e-5)
+
+
+def test_bradley_terry_is_optaxs_binary_cross_entropy_of_the_difference_against_one():
+    chosen, rejected = map(jnp.asarray, pair_rewards(2))
+
+    def ours(chosen, rejected):
+        return bradley_terry_loss(chosen, rejected, margin=0.5).sum()
+
+    def theirs(chosen, rejected):
+        logits = chosen - rejected - 0.5
+        return optax.sigmoid_binary_cross_entropy(logits, jnp.ones_like(logits)).sum()
+
+    for argument in (0, 1):
+        mine = jax.jit(jax.value_and_grad(ours, argument))(chosen, rejected)
+        published = jax.jit(jax.value_and_grad(theirs, argument))(chosen, rejected)
+        np.testing.assert_allclose(mine[0], published[0], rtol=1e-5)
+        np.testing.assert_allclose(mine[1], published[1], rtol=1e-5, atol=1e-7)
+
+
+def test_bradley_terry_depends_on_the_difference_alone():
+    chosen, rejected = map(jnp.asarray, pair_rewards(3))
+    moved = bradley_terry(chosen + 4, rejected + 4)
+    np.testing.assert_allclose(moved, bradley_terry(chosen, rejected), rtol=1e-4, atol=1e-6)
+
+
+def test_bradley_terry_takes_a_margin_for_each_pair():
+    chosen, rejected = map(jnp.asarray, pair_rewards(4))
+    margins = jnp.asarray(np.random.default_rng(5).random((5, 7)), jnp.float32)
+    loss = bradley_terry(chosen, rejected, margin=margins)
+    for at in ((0, 0), (4, 6)):
+        alone = bradley_terry(chosen[at], rejected[at], margin=float(margins[at]))
+        assert float(loss[at]) == pytest.approx(float(alone), rel=1e-5)
+
+
+def test_bradley_terry_stays_finite_however_far_apart_the_rewards_are():
+    chosen, rejected = jnp.asarray([500.0, -500.0, 1e30]), jnp.asarray([-500.0, 500.0, -1e30])
+    loss, gradient = jax.jit(jax.value_and_grad(lambda c: bradley_terry_loss(c, rejected).sum()))(chosen)
+    np.testing.assert_allclose(bradley_terry(chosen, rejected), [0.0, 1000.0, 0.0])
+    assert float(loss) == 1000.0
+    np.testing.assert_allclose(gradient, [0.0, -1.0, 0.0])
+
+
+def test_bradley_terry_of_half_precision_rewards_is_float32():
+    chosen, rejected = jnp.asarray([100.0], jnp.bfloat16), jnp.asarray([99.5], jnp.bfloat16)
+    loss = bradley_terry(chosen, rejected, margin=0.001)
+    # In bfloat16 the margin would vanish beside 100.
+    assert loss.dtype == jnp.float32
+    assert float(loss[0]) == pytest.approx(math.log1p(math.exp(-0.499)), rel=1e-5)
+
+
+def test_bradley_terry_jit_agrees():
+    chosen, rejected = map(jnp.asarray, pair_rewards(6))
+    eager = bradley_terry_loss(chosen, rejected, margin=0.3)
+    np.testing.assert_allclose(bradley_terry(chosen, rejected, margin=0.3), eager, rtol=1e-6)
+
+
+def test_bradley_terry_refuses_unlike_shapes_and_whole_numbers():
+    with pytest.raises(AssertionError):
+        bradley_terry_loss(jnp.ones(3), jnp.ones(4))
+    with pytest.raises(AssertionError):
+        bradley_terry_loss(jnp.ones(3, jnp.int32), jnp.ones(3, jnp.int32))
