@@ -1,9 +1,9 @@
-"""From records to token examples that a loss can be taken on."""
+"""Token examples that a loss can be taken on, and how demonstrations become such."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -21,6 +21,24 @@ Run = tuple[list[int], bool]  # consecutive token ids, and whether they are an a
 _CHUNK = 512  # dialogues handed to the tokenizer at once
 
 
+class TokenExample(Protocol):
+    """What rows are packed from: tokens in one or more segments, and what else a loss has to know of each token."""
+
+    @property
+    def tokens(self) -> np.ndarray:
+        """Int32 `[n]`."""
+        ...
+
+    @property
+    def segment_lengths(self) -> tuple[int, ...]:
+        """Tokens in each segment, `n` in all; a token attends only to those of its segment."""
+        ...
+
+    def columns(self) -> dict[str, np.ndarray]:
+        """Further arrays `[n]` by the name that they have in a batch, the same names and types for every example."""
+        ...
+
+
 @dataclass(frozen=True)
 class Example:
     """Token ids and which of them are targets.
@@ -34,6 +52,59 @@ class Example:
     tokens: np.ndarray
     loss_mask: np.ndarray
     source: str
+
+    @property
+    def segment_lengths(self) -> tuple[int, ...]:
+        """One segment."""
+        return (len(self.tokens),)
+
+    def columns(self) -> dict[str, np.ndarray]:
+        """`loss_mask`."""
+        return {"loss_mask": self.loss_mask}
+
+
+@dataclass(frozen=True)
+class MappingExample(Example):
+    """Prompt, source response, request, target response; the targets are the last of these with its end token.
+
+    is_correction: the source is the rejected response; else it is the chosen one, as the target always is.
+    """
+
+    is_correction: bool
+
+    def columns(self) -> dict[str, np.ndarray]:
+        """`loss_mask`, and `is_correction`: True on the targets of a correction mapping."""
+        return {"loss_mask": self.loss_mask, "is_correction": self.loss_mask & self.is_correction}
+
+
+@dataclass(frozen=True)
+class ComparisonExample:
+    """Both sides of a pair, in two segments: prompt and chosen response, prompt and rejected response.
+
+    tokens: int32 `[n]`.
+    chosen_length: tokens in the first segment.
+    source: where the record was read.
+    """
+
+    tokens: np.ndarray
+    chosen_length: int
+    source: str
+
+    @property
+    def segment_lengths(self) -> tuple[int, ...]:
+        """The chosen side, the rejected side."""
+        return (self.chosen_length, len(self.tokens) - self.chosen_length)
+
+    def columns(self) -> dict[str, np.ndarray]:
+        """`is_chosen_end` (bool) and `rejected_offset` (int32).
+
+        The one is True at the last token of the chosen side; there the other says how many tokens further the last
+        one of the rejected side is, and it is 0 elsewhere.
+        """
+        is_chosen_end = np.zeros(len(self.tokens), bool)
+        is_chosen_end[self.chosen_length - 1] = True
+        offset = len(self.tokens) - self.chosen_length
+        return {"is_chosen_end": is_chosen_end, "rejected_offset": np.where(is_chosen_end, offset, 0).astype(np.int32)}
 
 
 def tokenize_demonstrations(
@@ -72,7 +143,7 @@ def tokenize_demonstrations(
                 kept.append(record)
             except UserError as error:
                 report.add_bad(str(error), record.source)
-        for record, runs in zip(kept, _encode_dialogues(tokenizer, dialogues), strict=True):
+        for record, runs in zip(kept, encode_dialogues(tokenizer, dialogues), strict=True):
             response, length = len(runs[-1][0]), sum(len(ids) for ids, _ in runs)
             if response < config.max_length:  # something must stand before the first target
                 examples.append(_build_example(runs, record.source, first_id, config))
@@ -91,8 +162,12 @@ def tokenize_demonstrations(
     return examples, report
 
 
-def _encode_dialogues(tokenizer: "PreTrainedTokenizerBase", dialogues: list[list[Piece]]) -> list[list[Run]]:
-    """All pieces through the tokenizer at once, then joined into one run per stretch of prompt or response."""
+def encode_dialogues(tokenizer: "PreTrainedTokenizerBase", dialogues: Sequence[Sequence[Piece]]) -> list[list[Run]]:
+    """Token ids of dialogues in pieces, all through the tokenizer at once.
+
+    Returns:
+      For each dialogue, one run of ids per stretch of pieces that are all targets or all none.
+    """
     pieces = [piece for dialogue in dialogues for piece in dialogue]
     continues = [i > 0 for dialogue in dialogues for i in range(len(dialogue))]
     encoded = iter(encode_texts(tokenizer, [piece.text for piece in pieces], continues))

@@ -2,12 +2,12 @@
 
 import hashlib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from jaxrm.data.config import DataConfig
-from jaxrm.data.examples import Example
+from jaxrm.data.examples import TokenExample
 from jaxrm.data.packing import Row, build_row, pack
 from jaxrm.errors import UserError
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def build_loader(
-    examples: Sequence[Example],
+    examples: Sequence[TokenExample],
     config: DataConfig,
     *,
     pad_id: int,
@@ -31,7 +31,7 @@ def build_loader(
     part of the rows of every batch, so that together the processes see what a single one would.
 
     Args:
-      examples: what to batch, none longer than `config.max_length`.
+      examples: what to batch, all of one kind, none longer than `config.max_length`.
       config: `max_length` T, `batch_size` and `packing`.
       pad_id: the token that fills rows up; its value never matters.
       seed: of the order.
@@ -59,8 +59,10 @@ def build_loader(
             f"{smaller}a smaller --config.data.max_length"
         )
 
+    columns = _columns(examples)
+
     def build_batch(row_indices: np.ndarray) -> Row:
-        return _stack([[examples[i] for i in rows[r]] for r in row_indices[share]], config, pad_id)
+        return _stack([[examples[i] for i in rows[r]] for r in row_indices[share]], columns, config, pad_id)
 
     # Grain shuffles epoch e with seed + e, so neighbouring seeds would share epochs if they were used as they are.
     shuffle_seed = int(np.random.SeedSequence(seed % 2**64).generate_state(1)[0])
@@ -71,7 +73,7 @@ def build_loader(
 
 
 def eval_batches(
-    examples: Sequence[Example],
+    examples: Sequence[TokenExample],
     config: DataConfig,
     *,
     pad_id: int,
@@ -89,30 +91,86 @@ def eval_batches(
     share = _share(config, process_index, process_count)
     rows = _assign_rows(examples, config)
     rows += [[]] * (-len(rows) % config.batch_size)
-    return [
-        _stack([[examples[i] for i in row] for row in rows[start : start + config.batch_size][share]], config, pad_id)
-        for start in range(0, len(rows), config.batch_size)
-    ]
+    columns = _columns(examples)
+    batches = [rows[start : start + config.batch_size][share] for start in range(0, len(rows), config.batch_size)]
+    return [_stack([[examples[i] for i in row] for row in batch], columns, config, pad_id) for batch in batches]
 
 
-def fingerprint(examples: Sequence[Example], config: DataConfig) -> str:
+class BatchIterator(Protocol):
+    """Batches without end, whose position can be saved and gone back to."""
+
+    def __next__(self) -> Row:
+        """The next batch."""
+        ...
+
+    def get_state(self) -> dict[str, Any]:
+        """The position, in what JSON can hold."""
+        ...
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Go to a position."""
+        ...
+
+
+def warm_up(first: BatchIterator, num_batches: int, then: BatchIterator) -> "WarmUp":
+    """`num_batches` batches of `first`, and those of `then` ever after."""
+    assert num_batches >= 0
+    return WarmUp(first, num_batches, then)
+
+
+class WarmUp:
+    """What `warm_up` returns, itself a `BatchIterator`."""
+
+    def __init__(self, first: BatchIterator, num_batches: int, then: BatchIterator) -> None:
+        self._first, self._num_batches, self._then = first, num_batches, then
+        self._done = 0  # batches of `first` that were taken
+
+    def __iter__(self) -> "WarmUp":
+        """Itself."""
+        return self
+
+    def __next__(self) -> Row:
+        """The next batch."""
+        if self._done == self._num_batches:
+            return next(self._then)
+        batch = next(self._first)
+        self._done += 1
+        return batch
+
+    def get_state(self) -> dict[str, Any]:
+        """The position, in what JSON can hold."""
+        return {"warm_up": self._done, "first": self._first.get_state(), "then": self._then.get_state()}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Go to a position."""
+        self._done = state["warm_up"]
+        self._first.set_state(state["first"])
+        self._then.set_state(state["then"])
+
+
+def fingerprint(examples: Sequence[TokenExample], config: DataConfig) -> str:
     """Hash of what decides, with the seed, the batch at a position; in other data the position means nothing."""
     digest = hashlib.sha256(f"{config.max_length} {config.batch_size} {config.packing}".encode())
     for example in examples:
         digest.update(example.tokens.tobytes())
-        digest.update(example.loss_mask.tobytes())
+        for values in example.columns().values():
+            digest.update(values.tobytes())
     return digest.hexdigest()
 
 
-def rows_per_epoch(examples: Sequence[Example], config: DataConfig) -> int:
+def rows_per_epoch(examples: Sequence[TokenExample], config: DataConfig) -> int:
     """Rows that the examples make once packed; divided by `config.batch_size`, the steps of an epoch."""
     return len(_assign_rows(examples, config))
 
 
-def _assign_rows(examples: Sequence[Example], config: DataConfig) -> list[list[int]]:
+def _assign_rows(examples: Sequence[TokenExample], config: DataConfig) -> list[list[int]]:
     if config.packing:
         return pack([len(example.tokens) for example in examples], config.max_length)
     return [[index] for index in range(len(examples))]
+
+
+def _columns(examples: Sequence[TokenExample]) -> dict[str, np.dtype]:
+    return {name: values.dtype for name, values in examples[0].columns().items()} if examples else {}
 
 
 def _share(config: DataConfig, process_index: int, process_count: int) -> slice:
@@ -126,6 +184,6 @@ def _share(config: DataConfig, process_index: int, process_count: int) -> slice:
     return slice(process_index * local, (process_index + 1) * local)
 
 
-def _stack(rows: list[list[Example]], config: DataConfig, pad_id: int) -> Row:
-    built = [build_row(row, config.max_length, pad_id) for row in rows]
+def _stack(rows: list[list[TokenExample]], columns: dict[str, np.dtype], config: DataConfig, pad_id: int) -> Row:
+    built = [build_row(row, config.max_length, pad_id, columns) for row in rows]
     return {key: np.stack([row[key] for row in built]) for key in built[0]}

@@ -1,11 +1,11 @@
 """Several examples in one row, kept apart by segment ids, so that few tokens are padding."""
 
 from bisect import bisect_left, insort
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from jaxrm.data.examples import Example
+from jaxrm.data.examples import TokenExample
 
 Row = dict[str, np.ndarray]
 
@@ -46,28 +46,38 @@ def pack(lengths: Sequence[int], row_length: int) -> list[list[int]]:
     return rows
 
 
-def build_row(examples: Sequence[Example], row_length: int, pad_id: int) -> Row:
+def build_row(examples: Sequence[TokenExample], row_length: int, pad_id: int, columns: Mapping[str, np.dtype]) -> Row:
     """One row of a batch from the examples that share it; none of them gives an empty row.
 
+    Args:
+      examples: no longer than the row together.
+      row_length: T.
+      pad_id: what the tokens are filled up with.
+      columns: name and type of each of the examples' columns.
+
     Returns:
-      tokens: int32 `[T]`, filled up with `pad_id`.
-      segment_ids: int32 `[T]`, 1, 2, … per example and 0 on padding.
+      tokens: int32 `[T]`.
+      segment_ids: int32 `[T]`, 1, 2, … per segment and 0 on padding.
       positions: int32 `[T]`, from 0 in every segment.
-      loss_mask: bool `[T]`, True where the token itself is a target.
+      and each column `[T]`, 0 or False on padding.
     """
     row = {
         "tokens": np.full(row_length, pad_id, np.int32),
         "segment_ids": np.zeros(row_length, np.int32),
         "positions": np.zeros(row_length, np.int32),
-        "loss_mask": np.zeros(row_length, bool),
+        **{name: np.zeros(row_length, dtype) for name, dtype in columns.items()},
     }
-    start = 0
-    for segment, example in enumerate(examples, 1):
-        span = slice(start, start + len(example.tokens))
-        row["tokens"][span] = example.tokens
-        row["segment_ids"][span] = segment
-        row["positions"][span] = np.arange(len(example.tokens))
-        row["loss_mask"][span] = example.loss_mask
-        start = span.stop
-    assert start <= row_length, "examples fit in the row"
+    start, segment = 0, 0
+    for example in examples:
+        stop = start + len(example.tokens)
+        assert stop <= row_length, "examples fit in the row"
+        row["tokens"][start:stop] = example.tokens
+        for name, values in example.columns().items():
+            row[name][start:stop] = values
+        for length in example.segment_lengths:
+            segment += 1
+            row["segment_ids"][start : start + length] = segment
+            row["positions"][start : start + length] = np.arange(length)
+            start += length
+        assert start == stop, "segments make up the example"
     return row

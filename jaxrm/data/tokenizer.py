@@ -2,6 +2,7 @@
 
 import re
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
+_BYTE = re.compile(r"<0x[0-9A-F]{2}>")  # how sentencepiece writes a token that is one byte of a character
+_UNFINISHED = "\ufffd"  # what a character is decoded to while bytes of it are missing
+_WINDOW, _CONTEXT = 12, 4  # tokens decoded together; those before them that a token's text may depend on
 
 
 def load_tokenizer(path: str) -> "PreTrainedTokenizerBase":
@@ -58,6 +62,56 @@ def save_tokenizer(tokenizer: "PreTrainedTokenizerBase", folder: str | Path) -> 
             place = target / file.relative_to(temporary)
             place.parent.mkdir(exist_ok=True)
             file.replace(place)
+
+
+def token_texts(tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int]) -> list[str]:
+    """What each token adds to the text: joined, the texts are the decoded ids, special tokens as they are written.
+
+    A character of several tokens comes with the last of them; the others add "". Ids without a token add "" too.
+
+    Args:
+      tokenizer: as `load_tokenizer` returns it.
+      ids: token ids, not negative.
+    """
+    pieces = tokenizer.convert_ids_to_tokens([int(token) for token in ids])
+    known = [i for i, piece in enumerate(pieces) if piece is not None]
+    texts = [""] * len(pieces)
+    added = _added_texts(tokenizer, [int(ids[i]) for i in known], [bool(_BYTE.fullmatch(pieces[i])) for i in known])
+    for i, text in zip(known, added, strict=True):
+        texts[i] = text
+    return texts
+
+
+def _added_texts(tokenizer: "PreTrainedTokenizerBase", ids: list[int], is_byte: list[bool]) -> list[str]:
+    """Decode a window of tokens that grows, and where it is long enough starts anew with its end."""
+    texts: list[str] = []
+    start, done = 0, 0  # where the window begins, and how many of its characters are given to tokens
+    while len(texts) < len(ids):
+        i = len(texts)
+        # Byte tokens in a row are decoded as a whole, since one wrong byte spoils all of them.
+        stop = next((j for j in range(i, len(ids)) if not is_byte[j]), len(ids)) if is_byte[i] else i + 1
+        text = _decode(tokenizer, ids[start:stop])
+        # The last character may not be whole yet; what is before it no further token changes.
+        held = text.endswith(_UNFINISHED) and not is_byte[i] and stop < len(ids)
+        added = text[done : len(text) - held]
+        texts += _byte_texts(added, stop - i) if is_byte[i] else [added]
+        done = len(text) - held
+        if stop - start > _WINDOW:
+            start = stop - _CONTEXT
+            done = len(_decode(tokenizer, ids[start:stop])) - held
+    return texts
+
+
+def _decode(tokenizer: "PreTrainedTokenizerBase", ids: list[int]) -> str:
+    return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+
+def _byte_texts(text: str, count: int) -> list[str]:
+    """The text of `count` byte tokens, each character at the token that completes it."""
+    if text == _UNFINISHED * count:  # not UTF-8
+        return list(text)
+    texts = [part for char in text for part in [*[""] * (len(char.encode()) - 1), char]]
+    return texts if len(texts) == count else [*[""] * (count - 1), text]
 
 
 def _from_folder(folder: Path) -> "PreTrainedTokenizerBase":

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from jaxrm.data.config import DataConfig
-from jaxrm.data.examples import Example
-from jaxrm.data.loader import build_loader, eval_batches, rows_per_epoch
+from jaxrm.data.examples import ComparisonExample, Example, MappingExample
+from jaxrm.data.loader import build_loader, eval_batches, fingerprint, rows_per_epoch, warm_up
 from jaxrm.errors import UserError
 
 KEYS = {"tokens", "segment_ids", "positions", "loss_mask"}
@@ -44,8 +44,8 @@ def take(iterator, count):
 def assert_equal(batches, expected):
     assert len(batches) == len(expected)
     for batch, other in zip(batches, expected, strict=True):
-        assert batch.keys() == other.keys() == KEYS
-        for key in KEYS:
+        assert batch.keys() == other.keys() >= KEYS - {"loss_mask"}
+        for key in batch:
             np.testing.assert_array_equal(batch[key], other[key])
 
 
@@ -191,3 +191,94 @@ def test_eval_batches_need_no_grain():
     )
     fresh = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert fresh.stdout.strip() == "1"
+
+
+def make_mappings(count, seed=0):
+    return [
+        MappingExample(e.tokens, e.loss_mask, e.source, is_correction=i % 2 == 0)
+        for i, e in enumerate(make_examples(count, seed))
+    ]
+
+
+def make_comparisons(count, seed=0):
+    return [ComparisonExample(e.tokens, len(e.tokens) // 2, e.source) for e in make_examples(count, seed)]
+
+
+OTHER_KINDS = {
+    "mappings": (make_mappings(60), {"loss_mask": "bool", "is_correction": "bool"}),
+    "comparisons": (make_comparisons(60), {"is_chosen_end": "bool", "rejected_offset": "int32"}),
+}
+
+
+@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize("kind", OTHER_KINDS)
+def test_every_kind_of_example_is_batched_with_its_columns(loader, kind, packing):
+    examples, columns = OTHER_KINDS[kind]
+    config = DataConfig(path="f", max_length=16, batch_size=4, packing=packing)
+    types = {"tokens": "int32", "segment_ids": "int32", "positions": "int32", **columns}
+    for batch in (next(loader(examples, config)), *eval_batches(examples, config, pad_id=0)):
+        assert {name: values.dtype.name for name, values in batch.items()} == types
+        assert {values.shape for values in batch.values()} == {(4, 16)}
+    rows = rows_per_epoch(examples, config)
+    stream = [row for batch in take(loader(examples, config), rows) for row in contents(batch["tokens"])]
+    assert sorted(example for row in stream[:rows] for example in row) == list(range(1, 61))
+    for name in columns:
+        held_out = np.concatenate([batch[name].ravel() for batch in eval_batches(examples, config, pad_id=0)])
+        expected = np.concatenate([example.columns()[name] for example in examples])
+        assert sorted(held_out[held_out != 0]) == sorted(expected[expected != 0])
+
+
+@pytest.mark.parametrize("kind", OTHER_KINDS)
+def test_a_process_whose_share_is_empty_rows_has_all_columns(kind):
+    examples, columns = OTHER_KINDS[kind]
+    config = DataConfig(max_length=16, batch_size=8, packing=False)
+    (batch,) = eval_batches(examples[:3], config, pad_id=0, process_index=1, process_count=2)
+    assert set(batch) == {"tokens", "segment_ids", "positions", *columns}
+    assert not any(values.any() for values in batch.values())
+
+
+def test_the_fingerprint_tells_data_and_batching_apart():
+    """That of demonstrations is written down: with another one, no run of before could be continued."""
+    known = [Example(np.arange(3, dtype=np.int32), np.array([False, False, True]), "f:1")]
+    assert fingerprint(known, DataConfig(max_length=4, batch_size=1)).startswith("c7c864942ffdfca3")
+    mappings, _ = OTHER_KINDS["mappings"]
+    flipped = [MappingExample(e.tokens, e.loss_mask, e.source, not e.is_correction) for e in mappings]
+    comparisons, _ = OTHER_KINDS["comparisons"]
+    moved = [ComparisonExample(e.tokens, e.chosen_length + (len(e.tokens) > 4), e.source) for e in comparisons]
+    smaller = DataConfig(path="f", max_length=16, batch_size=2)
+    prints = [fingerprint(data, CONFIG) for data in (EXAMPLES, EXAMPLES[1:], mappings, flipped, comparisons, moved)]
+    prints += [
+        fingerprint(EXAMPLES, smaller),
+        fingerprint(EXAMPLES, DataConfig(max_length=16, batch_size=4, packing=False)),
+    ]
+    assert len(set(prints)) == len(prints)
+    assert fingerprint(make_mappings(60), DataConfig(path="elsewhere", max_length=16, batch_size=4)) == prints[2]
+
+
+@pytest.mark.parametrize("num_batches", [0, 1, 9])
+def test_warm_up_gives_so_many_batches_of_the_one_and_then_the_other(loader, num_batches):
+    mappings, _ = OTHER_KINDS["mappings"]
+    identity = [example for example in mappings if not example.is_correction]
+    stream = take(warm_up(loader(identity), num_batches, loader(mappings)), 30)
+    assert_equal(stream, take(loader(identity), num_batches) + take(loader(mappings), 30 - num_batches))
+    assert [bool(batch["is_correction"].any()) for batch in stream] == [i >= num_batches for i in range(30)]
+
+
+@pytest.mark.parametrize("position", [0, 1, 4, 5, 6, 17])
+def test_a_warm_up_goes_on_from_a_saved_position(loader, position):
+    def build():
+        mappings, _ = OTHER_KINDS["mappings"]
+        identity = [example for example in mappings if not example.is_correction]
+        return warm_up(loader(identity), 5, loader(mappings))
+
+    unbroken = take(build(), position + 20)
+    iterator = build()
+    take(iterator, position)
+    state = json.loads(json.dumps(iterator.get_state()))
+    assert_equal(take(iterator, 9), unbroken[position : position + 9])
+    fresh = build()
+    fresh.set_state(state)
+    assert_equal(take(fresh, 20), unbroken[position:])
+    iterator.set_state(state)  # from behind the warm-up back into it
+    assert_equal(take(iterator, 20), unbroken[position:])
+    assert iterator.get_state() == fresh.get_state()

@@ -1,8 +1,10 @@
 import numpy as np
 import pytest
 
-from jaxrm.data.examples import Example
+from jaxrm.data.examples import ComparisonExample, Example, MappingExample
 from jaxrm.data.packing import build_row, pack
+
+COLUMNS = {"loss_mask": np.dtype(bool)}
 
 
 def example(tokens, targets=()):
@@ -49,7 +51,7 @@ def test_packing_agrees_with_the_plain_search_for_the_fullest_row():
 
 
 def test_a_row_keeps_its_examples_apart():
-    row = build_row([example([5, 6, 7], [2]), example([8, 9], [1])], 8, pad_id=3)
+    row = build_row([example([5, 6, 7], [2]), example([8, 9], [1])], 8, 3, COLUMNS)
     expected = {
         "tokens": [5, 6, 7, 8, 9, 3, 3, 3],
         "segment_ids": [1, 1, 1, 2, 2, 0, 0, 0],
@@ -67,6 +69,41 @@ def test_a_row_keeps_its_examples_apart():
 
 
 def test_no_examples_make_a_row_of_padding():
-    row = build_row([], 4, pad_id=0)
+    row = build_row([], 4, 0, COLUMNS)
     assert not row["segment_ids"].any()
     assert not row["loss_mask"].any()
+    assert row["loss_mask"].dtype == bool
+
+
+def test_a_row_of_mappings_says_which_targets_are_corrections():
+    def mapping(tokens, is_correction):
+        return MappingExample(np.array(tokens, np.int32), np.arange(len(tokens)) > 1, "f:1", is_correction)
+
+    columns = {"loss_mask": np.dtype(bool), "is_correction": np.dtype(bool)}
+    row = build_row([mapping([5, 6, 7], False), mapping([8, 9, 4, 2], True)], 8, 0, columns)
+    assert row["segment_ids"].tolist() == [1, 1, 1, 2, 2, 2, 2, 0]
+    assert row["positions"].tolist() == [0, 1, 2, 0, 1, 2, 3, 0]
+    assert np.flatnonzero(row["loss_mask"]).tolist() == [2, 5, 6]
+    assert np.flatnonzero(row["is_correction"]).tolist() == [5, 6]
+
+
+def test_the_two_sides_of_a_comparison_are_segments_of_their_own():
+    pairs = [
+        ComparisonExample(np.arange(1, 6, dtype=np.int32), 2, "f:1"),
+        ComparisonExample(np.array([7, 8]), 1, "f:2"),
+    ]
+    columns = {"is_chosen_end": np.dtype(bool), "rejected_offset": np.dtype(np.int32)}
+    row = build_row(pairs, 9, 0, columns)
+    expected = {
+        "tokens": [1, 2, 3, 4, 5, 7, 8, 0, 0],
+        "segment_ids": [1, 1, 2, 2, 2, 3, 4, 0, 0],
+        "positions": [0, 1, 0, 1, 2, 0, 0, 0, 0],
+        "is_chosen_end": [False, True, False, False, False, True, False, False, False],
+        "rejected_offset": [0, 3, 0, 0, 0, 1, 0, 0, 0],
+    }
+    assert {name: values.tolist() for name, values in row.items()} == expected
+
+
+def test_examples_that_do_not_fit_the_row_are_a_fault_of_the_caller():
+    with pytest.raises(AssertionError, match="fit in the row"):
+        build_row([example([5, 6, 7]), example([8, 9])], 4, 0, COLUMNS)

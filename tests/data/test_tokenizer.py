@@ -1,8 +1,11 @@
+import copy
 import json
 
+import numpy as np
 import pytest
 
-from jaxrm.data.tokenizer import load_tokenizer, save_tokenizer
+from jaxrm.data.tasks import write_task
+from jaxrm.data.tokenizer import load_tokenizer, save_tokenizer, token_texts
 from jaxrm.errors import UserError
 
 MESSAGES = [{"role": "user", "content": "what 12"}]
@@ -181,3 +184,89 @@ def test_code_in_a_tokenizer_folder_is_not_run(tmp_path, chatml_tokenizer):
     with pytest.raises(UserError):
         load_tokenizer(str(tmp_path))
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.fixture
+def any_tokenizer(request, tmp_path):
+    kind = request.param
+    if kind in ("gemma", "llama"):
+        return load_tokenizer(str(request.getfixturevalue(f"{kind}_folder")))
+    if kind == "task":
+        write_task("safety", tmp_path, seed=0)
+        return load_tokenizer(str(tmp_path / "tokenizer"))
+    if kind == "unigram":
+        model = request.getfixturevalue("train_sentencepiece")(model_type="unigram", vocab_size=200)
+        (tmp_path / "tokenizer.model").write_bytes(model)
+        return load_tokenizer(str(tmp_path))
+    return request.getfixturevalue(f"{kind}_tokenizer")
+
+
+each_tokenizer = pytest.mark.parametrize(
+    "any_tokenizer", ["gemma", "llama", "unigram", "chatml", "task", "smollm2"], indirect=True
+)
+
+
+@each_tokenizer
+def test_token_texts_join_to_the_decoded_text(any_tokenizer, tricky_texts):
+    for text in tricky_texts:
+        ids = any_tokenizer(text)["input_ids"]
+        texts = token_texts(any_tokenizer, ids)
+        assert len(texts) == len(ids)
+        assert "".join(texts) == any_tokenizer.decode(ids)
+    assert token_texts(any_tokenizer, []) == []
+
+
+@each_tokenizer
+@pytest.mark.parametrize("seed", range(3))
+def test_token_texts_of_any_ids_join_to_the_decoded_text(any_tokenizer, seed):
+    """Broken characters and ids behind the vocabulary, which a model with padded embeddings can emit, included."""
+    rng = np.random.default_rng(seed)
+    vocabulary = len(any_tokenizer)
+    for upper in (vocabulary, vocabulary + 7, min(300, vocabulary)):  # bytes are among the first ids
+        for count in rng.integers(0, 80, 40):
+            ids = rng.integers(0, upper, count)
+            texts = token_texts(any_tokenizer, ids)
+            assert len(texts) == count
+            assert "".join(texts) == any_tokenizer.decode(ids.tolist())
+
+
+@pytest.mark.parametrize("any_tokenizer", ["gemma", "llama", "chatml"], indirect=True)
+def test_a_character_comes_with_the_token_that_completes_it(any_tokenizer):
+    ids = ids_of(any_tokenizer, "stone é😀日 river")
+    texts = token_texts(any_tokenizer, ids)
+    for char in "é😀日":
+        at = texts.index(next(text for text in texts if char in text))
+        assert texts[at].strip() == char
+    assert "".join(texts[-2:]).endswith("ver")
+    assert texts.count("") >= 3 + 2  # of the two characters that are nowhere in the corpus
+    assert "\ufffd" not in "".join(texts)
+
+
+def test_token_texts_show_spaces_and_special_tokens_as_they_are_written(chatml_tokenizer, llama_folder):
+    ids = chatml_tokenizer("<|im_start|>a stone river<|im_end|>\n")["input_ids"]
+    assert token_texts(chatml_tokenizer, ids) == ["<|im_start|>", "a", " stone", " river", "<|im_end|>", "\n"]
+    llama = load_tokenizer(str(llama_folder))
+    assert token_texts(llama, llama("the river")["input_ids"]) == ["<s>", " the", " river"]
+    assert token_texts(llama, ids_of(llama, "the river")) == ["the", " river"]
+
+
+def test_an_unfinished_character_is_shown_as_such(chatml_tokenizer, llama_folder):
+    for tokenizer in (chatml_tokenizer, load_tokenizer(str(llama_folder))):
+        ids = ids_of(tokenizer, "the 😀")[:-1]
+        assert "".join(token_texts(tokenizer, ids)).startswith("the \ufffd")
+        assert token_texts(tokenizer, ids)[-1] != ""
+
+
+@pytest.mark.parametrize("any_tokenizer", ["llama", "chatml"], indirect=True)
+def test_token_texts_decode_each_token_a_bounded_number_of_times(any_tokenizer, monkeypatch):
+    """Words, unknown characters, and bytes that never become a character."""
+    broken = [*ids_of(any_tokenizer, "😀")[-2:-1]] * 400
+    for ids in (ids_of(any_tokenizer, "the river " * 200), ids_of(any_tokenizer, "😀" * 100), broken):
+        counting = copy.copy(any_tokenizer)
+        decoded = []
+        decode = any_tokenizer.decode
+        counting.decode = lambda ids, decode=decode, decoded=decoded, **options: (
+            decoded.append(len(ids)) or decode(ids, **options)
+        )
+        assert "".join(token_texts(counting, ids)) == decode(ids)
+        assert 0 < sum(decoded) <= 20 * len(ids)

@@ -1,0 +1,274 @@
+"""From preference pairs to what the two kinds of reward model are trained on.
+
+A seq2seq reward model learns mappings between responses to a prompt x ("Sequence to Sequence Reward Modeling",
+arXiv 2409.00162, section 3): the correction mapping (x, rejected) -> chosen and the identity mapping
+(x, chosen) -> chosen. A scalar reward model learns to compare the two responses. Both are joined from the same
+token ids, so a response is the same tokens on either side of a mapping, in a comparison and where it is scored.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from jaxrm.data.config import DataConfig
+from jaxrm.data.examples import ComparisonExample, MappingExample, Progress, encode_dialogues
+from jaxrm.data.readers import ReadReport
+from jaxrm.data.records import Message, PreferenceRecord, Record
+from jaxrm.data.templates import Piece, cut_dialogue, encode_response
+from jaxrm.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_CHUNK = 512  # pairs handed to the tokenizer at once
+
+
+@dataclass(frozen=True)
+class MappingConfig:
+    """How a seq2seq reward model is asked and what it learns. The paper has none of these fields but both mappings.
+
+    Raises UserError on a bad value.
+    """
+
+    instruction: str = "Rewrite your last response as the best one you can give."
+    """What the user says after the source response, in the chat template; empty where the turn alone is enough."""
+    correction_weight: float = 1.0
+    """Of the loss on a token of the correction mapping."""
+    identity: bool = True
+    """Train on the identity mapping too."""
+    identity_weight: float = 1.0
+    """Of the loss on a token of the identity mapping."""
+    identity_warmup_steps: int = 0
+    """The first so many optimizer steps see the identity mapping alone."""
+
+    def __post_init__(self) -> None:
+        for field in ("correction_weight", "identity_weight"):
+            value = getattr(self, field)
+            if not (value > 0 and math.isfinite(value)):
+                hint = ", or to train without the identity mapping --config.mapping.identity=False"
+                raise UserError(
+                    f"config.mapping.{field} is {value}, but must be a number above 0; e.g. "
+                    f"--config.mapping.{field}=1.0{hint if field == 'identity_weight' else ''}"
+                )
+        if self.identity_warmup_steps < 0:
+            raise UserError(
+                f"config.mapping.identity_warmup_steps is {self.identity_warmup_steps}, but must be at least 0; e.g. "
+                "--config.mapping.identity_warmup_steps=0"
+            )
+        if self.identity_warmup_steps and not self.identity:
+            raise UserError(
+                f"config.mapping.identity_warmup_steps is {self.identity_warmup_steps}, but config.mapping.identity "
+                "is False; use --config.mapping.identity=True or --config.mapping.identity_warmup_steps=0"
+            )
+
+
+@dataclass(frozen=True)
+class TokenPair:
+    """A preference pair as tokens.
+
+    prompt: int32 `[p]`, up to the header that opens the answer.
+    chosen: int32 `[n]`, the end of the turn last.
+    rejected: int32 `[m]`, the end of the turn last.
+    source: where the record was read.
+    """
+
+    prompt: np.ndarray
+    chosen: np.ndarray
+    rejected: np.ndarray
+    source: str
+
+
+def tokenize_pairs(
+    records: Sequence[Record],
+    tokenizer: "PreTrainedTokenizerBase",
+    config: DataConfig,
+    progress: Progress | None = None,
+) -> tuple[list[TokenPair], ReadReport]:
+    """Write pairs as tokens: prompts as `encode_prompt` has them, responses as `encode_response`.
+
+    Args:
+      records: preference records.
+      tokenizer: as `load_tokenizer` returns it.
+      config: `template`, `max_bad_share`.
+      progress: called with the number of records done and their total.
+
+    Returns:
+      The pairs, of whatever length, and the report: pairs whose sides are the same tokens or of which one is empty,
+      and dialogues that the template refused, are bad.
+
+    Raises:
+      UserError: a record is no pair; no such template; more bad records than `max_bad_share`, or nothing left.
+    """
+    # A template that cannot work at all is one error, not as many bad records as there are.
+    empty = _array(encode_response(tokenizer, "", config.template))
+    cut_dialogue(tokenizer, [Message("user", "x"), Message("assistant", "x")], config.template)
+    report = ReadReport(total=len(records))
+    pairs: list[TokenPair] = []
+    for start in range(0, len(records), _CHUNK):
+        sources: list[str] = []
+        dialogues: list[list[Piece]] = []
+        for record in records[start : start + _CHUNK]:
+            if not isinstance(record, PreferenceRecord):
+                raise UserError(
+                    f"{record.source}: a record without a chosen and a rejected response, but a reward model learns "
+                    "from pairs; give records with prompt, chosen and rejected, or name the schema, e.g. "
+                    "--config.data.schema=preference"
+                )
+            if not (record.chosen.strip() and record.rejected.strip()):
+                report.add_bad("a response is empty", record.source)
+                continue
+            try:
+                dialogues.append(_cut_pair(tokenizer, record, config.template))
+                sources.append(record.source)
+            except UserError as error:
+                report.add_bad(str(error), record.source)
+        for source, runs in zip(sources, encode_dialogues(tokenizer, dialogues), strict=True):
+            *before, (chosen, _), _, (rejected, _) = runs
+            prompt = list(chain.from_iterable(ids for ids, _ in before))
+            pair = TokenPair(_array(prompt), _array(chosen), _array(rejected), source)
+            if any(np.array_equal(side, empty) for side in (pair.chosen, pair.rejected)):
+                report.add_bad("a response is empty", source)
+            elif np.array_equal(pair.chosen, pair.rejected):
+                report.add_bad("both responses are the same", source)
+            else:
+                pairs.append(pair)
+        if progress:
+            progress(min(start + _CHUNK, len(records)), len(records))
+    report.used = len(pairs)
+    report.check(config.max_bad_share, config.path)
+    return pairs, report
+
+
+def correction_request(tokenizer: "PreTrainedTokenizerBase", template: str, instruction: str) -> list[int]:
+    """Token ids between a source response and its correction, the same for every prompt and response.
+
+    They are what the template writes after an assistant's turn, a user's turn that says `instruction`, and the header
+    that opens the assistant's next turn.
+
+    Raises:
+      UserError: no such template, or it refuses the dialogue.
+    """
+    x, y, asked = Message("user", "x"), Message("assistant", "x"), Message("user", instruction)
+    _, _, (request, _), _ = encode_dialogues(tokenizer, [cut_dialogue(tokenizer, [x, y, asked, y], template)])[0]
+    return request
+
+
+def mapping_examples(
+    pairs: Sequence[TokenPair],
+    request: Sequence[int],
+    config: DataConfig,
+    *,
+    first_id: int | None,
+    identity: bool = True,
+) -> tuple[list[MappingExample], ReadReport]:
+    """What a seq2seq reward model learns: prompt, source response, request, and as the target the chosen response.
+
+    Args:
+      pairs: from `tokenize_pairs`.
+      request: from `correction_request`.
+      config: `max_length`, `too_long`, `max_bad_share`.
+      first_id: the template's BOS (`templates.bos_id`), which stays where a prompt is cut on the left.
+      identity: make the identity mapping too.
+
+    Returns:
+      The correction mapping of each pair and after it its identity mapping, each at most `max_length` tokens, and the
+      report, in pairs: those of which a mapping leaves no room for a prompt are bad, cut prompts are counted beside.
+
+    Raises:
+      UserError: a pair does not fit and `too_long` is "error"; more bad pairs than `max_bad_share`, or nothing left.
+    """
+    asked = _array(request)
+    report = ReadReport(total=len(pairs))
+    examples: list[MappingExample] = []
+    for pair in pairs:
+        mappings = [(pair.rejected, True), (pair.chosen, False)][: 1 + identity]
+        rests = [np.concatenate([source, asked, pair.chosen]) for source, _ in mappings]
+        rooms = [config.max_length - len(rest) for rest in rests]
+        if min(rooms) < 1:
+            _add_too_long("source, request and target", config.max_length - min(rooms) + 1, pair, config, report)
+            continue
+        for rest, room, (_, is_correction) in zip(rests, rooms, mappings, strict=True):
+            tokens = np.concatenate([cut_prompt(pair.prompt, room, first_id), rest])
+            loss_mask = np.arange(len(tokens)) >= len(tokens) - len(pair.chosen)
+            examples.append(MappingExample(tokens, loss_mask, pair.source, is_correction))
+        report.cut_prompts += len(pair.prompt) > min(rooms)
+        report.used += 1
+    report.check(config.max_bad_share, config.path)
+    return examples, report
+
+
+def comparison_examples(
+    pairs: Sequence[TokenPair], config: DataConfig, *, first_id: int | None
+) -> tuple[list[ComparisonExample], ReadReport]:
+    """What a scalar reward model learns: prompt and chosen response beside prompt and rejected response.
+
+    Both sides have the same prompt, cut alike where the pair is longer than a row.
+
+    Args:
+      pairs: from `tokenize_pairs`.
+      config: `max_length`, `too_long`, `max_bad_share`.
+      first_id: the template's BOS (`templates.bos_id`), which stays where a prompt is cut on the left.
+
+    Returns:
+      An example a pair, at most `max_length` tokens, and the report: pairs that leave no room for a prompt are bad.
+
+    Raises:
+      UserError: a pair does not fit and `too_long` is "error"; more bad pairs than `max_bad_share`, or nothing left.
+    """
+    report = ReadReport(total=len(pairs))
+    examples: list[ComparisonExample] = []
+    for pair in pairs:
+        responses = len(pair.chosen) + len(pair.rejected)
+        room = (config.max_length - responses) // 2
+        if room < 1:
+            _add_too_long("the two responses", responses + 2, pair, config, report)
+            continue
+        prompt = cut_prompt(pair.prompt, room, first_id)
+        tokens = np.concatenate([prompt, pair.chosen, prompt, pair.rejected])
+        examples.append(ComparisonExample(tokens, len(prompt) + len(pair.chosen), pair.source))
+        report.cut_prompts += len(pair.prompt) > room
+    report.used = len(examples)
+    report.check(config.max_bad_share, config.path)
+    return examples, report
+
+
+def cut_prompt(prompt: np.ndarray, room: int, first_id: int | None) -> np.ndarray:
+    """The last `room` tokens of a prompt `[p]`, or all if they are fewer; a BOS in front stays, in place of one.
+
+    Args:
+      prompt: int32 `[p]`.
+      room: at least 1.
+      first_id: BOS, if the template has one.
+    """
+    assert room >= 1
+    if len(prompt) <= room:
+        return prompt
+    kept = int(first_id is not None and prompt[0] == first_id)
+    return np.concatenate([prompt[:kept], prompt[len(prompt) - room + kept :]])
+
+
+def _array(ids: Sequence[int]) -> np.ndarray:
+    return np.array(ids, np.int32)
+
+
+def _cut_pair(tokenizer: "PreTrainedTokenizerBase", record: PreferenceRecord, template: str) -> list[Piece]:
+    """Pieces of the prompt and the chosen response, and behind an empty piece those of the rejected one."""
+    chosen, rejected = (
+        cut_dialogue(tokenizer, (*record.prompt, Message("assistant", text)), template)
+        for text in (record.chosen, record.rejected)
+    )
+    response = max(i for i, piece in enumerate(rejected) if not piece.is_target) + 1
+    return [*chosen, Piece("", False), *rejected[response:]]
+
+
+def _add_too_long(what: str, needed: int, pair: TokenPair, config: DataConfig, report: ReadReport) -> None:
+    if config.too_long == "error":
+        raise UserError(
+            f"{pair.source}: {what} and one token of the prompt take {needed} tokens, but a row has "
+            f"{config.max_length}; e.g. --config.data.max_length={needed}, or --config.data.too_long=drop"
+        )
+    report.add_bad(f"{what} longer than config.data.max_length {config.max_length}", pair.source)
