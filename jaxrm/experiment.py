@@ -3,7 +3,10 @@
 import math
 from dataclasses import dataclass, field
 
+from jaxrm.algorithms.scalar_rm import ScalarRMConfig
+from jaxrm.algorithms.scoring import RewardConfig
 from jaxrm.data.config import DataConfig
+from jaxrm.data.pairs import MappingConfig
 from jaxrm.errors import UserError
 from jaxrm.models.build import ModelSource
 from jaxrm.models.generate import SamplingConfig
@@ -13,7 +16,7 @@ from jaxrm.runtime.metrics import LoggingConfig
 from jaxrm.runtime.optimizer import OptimizerConfig
 from jaxrm.runtime.run_folder import OnExisting
 
-ALGORITHMS = ("sft",)
+ALGORITHMS = ("sft", "sample_pairs", "seq2seq_rm", "scalar_rm")
 
 # What may change between two launches of one run: nothing here changes what is learnt.
 MAY_DIFFER = frozenset({"run_dir", "on_existing", "mesh", "checkpoint", "logging", "evaluation"})
@@ -25,21 +28,56 @@ class EvaluationConfig:
 
     Attributes:
       every: updates between evaluations; the first and the last parameters are always evaluated.
-      samples: responses to held-out prompts that are generated when training ends.
+      samples: responses to held-out prompts that are generated when training ends, or corrections that are shown.
       sampling: how.
+      corrections: held-out pairs whose two responses a seq2seq reward model corrects when training ends, greedily and
+        with no more tokens than ``sampling`` allows; 0 for none.
+      judge: embedded task (``task:safety``) whose exact judge says what corrections gain.
     """
 
     every: int = 100
     samples: int = 3
+    corrections: int = 64
+    judge: str | None = None
     sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(max_new_tokens=64, temperature=0.0))
 
     def __post_init__(self) -> None:
-        for name, least in (("every", 1), ("samples", 0)):
+        for name, least in (("every", 1), ("samples", 0), ("corrections", 0)):
             if getattr(self, name) < least:
                 raise UserError(
                     f"config.evaluation.{name} is {getattr(self, name)}; it must be at least {least}, "
                     f"e.g. --config.evaluation.{name}={getattr(EvaluationConfig, name)}"
                 )
+
+
+@dataclass(frozen=True)
+class PairsConfig:
+    """Pairs sampled from a policy on an embedded task, and labelled by its noisy and biased annotator.
+
+    Attributes:
+      count: pairs in all.
+      ideal_share: share of pairs in which one of the two responses is the ideal one instead of a sample.
+      sampling: how the policy answers.
+      batch_size: prompts answered at once.
+    """
+
+    count: int = 2000
+    ideal_share: float = 0.0
+    sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(max_new_tokens=64, temperature=1.0))
+    batch_size: int = 256
+
+    def __post_init__(self) -> None:
+        for name, least in (("count", 1), ("batch_size", 1)):
+            if getattr(self, name) < least:
+                raise UserError(
+                    f"config.pairs.{name} is {getattr(self, name)}; it must be at least {least}, "
+                    f"e.g. --config.pairs.{name}={getattr(PairsConfig, name)}"
+                )
+        if not 0 <= self.ideal_share <= 1:
+            raise UserError(
+                f"config.pairs.ideal_share is {self.ideal_share}; it must be from 0 to 1, "
+                "e.g. --config.pairs.ideal_share=0.0"
+            )
 
 
 @dataclass(frozen=True)
@@ -64,6 +102,10 @@ class Experiment:
     num_steps: int | None = None
     num_epochs: float = 3.0
     num_microbatches: int = 1
+    mapping: MappingConfig = field(default_factory=MappingConfig)
+    scalar_rm: ScalarRMConfig = field(default_factory=ScalarRMConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    pairs: PairsConfig = field(default_factory=PairsConfig)
     model: ModelSource = field(default_factory=ModelSource)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

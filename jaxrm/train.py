@@ -20,6 +20,14 @@ def main(config: Experiment, _: flags.FlagValues) -> int:
         from jaxrm.stages import sft
 
         return sft.run(config)
+    if config.algorithm == "sample_pairs":
+        from jaxrm.stages import sample_pairs
+
+        return sample_pairs.run(config)
+    if config.algorithm in ("seq2seq_rm", "scalar_rm"):
+        from jaxrm.stages import reward_model
+
+        return reward_model.run(config)
     raise AssertionError(config.algorithm)  # Experiment refuses other names
 
 

@@ -26,3 +26,74 @@ class TokenBatch:
     segment_ids: jax.Array
     positions: jax.Array
     loss_mask: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class MappingBatch(TokenBatch):
+    """Rows of mappings ``prompt, source response, request, target response`` for a seq2seq RM.
+
+    Attributes:
+      is_correction: ``[B, T]`` bool, True on the target of a correction mapping, whose source is a rejected response;
+        the other targets are those of identity mappings.
+    """
+
+    is_correction: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ComparisonBatch:
+    """Rows of pairs for a scalar RM: two segments a pair, ``prompt, chosen`` and then ``prompt, rejected``.
+
+    Attributes:
+      tokens: ``[B, T]`` int32 token ids.
+      segment_ids: ``[B, T]`` int32; 1, 2, ... number the sides of a row's pairs, 0 is padding.
+      positions: ``[B, T]`` int32, counted from 0 in each segment.
+      is_chosen_end: ``[B, T]`` bool, True on the last token of a chosen response.
+      rejected_offset: ``[B, T]`` int32; from there, how many tokens on the last one of the rejected response is.
+    """
+
+    tokens: jax.Array
+    segment_ids: jax.Array
+    positions: jax.Array
+    is_chosen_end: jax.Array
+    rejected_offset: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ResponseBatch:
+    """Prompts and a response to each, as a policy emits them. A response of no token is legal.
+
+    Attributes:
+      prompts: ``[B, P]`` int32 token ids, padded on the left.
+      prompt_mask: ``[B, P]`` bool, False on padding.
+      responses: ``[B, T]`` int32 token ids, padded on the right.
+      response_mask: ``[B, T]`` bool, True on response tokens, an emitted EOS included.
+    """
+
+    prompts: jax.Array
+    prompt_mask: jax.Array
+    responses: jax.Array
+    response_mask: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TokenRewards:
+    """What every source of rewards returns, whatever stands behind it.
+
+    Attributes:
+      rewards: ``[B, T]`` float32 reward of each response token, 0 outside the mask.
+      values: ``[B, T]`` float32, the same before scale and centre.
+      mask: ``[B, T]`` bool, the response's.
+      diagnostics: ``[B]`` float32 by name, to be logged: ``sum`` and ``mean`` of the rewards, ``length`` in tokens,
+        ``tag_rate`` (share of + tags), ``divergence`` (index of the first - tag) and ``end_tag`` (1 where the end
+        token is tagged +). A scalar RM disagrees with no token: its tags are all +.
+    """
+
+    rewards: jax.Array
+    values: jax.Array
+    mask: jax.Array
+    diagnostics: dict[str, jax.Array]

@@ -7,35 +7,19 @@ ends with the same parameters, bit for bit, as one that was not.
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import jax
 import numpy as np
 
-from jaxrm.algorithms.evaluation import evaluate
 from jaxrm.algorithms.state import TrainState
+from jaxrm.data.loader import BatchIterator
 from jaxrm.errors import UserError
 from jaxrm.runtime.checkpoint import Checkpoints
 from jaxrm.runtime.preemption import StopRequest, agree
 
 _AGREE_EVERY = 8  # steps
-
-
-class Loader(Protocol):
-    """Batches without end, whose position can be saved."""
-
-    def __next__(self) -> dict[str, np.ndarray]:
-        """The next batch."""
-        ...
-
-    def get_state(self) -> dict[str, Any]:
-        """The position, as JSON can hold it."""
-        ...
-
-    def set_state(self, state: dict[str, Any]) -> None:
-        """Go back to a position."""
-        ...
 
 
 class Reporter(Protocol):
@@ -55,11 +39,10 @@ def fit(
     *,
     num_steps: int,
     train_step: Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]],
-    eval_step: Callable[[Any, Any], Any],
-    loader: Loader,
+    evaluate: Callable[[Any], dict[str, float]],
+    loader: BatchIterator,
     data_fingerprint: str,
     place: Callable[[dict[str, np.ndarray]], Any],
-    eval_batches: Sequence[Any],
     eval_every: int,
     checkpoints: Checkpoints,
     checkpoint_every: int,
@@ -72,11 +55,10 @@ def fit(
       state: where to start; donated.
       num_steps: updates in all, those already made included.
       train_step: from `jaxrm.algorithms.train_step.build_train_step`.
-      eval_step: from `jaxrm.algorithms.evaluation.build_eval_step`.
+      evaluate: held-out metrics of parameters, among them ``eval_loss``.
       loader: training batches, at the position that belongs to ``state``.
       data_fingerprint: of the training data, kept with every checkpoint.
       place: puts a batch of this process on the devices.
-      eval_batches: held-out batches, already placed.
       eval_every: updates between evaluations; the first and last parameters are always evaluated.
       checkpoints: where to save.
       checkpoint_every: updates between checkpoints; the last one is always saved.
@@ -91,7 +73,7 @@ def fit(
     """
     step = int(state.step)
     if step == 0:
-        reporter.evaluation(0, evaluate(eval_step, state.params, eval_batches))
+        reporter.evaluation(0, evaluate(state.params))
 
     unreported: tuple[int, dict[str, jax.Array], int] | None = None
     reported_at = time.perf_counter()
@@ -121,7 +103,7 @@ def fit(
         saving = last or step % checkpoint_every == 0
         if last or step % eval_every == 0:
             report()
-            held_out = evaluate(eval_step, state.params, eval_batches)
+            held_out = evaluate(state.params)
             reporter.evaluation(step, held_out)
             loss = held_out["eval_loss"]
         if saving:
@@ -144,7 +126,7 @@ def fit(
 
 
 def restore(
-    abstract: TrainState, checkpoints: Checkpoints, loader: Loader, data_fingerprint: str, key: jax.Array
+    abstract: TrainState, checkpoints: Checkpoints, loader: BatchIterator, data_fingerprint: str, key: jax.Array
 ) -> TrainState:
     """State of the latest checkpoint, and the loader moved to where it was.
 

@@ -1,6 +1,7 @@
 """From the `model` section of a config to a decoder: its shape, its graph and its first parameters."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -10,6 +11,7 @@ from flax import nnx
 from jaxrm.errors import UserError
 from jaxrm.models import attention, hub, layers
 from jaxrm.models.config import ModelConfig, preset
+from jaxrm.models.heads import ScalarHead, ScalarModel
 from jaxrm.models.transformer import REMAT_POLICIES, Decoder
 
 DTYPES = ("float32", "bfloat16")
@@ -117,12 +119,33 @@ def abstract_decoder(
       ``graphdef`` (static, for ``nnx.merge(graphdef, params)``), a nested dict of `jax.ShapeDtypeStruct` and the
       same dict of tuples of logical axis names.
     """
-    decoder = nnx.eval_shape(lambda: _decoder(config, source, nnx.Rngs(0), attend, constrain))
-    graphdef, state = nnx.split(decoder)
-    axes = jax.tree.map(
-        lambda param: param.get_metadata()["logical_axes"], state, is_leaf=lambda x: isinstance(x, nnx.Variable)
-    )
-    return graphdef, nnx.to_pure_dict(state), nnx.to_pure_dict(axes)
+    return _abstract(lambda: _decoder(config, source, nnx.Rngs(0), attend, constrain))
+
+
+def abstract_scalar_model(
+    config: ModelConfig,
+    source: ModelSource,
+    *,
+    attend: attention.Attend = attention.xla,
+    constrain: layers.Constrain = layers.unconstrained,
+) -> tuple[nnx.GraphDef, Any, Any]:
+    """A `jaxrm.models.heads.ScalarModel` without memory; arguments and returns as `abstract_decoder`."""
+    trunk = replace(config, tie_embeddings=True)  # no language head
+
+    def make() -> ScalarModel:
+        rngs = nnx.Rngs(0)
+        return ScalarModel(_decoder(trunk, source, rngs, attend, constrain), rngs=rngs)
+
+    return _abstract(make)
+
+
+def init_scalar_head(config: ModelConfig, key: jax.Array, shardings: Any) -> Any:
+    """First parameters of a `jaxrm.models.heads.ScalarHead`, drawn with ``key``."""
+
+    def draw(key: jax.Array) -> Any:
+        return nnx.to_pure_dict(nnx.state(ScalarHead(config.hidden_size, rngs=nnx.Rngs(params=key))))
+
+    return jax.jit(draw, out_shardings=shardings)(key)
 
 
 def init_params(config: ModelConfig, source: ModelSource, key: jax.Array, shardings: Any) -> Any:
@@ -135,6 +158,14 @@ def init_params(config: ModelConfig, source: ModelSource, key: jax.Array, shardi
         return nnx.to_pure_dict(nnx.state(decoder))
 
     return jax.jit(draw, out_shardings=shardings)(key)
+
+
+def _abstract(make: Callable[[], nnx.Module]) -> tuple[nnx.GraphDef, Any, Any]:
+    graphdef, state = nnx.split(nnx.eval_shape(make))
+    axes = jax.tree.map(
+        lambda param: param.get_metadata()["logical_axes"], state, is_leaf=lambda x: isinstance(x, nnx.Variable)
+    )
+    return graphdef, nnx.to_pure_dict(state), nnx.to_pure_dict(axes)
 
 
 def _decoder(

@@ -100,16 +100,24 @@ class Responder:
         Raises:
           UserError: as `encode`.
         """
+        return [self.text(tokens) for tokens in self.continue_ids(self.encode(prompts), key)]
+
+    def continue_ids(self, prompts: Sequence[Sequence[int]], key: jax.Array) -> list[np.ndarray]:
+        """Token ids of one response to each prompt, its end token included where it was reached.
+
+        Args:
+          prompts: token ids, each short enough to leave room for a response.
+          key: typed PRNG key.
+        """
         if not prompts:
             return []
-        ids = self.encode(prompts)
         room = prompt_room(self._model.config, self._sampling, "max_new_tokens")
-        longest = max(len(prompt) for prompt in ids)
+        longest = max(len(prompt) for prompt in prompts)
         width = min(-(-longest // _LENGTH_BUCKET) * _LENGTH_BUCKET, room)
-        height = 1 << (len(ids) - 1).bit_length()
+        height = 1 << (len(prompts) - 1).bit_length()
         tokens, mask = np.zeros((height, width), np.int32), np.zeros((height, width), bool)
         for row in range(height):
-            prompt = ids[min(row, len(ids) - 1)]
+            prompt = prompts[min(row, len(prompts) - 1)]
             tokens[row, width - len(prompt) :] = prompt
             mask[row, width - len(prompt) :] = True
         out = generate(
@@ -122,8 +130,9 @@ class Responder:
             end_ids=self._end_ids,
         )
         drawn, kept = jax.device_get(out)
-        return [self._text(drawn[row][kept[row]]) for row in range(len(ids))]
+        return [drawn[row][kept[row]] for row in range(len(prompts))]
 
-    def _text(self, tokens: np.ndarray) -> str:
+    def text(self, tokens: Sequence[int] | np.ndarray) -> str:
+        """A response as text, without its end token."""
         content = [int(token) for token in tokens if int(token) not in self._end_ids]
         return str(self._tokenizer.decode(content, skip_special_tokens=True)).strip()

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -20,17 +20,19 @@ from jaxrm.models import attention, build
 from jaxrm.models.build import ModelSource
 from jaxrm.models.config import ModelConfig
 from jaxrm.runtime import partition
-from jaxrm.types import TokenBatch
+from jaxrm.stages import weights
+
+Batch = TypeVar("Batch")
 
 _TASK = "task:"
 
 
 @dataclass(frozen=True)
 class OpenedModel:
-    """A decoder and where its parameters lie, before any of them exists.
+    """A model and where its parameters lie, before any of them exists.
 
     Attributes:
-      config: its shape.
+      config: shape of its decoder.
       graphdef: for ``nnx.merge(graphdef, params)``.
       shapes: pytree of `jax.ShapeDtypeStruct`.
       shardings: the same tree of shardings.
@@ -53,21 +55,31 @@ def open_model(source: ModelSource, mesh: Mesh, config: ModelConfig | None = Non
     Raises:
       UserError: where there is no such model, or it does not fit the mesh.
     """
-    config = config or build.read_shape(source)
+    return _open(build.abstract_decoder, source, mesh, config)
+
+
+def open_scalar_model(source: ModelSource, mesh: Mesh, config: ModelConfig | None = None) -> OpenedModel:
+    """Lay a decoder with a scalar head over the devices; arguments and errors as for `open_model`."""
+    return _open(build.abstract_scalar_model, source, mesh, config)
+
+
+def _open(abstract: Callable[..., Any], source: ModelSource, mesh: Mesh, config: ModelConfig | None) -> OpenedModel:
+    config = config or weights.read_shape(source)
     platform = mesh.devices.flat[0].platform
     attend = attention.choose(source.attention, platform, np.dtype(source.dtype))
     if attend is not attention.xla:  # the compiler cannot split a kernel that is not its own
         attend = partition.per_device(attend, mesh)
     constrain = partition.activation_constraint(mesh)
-    graphdef, shapes, axes = build.abstract_decoder(config, source, attend=attend, constrain=constrain)
+    graphdef, shapes, axes = abstract(config, source, attend=attend, constrain=constrain)
     return OpenedModel(config, graphdef, shapes, partition.parameter_shardings(shapes, axes, mesh))
 
 
 @contextmanager
-def task_files(data: DataConfig, seed: int) -> Iterator[DataConfig]:
+def task_files(data: DataConfig, seed: int, *, pairs: bool = False) -> Iterator[DataConfig]:
     """The data section with an embedded task (``task:safety``) replaced by its files, which live as long as this.
 
-    From here on a task is read like any other data. Other sections pass unchanged.
+    From here on a task is read like any other data: its demonstrations, or its ``pairs``, of which a share is held
+    out. Other sections pass unchanged.
     """
     if not data.path.startswith(_TASK):
         yield data
@@ -75,17 +87,18 @@ def task_files(data: DataConfig, seed: int) -> Iterator[DataConfig]:
     with tempfile.TemporaryDirectory(prefix="jaxrm-task-") as name:
         folder = Path(name)
         write_task(data.path.removeprefix(_TASK), folder, seed=seed)
+        held_out = None if pairs else str(folder / "heldout.jsonl")
         yield dataclasses.replace(
             data,
-            path=str(folder / "train.jsonl"),
-            eval_path=str(folder / "heldout.jsonl") if data.eval_path is None else data.eval_path,
+            path=str(folder / ("pairs.jsonl" if pairs else "train.jsonl")),
+            eval_path=held_out if data.eval_path is None else data.eval_path,
             tokenizer=str(folder / "tokenizer") if data.tokenizer is None else data.tokenizer,
         )
 
 
 def tokenizer_path(data: DataConfig, source: ModelSource) -> str:
     """Where the tokenizer is: as the data section says, else beside the weights."""
-    path = data.tokenizer or source.path
+    path = data.tokenizer or weights.tokenizer_of(source)
     if path is None:
         raise UserError(
             "config.data.tokenizer is None and there are no weights to find it beside; give a hub name, a folder or "
@@ -94,12 +107,17 @@ def tokenizer_path(data: DataConfig, source: ModelSource) -> str:
     return path
 
 
-def batch_placer(mesh: Mesh) -> Callable[[dict[str, np.ndarray]], TokenBatch]:
-    """Function that puts this process's rows ``[local_B, T]`` on its devices as part of the whole `TokenBatch`."""
+def row_multiple(mesh: Mesh) -> int:
+    """What the width of rows that are put together on the devices is a multiple of: the blocks of their kernels."""
+    return 1 if mesh.devices.flat[0].platform == "cpu" else 128
+
+
+def batch_placer(mesh: Mesh, batch_type: type[Batch]) -> Callable[[dict[str, np.ndarray]], Batch]:
+    """Function that puts this process's rows ``[local_B, T]`` on its devices as part of a whole batch of that type."""
     sharding = partition.batch_sharding(mesh)
 
-    def place(batch: dict[str, np.ndarray]) -> TokenBatch:
+    def place(batch: dict[str, np.ndarray]) -> Batch:
         arrays = {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}
-        return TokenBatch(**arrays)
+        return batch_type(**arrays)
 
     return place

@@ -13,14 +13,15 @@ from jaxrm.experiment import MAY_DIFFER, Experiment
 from jaxrm.models import build
 from jaxrm.runtime import config as bridge
 from jaxrm.runtime.mesh import batch_shards, batch_share, build_mesh, check_batch
-from jaxrm.runtime.metrics import read_rows
 from jaxrm.runtime.preemption import EXIT_PREEMPTED
 from jaxrm.runtime.progress import print_table
-from jaxrm.runtime.run_folder import RunFolder, check_run, open_run
-from jaxrm.stages import setup, supervised
+from jaxrm.runtime.run_folder import check_run, open_run
+from jaxrm.stages import setup, supervised, weights
+from jaxrm.stages.closing import print_held_out
 from jaxrm.stages.demonstrations import load_demonstrations
 from jaxrm.stages.responses import Responder, answerable, prompt_room
 from jaxrm.stages.trained import keep_model
+from jaxrm.types import TokenBatch
 
 
 def run(config: Experiment) -> int:
@@ -64,7 +65,7 @@ def run(config: Experiment) -> int:
     num_steps = config.num_steps or math.ceil(config.num_epochs * rows / config.data.batch_size)
     asked = (record.prompt for record in held_out.records)
     prompts = list(islice(answerable(asked, tokenizer, data.template, room), config.evaluation.samples))
-    build.check_weights(model.config, config.model)  # last, since a hub model is fetched for it
+    weights.check_weights(model.config, config.model)  # last, since a hub model is fetched for it
 
     folder = open_run(
         config.run_dir,
@@ -82,14 +83,17 @@ def run(config: Experiment) -> int:
             f"{rows:,} rows of {config.data.max_length:,} tokens; {num_steps:,} steps of {config.data.batch_size} rows"
         )
 
+    loss_fn = sft.sft_loss(model.graphdef)
     state, finished = supervised.train(
         config,
         mesh=mesh,
         model=model,
-        loss_fn=sft.sft_loss(model.graphdef),
+        first_params=lambda key: weights.first_params(model.config, config.model, key, model.shapes, model.shardings),
+        loss_fn=loss_fn,
+        batch_type=TokenBatch,
         loader=loader,
         data_fingerprint=fingerprint(train.examples, config.data),
-        eval_batches=held_out_batches,
+        evaluate=supervised.held_out_loss(loss_fn, TokenBatch, held_out_batches, mesh, model.shardings),
         num_steps=num_steps,
         folder=folder,
     )
@@ -101,22 +105,8 @@ def run(config: Experiment) -> int:
     responder = Responder(model, state.params, tokenizer, config.data.template, sampling)
     responses = responder.respond(prompts, jax.random.key(config.seed))
     if is_writer:
-        _print_held_out(folder)
+        print_held_out(folder)
         for prompt, response in zip(prompts, responses, strict=True):
             print(f"prompt    {prompt[-1].content}\nresponse  {response}\n")
         print(f"The run is in {folder.path}")
     return 0
-
-
-def _print_held_out(folder: RunFolder) -> None:
-    """Table of the held-out metrics before and after, from the rows of the run, whichever launch wrote them."""
-    rows = [row for row in read_rows(folder.metrics) if "eval_loss" in row]
-    if not rows:
-        return
-    before, after = rows[0], rows[-1]
-    names = [name for name in before if name.startswith("eval_")]
-    print_table(
-        "Held-out data",
-        ["", f"step {before['step']}", f"step {after['step']}"],
-        [[name.removeprefix("eval_"), float(before[name]), float(after[name])] for name in names],
-    )

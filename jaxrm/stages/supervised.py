@@ -1,6 +1,7 @@
 """Training a loss on batches of tokens: state, checkpoints, metrics and signals around the host loop."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -9,8 +10,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxrm.algorithms import evaluation, supervised, train_step
 from jaxrm.algorithms.state import TrainState, create
 from jaxrm.algorithms.train_step import LossFn
+from jaxrm.data.loader import BatchIterator
 from jaxrm.experiment import Experiment
-from jaxrm.models import build, flops
+from jaxrm.models import flops
 from jaxrm.runtime import config as bridge
 from jaxrm.runtime import partition
 from jaxrm.runtime.checkpoint import Checkpoints, with_shardings
@@ -28,10 +30,12 @@ def train(
     *,
     mesh: Mesh,
     model: OpenedModel,
+    first_params: Callable[[jax.Array], Any],
     loss_fn: LossFn,
-    loader: supervised.Loader,
+    batch_type: type,
+    loader: BatchIterator,
     data_fingerprint: str,
-    eval_batches: Sequence[dict[str, np.ndarray]],
+    evaluate: Callable[[Any], dict[str, float]],
     num_steps: int,
     folder: RunFolder,
 ) -> tuple[TrainState, bool]:
@@ -40,11 +44,13 @@ def train(
     Args:
       config: the whole config.
       mesh: the devices.
-      model: from `jaxrm.stages.setup.open_model`.
-      loss_fn: of a `jaxrm.types.TokenBatch`.
+      model: from `jaxrm.stages.setup.open_model` or `open_scalar_model`.
+      first_params: draws or reads the first parameters, given a key.
+      loss_fn: what to minimize.
+      batch_type: the batch that it takes, of `jaxrm.types`.
       loader: training batches of this process.
       data_fingerprint: of the data behind it, from `jaxrm.data.loader.fingerprint`.
-      eval_batches: held-out batches of this process.
+      evaluate: held-out metrics of parameters, among them ``eval_loss``.
       num_steps: updates in all.
       folder: the opened run.
 
@@ -59,17 +65,15 @@ def train(
         opt_state=partition.optimizer_shardings(optimizer, model.shapes, model.shardings, mesh),
         key=copied,
     )
-    init_key, step_key = jax.random.split(jax.random.key(config.seed))
+    _, step_key = jax.random.split(jax.random.key(config.seed))
     checkpoints = Checkpoints(folder.checkpoints, config.checkpoint)
     if checkpoints.steps():
         shapes = jax.eval_shape(lambda params: create(params, optimizer, step_key), model.shapes)
         state = supervised.restore(with_shardings(shapes, sharding), checkpoints, loader, data_fingerprint, step_key)
     else:
-        params = build.init_params(model.config, config.model, init_key, model.shardings)
         start = jax.jit(lambda p, k: create(p, optimizer, k), out_shardings=sharding, donate_argnums=0)
-        state = start(params, step_key)
+        state = start(first_params(first_key(config.seed)), step_key)
 
-    place = batch_placer(mesh)
     first = int(state.step)
     shown = folder.is_writer and config.logging.progress
     with (
@@ -87,11 +91,10 @@ def train(
                 batch_sharding=rows,
                 num_microbatches=config.num_microbatches,
             ),
-            eval_step=evaluation.build_eval_step(loss_fn, params_sharding=model.shardings, batch_sharding=rows),
+            evaluate=evaluate,
             loader=loader,
             data_fingerprint=data_fingerprint,
-            place=place,
-            eval_batches=[place(batch) for batch in eval_batches],
+            place=batch_placer(mesh, batch_type),
             eval_every=config.evaluation.every,
             checkpoints=checkpoints,
             checkpoint_every=config.checkpoint.every,
@@ -108,3 +111,20 @@ def train(
         )
     checkpoints.close()
     return state, finished
+
+
+def first_key(seed: int) -> jax.Array:
+    """Key that the first parameters of a run are drawn with."""
+    return jax.random.split(jax.random.key(seed))[0]
+
+
+def held_out_loss(
+    loss_fn: LossFn, batch_type: type, batches: Sequence[dict[str, np.ndarray]], mesh: Mesh, params_sharding: Any
+) -> Callable[[Any], dict[str, float]]:
+    """Function from parameters to the mean of a loss and its metrics over held-out batches of this process."""
+    eval_step = evaluation.build_eval_step(
+        loss_fn, params_sharding=params_sharding, batch_sharding=partition.batch_sharding(mesh)
+    )
+    place: Callable[[dict[str, np.ndarray]], Any] = batch_placer(mesh, batch_type)
+    placed = [place(batch) for batch in batches]
+    return lambda params: evaluation.evaluate(eval_step, params, placed)

