@@ -56,7 +56,9 @@ class TrainingReporter:
             self._writer.write(step, {**metrics, **{name: x for name, x in measured.items() if x is not None}})
 
     def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Held-out metrics after ``step`` updates."""
+        """Held-out metrics after ``step`` updates; those with a slash in their names are details for the files."""
         self._writer.write(step, metrics)
-        told = " · ".join(f"{name.replace('eval_', '')} {format_value(x)}" for name, x in metrics.items())
+        told = " · ".join(
+            f"{name.removeprefix('eval_')} {format_value(x)}" for name, x in metrics.items() if "/" not in name
+        )
         self._progress.print(f"step {step}: held-out {told}")

@@ -11,7 +11,7 @@ def print_held_out(folder: RunFolder) -> None:
     if not rows:
         return
     before, after = rows[0], rows[-1]
-    names = [name for name in before if name.startswith("eval_")]
+    names = [name for name in before if name.startswith("eval_") and "/" not in name]
     print_table(
         "Held-out data",
         ["", f"step {before['step']}", f"step {after['step']}"],

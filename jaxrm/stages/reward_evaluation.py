@@ -12,6 +12,7 @@ from jaxrm.algorithms.scoring import response_statistics
 from jaxrm.data.pairs import TokenPair
 from jaxrm.evaluation.calibration import calibration
 from jaxrm.evaluation.ranking import length_correlation, pair_accuracy
+from jaxrm.ops import token_rewards
 from jaxrm.runtime import partition
 from jaxrm.runtime.progress import print_table
 from jaxrm.stages.response_batches import response_batches
@@ -65,7 +66,9 @@ class HeldOutPairs:
                         array = sides.setdefault(kind, {}).setdefault(name, np.zeros(self.lengths.size))
                         array[indices] = values[: len(indices)]
             return {
-                kind: {name: array.reshape(2, -1) for name, array in names.items()} for kind, names in sides.items()
+                kind: {name: array.reshape(2, -1) for name, array in sides[kind].items()}
+                for kind in token_rewards.KINDS
+                if kind in sides
             }
 
         return read
@@ -79,24 +82,31 @@ def with_length_residual(sides: Sides) -> Sides:
     return {**sides, "scalar_length_residual": {**sides["scalar"], "sum": residual, "mean": residual / lengths}}
 
 
-def metrics(sides: Sides) -> dict[str, float]:
-    """Metrics of one evaluation, for the rows of a run."""
+def metrics(sides: Sides, kind: str) -> dict[str, float]:
+    """Metrics of one evaluation, for the rows of a run; those with a slash in their names are details.
+
+    Args:
+      sides: what the reward model says of the pairs.
+      kind: of token reward, whose share of pairs ranked right by sum is ``eval_pair_accuracy``.
+    """
     found: dict[str, float] = {}
-    for kind, names in sides.items():
-        found[f"eval_pairs_by_sum_{kind}"] = pair_accuracy(*names["sum"]).accuracy
-        if not kind.startswith("scalar"):
-            found[f"eval_pairs_by_mean_{kind}"] = pair_accuracy(*names["mean"]).accuracy
-        correlation = length_correlation(names["sum"].ravel(), names["length"].ravel())
-        if correlation is not None:
-            found[f"eval_length_correlation_{kind}"] = correlation
+    if kind in sides:
+        found["eval_pair_accuracy"] = pair_accuracy(*sides[kind]["sum"]).accuracy
     if "scalar" in sides:
         gap = sides["scalar"]["sum"][0] - sides["scalar"]["sum"][1]
         found["eval_calibration_error"] = calibration(gap).expected_calibration_error
-        return found
-    any_kind = next(iter(sides.values()))
-    for i, side in enumerate(("chosen", "rejected")):
-        found[f"eval_divergence_{side}"] = float(np.mean(any_kind["divergence"][i] / any_kind["length"][i]))
-        found[f"eval_tag_rate_{side}"] = float(np.mean(any_kind["tag_rate"][i]))
+    else:
+        any_kind = next(iter(sides.values()))
+        for i, side in enumerate(("chosen", "rejected")):
+            found[f"eval_divergence_{side}"] = float(np.mean(any_kind["divergence"][i] / any_kind["length"][i]))
+            found[f"eval_tag_rate_{side}"] = float(np.mean(any_kind["tag_rate"][i]))
+    for name, of_kind in sides.items():
+        found[f"eval_pairs/{name}_by_sum"] = pair_accuracy(*of_kind["sum"]).accuracy
+        if not name.startswith("scalar"):
+            found[f"eval_pairs/{name}_by_mean"] = pair_accuracy(*of_kind["mean"]).accuracy
+        correlation = length_correlation(of_kind["sum"].ravel(), of_kind["length"].ravel())
+        if correlation is not None:
+            found[f"eval_length_correlation/{name}"] = correlation
     return found
 
 

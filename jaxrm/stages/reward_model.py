@@ -126,7 +126,7 @@ def run(config: Experiment) -> int:
     def evaluate(params: Any) -> dict[str, float]:
         nonlocal sides
         sides = _all_kinds(read(params))
-        return held_out_loss(params) | metrics(sides)
+        return held_out_loss(params) | metrics(sides, config.reward.kind)
 
     state, finished = supervised.train(
         config,

@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxrm.errors import UserError
 from jaxrm.models.config import ModelConfig
 from jaxrm.models.hub.hf_config import to_hf_config
-from jaxrm.models.hub.names import NamedTensor, tensor_table
+from jaxrm.models.hub.names import NamedTensor, scalar_table, tensor_table
 from jaxrm.models.hub.safetensors_file import write_tensors
 
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -43,6 +43,7 @@ def export_model(
     dtype: str | None = None,
     max_shard_bytes: int = 5_000_000_000,
     overwrite: bool = False,
+    scalar_head: bool = False,
 ) -> Path:
     """Write a model as a Hugging Face folder; it appears at once, complete, or not at all.
 
@@ -51,7 +52,7 @@ def export_model(
 
     Args:
       folder: made if absent; its parents too.
-      params: the decoder's parameter tree, of JAX (sharded or not) or NumPy arrays.
+      params: the parameter tree of a decoder, of JAX (sharded or not) or NumPy arrays.
       config: the model.
       tokenizer: saved with its ``save_pretrained``; gives the ids of BOS, EOS and padding.
       tokenizer_path: a folder whose tokenizer files are copied, instead of or besides ``tokenizer``.
@@ -59,6 +60,9 @@ def export_model(
       dtype: ``float32``, ``bfloat16`` or ``float16``; None: that of the parameters.
       max_shard_bytes: tensors are spread over files of at most this many bytes, but for a larger tensor.
       overwrite: replace ``folder`` if it holds an earlier export.
+      scalar_head: ``params`` are those of a `jaxrm.models.heads.ScalarModel`, which becomes a sequence classification
+        model of one label. Such a model reads its score from the last token that is not padding, so the tokenizer must
+        not pad with a token that ends responses.
 
     Returns:
       The folder.
@@ -71,10 +75,10 @@ def export_model(
     writes = jax.process_index() == 0
     if writes:
         check_export_folder(target, overwrite=overwrite)
-    dtype = dtype or str(_leaf(params, ("embedder", "embedding")).dtype)
+    table = scalar_table(config) if scalar_head else tensor_table(config)
+    dtype = dtype or str(_leaf(params, table[0].path).dtype)
     if dtype not in _DTYPES:
         raise UserError(f"the export dtype is {dtype!r}; choose {', '.join(_DTYPES)}")
-    table = tensor_table(config)
     for tensor in table:
         leaf = _leaf(params, tensor.path)
         shape = leaf.shape if tensor.layer is None else leaf.shape[1:]
@@ -88,6 +92,7 @@ def export_model(
         bos_id=getattr(tokenizer, "bos_token_id", None),
         eos_ids=sorted(end_ids),
         pad_id=getattr(tokenizer, "pad_token_id", None),
+        scalar_head=scalar_head,
     )
     tokenizer_files = _tokenizer_files(tokenizer_path)
 

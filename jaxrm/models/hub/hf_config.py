@@ -21,6 +21,9 @@ _ACTIVATIONS = {
     "gelu_new": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
 }
+_SCALAR_ARCHITECTURES = {
+    family: name.removesuffix("ForCausalLM") + "ForSequenceClassification" for family, name in ARCHITECTURES.items()
+} | {"gemma3_text": "Gemma3TextForSequenceClassification"}
 _ACTIVATION_NAMES = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}
 
 
@@ -202,8 +205,11 @@ def to_hf_config(
     bos_id: int | None = None,
     eos_ids: Iterable[int] = (),
     pad_id: int | None = None,
+    scalar_head: bool = False,
 ) -> dict[str, Any]:
     """Write a ModelConfig as the fields of a ``config.json`` that transformers 4 and 5 and vLLM read.
+
+    With ``scalar_head``, of a sequence classification model of one label instead of a causal language model.
 
     Raises:
       UserError: if the family cannot express the config, naming the fields.
@@ -252,6 +258,9 @@ def to_hf_config(
             f"a {config.family} config.json cannot express ModelConfig's {', '.join(differing)}; "
             "change them, or the family"
         )
+    if scalar_head:
+        values["architectures"] = [_SCALAR_ARCHITECTURES[config.family]]
+        values["id2label"], values["label2id"] = {"0": "reward"}, {"reward": 0}  # which says that there is one label
     return values
 
 

@@ -1,7 +1,7 @@
 """Which tensor of a Hugging Face checkpoint is which parameter, and how their axes correspond."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -59,6 +59,14 @@ def tensor_table(config: ModelConfig, *, prefix: str = "model.", head: str = "lm
     if not config.tie_embeddings:
         table.append(_plain(("head", "embedding"), None, head, (V, D)))
     return table
+
+
+def scalar_table(config: ModelConfig) -> list[NamedTensor]:
+    """Every tensor of a sequence classification checkpoint of one label: a `jaxrm.models.heads.ScalarModel`."""
+    trunk = tensor_table(replace(config, tie_embeddings=True))
+    D = config.hidden_size
+    score = NamedTensor(("scalar_head", "kernel"), None, "score.weight", (1, D), (D,), (0,))
+    return [*(replace(tensor, path=("decoder", *tensor.path)) for tensor in trunk), score]
 
 
 def _plain(path: tuple[str, ...], layer: int | None, name: str, shape: tuple[int, ...]) -> NamedTensor:
