@@ -18,6 +18,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 from absl import flags
@@ -68,7 +69,7 @@ def run(
         define_flags(values)
     try:
         if not _HELP.isdisjoint(arguments):
-            print(_help(main, config_class, values, arguments))
+            print(_help(main, config_class, values, arguments, config_required))
             return 0
         overrides = _parse(arguments, config_class, values)
         config = None
@@ -82,6 +83,26 @@ def run(
         return _say(f"error: {message}", EXIT_USER_ERROR)
     except KeyboardInterrupt:
         return _say("interrupted", EXIT_INTERRUPTED)
+
+
+def check_output_file(flag: str, path: str, example: str) -> Path:
+    """Where a command may write a file that a flag names.
+
+    Raises:
+      UserError: where it is a folder, or in none that can be written to.
+    """
+    target = Path(path).expanduser()
+    folder = target.parent
+    reason = None
+    if target.is_dir():
+        reason = "is a folder"
+    elif not folder.is_dir():
+        reason = f"cannot be written, since {folder} is no such folder"
+    elif not os.access(folder, os.W_OK):
+        reason = f"cannot be written, since there is no permission to write in {folder}"
+    if reason is not None:
+        raise UserError(f"{flag} is {path!r}, which {reason}; give a file, e.g. {flag}={example}")
+    return target
 
 
 def _say(message: str, status: int) -> int:
@@ -176,11 +197,14 @@ def _assign(holder: ConfigDict, name: str, value: Any) -> None:
         holder[name] = value
 
 
-def _help(main: Callable, config_class: type | None, values: flags.FlagValues, arguments: list[str]) -> str:
+def _help(
+    main: Callable, config_class: type | None, values: flags.FlagValues, arguments: list[str], config_required: bool
+) -> str:
     """Usage, the command's flags, and the fields of the config with the values of the file, if one is given."""
     spec = getattr(sys.modules.get("__main__"), "__spec__", None)
     name = spec.name if spec is not None and spec.name.startswith("jaxrm.") else "jaxrm.…"
     usage = " --config=configs/….py [--config.section.field=value …]" if config_class is not None else ""
+    usage = usage if config_required or not usage else f" [{usage.strip()}]"
     lines = [f"usage: python -m {name}{usage}{' [flags]' if len(values) else ''}"]
     lines += ["", *(sys.modules[main.__module__].__doc__ or "").strip().splitlines()]
     if len(values):
@@ -191,6 +215,8 @@ def _help(main: Callable, config_class: type | None, values: flags.FlagValues, a
     only_config = flags.FlagValues()
     flags.DEFINE_string("config", None, "the config file", flag_values=only_config)
     only_config(arguments, known_only=True)
+    if only_config.config is None and not config_required:
+        return "\n".join([*lines, "", "--config=configs/….py --help lists the fields of the config too."])
     config, whose = None, "their defaults"
     if only_config.config is not None:
         config, docstring = load_config_file(only_config.config, config_class)

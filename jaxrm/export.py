@@ -1,4 +1,4 @@
-"""Export a trained model as a folder that transformers and vLLM load.
+"""Export a trained model as a folder that transformers and vLLM load; a scalar reward model as a classifier.
 
 python -m jaxrm.export --checkpoint=runs/quickstart --output=exported/quickstart
 python -m jaxrm.export --checkpoint=runs/quickstart/checkpoints/best --output=exported/best --dtype=bfloat16
@@ -37,12 +37,19 @@ def main(_: None, given: flags.FlagValues) -> int:
         raise UserError("--tokenizer goes with --weights; a run has its own, so leave it out with --checkpoint")
 
     from jaxrm.data.templates import end_ids
+    from jaxrm.data.tokenizer import pad_apart_from
     from jaxrm.models.build import ModelSource
     from jaxrm.models.hub import check_export_folder, export_model
-    from jaxrm.stages.trained import open_checkpoint, open_weights
+    from jaxrm.stages.trained import Trained, open_checkpoint, open_reward_model, open_weights
+    from jaxrm.stages.weights import find_checkpoint
 
     check_export_folder(given.output, overwrite=given.overwrite)
-    if given.checkpoint is not None:
+    trained: Trained
+    is_scalar = given.checkpoint is not None and find_checkpoint(given.checkpoint).config.algorithm == "scalar_rm"
+    if is_scalar:
+        trained = open_reward_model(given.checkpoint, None)
+        pad_apart_from(trained.tokenizer, end_ids(trained.tokenizer, trained.template))
+    elif given.checkpoint is not None:
         trained = open_checkpoint(given.checkpoint, None)
     else:
         trained = open_weights(ModelSource(path=given.weights), given.tokenizer, "auto", None)
@@ -55,6 +62,7 @@ def main(_: None, given: flags.FlagValues) -> int:
         dtype=given.dtype,
         max_shard_bytes=given.max_shard_mb * 1_000_000,
         overwrite=given.overwrite,
+        scalar_head=is_scalar,
     )
     print(f"{trained.name} is now in {folder}")
     return 0

@@ -6,7 +6,6 @@ python -m jaxrm.generate --weights=HuggingFaceTB/SmolLM2-135M-Instruct --interac
 """
 
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -62,7 +61,9 @@ def main(_: None, given: flags.FlagValues) -> int:
     if given.checkpoint is not None and (given.tokenizer is not None or given.template != "auto"):
         raise UserError("--tokenizer and --template go with --weights; a run has its own, so leave them out")
     if given.output is not None:
-        _check_output(given)
+        if given.input is None:
+            raise UserError("--output goes with --input=FILE; a single response and a chat go to standard output")
+        command_line.check_output_file("--output", given.output, "responses.jsonl")
 
     import jax
 
@@ -91,15 +92,6 @@ def main(_: None, given: flags.FlagValues) -> int:
     else:
         print(responder.respond([[Message("user", given.prompt)]], key)[0])
     return 0
-
-
-def _check_output(given: flags.FlagValues) -> None:
-    if given.input is None:
-        raise UserError("--output goes with --input=FILE; a single response and a chat go to standard output")
-    target = Path(given.output).expanduser()
-    if target.is_dir() or not target.parent.is_dir() or not os.access(target.parent, os.W_OK):
-        reason = "is a folder" if target.is_dir() else f"cannot be written, since {target.parent} is no such folder"
-        raise UserError(f"--output is {given.output!r}, which {reason}; give a file, e.g. --output=responses.jsonl")
 
 
 def _read_prompts(path: str) -> "list[Sequence[Message]]":

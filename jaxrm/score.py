@@ -3,12 +3,12 @@
 python -m jaxrm.score --checkpoint=runs/rm_seq2seq_tiny --input=pairs.jsonl --output=scored.jsonl --html=scored.html
 python -m jaxrm.score --checkpoint=runs/rm_seq2seq_tiny --kind=soft --input=pairs.jsonl --output=scored.jsonl
 
-The input holds pairs, or prompts with one response, in any schema that jaxrm reads. Token rewards are written before
-scale and centre, which belong to a run of PPO.
+The input holds pairs, or prompts with one response, in any schema that jaxrm reads. Records that cannot be scored are
+counted and left out. Token rewards are written before scale and centre, which belong to a run of PPO. A config is
+needed only to lay the model over devices (config.mesh) or to name the kind (config.reward.kind).
 """
 
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,14 +31,22 @@ def define_flags(values: flags.FlagValues) -> None:
     """The flags of this command."""
     text = flags.DEFINE_string
     text(
-        "checkpoint", None, "folder of a reward model's run, or RUN_DIR/checkpoints/STEP (or /best)", flag_values=values
+        "checkpoint",
+        None,
+        "required: folder of a reward model's run, or RUN_DIR/checkpoints/STEP (or /best)",
+        flag_values=values,
     )
-    text("input", None, "file of pairs, or of prompts and responses", flag_values=values)
-    text("output", None, "JSONL to write, one record a line", flag_values=values)
+    text("input", None, "required: file of pairs, or of prompts and responses", flag_values=values)
+    text("output", None, "required: JSONL to write, one record a line", flag_values=values)
     text("html", None, "page to draw, one self-contained file", flag_values=values)
-    text("kind", None, "kind of token reward; that of the config or of the run by default", flag_values=values)
-    text("reference", None, "with --kind=contrast: folder of the reference policy's run", flag_values=values)
-    flags.DEFINE_bool("corrections", True, "let a seq2seq reward model write its corrections", flag_values=values)
+    text("kind", None, "kind of token reward, by default that of the config or else of the run", flag_values=values)
+    text("reference", None, "with --kind=contrast: folder of the run of the policy to compare with", flag_values=values)
+    flags.DEFINE_bool(
+        "corrections",
+        True,
+        "let a seq2seq reward model write its corrections; --nocorrections is quicker",
+        flag_values=values,
+    )
     integer = flags.DEFINE_integer
     integer("max_new_tokens", 128, "longest correction in tokens", lower_bound=1, flag_values=values)
     integer("max_records", None, "score no more than so many records", lower_bound=1, flag_values=values)
@@ -53,48 +61,44 @@ def main(config: Experiment | None, given: flags.FlagValues) -> int:
         ("input", "pairs.jsonl"),
         ("output", "scored.jsonl"),
     ):
-        if getattr(given, name) is None:
+        if not getattr(given, name):
             raise UserError(f"--{name} is missing; e.g. --{name}={example}")
-    _check_target("output", given.output, "scored.jsonl")
-    if given.html is not None:
-        _check_target("html", given.html, "scored.html")
-    if (given.kind == "contrast") != (given.reference is not None):
-        raise UserError("--kind=contrast and --reference=RUN_DIR go together; give both or neither")
+    _check_files(given)
 
-    from jaxrm.algorithms.scoring import SCALAR_KINDS, RewardConfig
     from jaxrm.evaluation.ranking import pair_accuracy
     from jaxrm.runtime.mesh import MeshConfig, build_mesh
     from jaxrm.runtime.progress import print_table
-    from jaxrm.stages import scored
+    from jaxrm.stages import score_checks, scored
     from jaxrm.stages.trained import open_checkpoint, open_reward_model
+    from jaxrm.stages.weights import LANGUAGE_MODELS, REWARD_MODELS, find_checkpoint
 
+    run = find_checkpoint(given.checkpoint, "--checkpoint", REWARD_MODELS)
+    kind = score_checks.choose_kind(run, given.kind, None if config is None else config.reward.kind)
+    if (kind == "contrast") != (given.reference is not None):
+        raise UserError(
+            f"the kind is {kind}, and --reference is {given.reference}; contrast compares with a reference policy and "
+            "the other kinds with none, so give both, e.g. --kind=contrast --reference=runs/quickstart, or neither"
+        )
+    if given.reference is not None:
+        score_checks.check_reference(find_checkpoint(given.reference, "--reference", LANGUAGE_MODELS), run)
     records, report = _read(given.input, given.max_records)
     mesh = build_mesh(config.mesh if config is not None else MeshConfig())
     model = open_reward_model(given.checkpoint, mesh, given.dtype)
-    default = "literal" if model.is_seq2seq else "scalar"
-    recorded = model.config.reward.kind
-    fits = (recorded in SCALAR_KINDS) != model.is_seq2seq
-    kind = given.kind or (config.reward.kind if config is not None else recorded if fits else default)
-    RewardConfig(kind=kind)  # refuses what is no kind at all
-    scored.check_kind(kind, model)
-    tasks = scored.encode(records, model, report)
+    reference = None if given.reference is None else open_checkpoint(given.reference, mesh, given.dtype)
+    tasks = scored.encode(records, model, report, reference=reference)
     if not tasks:
         reason, found = next(iter(report.bad.items()))
         raise UserError(
-            f"--input is {given.input!r}, of which nothing can be scored: {reason} (first at {found.first})"
+            f"--input is {given.input!r}, of which nothing can be scored: {reason} (first at {found.first}); required "
+            "are prompts with a chosen and a rejected response, or with one response, e.g. --input=pairs.jsonl"
         )
-    reference = None
-    if given.reference is not None:
-        reference = open_checkpoint(given.reference, mesh, given.dtype)
-        if reference.model.config.vocab_size != model.model.config.vocab_size:
-            raise UserError(
-                f"--reference has a vocabulary of {reference.model.config.vocab_size} tokens, but the reward model's "
-                f"has {model.model.config.vocab_size}; both must read the same ids"
-            )
+    writes_corrections = model.is_seq2seq and given.corrections
+    if writes_corrections:
+        score_checks.check_corrections(model, tasks, given.max_new_tokens)
 
     rewards = scored.score(model, tasks, kind, mesh=mesh, rows=given.batch_size, reference=reference)
     corrections: Sequence[Any] = [None] * len(tasks)
-    if model.is_seq2seq and given.corrections:
+    if writes_corrections:
         corrections = scored.correct(model, tasks, max_new_tokens=given.max_new_tokens)
     rows = [
         scored.as_record(model, task, found, written, kind)
@@ -119,11 +123,23 @@ def main(config: Experiment | None, given: flags.FlagValues) -> int:
     return 0
 
 
-def _check_target(flag: str, path: str, example: str) -> None:
-    target = Path(path).expanduser()
-    if target.is_dir() or not target.parent.is_dir() or not os.access(target.parent, os.W_OK):
-        reason = "is a folder" if target.is_dir() else f"cannot be written, since {target.parent} is no such folder"
-        raise UserError(f"--{flag} is {path!r}, which {reason}; give a file, e.g. --{flag}={example}")
+def _check_files(given: flags.FlagValues) -> None:
+    """Refuse to write where nothing can be written, or over what is read or written otherwise."""
+    source = Path(given.input).expanduser().resolve()
+    output = command_line.check_output_file("--output", given.output, "scored.jsonl").resolve()
+    targets = [("output", given.output, output)]
+    if given.html is not None:
+        html = command_line.check_output_file("--html", given.html, "scored.html").resolve()
+        if html == output:
+            raise UserError(f"--html is {given.html!r}, and so is --output; name two files, e.g. --html=scored.html")
+        targets.append(("html", given.html, html))
+    for flag, path, target in targets:
+        if target == source or (target.exists() and source in target.parents):
+            part = "" if target == source else "a file of "
+            raise UserError(
+                f"--{flag} is {path!r}, which is {part}--input and would be overwritten; name another file, "
+                f"e.g. --{flag}=scored.{'html' if flag == 'html' else 'jsonl'}"
+            )
 
 
 def _read(path: str, most: int | None) -> "tuple[list[Record], ReadReport]":

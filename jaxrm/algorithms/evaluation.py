@@ -29,11 +29,20 @@ def evaluate(eval_step: Callable[[Any, Any], Any], params: Any, batches: Sequenc
     Returns:
       ``{"eval_loss": ..., "eval_<metric>": ...}``.
     """
-    sums = jax.device_get([eval_step(params, batch) for batch in batches])
     totals: dict[str, list[float]] = {}
-    for batch_sums in sums:
-        for name, (total, weight) in batch_sums.items():
+
+    def add(sums: dict[str, tuple[jax.Array, jax.Array]]) -> None:
+        for name, (total, weight) in jax.device_get(sums).items():
             so_far = totals.setdefault(name, [0.0, 0.0])
             so_far[0] += float(total)
             so_far[1] += float(weight)
+
+    pending = None  # fetched while the next one runs; no more are in flight, since each waits for all devices
+    for batch in batches:
+        sums = eval_step(params, batch)
+        if pending is not None:
+            add(pending)
+        pending = sums
+    if pending is not None:
+        add(pending)
     return {f"eval_{name}": total / max(weight, 1e-8) for name, (total, weight) in totals.items()}

@@ -8,7 +8,7 @@ token ids, so a response is the same tokens on either side of a mapping, in a co
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import TYPE_CHECKING
 
@@ -234,6 +234,49 @@ def comparison_examples(
     report.used = len(examples)
     report.check(config.max_bad_share, config.path)
     return examples, report
+
+
+def prompt_room(max_length: int, responses: Sequence[np.ndarray], request: Sequence[int] | None) -> int:
+    """Tokens left for the prompt where a reward model of `max_length` tokens reads it with each of `responses`.
+
+    A scalar reward model reads prompt and response; a seq2seq one goes on with `request` and the response again.
+    """
+    longest = max(len(response) for response in responses)
+    return max_length - (longest if request is None else 2 * longest + len(request))
+
+
+def readable_pairs(
+    pairs: Sequence[TokenPair],
+    max_length: int,
+    config: DataConfig,
+    *,
+    request: Sequence[int] | None,
+    first_id: int | None,
+) -> tuple[list[TokenPair], ReadReport]:
+    """Pairs both of whose responses a reward model can read to score them, their prompts cut on the left for it.
+
+    Args:
+      pairs: from `tokenize_pairs`.
+      max_length: tokens that the model reads at most.
+      config: `max_bad_share`.
+      request: from `correction_request` for a seq2seq reward model, None for a scalar one.
+      first_id: the template's BOS (`templates.bos_id`), which stays where a prompt is cut on the left.
+
+    Raises:
+      UserError: more bad pairs than `max_bad_share`, or nothing left.
+    """
+    report = ReadReport(total=len(pairs))
+    readable: list[TokenPair] = []
+    for pair in pairs:
+        room = prompt_room(max_length, (pair.chosen, pair.rejected), request)
+        if room < 1:
+            report.add_bad(f"a response too long for the {max_length} tokens of the model", pair.source)
+            continue
+        report.cut_prompts += len(pair.prompt) > room
+        readable.append(replace(pair, prompt=cut_prompt(pair.prompt, room, first_id)))
+    report.used = len(readable)
+    report.check(config.max_bad_share, config.eval_path or config.path)
+    return readable, report
 
 
 def cut_prompt(prompt: np.ndarray, room: int, first_id: int | None) -> np.ndarray:

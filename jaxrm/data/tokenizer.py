@@ -2,7 +2,7 @@
 
 import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -62,6 +62,40 @@ def save_tokenizer(tokenizer: "PreTrainedTokenizerBase", folder: str | Path) -> 
             place = target / file.relative_to(temporary)
             place.parent.mkdir(exist_ok=True)
             file.replace(place)
+
+
+def pad_apart_from(tokenizer: "PreTrainedTokenizerBase", ends: Collection[int]) -> None:
+    """Give the tokenizer a padding token that ends no response, where it pads with one that does.
+
+    Classifiers of transformers read their score from the last token that is not padding, by its id.
+
+    Raises:
+      UserError: the tokenizer has no special token to spare.
+    """
+    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id not in ends:
+        return
+    spare = next((token for token in sorted(tokenizer.all_special_ids) if token not in ends), None)
+    if spare is None:
+        raise UserError(
+            "the tokenizer has no special token but those that end a response, and a classifier needs one to pad with; "
+            "add one, e.g. tokenizer.add_special_tokens({'pad_token': '<pad>'}), where the model has room for it"
+        )
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(spare)
+
+
+def vocabulary_conflict(one: "PreTrainedTokenizerBase", other: "PreTrainedTokenizerBase") -> str | None:
+    """The first id at which two tokenizers differ, in words; None where what both have is the same in both.
+
+    One may have tokens more than the other: that is how a vocabulary is extended.
+    """
+    first, second = one.get_vocab(), other.get_vocab()
+    token_of = {id_: token for token, id_ in second.items()}
+    for token, id_ in sorted(first.items(), key=lambda item: item[1]):
+        if token_of.get(id_, token) != token:
+            return f"token id {id_} is {token!r} in the one and {token_of[id_]!r} in the other"
+        if second.get(token, id_) != id_:
+            return f"{token!r} is token id {id_} in the one and {second[token]} in the other"
+    return None
 
 
 def token_texts(tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int]) -> list[str]:

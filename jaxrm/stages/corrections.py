@@ -14,6 +14,7 @@ from jaxrm.data.records import PreferenceRecord
 from jaxrm.data.templates import bos_id
 from jaxrm.errors import UserError
 from jaxrm.evaluation.corrections import CorrectionQuality, correction_quality
+from jaxrm.models.config import ModelConfig
 from jaxrm.models.generate import SamplingConfig
 from jaxrm.runtime.progress import Progress, print_table
 from jaxrm.stages.responses import Responder
@@ -54,6 +55,8 @@ class Corrector:
         Raises:
           UserError: where the model cannot read a response and the longest correction.
         """
+        sources = [f"responses[{i}]" for i in range(len(responses))]
+        check_room(self.model.config, self.request, self.max_new_tokens, responses, sources, field="max_new_tokens")
         sampling = SamplingConfig(max_new_tokens=self.max_new_tokens, temperature=0.0)
         responder = Responder(self.model, self.params, self.tokenizer, self.template, sampling)
         first_id = bos_id(self.tokenizer, self.template)
@@ -61,12 +64,6 @@ class Corrector:
         for prompt, response in zip(prompts, responses, strict=True):
             rest = len(response) + len(self.request) + self.max_new_tokens
             room = self.model.config.max_position - rest
-            if room < 1:
-                raise UserError(
-                    f"a response of {len(response)} tokens and a correction of up to {self.max_new_tokens} are more "
-                    f"than the {self.model.config.max_position} tokens that the model reads; allow shorter ones, e.g. "
-                    f"--config.evaluation.sampling.max_new_tokens={max(self.max_new_tokens // 4, 1)}"
-                )
             rows.append([*cut_prompt(prompt, room, first_id), *response, *self.request])
         written: list[np.ndarray] = [np.zeros(0, np.int32)] * len(rows)
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
@@ -92,14 +89,57 @@ class Corrector:
         return str(self.tokenizer.decode([int(t) for t in tokens if int(t) not in ends])).strip()
 
 
-def check_judge(judge: str | None) -> None:
-    """Refuse ``config.evaluation.judge`` where it names no embedded task."""
-    if judge is not None and judge.removeprefix(_TASK) not in tasks.TASKS:
+def check_room(
+    model: ModelConfig,
+    request: Sequence[int],
+    max_new_tokens: int,
+    responses: Sequence[np.ndarray],
+    sources: Sequence[str],
+    *,
+    field: str,
+) -> None:
+    """Refuse corrections that the model cannot write behind a response, the request and a token of the prompt.
+
+    Args:
+      model: whose positions they share.
+      request: ids that ask for the correction.
+      max_new_tokens: longest correction.
+      responses: token ids of what is corrected; each can be read by itself.
+      sources: where each response is from, for the message.
+      field: that says ``max_new_tokens``, for the message.
+    """
+    longest = max(range(len(responses)), key=lambda i: len(responses[i]), default=None)
+    if longest is None:
+        return
+    most = model.max_position - 1 - len(request) - len(responses[longest])
+    if max_new_tokens > most:
+        flag = field if field.startswith("--") else f"--{field}"
+        advice = f"e.g. {flag}={most}" if most >= 1 else "give shorter responses"
+        raise UserError(
+            f"{field} is {max_new_tokens}, but the model reads {model.max_position} tokens: a token of the prompt, "
+            f"{len(responses[longest])} of the longest response ({sources[longest]}) and {len(request)} that ask for "
+            f"its correction leave {max(most, 0)}; {advice}"
+        )
+
+
+def check_judge(judge: str | None, records: Sequence[PreferenceRecord] = ()) -> None:
+    """Refuse ``config.evaluation.judge`` where it names no embedded task, or cannot judge responses to ``records``."""
+    if judge is None:
+        return
+    if judge.removeprefix(_TASK) not in tasks.TASKS:
         known = ", ".join(f"{_TASK}{task}" for task in tasks.TASKS)
         raise UserError(
             f"config.evaluation.judge is {judge!r}; there is a judge for {known}; "
             f"e.g. --config.evaluation.judge={_TASK}{tasks.TASKS[0]}, or =None"
         )
+    for record in records:
+        try:
+            judge_response(judge, record, record.chosen)
+        except UserError as error:
+            raise UserError(
+                f"config.evaluation.judge is {judge!r}, but {record.source} has no prompt of that task; judge nothing, "
+                f"--config.evaluation.judge=None, or give the task's data, e.g. --config.data.path={judge}"
+            ) from error
 
 
 def judge_response(judge: str, record: PreferenceRecord, response: str) -> float:

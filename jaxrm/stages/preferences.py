@@ -62,6 +62,7 @@ class PreparedPairs:
       eval_batches: held-out batches of this process.
       rows: that one epoch makes.
       report: what became of the training records.
+      held_out_report: what became of the held-out ones.
     """
 
     loader: BatchIterator
@@ -69,6 +70,7 @@ class PreparedPairs:
     eval_batches: list[dict[str, np.ndarray]]
     rows: int
     report: ReadReport
+    held_out_report: ReadReport
 
 
 def prepare(
@@ -102,11 +104,11 @@ def prepare(
     held_out_examples: Sequence[TokenExample]
     if config.algorithm == "scalar_rm":
         examples, fitted = comparison_examples(train.pairs, data, first_id=first_id)
-        held_out_examples, _ = comparison_examples(held_out.pairs, data, first_id=first_id)
+        held_out_examples, held_out_fitted = comparison_examples(held_out.pairs, data, first_id=first_id)
         loader = build_loader(examples, data, **batching)
     else:
         mappings, fitted = mapping_examples(train.pairs, request, data, first_id=first_id, identity=mapping.identity)
-        held_out_examples, _ = mapping_examples(held_out.pairs, request, data, first_id=first_id)
+        held_out_examples, held_out_fitted = mapping_examples(held_out.pairs, request, data, first_id=first_id)
         examples, loader = mappings, build_loader(mappings, data, **batching)
         if mapping.identity_warmup_steps:
             copies = [example for example in mappings if not example.is_correction]
@@ -117,4 +119,5 @@ def prepare(
         eval_batches(held_out_examples, data, **share),
         rows_per_epoch(examples, data),
         train.report.merge(fitted),
+        held_out.report.merge(held_out_fitted),
     )

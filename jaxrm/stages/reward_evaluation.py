@@ -58,10 +58,9 @@ class HeldOutPairs:
         step = jax.jit(diagnostics, in_shardings=(params_sharding, self._rows, self._rows), out_shardings=self._copied)
 
         def read(params: Any) -> Sides:
-            pending = [step(params, batch, ref) for (batch, _), ref in zip(self._batches, self._reference, strict=True)]
             sides: Sides = {}
-            for (_, indices), found in zip(self._batches, jax.device_get(pending), strict=True):
-                for kind, names in found.items():
+            for (batch, indices), reference in zip(self._batches, self._reference, strict=True):
+                for kind, names in jax.device_get(step(params, batch, reference)).items():
                     for name, values in names.items():
                         array = sides.setdefault(kind, {}).setdefault(name, np.zeros(self.lengths.size))
                         array[indices] = values[: len(indices)]
@@ -87,11 +86,11 @@ def metrics(sides: Sides, kind: str) -> dict[str, float]:
 
     Args:
       sides: what the reward model says of the pairs.
-      kind: of token reward, whose share of pairs ranked right by sum is ``eval_pair_accuracy``.
+      kind: of token reward, whose share of pairs ranked right by sum is ``eval_pair_accuracy``; where this sort of
+        reward model has no such kind, its first is taken.
     """
-    found: dict[str, float] = {}
-    if kind in sides:
-        found["eval_pair_accuracy"] = pair_accuracy(*sides[kind]["sum"]).accuracy
+    shown = sides.get(kind, next(iter(sides.values())))
+    found = {"eval_pair_accuracy": pair_accuracy(*shown["sum"]).accuracy}
     if "scalar" in sides:
         gap = sides["scalar"]["sum"][0] - sides["scalar"]["sum"][1]
         found["eval_calibration_error"] = calibration(gap).expected_calibration_error

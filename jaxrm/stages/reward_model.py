@@ -7,7 +7,7 @@ import jax
 
 from jaxrm.algorithms import scalar_rm, scoring, seq2seq_rm
 from jaxrm.algorithms.train_step import LossFn
-from jaxrm.data.pairs import correction_request
+from jaxrm.data.pairs import correction_request, readable_pairs
 from jaxrm.data.templates import bos_id, end_ids
 from jaxrm.data.tokenizer import load_tokenizer
 from jaxrm.experiment import MAY_DIFFER, Experiment
@@ -19,7 +19,7 @@ from jaxrm.runtime.progress import print_table
 from jaxrm.runtime.run_folder import check_run, open_run, write_json_atomically
 from jaxrm.stages import setup, supervised, weights
 from jaxrm.stages.closing import print_held_out
-from jaxrm.stages.corrections import Corrector, check_judge, print_corrections
+from jaxrm.stages.corrections import Corrector, check_judge, check_room, print_corrections
 from jaxrm.stages.preferences import load_preferences, prepare
 from jaxrm.stages.reward_evaluation import (
     HeldOutPairs,
@@ -59,13 +59,31 @@ def run(config: Experiment) -> int:
     with setup.task_files(config.data, config.seed, pairs=True) as data:
         tokenizer_path = setup.tokenizer_path(data, config.model)
         tokenizer = load_tokenizer(tokenizer_path)
-        build.check_vocabulary(decoder.config, len(tokenizer), tokenizer_path)
+        setup.check_tokenizer(tokenizer, tokenizer_path, config.model, decoder.config)
         train = load_preferences(data, tokenizer, held_out=False, show_progress=show)
         held_out = load_preferences(data, tokenizer, held_out=True, show_progress=show)
     template = config.data.template
     request = tuple(correction_request(tokenizer, template, config.mapping.instruction))
     first_id = bos_id(tokenizer, template)
     prepared = prepare(config, mesh, train, held_out, request, first_id, tokenizer.pad_token_id or 0)
+    scored, unread = readable_pairs(
+        held_out.pairs,
+        decoder.config.max_position,
+        config.data,
+        request=request if is_seq2seq else None,
+        first_id=first_id,
+    )
+    corrected = scored[: config.evaluation.corrections] if is_seq2seq else []
+    check_judge(config.evaluation.judge, [held_out.records[pair.source] for pair in corrected])
+    longest = config.evaluation.sampling.max_new_tokens
+    check_room(
+        decoder.config,
+        request,
+        longest,
+        [response for pair in corrected for response in (pair.chosen, pair.rejected)],
+        [pair.source for pair in corrected for _ in range(2)],
+        field="config.evaluation.sampling.max_new_tokens",
+    )
     num_steps = config.num_steps or math.ceil(config.num_epochs * prepared.rows / config.data.batch_size)
     weights.check_weights(decoder.config, config.model)  # last, since a hub model is fetched for it
 
@@ -81,6 +99,9 @@ def run(config: Experiment) -> int:
         print(folder.message)
         keep_model(decoder.config, tokenizer, folder)
         print_table(f"Pairs in {config.data.path}", ["records", "number", "first at"], prepared.report.rows())
+        if prepared.held_out_report.bad or unread.bad:
+            rows = prepared.held_out_report.merge(unread).rows()
+            print_table("Held-out pairs", ["records", "number", "first at"], rows)
         print(
             f"{prepared.rows:,} rows of {config.data.max_length:,} tokens; {num_steps:,} steps of "
             f"{config.data.batch_size} rows"
@@ -94,7 +115,7 @@ def run(config: Experiment) -> int:
         head = build.init_scalar_head(decoder.config, head_key, model.shardings["scalar_head"])
         return heads.from_decoder_params(params, head)
 
-    pairs = HeldOutPairs(held_out.pairs, config.data.batch_size, mesh)
+    pairs = HeldOutPairs(scored, config.data.batch_size, mesh)
     row_multiple = setup.row_multiple(mesh)
     ends = tuple(sorted(end_ids(tokenizer, template)))
     loss_fn: LossFn
@@ -148,16 +169,13 @@ def run(config: Experiment) -> int:
 
     sides = sides or _all_kinds(read(state.params))
     corrections = None
-    if is_seq2seq and config.evaluation.corrections:
-        corrector = Corrector(
-            model, state.params, tokenizer, template, request, config.evaluation.sampling.max_new_tokens
-        )
-        asked = held_out.pairs[: config.evaluation.corrections]
-        written = corrector.correct_pairs(asked, show_progress=show)  # by all processes together
-        corrections = corrector, asked, written
+    if corrected:
+        corrector = Corrector(model, state.params, tokenizer, template, request, longest)
+        written = corrector.correct_pairs(corrected, show_progress=show)  # by all processes together
+        corrections = corrector, corrected, written
     if is_writer:
         print_held_out(folder)
-        report: dict[str, Any] = {"step": int(state.step), "pairs": len(held_out.pairs), "kinds": print_ranking(sides)}
+        report: dict[str, Any] = {"step": int(state.step), "pairs": len(scored), "kinds": print_ranking(sides)}
         if is_seq2seq:
             report["divergence"] = print_divergence(sides)
         else:

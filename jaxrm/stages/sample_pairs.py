@@ -22,8 +22,9 @@ from jaxrm.runtime.mesh import build_mesh
 from jaxrm.runtime.progress import Progress, print_table
 from jaxrm.runtime.run_folder import check_run, open_run
 from jaxrm.stages import setup
-from jaxrm.stages.responses import Responder
+from jaxrm.stages.responses import Responder, prompt_room
 from jaxrm.stages.trained import open_checkpoint
+from jaxrm.stages.weights import LANGUAGE_MODELS, find_checkpoint
 
 _TASK = "task:"
 _ATTEMPTS = 4  # draws of a second response that differs from the first
@@ -53,16 +54,25 @@ def run(config: Experiment) -> int:
         raise UserError("sampling pairs of an embedded task is the work of one process; run it on one host")
     check_run(config.run_dir, resolved, on_existing=config.on_existing, may_differ=MAY_DIFFER)
     task = config.data.path.removeprefix(_TASK)
-    records = _task_pairs(config.data, config.seed)[: config.pairs.count]
+    records = _task_pairs(config.data, config.seed)
+    if config.pairs.count > len(records):
+        raise UserError(
+            f"config.pairs.count is {config.pairs.count}, but {config.data.path} has {len(records)} prompts for pairs; "
+            f"e.g. --config.pairs.count={len(records)}"
+        )
+    records = records[: config.pairs.count]
+    sampling = config.pairs.sampling
+    found = find_checkpoint(config.model.path, "config.model.path", LANGUAGE_MODELS)
+    prompt_room(found.shape, sampling, "config.pairs.sampling.max_new_tokens")
     policy = open_checkpoint(config.model.path, build_mesh(config.mesh), config.model.dtype)
     folder = open_run(config.run_dir, resolved, on_existing=config.on_existing, may_differ=MAY_DIFFER)
     print(folder.message)
     target = folder.path / "pairs.jsonl"
     if not target.exists():
-        responder = Responder(policy.model, policy.params, policy.tokenizer, policy.template, config.pairs.sampling)
+        responder = Responder(policy.model, policy.params, policy.tokenizer, policy.template, sampling)
         _write(target, _sample(config, responder, task, records))
     rows = [json.loads(line) for line in target.read_text(encoding="utf-8").splitlines()]
-    _print(rows, task, config.pairs.count)
+    _print(rows, task, len(records))
     print(f"The pairs are in {target}")
     return 0
 
@@ -97,7 +107,7 @@ def _sample(
                 prompt, first = record.prompt[-1].content, draws[0][i]
                 if rng.random() < settings.ideal_share:
                     first = record.chosen
-                second = next((draw[i] for draw in draws[1:] if draw[i] != first), None)
+                second = next((draw[i] for draw in draws if draw[i] != first), None)
                 if second is None or not first or not second:
                     continue
                 chosen, rejected = (first, second)[:: 1 - 2 * tasks.annotate(task, prompt, first, second, rng)]

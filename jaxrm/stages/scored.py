@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxrm.algorithms import scoring
 from jaxrm.data import templates
-from jaxrm.data.pairs import correction_request, cut_prompt
+from jaxrm.data.pairs import correction_request, cut_prompt, prompt_room
 from jaxrm.data.readers import ReadReport
 from jaxrm.data.records import DemonstrationRecord, Message, PreferenceRecord, Record
 from jaxrm.data.tokenizer import token_texts
@@ -56,26 +56,19 @@ class ScoredResponse:
     tags: np.ndarray | None
 
 
-def check_kind(kind: str, model: TrainedRewardModel) -> None:
-    """Refuse a kind of token reward that this sort of reward model cannot give."""
-    kinds = scoring.SEQ2SEQ_KINDS if model.is_seq2seq else scoring.SCALAR_KINDS
-    if kind not in kinds:
-        sort = "seq2seq" if model.is_seq2seq else "scalar"
-        raise UserError(
-            f"config.reward.kind is {kind!r}, but {model.name} is a {sort} reward model, whose kinds are "
-            f"{', '.join(kinds)}; e.g. --kind={kinds[0]}"
-        )
-
-
-def encode(records: Sequence[Record], model: TrainedRewardModel, report: ReadReport) -> list[Task]:
+def encode(
+    records: Sequence[Record], model: TrainedRewardModel, report: ReadReport, *, reference: Trained | None = None
+) -> list[Task]:
     """Records as tokens; prompts are cut on the left where they must be, and what cannot be scored is reported.
 
     Args:
       records: pairs or demonstrations.
       model: the reward model.
-      report: told of records without a response, with an empty one, or with one that is too long to be read.
+      report: told of records without a response, with an empty one, with two that are the same, or with one that is
+        too long to be read.
+      reference: policy that must be able to read them too.
     """
-    request = len(correction_request(model.tokenizer, model.template, model.config.mapping.instruction))
+    request = correction_request(model.tokenizer, model.template, model.config.mapping.instruction)
     first_id = templates.bos_id(model.tokenizer, model.template)
     tasks = []
     for record in records:
@@ -98,12 +91,17 @@ def encode(records: Sequence[Record], model: TrainedRewardModel, report: ReadRep
             (side, text, np.array(templates.encode_response(model.tokenizer, text, model.template), np.int32))
             for side, text in texts
         ]
-        longest = max(len(ids) for _, _, ids in responses)
-        room = model.model.config.max_position - (2 * longest + request if model.is_seq2seq else longest)
+        every = [ids for _, _, ids in responses]
+        if len(every) == 2 and np.array_equal(every[0], every[1]):
+            report.add_bad("both responses are the same", record.source)
+            continue
+        positions = model.model.config.max_position
+        room = prompt_room(positions, every, request if model.is_seq2seq else None)
+        if reference is not None:
+            positions = min(positions, reference.model.config.max_position)
+            room = min(room, prompt_room(reference.model.config.max_position, every, None))
         if room < 1:
-            report.add_bad(
-                f"a response too long for the {model.model.config.max_position} tokens of the model", record.source
-            )
+            report.add_bad(f"a response too long for the {positions} tokens of the model", record.source)
             continue
         report.cut_prompts += len(prompt) > room
         ids = cut_prompt(np.array(prompt, np.int32), room, first_id)
@@ -132,18 +130,28 @@ def score(
       rows: responses scored at once.
       reference: policy that ``contrast`` compares with.
       show_progress: draw a bar.
+
+    Raises:
+      UserError: where a reward is no finite number, which is the parameters' fault.
     """
     prompts = [task.prompt_ids for task in tasks for _ in task.responses]
     responses = [ids for task in tasks for _, _, ids in task.responses]
+    sources = [task.source for task in tasks for _ in task.responses]
     step = _step(model, kind, mesh)
     log_probs = None if reference is None else _log_probs(reference, mesh)
     scored: list[ScoredResponse] = [ScoredResponse(np.zeros(0, np.float32), None)] * len(responses)
-    done = 0
+    V, done = model.model.config.vocab_size, 0
     with Progress("score", len(responses), unit="responses", enabled=show_progress) as progress:
-        for batch, indices in response_batches(prompts, responses, rows, mesh):
+        for batch, indices in response_batches(prompts, responses, rows, mesh, vocab_size=V):
             values, tags = jax.device_get(step(batch, None if log_probs is None else log_probs(batch)))
             for row, i in enumerate(indices):
                 length = len(responses[i])
+                if not np.isfinite(values[row, :length]).all():
+                    raise UserError(
+                        f"{model.name} rewards a response of {sources[i]} with {values[row, :length].sum()}, which is "
+                        "no finite number: its parameters are spoiled; give an earlier checkpoint, e.g. "
+                        "--checkpoint=RUN_DIR/checkpoints/best"
+                    )
                 scored[i] = ScoredResponse(values[row, :length], tags[row, :length] if model.is_seq2seq else None)
             done += len(indices)
             progress.update(done)
@@ -202,12 +210,13 @@ def as_record(
                 "correction": None if corrections is None else shown(corrections[i]),
             }
         )
-    is_pair = len(responses) == 2
+    sums = [response["sum"] for response in responses]
+    is_ranked = len(sums) == 2 and sums[0] != sums[1]  # a tie is neither right nor wrong
     return {
         "source": task.source,
         "prompt": [{"role": message.role, "content": message.content} for message in task.prompt],
         "kind": kind,
-        "ranked_right": responses[0]["sum"] > responses[1]["sum"] if is_pair else None,
+        "ranked_right": sums[0] > sums[1] if is_ranked else None,
         "responses": responses,
     }
 

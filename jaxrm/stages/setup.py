@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import jax
 import numpy as np
@@ -15,12 +15,16 @@ from jax.sharding import Mesh
 
 from jaxrm.data.config import DataConfig
 from jaxrm.data.tasks import write_task
+from jaxrm.data.tokenizer import load_tokenizer, vocabulary_conflict
 from jaxrm.errors import UserError
 from jaxrm.models import attention, build
 from jaxrm.models.build import ModelSource
 from jaxrm.models.config import ModelConfig
 from jaxrm.runtime import partition
 from jaxrm.stages import weights
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Batch = TypeVar("Batch")
 
@@ -105,6 +109,32 @@ def tokenizer_path(data: DataConfig, source: ModelSource) -> str:
             "a GGUF file, e.g. --config.data.tokenizer=google/gemma-2b"
         )
     return path
+
+
+def check_tokenizer(tokenizer: "PreTrainedTokenizerBase", path: str, source: ModelSource, config: ModelConfig) -> None:
+    """Refuse a tokenizer whose ids mean other tokens to the model, or nothing.
+
+    Args:
+      tokenizer: the one to be used.
+      path: where it is, for the message.
+      source: of the weights, which may have a tokenizer of their own beside them.
+      config: shape of the model.
+
+    Raises:
+      UserError: naming an id that it does not share with the tokenizer of the weights, or how many are too many.
+    """
+    own = weights.tokenizer_of(source)
+    if own is not None and own != path:
+        try:
+            conflict = vocabulary_conflict(load_tokenizer(own), tokenizer)
+        except UserError:  # published weights may come without one
+            conflict = None
+        if conflict is not None:
+            raise UserError(
+                f"the tokenizer {path} is not that of the weights {source.path}: {conflict}; use their own, "
+                f"--config.data.tokenizer={own}"
+            )
+    build.check_vocabulary(config, len(tokenizer), path)
 
 
 def row_multiple(mesh: Mesh) -> int:

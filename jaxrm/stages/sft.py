@@ -48,7 +48,7 @@ def run(config: Experiment) -> int:
     with setup.task_files(config.data, config.seed) as data:
         tokenizer_path = setup.tokenizer_path(data, config.model)
         tokenizer = load_tokenizer(tokenizer_path)
-        build.check_vocabulary(model.config, len(tokenizer), tokenizer_path)
+        setup.check_tokenizer(tokenizer, tokenizer_path, config.model, model.config)
         train = load_demonstrations(data, tokenizer, held_out=False, show_progress=show)
         held_out = load_demonstrations(data, tokenizer, held_out=True, show_progress=show)
 

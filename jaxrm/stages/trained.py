@@ -10,6 +10,7 @@ import jax
 from jax.sharding import Mesh
 
 from jaxrm.data.tokenizer import load_tokenizer, save_tokenizer
+from jaxrm.errors import UserError
 from jaxrm.experiment import Experiment
 from jaxrm.models import build
 from jaxrm.models.build import ModelSource
@@ -17,8 +18,8 @@ from jaxrm.models.config import ModelConfig
 from jaxrm.runtime import config as bridge
 from jaxrm.runtime.mesh import MeshConfig, build_mesh
 from jaxrm.runtime.run_folder import RunFolder, write_json_atomically
-from jaxrm.stages.setup import OpenedModel, open_model, open_scalar_model
-from jaxrm.stages.weights import LANGUAGE_MODELS, REWARD_MODELS, RunCheckpoint, find_checkpoint
+from jaxrm.stages.setup import OpenedModel, check_tokenizer, open_model, open_scalar_model
+from jaxrm.stages.weights import LANGUAGE_MODELS, REWARD_MODELS, RunCheckpoint, find_checkpoint, is_run
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -89,7 +90,7 @@ class TrainedRewardModel(Trained):
 
 
 def open_reward_model(
-    path: str, mesh: Mesh, dtype: str | None = None, *, field: str = "--checkpoint"
+    path: str, mesh: Mesh | None, dtype: str | None = None, *, field: str = "--checkpoint"
 ) -> TrainedRewardModel:
     """Reward model of a run, of either sort; arguments as for `open_checkpoint`, ``field`` for messages.
 
@@ -99,7 +100,7 @@ def open_reward_model(
     found = find_checkpoint(path, field, REWARD_MODELS)
     is_seq2seq = found.config.algorithm == "seq2seq_rm"
     open_one = open_model if is_seq2seq else open_scalar_model
-    model = open_one(as_trained(found, dtype), mesh, found.shape)
+    model = open_one(as_trained(found, dtype), mesh or _spread(found.shape), found.shape)
     params = found.restore(model.shapes, model.shardings)
     tokenizer = load_tokenizer(str(found.folder.tokenizer))
     return TrainedRewardModel(model, params, tokenizer, found.config.data.template, found.name, found.config)
@@ -117,11 +118,16 @@ def open_weights(source: ModelSource, tokenizer_path: str | None, template: str,
       UserError: where there is no such model or its tokenizer does not fit.
     """
     assert source.path is not None
+    if is_run(source.path):
+        raise UserError(
+            f"config.model.path is {source.path!r}, the folder of a run; required are published weights, so give it as "
+            f"--checkpoint={source.path}"
+        )
     shape = build.read_shape(source)
     model = open_model(source, mesh or _spread(shape), shape)
     path = tokenizer_path or source.path
     tokenizer = load_tokenizer(path)
-    build.check_vocabulary(model.config, len(tokenizer), path)
+    check_tokenizer(tokenizer, path, source, model.config)
     params = build.init_params(model.config, source, jax.random.key(0), model.shardings)
     return Trained(model, params, tokenizer, template, source.path)
 

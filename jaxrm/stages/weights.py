@@ -65,40 +65,39 @@ def find_checkpoint(path: str, field: str = "--checkpoint", algorithms: tuple[st
     Raises:
       UserError: where there is no run, no such checkpoint, or a model of another kind.
     """
-    given = Path(path).expanduser()
-    run, wanted = (given.parent.parent, given.name) if given.parent.name == "checkpoints" else (given, "latest")
+    run, wanted = _split(path)
     flag = field if field.startswith("--") else f"--{field}"
     folder = RunFolder(run, resumed=True, message="", is_writer=False)
-    missing = [file.name for file in (run / "run.json", folder.model, folder.tokenizer) if not file.exists()]
-    if missing:
-        raise UserError(
-            f"{field} is {path!r}, but {run} has no {' and no '.join(missing)}; give the folder of a run, "
-            f"e.g. {flag}=runs/quickstart"
-        )
-    try:
-        recorded = json.loads((run / "run.json").read_text(encoding="utf-8"))["config"]
-        described = json.loads(folder.model.read_text(encoding="utf-8"))
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{field} is {path!r}, whose run.json or model.json is damaged ({error})") from error
-    config = bridge.from_config_dict(Experiment, recorded)
+    instead = f"give the folder of a run, e.g. {flag}=runs/quickstart"
+    if not (run / "run.json").is_file():
+        raise UserError(f"{field} is {path!r}, but {run} has no run.json; {instead}")
+    config = bridge.from_config_dict(Experiment, _read_json(run / "run.json", path, field)["config"])
     if algorithms and config.algorithm not in algorithms:
         raise UserError(
             f"{field} is {path!r}, a run of {config.algorithm}; required a model of {' or '.join(algorithms)}; "
             f"give such a run, e.g. {flag}=runs/{algorithms[0]}"
         )
+    missing = [file.name for file in (folder.model, folder.tokenizer) if not file.exists()]
+    if missing:
+        raise UserError(f"{field} is {path!r}, but {run} has no {' and no '.join(missing)}; {instead}")
+    described = _read_json(folder.model, path, field)
     checkpoints = Checkpoints(folder.checkpoints, read_only=True)
     step = _choose(checkpoints, wanted, path, field)
     checkpoints.close()
     return RunCheckpoint(folder, step, config, bridge.from_config_dict(ModelConfig, described, "model.json"))
 
 
+def _read_json(file: Path, path: str, field: str) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        return found if file.name == "model.json" else {"config": dict(found["config"])}
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{field} is {path!r}, whose {file.name} is damaged ({error})") from error
+
+
 def is_run(path: str | None) -> bool:
     """Whether ``config.model.path`` names a run of jaxrm rather than published weights."""
-    if path is None:
-        return False
-    given = Path(path).expanduser()
-    run = given.parent.parent if given.parent.name == "checkpoints" else given
-    return (run / "run.json").is_file()
+    return path is not None and (_split(path)[0] / "run.json").is_file()
 
 
 def read_shape(source: ModelSource) -> ModelConfig:
@@ -130,6 +129,14 @@ def first_params(config: ModelConfig, source: ModelSource, key: jax.Array, shape
 def tokenizer_of(source: ModelSource) -> str | None:
     """Where the tokenizer that belongs to the weights is; None where there are no weights."""
     return str(_of_run(source).folder.tokenizer) if is_run(source.path) else source.path
+
+
+def _split(path: str) -> tuple[Path, str]:
+    """Folder of a run, and which of its checkpoints; a run may itself lie in a folder called checkpoints."""
+    given = Path(path).expanduser()
+    if given.parent.name == "checkpoints" and not (given / "run.json").exists():
+        return given.parent.parent, given.name
+    return given, "latest"
 
 
 def _of_run(source: ModelSource) -> RunCheckpoint:

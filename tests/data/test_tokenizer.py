@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from jaxrm.data.tasks import write_task
-from jaxrm.data.tokenizer import load_tokenizer, save_tokenizer, token_texts
+from jaxrm.data.tokenizer import load_tokenizer, pad_apart_from, save_tokenizer, token_texts
 from jaxrm.errors import UserError
 
 MESSAGES = [{"role": "user", "content": "what 12"}]
@@ -270,3 +270,20 @@ def test_token_texts_decode_each_token_a_bounded_number_of_times(any_tokenizer, 
         )
         assert "".join(token_texts(counting, ids)) == decode(ids)
         assert 0 < sum(decoded) <= 20 * len(ids)
+
+
+def test_padding_is_set_apart_from_what_ends_a_response():
+    class Tokenizer:
+        all_special_ids = (0, 1, 2)
+        pad_token_id = 2
+
+        def convert_ids_to_tokens(self, token):
+            return f"<{token}>"
+
+    apart, already, none_left = Tokenizer(), Tokenizer(), Tokenizer()
+    pad_apart_from(apart, {0, 2})
+    assert apart.pad_token == "<1>"
+    pad_apart_from(already, {0})
+    assert not hasattr(already, "pad_token")
+    with pytest.raises(UserError, match="no special token"):
+        pad_apart_from(none_left, {0, 1, 2})
