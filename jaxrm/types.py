@@ -64,7 +64,9 @@ class ComparisonBatch:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ResponseBatch:
-    """Prompts and a response to each, as a policy emits them. A response of no token is legal.
+    """Prompts and a response to each, as a policy emits them.
+
+    A prompt has at least one token, which predicts the first of the response. A response of no token is legal.
 
     Attributes:
       prompts: ``[B, P]`` int32 token ids, padded on the left.

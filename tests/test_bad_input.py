@@ -528,7 +528,7 @@ def test_a_checkpoint_that_is_not_there_is_refused(refuse_generate, refuse_expor
     shutil.copytree(trained, place / "run")
     for refuse, rest in ((refuse_generate, ("--prompt=a",)), (refuse_export, ("--output=exported",))):
         message = refuse("--checkpoint=absent", *rest)
-        assert message.startswith("--checkpoint is 'absent', but absent has no run.json and no model.json")
+        assert message.startswith("--checkpoint is 'absent', but absent has no run.json; give the folder of a run")
         message = refuse("--checkpoint=model", *rest)  # weights where a run is asked for
         assert "but model has no run.json" in message and "e.g. --checkpoint=" in message
         message = refuse("--checkpoint=run/checkpoints/7", *rest)

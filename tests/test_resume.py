@@ -1,5 +1,6 @@
-"""Stopping and continuing a real process: kill -9 anywhere, SIGTERM, another config, another mesh."""
+"""Stopping and continuing a real process: kill -9 anywhere, SIGTERM, another config, other data."""
 
+import functools
 import json
 import os
 import random
@@ -17,11 +18,26 @@ from jaxrm.runtime.preemption import EXIT_PREEMPTED
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = 24
+REWARD_MODEL = {
+    "num_steps": STEPS // 2,
+    "data.batch_size": 2,
+    "data.max_length": 128,
+    "evaluation.corrections": 1,
+    "evaluation.judge": "task:safety",
+}
+ALGORITHMS = {
+    "sft": {},
+    # After half of the steps the warm-up is over: launches begin in either phase of the loader.
+    "seq2seq_rm": REWARD_MODEL | {"mapping.identity_warmup_steps": STEPS // 4, "mapping.instruction": ""},
+    "scalar_rm": REWARD_MODEL | {"reward.kind": "scalar"},
+}
+KILL, TERM = signal.SIGKILL, signal.SIGTERM
 
 
-def command(run_dir, *more):
+def command(run_dir, *more, algorithm="sft"):
     fields = {
         "run_dir": run_dir,
+        "algorithm": algorithm,
         "num_steps": STEPS,
         "data.max_records": 300,
         "data.max_eval_records": 16,
@@ -33,6 +49,7 @@ def command(run_dir, *more):
         "evaluation.sampling.max_new_tokens": 4,
         "logging.every": 1,
         "logging.tensorboard": "false",
+        **ALGORITHMS[algorithm],
     }
     overrides = [f"--config.{name}={value}" for name, value in fields.items()]
     return [sys.executable, "-m", "jaxrm.train", "--config=configs/quickstart.py", *overrides, *more]
@@ -50,9 +67,9 @@ def environment(tmp_path_factory):
     }
 
 
-def launch(environment, run_dir, *more):
+def launch(environment, run_dir, *more, algorithm="sft"):
     return subprocess.Popen(
-        command(run_dir, *more),
+        command(run_dir, *more, algorithm=algorithm),
         cwd=ROOT,
         env=environment,
         stdin=subprocess.DEVNULL,
@@ -62,8 +79,8 @@ def launch(environment, run_dir, *more):
     )
 
 
-def finish(environment, run_dir, *more):
-    process = launch(environment, run_dir, *more)
+def finish(environment, run_dir, *more, algorithm="sft"):
+    process = launch(environment, run_dir, *more, algorithm=algorithm)
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
     return output
@@ -73,10 +90,12 @@ def final_parameters(run_dir):
     import jax
 
     from jaxrm.runtime.mesh import MeshConfig, build_mesh
-    from jaxrm.stages.trained import open_checkpoint
+    from jaxrm.stages.trained import open_checkpoint, open_reward_model
 
     mesh = build_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
-    return jax.device_get(open_checkpoint(str(run_dir), mesh).params)
+    recorded = json.loads((Path(run_dir) / "run.json").read_text())["config"]
+    opened = open_checkpoint if recorded["algorithm"] == "sft" else open_reward_model
+    return jax.device_get(opened(str(run_dir), mesh).params)
 
 
 def rows_without_times(run_dir):
@@ -85,10 +104,21 @@ def rows_without_times(run_dir):
 
 
 @pytest.fixture(scope="module")
-def unbroken(environment, tmp_path_factory):
-    run_dir = tmp_path_factory.mktemp("unbroken") / "run"
-    finish(environment, run_dir)
-    return run_dir
+def unbroken_run(environment, tmp_path_factory):
+    """Folder of a run of an algorithm that nothing interrupted; each is run once."""
+
+    @functools.cache
+    def unbroken_run(algorithm):
+        run_dir = tmp_path_factory.mktemp("unbroken") / algorithm
+        finish(environment, run_dir, algorithm=algorithm)
+        return run_dir
+
+    return unbroken_run
+
+
+@pytest.fixture
+def unbroken(unbroken_run):
+    return unbroken_run("sft")
 
 
 def steps_done(run_dir):
@@ -96,28 +126,44 @@ def steps_done(run_dir):
     return path.read_text().count("grad_norm") if path.exists() else 0
 
 
-def test_a_killed_run_ends_with_the_same_bits(environment, unbroken, tmp_path):
-    """SIGKILL at random steps, the same command again until it is done."""
+def assert_same_run(run_dir, other):
     import jax
 
-    rng, run_dir, kills = random.Random(7), tmp_path / "run", []
-    for _ in range(4):
-        process = launch(environment, run_dir)
-        target = rng.randrange(steps_done(run_dir) + 1, STEPS)
+    mine, theirs = final_parameters(run_dir), final_parameters(other)
+    assert jax.tree.structure(mine) == jax.tree.structure(theirs)
+    for a, b in zip(jax.tree.leaves(mine), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert rows_without_times(run_dir) == rows_without_times(other)
+    if (other / "evaluation.json").exists():
+        assert (run_dir / "evaluation.json").read_text() == (other / "evaluation.json").read_text()
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "signals"),
+    [("sft", [KILL] * 4), ("seq2seq_rm", [KILL, KILL, TERM]), ("scalar_rm", [KILL, KILL, TERM])],
+    ids=list(ALGORITHMS),
+)
+def test_a_stopped_run_ends_with_the_same_bits(environment, unbroken_run, tmp_path, algorithm, signals):
+    """Stopped at random steps, mostly by SIGKILL, and the same command again until it is done."""
+    unbroken, run_dir = unbroken_run(algorithm), tmp_path / "run"
+    rng, stops = random.Random(7), []
+    part = steps_done(unbroken) // (len(signals) + 1)  # nothing is sent in the last one
+    for number, signal_ in enumerate(signals):
+        process = launch(environment, run_dir, algorithm=algorithm)
+        target = part * number + rng.randint(1, part)
         deadline = time.monotonic() + 240
         while process.poll() is None and steps_done(run_dir) < target and time.monotonic() < deadline:
             time.sleep(0.002)
         if process.poll() is None:
-            process.kill()
-            kills.append(steps_done(run_dir))
-        process.communicate()
-    finish(environment, run_dir)
-    assert len(kills) >= 2, kills
-    for mine, theirs in zip(
-        jax.tree.leaves(final_parameters(run_dir)), jax.tree.leaves(final_parameters(unbroken)), strict=True
-    ):
-        np.testing.assert_array_equal(mine, theirs)
-    assert rows_without_times(run_dir) == rows_without_times(unbroken)
+            process.send_signal(signal_)
+            stops.append(steps_done(run_dir))
+        output, _ = process.communicate()
+        assert process.returncode in (0, EXIT_PREEMPTED if signal_ == TERM else -KILL), output
+        if process.returncode == EXIT_PREEMPTED:
+            assert "the same command continues" in output and not (run_dir / "evaluation.json").exists()
+    finish(environment, run_dir, algorithm=algorithm)
+    assert len(stops) >= 2, stops
+    assert_same_run(run_dir, unbroken)
 
 
 def test_sigterm_saves_and_says_how_to_continue(environment, unbroken, tmp_path):

@@ -27,7 +27,7 @@ def evaluate(eval_step: Callable[[Any, Any], Any], params: Any, batches: Sequenc
       batches: placed on the devices.
 
     Returns:
-      ``{"eval_loss": ..., "eval_<metric>": ...}``.
+      ``{"eval_loss": ..., "eval_<metric>": ...}``, without those whose weight is 0 everywhere.
     """
     totals: dict[str, list[float]] = {}
 
@@ -45,4 +45,4 @@ def evaluate(eval_step: Callable[[Any, Any], Any], params: Any, batches: Sequenc
         pending = sums
     if pending is not None:
         add(pending)
-    return {f"eval_{name}": total / max(weight, 1e-8) for name, (total, weight) in totals.items()}
+    return {f"eval_{name}": total / weight for name, (total, weight) in totals.items() if weight > 0}

@@ -50,6 +50,11 @@ class RewardConfig:
                 f"config.reward.scale is {self.scale}; it must be unit or a finite number above 0, "
                 "e.g. --config.reward.scale=unit"
             )
+        if self.center not in ("running", "fixed", "none"):
+            raise UserError(
+                f"config.reward.center is {self.center!r}; use running, fixed or none, "
+                "e.g. --config.reward.center=running"
+            )
         if not 0 <= self.center_momentum < 1:
             raise UserError(
                 f"config.reward.center_momentum is {self.center_momentum}; it must be at least 0 and below 1, "

@@ -88,7 +88,8 @@ def fit(
         _check_finite(at, metrics, checkpoints)
         seconds = time.perf_counter() - reported_at
         reported_at += seconds
-        reporter.step(at, metrics | {"tokens_per_second": tokens / seconds, "step_seconds": seconds})
+        seen = {name: value for name, value in metrics.items() if not math.isnan(value)}
+        reporter.step(at, seen | {"tokens_per_second": tokens / seconds, "step_seconds": seconds})
 
     while step < num_steps:
         batch = next(loader)

@@ -36,7 +36,7 @@ def build_train_step(
 
     Returns:
       The step. Its metrics are float32 scalars: ``loss``, ``weight`` (the divisor, e.g. tokens), ``grad_norm``
-      before clipping, and each metric of aux.
+      before clipping, and each metric of aux, NaN where its weight is 0.
     """
 
     def gradients(params: Any, batch: Any, key: jax.Array) -> Any:
@@ -65,8 +65,13 @@ def build_train_step(
         grads = jax.tree.map(lambda g: g / divisor, grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        metrics = {name: total / jnp.maximum(weight, 1e-8) for name, (total, weight) in sums.items()}
-        metrics |= {"weight": sums["loss"][1], "grad_norm": optax.tree.norm(grads)}
+        # A metric of nothing, such as that of a mapping which the batch has none of, has no value.
+        metrics = {name: jnp.where(weight > 0, total / weight, jnp.nan) for name, (total, weight) in sums.items()}
+        metrics |= {
+            "loss": sums["loss"][0] / divisor,
+            "weight": sums["loss"][1],
+            "grad_norm": optax.tree.norm(grads),
+        }
         return TrainState(state.step + 1, params, opt_state, state.key), metrics
 
     return jax.jit(

@@ -90,7 +90,7 @@ def find_checkpoint(path: str, field: str = "--checkpoint", algorithms: tuple[st
 def _read_json(file: Path, path: str, field: str) -> dict[str, Any]:
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
-        return found if file.name == "model.json" else {"config": dict(found["config"])}
+        return dict(found) if file.name == "model.json" else {"config": dict(found["config"])}
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise UserError(f"{field} is {path!r}, whose {file.name} is damaged ({error})") from error
 
