@@ -11,8 +11,9 @@ batch and length are jaxrm's choice.
 from ml_collections import ConfigDict
 
 from jaxrm.data.config import DataConfig
-from jaxrm.experiment import Experiment
+from jaxrm.experiment import EvaluationConfig, Experiment
 from jaxrm.models.build import ModelSource
+from jaxrm.models.generate import SamplingConfig
 from jaxrm.runtime.config import to_config_dict
 from jaxrm.runtime.mesh import MeshConfig
 from jaxrm.runtime.optimizer import OptimizerConfig
@@ -29,6 +30,7 @@ def get_config() -> ConfigDict:
             optimizer=OptimizerConfig(
                 lr=2e-5, schedule="cosine", warmup=0.03, weight_decay=0.1, b1=0.9, b2=0.95, clip_norm=1.0
             ),
+            evaluation=EvaluationConfig(sampling=SamplingConfig(max_new_tokens=512, temperature=0.0)),
             mesh=MeshConfig(data=1, fsdp=-1),
         )
     )

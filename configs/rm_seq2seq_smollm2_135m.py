@@ -33,7 +33,9 @@ def get_config() -> ConfigDict:
             data=DataConfig(path="Anthropic/hh-rlhf", max_length=512, batch_size=8, max_eval_records=32),
             optimizer=OptimizerConfig(lr=1e-4, warmup=0.1, weight_decay=0.1),
             checkpoint=CheckpointConfig(every=10),
-            evaluation=EvaluationConfig(every=20, corrections=8, sampling=SamplingConfig(max_new_tokens=96)),
+            evaluation=EvaluationConfig(
+                every=20, corrections=8, sampling=SamplingConfig(max_new_tokens=128, temperature=0.0)
+            ),
             logging=LoggingConfig(every=1),
         )
     )

@@ -21,6 +21,7 @@ from jaxrm.errors import UserError
 from jaxrm.experiment import Experiment
 
 if TYPE_CHECKING:
+    from jaxrm.data.config import DataConfig
     from jaxrm.data.readers import ReadReport
     from jaxrm.data.records import Record
 
@@ -47,6 +48,8 @@ def define_flags(values: flags.FlagValues) -> None:
         "let a seq2seq reward model write its corrections; --nocorrections is quicker",
         flag_values=values,
     )
+    whose = "score only those records whose prompts the run held out, by their hash, from data like --input"
+    flags.DEFINE_bool("held_out", False, whose, flag_values=values)
     integer = flags.DEFINE_integer
     integer("max_new_tokens", 128, "longest correction in tokens", lower_bound=1, flag_values=values)
     integer("max_records", None, "score no more than so many records", lower_bound=1, flag_values=values)
@@ -81,7 +84,7 @@ def main(config: Experiment | None, given: flags.FlagValues) -> int:
         )
     if given.reference is not None:
         score_checks.check_reference(find_checkpoint(given.reference, "--reference", LANGUAGE_MODELS), run)
-    records, report = _read(given.input, given.max_records)
+    records, report = _read(given, run.config.data)
     mesh = build_mesh(config.mesh if config is not None else MeshConfig())
     model = open_reward_model(given.checkpoint, mesh, given.dtype)
     reference = None if given.reference is None else open_checkpoint(given.reference, mesh, given.dtype)
@@ -115,6 +118,8 @@ def main(config: Experiment | None, given: flags.FlagValues) -> int:
         about.append(("chosen above rejected, by sum", f"{said} of {ranked.n:,} pairs"))
     print_table("Scored", ["", ""], about)
     print(f"The token rewards are in {given.output}")
+    if run.config.data.path == given.input and not given.held_out:
+        print("The reward model was trained on most of these records; --held_out leaves those out.")
     if given.html is not None:
         from jaxrm.evaluation.page import write_page
 
@@ -142,12 +147,26 @@ def _check_files(given: flags.FlagValues) -> None:
             )
 
 
-def _read(path: str, most: int | None) -> "tuple[list[Record], ReadReport]":
+def _read(given: flags.FlagValues, of_run: "DataConfig") -> "tuple[list[Record], ReadReport]":
+    """All records, or the side that the run held out; which label of PKU-SafeRLHF counts is as in the run."""
     from jaxrm.data.config import DataConfig
     from jaxrm.data.readers import read_records
 
-    # Nothing is held out of a file to score: the held-out side of a file given as such is all of it.
-    return read_records(DataConfig(path=path, eval_path=path, max_eval_records=most, max_bad_share=1.0), held_out=True)
+    if given.held_out and (of_run.eval_path is not None or of_run.eval_split is not None):
+        raise UserError(
+            f"--held_out goes with a run that held out prompts by their hash, but this one had config.data.eval_path "
+            f"{of_run.eval_path!r} and eval_split {of_run.eval_split!r}; give those records as --input, without it"
+        )
+    # The held-out side of a file that is given as held out is all of it.
+    data = DataConfig(
+        path=given.input,
+        eval_path=None if given.held_out else given.input,
+        eval_share=of_run.eval_share,
+        preferred=of_run.preferred,
+        max_eval_records=given.max_records,
+        max_bad_share=1.0,
+    )
+    return read_records(data, held_out=True)
 
 
 def _write_lines(target: Path, rows: Sequence[dict[str, Any]]) -> None:

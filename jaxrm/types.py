@@ -89,13 +89,16 @@ class TokenRewards:
     Attributes:
       rewards: ``[B, T]`` float32 reward of each response token, 0 outside the mask.
       values: ``[B, T]`` float32, the same before scale and centre.
+      tags: ``[B, T]`` bool, True on tokens that the reward model would have written too. A scalar one disagrees with
+        no token: its tags are all +.
       mask: ``[B, T]`` bool, the response's.
       diagnostics: ``[B]`` float32 by name, to be logged: ``sum`` and ``mean`` of the rewards, ``length`` in tokens,
-        ``tag_rate`` (share of + tags), ``divergence`` (index of the first - tag) and ``end_tag`` (1 where the end
-        token is tagged +). A scalar RM disagrees with no token: its tags are all +.
+        ``tag_rate`` (share of + tags), ``divergence`` (index of the first - tag), ``ended`` (1 where the response has
+        an end token, 0 where it was truncated) and ``end_tag`` (1 where that token is tagged +).
     """
 
     rewards: jax.Array
     values: jax.Array
+    tags: jax.Array
     mask: jax.Array
     diagnostics: dict[str, jax.Array]

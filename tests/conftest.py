@@ -4,8 +4,9 @@ import os
 
 # Most of the suite's time is XLA's: code that runs for milliseconds is not worth optimizing. The tests that launch real
 # processes compile as users do.
-flags = ("--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0")
-os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *flags]).strip()
+os.environ["XLA_FLAGS"] = (
+    f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+).strip()
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"

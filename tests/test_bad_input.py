@@ -537,7 +537,7 @@ def test_a_checkpoint_that_is_not_there_is_refused(refuse_generate, refuse_expor
         )
     shutil.copy("run/model.json", "model.json")
     Path("run/model.json").write_text("{")
-    assert "whose run.json or model.json is damaged" in refuse_generate("--checkpoint=run", "--prompt=a")
+    assert "whose model.json is damaged" in refuse_generate("--checkpoint=run", "--prompt=a")
     Path("model.json").rename("run/model.json")
     Path("run/checkpoints").rename("elsewhere")
     assert "which has no checkpoint yet" in refuse_generate("--checkpoint=run", "--prompt=a")

@@ -223,6 +223,11 @@ def test_a_wrong_field_of_a_reward_model_is_named(refuse_train, arguments, messa
     assert message in refuse_train(*arguments)
 
 
+def test_a_warm_up_as_long_as_the_run_is_refused(refuse_train):
+    message = refuse_train("--config.mapping.identity_warmup_steps=1")
+    assert message.startswith("config.mapping.identity_warmup_steps is 1, but the run has 1 steps in all")
+
+
 def test_a_judge_that_cannot_judge_the_data_is_refused_before_the_training(refuse_train):
     write_records("foreign.jsonl", [pair(i) for i in range(60)])
     message = refuse_train("--config.data.path=foreign.jsonl", "--config.evaluation.judge=task:safety")

@@ -212,6 +212,7 @@ def test_a_reward_model_starts_from_the_policy(runs, monkeypatch, algorithm):
     def stop(config, *, first_params, **_):
         raise _Seen(jax.device_get(first_params(supervised.first_key(config.seed))))
 
+    policy_run, _ = runs.sft, runs.pairs  # made before training is cut off
     monkeypatch.setattr(supervised, "train", stop)
     config = dataclasses.replace(
         runs.reward_model_config(algorithm, 8), run_dir=str(runs.folder / f"first-{algorithm}")
@@ -220,7 +221,7 @@ def test_a_reward_model_starts_from_the_policy(runs, monkeypatch, algorithm):
         train.main(config, None)
     first = seen.value.args[0]
     trunk = first if algorithm == "seq2seq_rm" else first["decoder"]
-    policy = jax.device_get(open_checkpoint(str(runs.sft), build_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])).params)
+    policy = jax.device_get(open_checkpoint(str(policy_run), build_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])).params)
     assert jax.tree.structure(trunk) == jax.tree.structure(policy)
     for a, b in zip(jax.tree.leaves(trunk), jax.tree.leaves(policy), strict=True):
         np.testing.assert_array_equal(a, b)
@@ -247,9 +248,9 @@ def test_corrections_and_ranking_are_learnt(runs):
 def check_kinds(report, kinds):
     assert [kind["kind"] for kind in report["kinds"]] == list(kinds)
     for kind in report["kinds"]:
-        for share, low, high in filter(None, (kind["by_sum"], kind["by_mean"])):
+        for share, low, high in (kind["by_centered"], kind["by_sum"], kind["by_mean"]):
             assert 0 <= low < share < high <= 1
-        _, low, high = kind["by_sum"]
+        _, low, high = kind["by_centered"]  # what PPO optimises
         expected = (
             "ranks pairs" if low > 0.5 else "ranks them the wrong way round" if high < 0.5 else "cannot rank pairs"
         )
@@ -279,7 +280,8 @@ def test_the_report_of_a_seq2seq_reward_model_has_every_number(runs):
     for kind in report["kinds"]:
         assert last[f"eval_pairs/{kind['kind']}_by_sum"] == kind["by_sum"][0]
         assert last[f"eval_pairs/{kind['kind']}_by_mean"] == kind["by_mean"][0]
-    assert last["eval_pair_accuracy"] == report["kinds"][0]["by_sum"][0]
+        assert last[f"eval_pairs/{kind['kind']}_by_centered_sum"] == kind["by_centered"][0]
+    assert last["eval_pair_accuracy"] == report["kinds"][0]["by_centered"][0]
     assert last["eval_tag_rate_chosen"] == report["divergence"]["chosen"]["tag_rate"]
 
 
@@ -288,7 +290,7 @@ def test_the_report_of_a_scalar_reward_model_has_every_number(runs):
     report = evaluation_of(run)
     assert report.keys() == {"step", "pairs", "kinds", "calibration"}
     check_kinds(report, ("scalar", "scalar_length_residual"))
-    assert all(kind["by_mean"] is None for kind in report["kinds"])
+    assert all(kind["by_centered"] == kind["by_sum"] for kind in report["kinds"])  # a score has no centre
     assert abs(report["kinds"][1]["length_correlation"]) < 1e-6
     assert sum(count for _, _, count in report["calibration"]["rows"]) == report["pairs"]
     last = [row for row in rows_of(run) if "eval_loss" in row][-1]
@@ -322,6 +324,20 @@ def test_pairs_are_the_same_again_and_hold_the_policys_errors(runs):
 
 
 # --- scoring
+
+
+def test_the_held_out_side_of_a_file_is_scored_by_its_hash(runs, scored, tmp_path):
+    everything, output = runs.folder / "pairs" / "pairs.jsonl", tmp_path / "scored.jsonl"
+    flags = (f"--input={everything}", f"--output={output}", "--held_out", "--nocorrections", "--batch_size=32")
+    assert run_score(f"--checkpoint={runs.reward_model('scalar_rm')}", *flags) == 0
+    found = [json.loads(line) for line in output.read_text().splitlines()]
+    alone, _ = scored("scalar_rm")
+    assert [row["prompt"] for row in found] == [row["prompt"] for row in alone]
+    np.testing.assert_allclose(
+        [response["sum"] for row in found for response in row["responses"]],
+        [response["sum"] for row in alone for response in row["responses"]],
+        rtol=1e-5,
+    )
 
 
 def literal_by_hand(model, prompt, response):

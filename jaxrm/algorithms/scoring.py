@@ -28,6 +28,8 @@ class RewardConfig:
     Attributes:
       kind: one of `jaxrm.ops.token_rewards.KINDS`; ``literal`` is the paper's, ``scalar`` and
         ``scalar_length_residual`` belong to a scalar reward model and the others to a seq2seq one.
+        What follows is set by a calibration pass before PPO and read there; a reward model's own evaluation reads
+        ``center`` alone.
       scale: ``unit`` gives the sum over a response unit standard deviation over a calibration set; or a number.
       center: what is taken off each token's value in tag and ``soft`` rewards: a ``running`` mean, the ``fixed`` mean
         of the calibration set, or ``none``.
@@ -262,9 +264,10 @@ def _token_rewards(
         "length": length,
         "tag_rate": masking.masked_mean(tags, mask, axis=1),
         "divergence": token_rewards.divergence(tags, mask).astype(jnp.float32),
+        "ended": jnp.any(is_end, axis=1).astype(jnp.float32),
         "end_tag": jnp.any(tags & is_end, axis=1).astype(jnp.float32),
     }
-    return TokenRewards(rewards, values, mask, diagnostics)
+    return TokenRewards(rewards, values, tags, mask, diagnostics)
 
 
 def _rows(

@@ -43,7 +43,7 @@ class MappingConfig:
     identity_weight: float = 1.0
     """Of the loss on a token of the identity mapping."""
     identity_warmup_steps: int = 0
-    """The first so many optimizer steps see the identity mapping alone."""
+    """The first so many optimizer steps see the identity mapping alone; they count among the run's steps."""
 
     def __post_init__(self) -> None:
         for field in ("correction_weight", "identity_weight"):
@@ -236,7 +236,7 @@ def comparison_examples(
     return examples, report
 
 
-def prompt_room(max_length: int, responses: Sequence[np.ndarray], request: Sequence[int] | None) -> int:
+def scored_prompt_room(max_length: int, responses: Sequence[np.ndarray], request: Sequence[int] | None) -> int:
     """Tokens left for the prompt where a reward model of `max_length` tokens reads it with each of `responses`.
 
     A scalar reward model reads prompt and response; a seq2seq one goes on with `request` and the response again.
@@ -268,7 +268,7 @@ def readable_pairs(
     report = ReadReport(total=len(pairs))
     readable: list[TokenPair] = []
     for pair in pairs:
-        room = prompt_room(max_length, (pair.chosen, pair.rejected), request)
+        room = scored_prompt_room(max_length, (pair.chosen, pair.rejected), request)
         if room < 1:
             report.add_bad(f"a response too long for the {max_length} tokens of the model", pair.source)
             continue

@@ -23,7 +23,7 @@ from jaxrm.ops.masking import masked_mean, masked_sum
 KINDS = ("literal", "signed", "prefix", "soft", "margin", "contrast", "scalar", "scalar_length_residual")
 
 # Tags and soft values pay for every token that is written; the other kinds have a zero of their own.
-_CENTERED = ("literal", "signed", "prefix", "soft")
+CENTERED = ("literal", "signed", "prefix", "soft")
 
 # Sums that differ by no more than this share of their size differ by float32 rounding alone.
 _ROUNDING = 1e-5
@@ -209,7 +209,7 @@ def calibrate(
     assert scale == "unit" or scale > 0, scale
     _check(mask, values, dtype=float)
     calibration = uncalibrated()
-    if kind in _CENTERED and center != "none":
+    if kind in CENTERED and center != "none":
         calibration = dataclasses.replace(calibration, center=masked_mean(values, mask))
     if kind == "scalar_length_residual":
         slope, intercept = _line_by_length(masked_sum(values, mask, axis=1), mask)
@@ -239,7 +239,7 @@ def apply(calibration: Calibration, kind: str, values: jax.Array, mask: jax.Arra
     assert kind in KINDS, kind
     _check(mask, values, dtype=float)
     values = values.astype(jnp.float32)
-    if kind in _CENTERED:
+    if kind in CENTERED:
         values = values - calibration.center
     elif kind == "scalar_length_residual":
         expected = calibration.length_slope * _lengths(mask) + calibration.length_intercept
@@ -269,7 +269,7 @@ def update_center(
     """
     assert kind in KINDS, kind
     _check(mask, values, dtype=float)
-    if kind not in _CENTERED:
+    if kind not in CENTERED:
         return calibration
     moved = momentum * calibration.center + (1.0 - momentum) * masked_mean(values, mask)
     return dataclasses.replace(calibration, center=jnp.where(jnp.any(mask), moved, calibration.center))

@@ -11,7 +11,7 @@ import numpy as np
 from jaxrm.data import tasks
 from jaxrm.data.pairs import TokenPair, cut_prompt
 from jaxrm.data.records import PreferenceRecord
-from jaxrm.data.templates import bos_id
+from jaxrm.data.templates import bos_id, end_ids
 from jaxrm.errors import UserError
 from jaxrm.evaluation.corrections import CorrectionQuality, correction_quality
 from jaxrm.models.config import ModelConfig
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _ROWS = 32  # corrections written at once
-_TASK = "task:"
 
 
 @dataclass(frozen=True)
@@ -126,11 +125,11 @@ def check_judge(judge: str | None, records: Sequence[PreferenceRecord] = ()) -> 
     """Refuse ``config.evaluation.judge`` where it names no embedded task, or cannot judge responses to ``records``."""
     if judge is None:
         return
-    if judge.removeprefix(_TASK) not in tasks.TASKS:
-        known = ", ".join(f"{_TASK}{task}" for task in tasks.TASKS)
+    if judge.removeprefix(tasks.PREFIX) not in tasks.TASKS:
+        known = ", ".join(f"{tasks.PREFIX}{task}" for task in tasks.TASKS)
         raise UserError(
             f"config.evaluation.judge is {judge!r}; there is a judge for {known}; "
-            f"e.g. --config.evaluation.judge={_TASK}{tasks.TASKS[0]}, or =None"
+            f"e.g. --config.evaluation.judge={tasks.PREFIX}{tasks.TASKS[0]}, or =None"
         )
     for record in records:
         try:
@@ -144,7 +143,7 @@ def check_judge(judge: str | None, records: Sequence[PreferenceRecord] = ()) -> 
 
 def judge_response(judge: str, record: PreferenceRecord, response: str) -> float:
     """Exact utility of a response to a record's prompt."""
-    return tasks.judge(judge.removeprefix(_TASK), record.prompt[-1].content, response)
+    return tasks.judge(judge.removeprefix(tasks.PREFIX), record.prompt[-1].content, response)
 
 
 def print_corrections(
@@ -186,8 +185,11 @@ def print_corrections(
             chosen_texts=[corrector.text(pair.chosen) for pair in pairs],
             judge_gains=gains,
         )
-    numbers = {side: dataclasses.asdict(quality) for side, quality in found.items()}
+    ends = end_ids(corrector.tokenizer, corrector.template)
+    ended = {side: np.mean([len(x) > 0 and int(x[-1]) in ends for x in written[side]]) for side in found}
+    numbers = {side: {**dataclasses.asdict(of), "ended": float(ended[side])} for side, of in found.items()}
     said = {
+        "ended": "share that ended within the tokens allowed",
         "changed": "share that differ from their source",
         "distance_to_source": "edit distance to the source, tokens",
         "distance_to_chosen": "edit distance to chosen, tokens",

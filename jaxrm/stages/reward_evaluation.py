@@ -1,21 +1,22 @@
 """How well a reward model tells the chosen response of held-out pairs from the rejected one."""
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxrm.algorithms.scoring import response_statistics
 from jaxrm.data.pairs import TokenPair
+from jaxrm.errors import UserError
 from jaxrm.evaluation.calibration import calibration
 from jaxrm.evaluation.ranking import length_correlation, pair_accuracy
 from jaxrm.ops import token_rewards
 from jaxrm.runtime import partition
 from jaxrm.runtime.progress import print_table
 from jaxrm.stages.response_batches import response_batches
+from jaxrm.types import ResponseBatch
 
 Sides = dict[str, dict[str, np.ndarray]]  # kind -> diagnostic -> [2, N]: chosen, rejected
 
@@ -37,16 +38,42 @@ class HeldOutPairs:
         self._batches = list(response_batches(prompts, responses, rows, mesh))
         self._copied = NamedSharding(mesh, PartitionSpec())
         self._rows = partition.batch_sharding(mesh)
-        self._reference: list[jax.Array | None] = [None] * len(self._batches)
+        self._reference: Sequence[jax.Array | None] = [None] * len(self._batches)
 
-    def set_reference(self, graphdef: nnx.GraphDef, params: Any, params_sharding: Any, row_multiple: int) -> None:
-        """Keep the log-probs that a reference policy gives to the responses, for the kind ``contrast``."""
+    def keep_reference(
+        self, file: Path, open_policy: Callable[[], Callable[[ResponseBatch], jax.Array]], *, is_writer: bool
+    ) -> None:
+        """Have the log-probs that a reference policy gives to the responses, for the kind ``contrast``.
 
-        def log_probs(params: Any, batch: Any) -> jax.Array:
-            return response_statistics(graphdef, params, batch, None, row_multiple=row_multiple).log_probs
+        They are kept in a file, so that a run that is continued compares with the policy that it began with, and need
+        not open it again.
 
-        step = jax.jit(log_probs, in_shardings=(params_sharding, self._rows), out_shardings=self._rows)
-        self._reference = [step(params, batch) for batch, _ in self._batches]
+        Args:
+          file: where they are, or will be.
+          open_policy: opens the policy; its function gives ``[B, T]`` log-probs, whole on every device.
+          is_writer: whether this process writes.
+        """
+        longest = int(self.lengths.max())
+        if file.exists():
+            kept = np.load(file, allow_pickle=False)
+        else:
+            log_probs = open_policy()
+            kept = np.zeros((self.lengths.size, longest), np.float32)
+            for batch, indices in self._batches:
+                found = jax.device_get(log_probs(batch))[: len(indices), :longest]
+                kept[indices, : found.shape[1]] = found
+            if is_writer:
+                part = file.with_name(f".{file.name}.part")
+                with part.open("wb") as opened:
+                    np.save(opened, kept)
+                part.replace(file)
+        reference = []
+        for batch, indices in self._batches:
+            array = np.zeros(batch.responses.shape, np.float32)
+            width = min(array.shape[1], longest)
+            array[: len(indices), :width] = kept[indices, :width]
+            reference.append(jax.make_array_from_callback(array.shape, self._rows, array.__getitem__))
+        self._reference = reference
 
     def reader(self, diagnostics: Callable[..., Any], params_sharding: Any) -> Callable[[Any], Sides]:
         """Function from parameters to the diagnostics of both sides.
@@ -61,6 +88,11 @@ class HeldOutPairs:
             sides: Sides = {}
             for (batch, indices), reference in zip(self._batches, self._reference, strict=True):
                 for kind, names in jax.device_get(step(params, batch, reference)).items():
+                    if not np.isfinite(names["sum"]).all():
+                        raise UserError(
+                            f"the {kind} rewards of held-out pairs are not finite, so nothing of these parameters was "
+                            "saved; try a lower --config.optimizer.lr, or other weights than --config.model.path"
+                        )
                     for name, values in names.items():
                         array = sides.setdefault(kind, {}).setdefault(name, np.zeros(self.lengths.size))
                         array[indices] = values[: len(indices)]
@@ -76,9 +108,25 @@ class HeldOutPairs:
 def with_length_residual(sides: Sides) -> Sides:
     """Add the kind ``scalar_length_residual``: the linear effect of length, fitted on both sides, taken out."""
     scores, lengths = sides["scalar"]["sum"], sides["scalar"]["length"]
-    slope = np.polyfit(lengths.ravel(), scores.ravel(), 1)[0] if np.ptp(lengths) > 0 else 0.0
-    residual = scores - slope * lengths
+    slope, intercept = np.polyfit(lengths.ravel(), scores.ravel(), 1) if np.ptp(lengths) > 0 else (0.0, scores.mean())
+    residual = scores - (slope * lengths + intercept)
     return {**sides, "scalar_length_residual": {**sides["scalar"], "sum": residual, "mean": residual / lengths}}
+
+
+def with_centered(sides: Sides, center: str) -> Sides:
+    """Add ``centered``, the sum that PPO optimises: tag and soft rewards lose their mean over the pairs' tokens.
+
+    Args:
+      sides: what the reward model says of the pairs.
+      center: as in `jaxrm.algorithms.scoring.RewardConfig`; with ``none`` nothing is taken off.
+    """
+
+    def centered(kind: str, names: dict[str, np.ndarray]) -> np.ndarray:
+        if center == "none" or kind not in token_rewards.CENTERED:
+            return names["sum"]
+        return names["sum"] - names["length"] * (names["sum"].sum() / names["length"].sum())
+
+    return {kind: {**names, "centered": centered(kind, names)} for kind, names in sides.items()}
 
 
 def metrics(sides: Sides, kind: str) -> dict[str, float]:
@@ -86,11 +134,11 @@ def metrics(sides: Sides, kind: str) -> dict[str, float]:
 
     Args:
       sides: what the reward model says of the pairs.
-      kind: of token reward, whose share of pairs ranked right by sum is ``eval_pair_accuracy``; where this sort of
-        reward model has no such kind, its first is taken.
+      kind: of token reward, whose share of pairs ranked right by its centred sum is ``eval_pair_accuracy``; where
+        this sort of reward model has no such kind, its first is taken.
     """
     shown = sides.get(kind, next(iter(sides.values())))
-    found = {"eval_pair_accuracy": pair_accuracy(*shown["sum"]).accuracy}
+    found = {"eval_pair_accuracy": pair_accuracy(*shown["centered"]).accuracy}
     if "scalar" in sides:
         gap = sides["scalar"]["sum"][0] - sides["scalar"]["sum"][1]
         found["eval_calibration_error"] = calibration(gap).expected_calibration_error
@@ -99,8 +147,12 @@ def metrics(sides: Sides, kind: str) -> dict[str, float]:
         for i, side in enumerate(("chosen", "rejected")):
             found[f"eval_divergence_{side}"] = float(np.mean(any_kind["divergence"][i] / any_kind["length"][i]))
             found[f"eval_tag_rate_{side}"] = float(np.mean(any_kind["tag_rate"][i]))
+            found[f"eval_end_tag/{side}"] = float(np.mean(any_kind["end_tag"][i]))
     for name, of_kind in sides.items():
+        for i, side in enumerate(("chosen", "rejected")):
+            found[f"eval_reward_sum/{name}_{side}"] = float(np.mean(of_kind["sum"][i]))
         found[f"eval_pairs/{name}_by_sum"] = pair_accuracy(*of_kind["sum"]).accuracy
+        found[f"eval_pairs/{name}_by_centered_sum"] = pair_accuracy(*of_kind["centered"]).accuracy
         if not name.startswith("scalar"):
             found[f"eval_pairs/{name}_by_mean"] = pair_accuracy(*of_kind["mean"]).accuracy
         correlation = length_correlation(of_kind["sum"].ravel(), of_kind["length"].ravel())
@@ -112,28 +164,29 @@ def metrics(sides: Sides, kind: str) -> dict[str, float]:
 def print_ranking(sides: Sides) -> list[dict[str, Any]]:
     """Print how each kind ranks the pairs; returns the table's numbers.
 
-    PPO optimises the sum of token rewards, so the verdict is by the sum.
+    PPO optimises the sum of token rewards after centring, so the verdict is by that. The residual's correlation with
+    length is 0 by construction, since its line is fitted on these pairs.
     """
     rows, numbers = [], []
     for kind, names in sides.items():
-        by_sum, by_mean = pair_accuracy(*names["sum"]), pair_accuracy(*names["mean"])
+        found = {name: pair_accuracy(*names[name]) for name in ("centered", "sum", "mean")}
         correlation = length_correlation(names["sum"].ravel(), names["length"].ravel())
-        is_scalar = kind.startswith("scalar")
-        shown = [f"{100 * p.accuracy:.1f} % [{100 * p.low:.1f}, {100 * p.high:.1f}]" for p in (by_sum, by_mean)]
-        rows.append([kind, shown[0], "the same" if is_scalar else shown[1], correlation, by_sum.verdict])
+        shown = [f"{100 * p.accuracy:.1f} % [{100 * p.low:.1f}, {100 * p.high:.1f}]" for p in found.values()]
+        if kind.startswith("scalar"):  # a score for the whole has no mean over tokens, and no centre
+            shown = ["–", shown[1], "–"]
+        rows.append([kind, *shown, "–" if correlation is None else f"{correlation:.2f}", found["centered"].verdict])
         numbers.append(
             {
                 "kind": kind,
-                "by_sum": [by_sum.accuracy, by_sum.low, by_sum.high],
-                "by_mean": None if is_scalar else [by_mean.accuracy, by_mean.low, by_mean.high],
+                **{f"by_{name}": [p.accuracy, p.low, p.high] for name, p in found.items()},
                 "length_correlation": correlation,
-                "verdict": by_sum.verdict,
+                "verdict": found["centered"].verdict,
             }
         )
     count = next(iter(sides.values()))["sum"].shape[1]
     print_table(
         f"{count} held-out pairs: chosen above rejected, with 95 % intervals",
-        ["kind", "by sum", "by mean", "length r", "by sum it"],
+        ["kind", "by centred sum", "by sum", "by mean", "length r", "so it"],
         rows,
     )
     return numbers

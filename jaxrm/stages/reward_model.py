@@ -10,6 +10,7 @@ from jaxrm.algorithms.train_step import LossFn
 from jaxrm.data.pairs import correction_request, readable_pairs
 from jaxrm.data.templates import bos_id, end_ids
 from jaxrm.data.tokenizer import load_tokenizer
+from jaxrm.errors import UserError
 from jaxrm.experiment import MAY_DIFFER, Experiment
 from jaxrm.models import build, heads
 from jaxrm.runtime import config as bridge
@@ -28,8 +29,10 @@ from jaxrm.stages.reward_evaluation import (
     print_divergence,
     print_ranking,
     print_reliability,
+    with_centered,
     with_length_residual,
 )
+from jaxrm.stages.scored import policy_log_probs
 from jaxrm.stages.trained import keep_model
 from jaxrm.types import ComparisonBatch, MappingBatch
 
@@ -68,7 +71,7 @@ def run(config: Experiment) -> int:
     prepared = prepare(config, mesh, train, held_out, request, first_id, tokenizer.pad_token_id or 0)
     scored, unread = readable_pairs(
         held_out.pairs,
-        decoder.config.max_position,
+        config.data.max_length,  # no longer than what it was trained on, and no larger in memory
         config.data,
         request=request if is_seq2seq else None,
         first_id=first_id,
@@ -85,6 +88,12 @@ def run(config: Experiment) -> int:
         field="config.evaluation.sampling.max_new_tokens",
     )
     num_steps = config.num_steps or math.ceil(config.num_epochs * prepared.rows / config.data.batch_size)
+    if config.mapping.identity_warmup_steps >= num_steps and is_seq2seq:
+        raise UserError(
+            f"config.mapping.identity_warmup_steps is {config.mapping.identity_warmup_steps}, but the run has "
+            f"{num_steps} steps in all, so that it would learn no correction; e.g. "
+            f"--config.mapping.identity_warmup_steps={num_steps // 4}"
+        )
     weights.check_weights(decoder.config, config.model)  # last, since a hub model is fetched for it
 
     folder = open_run(
@@ -99,9 +108,8 @@ def run(config: Experiment) -> int:
         print(folder.message)
         keep_model(decoder.config, tokenizer, folder)
         print_table(f"Pairs in {config.data.path}", ["records", "number", "first at"], prepared.report.rows())
-        if prepared.held_out_report.bad or unread.bad:
-            rows = prepared.held_out_report.merge(unread).rows()
-            print_table("Held-out pairs", ["records", "number", "first at"], rows)
+        for name, held_out_report in (("", prepared.held_out_report), (", to be ranked", unread)):
+            print_table(f"Held-out pairs{name}", ["records", "number", "first at"], held_out_report.rows())
         print(
             f"{prepared.rows:,} rows of {config.data.max_length:,} tokens; {num_steps:,} steps of "
             f"{config.data.batch_size} rows"
@@ -123,18 +131,17 @@ def run(config: Experiment) -> int:
         loss_fn = seq2seq_rm.seq2seq_rm_loss(
             model.graphdef,
             correction_weight=config.mapping.correction_weight,
-            identity_weight=config.mapping.identity_weight,
+            identity_weight=config.mapping.identity_weight if config.mapping.identity else 0.0,
         )
         diagnostics = scoring.seq2seq_diagnostics(
             model.graphdef, request=request, end_ids=ends, row_multiple=row_multiple
         )
-        # The model that the reward model starts from stands for the reference policy of the kind `contrast`.
-        pairs.set_reference(
-            decoder.graphdef,
-            first_params(supervised.first_key(config.seed)),
-            decoder.shardings,
-            row_multiple,
-        )
+        if config.model.path is not None:  # the policy that the reward model starts from is its reference
+            pairs.keep_reference(
+                folder.path / "reference_log_probs.npy",
+                lambda: policy_log_probs(decoder, first_params(supervised.first_key(config.seed)), mesh, whole=True),
+                is_writer=is_writer,
+            )
     else:
         loss_fn = scalar_rm.scalar_rm_loss(model.graphdef, config.scalar_rm)
         diagnostics = scoring.scalar_diagnostics(model.graphdef, end_ids=ends, row_multiple=row_multiple)
@@ -144,9 +151,13 @@ def run(config: Experiment) -> int:
 
     sides: Sides | None = None  # of the latest evaluation, which is that of the last parameters once they are there
 
+    def all_kinds(params: Any) -> Sides:
+        found = read(params)
+        return with_centered(found if is_seq2seq else with_length_residual(found), config.reward.center)
+
     def evaluate(params: Any) -> dict[str, float]:
         nonlocal sides
-        sides = _all_kinds(read(params))
+        sides = all_kinds(params)
         return held_out_loss(params) | metrics(sides, config.reward.kind)
 
     state, finished = supervised.train(
@@ -167,7 +178,7 @@ def run(config: Experiment) -> int:
             print(f"Stopped and saved at step {int(state.step)} of {num_steps}; the same command continues from there.")
         return EXIT_PREEMPTED
 
-    sides = sides or _all_kinds(read(state.params))
+    sides = sides or all_kinds(state.params)
     corrections = None
     if corrected:
         corrector = Corrector(model, state.params, tokenizer, template, request, longest)
@@ -187,7 +198,3 @@ def run(config: Experiment) -> int:
         write_json_atomically(folder.path / "evaluation.json", report)
         print(f"The run is in {folder.path}; these numbers are in {folder.path / 'evaluation.json'}")
     return 0
-
-
-def _all_kinds(sides: Sides) -> Sides:
-    return with_length_residual(sides) if "scalar" in sides else sides

@@ -26,7 +26,6 @@ from jaxrm.stages.responses import Responder, prompt_room
 from jaxrm.stages.trained import open_checkpoint
 from jaxrm.stages.weights import LANGUAGE_MODELS, find_checkpoint
 
-_TASK = "task:"
 _ATTEMPTS = 4  # draws of a second response that differs from the first
 
 
@@ -39,10 +38,10 @@ def run(config: Experiment) -> int:
     Raises:
       UserError: where there is no embedded task or no policy to sample from.
     """
-    if not config.data.path.startswith(_TASK):
+    if not config.data.path.startswith(tasks.PREFIX):
         raise UserError(
             f"config.data.path is {config.data.path!r}, but pairs are labelled by the annotator of an embedded task; "
-            f"e.g. --config.data.path={_TASK}{tasks.TASKS[0]}"
+            f"e.g. --config.data.path={tasks.PREFIX}{tasks.TASKS[0]}"
         )
     if config.model.path is None:
         raise UserError(
@@ -53,7 +52,7 @@ def run(config: Experiment) -> int:
     if jax.process_count() > 1:
         raise UserError("sampling pairs of an embedded task is the work of one process; run it on one host")
     check_run(config.run_dir, resolved, on_existing=config.on_existing, may_differ=MAY_DIFFER)
-    task = config.data.path.removeprefix(_TASK)
+    task = config.data.path.removeprefix(tasks.PREFIX)
     records = _task_pairs(config.data, config.seed)
     if config.pairs.count > len(records):
         raise UserError(

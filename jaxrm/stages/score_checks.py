@@ -9,7 +9,7 @@ from jaxrm.data.tokenizer import load_tokenizer, vocabulary_conflict
 from jaxrm.errors import UserError
 from jaxrm.ops import token_rewards
 from jaxrm.stages.corrections import check_room
-from jaxrm.stages.scored import Task
+from jaxrm.stages.scored import Scorable
 from jaxrm.stages.trained import TrainedRewardModel
 from jaxrm.stages.weights import RunCheckpoint, is_run
 
@@ -59,7 +59,7 @@ def check_reference(reference: RunCheckpoint, run: RunCheckpoint) -> None:
         )
 
 
-def check_corrections(model: TrainedRewardModel, tasks: Sequence[Task], max_new_tokens: int) -> None:
+def check_corrections(model: TrainedRewardModel, tasks: Sequence[Scorable], max_new_tokens: int) -> None:
     """Refuse corrections of up to so many tokens where the model cannot write them behind every response."""
     request = correction_request(model.tokenizer, model.template, model.config.mapping.instruction)
     responses = [ids for task in tasks for _, _, ids in task.responses]

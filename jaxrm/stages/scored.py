@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxrm.algorithms import scoring
 from jaxrm.data import templates
-from jaxrm.data.pairs import correction_request, cut_prompt, prompt_room
+from jaxrm.data.pairs import correction_request, cut_prompt, scored_prompt_room
 from jaxrm.data.readers import ReadReport
 from jaxrm.data.records import DemonstrationRecord, Message, PreferenceRecord, Record
 from jaxrm.data.tokenizer import token_texts
@@ -22,12 +22,13 @@ from jaxrm.runtime.progress import Progress
 from jaxrm.stages import setup
 from jaxrm.stages.corrections import Corrector
 from jaxrm.stages.response_batches import response_batches
+from jaxrm.stages.setup import OpenedModel
 from jaxrm.stages.trained import Trained, TrainedRewardModel
 from jaxrm.types import ResponseBatch
 
 
 @dataclass(frozen=True)
-class Task:
+class Scorable:
     """One record to score: a prompt and its responses, as text and as tokens.
 
     Attributes:
@@ -58,7 +59,7 @@ class ScoredResponse:
 
 def encode(
     records: Sequence[Record], model: TrainedRewardModel, report: ReadReport, *, reference: Trained | None = None
-) -> list[Task]:
+) -> list[Scorable]:
     """Records as tokens; prompts are cut on the left where they must be, and what cannot be scored is reported.
 
     Args:
@@ -96,23 +97,23 @@ def encode(
             report.add_bad("both responses are the same", record.source)
             continue
         positions = model.model.config.max_position
-        room = prompt_room(positions, every, request if model.is_seq2seq else None)
+        room = scored_prompt_room(positions, every, request if model.is_seq2seq else None)
         if reference is not None:
             positions = min(positions, reference.model.config.max_position)
-            room = min(room, prompt_room(reference.model.config.max_position, every, None))
+            room = min(room, scored_prompt_room(reference.model.config.max_position, every, None))
         if room < 1:
             report.add_bad(f"a response too long for the {positions} tokens of the model", record.source)
             continue
         report.cut_prompts += len(prompt) > room
         ids = cut_prompt(np.array(prompt, np.int32), room, first_id)
-        tasks.append(Task(record.source, record.prompt, ids, responses))
+        tasks.append(Scorable(record.source, record.prompt, ids, responses))
     report.used = len(tasks)
     return tasks
 
 
 def score(
     model: TrainedRewardModel,
-    tasks: Sequence[Task],
+    tasks: Sequence[Scorable],
     kind: str,
     *,
     mesh: Mesh,
@@ -137,13 +138,21 @@ def score(
     prompts = [task.prompt_ids for task in tasks for _ in task.responses]
     responses = [ids for task in tasks for _, _, ids in task.responses]
     sources = [task.source for task in tasks for _ in task.responses]
-    step = _step(model, kind, mesh)
-    log_probs = None if reference is None else _log_probs(reference, mesh)
+    step = scoring.build_score_step(
+        _scorer(model, kind, mesh),
+        params_sharding=model.model.shardings,
+        batch_sharding=partition.batch_sharding(mesh),
+        output_sharding=NamedSharding(mesh, PartitionSpec()),
+    )
+    plain = token_rewards.uncalibrated()
+    log_probs = None if reference is None else policy_log_probs(reference.model, reference.params, mesh)
     scored: list[ScoredResponse] = [ScoredResponse(np.zeros(0, np.float32), None)] * len(responses)
     V, done = model.model.config.vocab_size, 0
     with Progress("score", len(responses), unit="responses", enabled=show_progress) as progress:
         for batch, indices in response_batches(prompts, responses, rows, mesh, vocab_size=V):
-            values, tags = jax.device_get(step(batch, None if log_probs is None else log_probs(batch)))
+            given = None if log_probs is None else log_probs(batch)
+            found = jax.device_get(step(model.params, plain, batch, given))
+            values, tags = found.values, found.tags
             for row, i in enumerate(indices):
                 length = len(responses[i])
                 if not np.isfinite(values[row, :length]).all():
@@ -157,12 +166,12 @@ def score(
             progress.update(done)
     if kind == "scalar_length_residual":
         scored = _without_length(scored)
-    found = iter(scored)
-    return [[next(found) for _ in task.responses] for task in tasks]
+    in_order = iter(scored)
+    return [[next(in_order) for _ in task.responses] for task in tasks]
 
 
 def correct(
-    model: TrainedRewardModel, tasks: Sequence[Task], *, max_new_tokens: int, show_progress: bool = True
+    model: TrainedRewardModel, tasks: Sequence[Scorable], *, max_new_tokens: int, show_progress: bool = True
 ) -> list[list[np.ndarray]]:
     """Token ids of the greedy correction of every response of every task."""
     request = tuple(correction_request(model.tokenizer, model.template, model.config.mapping.instruction))
@@ -175,7 +184,7 @@ def correct(
 
 def as_record(
     model: TrainedRewardModel,
-    task: Task,
+    task: Scorable,
     scored: Sequence[ScoredResponse],
     corrections: Sequence[np.ndarray] | None,
     kind: str,
@@ -221,36 +230,28 @@ def as_record(
     }
 
 
-def _step(
-    model: TrainedRewardModel, kind: str, mesh: Mesh
-) -> Callable[[ResponseBatch, jax.Array | None], tuple[jax.Array, jax.Array]]:
-    multiple = setup.row_multiple(mesh)
+def _scorer(model: TrainedRewardModel, kind: str, mesh: Mesh) -> scoring.Scorer:
+    """The reward model as a source of token rewards like any other."""
+    graphdef, multiple = model.model.graphdef, setup.row_multiple(mesh)
+    ends = tuple(sorted(templates.end_ids(model.tokenizer, model.template)))
+    if not model.is_seq2seq:
+        return scoring.scalar_scorer(graphdef, kind, end_ids=ends, row_multiple=multiple)
     request = tuple(correction_request(model.tokenizer, model.template, model.config.mapping.instruction))
-
-    def step(params: Any, batch: ResponseBatch, reference: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-        graphdef = model.model.graphdef
-        if not model.is_seq2seq:
-            scores = scoring.response_scores(graphdef, params, batch, row_multiple=multiple)
-            return token_rewards.scalar(scores, batch.response_mask), batch.response_mask
-        statistics = scoring.response_statistics(graphdef, params, batch, request, row_multiple=multiple)
-        tags = token_rewards.token_tags(batch.responses, statistics.argmax, batch.response_mask)
-        return scoring.token_values(kind, statistics, batch, reference), tags
-
-    rows = partition.batch_sharding(mesh)
-    jitted = jax.jit(
-        step, in_shardings=(model.model.shardings, rows, rows), out_shardings=NamedSharding(mesh, PartitionSpec())
-    )
-    return lambda batch, reference: jitted(model.params, batch, reference)
+    return scoring.seq2seq_scorer(graphdef, kind, request=request, end_ids=ends, row_multiple=multiple)
 
 
-def _log_probs(policy: Trained, mesh: Mesh) -> Callable[[ResponseBatch], jax.Array]:
+def policy_log_probs(
+    model: OpenedModel, params: Any, mesh: Mesh, *, whole: bool = False
+) -> Callable[[ResponseBatch], jax.Array]:
+    """Function to the log-probs ``[B, T]`` that a policy gives to responses: by rows, or ``whole`` on every device."""
     multiple, rows = setup.row_multiple(mesh), partition.batch_sharding(mesh)
 
     def log_probs(params: Any, batch: ResponseBatch) -> jax.Array:
-        return scoring.response_statistics(policy.model.graphdef, params, batch, None, row_multiple=multiple).log_probs
+        return scoring.response_statistics(model.graphdef, params, batch, None, row_multiple=multiple).log_probs
 
-    jitted = jax.jit(log_probs, in_shardings=(policy.model.shardings, rows), out_shardings=rows)
-    return lambda batch: jitted(policy.params, batch)
+    out = NamedSharding(mesh, PartitionSpec()) if whole else rows
+    jitted = jax.jit(log_probs, in_shardings=(model.shardings, rows), out_shardings=out)
+    return lambda batch: jitted(params, batch)
 
 
 def _without_length(scored: Sequence[ScoredResponse]) -> list[ScoredResponse]:

@@ -13,8 +13,8 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
+from jaxrm.data import tasks
 from jaxrm.data.config import DataConfig
-from jaxrm.data.tasks import write_task
 from jaxrm.data.tokenizer import load_tokenizer, vocabulary_conflict
 from jaxrm.errors import UserError
 from jaxrm.models import attention, build
@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Batch = TypeVar("Batch")
-
-_TASK = "task:"
 
 
 @dataclass(frozen=True)
@@ -85,12 +83,12 @@ def task_files(data: DataConfig, seed: int, *, pairs: bool = False) -> Iterator[
     From here on a task is read like any other data: its demonstrations, or its ``pairs``, of which a share is held
     out. Other sections pass unchanged.
     """
-    if not data.path.startswith(_TASK):
+    if not data.path.startswith(tasks.PREFIX):
         yield data
         return
     with tempfile.TemporaryDirectory(prefix="jaxrm-task-") as name:
         folder = Path(name)
-        write_task(data.path.removeprefix(_TASK), folder, seed=seed)
+        tasks.write_task(data.path.removeprefix(tasks.PREFIX), folder, seed=seed)
         held_out = None if pairs else str(folder / "heldout.jsonl")
         yield dataclasses.replace(
             data,

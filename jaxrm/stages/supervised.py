@@ -104,7 +104,9 @@ def train(
                 every=config.logging.every,
                 num_steps=num_steps,
                 learning_rate=learning_rate(config.optimizer, num_steps),
-                flops_per_token=flops.training_flops_per_token(model.config, config.data.max_length),
+                flops_per_token=flops.training_flops_per_token(
+                    model.config, config.data.max_length, scalar_head=config.algorithm == "scalar_rm"
+                ),
                 dtype=config.model.dtype,
             ),
             stop=stop,

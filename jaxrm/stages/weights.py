@@ -22,6 +22,7 @@ from jaxrm.runtime.run_folder import RunFolder
 
 LANGUAGE_MODELS = ("sft", "seq2seq_rm")  # algorithms whose runs hold a whole decoder
 REWARD_MODELS = ("seq2seq_rm", "scalar_rm")
+_EXAMPLES = {"sft": "runs/quickstart", "seq2seq_rm": "runs/rm_seq2seq_tiny"}
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def find_checkpoint(path: str, field: str = "--checkpoint", algorithms: tuple[st
     if algorithms and config.algorithm not in algorithms:
         raise UserError(
             f"{field} is {path!r}, a run of {config.algorithm}; required a model of {' or '.join(algorithms)}; "
-            f"give such a run, e.g. {flag}=runs/{algorithms[0]}"
+            f"give such a run, e.g. {flag}={_EXAMPLES[algorithms[0]]}"
         )
     missing = [file.name for file in (folder.model, folder.tokenizer) if not file.exists()]
     if missing:

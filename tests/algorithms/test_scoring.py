@@ -358,7 +358,8 @@ def test_no_consumer_can_tell_the_scorers_apart(scorers):
     one = shapes["literal"]
     assert one.rewards == one.values == ((B, T), np.dtype("float32"), False)
     assert one.mask == ((B, T), np.dtype(bool), False)
-    assert set(one.diagnostics) == {"sum", "mean", "length", "tag_rate", "divergence", "end_tag"}
+    assert one.tags == ((B, T), np.dtype(bool), False)
+    assert set(one.diagnostics) == {"sum", "mean", "length", "tag_rate", "divergence", "ended", "end_tag"}
     assert set(one.diagnostics.values()) == {((B,), np.dtype("float32"), False)}
 
 
@@ -388,8 +389,10 @@ def test_diagnostics_are_those_of_the_rewards(scorers, kind):
             "length": n,
             "tag_rate": tags.mean() if n else 0.0,
             "divergence": n if tags.all() else tags.argmin(),
+            "ended": float(n > 0 and response[-1] == EOS),
             "end_tag": float(n > 0 and tags[-1] and response[-1] == EOS),
         }
+        assert (got.tags[b, :n] == tags).all() and not got.tags[b, n:].any()
         for name, value in want.items():
             np.testing.assert_allclose(got.diagnostics[name][b], value, atol=1e-5, err_msg=f"{name} of response {b}")
 

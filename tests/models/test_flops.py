@@ -7,7 +7,7 @@ import jax
 import pytest
 
 from jaxrm.models.build import ModelSource, abstract_decoder
-from jaxrm.models.config import PRESETS
+from jaxrm.models.config import PRESETS, preset
 from jaxrm.models.flops import training_flops_per_token
 
 SMALL = dataclasses.replace(
@@ -75,3 +75,9 @@ def test_attention_is_near_a_count_of_the_pairs(config):
     length = 1024
     got = training_flops_per_token(config, length) - 6 * products_per_token(config)
     assert got == pytest.approx(attention_flops(config, length), rel=0.01)
+
+
+def test_a_scalar_head_saves_the_products_with_the_vocabulary():
+    config = preset("smollm2-135m")
+    both = [training_flops_per_token(config, 128, scalar_head=scalar) for scalar in (False, True)]
+    assert both[0] - both[1] == 6 * config.hidden_size * (config.vocab_size - 1)

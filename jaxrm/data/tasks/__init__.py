@@ -18,6 +18,7 @@ from pathlib import Path
 from jaxrm.errors import UserError
 
 TASKS = ("safety",)
+PREFIX = "task:"  # of a task's name, where a path could stand
 
 
 def write_task(name: str, folder: str | Path, *, seed: int) -> None:
