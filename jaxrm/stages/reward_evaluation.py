@@ -174,7 +174,14 @@ def print_ranking(sides: Sides) -> list[dict[str, Any]]:
         shown = [f"{100 * p.accuracy:.1f} % [{100 * p.low:.1f}, {100 * p.high:.1f}]" for p in found.values()]
         if kind.startswith("scalar"):  # a score for the whole has no mean over tokens, and no centre
             shown = ["–", shown[1], "–"]
-        rows.append([kind, *shown, "–" if correlation is None else f"{round(correlation, 2) + 0.0:.2f}", found["centered"].verdict])
+        rows.append(
+            [
+                kind,
+                *shown,
+                "–" if correlation is None else f"{round(correlation, 2) + 0.0:.2f}",
+                found["centered"].verdict,
+            ]
+        )
         numbers.append(
             {
                 "kind": kind,
