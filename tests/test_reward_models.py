@@ -116,7 +116,7 @@ class Runs:
         name = algorithm if count == 1 else f"{algorithm}-eight"
         return self.config(name, algorithm, mesh=MeshConfig() if count == 1 else EIGHT, **more)
 
-    @functools.cache  # noqa: B019
+    @functools.cache  # noqa: B019  # one Runs a module, which lives as long
     def reward_model(self, algorithm, count=1):
         config = self.reward_model_config(algorithm, count)
         with devices(count):
@@ -203,7 +203,7 @@ def test_a_checkpoint_opens_on_one_device_and_on_eight(runs, algorithm):
             np.testing.assert_array_equal(a, b)
 
 
-class _Seen(Exception):  # noqa: N818
+class _Seen(Exception):  # noqa: N818  # no error, a signal
     """Ends a stage where its training would begin."""
 
 
