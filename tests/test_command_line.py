@@ -102,7 +102,7 @@ def parse(toy):
 
     def run(*arguments, **options):
         received = []
-        main = lambda config, flags: received.append((config, flags))  # noqa: E731
+        main = lambda config, flags: received.append((config, flags))  # noqa: E731  # one line beside its list
         options = {"config_class": toy.Toy, "define_flags": toy.define_flags} | options
         assert command_line.run(main, argv=["toy", *arguments], **options) == 0
         return received[0]

@@ -235,7 +235,7 @@ def _can_dequantise(kind: Any) -> bool:
     _, bytes_per_block = GGML_QUANT_SIZES[kind]
     try:
         dequantize(np.zeros((1, bytes_per_block), np.uint8), kind)
-    except NotImplementedError:
+    except NotImplementedError:  # the library has no kernel for this kind
         return False
     return True
 
