@@ -1,8 +1,8 @@
-"""Preference pairs of the embedded task, sampled from the quickstart's policy and labelled by the task's annotator.
+"""Preference pairs of the embedded task: responses of the SFT policy, labelled by the task's annotator.
 
     python -m jaxrm.train --config=configs/pairs_tiny.py
 
-Needs: the policy, `configs/quickstart.py`; two CPU cores, 2 GB of memory, about a minute. The annotator
+Needs: the policy, `configs/sft_tiny.py`; two CPU cores, 2 GB of memory, about a minute. The annotator
 is noisy and likes refusals too much.
 """
 
@@ -19,7 +19,7 @@ def get_config() -> ConfigDict:
         Experiment(
             run_dir="runs/pairs_tiny",
             algorithm="sample_pairs",
-            model=ModelSource(path="runs/quickstart"),
+            model=ModelSource(path="runs/sft_tiny"),
             data=DataConfig(path="task:safety"),
             pairs=PairsConfig(count=2000),
         )

@@ -10,7 +10,7 @@ recipe; batch and length are jaxrm's choice.
 
 from ml_collections import ConfigDict
 
-from jaxrm.algorithms.scoring import RewardConfig
+from jaxrm.algorithms.reward_config import RewardConfig
 from jaxrm.data.config import DataConfig
 from jaxrm.experiment import Experiment
 from jaxrm.models.build import ModelSource

@@ -12,7 +12,7 @@ import importlib.util
 
 from ml_collections import ConfigDict
 
-from jaxrm.algorithms.scoring import RewardConfig
+from jaxrm.algorithms.reward_config import RewardConfig
 from jaxrm.data.config import DataConfig
 from jaxrm.experiment import EvaluationConfig, Experiment
 from jaxrm.models.build import ModelSource

@@ -2,13 +2,13 @@
 
     python -m jaxrm.train --config=configs/rm_scalar_tiny.py
 
-Needs: the policy that it starts from and pairs of that policy's responses, `configs/quickstart.py` and then
+Needs: the policy that it starts from and pairs of that policy's responses, `configs/sft_tiny.py` and then
 `configs/pairs_tiny.py`; two CPU cores, 2 GB of memory, about two minutes.
 """
 
 from ml_collections import ConfigDict
 
-from jaxrm.algorithms.scoring import RewardConfig
+from jaxrm.algorithms.reward_config import RewardConfig
 from jaxrm.data.config import DataConfig
 from jaxrm.experiment import EvaluationConfig, Experiment
 from jaxrm.models.build import ModelSource
@@ -24,7 +24,7 @@ def get_config() -> ConfigDict:
             algorithm="scalar_rm",
             num_epochs=2.0,
             reward=RewardConfig(kind="scalar"),
-            model=ModelSource(path="runs/quickstart"),
+            model=ModelSource(path="runs/sft_tiny"),
             data=DataConfig(path="runs/pairs_tiny/pairs.jsonl", max_length=256, batch_size=16, eval_share=0.2),
             optimizer=OptimizerConfig(lr=1e-3, weight_decay=0.1),
             checkpoint=CheckpointConfig(every=50),

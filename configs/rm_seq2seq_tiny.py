@@ -2,7 +2,7 @@
 
     python -m jaxrm.train --config=configs/rm_seq2seq_tiny.py
 
-Needs: the policy that it starts from and pairs of that policy's responses, `configs/quickstart.py` and then
+Needs: the policy that it starts from and pairs of that policy's responses, `configs/sft_tiny.py` and then
 `configs/pairs_tiny.py`; two CPU cores, 2 GB of memory, about two minutes.
 """
 
@@ -24,7 +24,7 @@ def get_config() -> ConfigDict:
             algorithm="seq2seq_rm",
             num_epochs=2.0,
             mapping=MappingConfig(instruction=""),  # in a world of 198 words the turn alone is instruction enough
-            model=ModelSource(path="runs/quickstart"),
+            model=ModelSource(path="runs/sft_tiny"),
             data=DataConfig(path="runs/pairs_tiny/pairs.jsonl", max_length=256, batch_size=16, eval_share=0.2),
             optimizer=OptimizerConfig(lr=1e-3, weight_decay=0.1),
             checkpoint=CheckpointConfig(every=50),

@@ -19,7 +19,7 @@ import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from absl import flags
 from ml_collections import ConfigDict
@@ -42,6 +42,7 @@ def run(
     *,
     define_flags: Callable[[flags.FlagValues], None] | None = None,
     config_required: bool = True,
+    config_class_of: Callable[[ConfigDict], type[Config]] | None = None,
     flag_of_field: Mapping[str, str] | None = None,
     argv: Sequence[str] | None = None,
 ) -> int:
@@ -57,6 +58,8 @@ def run(
         define_flags: defines the command's own flags on the values that it is given, as in
             ``flags.DEFINE_string("prompt", None, "the text to answer", flag_values=values)``.
         config_required: whether leaving out ``--config`` is a mistake; if not, `main` receives None.
+        config_class_of: for a command whose config has more than one form: the frozen dataclass of what the config
+            file gave; `config_class` is that of the form that most files have.
         flag_of_field: for a command without ``--config``, which flag of its own stands for which field of the
             config, ``{"config.data.path": "input"}``, since messages name fields.
         argv: the command line, program name first; ``sys.argv`` by default.
@@ -68,13 +71,22 @@ def run(
     if define_flags is not None:
         define_flags(values)
     try:
-        if not _HELP.isdisjoint(arguments):
-            print(_help(main, config_class, values, arguments, config_required))
+        wants_help = not _HELP.isdisjoint(arguments)
+        loaded = None
+        if config_class is not None and (wants_help or config_class_of is not None):
+            path = _config_path(arguments)
+            loaded = None if path is None else _Loaded(path, *load_config_file(path, config_class))
+            if loaded is not None and config_class_of is not None:
+                config_class = config_class_of(loaded.config)
+        if wants_help:
+            print(_help(main, config_class, values, loaded, config_required))
             return 0
         overrides = _parse(arguments, config_class, values)
         config = None
         if config_class is not None:
-            config = _read(values.config, overrides, config_class, config_required)
+            if loaded is None and values.config is not None:
+                loaded = _Loaded(values.config, *load_config_file(values.config, config_class))
+            config = _read(loaded, overrides, config_class, config_required)
         return main(config, values) or 0  # type: ignore[arg-type]  # None only where it is not required
     except UserError as error:
         message = str(error)
@@ -108,6 +120,26 @@ def check_output_file(flag: str, path: str, example: str) -> Path:
 def _say(message: str, status: int) -> int:
     print(f"jaxrm: {' '.join(message.splitlines())}", file=sys.stderr)
     return status
+
+
+class _Loaded(NamedTuple):
+    """A config file that has been run: its path, what it gave, and its docstring."""
+
+    path: str
+    config: ConfigDict
+    docstring: str | None
+
+
+def _config_path(arguments: list[str]) -> str | None:
+    """What ``--config`` names; None where it is absent, or the line too mistaken to tell, which `_parse` reports."""
+    only_config = flags.FlagValues()
+    flags.DEFINE_string("config", None, "the config file", flag_values=only_config)
+    only_config.set_gnu_getopt(True)
+    try:
+        only_config(arguments, known_only=True)
+    except flags.Error:
+        return None
+    return only_config.config
 
 
 def _parse(arguments: list[str], config_class: type | None, values: flags.FlagValues) -> dict[str, str]:
@@ -170,15 +202,17 @@ class _Override(flags.Flag):
         self._overrides[self.name] = argument
 
 
-def _read(path: str | None, overrides: dict[str, str], config_class: type[Config], required: bool) -> Config | None:
+def _read(
+    loaded: _Loaded | None, overrides: dict[str, str], config_class: type[Config], required: bool
+) -> Config | None:
     """The frozen tree of the config file with the overrides in place."""
-    if path is None:
+    if loaded is None:
         if required:
             raise UserError("--config is missing; required a config file; e.g. --config=configs/quickstart.py")
         if overrides:
             raise UserError(f"--{next(iter(overrides))} overrides nothing; give its file too, --config=configs/….py")
         return None
-    config, _ = load_config_file(path, config_class)
+    config = loaded.config
     names = config_fields.field_names(config_class)
     for name, text in overrides.items():
         *sections, last = name.split(".")[1:]
@@ -198,7 +232,7 @@ def _assign(holder: ConfigDict, name: str, value: Any) -> None:
 
 
 def _help(
-    main: Callable, config_class: type | None, values: flags.FlagValues, arguments: list[str], config_required: bool
+    main: Callable, config_class: type | None, values: flags.FlagValues, loaded: _Loaded | None, config_required: bool
 ) -> str:
     """Usage, the command's flags, and the fields of the config with the values of the file, if one is given."""
     spec = getattr(sys.modules.get("__main__"), "__spec__", None)
@@ -212,16 +246,13 @@ def _help(
         lines += [f"  --{n}={config_fields.as_text(values[n].default)}  {values[n].help}" for n in values]
     if config_class is None:
         return "\n".join(lines)
-    only_config = flags.FlagValues()
-    flags.DEFINE_string("config", None, "the config file", flag_values=only_config)
-    only_config(arguments, known_only=True)
-    if only_config.config is None and not config_required:
+    if loaded is None and not config_required:
         return "\n".join([*lines, "", "--config=configs/….py --help lists the fields of the config too."])
     config, whose = None, "their defaults"
-    if only_config.config is not None:
-        config, docstring = load_config_file(only_config.config, config_class)
-        lines += ["", f"{only_config.config}:", *(f"  {line}" for line in (docstring or "").strip().splitlines())]
-        whose = f"the values of {only_config.config}"
+    if loaded is not None:
+        config = loaded.config
+        lines += ["", f"{loaded.path}:", *(f"  {line}" for line in (loaded.docstring or "").strip().splitlines())]
+        whose = f"the values of {loaded.path}"
     lines += ["", f"Fields of the config, with {whose}:"]
     lines += [f"  --{line}" for line in config_fields.describe(config_class, config)]
     return "\n".join(lines)

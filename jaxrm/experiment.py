@@ -3,8 +3,9 @@
 import math
 from dataclasses import dataclass, field
 
+from jaxrm.algorithms.ppo_config import CriticConfig, PPOConfig, RolloutConfig
+from jaxrm.algorithms.reward_config import RewardConfig
 from jaxrm.algorithms.scalar_rm import ScalarRMConfig
-from jaxrm.algorithms.scoring import RewardConfig
 from jaxrm.data.config import DataConfig
 from jaxrm.data.pairs import MappingConfig
 from jaxrm.errors import UserError
@@ -16,7 +17,7 @@ from jaxrm.runtime.metrics import LoggingConfig
 from jaxrm.runtime.optimizer import OptimizerConfig
 from jaxrm.runtime.run_folder import OnExisting
 
-ALGORITHMS = ("sft", "sample_pairs", "seq2seq_rm", "scalar_rm")
+ALGORITHMS = ("sft", "sample_pairs", "seq2seq_rm", "scalar_rm", "ppo")
 
 # What may change between two launches of one run: nothing here changes what is learnt.
 MAY_DIFFER = frozenset({"run_dir", "on_existing", "mesh", "checkpoint", "logging", "evaluation"})
@@ -32,7 +33,7 @@ class EvaluationConfig:
       sampling: how.
       corrections: held-out pairs whose two responses a seq2seq reward model corrects when training ends, greedily and
         with no more tokens than ``sampling`` allows; 0 for none.
-      judge: embedded task (``task:safety``) whose exact judge says what corrections gain.
+      judge: embedded task (``task:safety``) whose exact judge says what corrections gain and marks a policy's answers.
     """
 
     every: int = 100
@@ -85,7 +86,7 @@ class Experiment:
     """One run.
 
     Attributes:
-      run_dir: folder of the run; all that it writes is in it.
+      run_dir: folder of the run; all that it writes is in it. A pipeline fills in that of its stages.
       algorithm: what to run, one of `ALGORITHMS`.
       on_existing: a folder that already holds this run is continued (``resume``), put aside and started anew
         (``restart``) or refused (``error``).
@@ -93,9 +94,10 @@ class Experiment:
       num_steps: updates in all, or None for ``num_epochs``.
       num_epochs: passes over the data, where ``num_steps`` is None.
       num_microbatches: parts that a batch is cut into, to save memory; the update is the same.
+      ptx: SFT data that PPO mixes in, where it is given.
     """
 
-    run_dir: str
+    run_dir: str = ""
     algorithm: str = "sft"
     on_existing: OnExisting = "resume"
     seed: int = 0
@@ -106,6 +108,10 @@ class Experiment:
     scalar_rm: ScalarRMConfig = field(default_factory=ScalarRMConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     pairs: PairsConfig = field(default_factory=PairsConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    ppo: PPOConfig = field(default_factory=PPOConfig)
+    critic: CriticConfig = field(default_factory=CriticConfig)
+    ptx: DataConfig | None = None
     model: ModelSource = field(default_factory=ModelSource)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

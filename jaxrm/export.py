@@ -1,7 +1,7 @@
 """Export a trained model as a folder that transformers and vLLM load; a scalar reward model as a classifier.
 
-python -m jaxrm.export --checkpoint=runs/quickstart --output=exported/quickstart
-python -m jaxrm.export --checkpoint=runs/quickstart/checkpoints/best --output=exported/best --dtype=bfloat16
+python -m jaxrm.export --checkpoint=runs/quickstart/sft --output=exported/quickstart
+python -m jaxrm.export --checkpoint=runs/quickstart/sft/checkpoints/best --output=exported/best --dtype=bfloat16
 """
 
 import sys

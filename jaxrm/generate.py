@@ -1,7 +1,7 @@
 """Ask a model: one prompt, a file of them, or a chat.
 
-python -m jaxrm.generate --checkpoint=runs/quickstart --prompt="how do i wash the lamp in the office ?"
-python -m jaxrm.generate --checkpoint=runs/quickstart --input=prompts.jsonl --output=responses.jsonl
+python -m jaxrm.generate --checkpoint=runs/quickstart/ppo_seq2seq --prompt="how do i wash the lamp in the office ?"
+python -m jaxrm.generate --checkpoint=runs/quickstart/sft --input=prompts.jsonl --output=responses.jsonl
 python -m jaxrm.generate --weights=HuggingFaceTB/SmolLM2-135M-Instruct --interactive
 """
 

@@ -80,7 +80,7 @@ def main(config: Experiment | None, given: flags.FlagValues) -> int:
     if (kind == "contrast") != (given.reference is not None):
         raise UserError(
             f"the kind is {kind}, and --reference is {given.reference}; contrast compares with a reference policy and "
-            "the other kinds with none, so give both, e.g. --kind=contrast --reference=runs/quickstart, or neither"
+            "the other kinds with none, so give both, e.g. --kind=contrast --reference=runs/quickstart/sft, or neither"
         )
     if given.reference is not None:
         score_checks.check_reference(find_checkpoint(given.reference, "--reference", LANGUAGE_MODELS), run)

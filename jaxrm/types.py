@@ -102,3 +102,27 @@ class TokenRewards:
     tags: jax.Array
     mask: jax.Array
     diagnostics: dict[str, jax.Array]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Rollout:
+    """Responses of a policy, what each model says of their tokens, and what follows from it.
+
+    Arrays are ``[B, T]`` float32 and 0 outside the response mask.
+
+    Attributes:
+      responses: prompts and responses.
+      log_probs: log pi_old(y_t | x, y_<t), recomputed by the forward of the training.
+      reference_log_probs: the same of the reference policy.
+      values: V_old of the state before y_t.
+      advantages: A_t.
+      returns: G_t = A_t + V_old.
+    """
+
+    responses: ResponseBatch
+    log_probs: jax.Array
+    reference_log_probs: jax.Array
+    values: jax.Array
+    advantages: jax.Array
+    returns: jax.Array

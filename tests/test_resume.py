@@ -52,7 +52,7 @@ def command(run_dir, *more, algorithm="sft"):
         **ALGORITHMS[algorithm],
     }
     overrides = [f"--config.{name}={value}" for name, value in fields.items()]
-    return [sys.executable, "-m", "jaxrm.train", "--config=configs/quickstart.py", *overrides, *more]
+    return [sys.executable, "-m", "jaxrm.train", "--config=configs/sft_tiny.py", *overrides, *more]
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ import pytest
 from flax import nnx
 
 from jaxrm import command_line, score, train
-from jaxrm.algorithms.scoring import SEQ2SEQ_KINDS, RewardConfig
+from jaxrm.algorithms.reward_config import SEQ2SEQ_KINDS, RewardConfig
 from jaxrm.data import tasks
 from jaxrm.data.config import DataConfig
 from jaxrm.data.pairs import MappingConfig, correction_request

@@ -6,62 +6,17 @@ Figure 2). So one pass over ``template(x, y), y`` gives the greedy token at ever
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxrm.errors import UserError
+from jaxrm.algorithms import microbatches
+from jaxrm.algorithms.reward_config import SCALAR_KINDS, SEQ2SEQ_KINDS
+from jaxrm.models.transformer import Decoder
 from jaxrm.ops import masking, token_rewards, vocab
 from jaxrm.types import ResponseBatch, TokenRewards
-
-SCALAR_KINDS = ("scalar", "scalar_length_residual")
-SEQ2SEQ_KINDS = tuple(kind for kind in token_rewards.KINDS if kind not in SCALAR_KINDS)
-
-
-@dataclass(frozen=True)
-class RewardConfig:
-    """How a reward model's reading of a response becomes token rewards.
-
-    Attributes:
-      kind: one of `jaxrm.ops.token_rewards.KINDS`; ``literal`` is the paper's, ``scalar`` and
-        ``scalar_length_residual`` belong to a scalar reward model and the others to a seq2seq one.
-        What follows is set by a calibration pass before PPO and read there; a reward model's own evaluation reads
-        ``center`` alone.
-      scale: ``unit`` gives the sum over a response unit standard deviation over a calibration set; or a number.
-      center: what is taken off each token's value in tag and ``soft`` rewards: a ``running`` mean, the ``fixed`` mean
-        of the calibration set, or ``none``.
-      center_momentum: how much of the running mean survives an update.
-    """
-
-    kind: str = "literal"
-    scale: float | Literal["unit"] = "unit"
-    center: Literal["running", "fixed", "none"] = "running"
-    center_momentum: float = 0.9
-
-    def __post_init__(self) -> None:
-        if self.kind not in token_rewards.KINDS:
-            raise UserError(
-                f"config.reward.kind is {self.kind!r}; use one of {', '.join(token_rewards.KINDS)}, "
-                "e.g. --config.reward.kind=literal"
-            )
-        if self.scale != "unit" and not 0 < self.scale < float("inf"):
-            raise UserError(
-                f"config.reward.scale is {self.scale}; it must be unit or a finite number above 0, "
-                "e.g. --config.reward.scale=unit"
-            )
-        if self.center not in ("running", "fixed", "none"):
-            raise UserError(
-                f"config.reward.center is {self.center!r}; use running, fixed or none, "
-                "e.g. --config.reward.center=running"
-            )
-        if not 0 <= self.center_momentum < 1:
-            raise UserError(
-                f"config.reward.center_momentum is {self.center_momentum}; it must be at least 0 and below 1, "
-                "e.g. --config.reward.center_momentum=0.9"
-            )
 
 
 class Scorer(Protocol):
@@ -78,31 +33,62 @@ class Scorer(Protocol):
         ...
 
 
+def response_hidden(
+    model: Decoder, batch: ResponseBatch, request: tuple[int, ...] | None = None, *, row_multiple: int = 1
+) -> jax.Array:
+    """Hidden states that each response token is predicted from, by one forward.
+
+    Args:
+      model: the decoder.
+      batch: prompts x and responses y.
+      request: ids that ask for the correction (`jaxrm.data.pairs.correction_request`): the decoder is a seq2seq reward
+        model, which reads ``x, y, request`` and then y again, token by token. None: it reads ``x, y``.
+      row_multiple: rows are filled up to a multiple of so many tokens, for kernels with blocks.
+
+    Returns:
+      ``[B, T, D]``; at ``t`` the state of the token before ``y_t``, of which the first is the last one of the prompt
+      or of the request. Outside the response mask it means nothing.
+    """
+    tokens, mask, start = _rows(batch, request, row_multiple)
+    hidden = model(tokens, positions=_positions(tokens), segment_ids=mask.astype(jnp.int32))
+    steps = jnp.arange(batch.responses.shape[1], dtype=jnp.int32)[None, :]
+    predicting = jnp.maximum(start[:, None] - 1 + steps, 0)
+    return jnp.take_along_axis(hidden, predicting[:, :, None], axis=1)
+
+
+def token_statistics(
+    model: Decoder, hidden: jax.Array, batch: ResponseBatch, *, temperature: float = 1.0
+) -> vocab.TokenStatistics:
+    """What a decoder says of each response token, given ``hidden [B, T, D]`` from `response_hidden`.
+
+    ``temperature`` divides the logits, as it does in sampling. Only states before response tokens meet the vocabulary.
+    """
+    softcap = model.config.logit_softcap
+    return vocab.token_statistics(
+        hidden, model.head_embedding, batch.responses, softcap=softcap, temperature=temperature
+    )
+
+
 def response_statistics(
-    graphdef: nnx.GraphDef, params: Any, batch: ResponseBatch, request: tuple[int, ...] | None, *, row_multiple: int = 1
+    graphdef: nnx.GraphDef,
+    params: Any,
+    batch: ResponseBatch,
+    request: tuple[int, ...] | None,
+    *,
+    row_multiple: int = 1,
+    temperature: float = 1.0,
 ) -> vocab.TokenStatistics:
     """What a decoder says of each response token, by one forward.
 
-    Args:
-      graphdef: of the decoder.
-      params: its parameters.
-      batch: prompts x and responses y.
-      request: ids that ask for the correction (`jaxrm.data.pairs.correction_request`): the decoder is a seq2seq reward
-        model, which reads ``x, y, request`` and then y again, token by token. None: a policy, which reads ``x, y``.
-      row_multiple: rows are filled up to a multiple of so many tokens, for kernels with blocks.
+    Arguments as for `response_hidden` and `token_statistics`.
 
     Returns:
       Statistics ``[B, T]``, float32: those of ``q(. | template(x, y), y_<t)``, or of ``pi(. | x, y_<t)``. Outside the
       response mask they mean nothing.
     """
     model = nnx.merge(graphdef, params)
-    tokens, mask, start = _rows(batch, request, row_multiple)
-    hidden = model(tokens, positions=_positions(tokens), segment_ids=mask.astype(jnp.int32))
-    # Only the hidden states before response tokens meet the vocabulary.
-    steps = jnp.arange(batch.responses.shape[1], dtype=jnp.int32)[None, :]
-    predicting = jnp.maximum(start[:, None] - 1 + steps, 0)
-    hidden = jnp.take_along_axis(hidden, predicting[:, :, None], axis=1)
-    return vocab.token_statistics(hidden, model.head_embedding, batch.responses, softcap=model.config.logit_softcap)
+    hidden = response_hidden(model, batch, request, row_multiple=row_multiple)
+    return token_statistics(model, hidden, batch, temperature=temperature)
 
 
 def response_scores(graphdef: nnx.GraphDef, params: Any, batch: ResponseBatch, *, row_multiple: int = 1) -> jax.Array:
@@ -168,7 +154,7 @@ def seq2seq_scorer(
         statistics = response_statistics(graphdef, params, batch, request, row_multiple=row_multiple)
         values = token_values(kind, statistics, batch, reference_log_probs)
         tags = token_rewards.token_tags(batch.responses, statistics.argmax, batch.response_mask)
-        return _token_rewards(calibration, kind, values, tags, batch, end_ids)
+        return as_token_rewards(calibration, kind, values, tags, batch, end_ids)
 
     return score
 
@@ -186,7 +172,7 @@ def scalar_scorer(graphdef: nnx.GraphDef, kind: str, *, end_ids: tuple[int, ...]
         del reference_log_probs
         scores = response_scores(graphdef, params, batch, row_multiple=row_multiple)
         values = token_rewards.scalar(scores, batch.response_mask)
-        return _token_rewards(calibration, kind, values, batch.response_mask, batch, end_ids)
+        return as_token_rewards(calibration, kind, values, batch.response_mask, batch, end_ids)
 
     return score
 
@@ -208,7 +194,7 @@ def seq2seq_diagnostics(
         kinds = [kind for kind in SEQ2SEQ_KINDS if kind != "contrast" or reference_log_probs is not None]
         values = {kind: token_values(kind, statistics, batch, reference_log_probs) for kind in kinds}
         plain = token_rewards.uncalibrated()
-        return {kind: _token_rewards(plain, kind, values[kind], tags, batch, end_ids).diagnostics for kind in kinds}
+        return {kind: as_token_rewards(plain, kind, values[kind], tags, batch, end_ids).diagnostics for kind in kinds}
 
     return diagnostics
 
@@ -229,14 +215,21 @@ def scalar_diagnostics(
 
 
 def build_score_step(
-    score: Scorer, *, params_sharding: Any, batch_sharding: Any, output_sharding: Any = None
+    score: Scorer,
+    *,
+    params_sharding: Any,
+    batch_sharding: Any,
+    output_sharding: Any = None,
+    num_microbatches: int = 1,
 ) -> Callable[..., TokenRewards]:
     """Jitted `Scorer` over a mesh; rows lie as ``batch_sharding`` says, results as ``output_sharding``."""
 
     def step(
         params: Any, calibration: token_rewards.Calibration, batch: ResponseBatch, reference: jax.Array | None
     ) -> TokenRewards:
-        return score(params, calibration, batch, reference)
+        return microbatches.in_parts(lambda part: score(params, calibration, *part), num_microbatches)(
+            (batch, reference)
+        )
 
     jitted = jax.jit(
         step,
@@ -246,7 +239,7 @@ def build_score_step(
     return lambda params, calibration, batch, reference=None: jitted(params, calibration, batch, reference)
 
 
-def _token_rewards(
+def as_token_rewards(
     calibration: token_rewards.Calibration,
     kind: str,
     values: jax.Array,
@@ -254,6 +247,7 @@ def _token_rewards(
     batch: ResponseBatch,
     end_ids: tuple[int, ...],
 ) -> TokenRewards:
+    """Token rewards of values ``u_t [B, T]`` of a kind, with their diagnostics; ``tags [B, T]`` bool."""
     mask = batch.response_mask
     rewards = token_rewards.apply(calibration, kind, values, mask)
     length = jnp.sum(mask, axis=1, dtype=jnp.float32)

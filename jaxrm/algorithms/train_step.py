@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxrm.algorithms import microbatches
 from jaxrm.algorithms.state import TrainState
 
 Metrics = dict[str, jax.Array]
@@ -47,7 +48,7 @@ def build_train_step(
         return jax.grad(total, has_aux=True)(params)
 
     def accumulated(params: Any, batch: Any, key: jax.Array) -> Any:
-        parts = jax.tree.map(lambda x: _microbatches(x, num_microbatches), batch)
+        parts = microbatches.split(batch, num_microbatches)
         keys = jax.random.split(key, num_microbatches)
         first = jax.tree.map(lambda x: x[0], (parts, keys))
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradients, params, *first))
@@ -80,8 +81,3 @@ def build_train_step(
         out_shardings=(state_sharding, None),
         donate_argnums=0,
     )
-
-
-def _microbatches(x: jax.Array, n: int) -> jax.Array:
-    """``[B, ...] -> [n, B / n, ...]``: part ``i`` takes rows ``i, i + n, ...``, so each device cuts its own rows."""
-    return x.reshape(x.shape[0] // n, n, *x.shape[1:]).swapaxes(0, 1)

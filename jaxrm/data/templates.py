@@ -248,6 +248,8 @@ def _measure(tokenizer: "PreTrainedTokenizerBase", template: str, jinja: str) ->
             )
         adds_bos = tokenizer("x")["input_ids"][:1] == [tokenizer.bos_token_id]
         bos = bos if adds_bos else ""
+        if tokenizer.eos_token is None and "eos_token" in jinja:
+            raise _endless()
     layout = _Layout(jinja, bos, keeps_space=template == "plain")
     rendered = _render(tokenizer, layout, [Message("user", "x"), Message("assistant", "x")])
     before, found, after = rendered.rpartition(_ASSISTANT)
@@ -261,10 +263,17 @@ def _measure(tokenizer: "PreTrainedTokenizerBase", template: str, jinja: str) ->
     any_control = f"(?:{'|'.join(map(re.escape, control)) or '(?!)'})"  # (?!) matches nothing
     closing = re.match(f".*?{any_control}", after, re.DOTALL)
     if closing is None and tokenizer.eos_token is None:
-        raise UserError("the tokenizer has no end-of-sequence token, so a response could not end")
+        raise _endless()
     return replace(
         layout,
         opening=" " * (len(before) - len(before.rstrip(" "))),
         closing=closing[0] if closing else tokenizer.eos_token,
         control=re.compile(f"(?={any_control}).", re.DOTALL),
+    )
+
+
+def _endless() -> UserError:
+    return UserError(
+        "the tokenizer has no end-of-sequence token, so a response could not end; give one that has, e.g. "
+        "--config.data.tokenizer=org/name, or a chat template that ends a turn, e.g. --config.data.template=chatml"
     )

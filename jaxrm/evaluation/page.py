@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import html
-import importlib.resources
-import json
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from jaxrm.evaluation.document import fill, write_atomically
+from jaxrm.evaluation.document import part as _part
 
 
 def write_page(
@@ -36,20 +33,9 @@ def write_page(
       ValueError: a reward is NaN or infinite, which JSON cannot hold.
     """
     content = {"title": title, "about": [list(line) for line in about], "records": [_record(each) for each in records]}
-    style, script = _part("page.css"), _part("page_records.js") + _part("page_filters.js")
-    parts = {
-        "title": html.escape(title),
-        "policy": (
-            f"default-src 'none'; style-src '{_digest(style)}'; script-src '{_digest(script)}'; "
-            "base-uri 'none'; form-action 'none'"
-        ),
-        "style": style,
-        "script": script,
-        "records": _inert_json(content),
-    }
-    # One pass, so that no text of a record is taken for a placeholder.
-    page = re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], _part("page.html"))
-    _write_atomically(Path(path), page)
+    script = _part("page_tokens.js") + _part("page_records.js") + _part("page_filters.js")
+    page = fill(_part("page.html"), title=title, style=_part("page.css"), script=script, content=content)
+    write_atomically(Path(path), page)
 
 
 def _record(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -91,29 +77,3 @@ def _token_diff(source: Sequence[int], target: Sequence[int]) -> list[tuple[str,
         out = put = 0
     runs += [("-", out), ("+", put)]
     return [run for run in runs if run[1]]
-
-
-def _inert_json(content: Any) -> str:
-    """JSON that holds no character with a meaning in HTML, and none that an encoding could lose."""
-    text = json.dumps(content, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
-    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
-
-
-def _part(name: str) -> str:
-    return importlib.resources.files("jaxrm.evaluation").joinpath(name).read_text(encoding="utf-8")
-
-
-def _digest(text: str) -> str:
-    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.tmp")
-    try:
-        with unfinished.open("w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-        unfinished.replace(path)
-    except BaseException:
-        unfinished.unlink(missing_ok=True)
-        raise

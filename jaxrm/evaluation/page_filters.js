@@ -136,52 +136,21 @@ function drawTop() {
   drawScale();
 }
 
-// ---- what a token holds, shown on hover, focus and touch
+// ---- what the tip of a token says
 
-function showTip(node) {
+function describe(node) {
   const { response } = node.parentNode;
   const t = Number(node.dataset.t);
   const sum = response.rewards.slice(0, t + 1).reduce((a, b) => a + b, 0);
-  const fact = (name, value) => el("span", "", `${name} `, el("b", "", value));
-  const tip = $("tip");
-  tip.replaceChildren(el("code", "", JSON.stringify(response.tokens[t])), fact("reward", number(response.rewards[t])));
-  if (response.tags) tip.append(fact("tag", response.tags[t] ? "+" : "−"));
-  tip.append(
-    fact("id", String(response.token_ids[t])),
-    fact("token", `${t + 1} of ${response.tokens.length}`),
-    fact("sum so far", number(sum)));
-  tip.hidden = false;
-  if (matchMedia("(max-width: 860px)").matches) {
-    tip.removeAttribute("style");
-    return;
-  }
-  const at = node.getClientRects()[0];
-  const { width, height } = tip.getBoundingClientRect();
-  tip.style.left = `${Math.max(8, Math.min(at.left, innerWidth - width - 8))}px`;
-  tip.style.top = `${at.top > height + 70 ? at.top - height - 7 : at.bottom + 7}px`;
+  return [
+    el("code", "", JSON.stringify(response.tokens[t])),
+    tipFact("reward", number(response.rewards[t])),
+    ...(response.tags ? [tipFact("tag", response.tags[t] ? "+" : "−")] : []),
+    tipFact("id", String(response.token_ids[t])),
+    tipFact("token", `${t + 1} of ${response.tokens.length}`),
+    tipFact("sum so far", number(sum)),
+  ];
 }
-
-const list = $("list");
-const token = (event) => event.target.closest?.(".tokens > .t");
-const hideTip = () => { $("tip").hidden = true; };
-list.addEventListener("pointerover", (event) => (token(event) ? showTip(token(event)) : hideTip()));
-list.addEventListener("pointerleave", hideTip);
-list.addEventListener("click", (event) => token(event)?.focus());
-list.addEventListener("focusin", (event) => (token(event) ? showTip(token(event)) : hideTip()));
-list.addEventListener("focusout", hideTip);
-list.addEventListener("keydown", (event) => {
-  const node = token(event);
-  if (!node) return;
-  const all = [...node.parentNode.querySelectorAll(".t")];
-  const t = Number(node.dataset.t);
-  const to = { ArrowRight: t + 1, ArrowLeft: t - 1, Home: 0, End: all.length - 1 }[event.key];
-  if (event.key === "Escape") hideTip();
-  if (!all[to]) return;
-  event.preventDefault();
-  node.tabIndex = -1;
-  all[to].tabIndex = 0;
-  all[to].focus();
-});
 
 // ---- start
 
@@ -200,11 +169,7 @@ $("more").addEventListener("click", drawMore);
 const nearEnd = (entries) => { if (entries.some((entry) => entry.isIntersecting)) drawMore(); };
 new IntersectionObserver(nearEnd, { rootMargin: "800px" }).observe($("more"));
 addEventListener("hashchange", () => { readAddress(); apply(); });
-addEventListener("scroll", () => {
-  const node = token({ target: document.activeElement });
-  if (node) showTip(node);
-  else hideTip();
-}, { passive: true });
+followTokens($("list"), describe);
 
 drawTop();
 readAddress();

@@ -1,24 +1,6 @@
-// Draws scored records: the colour scale, tokens, corrections, prompts. No string is ever parsed as HTML here.
-"use strict";
-
-const root = document.documentElement;
-const $ = (id) => document.getElementById(id);
-
-function el(tag, className, ...children) {
-  const node = document.createElement(tag);
-  if (className) node.className = className;
-  node.append(...children.filter((child) => child !== null));
-  return node;
-}
-
-addEventListener("error", (event) => {
-  root.dataset.error = event.message;
-  document.body.prepend(el("p", "problem", `This page could not be drawn: ${event.message}`));
-});
-addEventListener("securitypolicyviolation", (event) => { root.dataset.blocked = event.violatedDirective; });
+// Draws scored records: their tokens, corrections and prompts. Follows page_tokens.js in one script.
 
 const { title, about, records } = JSON.parse($("records").textContent);
-const plural = (n, word) => `${n.toLocaleString("en")} ${word}${n === 1 ? "" : "s"}`;
 const side = (record, name) => record.responses.find((response) => response.side === name);
 const isScore = (record) => record.kind.startsWith("scalar");
 
@@ -31,77 +13,20 @@ records.forEach((record, index) => {
   record.length = record.responses.reduce((n, response) => n + response.tokens.length, 0);
 });
 
-// ---- the colour scale: symmetric about 0; its ends are the size that 98 % of the rewards stay within
-
-const paid = records.flatMap((record) => record.responses.flatMap((response) => response.rewards.filter(Boolean)));
-const sizes = Float64Array.from(paid, Math.abs).sort();
-const limit = sizes.length ? sizes[Math.floor(0.98 * (sizes.length - 1))] : 1;
-const digits = Math.min(6, 2 + Math.max(0, Math.floor(-Math.log10(limit))));
-const clipped = sizes.length > 0 && sizes[sizes.length - 1] > limit * 1.005;
-const strength = (reward) => Math.min(1, Math.abs(reward) / limit) ** 0.8;
-
-function number(x) {
-  const text = Math.abs(x).toFixed(digits);
-  return (Number(text) === 0 ? "" : x < 0 ? "−" : "+") + text;
-}
-
-function paint(node, reward) {
-  if (!reward) return;
-  node.classList.add(reward > 0 ? "plus" : "minus");
-  node.style.setProperty("--k", strength(reward).toFixed(3));
-}
-
-function drawScale() {
-  const ramp = el("i");
-  const stops = [];
-  for (let x = -10; x <= 10; x++) {
-    const share = (100 * strength((x / 10) * limit)).toFixed(1);
-    stops.push(`color-mix(in srgb, var(--${x < 0 ? "minus" : "plus"}) ${share}%, transparent)`);
-  }
-  ramp.style.background = `linear-gradient(to right, ${stops.join(", ")})`;
-  const ends = [-limit, limit].map((x) => (clipped ? (x < 0 ? "≤ " : "≥ ") : "") + number(x));
-  $("scale").append(ramp, el("span", "", ends[0]), el("span", "", "0"), el("span", "", ends[1]));
-  $("scale").setAttribute("aria-label", `Colour of a token's reward: orange ${ends[0]}, none 0, blue ${ends[1]}`);
-}
+setScale(records.flatMap((record) => record.responses.flatMap((response) => response.rewards)));
 
 // ---- tokens
 
-// Controls, zero-width spaces and direction overrides are shown as what they are; so are, in tokens, line ends.
-const odd = /[\u0000-\u001f\u007f-\u009f\u200b\u200e\u200f\u202a-\u202e\u2066-\u2069\ufeff]/g;
-
-function put(node, text, lineEnds = false) {
-  let from = 0;
-  for (const { 0: character, index } of text.matchAll(odd)) {
-    if (index > from) node.append(text.slice(from, index));
-    from = index + 1;
-    const mark = lineEnds && { "\n": "↵", "\t": "⇥" }[character];
-    if (mark) node.append(el("span", "mark", mark));
-    if (character === "\n" || character === "\t") node.append(character);
-    else node.append(el("span", "code", "U+" + character.codePointAt(0).toString(16).toUpperCase().padStart(4, "0")));
-  }
-  if (from < text.length) node.append(text.slice(from));
-  return node;
-}
-
-const joins = /[\u0600-\u08ff\u0900-\u0dff\ufb50-\ufeff]/;
-
 function drawTokens(response) {
-  const box = el("div", "tokens");
-  box.dir = "auto";
-  if (joins.test(response.text)) box.classList.add("joined");
+  const box = tokenBox(response.text);
   response.tokens.forEach((token, t) => {
     if (t === response.diverges_at) {
       const mark = el("span", "divergence");
       mark.title = "Diverges here: up to this mark the reward model would have written the same";
       box.append(mark);
     }
-    const node = put(el("span", "t"), token, true);
-    if (t === response.end) node.classList.add("stop");
-    else if (token === "") node.classList.add("part");
+    const node = drawToken(token, t, response.rewards[t], t === response.end);
     if (response.tags && !response.tags[t]) node.classList.add("missed");
-    paint(node, response.rewards[t]);
-    node.dataset.t = t;
-    node.tabIndex = t ? -1 : 0;
     box.append(node);
   });
   if (!response.tokens.length) box.append(el("span", "note", "No tokens: the response is empty."));

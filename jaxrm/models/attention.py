@@ -179,30 +179,30 @@ def cached(
     scale: float,
     softcap: float | None,
 ) -> jax.Array:
-    """Attention of a few queries over cached keys, heads first so that decoding reads the cache in order.
+    """Attention of one query a row over its cached keys, laid out as in `jaxrm.models.cache.Cache`.
 
     Args:
-      query: ``[B, T, N, H]``.
-      keys: ``[B, K, S, H]``.
+      query: ``[B, N, H]``.
+      keys: ``[B, K, H, S]``.
       values: ``[B, K, S, H]``.
-      mask: ``[B, T, S]`` bool; every query sees at least one key.
+      mask: ``[B, S]`` bool; every query sees at least one key.
       scale: factor on the logits.
       softcap: bound on the absolute logit, or None.
 
     Returns:
-      ``[B, T, N, H]`` in the dtype of ``query``.
+      ``[B, N, H]`` in the dtype of ``query``.
     """
-    B, T, N, H = query.shape
+    B, N, H = query.shape
     K = keys.shape[1]
-    chex.assert_shape(mask, (B, T, keys.shape[2]))
-    grouped = query.reshape(B, T, K, N // K, H)
-    logits = jnp.einsum("btkgh,bksh->bkgts", grouped, keys, preferred_element_type=jnp.float32) * scale
+    chex.assert_shape(mask, (B, keys.shape[3]))
+    grouped = query.reshape(B, K, N // K, H)
+    logits = jnp.einsum("bkgh,bkhs->bkgs", grouped, keys, preferred_element_type=jnp.float32) * scale
     if softcap is not None:
         logits = softcap * jnp.tanh(logits / softcap)
     logits = jnp.where(mask[:, None, None], logits, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(logits, axis=-1).astype(query.dtype)
-    out = jnp.einsum("bkgts,bksh->btkgh", weights, values, preferred_element_type=jnp.float32)
-    return out.reshape(B, T, N, H).astype(query.dtype)
+    out = jnp.einsum("bkgs,bksh->bkgh", weights, values, preferred_element_type=jnp.float32)
+    return out.reshape(B, N, H).astype(query.dtype)
 
 
 splash_interpreted: Attend = functools.partial(splash, interpret=True)

@@ -11,7 +11,7 @@ from flax import nnx
 from jaxrm.errors import UserError
 from jaxrm.models import attention, hub, layers
 from jaxrm.models.config import ModelConfig, preset
-from jaxrm.models.heads import ScalarHead, ScalarModel
+from jaxrm.models.heads import ActorCritic, ScalarHead, ScalarModel
 from jaxrm.models.transformer import REMAT_POLICIES, Decoder
 
 DTYPES = ("float32", "bfloat16")
@@ -135,6 +135,22 @@ def abstract_scalar_model(
     def make() -> ScalarModel:
         rngs = nnx.Rngs(0)
         return ScalarModel(_decoder(trunk, source, rngs, attend, constrain), rngs=rngs)
+
+    return _abstract(make)
+
+
+def abstract_actor_critic(
+    config: ModelConfig,
+    source: ModelSource,
+    *,
+    attend: attention.Attend = attention.xla,
+    constrain: layers.Constrain = layers.unconstrained,
+) -> tuple[nnx.GraphDef, Any, Any]:
+    """A `jaxrm.models.heads.ActorCritic` without memory; arguments and returns as `abstract_decoder`."""
+
+    def make() -> ActorCritic:
+        rngs = nnx.Rngs(0)
+        return ActorCritic(_decoder(config, source, rngs, attend, constrain), rngs=rngs)
 
     return _abstract(make)
 

@@ -14,7 +14,8 @@ class Cache:
     Slot ``s`` of a row holds its ``s``-th token, padding of the prompt included.
 
     Attributes:
-      keys: one ``[B, K, S, H]`` for each layer, rotated.
+      keys: one ``[B, K, H, S]`` for each layer, rotated. Slots are last, those of the values are not: both products of
+        attention then read the cache along its memory.
       values: one ``[B, K, S, H]`` for each layer.
       occupied: ``[B, S]`` bool, True on slots that hold a token that may be seen (not padding).
       length: ``[]`` int32, number of slots written, the same for every row.
@@ -41,13 +42,10 @@ def from_prompt(keys: jax.Array, values: jax.Array, segment_ids: jax.Array, posi
     room = size - keys.shape[2]
     assert room >= 0, (size, keys.shape)
 
-    def per_layer(x: jax.Array) -> tuple[jax.Array, ...]:
-        padded = jnp.pad(x.transpose(0, 1, 3, 2, 4), ((0, 0), (0, 0), (0, 0), (0, room), (0, 0)))
-        return tuple(padded[i] for i in range(padded.shape[0]))
-
+    none = (0, 0)
     return Cache(
-        keys=per_layer(keys),
-        values=per_layer(values),
+        keys=tuple(jnp.pad(x.transpose(0, 2, 3, 1), (none, none, none, (0, room))) for x in keys),
+        values=tuple(jnp.pad(x.transpose(0, 2, 1, 3), (none, none, (0, room), none)) for x in values),
         occupied=jnp.pad(segment_ids > 0, ((0, 0), (0, room))),
         length=jnp.asarray(keys.shape[2], jnp.int32),
         next_position=jnp.max(jnp.where(segment_ids > 0, positions, -1), axis=1) + 1,

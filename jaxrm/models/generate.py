@@ -1,6 +1,7 @@
 """Sampling from a decoder: one prefill, then one jitted loop over a key-value cache."""
 
 import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -12,6 +13,8 @@ from flax import nnx
 from jaxrm.errors import UserError
 from jaxrm.models import cache as cache_lib
 from jaxrm.models.transformer import positions_from_mask
+
+_BLOCK = 128  # of the vocabulary, for drawing
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,7 @@ class Generation(NamedTuple):
     mask: jax.Array
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "sampling", "end_ids"))
+@functools.partial(jax.jit, static_argnames=("graphdef", "sampling", "end_ids", "gather"))
 def generate(
     graphdef: nnx.GraphDef,
     params: Any,
@@ -67,6 +70,7 @@ def generate(
     *,
     sampling: SamplingConfig,
     end_ids: tuple[int, ...],
+    gather: bool = False,
 ) -> Generation:
     """Sample one response to each prompt; stops early once every row has ended.
 
@@ -78,6 +82,9 @@ def generate(
       key: typed PRNG key. Token ``t`` is drawn with ``fold_in(key, t)``, whatever the length limit.
       sampling: see `SamplingConfig`.
       end_ids: ids that end a response.
+      gather: hold the parameters whole on every device over the fsdp axis (still split over the tensor axis) while
+        decoding. Otherwise every device fetches those of the others at every token. It costs, beside the
+        parameters, a whole copy in the compute dtype: 2 bytes a parameter in bfloat16, divided by the tensor axis.
     """
     chex.assert_equal_shape([prompts, prompt_mask])
     B, P = prompts.shape
@@ -85,7 +92,8 @@ def generate(
     model = nnx.merge(graphdef, params)
     positions = positions_from_mask(prompt_mask)
     hidden, past = model.prefill(prompts, positions=positions, segment_ids=prompt_mask.astype(jnp.int32), size=P + T)
-    layers = model.unstack()
+    layers = model.unstack(gather=gather)
+    model.hold_embeddings(gather=gather)
     ends = jnp.asarray(end_ids, jnp.int32)
 
     def draw(hidden: jax.Array, t: jax.Array) -> jax.Array:
@@ -106,22 +114,24 @@ def generate(
         return (carry.t < T) & jnp.any(carry.alive)
 
     def one_token(carry: Carry) -> Carry:
-        tokens = jax.lax.dynamic_update_index_in_dim(carry.tokens, carry.token, carry.t, axis=1)
-        mask = jax.lax.dynamic_update_index_in_dim(carry.mask, carry.alive, carry.t, axis=1)
         hidden, past = model.decode(carry.token[:, None], layers, carry.past)
-        token = draw(hidden[:, 0], carry.t + 1)
-        alive = carry.alive & ~is_end(carry.token)
-        return Carry(carry.t + 1, token, alive, tokens, mask, past)
+        return emit(hidden[:, 0], carry._replace(past=past))
 
-    start = Carry(
+    def emit(hidden: jax.Array, carry: Carry) -> Carry:
+        token = draw(hidden, carry.t)
+        tokens = jax.lax.dynamic_update_index_in_dim(carry.tokens, token, carry.t, axis=1)
+        mask = jax.lax.dynamic_update_index_in_dim(carry.mask, carry.alive, carry.t, axis=1)
+        return Carry(carry.t + 1, token, carry.alive & ~is_end(token), tokens, mask, carry.past)
+
+    nothing = Carry(
         jnp.zeros((), jnp.int32),
-        draw(hidden[:, -1], jnp.zeros((), jnp.int32)),
+        jnp.zeros((B,), jnp.int32),
         jnp.ones((B,), bool),
         jnp.zeros((B, T), jnp.int32),
         jnp.zeros((B, T), bool),
         past,
     )
-    end = jax.lax.while_loop(unfinished, one_token, start)
+    end = jax.lax.while_loop(unfinished, one_token, emit(hidden[:, -1], nothing))
     # Whole on every device, so that any process can read them.
     return Generation(model.constrain(end.tokens, (None, None)), model.constrain(end.mask, (None, None)))
 
@@ -130,7 +140,7 @@ def sample(logits: jax.Array, key: jax.Array, sampling: SamplingConfig) -> jax.A
     """Draw one token id ``[B]`` from ``logits [B, V]`` float32."""
     chex.assert_rank(logits, 2)
     if sampling.temperature == 0:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        return _pick(logits, jnp.max, (jnp.argmax, jnp.argmax))
     logits = logits / sampling.temperature
     if sampling.top_k:
         kth = jax.lax.top_k(logits, min(sampling.top_k, logits.shape[-1]))[0][:, -1:]
@@ -141,4 +151,40 @@ def sample(logits: jax.Array, key: jax.Array, sampling: SamplingConfig) -> jax.A
         reached = jnp.cumsum(probs, axis=-1) - probs  # of the tokens before it; the first is always kept
         last = jnp.min(jnp.where(reached < sampling.top_p, ordered, jnp.inf), axis=-1, keepdims=True)
         logits = jnp.where(logits >= last, logits, -jnp.inf)
-    return jax.random.categorical(key, logits).astype(jnp.int32)
+    draws = [functools.partial(jax.random.categorical, part) for part in jax.random.split(key)]
+    return _pick(logits, jax.nn.logsumexp, draws)
+
+
+def _pick(logits: jax.Array, merge: Callable[..., jax.Array], choose: Sequence[Callable[..., jax.Array]]) -> jax.Array:
+    """Choose one of ``logits [B, V]``: a block of the vocabulary by its merged logits, then a token of the block.
+
+    As one choice among all, exactly, but random numbers for a whole vocabulary cost as much as the layers on CPU.
+    """
+    B, V = logits.shape
+    padded = jnp.pad(logits, ((0, 0), (0, -V % _BLOCK)), constant_values=-jnp.inf)
+    blocks = padded.reshape(B, -1, _BLOCK)
+    block = choose[0](merge(blocks, axis=-1), axis=-1)
+    token = choose[1](jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0], axis=-1)
+    return (block * _BLOCK + token).astype(jnp.int32)
+
+
+def check_on_policy(sampling: SamplingConfig, field: str) -> None:
+    """Refuse sampling whose tokens are not drawn from ``softmax(logits / temperature)``, whose log-probs PPO takes.
+
+    Args:
+      sampling: how responses are drawn.
+      field: the config section that says so, for messages.
+
+    Raises:
+      UserError: for greedy sampling, top-k and top-p.
+    """
+    for name, good, required in (
+        ("temperature", sampling.temperature > 0, "above 0"),
+        ("top_k", sampling.top_k == 0, "0 (all)"),
+        ("top_p", sampling.top_p == 1, "1 (all)"),
+    ):
+        if not good:
+            raise UserError(
+                f"{field}.{name} is {getattr(sampling, name)}, with which tokens are not drawn from the policy whose "
+                f"log-probs are trained; it must be {required}, e.g. --{field}.{name}={getattr(SamplingConfig, name)}"
+            )

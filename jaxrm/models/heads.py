@@ -45,6 +45,19 @@ class ScalarModel(nnx.Module):
         return self.scalar_head(self.decoder(tokens, positions=positions, segment_ids=segment_ids))
 
 
+class ActorCritic(nnx.Module):
+    """Policy and critic on one trunk: a decoder with its language head, and a scalar head beside that.
+
+    Args:
+      decoder: the policy.
+      rngs: source of the scalar head.
+    """
+
+    def __init__(self, decoder: Decoder, *, rngs: nnx.Rngs):
+        self.decoder = decoder
+        self.scalar_head = ScalarHead(decoder.config.hidden_size, rngs=rngs)
+
+
 def from_decoder_params(decoder: Any, head: Any) -> Any:
     """Parameters of a `ScalarModel` from those of a decoder, without its language head, and of a `ScalarHead`."""
     return {"decoder": {name: part for name, part in decoder.items() if name != "head"}, "scalar_head": head}

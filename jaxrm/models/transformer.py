@@ -5,6 +5,7 @@ those to devices. Layers are stacked on a leading axis and scanned, so a model o
 alone unrolls them, since a scan would copy the cache of every layer at every token.
 """
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -17,6 +18,8 @@ from jaxrm.models.config import ModelConfig
 
 REMAT_POLICIES = ("full", "dots", "none")
 _HIDDEN = ("batch", None, None)
+_KEYS = ("batch", "kv_heads", "head_dim", None)
+_VALUES = ("batch", "kv_heads", None, "head_dim")
 
 
 class Decoder(nnx.Module):
@@ -72,14 +75,36 @@ class Decoder(nnx.Module):
         """
         hidden, kept = self._read(tokens, positions, segment_ids, keep=True)
         assert kept is not None
-        return hidden, cache.from_prompt(*kept, segment_ids, positions, size)
+        past = cache.from_prompt(*kept, segment_ids, positions, size)
+        keys = tuple(self.constrain(x, _KEYS) for x in past.keys)
+        values = tuple(self.constrain(x, _VALUES) for x in past.values)
+        return hidden, dataclasses.replace(past, keys=keys, values=values)
 
-    def unstack(self) -> tuple[layers.Layer, ...]:
-        """The layers one by one, for `decode`; outside the decoding loop, which then reads each in place."""
+    def unstack(self, *, gather: bool = False) -> tuple[layers.Layer, ...]:
+        """The layers one by one, for `decode`; outside the decoding loop, which then reads each in place.
+
+        Their weights are as the loop reads them at every token: in the compute dtype and turned.
+
+        Args:
+          gather: hold them whole where they are split to save memory; what is split by heads stays so.
+        """
         graphdef, stacked = nnx.split(self.layers)
-        return tuple(
-            nnx.merge(graphdef, jax.tree.map(lambda p, i=i: p[i], stacked)) for i in range(self.config.num_layers)
-        )
+
+        def one_layer(i: int) -> layers.Layer:
+            layer = nnx.merge(graphdef, jax.tree.map(lambda p: p[i], stacked))
+            for _, part in nnx.iter_modules(layer):
+                if isinstance(part, layers.Projection):
+                    part.kernel.set_value(self._held(part.kernel, gather))
+                    part.turn()
+            return layer
+
+        return tuple(one_layer(i) for i in range(self.config.num_layers))
+
+    def hold_embeddings(self, *, gather: bool = False) -> None:
+        """Replace the embeddings of this object by what a decoding loop reads of them; as `unstack`."""
+        for table in (self.embedder, self.head):
+            if table is not None:
+                table.embedding.set_value(self._held(table.embedding, gather))
 
     def decode(
         self, tokens: jax.Array, unstacked: tuple[layers.Layer, ...], past: cache.Cache
@@ -104,14 +129,14 @@ class Decoder(nnx.Module):
         for i, layer in enumerate(unstacked):
             is_sliding = bool(config.layer_is_sliding) and config.layer_is_sliding[i]
             query, key, value = layer.attention.read(layer.attention_norm(x), sliding if is_sliding else full)
-            write = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=past.length, axis=2)
-            keys[i] = write(keys[i], key.transpose(0, 2, 1, 3))
-            values[i] = write(values[i], value.transpose(0, 2, 1, 3))
-            mask = (near if is_sliding else seen)[:, None]
+            write = functools.partial(jax.lax.dynamic_update_index_in_dim, index=past.length)
+            keys[i] = self.constrain(write(keys[i], key[:, 0], axis=3), _KEYS)
+            values[i] = self.constrain(write(values[i], value[:, 0], axis=2), _VALUES)
+            mask = near if is_sliding else seen
             attended = attention.cached(
-                query, keys[i], values[i], mask, scale=self.scale, softcap=config.attention_softcap
+                query[:, 0], keys[i], values[i], mask, scale=self.scale, softcap=config.attention_softcap
             )
-            x = self.constrain(layer.finish(x, attended), _HIDDEN)
+            x = self.constrain(layer.finish(x, attended[:, None]), _HIDDEN)
         grown = cache.Cache(tuple(keys), tuple(values), occupied, past.length + 1, past.next_position + 1)
         return self.final_norm(x), grown
 
@@ -126,6 +151,13 @@ class Decoder(nnx.Module):
         logits = jnp.einsum("...d,vd->...v", hidden, head, preferred_element_type=jnp.float32)
         cap = self.config.logit_softcap
         return logits if cap is None else cap * jnp.tanh(logits / cap)
+
+    def _held(self, param: nnx.Param, gather: bool) -> jax.Array:
+        weight = param[...].astype(self.dtype)
+        if not gather:
+            return weight
+        axes = param.get_metadata()["logical_axes"][-weight.ndim :]
+        return self.constrain(weight, tuple(None if name == "embed" else name for name in axes))
 
     def _embed(self, tokens: jax.Array) -> jax.Array:
         # A table split over its columns is looked up column by column for the rows of all those devices; the rows

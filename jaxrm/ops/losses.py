@@ -1,8 +1,36 @@
 """Losses, unreduced: the caller sums them under a mask and divides once over microbatches and devices."""
 
+from typing import NamedTuple
+
 import chex
 import jax
 import jax.numpy as jnp
+
+
+class PolicyLoss(NamedTuple):
+    """The clipped surrogate, token by token.
+
+    Attributes:
+      loss: ``[...]`` float32.
+      ratio: ``[...]`` float32, ``pi(y_t) / pi_old(y_t)``; has no gradient.
+      is_clipped: ``[...]`` bool, where the clipped ratio counts: such a token has no gradient.
+    """
+
+    loss: jax.Array
+    ratio: jax.Array
+    is_clipped: jax.Array
+
+
+class ValueLoss(NamedTuple):
+    """The clipped value loss, token by token.
+
+    Attributes:
+      loss: ``[...]`` float32.
+      is_clipped: ``[...]`` bool, where the clipped value counts: such a token has no gradient.
+    """
+
+    loss: jax.Array
+    is_clipped: jax.Array
 
 
 def next_token_targets(tokens: jax.Array, segment_ids: jax.Array, loss_mask: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -54,3 +82,71 @@ def bradley_terry_loss(
     difference = chosen_rewards.astype(jnp.float32) - rejected_rewards.astype(jnp.float32)
     # softplus(-z) is -log sigmoid(z) without the log of an underflowed sigmoid.
     return jax.nn.softplus(margin - difference)
+
+
+def clipped_policy_loss(
+    log_probs: jax.Array,
+    old_log_probs: jax.Array,
+    advantages: jax.Array,
+    *,
+    clip: float,
+) -> PolicyLoss:
+    """PPO's clipped surrogate, ``-min(rho A, clip(rho, 1 - clip, 1 + clip) A)`` with ``rho = pi / pi_old``.
+
+    "Proximal Policy Optimization Algorithms", arXiv 1707.06347, equation 7.
+
+    A mask over the result keeps the loss clean, but not its gradient: where the inputs themselves are not finite,
+    0 x inf is NaN. So clean the inputs of what the mask leaves out.
+
+    Args:
+      log_probs: ``[...]`` float log-probs of the tokens under the policy that is trained.
+      old_log_probs: ``[...]`` float, under the policy that drew them; taken as constants.
+      advantages: ``[...]`` float; taken as constants.
+      clip: how far from 1 the ratio may help, e.g. 0.2.
+
+    Returns:
+      `PolicyLoss`, unreduced. Its gradient where the ratio is 1 is ``-A`` times that of ``log_probs``.
+    """
+    chex.assert_equal_shape([log_probs, old_log_probs, advantages])
+    chex.assert_type([log_probs, old_log_probs, advantages], float)
+    advantages = jax.lax.stop_gradient(advantages.astype(jnp.float32))
+    log_ratio = log_probs.astype(jnp.float32) - jax.lax.stop_gradient(old_log_probs.astype(jnp.float32))
+    ratio = jax.lax.stop_gradient(jnp.exp(log_ratio))
+    is_clipped = ((advantages > 0) & (ratio > 1.0 + clip)) | ((advantages < 0) & (ratio < 1.0 - clip))
+    # The exponential sees no clipped token: a ratio that overflows would turn the gradient 0 of its token into NaN.
+    counted = jnp.where(
+        is_clipped, jnp.clip(ratio, 1.0 - clip, 1.0 + clip), jnp.exp(jnp.where(is_clipped, 0.0, log_ratio))
+    )
+    return PolicyLoss(-counted * advantages, ratio, is_clipped)
+
+
+def clipped_value_loss(
+    values: jax.Array,
+    old_values: jax.Array,
+    returns: jax.Array,
+    *,
+    clip: float,
+) -> ValueLoss:
+    """The clipped value loss, ``1/2 max((V - G)^2, (clip(V, V_old - clip, V_old + clip) - G)^2)``.
+
+    As in OpenAI's implementations of PPO, and in PPO for language models since arXiv 1909.08593.
+
+    Args:
+      values: ``[...]`` float values of the critic that is trained.
+      old_values: ``[...]`` float, as they were when the returns were computed; taken as constants.
+      returns: ``[...]`` float targets; taken as constants.
+      clip: how far a value may move from its old one, in units of the return.
+
+    Returns:
+      `ValueLoss`, unreduced.
+    """
+    chex.assert_equal_shape([values, old_values, returns])
+    chex.assert_type([values, old_values, returns], float)
+    values = values.astype(jnp.float32)
+    old_values = old_values.astype(jnp.float32)
+    returns = jax.lax.stop_gradient(returns.astype(jnp.float32))
+    clipped = jax.lax.stop_gradient(jnp.clip(values, old_values - clip, old_values + clip))
+    error, clipped_error = jnp.square(values - returns), jnp.square(clipped - returns)
+    # Inside the clip the two errors are the same number, so that the first of them is taken, with its gradient.
+    is_clipped = clipped_error > error
+    return ValueLoss(0.5 * jnp.where(is_clipped, clipped_error, error), is_clipped)

@@ -38,3 +38,33 @@ def masked_mean(values: jax.Array, mask: jax.Array, axis: int | None = None) -> 
     """
     count = jnp.sum(mask, axis=axis, dtype=jnp.float32)
     return masked_sum(values, mask, axis) / jnp.maximum(count, 1.0)
+
+
+def masked_whiten(values: jax.Array, mask: jax.Array, *, shift_mean: bool = True) -> jax.Array:
+    """``(x - mean) / sqrt(variance + 1e-8)`` over the tokens where ``mask`` holds, in float32.
+
+    Mean and (population) variance are those of all masked tokens of the batch together, each token counting once.
+
+    Args:
+      values: ``[B, T]`` numbers.
+      mask: ``[B, T]`` bool.
+      shift_mean: whether the mean becomes 0; if not, the values keep it and are only scaled about it.
+
+    Returns:
+      ``[B, T]`` float32, 0 outside the mask. One masked token is its own mean, which leaves 0 of it.
+    """
+    mean = masked_mean(values, mask)
+    # Cleaned before the root: what is outside the mask would else reach the gradient.
+    from_mean = jnp.where(mask, values.astype(jnp.float32) - mean, 0.0)
+    whitened = from_mean * jax.lax.rsqrt(masked_mean(jnp.square(from_mean), mask) + 1e-8)
+    return whitened if shift_mean else jnp.where(mask, whitened + mean, 0.0)
+
+
+def last_token(mask: jax.Array) -> jax.Array:
+    """Where each row ends: ``[B, T]`` bool, True on the last token of the row's ``mask [B, T]`` and nowhere else.
+
+    A row without a token has no True at all.
+    """
+    chex.assert_rank(mask, 2)
+    chex.assert_type(mask, bool)
+    return mask & (jax.lax.cumsum(mask.astype(jnp.int32), axis=1, reverse=True) == 1)

@@ -18,7 +18,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from jaxrm.ops.masking import masked_mean, masked_sum
+from jaxrm.ops.masking import last_token, masked_mean, masked_sum
 
 KINDS = ("literal", "signed", "prefix", "soft", "margin", "contrast", "scalar", "scalar_length_residual")
 
@@ -149,7 +149,7 @@ def scalar(scores: jax.Array, mask: jax.Array) -> jax.Array:
     _check(mask)
     chex.assert_shape(scores, (mask.shape[0],))
     chex.assert_type(scores, float)
-    return jnp.where(_is_last(mask), scores.astype(jnp.float32)[:, None], 0.0)
+    return jnp.where(last_token(mask), scores.astype(jnp.float32)[:, None], 0.0)
 
 
 # --- scale and centre
@@ -243,7 +243,7 @@ def apply(calibration: Calibration, kind: str, values: jax.Array, mask: jax.Arra
         values = values - calibration.center
     elif kind == "scalar_length_residual":
         expected = calibration.length_slope * _lengths(mask) + calibration.length_intercept
-        values = values - jnp.where(_is_last(mask), expected[:, None], 0.0)
+        values = values - jnp.where(last_token(mask), expected[:, None], 0.0)
     return _inside(mask, calibration.scale * values)
 
 
@@ -294,11 +294,6 @@ def _inside(mask: jax.Array, values: jax.Array) -> jax.Array:
 def _before_divergence(tags: jax.Array, mask: jax.Array) -> jax.Array:
     """``[B, T]`` bool, True on the response tokens that no - tag precedes and that are + themselves."""
     return mask & (jnp.cumsum(mask & ~tags, axis=1) == 0)
-
-
-def _is_last(mask: jax.Array) -> jax.Array:
-    """``[B, T]`` bool, True on the last response token."""
-    return mask & (jax.lax.cumsum(mask.astype(jnp.int32), axis=1, reverse=True) == 1)
 
 
 def _lengths(mask: jax.Array) -> jax.Array:

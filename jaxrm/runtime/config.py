@@ -51,7 +51,9 @@ def to_config_dict(tree: Any) -> ConfigDict:
     return ConfigDict(values)
 
 
-def from_config_dict(cls: type[Tree], config: Mapping[str, Any] | ConfigDict, where: str = "config") -> Tree:
+def from_config_dict(
+    cls: type[Tree], config: Mapping[str, Any] | ConfigDict, where: str = "config", *, root: str = "config"
+) -> Tree:
     """Rebuild the frozen tree `cls` from its ``ConfigDict`` (or plain dict) form.
 
     Fields that `config` lacks take their defaults. The sections' own ``__post_init__`` checks run.
@@ -60,6 +62,8 @@ def from_config_dict(cls: type[Tree], config: Mapping[str, Any] | ConfigDict, wh
         cls: a frozen dataclass.
         config: values by field name; sections are nested mappings.
         where: the dotted name of `config` in messages.
+        root: the dotted name of the whole config that it belongs to, which checks in ``__post_init__`` call
+            ``config``.
 
     Raises:
         UserError: an unknown field, a value of the wrong type, or a required field that is missing; and
@@ -75,14 +79,15 @@ def from_config_dict(cls: type[Tree], config: Mapping[str, Any] | ConfigDict, wh
     for field in dataclasses.fields(typing.cast(Any, cls)):
         name, annotation = f"{where}.{field.name}", annotations[field.name]
         if field.name in given:
-            values[field.name] = _checked(given[field.name], annotation, name, field.default)
+            inside = name if field.metadata == fields.WHOLE else root
+            values[field.name] = _checked(given[field.name], annotation, name, field.default, root=inside)
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             advice = fields.advice_for(annotation, name)
             raise UserError(f"{name} is missing; required {fields.type_name(annotation)}; {advice}")
     try:
         return cls(**values)
     except UserError as error:
-        raise _placed(error, cls, where) from error
+        raise _placed(error, cls, where, root) from error
 
 
 def parse_text(text: str, annotation: Any, where: str, example: Any = None) -> Any:
@@ -142,19 +147,19 @@ def _placeholder_type(kinds: tuple[Any, ...]) -> type:
     return ConfigDict if fields.is_section(kind) else kind
 
 
-def _checked(value: Any, annotation: Any, where: str, example: Any = None) -> Any:
+def _checked(value: Any, annotation: Any, where: str, example: Any = None, *, root: str = "config") -> Any:
     """`value` as `annotation` wants it, sections rebuilt; UserError if it is something else."""
     for kind in fields.kinds_of(annotation):
         if fields.is_section(kind):
             if isinstance(value, kind):
                 return value
             if isinstance(value, Mapping | ConfigDict):
-                return from_config_dict(kind, value, where)
+                return from_config_dict(kind, value, where, root=root)
         elif typing.get_origin(kind) is tuple:
             parts = fields.parts_of(kind, len(value)) if isinstance(value, tuple | list) else None
             if parts is not None:
                 named = [(v, part, f"{where}[{i}]") for i, (v, part) in enumerate(zip(value, parts, strict=True))]
-                return tuple(_checked(*triple) for triple in named)
+                return tuple(_checked(*triple, root=root) for triple in named)
         elif typing.get_origin(kind) is Literal:
             if value in typing.get_args(kind):
                 return value
@@ -168,12 +173,12 @@ def _checked(value: Any, annotation: Any, where: str, example: Any = None) -> An
     raise fields.wrong_value(value, annotation, where, example)
 
 
-def _placed(error: UserError, cls: Any, where: str) -> UserError:
-    """The error of a section that may stand in several places and so names its fields alone, with its place."""
+def _placed(error: UserError, cls: Any, where: str, root: str) -> UserError:
+    """The error of a check with its place: a section that may stand in several places names its fields alone."""
     message = str(error)
     field = message.split(" ", 1)[0]
     if field not in fields.annotations_of(cls):
-        return error
+        return error if root == "config" else UserError(fields.relocated(message, root))
     return UserError(re.sub(rf"(^|--){field}\b", rf"\1{where}.{field}", message))
 
 

@@ -9,12 +9,17 @@ that every config is hashable and can be written as JSON. Dotted names start wit
 import dataclasses
 import difflib
 import math
+import re
 import types
 import typing
 from collections.abc import Iterable
 from typing import Any, Literal, TypeGuard, Union
 
 from jaxrm.errors import UserError
+
+WHOLE = {"holds a whole config": True}
+"""``field(metadata=WHOLE)``: the field's section is a config by itself, whose own checks call its fields ``config.…``,
+as a stage of a pipeline is; `config.from_config_dict` names them by their place."""
 
 _MISSING = dataclasses.MISSING
 _EXAMPLES = {bool: True, int: 8, float: 0.5}
@@ -125,6 +130,14 @@ def unknown_field(name: str, known: Iterable[str]) -> UserError:
         return UserError(f"{name} is a section; set its fields, e.g. --{inside[0]}=…")
     advice = did_you_mean(name, known) or "--help lists the fields"
     return UserError(f"{name} is no field of the config; {advice}")
+
+
+def relocated(message: str, where: str) -> str:
+    """Return a message about the fields of a config with the place `where` that this config has in a larger one.
+
+    ``config.optimizer.lr`` in it becomes ``config.sft.optimizer.lr`` where `where` is ``config.sft``.
+    """
+    return re.sub(r"(?<![\w./-])(--(?:no)?)?config\.(?!json\b|py\b)(?=[a-z_])", rf"\g<1>{where}.", message)
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

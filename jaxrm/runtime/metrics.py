@@ -20,7 +20,12 @@ from typing import Any, Self
 from jaxrm.errors import UserError
 from jaxrm.runtime.run_folder import RunFolder, write_json_atomically
 
-WALL_CLOCK = frozenset({"time", "step_seconds", "tokens_per_second", "mfu", "host_memory_gib", "device_memory_gib"})
+PHASES = ("rollout", "reading", "scoring", "update")
+"""Phases of a PPO step, each with its time and speed in the row."""
+WALL_CLOCK = frozenset(
+    {"time", "step_seconds", "tokens_per_second", "mfu", "host_memory_gib", "device_memory_gib"}
+    | {f"{phase}_{unit}" for phase in PHASES for unit in ("seconds", "tokens_per_second")}
+)
 """Fields of a row that differ between two runs of the same config."""
 
 

@@ -116,7 +116,7 @@ def open_run(
             opened = error
     outcome = -1 if isinstance(opened, UserError) else int(opened is not None and opened.resumed)
     if process_count > 1:
-        outcome = _from_writer(outcome, is_writer)
+        outcome = from_writer(outcome, is_writer)
     if isinstance(opened, UserError):
         raise opened
     if outcome < 0:
@@ -171,7 +171,7 @@ def _open(
     }
     try:
         if found is not None and on_existing == "restart":
-            aside = _rename_aside(path)
+            aside = rename_aside(path)
             message, found = f"{run_dir} is new; the run that was there is now {aside}", None
         path.mkdir(parents=True, exist_ok=True)
         launches = [*found["launches"], launch] if found is not None else [launch]
@@ -185,10 +185,10 @@ def _look(
     run_dir: str, config: Mapping[str, Any], on_existing: OnExisting, may_differ: frozenset[str]
 ) -> tuple[Path, dict[str, Any] | None, list[tuple[str, Any, Any]], str]:
     """The folder's path, its ``run.json`` if it holds a run, how the configs differ, and what to tell of it."""
-    path = _checked_path(run_dir)
+    path = checked_path(run_dir)
     try:
         found = _found_run(path, run_dir)
-        _check_writable(path, run_dir)
+        check_writable(path, run_dir)
     except OSError as error:
         raise _unusable(run_dir, str(error.strerror)) from error
     if found is None:
@@ -196,7 +196,7 @@ def _look(
     changed: list[tuple[str, Any, Any]] = []
     message = since = f"{run_dir} holds a run started {found['launches'][0]['started']}"
     if on_existing == "error":
-        raise UserError(f"{since}; {_what_to_type(run_dir, ('resume', 'restart'))}")
+        raise UserError(f"{since}; {what_to_type(run_dir, ('resume', 'restart'))}")
     if on_existing == "resume":
         changed = differences(found["config"], config)
         _check_same_config(changed, may_differ, run_dir)
@@ -204,8 +204,12 @@ def _look(
     return path, found, changed, message
 
 
-def _check_writable(path: Path, run_dir: str) -> None:
-    """Refuse a path whose nearest folder that exists is no folder, or takes no files."""
+def check_writable(path: Path, run_dir: str) -> None:
+    """Refuse a path whose nearest folder that exists is no folder, or takes no files.
+
+    Raises:
+        UserError: naming it; `run_dir` is how ``config.run_dir`` spells the path.
+    """
     nearest = next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
     if not nearest.is_dir():
         raise _unusable(run_dir, f"{nearest} is a file")
@@ -220,7 +224,12 @@ def _unusable(run_dir: str, reason: str) -> UserError:
     )
 
 
-def _checked_path(run_dir: str) -> Path:
+def checked_path(run_dir: str) -> Path:
+    """Return the folder that ``config.run_dir`` names.
+
+    Raises:
+        UserError: it names none, or one that is not in the file system.
+    """
     if not run_dir:
         raise UserError("config.run_dir is empty; required a folder, e.g. --config.run_dir=runs/first")
     if "://" in run_dir:
@@ -257,11 +266,12 @@ def _check_same_config(changed: list[tuple[str, Any, Any]], may_differ: frozense
         more = f", and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
         raise UserError(
             f"config.run_dir is {run_dir!r}, which holds a run of another config: {', '.join(wrong[:_SHOWN])}{more}; "
-            f"{_what_to_type(run_dir, ('restart',))}"
+            f"{what_to_type(run_dir, ('restart',))}"
         )
 
 
-def _what_to_type(run_dir: str, choices: tuple[str, ...]) -> str:
+def what_to_type(run_dir: str, choices: tuple[str, ...]) -> str:
+    """Say what to do about a folder that is taken: the `choices` of ``config.on_existing``, or another folder."""
     meaning = {"resume": "continue it", "restart": "put it aside and start anew"}
     ways = [f"--config.on_existing={choice} to {meaning[choice]}" for choice in choices]
     return f"use {', '.join(ways)}, or another folder, e.g. --config.run_dir={_next(run_dir)}"
@@ -275,7 +285,8 @@ def _times(count: int) -> str:
     return "once" if count == 1 else f"{count} times"
 
 
-def _rename_aside(path: Path) -> Path:
+def rename_aside(path: Path) -> Path:
+    """Rename a folder to the first of ``path.1``, ``path.2``, … that is free, and return that."""
     path = path.resolve()
     number = 1
     while (aside := path.with_name(f"{path.name}.{number}")).exists():
@@ -283,8 +294,8 @@ def _rename_aside(path: Path) -> Path:
     return path.rename(aside)
 
 
-def _from_writer(outcome: int, is_writer: bool) -> int:
-    """The writer's `outcome`, in every process."""
+def from_writer(outcome: int, is_writer: bool) -> int:
+    """Return the writer's `outcome`, an int32, in every process."""
     import numpy as np
     from jax.experimental import multihost_utils
 

@@ -7,7 +7,7 @@ from jaxrm.runtime.run_folder import RunFolder
 
 def print_held_out(folder: RunFolder) -> None:
     """Table of the held-out metrics before and after, from the rows of the run, whichever launch wrote them."""
-    rows = [row for row in read_rows(folder.metrics) if "eval_loss" in row]
+    rows = [row for row in read_rows(folder.metrics) if any(name.startswith("eval_") for name in row)]
     if not rows:
         return
     before, after = rows[0], rows[-1]

@@ -1,6 +1,6 @@
 """Text in, text out: a model's responses to chat prompts."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -134,5 +134,12 @@ class Responder:
 
     def text(self, tokens: Sequence[int] | np.ndarray) -> str:
         """A response as text, without its end token."""
-        content = [int(token) for token in tokens if int(token) not in self._end_ids]
-        return str(self._tokenizer.decode(content, skip_special_tokens=True)).strip()
+        return response_text(self._tokenizer, self._end_ids, tokens)
+
+
+def response_text(
+    tokenizer: "PreTrainedTokenizerBase", end_ids: Collection[int], tokens: Sequence[int] | np.ndarray
+) -> str:
+    """A response as text, without its end token."""
+    content = [int(token) for token in tokens if int(token) not in end_ids]
+    return str(tokenizer.decode(content, skip_special_tokens=True)).strip()

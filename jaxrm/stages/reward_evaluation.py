@@ -118,7 +118,7 @@ def with_centered(sides: Sides, center: str) -> Sides:
 
     Args:
       sides: what the reward model says of the pairs.
-      center: as in `jaxrm.algorithms.scoring.RewardConfig`; with ``none`` nothing is taken off.
+      center: as in `jaxrm.algorithms.reward_config.RewardConfig`; with ``none`` nothing is taken off.
     """
 
     def centered(kind: str, names: dict[str, np.ndarray]) -> np.ndarray:

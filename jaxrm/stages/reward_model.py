@@ -59,7 +59,7 @@ def run(config: Experiment) -> int:
     is_writer = jax.process_index() == 0
     show = is_writer and config.logging.progress
 
-    with setup.task_files(config.data, config.seed, pairs=True) as data:
+    with setup.task_files(config.data, config.seed, records="pairs") as data:
         tokenizer_path = setup.tokenizer_path(data, config.model)
         tokenizer = load_tokenizer(tokenizer_path)
         setup.check_tokenizer(tokenizer, tokenizer_path, config.model, decoder.config)

@@ -4,6 +4,7 @@ Two responses to a prompt are sampled and the task's annotator, who is noisy and
 prefers. So the pairs hold the errors that this policy makes, which is what a reward model has to learn about.
 """
 
+import itertools
 import json
 import random
 from collections.abc import Sequence
@@ -46,7 +47,7 @@ def run(config: Experiment) -> int:
     if config.model.path is None:
         raise UserError(
             "config.model.path is None; pairs are sampled from a policy, so give the folder of a run, "
-            "e.g. --config.model.path=runs/quickstart"
+            "e.g. --config.model.path=runs/quickstart/sft"
         )
     resolved = bridge.as_dict(config)
     if jax.process_count() > 1:
@@ -78,7 +79,7 @@ def run(config: Experiment) -> int:
 
 def _task_pairs(data: DataConfig, seed: int) -> list[PreferenceRecord]:
     """The task's own pairs, for their prompts and for their chosen responses, which are ideal."""
-    with setup.task_files(data, seed, pairs=True) as files:
+    with setup.task_files(data, seed, records="pairs") as files:
         records, _ = read_records(
             DataConfig(path=files.path, eval_path=files.path, max_eval_records=None), held_out=True
         )
@@ -91,27 +92,30 @@ def _sample(
     """Pairs of two different responses to each prompt; a prompt whose draws are all the same gives none."""
     settings, key = config.pairs, jax.random.key(config.seed)
     rng = random.Random(f"pairs {config.seed}")
-    rows: list[dict[str, str]] = []
     show = config.logging.progress
+    # Every prompt twice, and again those whose answers were all the same: batches stay full and of one shape.
+    waiting = [i for i in range(len(records)) for _ in range(2)]
+    draws: list[list[str]] = [[] for _ in records]
     with Progress("sample pairs", len(records), unit="prompts", enabled=show) as progress:
-        for start in range(0, len(records), settings.batch_size):
-            batch = records[start : start + settings.batch_size]
-            draws: list[list[str]] = []
-            for attempt in range(1 + _ATTEMPTS):
-                draw_key = jax.random.fold_in(jax.random.fold_in(key, start), attempt)
-                draws.append(responder.respond([record.prompt for record in batch], draw_key))
-                if attempt and all(len({draw[i] for draw in draws}) > 1 for i in range(len(batch))):
-                    break
-            for i, record in enumerate(batch):
-                prompt, first = record.prompt[-1].content, draws[0][i]
-                if rng.random() < settings.ideal_share:
-                    first = record.chosen
-                second = next((draw[i] for draw in draws if draw[i] != first), None)
-                if second is None or not first or not second:
-                    continue
-                chosen, rejected = (first, second)[:: 1 - 2 * tasks.annotate(task, prompt, first, second, rng)]
-                rows.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
-            progress.update(start + len(batch))
+        for number in itertools.count():
+            now, waiting = waiting[: settings.batch_size], waiting[settings.batch_size :]
+            responses = responder.respond([records[i].prompt for i in now], jax.random.fold_in(key, number))
+            for i, response in zip(now, responses, strict=True):
+                draws[i].append(response)
+            waiting += [i for i in dict.fromkeys(now) if 1 < len(draws[i]) <= _ATTEMPTS and len(set(draws[i])) == 1]
+            progress.update(len(records) - len(set(waiting)))
+            if not waiting:
+                break
+    rows: list[dict[str, str]] = []
+    for record, drawn in zip(records, draws, strict=True):
+        prompt, first = record.prompt[-1].content, drawn[0]
+        if rng.random() < settings.ideal_share:
+            first = record.chosen
+        second = next((response for response in drawn if response != first), None)
+        if second is None or not first or not second:
+            continue
+        chosen, rejected = (first, second)[:: 1 - 2 * tasks.annotate(task, prompt, first, second, rng)]
+        rows.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
     if not rows:
         raise UserError(
             f"config.model.path is {config.model.path!r}, whose responses to a prompt are all the same; sample hotter, "

@@ -3,7 +3,7 @@
 import difflib
 from collections.abc import Sequence
 
-from jaxrm.algorithms import scoring
+from jaxrm.algorithms import reward_config
 from jaxrm.data.pairs import correction_request
 from jaxrm.data.tokenizer import load_tokenizer, vocabulary_conflict
 from jaxrm.errors import UserError
@@ -26,7 +26,7 @@ def choose_kind(run: RunCheckpoint, kind: str | None, configured: str | None) ->
       UserError: where it is no kind, or none that this sort of reward model can give.
     """
     is_seq2seq = run.config.algorithm == "seq2seq_rm"
-    kinds = scoring.SEQ2SEQ_KINDS if is_seq2seq else scoring.SCALAR_KINDS
+    kinds = reward_config.SEQ2SEQ_KINDS if is_seq2seq else reward_config.SCALAR_KINDS
     if kind is not None and kind not in token_rewards.KINDS:
         near = difflib.get_close_matches(kind, kinds, n=1)
         advice = f"did you mean --kind={near[0]}?" if near else f"e.g. --kind={kinds[0]}"

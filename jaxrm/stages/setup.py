@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import jax
 import numpy as np
@@ -65,6 +65,11 @@ def open_scalar_model(source: ModelSource, mesh: Mesh, config: ModelConfig | Non
     return _open(build.abstract_scalar_model, source, mesh, config)
 
 
+def open_actor_critic(source: ModelSource, mesh: Mesh, config: ModelConfig | None = None) -> OpenedModel:
+    """Lay a decoder with both heads over the devices; arguments and errors as for `open_model`."""
+    return _open(build.abstract_actor_critic, source, mesh, config)
+
+
 def _open(abstract: Callable[..., Any], source: ModelSource, mesh: Mesh, config: ModelConfig | None) -> OpenedModel:
     config = config or weights.read_shape(source)
     platform = mesh.devices.flat[0].platform
@@ -77,11 +82,13 @@ def _open(abstract: Callable[..., Any], source: ModelSource, mesh: Mesh, config:
 
 
 @contextmanager
-def task_files(data: DataConfig, seed: int, *, pairs: bool = False) -> Iterator[DataConfig]:
+def task_files(
+    data: DataConfig, seed: int, *, records: Literal["demonstrations", "pairs", "prompts"] = "demonstrations"
+) -> Iterator[DataConfig]:
     """The data section with an embedded task (``task:safety``) replaced by its files, which live as long as this.
 
-    From here on a task is read like any other data: its demonstrations, or its ``pairs``, of which a share is held
-    out. Other sections pass unchanged.
+    From here on a task is read like any other data: its demonstrations or its prompts, with held-out ones of their
+    own, or its pairs, of which a share is held out. Other sections pass unchanged.
     """
     if not data.path.startswith(tasks.PREFIX):
         yield data
@@ -89,10 +96,11 @@ def task_files(data: DataConfig, seed: int, *, pairs: bool = False) -> Iterator[
     with tempfile.TemporaryDirectory(prefix="jaxrm-task-") as name:
         folder = Path(name)
         tasks.write_task(data.path.removeprefix(tasks.PREFIX), folder, seed=seed)
-        held_out = None if pairs else str(folder / "heldout.jsonl")
+        held_out = None if records == "pairs" else str(folder / "heldout.jsonl")
+        name_of = {"demonstrations": "train.jsonl", "pairs": "pairs.jsonl", "prompts": "prompts.jsonl"}
         yield dataclasses.replace(
             data,
-            path=str(folder / ("pairs.jsonl" if pairs else "train.jsonl")),
+            path=str(folder / name_of[records]),
             eval_path=held_out if data.eval_path is None else data.eval_path,
             tokenizer=str(folder / "tokenizer") if data.tokenizer is None else data.tokenizer,
         )
@@ -133,6 +141,22 @@ def check_tokenizer(tokenizer: "PreTrainedTokenizerBase", path: str, source: Mod
                 f"--config.data.tokenizer={own}"
             )
     build.check_vocabulary(config, len(tokenizer), path)
+
+
+def in_compute_dtype(params: Any, dtype: str) -> Any:
+    """Parameters that are never trained, in the dtype that they are computed with anyway; they are donated.
+
+    Norms and scalar heads, which compute in float32, stay in it.
+    """
+    if dtype == "float32":
+        return params
+
+    def cast(path: tuple[Any, ...], x: jax.Array) -> jax.Array:
+        wide = path[-1].key not in ("kernel", "embedding") or path[0].key == "scalar_head"
+        return x if wide else x.astype(dtype)
+
+    # Leaf by leaf, so that no more than one of them is there twice.
+    return jax.tree_util.tree_map_with_path(lambda path, x: jax.jit(cast, static_argnums=0)(path, x), params)
 
 
 def row_multiple(mesh: Mesh) -> int:

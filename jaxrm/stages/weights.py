@@ -20,9 +20,14 @@ from jaxrm.runtime import config as bridge
 from jaxrm.runtime.checkpoint import Checkpoints, with_shardings
 from jaxrm.runtime.run_folder import RunFolder
 
-LANGUAGE_MODELS = ("sft", "seq2seq_rm")  # algorithms whose runs hold a whole decoder
+POLICIES = ("sft", "ppo")  # algorithms whose runs hold a policy
+LANGUAGE_MODELS = (*POLICIES, "seq2seq_rm")  # and those whose runs hold a whole decoder
 REWARD_MODELS = ("seq2seq_rm", "scalar_rm")
-_EXAMPLES = {"sft": "runs/quickstart", "seq2seq_rm": "runs/rm_seq2seq_tiny"}
+_EXAMPLES = {
+    "sft": "runs/quickstart/sft",
+    "seq2seq_rm": "runs/quickstart/rm_seq2seq",
+    "scalar_rm": "runs/quickstart/rm_scalar",
+}
 
 
 @dataclass(frozen=True)
@@ -69,7 +74,13 @@ def find_checkpoint(path: str, field: str = "--checkpoint", algorithms: tuple[st
     run, wanted = _split(path)
     flag = field if field.startswith("--") else f"--{field}"
     folder = RunFolder(run, resumed=True, message="", is_writer=False)
-    instead = f"give the folder of a run, e.g. {flag}=runs/quickstart"
+    instead = f"give the folder of a run, e.g. {flag}=runs/quickstart/sft"
+    if (run / "pipeline.json").is_file():
+        stages = ", ".join(sorted(found.parent.name for found in run.glob("*/run.json")))
+        raise UserError(
+            f"{field} is {path!r}, the folder of a pipeline; give one of its stages: {flag}={path}/STAGE, "
+            f"with STAGE one of {stages}"
+        )
     if not (run / "run.json").is_file():
         raise UserError(f"{field} is {path!r}, but {run} has no run.json; {instead}")
     config = bridge.from_config_dict(Experiment, _read_json(run / "run.json", path, field)["config"])
@@ -97,8 +108,8 @@ def _read_json(file: Path, path: str, field: str) -> dict[str, Any]:
 
 
 def is_run(path: str | None) -> bool:
-    """Whether ``config.model.path`` names a run of jaxrm rather than published weights."""
-    return path is not None and (_split(path)[0] / "run.json").is_file()
+    """Whether ``config.model.path`` names a run of jaxrm, or a pipeline of runs, rather than published weights."""
+    return path is not None and any((_split(path)[0] / name).is_file() for name in ("run.json", "pipeline.json"))
 
 
 def read_shape(source: ModelSource) -> ModelConfig:
@@ -125,6 +136,11 @@ def first_params(config: ModelConfig, source: ModelSource, key: jax.Array, shape
     if is_run(source.path):
         return _of_run(source).restore(shapes, shardings)
     return build.init_params(config, source, key, shardings)
+
+
+def name_of(source: ModelSource) -> str:
+    """Which weights exactly, for people: those of a run with their step."""
+    return _of_run(source).name if is_run(source.path) else str(source.path or f"chance ({source.preset})")
 
 
 def tokenizer_of(source: ModelSource) -> str | None:

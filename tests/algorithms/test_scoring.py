@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxrm.algorithms import scoring
+from jaxrm.algorithms import reward_config, scoring
 from jaxrm.errors import UserError
 from jaxrm.models import build
 from jaxrm.models.build import ModelSource
@@ -301,7 +301,7 @@ class Scorers:
         self.jitted = {kind: (jax.jit(score), params) for kind, (score, params) in self.scorers.items()}
 
     def _scorer(self, kind):
-        if kind in scoring.SCALAR_KINDS:
+        if kind in reward_config.SCALAR_KINDS:
             return scoring.scalar_scorer(self.scalar, kind, end_ids=ENDS), self.scalar_params
         return scoring.seq2seq_scorer(self.decoder, kind, request=REQUEST, end_ids=ENDS), self.params
 
@@ -318,7 +318,7 @@ def scorers():
 
 
 def test_kinds_belong_to_one_of_the_two_models():
-    assert sorted(scoring.SEQ2SEQ_KINDS + scoring.SCALAR_KINDS) == sorted(token_rewards.KINDS)
+    assert sorted(reward_config.SEQ2SEQ_KINDS + reward_config.SCALAR_KINDS) == sorted(token_rewards.KINDS)
 
 
 def test_values_of_each_kind_by_hand():
@@ -340,7 +340,7 @@ def test_values_of_each_kind_by_hand():
         "margin": [0, -1, 0, 0],  # log(.1 / .8) is -2.1
         "contrast": [np.log(1.25), -1, 0, 1],
     }
-    assert set(by_hand) == set(scoring.SEQ2SEQ_KINDS)
+    assert set(by_hand) == set(reward_config.SEQ2SEQ_KINDS)
     for kind, want in by_hand.items():
         got = scoring.token_values(kind, found, batch, reference)
         np.testing.assert_allclose(got[0], [*want, 0], atol=1e-6, err_msg=kind)
@@ -373,7 +373,7 @@ def test_diagnostics_are_those_of_the_rewards(scorers, kind):
     for b in range(batch.responses.shape[0]):
         n = int(batch.response_mask[b].sum())
         response = np.asarray(batch.responses[b, :n])
-        tags = np.ones(n, bool) if kind in scoring.SCALAR_KINDS else response == argmax[b, :n]
+        tags = np.ones(n, bool) if kind in reward_config.SCALAR_KINDS else response == argmax[b, :n]
         values = got.values[b, :n]
         if kind in ("literal", "signed", "prefix", "soft"):
             rewards = 2.0 * (values - 0.25)
@@ -421,7 +421,7 @@ def test_a_score_is_the_head_on_the_last_response_token(scorers):
         return nnx.merge(scorers.decoder, params)(rows, positions=index, segment_ids=jnp.ones_like(rows))
 
     want = np.asarray(forward(scorers.params))[:, -1] @ np.asarray(scorers.scalar_params["scalar_head"]["kernel"])
-    for kind in scoring.SCALAR_KINDS:
+    for kind in reward_config.SCALAR_KINDS:
         got = scorers.score(kind, batch_of(prompts, responses, P=14, T=15, fill=9))
         np.testing.assert_allclose(got.diagnostics["sum"], want, atol=1e-5)
         at_the_end = np.asarray(got.rewards)[np.arange(4), np.array(lengths) - 1]
@@ -444,10 +444,10 @@ def test_diagnostics_of_all_kinds_are_those_of_their_scorers(scorers):
     reference = jnp.full(batch.responses.shape, -3.0)
     of_all = jax.jit(scoring.seq2seq_diagnostics(scorers.decoder, request=REQUEST, end_ids=ENDS))
     found = of_all(scorers.params, batch, reference)
-    assert set(found) == set(scoring.SEQ2SEQ_KINDS)
+    assert set(found) == set(reward_config.SEQ2SEQ_KINDS)
     for kind, diagnostics in found.items():
         chex.assert_trees_all_close(diagnostics, scorers.score(kind, batch).diagnostics, atol=1e-5)
-    assert set(of_all(scorers.params, batch, None)) == set(scoring.SEQ2SEQ_KINDS) - {"contrast"}
+    assert set(of_all(scorers.params, batch, None)) == set(reward_config.SEQ2SEQ_KINDS) - {"contrast"}
     of_scalar = jax.jit(scoring.scalar_diagnostics(scorers.scalar, end_ids=ENDS))
     found = of_scalar(scorers.scalar_params, batch, None)
     assert list(found) == ["scalar"]
@@ -469,7 +469,7 @@ def test_one_device_and_eight_give_the_same_rewards(scorers, kind):
     mesh = build_mesh(MeshConfig(2, 2, 2))
     eight, rows = Scorers(mesh), partition.batch_sharding(mesh)
     score, params = eight.scorers[kind]
-    sharding = eight.scalar_shardings if kind in scoring.SCALAR_KINDS else eight.shardings
+    sharding = eight.scalar_shardings if kind in reward_config.SCALAR_KINDS else eight.shardings
     copied = NamedSharding(mesh, PartitionSpec())
     step = scoring.build_score_step(score, params_sharding=sharding, batch_sharding=rows, output_sharding=copied)
     calibration = token_rewards.Calibration(*(jnp.asarray(x, jnp.float32) for x in (2.0, 0.25, 0.5, -1.0)))
@@ -528,8 +528,8 @@ def test_no_array_of_responses_by_vocabulary_is_made():
 )
 def test_reward_options_that_make_no_sense_are_errors(fields, message):
     with pytest.raises(UserError, match=message):
-        scoring.RewardConfig(**fields)
+        reward_config.RewardConfig(**fields)
 
 
 def test_reward_options_are_the_papers_by_default():
-    assert scoring.RewardConfig() == scoring.RewardConfig("literal", "unit", "running")
+    assert reward_config.RewardConfig() == reward_config.RewardConfig("literal", "unit", "running")

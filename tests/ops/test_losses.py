@@ -1,4 +1,4 @@
-"""Next-token targets and the Bradley-Terry loss against hand-worked cases, NumPy loops and optax."""
+"""Next-token targets and losses against hand-worked cases, NumPy loops and optax."""
 
 import math
 
@@ -8,9 +8,12 @@ import numpy as np
 import optax
 import pytest
 
-from jaxrm.ops.losses import bradley_terry_loss, next_token_targets
+from jaxrm.ops.losses import bradley_terry_loss, clipped_policy_loss, clipped_value_loss, next_token_targets
+from jaxrm.ops.masking import masked_mean
 
 bradley_terry = jax.jit(bradley_terry_loss)
+policy_loss = jax.jit(clipped_policy_loss)
+value_loss = jax.jit(clipped_value_loss)
 
 
 def packed_case(seed=0, B=6, T=12):
@@ -175,3 +178,166 @@ def test_bradley_terry_refuses_unlike_shapes_and_whole_numbers():
         bradley_terry_loss(jnp.ones(3), jnp.ones(4))
     with pytest.raises(AssertionError):
         bradley_terry_loss(jnp.ones(3, jnp.int32), jnp.ones(3, jnp.int32))
+
+
+# --- the clipped policy loss
+
+
+def policy_case(seed=0, shape=(5, 8)):
+    """Log-probs, old ones about a fifth away, and fractional advantages of both signs."""
+    rng = np.random.default_rng(seed)
+    old = np.log(rng.uniform(0.05, 1.0, shape))
+    arrays = old + rng.normal(0, 0.25, shape), old, rng.normal(0, 0.7, shape)
+    return [jnp.asarray(x, jnp.float32) for x in arrays]
+
+
+def test_the_policy_loss_by_hand():
+    """Ratios 1.5, 1.1, 0.5 with an advantage and with a disadvantage."""
+    ratio = jnp.asarray([1.5, 1.1, 0.5, 1.5, 1.1, 0.5])
+    advantages = jnp.asarray([0.5, 0.5, 0.5, -0.5, -0.5, -0.5])
+    old = jnp.full((6,), math.log(0.3))
+    got = policy_loss(old + jnp.log(ratio), old, advantages, clip=0.2)
+    # A good token helps up to 1.2, a bad one down to 0.8; what has gone the wrong way counts in full.
+    np.testing.assert_allclose(got.loss, [-0.6, -0.55, -0.25, 0.75, 0.55, 0.4], rtol=1e-5)
+    np.testing.assert_allclose(got.ratio, ratio, rtol=1e-5)
+    assert got.is_clipped.tolist() == [True, False, False, False, False, True]
+
+
+def test_the_policy_loss_equals_a_numpy_loop():
+    log_probs, old, advantages = policy_case(1)
+    got = policy_loss(log_probs, old, advantages, clip=0.2)
+    assert {x.shape for x in got} == {(5, 8)}
+    assert got.loss.dtype == got.ratio.dtype == jnp.float32 and got.is_clipped.dtype == bool
+    for at in np.ndindex(5, 8):
+        ratio, a = math.exp(float(log_probs[at]) - float(old[at])), float(advantages[at])
+        whole, clipped = ratio * a, min(max(ratio, 0.8), 1.2) * a
+        assert float(got.loss[at]) == pytest.approx(-min(whole, clipped), abs=1e-5), at
+        assert bool(got.is_clipped[at]) == (clipped < whole), at
+    assert 0 < int(got.is_clipped.sum()) < 40
+
+
+def test_clipped_tokens_have_no_gradient_and_the_others_minus_ratio_times_advantage():
+    log_probs, old, advantages = policy_case(2)
+    result = policy_loss(log_probs, old, advantages, clip=0.2)
+    gradient = jax.jit(jax.grad(lambda x: clipped_policy_loss(x, old, advantages, clip=0.2).loss.sum()))(log_probs)
+    want = np.where(result.is_clipped, 0.0, -np.exp(np.asarray(log_probs) - np.asarray(old)) * np.asarray(advantages))
+    np.testing.assert_allclose(gradient, want, atol=1e-5)
+
+
+def test_before_the_first_update_the_ratio_is_one_and_nothing_is_clipped():
+    log_probs, _, advantages = policy_case(3)
+    got = policy_loss(log_probs, log_probs, advantages, clip=0.2)
+    assert (got.ratio == 1).all() and not got.is_clipped.any()
+    np.testing.assert_array_equal(got.loss, -advantages)
+
+
+def test_old_log_probs_and_advantages_are_constants_to_the_policy_loss():
+    log_probs, old, advantages = policy_case(4)
+    gradients = jax.jit(jax.grad(lambda *x: clipped_policy_loss(*x, clip=0.2).loss.sum(), (0, 1, 2)))(
+        log_probs, old, advantages
+    )
+    assert (gradients[0] != 0).any()
+    assert (gradients[1] == 0).all() and (gradients[2] == 0).all()
+
+
+def test_a_clipped_ratio_that_overflows_gives_no_nan():
+    """A log-ratio of 200 is inf as a ratio; clipped, it has a loss of 1.2 A and a gradient of 0."""
+    loss, gradient = jax.jit(
+        jax.value_and_grad(lambda x: clipped_policy_loss(x, jnp.asarray([-201.0]), jnp.ones(1), clip=0.2).loss.sum())
+    )(jnp.asarray([-1.0]))
+    assert float(loss) == pytest.approx(-1.2)
+    assert gradient.tolist() == [0.0]
+
+
+def test_masked_means_of_both_losses_ignore_padding_even_nan():
+    mask = jnp.asarray(np.random.default_rng(5).random((5, 8)) < 0.7)
+    for loss, case in ((policy_loss, policy_case(5)), (value_loss, value_case(5))):
+        clean = loss(*case, clip=0.2)
+        dirty = loss(*(jnp.where(mask, x, jnp.nan) for x in case), clip=0.2)
+        assert float(masked_mean(dirty.loss, mask)) == float(masked_mean(clean.loss, mask))
+        np.testing.assert_array_equal(dirty.is_clipped & mask, clean.is_clipped & mask)
+        assert not (dirty.is_clipped & ~mask).any()
+
+
+def test_padding_of_zeros_has_no_gradient_in_either_loss():
+    """As a rollout holds it: what is known beforehand is 0, what the model says there is anything finite."""
+    mask = jnp.asarray(np.random.default_rng(6).random((5, 8)) < 0.7)
+    for loss, case in ((clipped_policy_loss, policy_case(6)), (clipped_value_loss, value_case(6))):
+        known = [jnp.where(mask, x, 0.0) for x in case[1:]]
+        mean = jax.jit(jax.grad(lambda x, loss=loss, known=known: masked_mean(loss(x, *known, clip=0.2).loss, mask)))
+        gradient = mean(jnp.where(mask, case[0], -80.0))
+        np.testing.assert_array_equal(gradient, jnp.where(mask, mean(case[0]), 0.0))
+        assert (gradient != 0).any() and jnp.isfinite(gradient).all()
+
+
+def test_the_policy_loss_is_float32_and_jit_agrees():
+    log_probs, old, advantages = policy_case(7)
+    halves = [x.astype(jnp.bfloat16) for x in (log_probs, old, advantages)]
+    assert policy_loss(*halves, clip=0.2).loss.dtype == jnp.float32
+    eager = clipped_policy_loss(log_probs, old, advantages, clip=0.2)
+    for a, b in zip(policy_loss(log_probs, old, advantages, clip=0.2), eager, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+# --- the clipped value loss
+
+
+def value_case(seed=0, shape=(5, 8)):
+    """Values, old ones about a fifth away, and returns."""
+    rng = np.random.default_rng(seed)
+    old = rng.normal(0, 0.6, shape)
+    arrays = old + rng.normal(0, 0.25, shape), old, rng.normal(0, 0.8, shape)
+    return [jnp.asarray(x, jnp.float32) for x in arrays]
+
+
+def test_the_value_loss_by_hand():
+    values, old = jnp.asarray([0.75, 0.25, -0.5, 0.5]), jnp.asarray([0.25, 0.25, 0.25, 0.25])
+    returns = jnp.asarray([1.25, 1.25, 1.25, 0.25])
+    got = value_loss(values, old, returns, clip=0.125)
+    # 0.75 counts as 0.375; 0.25 has not moved; -0.5 went the wrong way; 0.5 went past a return that the old value met
+    np.testing.assert_allclose(got.loss, [0.875**2 / 2, 0.5, 1.75**2 / 2, 0.25**2 / 2], rtol=1e-6)
+    assert got.is_clipped.tolist() == [True, False, False, False]
+
+
+def test_the_value_loss_equals_a_numpy_loop():
+    values, old, returns = value_case(1)
+    got = value_loss(values, old, returns, clip=0.2)
+    assert got.loss.shape == (5, 8) and got.loss.dtype == jnp.float32 and got.is_clipped.dtype == bool
+    for at in np.ndindex(5, 8):
+        v, o, g = float(values[at]), float(old[at]), float(returns[at])
+        whole, clipped = (v - g) ** 2, (min(max(v, o - 0.2), o + 0.2) - g) ** 2
+        assert float(got.loss[at]) == pytest.approx(max(whole, clipped) / 2, abs=1e-5), at
+        assert bool(got.is_clipped[at]) == (abs(v - o) > 0.2 and clipped > whole), at
+    assert 0 < int(got.is_clipped.sum()) < 40
+
+
+def test_clipped_values_have_no_gradient_and_the_others_their_error():
+    values, old, returns = value_case(2)
+    is_clipped = value_loss(values, old, returns, clip=0.2).is_clipped
+    gradients = jax.jit(jax.grad(lambda *x: clipped_value_loss(*x, clip=0.2).loss.sum(), (0, 1, 2)))(
+        values, old, returns
+    )
+    np.testing.assert_allclose(gradients[0], jnp.where(is_clipped, 0.0, values - returns), atol=1e-6)
+    assert (gradients[1] == 0).all() and (gradients[2] == 0).all()
+
+
+def test_a_value_clip_that_nothing_reaches_leaves_half_the_squared_error():
+    values, old, returns = value_case(3)
+    got = value_loss(values, old, returns, clip=50.0)
+    np.testing.assert_allclose(got.loss, 0.5 * (values - returns) ** 2, atol=1e-6)
+    assert not got.is_clipped.any()
+
+
+def test_the_value_loss_is_float32_and_jit_agrees():
+    case = value_case(4)
+    assert value_loss(*(x.astype(jnp.bfloat16) for x in case), clip=0.2).loss.dtype == jnp.float32
+    for a, b in zip(value_loss(*case, clip=0.2), clipped_value_loss(*case, clip=0.2), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+@pytest.mark.parametrize("loss", [clipped_policy_loss, clipped_value_loss])
+def test_the_clipped_losses_refuse_unlike_shapes_and_whole_numbers(loss):
+    with pytest.raises(AssertionError):
+        loss(jnp.ones(3), jnp.ones(4), jnp.ones(3), clip=0.2)
+    with pytest.raises(AssertionError):
+        loss(jnp.ones(3), jnp.ones(3), jnp.ones(3, jnp.int32), clip=0.2)

@@ -1,4 +1,4 @@
-"""Masked sums and means against hand-worked cases and a NumPy loop."""
+"""Masked sums, means, whitening and last tokens against hand-worked cases and NumPy loops."""
 
 import jax
 import jax.numpy as jnp
@@ -85,3 +85,86 @@ def test_masks_of_numbers_or_of_another_shape_are_refused():
         masking.masked_sum(values, mask.astype(jnp.float32))
     with pytest.raises(AssertionError):
         masking.masked_mean(values, mask[:, :1])
+
+
+# --- whitening
+
+whiten = jax.jit(masking.masked_whiten, static_argnames="shift_mean")
+
+
+def test_whitening_by_hand():
+    values = jnp.asarray([[0.5, 2.5, 99.0], [4.5, 99.0, 99.0]])
+    mask = jnp.asarray([[True, True, False], [True, False, False]])
+    # mean 2.5, variance 8 / 3
+    unit = 2 / np.sqrt(8 / 3)
+    np.testing.assert_allclose(whiten(values, mask), [[-unit, 0, 0], [unit, 0, 0]], atol=1e-6)
+    kept = [[2.5 - unit, 2.5, 0], [2.5 + unit, 0, 0]]
+    np.testing.assert_allclose(whiten(values, mask, shift_mean=False), kept, atol=1e-6)
+
+
+@pytest.mark.parametrize("shift_mean", [True, False])
+def test_whitening_equals_a_numpy_loop(shift_mean):
+    values, mask = random_case(5)
+    values = 3.0 * values + 0.7
+    kept = [float(values[at]) for at in np.ndindex(4, 7) if mask[at]]
+    mean = sum(kept) / len(kept)
+    deviation = (sum((x - mean) ** 2 for x in kept) / len(kept) + 1e-8) ** 0.5
+    got = whiten(values, mask, shift_mean=shift_mean)
+    assert got.dtype == jnp.float32
+    for at in np.ndindex(4, 7):
+        want = (float(values[at]) - mean) / deviation + (0.0 if shift_mean else mean)
+        assert float(got[at]) == pytest.approx(want if mask[at] else 0.0, abs=1e-5), at
+
+
+@pytest.mark.parametrize("shift_mean", [True, False])
+def test_whitening_ignores_padding_and_gives_it_zero(shift_mean):
+    values, mask = random_case(6)
+    want = whiten(values, mask, shift_mean=shift_mean)
+    wide_mask = jnp.pad(mask, ((0, 0), (0, 3)))
+    for poison in (jnp.nan, jnp.inf, 1e30):
+        wide = jnp.pad(jnp.where(mask, values, poison), ((0, 0), (0, 3)), constant_values=poison)
+        got = whiten(wide, wide_mask, shift_mean=shift_mean)
+        np.testing.assert_allclose(got[:, :7], want, atol=1e-6)
+        assert (jnp.where(wide_mask, 0.0, got) == 0).all()
+
+
+def test_whitening_is_blind_to_scale_and_offset():
+    values, mask = random_case(7)
+    np.testing.assert_allclose(whiten(5.0 * values - 2.0, mask), whiten(values, mask), atol=1e-5)
+
+
+def test_one_token_none_or_equal_ones_whiten_to_their_mean():
+    values, one = jnp.full((2, 3), 0.75), jnp.zeros((2, 3), bool).at[1, 0].set(True)
+    for mask in (one, jnp.zeros((2, 3), bool), jnp.ones((2, 3), bool)):
+        assert (whiten(values, mask) == 0).all()
+        np.testing.assert_array_equal(whiten(values, mask, shift_mean=False), jnp.where(mask, 0.75, 0.0))
+
+
+def test_whitening_jit_agrees():
+    values, mask = random_case(8)
+    np.testing.assert_allclose(whiten(values, mask), masking.masked_whiten(values, mask), atol=1e-6)
+
+
+# --- last tokens
+
+
+def test_last_tokens_by_hand():
+    mask = jnp.asarray([[True, True, False], [False] * 3, [True] * 3, [True, False, False]])
+    want = [[False, True, False], [False] * 3, [False, False, True], [True, False, False]]
+    assert masking.last_token(mask).tolist() == want
+    assert jax.jit(masking.last_token)(mask).tolist() == want
+
+
+def test_padding_moves_no_last_token():
+    """On the last token of the response and not on the first pad, however wide the batch is."""
+    mask = jnp.asarray(np.arange(6) < np.asarray([[0], [1], [4], [6]]))
+    last = masking.last_token(jnp.pad(mask, ((0, 0), (0, 5))))
+    assert last.sum(axis=1).tolist() == [0, 1, 1, 1]
+    assert last.argmax(axis=1).tolist() == [0, 0, 3, 5]
+
+
+def test_last_tokens_of_a_mask_of_numbers_or_of_one_row_are_refused():
+    with pytest.raises(AssertionError):
+        masking.last_token(jnp.ones((2, 3), jnp.int32))
+    with pytest.raises(AssertionError):
+        masking.last_token(jnp.ones((3,), bool))

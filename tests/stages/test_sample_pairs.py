@@ -54,7 +54,7 @@ def policy_run(make_run, tmp_path_factory):
 
 @pytest.fixture
 def answers(monkeypatch):
-    """Replaces the policy by a function of the prompt and the number of the draw; returns the sizes of its batches.
+    """Replaces the policy by a function of the prompt and of how often it was asked; returns the sizes of its batches.
 
     The keys that it was given are added to ``keys``.
     """
@@ -67,12 +67,14 @@ def answers(monkeypatch):
                 pass
 
             def respond(self, prompts, key):
-                asked = tuple(prompt[-1].content for prompt in prompts)
-                number = draws[asked] = draws.get(asked, -1) + 1
-                sizes.append(len(asked))
+                sizes.append(len(prompts))
                 if keys is not None:
                     keys.append(tuple(jax.random.key_data(key).tolist()))
-                return [answer(prompt, number) for prompt in asked]
+                responses = []
+                for asked in (prompt[-1].content for prompt in prompts):
+                    number = draws[asked] = draws.get(asked, -1) + 1
+                    responses.append(answer(asked, number))
+                return responses
 
         opened = types.SimpleNamespace(model=None, params=None, tokenizer=None, template="auto")
         monkeypatch.setattr(sample_pairs, "open_checkpoint", lambda *_: opened)
@@ -86,7 +88,7 @@ def test_both_draws_are_in_the_pair_of_their_prompt(answers, policy_run, tmp_pat
     sizes = answers(lambda prompt, draw: f"{'yes' if draw else 'no'}, i {prompt}")
     assert sample_pairs.run(config(tmp_path, policy_run, batch_size=8)) == 0
     rows = rows_of(tmp_path)
-    assert sizes == [8, 8, 8, 8, 4, 4] and len({row["prompt"] for row in rows}) == len(rows) == 20
+    assert sizes == [8, 8, 8, 8, 8] and len({row["prompt"] for row in rows}) == len(rows) == 20
     for row in rows:
         assert {row["chosen"], row["rejected"]} == {f"no, i {row['prompt']}", f"yes, i {row['prompt']}"}
         assert parse_request(row["prompt"]) is not None
@@ -126,7 +128,7 @@ def test_a_policy_that_always_says_the_same_is_refused_and_leaves_no_file(answer
     sizes = answers(lambda prompt, draw: "no")
     with pytest.raises(UserError, match=r"all the same; sample hotter, e.g. --config.pairs.sampling.temperature=1.0"):
         sample_pairs.run(config(tmp_path, policy_run))
-    assert sizes == [20] * 5 and not list((tmp_path / "pairs").glob("*pairs.jsonl*"))
+    assert sizes == [40, 20, 20, 20] and not list((tmp_path / "pairs").glob("*pairs.jsonl*"))
 
 
 def test_the_annotator_chooses_and_not_the_order_of_the_draws(answers, policy_run, tmp_path):
@@ -168,7 +170,7 @@ def test_pairs_and_keys_follow_from_the_seed(answers, policy_run, tmp_path):
         answers(lambda prompt, draw: REFUSED if draw else ideal(prompt), keys)
         (tmp_path / name).mkdir()
         sample_pairs.run(config(tmp_path / name, policy_run, seed=seed, count=100, batch_size=40, ideal_share=0.3))
-        assert len(set(keys)) == len(keys) >= 6  # three batches, drawn twice or more
+        assert len(set(keys)) == len(keys) >= 5  # two hundred answers in batches of forty
         return (tmp_path / name / "pairs" / "pairs.jsonl").read_bytes(), keys
 
     first, again, other = once("a", 3), once("b", 3), once("c", 4)
@@ -189,7 +191,7 @@ def test_a_second_launch_keeps_the_pairs_and_a_restart_puts_them_aside(answers, 
         sample_pairs.run(config(tmp_path, policy_run, count=21))
     sample_pairs.run(config(tmp_path, policy_run, count=21, on_existing="restart"))
     assert (tmp_path / "pairs.1" / "pairs.jsonl").read_bytes() == before
-    assert all(row["chosen"].startswith("another") for row in rows_of(tmp_path)) and len(sizes) == 2
+    assert all(row["chosen"].startswith("another") for row in rows_of(tmp_path)) and len(sizes) == 1
 
 
 def test_a_launch_that_died_before_the_pairs_were_written_is_continued(answers, policy_run, tmp_path):
@@ -223,7 +225,7 @@ def test_the_table_is_the_judges_and_not_the_annotators(answers, policy_run, tmp
     [
         ({"path": "pairs.jsonl"}, r"config.data.path is 'pairs.jsonl'.*e.g. --config.data.path=task:safety"),
         ({"path": "task:safty"}, r"no embedded task 'safty'.*did you mean task:safety"),
-        ({"run": None}, r"config.model.path is None.*e.g. --config.model.path=runs/quickstart"),
+        ({"run": None}, r"config.model.path is None.*e.g. --config.model.path=runs/quickstart/sft"),
         ({"run": "nowhere"}, r"^config.model.path is 'nowhere', but nowhere has no run.json"),
         ({"count": 5000}, r"config.pairs.count is 5000, but task:safety has 2000 prompts.*--config.pairs.count=2000"),
         ({"max_new_tokens": 256}, r"config.pairs.sampling.max_new_tokens is 256, but the model reads 256 tokens"),

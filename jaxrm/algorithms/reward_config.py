@@ -1,0 +1,76 @@
+"""The `reward` section of a config: where rewards come from, and how they become token rewards."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from jaxrm.errors import UserError
+from jaxrm.ops import token_rewards
+
+SCALAR_KINDS = ("scalar", "scalar_length_residual")
+SEQ2SEQ_KINDS = tuple(kind for kind in token_rewards.KINDS if kind not in SCALAR_KINDS)
+
+
+@dataclass(frozen=True)
+class RewardConfig:
+    """Where rewards come from, and how they become token rewards.
+
+    Attributes:
+      kind: one of `jaxrm.ops.token_rewards.KINDS`; ``literal`` is the paper's, ``scalar`` and
+        ``scalar_length_residual`` belong to a scalar reward model, or to a function, and the others to a seq2seq one.
+      model: folder of the reward model's run, for PPO.
+      function: in place of a reward model, for rewards that can be verified: ``package.module:name`` of a Python
+        function ``(prompts, responses) -> rewards`` (see `jaxrm.stages.rewards`), or the exact judge of an embedded
+        task, ``task:safety``.
+        What follows is set by a calibration pass before PPO and read there; a reward model's own evaluation reads
+        ``center`` alone.
+      scale: ``unit`` gives the sum over a response unit standard deviation over a calibration set; or a number.
+      center: what is taken off each token's value in tag and ``soft`` rewards: a ``running`` mean, the ``fixed`` mean
+        of the calibration set, or ``none``.
+      center_momentum: how much of the running mean survives an update.
+      calibration_responses: responses of the SFT policy in the calibration set, at least; whole batches are taken.
+    """
+
+    kind: str = "literal"
+    model: str | None = None
+    function: str | None = None
+    scale: float | Literal["unit"] = "unit"
+    center: Literal["running", "fixed", "none"] = "running"
+    center_momentum: float = 0.9
+    calibration_responses: int = 256
+
+    def __post_init__(self) -> None:
+        if self.kind not in token_rewards.KINDS:
+            raise UserError(
+                f"config.reward.kind is {self.kind!r}; use one of {', '.join(token_rewards.KINDS)}, "
+                "e.g. --config.reward.kind=literal"
+            )
+        if self.model is not None and self.function is not None:
+            raise UserError(
+                f"config.reward has both model {self.model!r} and function {self.function!r}; rewards come from one "
+                "of them, e.g. --config.reward.function=None"
+            )
+        if self.function is not None and self.kind not in SCALAR_KINDS:
+            raise UserError(
+                f"config.reward.kind is {self.kind!r}, but a function rewards the whole response; "
+                "use --config.reward.kind=scalar"
+            )
+        if self.scale != "unit" and not 0 < self.scale < float("inf"):
+            raise UserError(
+                f"config.reward.scale is {self.scale}; it must be unit or a finite number above 0, "
+                "e.g. --config.reward.scale=unit"
+            )
+        if self.center not in ("running", "fixed", "none"):
+            raise UserError(
+                f"config.reward.center is {self.center!r}; use running, fixed or none, "
+                "e.g. --config.reward.center=running"
+            )
+        if not 0 <= self.center_momentum < 1:
+            raise UserError(
+                f"config.reward.center_momentum is {self.center_momentum}; it must be at least 0 and below 1, "
+                "e.g. --config.reward.center_momentum=0.9"
+            )
+        if self.calibration_responses < 2:
+            raise UserError(
+                f"config.reward.calibration_responses is {self.calibration_responses}; it must be at least 2, "
+                "e.g. --config.reward.calibration_responses=256"
+            )

@@ -1,0 +1,160 @@
+"""Rollouts: prompts to responses, and what policy, reference, critic and reward source say of their tokens."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxrm.algorithms import microbatches
+from jaxrm.algorithms.scoring import response_hidden, response_statistics, token_statistics
+from jaxrm.models.generate import SamplingConfig, generate
+from jaxrm.models.heads import ScalarHead
+from jaxrm.models.transformer import Decoder
+from jaxrm.ops import token_rewards
+from jaxrm.types import ResponseBatch, TokenRewards
+
+
+@dataclass(frozen=True)
+class Networks:
+    """Graphs of what PPO trains.
+
+    Attributes:
+      decoder: of a `jaxrm.models.transformer.Decoder`: the reference, and the policy unless the trunk is shared.
+      policy: what the policy's parameters belong to: ``decoder``, or a `jaxrm.models.heads.ActorCritic`.
+      critic: of a `jaxrm.models.heads.ScalarModel`; None where the trunk is shared.
+      temperature: of sampling; it divides the logits of every log-prob.
+      row_multiple: see `jaxrm.algorithms.scoring.response_hidden`.
+    """
+
+    decoder: nnx.GraphDef
+    policy: nnx.GraphDef
+    critic: nnx.GraphDef | None
+    temperature: float = 1.0
+    row_multiple: int = 1
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether policy and critic have one trunk."""
+        return self.critic is None
+
+    def open_policy(self, params: Any) -> tuple[Decoder, ScalarHead | None]:
+        """The policy, and the value head where it is on the same trunk."""
+        model = nnx.merge(self.policy, params)
+        return (model.decoder, model.scalar_head) if self.is_shared else (model, None)
+
+    def decoder_params(self, params: Any) -> Any:
+        """The decoder's part of the policy's parameters."""
+        return params["decoder"] if self.is_shared else params
+
+    def values(self, critic_params: Any, batch: ResponseBatch) -> jax.Array:
+        """Values ``[B, T]`` of a critic with a trunk of its own: of the states before each response token."""
+        assert self.critic is not None, "the values of a shared trunk are read with the policy"
+        critic = nnx.merge(self.critic, critic_params)
+        return critic.scalar_head(response_hidden(critic.decoder, batch, row_multiple=self.row_multiple))
+
+
+class Readings(NamedTuple):
+    """What the models say of a batch of responses; ``[B, T]`` float32, 0 outside the mask.
+
+    Attributes:
+      log_probs: of the policy.
+      entropy: of the policy, nats.
+      reference_log_probs: of the reference.
+      values: of the critic.
+    """
+
+    log_probs: jax.Array
+    entropy: jax.Array
+    reference_log_probs: jax.Array
+    values: jax.Array
+
+
+class RewardSource(Protocol):
+    """Where token rewards come from: a reward model of either sort, or a function of text."""
+
+    def __call__(
+        self, calibration: token_rewards.Calibration, batch: ResponseBatch, reference_log_probs: jax.Array
+    ) -> TokenRewards:
+        """Score responses."""
+        ...
+
+
+def build_respond(
+    graphdef: nnx.GraphDef,
+    *,
+    sampling: SamplingConfig,
+    end_ids: tuple[int, ...],
+    params_sharding: Any,
+    batch_sharding: Any,
+    gather: bool = False,
+) -> Callable[[Any, jax.Array, jax.Array, jax.Array], ResponseBatch]:
+    """Jitted ``respond(params, prompts [B, P], prompt_mask [B, P], key) -> ResponseBatch``.
+
+    Args:
+      graphdef: of the decoder.
+      sampling: see `jaxrm.models.generate.generate`.
+      end_ids: ids that end a response.
+      params_sharding: of the decoder's parameters.
+      batch_sharding: of the rows.
+      gather: see `jaxrm.models.generate.generate`.
+    """
+
+    def respond(params: Any, prompts: jax.Array, prompt_mask: jax.Array, key: jax.Array) -> ResponseBatch:
+        drawn = generate(graphdef, params, prompts, prompt_mask, key, sampling=sampling, end_ids=end_ids)
+        return ResponseBatch(prompts, prompt_mask, jnp.where(drawn.mask, drawn.tokens, 0), drawn.mask)
+
+    return jax.jit(
+        respond, in_shardings=(params_sharding, batch_sharding, batch_sharding, None), out_shardings=batch_sharding
+    )
+
+
+def build_read(
+    networks: Networks,
+    *,
+    policy_sharding: Any,
+    critic_sharding: Any,
+    reference_sharding: Any,
+    batch_sharding: Any,
+    num_microbatches: int = 1,
+) -> Callable[[Any, Any, Any, ResponseBatch], Readings]:
+    """Jitted ``read(policy_params, critic_params, reference_params, batch) -> Readings``.
+
+    Log-probs come from the forward that the update trains with, not from sampling, so that before the first update
+    the ratio of new to old probabilities is 1.
+
+    Args:
+      networks: what is read with.
+      policy_sharding: of the policy's parameters.
+      critic_sharding: of the critic's; their parameters are None where the trunk is shared.
+      reference_sharding: of the reference's.
+      batch_sharding: of the rows.
+      num_microbatches: parts that the rows are read in.
+    """
+
+    def read(policy_params: Any, critic_params: Any, reference_params: Any, batch: ResponseBatch) -> Readings:
+        def part(batch: ResponseBatch) -> Readings:
+            decoder, value_head = networks.open_policy(policy_params)
+            hidden = response_hidden(decoder, batch, row_multiple=networks.row_multiple)
+            policy = token_statistics(decoder, hidden, batch, temperature=networks.temperature)
+            reference = response_statistics(
+                networks.decoder,
+                reference_params,
+                batch,
+                None,
+                row_multiple=networks.row_multiple,
+                temperature=networks.temperature,
+            )
+            values = networks.values(critic_params, batch) if value_head is None else value_head(hidden)
+            every = Readings(policy.log_probs, policy.entropy, reference.log_probs, values)
+            return Readings(*(jnp.where(batch.response_mask, x, 0.0) for x in every))
+
+        return microbatches.in_parts(part, num_microbatches)(batch)
+
+    return jax.jit(
+        read,
+        in_shardings=(policy_sharding, critic_sharding, reference_sharding, batch_sharding),
+        out_shardings=batch_sharding,
+    )

@@ -1,0 +1,98 @@
+"""Prompts that a policy answers: from records to tokens, and batches padded on the left."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from jaxrm.data.packing import Row
+from jaxrm.data.readers import ReadReport
+from jaxrm.data.records import Message, Record
+from jaxrm.data.templates import encode_prompt
+from jaxrm.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_CHUNK = 256  # records between two reports of progress
+
+
+@dataclass(frozen=True)
+class PromptExample:
+    """A prompt as tokens.
+
+    tokens: int32 `[n]`, the header that opens the answer included.
+    messages: the same as text.
+    source: where the record was read.
+    """
+
+    tokens: np.ndarray
+    messages: tuple[Message, ...]
+    source: str
+
+    @property
+    def segment_lengths(self) -> tuple[int, ...]:
+        """One segment."""
+        return (len(self.tokens),)
+
+    def columns(self) -> dict[str, np.ndarray]:
+        """None."""
+        return {}
+
+
+def tokenize_prompts(
+    records: Sequence[Record],
+    tokenizer: "PreTrainedTokenizerBase",
+    template: str,
+    room: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[list[PromptExample], ReadReport]:
+    """Write the prompts of records of any kind as tokens.
+
+    A prompt is never cut: the policy is trained to answer what was asked. One that does not fit is dropped.
+
+    Args:
+      records: pairs, demonstrations or prompts.
+      tokenizer: as `load_tokenizer` returns it.
+      template: chat template.
+      room: most tokens of a prompt.
+      progress: called with the number of records done and their total.
+
+    Returns:
+      The prompts, and the report, in which those that did not fit (`too_long`) or that the template refused are bad.
+
+    Raises:
+      UserError: a template that cannot work at all.
+    """
+    # One error, not as many bad records as there are.
+    encode_prompt(tokenizer, [Message("user", "x")], template)
+    report = ReadReport(total=len(records))
+    examples: list[PromptExample] = []
+    for number, record in enumerate(records, 1):
+        try:
+            ids = encode_prompt(tokenizer, record.prompt, template)
+        except UserError as error:
+            report.add_bad(str(error), record.source)
+            continue
+        if len(ids) > room:
+            report.add_bad(too_long(room), record.source)
+            continue
+        examples.append(PromptExample(np.array(ids, np.int32), tuple(record.prompt), record.source))
+        if progress and (number % _CHUNK == 0 or number == len(records)):
+            progress(number, len(records))
+    report.used = len(examples)
+    return examples, report
+
+
+def too_long(room: int) -> str:
+    """Reason for which a prompt of more than ``room`` tokens is bad."""
+    return f"prompt longer than the {room} tokens that config.data.max_length leaves beside a response"
+
+
+def left_padded(row: Row) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens int32 `[B, P]` and mask bool `[B, P]` of a batch of prompts, its padding moved to the left."""
+    mask = row["segment_ids"] > 0
+    # A stable sort of the mask, False first, moves tokens to the right in their order.
+    order = np.argsort(mask, axis=1, kind="stable")
+    return np.take_along_axis(row["tokens"], order, axis=1), np.take_along_axis(mask, order, axis=1)

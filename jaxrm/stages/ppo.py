@@ -1,0 +1,313 @@
+"""The PPO stage: a policy learns from token rewards."""
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from jaxrm.algorithms import ppo
+from jaxrm.algorithms.ppo_state import PPOState
+from jaxrm.data import tasks
+from jaxrm.data.prompts import PromptExample
+from jaxrm.data.templates import end_ids
+from jaxrm.data.tokenizer import load_tokenizer
+from jaxrm.errors import UserError
+from jaxrm.experiment import MAY_DIFFER, Experiment
+from jaxrm.models import build
+from jaxrm.models.generate import check_on_policy
+from jaxrm.ops.token_rewards import Calibration
+from jaxrm.runtime import config as bridge
+from jaxrm.runtime.checkpoint import Checkpoints
+from jaxrm.runtime.mesh import batch_shards, build_mesh, check_batch
+from jaxrm.runtime.metrics import open_metrics, remove_rows_after
+from jaxrm.runtime.optimizer import learning_rate
+from jaxrm.runtime.preemption import EXIT_PREEMPTED, catch_signals
+from jaxrm.runtime.progress import Progress, print_table
+from jaxrm.runtime.run_folder import check_run, open_run, write_json_atomically
+from jaxrm.stages import setup, supervised, weights
+from jaxrm.stages.closing import print_held_out
+from jaxrm.stages.corrections import check_judge
+from jaxrm.stages.critic import open_critic, zero_head
+from jaxrm.stages.policy_evaluation import PolicyEvaluation, print_samples
+from jaxrm.stages.ppo_learner import Learner, open_learner
+from jaxrm.stages.ppo_report import PPOReporter, closing_report
+from jaxrm.stages.prompts import (
+    check_judgeable,
+    fixed_batches,
+    load_prompts,
+    prompt_loader,
+    prompt_placer,
+    prompt_width,
+)
+from jaxrm.stages.ptx import open_ptx
+from jaxrm.stages.responses import response_text
+from jaxrm.stages.rewards import calibrate, check_reward_model, function_source, model_source, open_function
+from jaxrm.stages.trained import keep_model, open_reward_model
+from jaxrm.types import TokenBatch
+
+
+def run(config: Experiment) -> int:
+    """Run the stage, or what is left of it.
+
+    Returns:
+      Exit status: 0 when the run is complete, `EXIT_PREEMPTED` when it was asked to stop and saved.
+
+    Raises:
+      UserError: for what the user can mend, before anything is written wherever it can be known by then.
+    """
+    mesh = build_mesh(config.mesh)
+    sampling = config.rollout.sampling
+    check_on_policy(sampling, "config.rollout.sampling")
+    _check(config, mesh)
+    policy = setup.open_model(config.model, mesh)
+    build.check_length(policy.config, "config.data.max_length", config.data.max_length)
+    resolved = bridge.as_dict(config)
+    if jax.process_count() == 1:  # several must refuse together, which only `open_run` sees to
+        check_run(config.run_dir, resolved, on_existing=config.on_existing, may_differ=MAY_DIFFER)
+    is_writer = jax.process_index() == 0
+    show = is_writer and config.logging.progress
+    judge = config.evaluation.judge or (config.data.path if config.data.path.startswith(tasks.PREFIX) else None)
+
+    with setup.task_files(config.data, config.seed, records="prompts") as data:
+        tokenizer_path = setup.tokenizer_path(data, config.model)
+        tokenizer = load_tokenizer(tokenizer_path)
+        setup.check_tokenizer(tokenizer, tokenizer_path, config.model, policy.config)
+        load = functools.partial(load_prompts, data, tokenizer, max_new_tokens=sampling.max_new_tokens)
+        train, held_out = (load(held_out=side, show_progress=show) for side in (False, True))
+    template = config.data.template
+    ends = tuple(sorted(end_ids(tokenizer, template)))
+    if config.evaluation.judge is not None:
+        check_judgeable(held_out.examples, config.evaluation.judge, "config.evaluation.judge")
+    pad_id = tokenizer.pad_token_id or 0  # never attended to: any id will do
+    room = config.data.max_length - sampling.max_new_tokens
+    width = prompt_width([*train.examples, *held_out.examples], room, 16 * setup.row_multiple(mesh))
+    prompts, fingerprint = prompt_loader(train.examples, config.data, width, mesh, seed=config.seed, pad_id=pad_id)
+    ptx = None
+    if config.ptx is not None:
+        ptx, of_ptx = open_ptx(config, config.ptx, policy.config, tokenizer, mesh, show_progress=show)
+        fingerprint += of_ptx
+    num_steps = config.num_steps or math.ceil(config.num_epochs * len(train.examples) / config.data.batch_size)
+
+    text = functools.partial(response_text, tokenizer, ends)
+    reward_model = None
+    if config.reward.model is not None:
+        reward_model = open_reward_model(config.reward.model, mesh, config.model.dtype, field="config.reward.model")
+        check_reward_model(
+            reward_model, config.reward.kind, tokenizer, template, config.data.max_length, sampling.max_new_tokens
+        )
+        reward_name = reward_model.name
+        source = model_source(reward_model, config.reward.kind, mesh, num_microbatches=config.num_microbatches)
+    else:
+        reward_name, everyone = str(config.reward.function), (*train.examples, *held_out.examples)
+        if reward_name.startswith(tasks.PREFIX):
+            check_judgeable(everyone, reward_name, "config.reward.function")
+        source = function_source(
+            reward_name,
+            open_function(reward_name),
+            config.reward.kind,
+            messages={example.tokens.tobytes(): example.messages for example in everyone},
+            text=text,
+            end_ids=ends,
+            mesh=mesh,
+        )
+    critic, first_critic, critic_from = None, None, "the policy, on one trunk"
+    if not config.ppo.shared_trunk:
+        critic, first_critic, critic_from = open_critic(config, policy, mesh, tokenizer)
+    weights.check_weights(policy.config, config.model)  # last, since a hub model is fetched for it
+    policy_from = weights.name_of(config.model)
+    learner = open_learner(config, mesh, policy, critic, num_steps=num_steps, end_ids=ends)
+    identity = f"prompts {fingerprint[:12]}, policy {policy_from}, rewards {reward_name}, critic {critic_from}"
+
+    folder = open_run(
+        config.run_dir,
+        resolved,
+        on_existing=config.on_existing,
+        may_differ=MAY_DIFFER,
+        is_writer=is_writer,
+        process_count=jax.process_count(),
+    )
+    if is_writer:
+        print(folder.message)
+        keep_model(policy.config, tokenizer, folder)
+        print_table(f"Prompts in {config.data.path}", ["records", "number", "first at"], train.report.rows())
+        print_table("Held-out prompts", ["records", "number", "first at"], held_out.report.rows())
+        print(
+            f"{num_steps:,} steps of {config.data.batch_size} responses of up to {sampling.max_new_tokens} tokens to "
+            f"prompts of up to {width}; policy from {policy_from}, critic from {critic_from}, "
+            f"{config.reward.kind} rewards from {reward_name}"
+        )
+
+    def first_decoder() -> Any:
+        key = supervised.first_key(config.seed)
+        return weights.first_params(policy.config, config.model, key, policy.shapes, policy.shardings)
+
+    reference = setup.in_compute_dtype(first_decoder(), config.model.dtype)
+    programs = learner.programs(source)
+    run_key, held_out_key, calibration_key, step_key = jax.random.split(jax.random.key(config.seed), 4)
+    respond = programs.respond
+    if config.evaluation.sampling != sampling:
+        respond = learner.respond(config.evaluation.sampling)
+    evaluation = PolicyEvaluation(
+        examples=held_out.examples,
+        batches=fixed_batches(held_out.examples, config.data.batch_size, width, mesh),
+        respond=respond,
+        read=programs.read,
+        reward=source,
+        networks=learner.networks,
+        reference_params=reference,
+        mesh=mesh,
+        key=held_out_key,
+        tokenizer=tokenizer,
+        text=text,
+        judge=None if judge is None else judge.removeprefix(tasks.PREFIX),
+        samples=config.evaluation.samples,
+        folder=folder,
+    )
+
+    checkpoints = Checkpoints(folder.checkpoints, config.checkpoint)
+    if checkpoints.steps():
+        state = ppo.restore(
+            learner.abstract, checkpoints, learner.networks, config.ppo, prompts, ptx, identity, step_key
+        )
+    else:
+        params, critic_params = first_decoder(), None
+        if first_critic is None:
+            params = {"decoder": params, "scalar_head": zero_head(learner.policy)}
+        else:
+            critic_params = first_critic(supervised.first_key(config.seed))
+        state = learner.first_state(params, critic_params, step_key)
+        count = -(-config.reward.calibration_responses // config.data.batch_size) * config.data.batch_size
+        some = [train.examples[i % len(train.examples)] for i in range(count)]
+        state = learner.calibrated(
+            state, _calibration(learner, programs, state, reference, some, width, calibration_key, show)
+        )
+    first = ppo.steps_of(state, config.ppo)
+    if is_writer:
+        found = jax.device_get(state.first_calibration)
+        print(f"Token rewards: scale {found.scale:.4g}, centre {found.center:.4g} (from responses of the SFT policy)")
+        remove_rows_after(folder.samples, first or -1)
+
+    updates = num_steps * config.ppo.num_epochs * config.ppo.num_minibatches
+    rate, updates_a_step = learning_rate(config.optimizer, updates), updates // num_steps
+    with (
+        open_metrics(folder, config.logging, after_step=first or None, run_config=resolved) as writer,
+        Progress("ppo", num_steps, done=first, enabled=show) as progress,
+        catch_signals() as stop,
+    ):
+        state, finished = ppo.fit(
+            state,
+            config=config.ppo,
+            num_steps=num_steps,
+            networks=learner.networks,
+            programs=programs,
+            reference_params=reference,
+            prompts=prompts,
+            place=prompt_placer(mesh),
+            ptx=ptx,
+            place_ptx=setup.batch_placer(mesh, TokenBatch),
+            data_fingerprint=identity,
+            evaluate=lambda step, state: evaluation(
+                step,
+                state.policy.params,
+                None if state.critic is None else state.critic.params,
+                state.first_calibration,
+            ),
+            eval_every=config.evaluation.every,
+            checkpoints=checkpoints,
+            checkpoint_every=config.checkpoint.every,
+            reporter=PPOReporter(
+                writer,
+                progress,
+                every=config.logging.every,
+                num_steps=num_steps,
+                learning_rate=lambda step: rate(step * updates_a_step),
+            ),
+            stop=stop,
+            key=run_key,
+        )
+    checkpoints.close()
+    if not finished:
+        if is_writer:
+            step = ppo.steps_of(state, config.ppo)
+            print(f"Stopped and saved at step {step} of {num_steps}; the same command continues from there.")
+        return EXIT_PREEMPTED
+    if is_writer:
+        print_held_out(folder)
+        report = closing_report(folder, config.reward.kind, len(held_out.examples))
+        write_json_atomically(folder.path / "evaluation.json", report)
+        print_samples(folder)
+        print(f"The run is in {folder.path}; samples are in {folder.samples}")
+    return 0
+
+
+def _check(config: Experiment, mesh: Mesh) -> None:
+    """What can be said of the config alone."""
+    field, parts = "config.data.batch_size", config.num_microbatches
+    check_batch(mesh, field, config.data.batch_size, parts)
+    minibatches = config.ppo.num_minibatches
+    unit = batch_shards(mesh) * parts * minibatches
+    if config.data.batch_size % unit:
+        raise UserError(
+            f"{field} is {config.data.batch_size}, which does not divide into {minibatches} minibatches of {parts} "
+            f"microbatches on {batch_shards(mesh)} devices; use a multiple of {unit}, e.g. --{field}={unit}"
+        )
+    if config.ptx is not None:
+        check_batch(mesh, "config.ptx.batch_size", config.ptx.batch_size, parts)
+    check_judge(config.evaluation.judge)
+    answer, longest = config.evaluation.sampling.max_new_tokens, config.rollout.sampling.max_new_tokens
+    if answer > longest:
+        raise UserError(
+            f"config.evaluation.sampling.max_new_tokens is {answer}, but rows have room for responses of "
+            f"config.rollout.sampling.max_new_tokens {longest}; e.g. "
+            f"--config.evaluation.sampling.max_new_tokens={longest}"
+        )
+    if config.critic.path is not None and config.ppo.shared_trunk:
+        raise UserError(
+            f"config.critic.path is {config.critic.path!r}, but config.ppo.shared_trunk gives the critic the policy's "
+            "trunk; use --config.critic.path=None or --config.ppo.shared_trunk=False"
+        )
+    if config.reward.model is None and config.reward.function is None:
+        raise UserError(
+            "config.reward has neither model nor function, so there is nothing to learn from; give the run of a reward "
+            "model, e.g. --config.reward.model=runs/rm_seq2seq_tiny"
+        )
+    if config.reward.function is not None:
+        open_function(config.reward.function)
+    if weights.is_run(config.model.path):
+        weights.find_checkpoint(str(config.model.path), "config.model.path", weights.POLICIES)
+
+
+def _calibration(
+    learner: Learner,
+    programs: ppo.Programs,
+    state: PPOState,
+    reference: Any,
+    examples: Sequence[PromptExample],
+    width: int,
+    key: jax.Array,
+    show: bool,
+) -> Calibration:
+    """Scale and centre of the rewards, from responses of the policy before it has learnt anything."""
+    config, rows = learner.config, learner.config.data.batch_size
+    critic_params = None if state.critic is None else state.critic.params
+    decoder_params = learner.networks.decoder_params(state.policy.params)
+    rewards = []
+    with Progress("calibrate", len(examples), unit="responses", enabled=show) as progress:
+        for number, (prompts, mask) in enumerate(fixed_batches(examples, rows, width, learner.mesh)):
+            batch = programs.respond(decoder_params, prompts, mask, jax.random.fold_in(key, number))
+            readings = programs.read(state.policy.params, critic_params, reference, batch)
+            rewards.append(programs.reward(state.first_calibration, batch, readings.reference_log_probs))
+            jax.block_until_ready(rewards)
+            progress.update((number + 1) * rows)
+    found = calibrate(
+        config.reward.kind, rewards, scale=config.reward.scale, center=config.reward.center, mesh=learner.mesh
+    )
+    if not all(map(math.isfinite, jax.tree.leaves(jax.device_get(found)))):
+        raise UserError(
+            "the rewards of the SFT policy's responses are not finite; the reward model is spoiled, give another, e.g. "
+            "--config.reward.model=RUN_DIR/checkpoints/best"
+        )
+    return found

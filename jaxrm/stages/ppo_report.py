@@ -1,0 +1,125 @@
+"""What a PPO run tells: every step, warnings with likely causes, and what came of it."""
+
+import statistics
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from jaxrm.runtime import hardware
+from jaxrm.runtime.metrics import PHASES, MetricsWriter, read_rows
+from jaxrm.runtime.progress import Progress, format_value, print_table
+from jaxrm.runtime.run_folder import RunFolder
+
+_QUIET = 20  # steps after a warning in which it is not repeated
+
+
+class PPOReporter:
+    """Sends metrics to the progress bar at every step and to the files every so often, and warns.
+
+    Args:
+      writer: of the metrics files.
+      progress: the bar.
+      every: steps between rows; evaluations always have one.
+      num_steps: the last step, which always has a row.
+      learning_rate: of the policy, at a step counted from 0.
+    """
+
+    def __init__(
+        self,
+        writer: MetricsWriter,
+        progress: Progress,
+        *,
+        every: int,
+        num_steps: int,
+        learning_rate: Callable[[int], Any],
+    ) -> None:
+        self._writer, self._progress = writer, progress
+        self._every, self._num_steps, self._learning_rate = every, num_steps, learning_rate
+        self._seen: list[Mapping[str, float]] = []
+        self._warned: dict[str, int] = {}
+
+    def step(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Metrics of one step."""
+        self._progress.update(
+            step,
+            reward=metrics["reward"],
+            kl=metrics["kl"],
+            length=metrics["response_length"],
+            tokens_per_second=metrics["tokens_per_second"],
+        )
+        if step % self._every == 0 or step == self._num_steps:
+            device = hardware.device_memory()
+            measured = {
+                "learning_rate": float(self._learning_rate(step - 1)),
+                "host_memory_gib": hardware.host_memory_gib(),
+                "device_memory_gib": None if device is None else device.peak,
+            }
+            self._writer.write(step, {**metrics, **{name: x for name, x in measured.items() if x is not None}})
+        self._seen.append(dict(metrics))
+        for name, text in warnings(self._seen).items():
+            if step - self._warned.get(name, -_QUIET) >= _QUIET:
+                self._warned[name] = step
+                self._progress.print(f"step {step}: warning: {text}")
+
+    def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Held-out metrics after ``step`` steps."""
+        self._writer.write(step, metrics)
+        told = " · ".join(f"{name.removeprefix('eval_')} {format_value(x)}" for name, x in metrics.items())
+        self._progress.print(f"step {step}: held-out {told}")
+
+
+def warnings(seen: list[Mapping[str, float]]) -> dict[str, str]:
+    """What looks wrong in the latest of the steps seen so far, and what it usually comes from; by a short name."""
+    now, found = seen[-1], {}
+    # Of one response there is no error to compare with; below a thousandth of a nat it is rounding.
+    if len(seen) >= 3 and all(row["kl_error"] > 0 and row["kl"] < -4 * row["kl_error"] - 1e-3 for row in seen[-3:]):
+        found["negative KL"] = (
+            f"the KL to the reference is {now['kl']:.3g} nats a response, three steps running, but the true one cannot "
+            "be negative: responses were not drawn from the distribution whose log-probs are taken. Likely causes: "
+            "another template or tokenizer than the reference's, attention kernels of different precision in sampling "
+            "and training (--config.model.attention, --config.model.dtype), responses cut before their end token"
+        )
+    if now["entropy"] < 0.1 * seen[0]["entropy"]:
+        found["entropy"] = (
+            f"the entropy fell from {seen[0]['entropy']:.3g} to {now['entropy']:.3g} nats a token: the policy hardly "
+            "explores any more. Likely causes: a learning rate too high (--config.optimizer.lr), a KL penalty too weak "
+            "(--config.ppo.kl_coef), a reward that one fixed answer satisfies"
+        )
+    earlier = [row["value_loss"] for row in seen[:-1]]
+    if len(earlier) >= 5 and now["value_loss"] > 20 * max(statistics.median(earlier), 1e-6):
+        found["value loss"] = (
+            f"the value loss is {now['value_loss']:.3g}, twenty times its median so far. Likely causes: rewards of "
+            "very different size (--config.reward.scale=unit, --config.ppo.reward_clip), a critic that learns too fast "
+            "(--config.critic.optimizer.lr)"
+        )
+    if now["ended"] == 0:
+        found["truncated"] = (
+            f"no response reached its end token within {now['response_length']:.0f} tokens. Likely causes: too short a "
+            "--config.rollout.sampling.max_new_tokens, an SFT policy that never learnt to stop, a reward that pays for "
+            "length (--config.reward.center=running, --config.ppo.missing_end_penalty)"
+        )
+    return found
+
+
+def closing_report(folder: RunFolder, kind: str, prompts: int) -> dict[str, Any]:
+    """Print what a step cost; returns held-out metrics before and after, from the rows of the run."""
+    rows = read_rows(folder.metrics)
+    steps = [row for row in rows if "step_seconds" in row]
+    if steps:
+        print_table(
+            f"A step took {statistics.median(row['step_seconds'] for row in steps):.3g} s (median)",
+            ["phase", "seconds", "tokens/s"],
+            [
+                [
+                    phase,
+                    statistics.median(row[f"{phase}_seconds"] for row in steps),
+                    statistics.median(row[f"{phase}_tokens_per_second"] for row in steps),
+                ]
+                for phase in PHASES
+            ],
+        )
+    evaluated = [row for row in rows if "eval_reward" in row]
+    sides = {
+        name: {field.removeprefix("eval_"): row[field] for field in row if field.startswith("eval_")}
+        for name, row in (("before", evaluated[0]), ("after", evaluated[-1]))
+    }
+    return {"step": evaluated[-1]["step"], "prompts": prompts, "kind": kind, **sides}

@@ -1,0 +1,187 @@
+"""Sampling beside its peers: Hugging Face transformers and tunix, the same shape, batch and lengths.
+
+    PYTHONPATH=. python tests/benchmarks/decode.py
+    PYTHONPATH=. python tests/benchmarks/decode.py --preset=tiny --rounds=20
+
+Random weights, random prompts of equal length, and nothing ends early, so every side reads and draws as many tokens.
+The sides take turns and every time is the best of its rounds; what one side leaves out (compiling, text) is left out
+of all. transformers runs eagerly, as ``model.generate`` does by default. A peer that is not installed is left out:
+``pip install torch==2.13.0``; ``pip install google-tunix==0.1.7``, in an environment of its own, for it pins much.
+Printed, never asserted: machines are noisy. The defaults take some minutes and 5 GB on CPU.
+"""
+
+import argparse
+import time
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from flax import nnx
+
+from jaxrm.models import build
+from jaxrm.models.build import ModelSource
+from jaxrm.models.config import ModelConfig, preset
+from jaxrm.models.generate import SamplingConfig, generate
+from jaxrm.runtime.mesh import MeshConfig, build_mesh
+from jaxrm.stages.setup import open_model
+
+PAD = 0
+Side = Callable[[], np.ndarray]  # sampled tokens [B, T]
+
+
+def jaxrm_side(args: argparse.Namespace, prompts: np.ndarray) -> Side:
+    source = ModelSource(preset=args.preset, dtype=args.dtype)
+    model = open_model(source, build_mesh(MeshConfig(), jax.devices()[:1]))
+    params = build.init_params(model.config, source, jax.random.key(0), model.shardings)
+    sampling = SamplingConfig(max_new_tokens=args.response, temperature=args.temperature)
+    key, mask = jax.random.key(0), np.ones_like(prompts, bool)
+
+    def run() -> np.ndarray:
+        drawn = generate(model.graphdef, params, prompts, mask, key, sampling=sampling, end_ids=())
+        return np.asarray(drawn.tokens)
+
+    return run
+
+
+def transformers_side(args: argparse.Namespace, prompts: np.ndarray) -> Side:
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shape = preset(args.preset)
+    config = LlamaConfig(
+        vocab_size=shape.vocab_size,
+        hidden_size=shape.hidden_size,
+        intermediate_size=shape.intermediate_size,
+        num_hidden_layers=shape.num_layers,
+        num_attention_heads=shape.num_heads,
+        num_key_value_heads=shape.num_kv_heads,
+        head_dim=shape.head_dim,
+        tie_word_embeddings=shape.tie_embeddings,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=PAD,
+    )
+    model = LlamaForCausalLM(config).to(getattr(torch, args.dtype)).eval()
+    model.generation_config.eos_token_id = None
+    choice = {"do_sample": True, "temperature": args.temperature, "top_k": 0, "top_p": 1.0}
+    ids = torch.tensor(prompts, dtype=torch.long)
+
+    def run() -> np.ndarray:
+        with torch.no_grad():
+            drawn = model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=args.response,
+                **(choice if args.temperature else {"do_sample": False}),
+            )
+        return drawn[:, ids.shape[1] :].numpy()
+
+    return run
+
+
+def tunix_side(args: argparse.Namespace, prompts: np.ndarray) -> Side:
+    from tunix.generate import sampler
+    from tunix.models.llama3 import model as llama3
+
+    shape = preset(args.preset)
+
+    class Tokens:
+        """A tokenizer whose texts are row numbers."""
+
+        def encode(self, text: str) -> list[int]:
+            return prompts[int(text)].tolist()
+
+        def decode(self, ids: list[int]) -> str:
+            return str(len(ids))
+
+        def bos_id(self) -> None:
+            return None
+
+        def eos_id(self) -> int:
+            return -1
+
+        def pad_id(self) -> int:
+            return PAD
+
+    config = llama3.ModelConfig(
+        num_layers=shape.num_layers,
+        vocab_size=shape.vocab_size,
+        embed_dim=shape.hidden_size,
+        hidden_dim=shape.intermediate_size,
+        num_heads=shape.num_heads,
+        head_dim=shape.head_dim,
+        num_kv_heads=shape.num_kv_heads,
+        rope_theta=int(shape.rope_theta),
+        norm_eps=shape.norm_eps,
+        weight_tying=shape.tie_embeddings,
+    )
+    model = llama3.Llama3(config, rngs=nnx.Rngs(0))
+    state = jax.tree.map(lambda x: x.astype(args.dtype), nnx.state(model))
+    nnx.update(model, state)
+    longest = args.prompt + args.response
+    cache = sampler.CacheConfig(longest, shape.num_layers, shape.num_kv_heads, shape.head_dim)
+    sample = sampler.Sampler(model, Tokens(), cache)
+    choice = {"temperature": args.temperature, "top_p": 1.0} if args.temperature else {}
+    texts = [str(row) for row in range(len(prompts))]
+
+    def run() -> np.ndarray:
+        drawn = sample(
+            texts,
+            max_generation_steps=args.response,
+            max_prompt_length=args.prompt,
+            eos_tokens=[-1],
+            **choice,
+        )
+        return np.stack([np.asarray(row) for row in drawn.tokens])
+
+    return run
+
+
+def check_shape(config: ModelConfig) -> None:
+    if config.family != "llama" or config.rope_scaling is not None:
+        raise SystemExit("this benchmark knows Llama shapes without scaled rotations, e.g. --preset=smollm2-135m")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", default="smollm2-135m")
+    parser.add_argument("--dtype", default="float32", choices=build.DTYPES)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--prompt", type=int, default=64)
+    parser.add_argument("--response", type=int, default=64)
+    parser.add_argument("--temperature", type=float, default=1.0, help="0 for greedy")
+    parser.add_argument("--rounds", type=int, default=5)
+    args = parser.parse_args()
+    check_shape(preset(args.preset))
+
+    ids = np.random.default_rng(0).integers(PAD + 1, preset(args.preset).vocab_size, (args.batch, args.prompt))
+    sides: dict[str, Side] = {}
+    for name, make in (("jaxrm", jaxrm_side), ("transformers", transformers_side), ("tunix", tunix_side)):
+        try:
+            sides[name] = make(args, ids.astype(np.int32))
+        except ImportError as missing:
+            print(f"{name} is left out: {missing}")
+    for name, side in sides.items():
+        assert side().shape == (args.batch, args.response), name  # compiles too
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(args.rounds):
+        for name, side in sides.items():
+            start = time.perf_counter()
+            side()
+            times[name].append(time.perf_counter() - start)
+
+    print(
+        f"\n{args.preset}, {args.dtype}, {jax.devices()[0].device_kind}, jax {jax.__version__}; {args.batch} rows of "
+        f"prompt {args.prompt} and response {args.response}, temperature {args.temperature:g}; best of {args.rounds}"
+    )
+    first = min(times["jaxrm"])
+    print(f"{'':16}{'seconds':>10}{'median':>10}{'tokens/s':>10}{'jaxrm is faster':>18}")
+    for name, found in times.items():
+        best = min(found)
+        faster = "" if name == "jaxrm" else f"{best / first:.2f} times"
+        rate = args.batch * args.response / best
+        print(f"{name:16}{best:10.3f}{np.median(found):10.3f}{rate:10.0f}{faster:>18}")
+
+
+if __name__ == "__main__":
+    main()
