@@ -1,6 +1,7 @@
 """Every config in configs/ builds, fits a mesh, and is described; large models cost nothing to check."""
 
 import dataclasses
+import functools
 import math
 from pathlib import Path
 
@@ -8,19 +9,25 @@ import jax
 import pytest
 
 from jaxrm.algorithms import scalar_rm, seq2seq_rm, sft
+from jaxrm.algorithms.ppo_config import CriticConfig, PPOConfig
+from jaxrm.algorithms.ppo_state import PPOBatch
+from jaxrm.algorithms.scoring import as_token_rewards
 from jaxrm.algorithms.state import create
 from jaxrm.experiment import Experiment
 from jaxrm.models.build import ModelSource
 from jaxrm.models.config import preset
+from jaxrm.models.generate import check_on_policy
+from jaxrm.pipeline import config_class, resolve
 from jaxrm.runtime.config import from_config_dict
 from jaxrm.runtime.config_file import load_config_file
 from jaxrm.runtime.mesh import MeshConfig, build_mesh, check_batch
 from jaxrm.runtime.optimizer import build_optimizer
+from jaxrm.stages.ppo_learner import open_learner
 from jaxrm.stages.setup import open_model, open_scalar_model
 from jaxrm.types import ComparisonBatch, MappingBatch, TokenBatch
 
 CONFIGS = sorted((Path(__file__).resolve().parents[1] / "configs").glob("*.py"))
-TRAINED = [path for path in CONFIGS if not path.stem.startswith("pairs_")]
+LIMITS = {"quickstart": 85, "pipeline": 85}  # lines of a config, by the beginning of its name; else 65
 SHAPES = {
     "gemma_2b": "gemma-2b",
     "llama_2_7b": "llama-2-7b",
@@ -31,8 +38,25 @@ SHAPES = {
 COLUMNS = {"loss_mask": "bool", "is_correction": "bool", "is_chosen_end": "bool"}  # the others are int32
 
 
+def stages_of(path):
+    """Every stage that a config describes, by name; one that describes a single stage has it under its own."""
+    loaded, _ = load_config_file(str(path), Experiment)
+    config = from_config_dict(config_class(loaded), loaded)
+    if isinstance(config, Experiment):
+        return {path.stem: config}
+    return {name: stage.experiment for name, stage in resolve(config).items()}
+
+
 def described(path):
-    return from_config_dict(Experiment, load_config_file(str(path), Experiment)[0])
+    return stages_of(path)[path.stem]
+
+
+TRAINED = [
+    pytest.param(path, name, id=path.stem if name == path.stem else f"{path.stem}-{name}")
+    for path in CONFIGS
+    for name, stage in stages_of(path).items()
+    if stage.algorithm != "sample_pairs"
+]
 
 
 def model_and_loss(config, source, mesh, shape):
@@ -46,14 +70,17 @@ def model_and_loss(config, source, mesh, shape):
     return model, sft.sft_loss(model.graphdef), TokenBatch
 
 
-@pytest.mark.parametrize("path", TRAINED, ids=lambda path: path.stem)
-def test_a_step_of_the_config_builds_on_eight_devices(path):
+@pytest.mark.parametrize(("path", "stage"), TRAINED)
+def test_a_step_of_the_config_builds_on_eight_devices(path, stage):
     """Abstractly: shapes and shardings of the state, and the trace of loss and gradients."""
-    config = described(path)
+    config = stages_of(path)[stage]
     name = next(name for stem, name in SHAPES.items() if stem in path.stem)
     mesh = build_mesh(MeshConfig(data=2, fsdp=4))
     check_batch(mesh, "config.data.batch_size", config.data.batch_size, config.num_microbatches)
     source = dataclasses.replace(config.model, path=None, preset=name)
+    if config.algorithm == "ppo":
+        check_a_step_of_ppo(dataclasses.replace(config, model=source), preset(name), mesh)
+        return
     model, loss_fn, batch_type = model_and_loss(config, source, mesh, preset(name))
     optimizer = build_optimizer(config.optimizer, 100)
     state = jax.eval_shape(lambda p: create(p, optimizer, jax.random.key(0)), model.shapes)
@@ -72,6 +99,42 @@ def test_a_step_of_the_config_builds_on_eight_devices(path):
     assert known in (None, counted)
 
 
+def check_a_step_of_ppo(config, shape, mesh):
+    """Rollout, readings, advantages and both updates, abstractly, with whatever the config asks for."""
+    decoder, critic = open_model(config.model, mesh, shape), open_scalar_model(config.model, mesh, shape)
+    learner = open_learner(config, mesh, decoder, critic, num_steps=10, end_ids=(1,))
+    programs, state = learner.programs(lambda *_: None), learner.abstract
+    B, T = config.data.batch_size, config.rollout.sampling.max_new_tokens
+    check_on_policy(config.rollout.sampling, "config.rollout.sampling")
+    P = config.data.max_length - T
+    assert P >= T // 2 and config.data.max_length <= shape.max_position
+    prompts, mask = (jax.ShapeDtypeStruct((B, P), dtype) for dtype in ("int32", "bool"))
+    batch = jax.eval_shape(programs.respond, decoder.shapes, prompts, mask, jax.random.key(0))
+    assert batch.responses.shape == (B, T)
+    readings = jax.eval_shape(programs.read, state.policy.params, state.critic.params, decoder.shapes, batch)
+    score = functools.partial(as_token_rewards, end_ids=(1,))
+    values, tags = (jax.ShapeDtypeStruct((B, T), dtype) for dtype in ("float32", "bool"))
+    kind = config.reward.kind
+    rewards = jax.eval_shape(
+        lambda calibration, values, tags, batch: score(calibration, kind, values, tags, batch),
+        state.first_calibration,
+        values,
+        tags,
+        batch,
+    )
+    rollout, _, _ = jax.eval_shape(programs.estimate, state.feedback, batch, readings, rewards)
+    update = PPOBatch(rollout)
+    if config.ptx is not None:
+        rows = (config.ptx.batch_size, config.ptx.max_length)
+        names = [field.name for field in dataclasses.fields(TokenBatch)]
+        ptx = TokenBatch(**{name: jax.ShapeDtypeStruct(rows, COLUMNS.get(name, "int32")) for name in names})
+        update = jax.eval_shape(programs.weigh, rollout, ptx)
+    policy, _ = jax.eval_shape(programs.update_policy, state.policy, update)
+    critic_state, _ = jax.eval_shape(programs.update_critic, state.critic, PPOBatch(rollout))
+    for after, before in ((policy, state.policy), (critic_state, state.critic)):
+        assert jax.tree.map(lambda x: x.shape, after) == jax.tree.map(lambda x: x.shape, before)
+
+
 @pytest.mark.parametrize("path", [p for p in CONFIGS if p.stem.startswith("rm_")], ids=lambda path: path.stem)
 def test_reward_models_have_the_published_defaults(path):
     config = described(path)
@@ -85,10 +148,24 @@ def test_reward_models_have_the_published_defaults(path):
 def test_a_config_says_how_to_run_it(path):
     _, docstring = load_config_file(str(path), Experiment)
     assert f"python -m jaxrm.train --config=configs/{path.name}" in docstring and "Needs:" in docstring
-    assert len(path.read_text().splitlines()) <= 65
+    assert len(path.read_text().splitlines()) <= LIMITS.get(path.stem.split("_")[0], 65)
+
+
+@pytest.mark.parametrize("stem", ["ppo_gemma_2b", "ppo_llama_2_7b", "pipeline_gemma_2b", "pipeline_llama_2_7b"])
+def test_ppo_has_the_published_defaults(stem):
+    stages = stages_of(CONFIGS[0].parent / f"{stem}.py")
+    for config in (config for config in stages.values() if config.algorithm == "ppo"):
+        assert config.ppo == PPOConfig() and config.ptx is not None and config.rollout.sampling.temperature == 1.0
+        assert (config.optimizer.lr, config.critic.optimizer.lr, config.optimizer.warmup) == (1e-5, 5e-6, 0.03)
+        assert config.evaluation.sampling == config.rollout.sampling
 
 
 def test_defaults_are_those_of_the_method():
+    ppo = PPOConfig()
+    assert (ppo.kl_coef, ppo.clip, ppo.value_clip, ppo.reward_clip) == (0.02, 0.2, 5.0, 50.0)
+    assert (ppo.discount, ppo.gae_lambda, ppo.num_epochs, ppo.ptx_coef) == (1.0, 0.95, 1, 16.0)
+    assert (ppo.whiten_advantages, ppo.normalize_rewards, ppo.kl_target, ppo.kl_estimator) == (False, False, None, "k1")
+    assert CriticConfig().optimizer.lr == 5e-6
     defaults = Experiment(run_dir="x", model=ModelSource(preset="tiny"))
     assert (defaults.optimizer.lr, defaults.optimizer.schedule, defaults.optimizer.warmup) == (2e-5, "cosine", 0.03)
     assert (defaults.optimizer.b1, defaults.optimizer.b2, defaults.optimizer.clip_norm) == (0.9, 0.95, 1.0)

@@ -272,7 +272,7 @@ def _check(config: Experiment, mesh: Mesh) -> None:
     if config.reward.model is None and config.reward.function is None:
         raise UserError(
             "config.reward has neither model nor function, so there is nothing to learn from; give the run of a reward "
-            "model, e.g. --config.reward.model=runs/rm_seq2seq_tiny"
+            "model, e.g. --config.reward.model=runs/quickstart/rm_seq2seq"
         )
     if config.reward.function is not None:
         open_function(config.reward.function)

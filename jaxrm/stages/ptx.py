@@ -7,6 +7,7 @@ from jax.sharding import Mesh
 
 from jaxrm.data.config import DataConfig
 from jaxrm.data.loader import BatchIterator, build_loader, fingerprint
+from jaxrm.errors import UserError
 from jaxrm.experiment import Experiment
 from jaxrm.models import build
 from jaxrm.models.config import ModelConfig
@@ -36,18 +37,24 @@ def open_ptx(
       tokenizer: of the policy.
       mesh: the devices.
       show_progress: draw a bar.
+
+    Raises:
+      UserError: as SFT does of its ``config.data``.
     """
     build.check_length(model, "config.ptx.max_length", data.max_length)
-    with setup.task_files(dataclasses.replace(data, template=config.data.template), config.seed) as files:
-        train = load_demonstrations(files, tokenizer, held_out=False, show_progress=show_progress)
     part, parts = batch_share(mesh)
-    loader = build_loader(
-        train.examples,
-        files,
-        pad_id=tokenizer.pad_token_id or 0,
-        seed=config.seed,
-        process_index=part,
-        process_count=parts,
-        batch_unit=batch_shards(mesh) * config.num_microbatches,
-    )
+    try:
+        with setup.task_files(dataclasses.replace(data, template=config.data.template), config.seed) as files:
+            train = load_demonstrations(files, tokenizer, held_out=False, show_progress=show_progress)
+        loader = build_loader(
+            train.examples,
+            files,
+            pad_id=tokenizer.pad_token_id or 0,
+            seed=config.seed,
+            process_index=part,
+            process_count=parts,
+            batch_unit=batch_shards(mesh) * config.num_microbatches,
+        )
+    except UserError as error:  # which knows of one data section only
+        raise UserError(str(error).replace("config.data.", "config.ptx.")) from error
     return loader, fingerprint(train.examples, files)

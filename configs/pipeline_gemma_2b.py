@@ -1,0 +1,62 @@
+"""The whole recipe at the size of Gemma 2B: SFT, both reward models, PPO with each, one table and one page.
+
+    python -m jaxrm.train --config=configs/pipeline_gemma_2b.py
+
+Needs: an account that may download the model (or --config.sft.model.path=FOLDER) and accelerators with room for PPO
+(see `configs/ppo_gemma_2b.py`): policy, critic, reference and reward model at once. Every stage can be had alone,
+--config.stages=sft, and any field of it overridden, --config.ppo_seq2seq.ppo.kl_coef=0.05. Published defaults.
+"""
+
+from dataclasses import replace
+
+from ml_collections import ConfigDict
+
+from jaxrm.algorithms.ppo_config import RolloutConfig
+from jaxrm.algorithms.reward_config import RewardConfig
+from jaxrm.data.config import DataConfig
+from jaxrm.experiment import EvaluationConfig, Experiment
+from jaxrm.models.build import ModelSource
+from jaxrm.models.generate import SamplingConfig
+from jaxrm.pipeline import pipeline
+from jaxrm.runtime.mesh import MeshConfig
+from jaxrm.runtime.optimizer import OptimizerConfig
+
+POLICY = ModelSource(path="stage:sft", dtype="bfloat16")
+SAMPLING = SamplingConfig(max_new_tokens=512)
+
+
+def get_config(data: str = "PKU-Alignment/PKU-SafeRLHF") -> ConfigDict:
+    """Config of all stages on ``data``, which --config=configs/pipeline_gemma_2b.py:DATA gives."""
+    pairs = DataConfig(path=data, template="gemma", max_length=2048, batch_size=64)
+    sft = Experiment(
+        algorithm="sft",
+        num_epochs=3.0,
+        model=ModelSource(path="google/gemma-2b", dtype="bfloat16"),
+        data=pairs,
+        optimizer=OptimizerConfig(lr=2e-5),
+        mesh=MeshConfig(data=1, fsdp=-1),
+    )
+    rm_scalar = replace(
+        sft,
+        algorithm="scalar_rm",
+        num_epochs=2.0,
+        reward=RewardConfig(kind="scalar"),
+        model=POLICY,
+        optimizer=OptimizerConfig(lr=2e-5, weight_decay=0.1),
+    )
+    rm_seq2seq = replace(rm_scalar, algorithm="seq2seq_rm", reward=RewardConfig(kind="literal"))
+    ppo_scalar = replace(
+        sft,
+        algorithm="ppo",
+        num_epochs=1.0,
+        reward=RewardConfig(kind="scalar", model="stage:rm_scalar"),
+        model=POLICY,
+        data=replace(pairs, max_length=1024, max_eval_records=256),
+        ptx=replace(pairs, max_length=1024),
+        rollout=RolloutConfig(sampling=SAMPLING),
+        optimizer=OptimizerConfig(lr=1e-5),
+        evaluation=EvaluationConfig(every=50, samples=8, sampling=SAMPLING),
+    )
+    ppo_seq2seq = replace(ppo_scalar, reward=RewardConfig(kind="literal", model="stage:rm_seq2seq"))
+    stages = {"rm_scalar": rm_scalar, "rm_seq2seq": rm_seq2seq, "ppo_scalar": ppo_scalar, "ppo_seq2seq": ppo_seq2seq}
+    return pipeline(run_dir="runs/pipeline_gemma_2b", sft=sft, **stages)

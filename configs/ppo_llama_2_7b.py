@@ -1,0 +1,45 @@
+"""PPO of Llama 2 7B with the token rewards of its seq2seq reward model: the last stage of the paper's recipe.
+
+    python -m jaxrm.train --config=configs/ppo_llama_2_7b.py --config.mesh.fsdp=32
+
+Needs: the runs of `configs/sft_llama_2_7b.py` and `configs/rm_seq2seq_llama_2_7b.py` (or other folders, as
+--config.model.path and --config.reward.model); 16 bytes a parameter for each of policy and critic, 2 for reference and
+reward model, 240 GB spread over the fsdp axis, and activations. Coefficients, learning rates and schedules are those
+of the published scripts of the paper's group; batch and length are jaxrm's choice. For the baseline add
+--config.reward.kind=scalar --config.reward.model=runs/rm_scalar_llama_2_7b --config.run_dir=runs/ppo_scalar_llama_2_7b.
+"""
+
+from ml_collections import ConfigDict
+
+from jaxrm.algorithms.ppo_config import CriticConfig, PPOConfig, RolloutConfig
+from jaxrm.algorithms.reward_config import RewardConfig
+from jaxrm.data.config import DataConfig
+from jaxrm.experiment import EvaluationConfig, Experiment
+from jaxrm.models.build import ModelSource
+from jaxrm.models.generate import SamplingConfig
+from jaxrm.runtime.config import to_config_dict
+from jaxrm.runtime.mesh import MeshConfig
+from jaxrm.runtime.optimizer import OptimizerConfig
+
+DATA = "PKU-Alignment/PKU-SafeRLHF"
+
+
+def get_config() -> ConfigDict:
+    sampling = SamplingConfig(max_new_tokens=512)
+    return to_config_dict(
+        Experiment(
+            run_dir="runs/ppo_llama_2_7b",
+            algorithm="ppo",
+            num_epochs=1.0,
+            reward=RewardConfig(kind="literal", model="runs/rm_seq2seq_llama_2_7b"),
+            model=ModelSource(path="runs/sft_llama_2_7b", dtype="bfloat16"),
+            data=DataConfig(path=DATA, template="llama2", max_length=1024, batch_size=128, max_eval_records=256),
+            ptx=DataConfig(path=DATA, max_length=1024, batch_size=128),
+            rollout=RolloutConfig(sampling=sampling),
+            ppo=PPOConfig(kl_coef=0.02, clip=0.2, value_clip=5.0, reward_clip=50.0, gae_lambda=0.95, ptx_coef=16.0),
+            critic=CriticConfig(optimizer=OptimizerConfig(lr=5e-6, warmup=0.03, b1=0.9, b2=0.95, clip_norm=1.0)),
+            optimizer=OptimizerConfig(lr=1e-5, schedule="cosine", warmup=0.03, b1=0.9, b2=0.95, clip_norm=1.0),
+            evaluation=EvaluationConfig(every=50, samples=8, sampling=sampling),
+            mesh=MeshConfig(data=1, fsdp=-1),
+        )
+    )

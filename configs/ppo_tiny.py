@@ -1,0 +1,38 @@
+"""PPO on the embedded task with the seq2seq reward model's token rewards.
+
+    python -m jaxrm.train --config=configs/ppo_tiny.py
+
+Needs: the policy, `configs/sft_tiny.py`, and a reward model, `configs/rm_seq2seq_tiny.py`; two CPU cores, 2 GB of
+memory, about a minute. With a scalar reward model instead:
+--config.reward.kind=scalar --config.reward.model=runs/rm_scalar_tiny --config.run_dir=runs/ppo_scalar_tiny
+"""
+
+from ml_collections import ConfigDict
+
+from jaxrm.algorithms.ppo_config import CriticConfig, PPOConfig, RolloutConfig
+from jaxrm.algorithms.reward_config import RewardConfig
+from jaxrm.data.config import DataConfig
+from jaxrm.experiment import EvaluationConfig, Experiment
+from jaxrm.models.build import ModelSource
+from jaxrm.models.generate import SamplingConfig
+from jaxrm.runtime.config import to_config_dict
+from jaxrm.runtime.optimizer import OptimizerConfig
+
+
+def get_config() -> ConfigDict:
+    sampling = SamplingConfig(max_new_tokens=40)
+    return to_config_dict(
+        Experiment(
+            run_dir="runs/ppo_tiny",
+            algorithm="ppo",
+            num_steps=50,
+            reward=RewardConfig(kind="literal", model="runs/rm_seq2seq_tiny"),
+            model=ModelSource(path="runs/sft_tiny", remat="none"),
+            data=DataConfig(path="task:safety", max_length=64, batch_size=64),
+            rollout=RolloutConfig(sampling=sampling),
+            ppo=PPOConfig(kl_coef=0.3),
+            critic=CriticConfig(optimizer=OptimizerConfig(lr=3e-4)),
+            optimizer=OptimizerConfig(lr=1e-4),
+            evaluation=EvaluationConfig(every=25, sampling=sampling),
+        )
+    )

@@ -1,0 +1,607 @@
+"""PPO: what a step reads, how rewards become advantages, what is minimized, and that it learns."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from jaxrm.algorithms import ppo, ppo_loss, scoring
+from jaxrm.algorithms.ppo_config import CriticConfig, PPOConfig, RolloutConfig
+from jaxrm.algorithms.ppo_state import Feedback, PPOBatch, restored_state, saved_arrays
+from jaxrm.algorithms.reward_config import RewardConfig
+from jaxrm.algorithms.rollout import Readings
+from jaxrm.data.config import DataConfig
+from jaxrm.errors import UserError
+from jaxrm.experiment import Experiment
+from jaxrm.models import heads
+from jaxrm.models.build import ModelSource
+from jaxrm.models.config import PRESETS
+from jaxrm.models.generate import SamplingConfig
+from jaxrm.ops import token_rewards
+from jaxrm.runtime.checkpoint import CheckpointConfig, Checkpoints
+from jaxrm.runtime.mesh import MeshConfig, build_mesh
+from jaxrm.runtime.optimizer import OptimizerConfig
+from jaxrm.runtime.preemption import StopRequest
+from jaxrm.stages import setup, weights
+from jaxrm.stages.critic import zero_head
+from jaxrm.stages.ppo_learner import open_learner
+from jaxrm.types import ResponseBatch, TokenBatch
+
+SMALL = dataclasses.replace(
+    PRESETS["tiny"], vocab_size=16, hidden_size=32, intermediate_size=64, num_layers=2, head_dim=8
+)
+EOS, B, P, T = 1, 8, 5, 6
+ONE, EIGHT = MeshConfig(1, 1, 1), MeshConfig(2, 2, 2)
+KEY = jax.random.key(0)
+
+
+def experiment(*, temperature=1.0, num_steps=None, batch_size=B, new_tokens=T, lr=3e-3, parts=1, ptx=None, **options):
+    return Experiment(
+        algorithm="ppo",
+        model=ModelSource(preset="tiny"),
+        num_steps=num_steps,
+        num_microbatches=parts,
+        data=DataConfig(path="task:safety", batch_size=batch_size, max_length=P + new_tokens),
+        optimizer=OptimizerConfig(lr=lr, schedule="constant", warmup=0.0),
+        critic=CriticConfig(optimizer=OptimizerConfig(lr=3 * lr, schedule="constant", warmup=0.0)),
+        rollout=RolloutConfig(sampling=SamplingConfig(max_new_tokens=new_tokens, temperature=temperature)),
+        reward=RewardConfig(kind="scalar", function="task:safety"),
+        ppo=PPOConfig(**options),
+        ptx=ptx,
+    )
+
+
+class Setup:
+    """A small learner with parameters, on one device or eight."""
+
+    def __init__(self, config, mesh_config=ONE, reward=None, shape=SMALL):
+        self.config = config
+        mesh = build_mesh(mesh_config, jax.devices() if mesh_config == EIGHT else jax.devices()[:1])
+        self.decoder = setup.open_model(config.model, mesh, shape)
+        critic = None if config.ppo.shared_trunk else setup.open_scalar_model(config.model, mesh, shape)
+        self.learner = open_learner(
+            config, mesh, self.decoder, critic, num_steps=config.num_steps or 100, end_ids=(EOS,)
+        )
+        self.networks, self.mesh = self.learner.networks, mesh
+        self.programs = self.learner.programs(reward or (lambda *_: None))
+        self.reference = self.params(0)
+        self.state = self.first_state()
+
+    def params(self, seed):
+        key, opened = jax.random.key(seed), self.decoder
+        return weights.first_params(opened.config, self.config.model, key, opened.shapes, opened.shardings)
+
+    def first_state(self, seed=0):
+        policy, critic = self.params(seed), None
+        if self.learner.critic is None:
+            policy = {"decoder": policy, "scalar_head": zero_head(self.learner.policy)}
+        else:
+            critic = heads.from_decoder_params(self.params(seed + 1), zero_head(self.learner.critic))
+        return self.learner.first_state(policy, critic, KEY)
+
+    def read(self, batch, state=None):
+        state = state or self.state
+        critic = None if state.critic is None else state.critic.params
+        return self.programs.read(state.policy.params, critic, self.reference, batch)
+
+
+@functools.cache
+def separate(temperature=1.0):
+    return Setup(experiment(temperature=temperature))
+
+
+@functools.cache
+def rows_of_16():
+    """What several tests take whole steps with; each starts from its own `Setup.first_state`."""
+    return Setup(experiment(batch_size=16, lr=1e-3))
+
+
+def batch_of(seed=0, *, rows=B, width=P, length=T, fill=EOS):
+    """Prompts and responses of unequal lengths; what stands outside the masks is the id of EOS, or ``fill``."""
+    rng = np.random.default_rng(seed)
+    prompts, prompt_mask = np.full((rows, width), fill), np.zeros((rows, width), bool)
+    responses, mask = np.full((rows, length), fill), np.zeros((rows, length), bool)
+    for row in range(rows):
+        p, t = 2 + row % (P - 1), 1 + row % T
+        prompts[row, width - p :], prompt_mask[row, width - p :] = rng.integers(2, 16, p), True
+        drawn = rng.integers(2, 16, t)
+        drawn[-1] = EOS if row % 2 else drawn[-1]
+        responses[row, :t], mask[row, :t] = drawn, True
+    return ResponseBatch(
+        jnp.asarray(prompts, jnp.int32), jnp.asarray(prompt_mask), jnp.asarray(responses, jnp.int32), jnp.asarray(mask)
+    )
+
+
+def rewarded(batch, scores):
+    """Token rewards of ``scores [B]`` as a scalar reward model gives them."""
+    values = token_rewards.scalar(jnp.asarray(scores, jnp.float32), batch.response_mask)
+    return scoring.as_token_rewards(token_rewards.uncalibrated(), "scalar", values, batch.response_mask, batch, (EOS,))
+
+
+def rollout_of(s, batch, scores=None, feedback=None):
+    scores = np.linspace(-1.3, 0.9, batch.responses.shape[0]) if scores is None else scores
+    feedback = feedback or s.state.feedback
+    return s.programs.estimate(feedback, batch, s.read(batch), rewarded(batch, scores))
+
+
+def other_weights(s, batch):
+    """A policy that is not the reference."""
+    return dataclasses.replace(s.state, policy=dataclasses.replace(s.state.policy, params=s.params(7)))
+
+
+# --- what is read
+
+
+@functools.partial(jax.jit, static_argnums=(0,))
+def logits_of(graphdef, params, tokens):
+    model = nnx.merge(graphdef, params)
+    positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
+    return model.logits(model(tokens, positions=positions, segment_ids=jnp.ones_like(tokens)))[0]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_log_probs_are_those_of_the_policy_at_its_temperature(temperature):
+    """Row by row without padding, by a softmax over whole logits; the reference at the same temperature."""
+    s = separate(temperature)
+    batch = batch_of()
+    state = other_weights(s, batch)
+    found = s.read(batch, state)
+    for row in range(B):
+        prompt = np.asarray(batch.prompts[row])[np.asarray(batch.prompt_mask[row])]
+        response = np.asarray(batch.responses[row])[np.asarray(batch.response_mask[row])]
+        tokens = np.zeros((1, P + T), np.int32)
+        tokens[0, : len(prompt) + len(response)] = np.concatenate([prompt, response])
+        for log_probs, params in (
+            (found.log_probs, state.policy.params),
+            (found.reference_log_probs, s.reference),
+        ):
+            logits = np.asarray(logits_of(s.networks.decoder, params, tokens), np.float64) / temperature
+            normal = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+            expected = [normal[len(prompt) - 1 + t, token] for t, token in enumerate(response)]
+            np.testing.assert_allclose(log_probs[row, : len(response)], expected, atol=2e-5)
+    outside = ~np.asarray(batch.response_mask)
+    assert all(not np.asarray(x)[outside].any() for x in found)
+
+
+def test_what_is_drawn_at_a_temperature_has_the_log_probs_that_are_read():
+    """Frequencies of one token over many draws against ``read`` at temperature 0.7."""
+    config = experiment(temperature=0.7, batch_size=2048, new_tokens=1)
+    s = Setup(config)
+    prompts = jnp.tile(jnp.asarray([[2, 3, 4, 5, 6]], jnp.int32), (2048, 1))
+    batch = s.programs.respond(s.reference, prompts, jnp.ones((2048, P), bool), KEY)
+    probability = np.exp(np.asarray(s.read(batch).log_probs[:, 0]))
+    drawn = np.asarray(batch.responses[:, 0])
+    checked = 0
+    for token in range(16):
+        at = drawn == token
+        if at.sum() > 50:
+            p = probability[at][0]
+            assert abs(at.mean() - p) < 4 * np.sqrt(p * (1 - p) / 2048)
+            checked += 1
+    assert checked >= 4
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("shared", [False, True])
+def test_before_the_first_update_the_ratio_is_one_and_the_kl_nothing(temperature, shared):
+    s = Setup(experiment(temperature=temperature, shared_trunk=shared)) if shared else separate(temperature)
+    batch = batch_of(3)
+    rollout, _, metrics = rollout_of(s, batch)
+    (_, _), aux = jax.jit(ppo_loss.policy_loss(s.networks, s.config.ppo))(s.state.policy.params, PPOBatch(rollout), KEY)
+    means = {name: float(total / weight) for name, (total, weight) in aux.items()}
+    assert means["ratio_error"] < 1e-6 and abs(means["approx_kl"]) < 1e-6 and means["clip_fraction"] == 0
+    assert abs(float(metrics["kl"])) < 1e-6 and abs(float(metrics["kl_error"])) < 1e-6
+    assert np.isclose(means["policy_loss"], -np.asarray(rollout.advantages)[np.asarray(batch.response_mask)].mean())
+
+
+def test_padding_and_its_id_change_nothing():
+    s = separate()
+    state = other_weights(s, None)
+    grad = jax.jit(
+        jax.grad(lambda params, batch: ppo_loss.policy_loss(s.networks, s.config.ppo)(params, batch, KEY)[0][0])
+    )
+
+    def everything(batch):
+        readings = s.read(batch, state)
+        rollout, _, metrics = s.programs.estimate(s.state.feedback, batch, readings, rewarded(batch, np.arange(B) / 7))
+        return rollout, metrics, grad(s.reference, PPOBatch(rollout))
+
+    plain, metrics, gradient = everything(batch_of())
+    for other in (batch_of(fill=9), batch_of(width=P + 3, length=T + 2)):
+        wide, wide_metrics, wide_gradient = everything(other)
+        for name in ("log_probs", "reference_log_probs", "values", "advantages", "returns"):
+            np.testing.assert_allclose(getattr(wide, name)[:, :T], getattr(plain, name), atol=1e-6)
+            assert not np.asarray(getattr(wide, name)[:, T:]).any()
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), wide_gradient, gradient)
+        assert all(np.isclose(wide_metrics[name], metrics[name], atol=1e-5) for name in metrics)
+
+
+# --- from rewards to advantages
+
+
+def loop(rewards, log_probs, reference, values, lengths, *, beta, limit, discount, lam):
+    """METHOD in plain Python: shaped rewards, advantages and returns, one response at a time."""
+    shaped, advantages = np.zeros_like(rewards), np.zeros_like(rewards)
+    for b, n in enumerate(lengths):
+        for t in range(n):
+            shaped[b, t] = np.clip(rewards[b, t] - beta * (log_probs[b, t] - reference[b, t]), -limit, limit)
+        running = 0.0
+        for t in reversed(range(n)):
+            following = values[b, t + 1] if t + 1 < n else 0.0
+            running = shaped[b, t] + discount * following - values[b, t] + discount * lam * running
+            advantages[b, t] = running
+    return shaped, advantages
+
+
+def made_up(seed=5):
+    rng = np.random.default_rng(seed)
+    batch = batch_of(seed)
+    mask = np.asarray(batch.response_mask)
+    arrays = [np.where(mask, rng.normal(size=(B, T)), 0.0).astype(np.float32) for _ in range(5)]
+    readings = Readings(*map(jnp.asarray, (arrays[0] - 2, np.abs(arrays[1]), arrays[2] - 2, arrays[3])))
+    readings = Readings(*(jnp.where(batch.response_mask, x, 0.0) for x in readings))
+    return batch, mask, readings, arrays[4]
+
+
+@pytest.mark.parametrize("kind", ["soft", "scalar"])
+def test_advantages_are_those_of_a_plain_loop(kind):
+    batch, mask, readings, values = made_up()
+    lengths = mask.sum(axis=1)
+    if kind == "scalar":
+        values = np.asarray(token_rewards.scalar(jnp.linspace(-0.8, 0.7, B), batch.response_mask))
+        assert all(values[b, n - 1] != 0 and not values[b, : n - 1].any() for b, n in enumerate(lengths))
+    config = PPOConfig(kl_coef=0.3, reward_clip=0.7, discount=0.9, gae_lambda=0.7)
+    calibration = token_rewards.Calibration(*map(jnp.float32, (0.5, 0.2, 0.0, 0.0)))
+    rewards = scoring.as_token_rewards(calibration, kind, jnp.asarray(values), batch.response_mask, batch, (EOS,))
+    by_hand = np.where(mask, 0.5 * (values - (0.2 if kind == "soft" else 0.0)), 0.0)
+    estimate = jax.jit(functools.partial(ppo.estimate, config=config, kind=kind, center_momentum=0.6))
+    rollout, feedback, metrics = estimate(Feedback(calibration, jnp.float32(0.3)), batch, readings, rewards)
+
+    log_probs, reference, old = (
+        np.asarray(x) for x in (readings.log_probs, readings.reference_log_probs, readings.values)
+    )
+    shaped, expected = loop(by_hand, log_probs, reference, old, lengths, beta=0.3, limit=0.7, discount=0.9, lam=0.7)
+    assert np.abs(shaped).max() == np.float32(0.7)  # the clip is used
+    np.testing.assert_allclose(rollout.advantages, expected, atol=1e-5)
+    np.testing.assert_allclose(rollout.returns, np.where(mask, expected + old, 0.0), atol=1e-5)
+    each = np.where(mask, log_probs - reference, 0.0).sum(axis=1)
+    assert np.isclose(metrics["kl"], each.mean(), atol=1e-5)
+    assert np.isclose(metrics["kl_error"], each.std() / np.sqrt(B), atol=1e-5)
+    assert np.isclose(metrics["reward"], by_hand.sum(axis=1).mean(), atol=1e-5)
+    assert np.isclose(metrics["return"], shaped.sum(axis=1).mean(), atol=1e-5)
+    assert metrics["tokens"] == mask.sum() and np.isclose(metrics["response_length"], lengths.mean())
+    moved = 0.6 * 0.2 + 0.4 * values[mask].mean() if kind == "soft" else 0.2
+    assert np.isclose(feedback.calibration.center, moved, atol=1e-6)
+
+
+def test_a_response_that_was_cut_off_pays_at_its_last_token():
+    batch, mask, readings, _ = made_up()
+    readings = Readings(*(jnp.zeros_like(x) for x in readings))
+    rewards = rewarded(batch, np.zeros(B))
+    config = PPOConfig(missing_end_penalty=0.75, gae_lambda=0.0)
+    estimate = jax.jit(functools.partial(ppo.estimate, config=config, kind="scalar", center_momentum=None))
+    rollout, _, metrics = estimate(separate().state.feedback, batch, readings, rewards)
+    expected = np.zeros((B, T))
+    for b, n in enumerate(mask.sum(axis=1)):
+        ended = int(batch.responses[b, n - 1]) == EOS
+        expected[b, n - 1] = 0.0 if ended else -0.75
+    assert 0 < metrics["ended"] < 1 and metrics["reward"] == 0
+    np.testing.assert_allclose(rollout.advantages, expected)
+
+
+def test_whitening_and_normalizing_look_at_response_tokens_alone():
+    batch, mask, readings, values = made_up()
+    rewards = scoring.as_token_rewards(
+        token_rewards.uncalibrated(), "margin", jnp.asarray(values), batch.response_mask, batch, (EOS,)
+    )
+
+    def estimated(**options):
+        config = PPOConfig(kl_coef=0.0, gae_lambda=0.0, discount=0.5, **options)
+        estimate = jax.jit(functools.partial(ppo.estimate, config=config, kind="margin", center_momentum=None))
+        blank = Readings(*(jnp.zeros_like(x) for x in readings))
+        zero = Feedback(token_rewards.uncalibrated(), jnp.float32(0.0))
+        return np.asarray(estimate(zero, batch, blank, rewards)[0].advantages)
+
+    np.testing.assert_allclose(estimated(), values, atol=1e-6)
+    inside = values[mask]
+    np.testing.assert_allclose(estimated(normalize_rewards=True)[mask], inside / inside.std(), rtol=1e-5)
+    whitened = estimated(whiten_advantages=True)
+    np.testing.assert_allclose(whitened[mask], (inside - inside.mean()) / inside.std(), atol=1e-5)
+    assert not whitened[~mask].any()
+
+
+def test_the_controller_raises_the_penalty_where_the_kl_is_above_its_target():
+    batch, _, readings, _ = made_up()
+    apart = readings._replace(reference_log_probs=readings.log_probs - 0.4 * batch.response_mask)
+    config = PPOConfig(kl_coef=0.1, kl_target=0.5, kl_horizon=100)
+    estimate = jax.jit(functools.partial(ppo.estimate, config=config, kind="scalar", center_momentum=None))
+    feedback = Feedback(token_rewards.uncalibrated(), jnp.float32(0.1))
+    _, after, metrics = estimate(feedback, batch, apart, rewarded(batch, np.zeros(B)))
+    assert metrics["kl"] > 0.6  # more than a fifth above the target, so the step is a fifth of 8 / 100
+    assert np.isclose(after.kl_coef, 0.1 * (1 + 0.2 * B / 100))
+
+
+# --- what is minimized
+
+
+def test_minibatches_share_the_responses_out():
+    rollout, _, _ = rollout_of(separate(), batch_of())
+    split = jax.jit(functools.partial(ppo.minibatch, parts=4))
+    for key in (KEY, jax.random.key(1)):
+        parts = [split(rollout, key, np.int32(i)) for i in range(4)]
+        rows = np.concatenate([np.asarray(part.responses.responses) for part in parts])
+        order = np.lexsort(rows.T), np.lexsort(np.asarray(rollout.responses.responses).T)
+        np.testing.assert_array_equal(rows[order[0]], np.asarray(rollout.responses.responses)[order[1]])
+        together = np.concatenate([np.asarray(part.advantages) for part in parts])
+        np.testing.assert_array_equal(together[order[0]], np.asarray(rollout.advantages)[order[1]])
+    first, second = (np.asarray(split(rollout, key, np.int32(0)).advantages) for key in (KEY, jax.random.key(1)))
+    assert not np.array_equal(first, second)
+
+
+def ptx_rows():
+    rng = np.random.default_rng(2)
+    real = np.arange(9)[None] < np.array([9, 6, 4, 8])[:, None]
+    positions = np.broadcast_to(np.arange(9, dtype=np.int32), (4, 9))
+    loss_mask = real & (np.arange(9)[None] > 2)
+    arrays = rng.integers(2, 16, (4, 9)).astype(np.int32), real.astype(np.int32), positions, loss_mask
+    return TokenBatch(*map(jnp.asarray, arrays))
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_the_sft_term_is_its_own_mean_however_the_batch_is_cut(parts):
+    """One step of plain SGD moves the parameters by the gradient of policy mean + coefficient x SFT mean."""
+    import optax
+
+    from jaxrm.algorithms.train_step import build_train_step
+
+    s = separate()
+    config = dataclasses.replace(s.config.ppo, ptx_coef=0.5, kl_loss_coef=0.2)
+    rollout, _, _ = rollout_of(s, batch_of())
+    loss_fn = ppo_loss.policy_loss(s.networks, config)
+    rows = s.learner.shardings.policy.step
+    optimizer = optax.sgd(1.0)
+    state = s.first_state().policy
+    before = jax.tree.map(jnp.copy, state.params)
+    sgd = dataclasses.replace(state, opt_state=optimizer.init(state.params))
+    sharding = dataclasses.replace(s.learner.shardings.policy, opt_state=jax.tree.map(lambda _: rows, sgd.opt_state))
+    step = build_train_step(loss_fn, optimizer, state_sharding=sharding, batch_sharding=rows, num_microbatches=parts)
+    moved, metrics = step(sgd, jax.jit(ppo.weigh)(rollout, ptx_rows()))
+
+    def expected(params):
+        (total, weight), _ = loss_fn(params, PPOBatch(rollout), KEY)
+        (sft, tokens), _ = ppo_loss.sft_loss(s.networks.decoder)(params, ptx_rows(), KEY)
+        return total / weight + 0.5 * sft / tokens
+
+    loss, gradient = jax.jit(jax.value_and_grad(expected))(before)
+    assert np.isclose(metrics["loss"], loss, atol=1e-5) and metrics["ptx_loss"] > 0
+    jax.tree.map(lambda a, b, g: np.testing.assert_allclose(a - b, g, atol=2e-6), before, moved.params, gradient)
+
+
+def test_a_shared_trunk_adds_both_losses_and_trains_one_optimizer():
+    s = Setup(experiment(shared_trunk=True, value_coef=0.3))
+    rollout, _, _ = rollout_of(s, batch_of())
+    (total, weight), aux = jax.jit(ppo_loss.policy_loss(s.networks, s.config.ppo))(
+        s.state.policy.params, PPOBatch(rollout), KEY
+    )
+    parts = {name: float(x / w) for name, (x, w) in aux.items()}
+    assert np.isclose(total / weight, parts["policy_loss"] + 0.3 * parts["value_loss"], atol=1e-6)
+    mask = np.asarray(rollout.responses.response_mask)
+    assert np.isclose(parts["value_loss"], 0.5 * np.mean(np.asarray(rollout.returns)[mask] ** 2), atol=1e-6)
+    head = np.asarray(s.state.policy.params["scalar_head"]["kernel"])
+    state, rows = ppo.update(s.programs, s.state, rollout, KEY, s.config.ppo, None)
+    assert state.critic is None and not np.array_equal(state.policy.params["scalar_head"]["kernel"], head)
+    assert {"policy_loss", "value_loss", "grad_norm"} <= set(rows[0])
+
+
+# --- whole steps
+
+
+class Rows:
+    """Batches of prompts without end, whose position can be saved."""
+
+    def __init__(self, config, mesh):
+        self.config, self.mesh, self.at = config, mesh, 0
+
+    def __next__(self):
+        self.at += 1
+        return self.at
+
+    def get_state(self):
+        return {"at": self.at}
+
+    def set_state(self, state):
+        self.at = state["at"]
+
+    def place(self, number):
+        tokens = np.random.default_rng(number % 2).integers(2, 16, (self.config.data.batch_size, P)).astype(np.int32)
+        mask = np.ones(tokens.shape, bool)
+        mask[::3, :2] = False
+        rows = jax.NamedSharding(self.mesh, jax.P(("data", "fsdp")))
+        return jax.device_put(tokens, rows), jax.device_put(mask, rows)
+
+
+class Told:
+    def __init__(self):
+        self.steps, self.evaluations = [], []
+
+    def step(self, step, metrics):
+        self.steps.append(metrics)
+
+    def evaluation(self, step, metrics):
+        self.evaluations.append((step, metrics))
+
+
+@functools.partial(jax.jit, static_argnames="at_end")
+def pattern_reward(calibration, batch, reference_log_probs, *, at_end=False):
+    """Verifiable: a quarter for each of the first tokens that is that of 5, 9, 9, 9; on the token, or ``at_end``."""
+    wanted = jnp.asarray([5, 9, 9, 9], jnp.int32)
+    right = (batch.responses[:, :4] == wanted[None]) & batch.response_mask[:, :4]
+    values = jnp.pad(0.25 * right, ((0, 0), (0, batch.responses.shape[1] - 4)))
+    if at_end:
+        values = token_rewards.scalar(values.sum(axis=1), batch.response_mask)
+    return scoring.as_token_rewards(calibration, "margin", values, batch.response_mask, batch, (EOS,))
+
+
+def fit(s, folder, *, num_steps, stop=None, every=1000, reward=None, state=None, rows=None):
+    told, rows = Told(), rows or Rows(s.config, s.mesh)
+    checkpoints = Checkpoints(folder, CheckpointConfig(every=every))
+    state, finished = ppo.fit(
+        state or s.first_state(),
+        config=s.config.ppo,
+        num_steps=num_steps,
+        networks=s.networks,
+        programs=s.programs if reward is None else dataclasses.replace(s.programs, reward=reward),
+        reference_params=s.reference,
+        prompts=rows,
+        place=rows.place,
+        ptx=None,
+        place_ptx=None,
+        data_fingerprint="these",
+        evaluate=lambda step, state: {"eval_reward": float(step)},
+        eval_every=1000,
+        checkpoints=checkpoints,
+        checkpoint_every=every,
+        reporter=told,
+        stop=stop or StopRequest(),
+        key=KEY,
+    )
+    return state, finished, told, checkpoints
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["own critic", "shared trunk"])
+def test_it_learns_to_emit_a_pattern(tmp_path, shared):
+    """From chance (a sixteenth a token) to at least 0.95 in 40 steps of 64 responses of four tokens."""
+    options = {"num_epochs": 2, "num_minibatches": 4, "kl_coef": 0.0, "whiten_advantages": True, "value_coef": 0.5}
+    config = experiment(num_steps=40, batch_size=64, new_tokens=4, lr=5e-3, shared_trunk=shared, **options)
+    config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, schedule="linear"))
+    s = Setup(config, reward=pattern_reward)
+    _, finished, told, checkpoints = fit(s, tmp_path / "checkpoints", num_steps=40)
+    rewards = [row["reward_uncalibrated"] for row in told.steps]
+    assert finished and rewards[0] < 0.2 and np.mean(rewards[-3:]) >= 0.95, rewards[::10]
+    assert all(row["ratio_error/first"] < 1e-5 and abs(row["approx_kl/first"]) < 1e-6 for row in told.steps)
+    assert told.steps[-1]["entropy"] < told.steps[0]["entropy"] and checkpoints.steps() == [40]
+    programs = [
+        s.programs.respond,
+        s.programs.read,
+        s.programs.estimate,
+        s.programs.update_policy,
+        s.programs.minibatch,
+    ]
+    assert [program._cache_size() for program in programs] == [1] * 5  # nothing was compiled twice
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["own critic", "shared trunk"])
+def test_one_device_and_eight_agree(tmp_path, shared):
+    """Three steps: the same tokens, and losses, rewards and KL within 1e-4 in float32."""
+    told = {}
+    for name, mesh in (("one", ONE), ("eight", EIGHT)):
+        config = experiment(batch_size=16, parts=2, shared_trunk=shared, lr=1e-3)
+        s = Setup(config, mesh, reward=pattern_reward)
+        told[name] = fit(s, tmp_path / name, num_steps=3)[2].steps
+    for one, eight in zip(told["one"], told["eight"], strict=True):
+        assert one["tokens"] == eight["tokens"]
+        for field in (
+            "loss",
+            "policy_loss",
+            "value_loss",
+            "reward",
+            "kl",
+            "entropy",
+            "explained_variance",
+            "grad_norm",
+        ):
+            assert np.isclose(one[field], eight[field], rtol=1e-4, atol=1e-5), field
+
+
+def test_a_step_that_was_not_finished_leaves_no_trace(tmp_path):
+    """Asked to stop while responses are scored: what is saved is the state before, and it goes on alike."""
+    s = rows_of_16()
+    config = s.config
+    whole, _, expected, _ = fit(s, tmp_path / "whole", num_steps=4, reward=pattern_reward)
+    plain, stop, calls = pattern_reward, StopRequest(), []
+
+    def interrupted(*args):
+        calls.append(1)
+        stop.requested = len(calls) == 3
+        return plain(*args)
+
+    rows = Rows(config, s.mesh)
+    _, finished, told, checkpoints = fit(
+        s, tmp_path / "cut", num_steps=4, reward=interrupted, stop=stop, state=s.first_state(), rows=rows
+    )
+    assert not finished and len(told.steps) == 2 and checkpoints.steps() == [2] and rows.at == 2
+    fresh = Rows(config, s.mesh)
+    state = ppo.restore(s.learner.abstract, checkpoints, s.networks, config.ppo, fresh, None, "these", KEY)
+    checkpoints.close()
+    assert fresh.at == 2 and ppo.steps_of(state, config.ppo) == 2
+    after, finished, rest, _ = fit(s, tmp_path / "cut", num_steps=4, reward=plain, state=state, rows=fresh)
+    assert finished
+    times = ("seconds", "per_second")
+    for one, other in zip(expected.steps[2:], rest.steps, strict=True):
+        assert {k: v for k, v in one.items() if not k.endswith(times)} == {
+            k: v for k, v in other.items() if not k.endswith(times)
+        }
+    for a, b in zip(jax.tree.leaves(whole.policy.params), jax.tree.leaves(after.policy.params), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_a_reward_source_that_fails_leaves_the_state_saved(tmp_path):
+    s = rows_of_16()
+    plain, calls = pattern_reward, []
+
+    def fails(*args):
+        calls.append(1)
+        if len(calls) == 3:
+            raise UserError("config.reward.function my:function raised")
+        return plain(*args)
+
+    with pytest.raises(UserError, match="my:function raised"):
+        fit(s, tmp_path / "run", num_steps=4, reward=fails)
+    assert Checkpoints(tmp_path / "run", read_only=True).steps() == [2]
+
+
+@pytest.mark.parametrize("where", ["reward", "loss"])
+def test_numbers_that_are_not_finite_stop_the_run_before_they_are_saved(tmp_path, where):
+    s = rows_of_16()
+    if where == "loss":
+        config = experiment(batch_size=16, lr=1e30)
+        s = Setup(dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, clip_norm=None)))
+    plain, calls = pattern_reward, []
+
+    def source(*args):
+        calls.append(1)
+        found = plain(*args)
+        if where == "reward" and len(calls) == 2:
+            diagnostics = found.diagnostics | {"sum": found.diagnostics["sum"] * jnp.nan}
+            return dataclasses.replace(found, rewards=found.rewards * jnp.nan, diagnostics=diagnostics)
+        return found
+
+    with pytest.raises(
+        UserError, match=r"step \d: .*(not finite|no finite number).*the last good checkpoint is|nothing"
+    ):
+        fit(s, tmp_path / "run", num_steps=6, reward=source, every=1)
+    kept = Checkpoints(tmp_path / "run", read_only=True)
+    assert kept.steps() == [1]
+    arrays = kept.restore(1, {"params": saved_arrays(s.learner.abstract, s.networks)["params"]})
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(arrays)) or where == "loss"
+
+
+def test_a_checkpoint_is_whole(tmp_path):
+    """Policy, critic, both optimizers, controller, calibration: each leaf comes back as it was."""
+    s = Setup(experiment(batch_size=16, kl_target=0.1, kl_horizon=50))
+    state, *_, checkpoints = fit(s, tmp_path / "run", num_steps=2, reward=pattern_reward)
+    arrays = checkpoints.restore(2, saved_arrays(s.learner.abstract, s.networks))
+    again = restored_state(arrays, 2, s.learner.abstract, KEY)
+    assert jax.tree.structure(again) == jax.tree.structure(state)
+    for a, b in zip(jax.tree.leaves(again), jax.tree.leaves(state), strict=True):
+        plain = [jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x for x in (a, b)]
+        np.testing.assert_array_equal(*plain)
+    assert float(again.feedback.kl_coef) != np.float32(0.02)
+    with pytest.raises(UserError, match="no longer those"):
+        ppo.restore(
+            s.learner.abstract, checkpoints, s.networks, s.config.ppo, Rows(s.config, s.mesh), None, "others", KEY
+        )

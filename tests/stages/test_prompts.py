@@ -1,0 +1,202 @@
+"""Prompts of a PPO run: what is read, what is refused, and the batches of one shape."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from jaxrm.data.config import DataConfig
+from jaxrm.data.prompts import PromptExample
+from jaxrm.data.records import Message
+from jaxrm.data.templates import encode_prompt
+from jaxrm.data.tokenizer import load_tokenizer
+from jaxrm.errors import UserError
+from jaxrm.runtime.mesh import MeshConfig, build_mesh
+from jaxrm.stages.prompts import fixed_batches, load_prompts, prompt_loader, prompt_placer, prompt_width
+
+
+@pytest.fixture(scope="module")
+def one():
+    return build_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
+
+
+@pytest.fixture(scope="module")
+def eight():
+    return build_mesh(MeshConfig(2, 2, 2))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(task_folder):
+    return load_tokenizer(str(task_folder / "tokenizer"))
+
+
+def examples(*lengths, seed=0):
+    """Prompts of token ids from 1 on, so that a 0 in a batch is padding."""
+    rng = np.random.default_rng(seed)
+    return [PromptExample(rng.integers(1, 1000, n).astype(np.int32), (), f"f:{n}") for n in lengths]
+
+
+def kept(tokens, mask):
+    """What the masks of a batch leave, row by row."""
+    tokens, mask = jax.device_get((tokens, mask))
+    return [row[kept].tolist() for row, kept in zip(tokens, mask, strict=True)]
+
+
+def ids(prompts):
+    return [example.tokens.tolist() for example in prompts]
+
+
+# --- width
+
+
+@pytest.mark.parametrize(
+    ("lengths", "room", "multiple", "width"),
+    [
+        ((3, 17, 9), 100, 16, 32),
+        ((3, 16, 9), 100, 16, 16),
+        ((1,), 100, 16, 16),
+        ((3, 17, 9), 20, 16, 20),  # a full multiple would leave no room for the response
+        ((3, 17, 9), 17, 16, 17),
+        ((3, 17, 9), 100, 2048, 100),
+    ],
+)
+def test_the_width_is_that_of_the_longest_prompt_on_a_full_multiple_as_far_as_there_is_room(
+    lengths, room, multiple, width
+):
+    assert prompt_width(examples(*lengths), room, multiple) == width
+
+
+# --- fixed batches
+
+
+@pytest.mark.parametrize(("count", "rows", "batches"), [(5, 2, 3), (6, 2, 3), (3, 8, 1), (1, 4, 1)])
+def test_every_prompt_is_there_in_its_order_and_the_last_batch_is_filled_from_the_beginning(one, count, rows, batches):
+    prompts = examples(*range(1, count + 1))
+    found = fixed_batches(prompts, rows, 8, one)
+    assert len(found) == batches and {batch[0].shape for batch in found} == {(rows, 8)}
+    order = list(range(count))
+    while len(order) < batches * rows:
+        order.append(order[len(order) - count])
+    assert [row for batch in found for row in kept(*batch)] == [prompts[i].tokens.tolist() for i in order]
+
+
+def test_fixed_batches_are_padded_on_the_left(one):
+    (batch,) = fixed_batches(examples(3, 6), 2, 6, one)
+    tokens, mask = jax.device_get(batch)
+    assert (tokens.dtype, mask.dtype) == (np.int32, bool)
+    assert mask.astype(int).tolist() == [[0, 0, 0, 1, 1, 1], [1, 1, 1, 1, 1, 1]]
+    assert tokens[0, :3].tolist() == [0, 0, 0] and tokens[~mask].max() == 0
+
+
+def test_rows_of_fixed_batches_lie_over_data_and_fsdp_and_say_what_one_device_says(one, eight):
+    prompts = examples(4, 9, 1, 7, 2, 8)
+    for mine, theirs in zip(fixed_batches(prompts, 4, 10, one), fixed_batches(prompts, 4, 10, eight), strict=True):
+        for a, b in zip(mine, theirs, strict=True):
+            np.testing.assert_array_equal(jax.device_get(a), jax.device_get(b))
+            assert {shard.data.shape for shard in b.addressable_shards} == {(1, 10)}
+            assert len({shard.index[0].start for shard in b.addressable_shards}) == 4  # the tensor axis has copies
+
+
+# --- the loader
+
+
+def test_an_epoch_of_the_loader_has_every_prompt_once_whole_and_padded_on_the_left(eight):
+    prompts = examples(*range(1, 17))
+    data = DataConfig(path="f", batch_size=4, max_length=500, packing=True)
+    loader, _ = prompt_loader(prompts, data, 16, eight, seed=0, pad_id=0)
+    place = prompt_placer(eight)
+    rows = []
+    for _ in range(4):
+        tokens, mask = place(next(loader))
+        assert tokens.shape == (4, 16) and {shard.data.shape for shard in tokens.addressable_shards} == {(1, 16)}
+        np.testing.assert_array_equal(np.sort(jax.device_get(mask), axis=1), jax.device_get(mask))
+        rows += kept(tokens, mask)
+    assert sorted(rows) == sorted(ids(prompts)) and rows != ids(prompts)
+
+
+def test_the_order_of_prompts_follows_from_the_seed_and_the_fingerprint_from_prompts_and_width(one):
+    def first(prompts, seed, width=16):
+        loader, fingerprint = prompt_loader(prompts, data, width, one, seed=seed, pad_id=0)
+        return [kept(*prompt_placer(one)(next(loader))) for _ in range(3)], fingerprint
+
+    data, prompts = DataConfig(path="f", batch_size=4), examples(*range(1, 13))
+    rows, mark = first(prompts, 0)
+    assert (rows, mark) == first(prompts, 0)
+    others, same_mark = first(prompts, 1)
+    assert others != rows and same_mark == mark
+    assert len({mark, first(prompts[:-1], 0)[1], first(prompts, 0, width=32)[1]}) == 3
+
+
+# --- reading
+
+
+@pytest.fixture
+def write_prompts(tmp_path):
+    def write(texts, name="prompts.jsonl"):
+        (tmp_path / name).write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
+        return str(tmp_path / name)
+
+    return write
+
+
+def load(tokenizer, path, *, held_out=False, max_new_tokens=16, **fields):
+    data = DataConfig(**{"path": path, "eval_share": 0.3, "max_length": 48, **fields})
+    return load_prompts(data, tokenizer, max_new_tokens=max_new_tokens, held_out=held_out, show_progress=False)
+
+
+def test_both_sides_of_the_split_are_apart_and_whole(tokenizer, write_prompts):
+    texts = [f"how do i wash lamp {i} ?" for i in range(40)]
+    path = write_prompts(texts)
+    train, held_out = (load(tokenizer, path, held_out=side) for side in (False, True))
+    asked = [[example.messages[-1].content for example in side.examples] for side in (train, held_out)]
+    assert sorted(asked[0] + asked[1]) == sorted(texts) and min(map(len, asked)) > 4
+    assert (train.report.used, train.report.other_side) == (len(asked[0]), len(asked[1]))
+    for example in train.examples:
+        assert example.tokens.tolist() == encode_prompt(tokenizer, example.messages, "auto")
+
+
+def test_prompts_have_what_the_response_leaves_of_a_row(tokenizer, write_prompts):
+    text = "how do i wash the lamp ?"
+    needed = len(encode_prompt(tokenizer, [Message("user", text)], "auto"))
+    path = write_prompts([text] * 10)
+    fits = {"held_out": True, "eval_path": path, "max_new_tokens": 16}
+    assert len(load(tokenizer, path, max_length=needed + 16, **fits).examples) == 10
+    with pytest.raises(UserError, match=rf"10 of 10 prompts are longer than {needed - 1} tokens"):
+        load(tokenizer, path, max_length=needed + 15, **fits)
+
+
+def test_prompts_that_are_all_too_long_name_the_first_and_the_length_to_type(tokenizer, write_prompts):
+    path, train = write_prompts(["wash the lamp " * 30] * 10), write_prompts(["wash the lamp"] * 10, "train.jsonl")
+    message = (
+        rf"^{path}: 10 of 10 prompts are longer than 32 tokens and none is left \(first at prompts.jsonl:1\); "
+        "config.data.max_length, prompt and response together, is 48, and responses have up to 16; "
+        "e.g. --config.data.max_length=96$"
+    )
+    for side in ({"path": path, "eval_path": train}, {"path": train, "eval_path": path, "held_out": True}):
+        with pytest.raises(UserError, match=message):
+            load(tokenizer, **side)
+
+
+def test_more_prompts_too_long_than_the_share_that_may_be_bad_are_refused(tokenizer, write_prompts):
+    texts = ["wash the lamp"] * 8 + ["wash the lamp " * 30] * 2
+    path = write_prompts(texts)
+    with pytest.raises(
+        UserError,
+        match=r"2 of 10 records are unusable, more than config.data.max_bad_share 0.05; most often: prompt longer than "
+        r"the 32 tokens that config.data.max_length leaves beside a response \(2, first at prompts.jsonl:9\); .*"
+        r"--config.data.max_bad_share=0.21",
+    ):
+        load(tokenizer, path, eval_path=path)
+    found = load(tokenizer, path, eval_path=path, max_bad_share=0.21)
+    assert (found.report.total, found.report.used, len(found.examples)) == (10, 8, 8)
+
+
+@pytest.mark.parametrize("max_new_tokens", [48, 60])
+def test_responses_that_fill_the_row_leave_no_prompt(tokenizer, write_prompts, max_new_tokens):
+    message = (
+        rf"^config.rollout.sampling.max_new_tokens is {max_new_tokens}, but config.data.max_length, prompt and "
+        rf"response together, is 48; e.g. --config.data.max_length={2 * max_new_tokens}$"
+    )
+    with pytest.raises(UserError, match=message):
+        load(tokenizer, write_prompts(["a"]), max_new_tokens=max_new_tokens)

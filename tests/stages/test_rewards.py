@@ -1,0 +1,437 @@
+"""Where PPO's rewards come from: functions of text, reward models, what is refused of both, and their calibration."""
+
+import dataclasses
+import itertools
+import json
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrm.algorithms import scoring
+from jaxrm.algorithms.reward_config import SCALAR_KINDS, SEQ2SEQ_KINDS
+from jaxrm.data.pairs import correction_request
+from jaxrm.data.records import Message
+from jaxrm.data.tasks.safety import ideal_response, parse_request
+from jaxrm.data.templates import end_ids
+from jaxrm.data.tokenizer import load_tokenizer
+from jaxrm.errors import UserError
+from jaxrm.ops import token_rewards
+from jaxrm.runtime.mesh import MeshConfig, build_mesh
+from jaxrm.stages.rewards import calibrate, check_reward_model, function_source, model_source, open_function
+from jaxrm.stages.trained import open_reward_model
+from jaxrm.types import ResponseBatch, TokenRewards
+
+END = 9
+
+
+@pytest.fixture(scope="module")
+def one():
+    return build_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
+
+
+@pytest.fixture(scope="module")
+def eight():
+    return build_mesh(MeshConfig(2, 2, 2))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(task_folder):
+    return load_tokenizer(str(task_folder / "tokenizer"))
+
+
+def respond(prompts, responses, P=4, T=5, junk=7):
+    """A batch as a policy emits it; outside the masks stands what is no padding id."""
+    B = len(prompts)
+    batch = ResponseBatch(
+        np.full((B, P), junk, np.int32), np.zeros((B, P), bool), np.full((B, T), junk, np.int32), np.zeros((B, T), bool)
+    )
+    for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+        start = P - len(prompt)
+        batch.prompts[row, start:], batch.prompt_mask[row, start:] = prompt, True
+        batch.responses[row, : len(response)], batch.response_mask[row, : len(response)] = response, True
+    return batch
+
+
+# Prompts of several lengths, one of them all of padding's id; responses that end, are cut off, are nothing but their
+# end, and are empty.
+PROMPTS = [[1, 2], [0, 0, 0], [3], [1, 2, 3, 4]]
+RESPONSES = [[5, 6, END], [0, 7, 7, 8, 8], [END], []]
+BATCH = respond(PROMPTS, RESPONSES)
+
+
+def message_of(prompt):
+    return (Message("user", "ask " + " ".join(map(str, prompt))),)
+
+
+def text_of(ids):
+    return "say " + " ".join(str(i) for i in ids if i != END)
+
+
+def source_of(function, mesh, kind="scalar", prompts=PROMPTS):
+    messages = {np.array(prompt, np.int32).tobytes(): message_of(prompt) for prompt in prompts}
+    return function_source("mine:f", function, kind, messages=messages, text=text_of, end_ids=(END,), mesh=mesh)
+
+
+def call(source, batch=BATCH, calibration=None):
+    calibration = token_rewards.uncalibrated() if calibration is None else calibration
+    return jax.device_get(source(calibration, batch, None))
+
+
+# --- functions
+
+
+@pytest.mark.parametrize("mesh", ["one", "eight"])
+def test_a_function_sees_each_response_beside_its_own_prompt_and_its_number_stands_on_the_last_token(mesh, request):
+    seen = []
+
+    def function(prompts, responses):
+        seen.append((prompts, responses))
+        return [0.25, -1.5, 3, 100.0]
+
+    found = call(source_of(function, request.getfixturevalue(mesh)))
+    assert seen == [([message_of(prompt) for prompt in PROMPTS], [text_of(response) for response in RESPONSES])]
+    expected = [[0, 0, 0.25, 0, 0], [0, 0, 0, 0, -1.5], [3, 0, 0, 0, 0], [0] * 5]  # none for no token
+    np.testing.assert_array_equal(found.values, np.array(expected, np.float32))
+    np.testing.assert_array_equal(found.rewards, found.values)
+    np.testing.assert_array_equal(found.mask, BATCH.response_mask)
+    np.testing.assert_array_equal(found.tags, BATCH.response_mask)
+    assert found.values.dtype == found.rewards.dtype == np.float32
+    for name, numbers in {
+        "sum": [0.25, -1.5, 3, 0],
+        "mean": [0.25 / 3, -0.3, 3, 0],
+        "length": [3, 5, 1, 0],
+        "ended": [1, 0, 1, 0],
+        "end_tag": [1, 0, 1, 0],
+        "divergence": [3, 5, 1, 0],
+    }.items():
+        np.testing.assert_allclose(found.diagnostics[name], np.array(numbers, np.float32), rtol=1e-6, err_msg=name)
+
+
+def test_the_calibration_scales_what_a_function_says_and_takes_off_what_its_length_explains(one):
+    calibration = token_rewards.Calibration(*(jnp.float32(x) for x in (2.0, 50.0, 0.5, 1.0)))  # scale, centre, line
+    function = lambda prompts, responses: [1.0, 2.0, 3.0, 4.0]  # noqa: E731 - as a user would pass one
+    scaled = call(source_of(function, one), calibration=calibration)
+    np.testing.assert_allclose(scaled.diagnostics["sum"], [2.0, 4.0, 6.0, 0.0])
+    residual = call(source_of(function, one, "scalar_length_residual"), calibration=calibration)
+    expected = [2 * (1 - 0.5 * 3 - 1), 2 * (2 - 0.5 * 5 - 1), 2 * (3 - 0.5 - 1), 0.0]
+    np.testing.assert_allclose(residual.diagnostics["sum"], expected)
+    np.testing.assert_allclose(residual.values.sum(axis=1), [1.0, 2.0, 3.0, 0.0])  # as they were before
+
+
+@pytest.mark.parametrize(
+    "convert",
+    [
+        list,
+        tuple,
+        np.array,
+        jnp.array,
+        lambda x: (number for number in x),
+        lambda x: [np.float64(number) for number in x],
+        lambda x: [jnp.float32(number) for number in x],
+    ],
+    ids=["list", "tuple", "numpy", "jax", "generator", "numpy scalars", "jax scalars"],
+)
+def test_a_function_may_return_any_sequence_of_numbers(one, convert):
+    found = call(source_of(lambda prompts, responses: convert([0.5, True, 2, -3.0]), one))
+    np.testing.assert_array_equal(found.diagnostics["sum"], [0.5, 1, 2, 0])
+
+
+def test_a_function_that_raises_is_named_with_the_first_response_that_it_cannot_take(one):
+    def function(prompts, responses):
+        if any("7 7" in response for response in responses):
+            raise ZeroDivisionError("division by nothing")
+        return [0.0] * len(responses)
+
+    with pytest.raises(UserError) as caught:
+        call(source_of(function, one))
+    assert str(caught.value) == (
+        "config.reward.function mine:f raised ZeroDivisionError: division by nothing, on response 1 of the batch, "
+        "'say 0 7 7 8 8'; required one finite number for each response"
+    )
+    assert isinstance(caught.value.__cause__, ZeroDivisionError)
+
+
+def test_a_function_that_raises_on_the_batch_alone_is_said_to(one):
+    def function(prompts, responses):
+        return [1 / (len(responses) - 4)] * len(responses)
+
+    with pytest.raises(
+        UserError, match=r"mine:f raised ZeroDivisionError: .*, on the whole batch; required one finite"
+    ):
+        call(source_of(function, one))
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        ([1, 2, float("nan"), 4], r"returned nan for response 2 of the batch, 'say '; required one finite number for"),
+        ([1, float("inf"), 3, 4], r"returned inf for response 1 of the batch, 'say 0 7 7 8 8'; required"),
+        ([-float("inf"), 2, 3, 4], r"returned -inf for response 0 of the batch, 'say 5 6'; required"),
+        ([1, None, 3, 4], r"returned None for response 1 of the batch"),
+        (["1", 2, 3, 4], r"returned '1' for response 0 of the batch"),
+        ([1, 2, 3, 1j], r"returned 1j for response 3 of the batch"),
+        ([1, 2, 1e39, 4], r"returned 1e\+39 for response 2 of the batch"),  # no float32
+        ([1, 2, 10**400, 4], r"returned 10+ for response 2 of the batch"),
+        ([[1], [2], [3], [4]], r"returned \[1\] for response 0 of the batch"),
+        (np.ones((4, 1)), r"returned array\(\[1.\]\) for response 0 of the batch"),
+        ([1, 2, 3], r"returned 3 rewards for 4 responses; required one finite number for each response"),
+        ([1] * 5, r"returned 5 rewards for 4 responses"),
+        ([], r"returned 0 rewards for 4 responses"),
+        (None, r"returned None for 4 responses; required one finite number for each response"),
+        (1.5, r"returned 1.5 for 4 responses"),
+        ({"a": 1, "b": 2, "c": 3, "d": 4}, r"returned 'a' for response 0 of the batch"),
+    ],
+    ids=lambda x: str(x)[:20],
+)
+def test_what_is_not_one_finite_number_a_response_is_refused(one, returned, message):
+    with pytest.raises(UserError, match=rf"^config.reward.function mine:f {message}"):
+        call(source_of(lambda prompts, responses: returned, one))
+
+
+def test_messages_quote_no_more_than_the_beginning_of_a_response(one):
+    batch = respond([[1]], [list(range(10, 90))], T=100)
+    with pytest.raises(UserError) as caught:
+        call(source_of(lambda prompts, responses: [None], one, prompts=[[1]]), batch)
+    assert text_of(range(10, 90))[:60] in str(caught.value) and len(str(caught.value)) < 250
+
+
+@pytest.fixture
+def write_module(tmp_path, monkeypatch):
+    """Writes a module that only this test can import; its name is new, since Python remembers modules."""
+    monkeypatch.syspath_prepend(tmp_path)
+    names = [f"rewards_of_{tmp_path.name.replace('-', '_')}_{i}" for i in range(2)]
+
+    def write(source):
+        (tmp_path / f"{names[0]}.py").write_text(source)
+        return names[0]
+
+    yield write
+    for name in names:
+        sys.modules.pop(name, None)
+
+
+def test_a_function_is_found_by_module_and_name(write_module):
+    name = write_module("def score(prompts, responses):\n    return [float(len(r)) for r in responses]\n")
+    assert open_function(f"{name}:score")([(), ()], ["ab", ""]) == [2.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("source", "name", "message"),
+    [
+        (
+            "",
+            "{module}",
+            r"; required package.module:function, e.g. --config.reward.function=my_rewards:score, or task:",
+        ),
+        ("", "{module}:", r"; required package.module:function"),
+        ("", ":score", r"; required package.module:function"),
+        ("", "", r"; required package.module:function"),
+        ("", ".relative:score", r"; required package.module:function"),
+        (
+            "",
+            "no_such_module_anywhere:score",
+            r", but importing no_such_module_anywhere raised ModuleNotFoundError: No ",
+        ),
+        ("", "{module}:score", r", but {module} has no function 'score'; required package.module:function"),
+        ("score = 3", "{module}:score", r", but {module} has no function 'score'"),
+        (
+            "def score(:",
+            "{module}:score",
+            r", but importing {module} raised SyntaxError: .*; required package.module:f",
+        ),
+        ("1 / 0", "{module}:score", r", but importing {module} raised ZeroDivisionError: division by zero; required"),
+    ],
+)
+def test_a_function_that_is_not_there_is_refused_with_what_to_type(write_module, source, name, message):
+    module = write_module(source)
+    name, message = name.replace("{module}", module), message.replace("{module}", module)
+    with pytest.raises(UserError, match=rf"^config.reward.function is '{name}'{message}"):
+        open_function(name)
+
+
+def test_the_judge_of_a_task_is_a_function(task_folder):
+    with (task_folder / "heldout.jsonl").open() as file:
+        asked = [json.loads(line)["messages"][0]["content"] for line in itertools.islice(file, 5)]
+    judge, prompts = open_function("task:safety"), [[Message("user", text)] for text in asked]
+    assert judge(prompts, [ideal_response(parse_request(text)).text for text in asked]) == [1.0] * 5
+    assert max(judge(prompts, ["banana"] * 5)) < 1.0
+    with pytest.raises(UserError, match=r"^config.reward.function is 'task:math'; .* are task:safety$"):
+        open_function("task:math")
+
+
+# --- reward models
+
+
+@pytest.fixture(scope="module")
+def models(make_run, tmp_path_factory, one):
+    folder = tmp_path_factory.mktemp("reward_models")
+    for name in ("seq2seq_rm", "scalar_rm"):
+        make_run(folder / name, name)
+    return {name: open_reward_model(str(folder / name), one) for name in ("seq2seq_rm", "scalar_rm")}
+
+
+def check(model, tokenizer, kind=None, template="auto", length=64, response_length=32):
+    kind = kind or ("literal" if model.is_seq2seq else "scalar")
+    check_reward_model(model, kind, tokenizer, template, length, response_length)
+
+
+def test_a_reward_model_of_the_policys_tokenizer_is_taken_with_each_of_its_kinds(models, tokenizer):
+    for kind in SEQ2SEQ_KINDS:
+        check(models["seq2seq_rm"], tokenizer, kind)
+    for kind in SCALAR_KINDS:
+        check(models["scalar_rm"], tokenizer, kind)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "message"),
+    [
+        ("seq2seq_rm", "scalar", "is a seq2seq reward model, whose kinds are literal, .*--config.reward.kind=literal$"),
+        ("scalar_rm", "literal", "is a scalar reward model, whose kinds are scalar, .*--config.reward.kind=scalar$"),
+    ],
+)
+def test_a_kind_of_the_other_sort_is_refused(models, tokenizer, name, kind, message):
+    with pytest.raises(
+        UserError, match=rf"^config.reward.kind is '{kind}', but config.reward.model, .*{name}.* {message}"
+    ):
+        check(models[name], tokenizer, kind)
+
+
+@pytest.mark.parametrize("name", ["seq2seq_rm", "scalar_rm"])
+def test_a_reward_model_of_another_vocabulary_is_refused_by_its_first_token(models, task_folder, tmp_path, name):
+    content = json.loads((task_folder / "tokenizer" / "tokenizer.json").read_text())
+    vocabulary = content["model"]["vocab"]
+    a, b = sorted((word for word in vocabulary if word.isalpha()), key=vocabulary.get)[10:12]
+    vocabulary[a], vocabulary[b] = vocabulary[b], vocabulary[a]
+    for file in (task_folder / "tokenizer").iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    message = (
+        rf"vocabulary is not that of the policy: token id {vocabulary[b]} is '{a}' in the one and '{b}' in the other"
+    )
+    with pytest.raises(UserError, match=rf"^config.reward.model is .*{message}; .*--config.model.path=POLICY_RUN$"):
+        check(models[name], load_tokenizer(str(tmp_path)))
+
+
+def test_a_policy_with_more_tokens_than_the_reward_model_embeds_is_refused(models, task_folder):
+    larger = load_tokenizer(str(task_folder / "tokenizer"))
+    larger.add_tokens([f"extra{i}" for i in range(models["scalar_rm"].model.config.vocab_size)])
+    message = (
+        rf"the policy has {len(larger)} tokens and the reward model {models['scalar_rm'].model.config.vocab_size};"
+    )
+    with pytest.raises(UserError, match=message):
+        check(models["scalar_rm"], larger)
+
+
+def test_a_reward_model_of_another_template_is_refused_with_its_own(models, tokenizer):
+    asked = dataclasses.replace(models["scalar_rm"], template="plain")
+    with pytest.raises(
+        UserError, match=r"^config.data.template is 'hh', but .* trained with 'plain', .*template=plain$"
+    ):
+        check(asked, tokenizer, template="hh")
+
+
+def test_two_tokenizers_whose_own_templates_differ_are_not_told_to_use_their_own(models, task_folder, tokenizer):
+    other = load_tokenizer(str(task_folder / "tokenizer"))
+    other.chat_template = "{% for m in messages %}{{ m.role + ' : ' + m.content + eos_token }}{% endfor %}"
+    with pytest.raises(
+        UserError, match=r"is 'auto', but .* with 'auto', .*differently; train the reward model from the"
+    ):
+        check(models["scalar_rm"], other)
+
+
+@pytest.mark.parametrize("name", ["seq2seq_rm", "scalar_rm"])
+@pytest.mark.parametrize(("length", "response_length"), [(300, 16), (300, 250), (1000, 999)])
+def test_rows_that_a_reward_model_cannot_read_are_refused_with_lengths_that_it_can(
+    models, tokenizer, name, length, response_length
+):
+    with pytest.raises(
+        UserError, match=r"^config.data.max_length is \d+ and responses .* but it reads 256; e.g. "
+    ) as caught:
+        check(models[name], tokenizer, length=length, response_length=response_length)
+    typed = dict(part.removeprefix("--config.").split("=") for part in str(caught.value).split() if "--config" in part)
+    fits = int(typed["data.max_length"]), int(typed.get("rollout.sampling.max_new_tokens", response_length))
+    assert fits[0] > fits[1] > 1
+    check(models[name], tokenizer, length=fits[0], response_length=fits[1])
+
+
+def test_a_seq2seq_reward_model_needs_room_to_read_the_response_twice(models, tokenizer):
+    request = len(correction_request(tokenizer, "auto", models["seq2seq_rm"].config.mapping.instruction))
+    length = 256 - request - 40
+    check(models["seq2seq_rm"], tokenizer, length=length, response_length=40)
+    check(models["scalar_rm"], tokenizer, length=256, response_length=40)
+    with pytest.raises(
+        UserError, match=rf"has to read 257 tokens, but it reads 256; e.g. --config.data.max_length={length}"
+    ):
+        check(models["seq2seq_rm"], tokenizer, length=length + 1, response_length=40)
+
+
+@pytest.mark.parametrize(("name", "kind"), [("seq2seq_rm", "contrast"), ("scalar_rm", "scalar")])
+def test_a_reward_models_source_says_what_scoring_says_of_each_response_alone(models, tokenizer, one, name, kind):
+    model, ends = models[name], tuple(sorted(end_ids(tokenizer, "auto")))
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(5, 60, n).tolist() for n in (3, 3, 1, 6)]
+    responses = [[*rng.integers(5, 60, n).tolist(), *ends[: n % 2]] for n in (4, 3, 2, 5)]
+    reference = rng.uniform(-4, 0, (4, 8)).astype(np.float32)
+    calibration = dataclasses.replace(token_rewards.uncalibrated(), scale=jnp.float32(1.5), center=jnp.float32(0.2))
+    source = model_source(model, kind, one, num_microbatches=2)
+    found = jax.device_get(source(calibration, respond(prompts, responses, P=8, T=8), reference))
+    # The same responses one at a time, without padding.
+    request = tuple(correction_request(tokenizer, "auto", model.config.mapping.instruction))
+    seq2seq = {"request": request} if model.is_seq2seq else {}
+    scorer = scoring.seq2seq_scorer if model.is_seq2seq else scoring.scalar_scorer
+    score = jax.jit(scorer(model.model.graphdef, kind, end_ids=ends, **seq2seq))
+    for row in (0, 1):
+        prompt, response = prompts[row], responses[row]
+        T = len(response)
+        batch = respond([prompt], [response], P=len(prompt), T=T)
+        alone = jax.device_get(score(model.params, calibration, batch, reference[row : row + 1, :T]))
+        np.testing.assert_allclose(found.rewards[row, :T], alone.rewards[0], atol=2e-5)
+        assert not found.rewards[row, T:].any() and np.abs(alone.rewards).max() > 0.01
+        for diagnostic, numbers in alone.diagnostics.items():
+            np.testing.assert_allclose(found.diagnostics[diagnostic][row], numbers[0], atol=1e-4, err_msg=diagnostic)
+    assert found.diagnostics["ended"].tolist() == [float(r[-1] in ends) for r in responses]
+
+
+# --- calibration
+
+
+def token_rewards_of(values, mask):
+    values = np.where(mask, values, 0).astype(np.float32)
+    return TokenRewards(values, values, mask, mask, {})
+
+
+@pytest.mark.parametrize("kind", ["literal", "margin", "scalar", "scalar_length_residual"])
+def test_calibrated_sums_over_the_calibration_set_have_unit_standard_deviation(one, eight, kind):
+    rng = np.random.default_rng(1)
+    lengths = rng.integers(0, 7, 24)  # some responses have no token
+    mask = np.arange(6) < lengths[:, None]
+    values = rng.normal(0.3, 2.0, (24, 6))
+    if kind.startswith("scalar"):
+        values = np.where(np.arange(6) == lengths[:, None] - 1, values + 0.7 * lengths[:, None], 0)
+    batches = [token_rewards_of(values[i : i + 8], mask[i : i + 8]) for i in (0, 8, 16)]
+    assert (lengths == 0).any()
+    for mesh in (one, eight):
+        found = calibrate(kind, batches, scale="unit", center="running", mesh=mesh)
+        assert found.scale.sharding.is_fully_replicated and set(found.scale.devices()) == set(mesh.devices.flat)
+        a, c, slope, intercept = (float(x) for x in jax.tree.leaves(jax.device_get(found)))
+        counted = lengths > 0
+        if kind == "literal":
+            np.testing.assert_allclose(c, values[mask].mean(), rtol=1e-4)
+            sums = a * np.where(mask, values - c, 0).sum(axis=1)
+        else:
+            assert c == 0
+            sums = a * (np.where(mask, values, 0).sum(axis=1) - slope * lengths - intercept)
+        np.testing.assert_allclose(sums[counted].std(), 1.0, rtol=1e-4)
+        if kind == "scalar_length_residual":
+            assert abs(np.corrcoef(sums[counted], lengths[counted])[0, 1]) < 1e-3 < abs(slope)
+        else:
+            assert slope == intercept == 0
+
+
+def test_a_given_scale_and_no_centre_are_taken_as_they_are(one):
+    batches = [token_rewards_of(np.array([[1.0, 1.0]]), np.ones((1, 2), bool))]
+    found = jax.device_get(calibrate("literal", batches, scale=0.25, center="none", mesh=one))
+    assert (found.scale, found.center) == (0.25, 0.0)
