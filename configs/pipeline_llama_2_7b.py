@@ -58,5 +58,11 @@ def get_config(data: str = "PKU-Alignment/PKU-SafeRLHF") -> ConfigDict:
         evaluation=EvaluationConfig(every=50, samples=8, sampling=SAMPLING),
     )
     ppo_seq2seq = replace(ppo_scalar, reward=RewardConfig(kind="literal", model="stage:rm_seq2seq"))
-    stages = {"rm_scalar": rm_scalar, "rm_seq2seq": rm_seq2seq, "ppo_scalar": ppo_scalar, "ppo_seq2seq": ppo_seq2seq}
-    return pipeline(run_dir="runs/pipeline_llama_2_7b", sft=sft, **stages)
+    return pipeline(
+        run_dir="runs/pipeline_llama_2_7b",
+        sft=sft,
+        rm_scalar=rm_scalar,
+        rm_seq2seq=rm_seq2seq,
+        ppo_scalar=ppo_scalar,
+        ppo_seq2seq=ppo_seq2seq,
+    )

@@ -64,8 +64,14 @@ def get_config(data: str = "Anthropic/hh-rlhf") -> ConfigDict:
     )
     soft = RewardConfig(kind="soft", model="stage:rm_seq2seq", calibration_responses=16)
     ppo_seq2seq = replace(ppo_scalar, reward=soft)
-    stages = {"rm_scalar": rm_scalar, "rm_seq2seq": rm_seq2seq, "ppo_scalar": ppo_scalar, "ppo_seq2seq": ppo_seq2seq}
-    return pipeline(run_dir="runs/pipeline_smollm2_135m", sft=sft, **stages)
+    return pipeline(
+        run_dir="runs/pipeline_smollm2_135m",
+        sft=sft,
+        rm_scalar=rm_scalar,
+        rm_seq2seq=rm_seq2seq,
+        ppo_scalar=ppo_scalar,
+        ppo_seq2seq=ppo_seq2seq,
+    )
 
 
 def weights() -> str:

@@ -1,12 +1,12 @@
 """PPO of SmolLM2-135M-Instruct with the token rewards of its seq2seq reward model, bounded to fit a CPU.
 
-    python -m jaxrm.train --config=configs/rm_seq2seq_smollm2_135m.py --config.data.path=hh_harmless_base_test.jsonl.gz
     python -m jaxrm.train --config=configs/ppo_smollm2_135m.py --config.data.path=hh_harmless_base_test.jsonl.gz
 
-Needs: that reward model, 10 GB of memory; a step of 8 responses of up to 64 tokens takes about half a minute on two
-CPU cores. On an accelerator add --config.model.dtype=bfloat16 --config.data.batch_size=128
---config.rollout.sampling.max_new_tokens=256 --config.data.max_length=768 --config.num_steps=500. Data: prompts of any
-file or data set, such as Anthropic/hh-rlhf. The learning rates are jaxrm's choice for a model of this size.
+Needs: the reward model of `configs/rm_seq2seq_smollm2_135m.py`, 10 GB of memory; a step of 8 responses of up to 64
+tokens takes about half a minute on two CPU cores. On an accelerator add --config.model.dtype=bfloat16
+--config.data.batch_size=128 --config.rollout.sampling.max_new_tokens=256 --config.data.max_length=768
+--config.num_steps=500. Data: prompts of any file or data set, such as Anthropic/hh-rlhf. The learning rates are
+jaxrm's choice for a model of this size.
 """
 
 import importlib.util

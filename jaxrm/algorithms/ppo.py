@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrm.algorithms.ppo_config import PPOConfig
-from jaxrm.algorithms.ppo_state import Feedback, PPOBatch, PPOState, restored_state, saved_arrays
+from jaxrm.algorithms.ppo_state import Feedback, PPOBatch, PPOState, saved_arrays, steps_of
 from jaxrm.algorithms.rollout import Networks, Readings, RewardSource
 from jaxrm.algorithms.state import TrainState
 from jaxrm.algorithms.train_step import Metrics
@@ -262,16 +262,18 @@ def fit(
         step_key, order_key = jax.random.split(jax.random.fold_in(key, step))
         position = prompts.get_state()
 
-        def undo_rollout(position: dict[str, Any] = position) -> None:
-            """Save the state before this step, of which nothing has happened yet: it will happen alike."""
+        def undo(position: dict[str, Any] = position) -> None:
+            """Save the state before this step, of which nothing is left: it will happen alike."""
             prompts.set_state(position)
             save()
             checkpoints.wait()
 
         asked = place(next(prompts))
-
         policy_params = networks.decoder_params(state.policy.params)
         batch = clock.time("rollout", programs.respond, policy_params, *asked, step_key)
+        if stop.requested and jax.process_count() == 1:  # several agree once a step, below
+            undo()
+            break
         critic_params = None if state.critic is None else state.critic.params
         readings = clock.time("reading", programs.read, state.policy.params, critic_params, reference_params, batch)
         try:
@@ -279,15 +281,15 @@ def fit(
                 "scoring", programs.reward, state.feedback.calibration, batch, readings.reference_log_probs
             )
         except UserError:  # of a reward function
-            undo_rollout()
+            undo()
             raise
         if stop.requested and jax.process_count() == 1:
-            undo_rollout()
+            undo()
             break
         rollout, feedback, metrics = programs.estimate(state.feedback, batch, readings, rewards)
         told = {name: float(x) for name, x in jax.device_get(metrics).items()}
         if not math.isfinite(told["reward"]):
-            undo_rollout()
+            undo()
             raise UserError(
                 f"step {step + 1}: the reward of the responses is {told['reward']}, no finite number; the reward model "
                 f"is spoiled, give another --config.reward.model; {_last_good(checkpoints)}"
@@ -311,51 +313,6 @@ def fit(
             break
     checkpoints.wait()
     return state, step >= num_steps
-
-
-def restore(
-    abstract: PPOState,
-    checkpoints: Checkpoints,
-    networks: Networks,
-    config: PPOConfig,
-    prompts: BatchIterator,
-    ptx: BatchIterator | None,
-    data_fingerprint: str,
-    key: jax.Array,
-) -> PPOState:
-    """State of the latest checkpoint, and the loaders moved to where they were.
-
-    Args:
-      abstract: shapes and shardings of the state, each leaf a `jax.ShapeDtypeStruct`.
-      checkpoints: at least one of them is there.
-      networks: as in `fit`.
-      config: options of PPO.
-      prompts: moved to the position that belongs to the state.
-      ptx: the same.
-      data_fingerprint: as in `fit`.
-      key: of the optimizer steps.
-
-    Raises:
-      UserError: where the data are not those of the checkpoint.
-    """
-    latest = checkpoints.steps()[-1]
-    progress = checkpoints.progress(latest)
-    if progress["data"] != data_fingerprint:
-        raise UserError(
-            f"prompts, SFT policy or reward model are no longer those that {checkpoints.folder / str(latest)} was "
-            f"trained with ({progress['data']}, now {data_fingerprint}), so it cannot be continued as it was; give the "
-            "same ones, or put the run aside with --config.on_existing=restart"
-        )
-    arrays = checkpoints.restore(latest, saved_arrays(abstract, networks))
-    prompts.set_state(progress["prompts"])
-    if ptx is not None:
-        ptx.set_state(progress["ptx"])
-    return restored_state(arrays, latest * config.num_epochs * config.num_minibatches, abstract, key)
-
-
-def steps_of(state: PPOState, config: PPOConfig) -> int:
-    """Rollouts that a state has been updated on."""
-    return int(state.policy.step) // (config.num_epochs * config.num_minibatches)
 
 
 class _Clock:

@@ -6,9 +6,13 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxrm.algorithms.ppo_config import PPOConfig
 from jaxrm.algorithms.rollout import Networks
 from jaxrm.algorithms.state import TrainState
+from jaxrm.data.loader import BatchIterator
+from jaxrm.errors import UserError
 from jaxrm.ops import token_rewards
+from jaxrm.runtime.checkpoint import Checkpoints
 from jaxrm.types import Rollout, TokenBatch
 
 
@@ -74,7 +78,52 @@ def saved_arrays(state: PPOState, networks: Networks) -> dict[str, Any]:
     return arrays | {"critic_params": state.critic.params, "critic_opt_state": state.critic.opt_state}
 
 
-def restored_state(arrays: dict[str, Any], updates: int, abstract: PPOState, key: jax.Array) -> PPOState:
+def restore(
+    abstract: PPOState,
+    checkpoints: Checkpoints,
+    networks: Networks,
+    config: PPOConfig,
+    prompts: BatchIterator,
+    ptx: BatchIterator | None,
+    data_fingerprint: str,
+    key: jax.Array,
+) -> PPOState:
+    """State of the latest checkpoint, and the loaders moved to where they were.
+
+    Args:
+      abstract: shapes and shardings of the state, each leaf a `jax.ShapeDtypeStruct`.
+      checkpoints: at least one of them is there.
+      networks: what its parameters belong to.
+      config: options of PPO.
+      prompts: moved to the position that belongs to the state.
+      ptx: the same.
+      data_fingerprint: of the prompts, the SFT data and the models, as it was saved.
+      key: of the optimizer steps.
+
+    Raises:
+      UserError: where the data are not those of the checkpoint.
+    """
+    latest = checkpoints.steps()[-1]
+    progress = checkpoints.progress(latest)
+    if progress["data"] != data_fingerprint:
+        raise UserError(
+            f"prompts, SFT policy or reward model are no longer those that {checkpoints.folder / str(latest)} was "
+            f"trained with ({progress['data']}, now {data_fingerprint}), so it cannot be continued as it was; give the "
+            "same ones, or put the run aside with --config.on_existing=restart"
+        )
+    arrays = checkpoints.restore(latest, saved_arrays(abstract, networks))
+    prompts.set_state(progress["prompts"])
+    if ptx is not None:
+        ptx.set_state(progress["ptx"])
+    return _restored(arrays, latest * config.num_epochs * config.num_minibatches, abstract, key)
+
+
+def steps_of(state: PPOState, config: PPOConfig) -> int:
+    """Rollouts that a state has been updated on."""
+    return int(state.policy.step) // (config.num_epochs * config.num_minibatches)
+
+
+def _restored(arrays: dict[str, Any], updates: int, abstract: PPOState, key: jax.Array) -> PPOState:
     """The state again.
 
     Args:

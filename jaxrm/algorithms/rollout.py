@@ -103,7 +103,7 @@ def build_respond(
     """
 
     def respond(params: Any, prompts: jax.Array, prompt_mask: jax.Array, key: jax.Array) -> ResponseBatch:
-        drawn = generate(graphdef, params, prompts, prompt_mask, key, sampling=sampling, end_ids=end_ids)
+        drawn = generate(graphdef, params, prompts, prompt_mask, key, sampling=sampling, end_ids=end_ids, gather=gather)
         return ResponseBatch(prompts, prompt_mask, jnp.where(drawn.mask, drawn.tokens, 0), drawn.mask)
 
     return jax.jit(

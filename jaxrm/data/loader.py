@@ -52,11 +52,12 @@ def build_loader(
     rows = _assign_rows(examples, config)
     if len(rows) < config.batch_size:
         largest = len(rows) // batch_unit * batch_unit
-        smaller = f"e.g. --config.data.batch_size={largest} or " if largest else ""
+        ways = [f"e.g. --config.data.batch_size={largest}"] if largest else []
+        ways += ["a smaller --config.data.max_length"] if config.packing else []
         raise UserError(
             f"config.data.batch_size is {config.batch_size}, but the {len(examples)} examples of "
-            f"{config.path!r} make only {len(rows)} rows of {config.max_length} tokens; give more data, or use "
-            f"{smaller}a smaller --config.data.max_length"
+            f"{config.path!r} make only {len(rows)} rows of {config.max_length} tokens; give more data"
+            + (f", or use {' or '.join(ways)}" if ways else "")
         )
 
     columns = _columns(examples)

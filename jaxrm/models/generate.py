@@ -93,11 +93,11 @@ def generate(
     positions = positions_from_mask(prompt_mask)
     hidden, past = model.prefill(prompts, positions=positions, segment_ids=prompt_mask.astype(jnp.int32), size=P + T)
     layers = model.unstack(gather=gather)
-    model.hold_embeddings(gather=gather)
+    head = model.held_head(gather=gather)
     ends = jnp.asarray(end_ids, jnp.int32)
 
     def draw(hidden: jax.Array, t: jax.Array) -> jax.Array:
-        return sample(model.logits(hidden), jax.random.fold_in(key, t), sampling)
+        return sample(model.logits(hidden, head), jax.random.fold_in(key, t), sampling)
 
     def is_end(token: jax.Array) -> jax.Array:
         return jnp.any(token[:, None] == ends[None], axis=1)

@@ -100,11 +100,9 @@ class Decoder(nnx.Module):
 
         return tuple(one_layer(i) for i in range(self.config.num_layers))
 
-    def hold_embeddings(self, *, gather: bool = False) -> None:
-        """Replace the embeddings of this object by what a decoding loop reads of them; as `unstack`."""
-        for table in (self.embedder, self.head):
-            if table is not None:
-                table.embedding.set_value(self._held(table.embedding, gather))
+    def held_head(self, *, gather: bool = False) -> jax.Array:
+        """Output embedding ``[V, D]`` for the `logits` of a decoding loop; as `unstack`."""
+        return self._held((self.head or self.embedder).embedding, gather)
 
     def decode(
         self, tokens: jax.Array, unstacked: tuple[layers.Layer, ...], past: cache.Cache
@@ -145,9 +143,14 @@ class Decoder(nnx.Module):
         """Output embedding ``[V, D]``, float32: what `jaxrm.ops.vocab` takes as its head."""
         return (self.head or self.embedder).embedding[...]
 
-    def logits(self, hidden: jax.Array) -> jax.Array:
-        """Logits ``[..., V]`` in float32, soft-capped; for single positions (decoding) and small tests only."""
-        head = self.head_embedding.astype(hidden.dtype)
+    def logits(self, hidden: jax.Array, head: jax.Array | None = None) -> jax.Array:
+        """Logits ``[..., V]`` in float32, soft-capped; for single positions (decoding) and small tests only.
+
+        Args:
+          hidden: ``[..., D]``.
+          head: from `held_head`, in a loop.
+        """
+        head = (self.head_embedding if head is None else head).astype(hidden.dtype)
         logits = jnp.einsum("...d,vd->...v", hidden, head, preferred_element_type=jnp.float32)
         cap = self.config.logit_softcap
         return logits if cap is None else cap * jnp.tanh(logits / cap)

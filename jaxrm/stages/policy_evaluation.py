@@ -65,7 +65,8 @@ class PolicyEvaluation:
 
         Returns:
           ``eval_reward`` (sum over a response, calibrated as before the first step), ``eval_judge`` and
-          ``eval_refusals`` where there is a judge, ``eval_kl`` (nats a response from the reference), ``eval_length``
+          ``eval_refusals`` where there is a judge, ``eval_kl`` (nats a response: log-ratio to the reference at
+          the rollout's temperature, an estimate of the KL where these responses are drawn at it too), ``eval_length``
           (tokens), ``eval_ended`` (share with an end token).
         """
         whole = jax.jit(lambda x: x, out_shardings=NamedSharding(self.mesh, PartitionSpec()))

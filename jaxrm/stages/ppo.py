@@ -2,23 +2,19 @@
 
 import functools
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
-from jaxrm.algorithms import ppo
-from jaxrm.algorithms.ppo_state import PPOState
+from jaxrm.algorithms import ppo, ppo_state
 from jaxrm.data import tasks
-from jaxrm.data.prompts import PromptExample
 from jaxrm.data.templates import end_ids
 from jaxrm.data.tokenizer import load_tokenizer
 from jaxrm.errors import UserError
 from jaxrm.experiment import MAY_DIFFER, Experiment
 from jaxrm.models import build
 from jaxrm.models.generate import check_on_policy
-from jaxrm.ops.token_rewards import Calibration
 from jaxrm.runtime import config as bridge
 from jaxrm.runtime.checkpoint import Checkpoints
 from jaxrm.runtime.mesh import batch_shards, build_mesh, check_batch
@@ -28,11 +24,12 @@ from jaxrm.runtime.preemption import EXIT_PREEMPTED, catch_signals
 from jaxrm.runtime.progress import Progress, print_table
 from jaxrm.runtime.run_folder import check_run, open_run, write_json_atomically
 from jaxrm.stages import setup, supervised, weights
+from jaxrm.stages.calibration import calibration_of
 from jaxrm.stages.closing import print_held_out
 from jaxrm.stages.corrections import check_judge
 from jaxrm.stages.critic import open_critic, zero_head
 from jaxrm.stages.policy_evaluation import PolicyEvaluation, print_samples
-from jaxrm.stages.ppo_learner import Learner, open_learner
+from jaxrm.stages.ppo_learner import open_learner
 from jaxrm.stages.ppo_report import PPOReporter, closing_report
 from jaxrm.stages.prompts import (
     check_judgeable,
@@ -44,7 +41,7 @@ from jaxrm.stages.prompts import (
 )
 from jaxrm.stages.ptx import open_ptx
 from jaxrm.stages.responses import response_text
-from jaxrm.stages.rewards import calibrate, check_reward_model, function_source, model_source, open_function
+from jaxrm.stages.rewards import check_reward_model, function_source, model_source, open_function
 from jaxrm.stages.trained import keep_model, open_reward_model
 from jaxrm.types import TokenBatch
 
@@ -169,7 +166,7 @@ def run(config: Experiment) -> int:
 
     checkpoints = Checkpoints(folder.checkpoints, config.checkpoint)
     if checkpoints.steps():
-        state = ppo.restore(
+        state = ppo_state.restore(
             learner.abstract, checkpoints, learner.networks, config.ppo, prompts, ptx, identity, step_key
         )
     else:
@@ -182,9 +179,9 @@ def run(config: Experiment) -> int:
         count = -(-config.reward.calibration_responses // config.data.batch_size) * config.data.batch_size
         some = [train.examples[i % len(train.examples)] for i in range(count)]
         state = learner.calibrated(
-            state, _calibration(learner, programs, state, reference, some, width, calibration_key, show)
+            state, calibration_of(learner, programs, state, reference, some, width, calibration_key, show)
         )
-    first = ppo.steps_of(state, config.ppo)
+    first = ppo_state.steps_of(state, config.ppo)
     if is_writer:
         found = jax.device_get(state.first_calibration)
         print(f"Token rewards: scale {found.scale:.4g}, centre {found.center:.4g} (from responses of the SFT policy)")
@@ -231,7 +228,7 @@ def run(config: Experiment) -> int:
     checkpoints.close()
     if not finished:
         if is_writer:
-            step = ppo.steps_of(state, config.ppo)
+            step = ppo_state.steps_of(state, config.ppo)
             print(f"Stopped and saved at step {step} of {num_steps}; the same command continues from there.")
         return EXIT_PREEMPTED
     if is_writer:
@@ -278,36 +275,3 @@ def _check(config: Experiment, mesh: Mesh) -> None:
         open_function(config.reward.function)
     if weights.is_run(config.model.path):
         weights.find_checkpoint(str(config.model.path), "config.model.path", weights.POLICIES)
-
-
-def _calibration(
-    learner: Learner,
-    programs: ppo.Programs,
-    state: PPOState,
-    reference: Any,
-    examples: Sequence[PromptExample],
-    width: int,
-    key: jax.Array,
-    show: bool,
-) -> Calibration:
-    """Scale and centre of the rewards, from responses of the policy before it has learnt anything."""
-    config, rows = learner.config, learner.config.data.batch_size
-    critic_params = None if state.critic is None else state.critic.params
-    decoder_params = learner.networks.decoder_params(state.policy.params)
-    rewards = []
-    with Progress("calibrate", len(examples), unit="responses", enabled=show) as progress:
-        for number, (prompts, mask) in enumerate(fixed_batches(examples, rows, width, learner.mesh)):
-            batch = programs.respond(decoder_params, prompts, mask, jax.random.fold_in(key, number))
-            readings = programs.read(state.policy.params, critic_params, reference, batch)
-            rewards.append(programs.reward(state.first_calibration, batch, readings.reference_log_probs))
-            jax.block_until_ready(rewards)
-            progress.update((number + 1) * rows)
-    found = calibrate(
-        config.reward.kind, rewards, scale=config.reward.scale, center=config.reward.center, mesh=learner.mesh
-    )
-    if not all(map(math.isfinite, jax.tree.leaves(jax.device_get(found)))):
-        raise UserError(
-            "the rewards of the SFT policy's responses are not finite; the reward model is spoiled, give another, e.g. "
-            "--config.reward.model=RUN_DIR/checkpoints/best"
-        )
-    return found

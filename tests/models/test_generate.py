@@ -1,6 +1,8 @@
 """Sampling: greedy equals the argmax loop, endings, filters."""
 
 import dataclasses
+import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +11,12 @@ import pytest
 from flax import nnx
 
 from jaxrm.errors import UserError
+from jaxrm.models.build import ModelSource
 from jaxrm.models.config import PRESETS
-from jaxrm.models.generate import SamplingConfig, generate, sample
+from jaxrm.models.generate import SamplingConfig, check_on_policy, generate, sample
 from jaxrm.models.transformer import Decoder, positions_from_mask
+from jaxrm.runtime.mesh import MeshConfig, build_mesh
+from jaxrm.stages.setup import open_model
 
 TINY = dataclasses.replace(
     PRESETS["tiny"], vocab_size=61, hidden_size=32, intermediate_size=48, num_layers=2, head_dim=8
@@ -58,6 +63,65 @@ def test_a_response_ends_with_its_end_token():
         assert got.tokens[row, :length].tolist() == ids[:length]
 
 
+def test_the_loop_stops_once_every_row_has_ended():
+    graphdef, params, prompts, mask = model_and_prompts()
+    sampling = SamplingConfig(max_new_tokens=12, temperature=0.0)
+    every = tuple(range(TINY.vocab_size))
+    got = generate(graphdef, params, prompts, mask, jax.random.key(0), sampling=sampling, end_ids=every)
+    assert got.mask.sum(axis=1).tolist() == [1, 1, 1]
+    assert got.tokens[:, 0].all() and not got.tokens[:, 1:].any()  # nothing was written after them
+
+
+def test_samples_depend_on_the_key_alone():
+    """Not on the longest response allowed, nor on what lies under the padding, be it an end token."""
+    graphdef, params, prompts, mask = model_and_prompts()
+    end = 7
+    sampled = functools.partial(generate, graphdef, params)
+    short, long = SamplingConfig(max_new_tokens=4), SamplingConfig(max_new_tokens=9)
+    got = sampled(prompts, mask, jax.random.key(3), sampling=long, end_ids=(end,))
+    padded = jnp.where(mask, prompts, end)
+    again = sampled(padded, mask, jax.random.key(3), sampling=long, end_ids=(end,))
+    np.testing.assert_array_equal(again.tokens, got.tokens)
+    np.testing.assert_array_equal(again.mask, got.mask)
+    cut = sampled(prompts, mask, jax.random.key(3), sampling=short, end_ids=(end,))
+    np.testing.assert_array_equal(cut.tokens, got.tokens[:, :4])
+    other = sampled(prompts, mask, jax.random.key(4), sampling=short, end_ids=(end,))
+    assert (other.tokens != cut.tokens).any()
+
+
+def test_bfloat16_decoding_reads_no_float32_weights():
+    graphdef, params = jax.eval_shape(lambda: nnx.split(Decoder(TINY, rngs=nnx.Rngs(0), dtype=jnp.bfloat16)))
+    ids, mask = jax.ShapeDtypeStruct((3, 6), jnp.int32), jax.ShapeDtypeStruct((3, 6), bool)
+    sampling = SamplingConfig(max_new_tokens=5)
+    traced = generate.trace(graphdef, params, ids, mask, jax.random.key(0), sampling=sampling, end_ids=())
+    (loop,) = [eqn for eqn in traced.jaxpr.eqns if eqn.primitive.name == "while"]
+    read = [v.aval for v in loop.invars if jnp.issubdtype(v.aval.dtype, jnp.floating) and v.aval.ndim > 1]
+    assert sum(x.dtype == jnp.bfloat16 for x in read) == 2 * 7 + 2 * 2 + 1  # projections and cache of 2 layers, head
+    assert [x.shape for x in read if x.dtype == jnp.float32] == [(61, 32)]  # rows are looked up in it
+
+
+def test_eight_devices_sample_as_one():
+    """Rows over data and fsdp, heads over tensor; with ``gather`` no weights are fetched inside the loop."""
+    config = dataclasses.replace(TINY, vocab_size=64, num_layers=1)
+    sampling = SamplingConfig(max_new_tokens=4)
+    prompts, mask = (jnp.tile(x, (4, 1))[:8] for x in model_and_prompts()[2:])
+    make = jax.jit(lambda: nnx.to_pure_dict(nnx.state(Decoder(config, rngs=nnx.Rngs(0)))))
+
+    def drawn(devices, mesh, gather):
+        model = open_model(ModelSource(), build_mesh(mesh, devices), config)
+        given = (jax.device_put(make(), model.shardings), prompts, mask, jax.random.key(0))
+        program = generate.lower(model.graphdef, *given, sampling=sampling, end_ids=(5,), gather=gather).compile()
+        fetches = re.findall(r' all-gather\(.*op_name="[^"]*/while/body/([^"]*)dot_general"', program.as_text())
+        return program(*given), sum("checkpoint" not in name for name in fetches)  # those of the prompt are its own
+
+    one, _ = drawn(jax.devices()[:1], MeshConfig(), gather=False)
+    for gather in (False, True):
+        eight, fetches = drawn(jax.devices(), MeshConfig(data=2, fsdp=2, tensor=2), gather)
+        assert (fetches == 0) == gather
+        np.testing.assert_array_equal(eight.tokens, one.tokens)
+        np.testing.assert_array_equal(eight.mask, one.mask)
+
+
 def test_samples_follow_the_tempered_distribution():
     logits = jnp.tile(jnp.log(jnp.asarray([[0.6, 0.3, 0.1]])), (20_000, 1))
     drawn = sample(logits, jax.random.key(1), SamplingConfig(temperature=0.5))
@@ -74,6 +138,24 @@ def test_top_k_and_top_p_keep_the_likeliest():
     assert set(np.unique(sample(logits, key, SamplingConfig()))) == {0, 1, 2, 3}
 
 
+def test_every_part_of_a_vocabulary_is_drawn_by_its_probability():
+    """300 tokens: more than are drawn from at once, and no multiple of it."""
+    logits = np.random.default_rng(5).normal(size=300).astype(np.float32) * 2
+    logits[128:256] = -np.inf
+    rows = jnp.tile(jnp.asarray(logits)[None], (50_000, 1))
+    drawn = np.bincount(sample(rows, jax.random.key(1), SamplingConfig()), minlength=300) / 50_000
+    want = np.exp(logits) / np.exp(logits).sum()
+    assert drawn.shape == (300,) and not drawn[128:256].any()
+    # a frequency's standard error is sqrt(p (1 - p) / n)
+    assert (np.abs(drawn - want) <= 5 * np.sqrt(want / 50_000)).all()
+
+
+def test_greedy_takes_the_first_of_the_likeliest():
+    logits = np.random.default_rng(6).integers(0, 40, (64, 300)).astype(np.float32)  # many ties
+    greedy = sample(jnp.asarray(logits), jax.random.key(0), SamplingConfig(temperature=0.0))
+    np.testing.assert_array_equal(greedy, logits.argmax(axis=1))
+
+
 def test_positions_count_real_tokens_only():
     mask = jnp.asarray([[False, False, True, True, True], [True, True, True, False, False]])
     assert positions_from_mask(mask).tolist() == [[0, 0, 0, 1, 2], [0, 1, 2, 2, 2]]
@@ -83,3 +165,11 @@ def test_positions_count_real_tokens_only():
 def test_impossible_sampling_is_refused(field):
     with pytest.raises(UserError, match=next(iter(field))):
         SamplingConfig(**field)
+
+
+@pytest.mark.parametrize("field", [{"top_p": 0.9}, {"temperature": 0.0}, {"top_k": 5}])
+def test_sampling_off_the_policy_is_refused(field):
+    name = next(iter(field))
+    with pytest.raises(UserError, match=rf"config.ppo.sampling.{name} is .* e.g. --config.ppo.sampling.{name}="):
+        check_on_policy(SamplingConfig(**field), "config.ppo.sampling")
+    check_on_policy(SamplingConfig(temperature=0.7), "config.ppo.sampling")
