@@ -83,8 +83,9 @@ def generate(
       sampling: see `SamplingConfig`.
       end_ids: ids that end a response.
       gather: hold the parameters whole on every device over the fsdp axis (still split over the tensor axis) while
-        decoding. Otherwise every device fetches those of the others at every token. It costs, beside the
-        parameters, a whole copy in the compute dtype: 2 bytes a parameter in bfloat16, divided by the tensor axis.
+        decoding. Otherwise every device fetches those of the others at every token, unless the compiler happens to
+        move that out of the loop. It costs, beside the parameters, a whole copy in the compute dtype: 2 bytes a
+        parameter in bfloat16, divided by the tensor axis.
     """
     chex.assert_equal_shape([prompts, prompt_mask])
     B, P = prompts.shape
@@ -158,7 +159,7 @@ def sample(logits: jax.Array, key: jax.Array, sampling: SamplingConfig) -> jax.A
 def _pick(logits: jax.Array, merge: Callable[..., jax.Array], choose: Sequence[Callable[..., jax.Array]]) -> jax.Array:
     """Choose one of ``logits [B, V]``: a block of the vocabulary by its merged logits, then a token of the block.
 
-    As one choice among all, exactly, but random numbers for a whole vocabulary cost as much as the layers on CPU.
+    As one choice among all, exactly, but random numbers for a whole vocabulary are a seventh of a step on CPU.
     """
     B, V = logits.shape
     padded = jnp.pad(logits, ((0, 0), (0, -V % _BLOCK)), constant_values=-jnp.inf)

@@ -51,7 +51,7 @@ SMALL = {
 
 def shape_of(name):
     if name == "small":
-        return dataclasses.replace(preset("tiny"), vocab_size=256, head_dim=24, **SMALL)
+        return dataclasses.replace(preset("tiny"), vocab_size=256, **SMALL)
     return preset(name)
 
 

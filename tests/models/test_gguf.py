@@ -282,17 +282,20 @@ def test_smollm2_is_its_preset(smollm2):
 @pytest.mark.torch
 @pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="torch is not installed")
 def test_smollm2_gives_the_logits_of_transformers(smollm2):
+    import jax
     import jax.numpy as jnp
     import torch
     from flax import nnx
     from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
     from jaxrm.models.transformer import Decoder
 
     # from_pretrained(gguf_file=...) would need the accelerate package; these are the steps it takes.
     file = next(smollm2.glob("*.gguf"))
-    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(smollm2, gguf_file=file.name))
+    with no_init_weights():  # every one is loaded below
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(smollm2, gguf_file=file.name))
     tensors = load_gguf_checkpoint(str(file), return_tensors=True, model_to_load=model)["tensors"]
     missing, unexpected = model.float().load_state_dict(tensors, strict=False)
     assert missing == ["lm_head.weight"] and not unexpected
@@ -303,10 +306,14 @@ def test_smollm2_gives_the_logits_of_transformers(smollm2):
         theirs = model(torch.from_numpy(tokens)).logits.numpy()
     del model, tensors
 
-    config = read_model_config(str(file))
+    config = preset("smollm2-135m")  # that of the file, by the test above
     graphdef, state = nnx.split(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0))))
     nnx.replace_by_pure_dict(state, load_params(str(file), config))
-    decoder = nnx.merge(graphdef, state)
-    positions = jnp.arange(16)[None]
-    hidden = decoder(jnp.asarray(tokens), positions=positions, segment_ids=jnp.ones_like(positions))
-    np.testing.assert_allclose(np.asarray(decoder.logits(hidden)), theirs, rtol=0, atol=1e-3)
+
+    @jax.jit
+    def logits(state, tokens):
+        decoder = nnx.merge(graphdef, state)
+        positions = jnp.arange(16)[None]
+        return decoder.logits(decoder(tokens, positions=positions, segment_ids=jnp.ones_like(positions)))
+
+    np.testing.assert_allclose(np.asarray(logits(state, jnp.asarray(tokens))), theirs, rtol=0, atol=1e-3)
