@@ -27,7 +27,7 @@ def get_config() -> ConfigDict:
             algorithm="ppo",
             num_steps=50,
             reward=RewardConfig(kind="literal", model="runs/rm_seq2seq_tiny"),
-            model=ModelSource(path="runs/sft_tiny", remat="none"),
+            model=ModelSource(path="runs/sft_tiny"),
             data=DataConfig(path="task:safety", max_length=64, batch_size=64),
             rollout=RolloutConfig(sampling=sampling),
             ppo=PPOConfig(kl_coef=0.3),

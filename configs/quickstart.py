@@ -22,7 +22,7 @@ from jaxrm.pipeline import pipeline
 from jaxrm.runtime.metrics import LoggingConfig
 from jaxrm.runtime.optimizer import OptimizerConfig
 
-POLICY, PAIRS = ModelSource(path="stage:sft", remat="none"), "stage:pairs/pairs.jsonl"
+POLICY, PAIRS = ModelSource(path="stage:sft"), "stage:pairs/pairs.jsonl"
 SAMPLING = SamplingConfig(max_new_tokens=40)
 
 
@@ -30,7 +30,7 @@ def get_config() -> ConfigDict:
     sft = Experiment(
         algorithm="sft",
         num_epochs=4.0,
-        model=ModelSource(preset="tiny", remat="none"),
+        model=ModelSource(preset="tiny"),
         data=DataConfig(path="task:safety", max_length=256, batch_size=16),
         optimizer=OptimizerConfig(lr=2e-3, weight_decay=0.1),
     )

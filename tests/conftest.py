@@ -5,11 +5,12 @@ from importlib import metadata
 
 # Most of the suite's time is XLA's: code that runs for milliseconds is not worth optimizing. The tests that launch real
 # processes compile as users do.
-XLA_FLAGS = ["--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0"]
+os.environ["XLA_FLAGS"] = (
+    f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+).strip()
 if tuple(map(int, metadata.version("jaxlib").split(".")[:2])) < (0, 11):
     # The older emitters of loops compile in less than half of the time; jaxlib 0.11 has only the new ones.
-    XLA_FLAGS.append("--xla_cpu_use_fusion_emitters=false")
-os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *XLA_FLAGS]).strip()
+    os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"

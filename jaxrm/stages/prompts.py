@@ -56,7 +56,7 @@ def load_prompts(
       show_progress: draw a bar.
 
     Raises:
-      UserError: where every prompt is too long, or too many are unusable.
+      UserError: where every prompt is too long, or too many are unusable for another reason.
     """
     room = data.max_length - max_new_tokens
     if room < 1:
@@ -78,7 +78,9 @@ def load_prompts(
             f"at {dropped.first}); config.data.max_length, prompt and response together, is {data.max_length}, and "
             f"responses have up to {max_new_tokens}; e.g. --config.data.max_length={data.max_length * 2}"
         )
-    tokenized.check(data.max_bad_share, path)
+    # That a prompt is long is no fault of its record: only the others count against max_bad_share.
+    others = {reason: found for reason, found in tokenized.bad.items() if reason != too_long(room)}
+    replace(tokenized, bad=others).check(data.max_bad_share, path)
     return Prompts(examples, report.merge(tokenized))
 
 

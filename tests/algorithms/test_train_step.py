@@ -1,6 +1,7 @@
 """The step builder: one division, microbatches, donation, meshes; and the optimizer that it drives."""
 
 import dataclasses
+import functools
 
 import chex
 import jax
@@ -46,10 +47,10 @@ def copy_batch(seed=0, B=8, T=12):
     }
 
 
-class Setup:
-    """A model, an optimizer and a step on one mesh."""
+class Built:
+    """What the tests of one mesh share, compiled once: a model, an optimizer and a step."""
 
-    def __init__(self, mesh_config, num_microbatches=1, optimizer=ADAMW, seed=0):
+    def __init__(self, mesh_config, num_microbatches, optimizer):
         devices = jax.devices() if mesh_config == EIGHT else jax.devices()[:1]
         mesh = build_mesh(mesh_config, devices)
         graphdef, shapes, axes = build.abstract_decoder(SMALL, SOURCE, constrain=partition.activation_constraint(mesh))
@@ -67,9 +68,25 @@ class Setup:
             batch_sharding=self.rows,
             num_microbatches=num_microbatches,
         )
-        # Drawn on one device and then placed, so that all meshes start from the same numbers.
-        params = build.init_params(SMALL, SOURCE, jax.random.key(seed), None)
-        state = create(params, self.optimizer, jax.random.key(1))
+        self.create = jax.jit(lambda params: create(params, self.optimizer, jax.random.key(1)))
+
+
+built = functools.cache(Built)
+
+
+@functools.cache
+def first_params(seed):
+    """Drawn on one device, so that all meshes start from the same numbers."""
+    return jax.device_get(build.init_params(SMALL, SOURCE, jax.random.key(seed), None))
+
+
+class Setup:
+    """A fresh state of a model on one mesh, and the step that moves it."""
+
+    def __init__(self, mesh_config, num_microbatches=1, optimizer=ADAMW, seed=0):
+        shared = built(mesh_config, num_microbatches, optimizer)
+        self.sharding, self.rows, self.loss_fn, self.step = shared.sharding, shared.rows, shared.loss_fn, shared.step
+        state = shared.create(jax.tree.map(np.array, first_params(seed)))  # a copy: the step takes its buffers
         self.state = jax.device_put(state, self.sharding)
         self.shapes = jax.eval_shape(lambda: state)
 
@@ -128,10 +145,10 @@ def test_loss_is_the_sum_over_tokens_divided_by_their_number():
     setup = Setup(ONE)
     batch = copy_batch()
     params = jax.device_get(setup.state.params)  # the step takes the state's own buffers
-    total = tokens = 0.0
+    loss_fn, total, tokens = jax.jit(setup.loss_fn), 0.0, 0.0
     for row in range(8):
         one = TokenBatch(**{name: jnp.asarray(x[row : row + 1]) for name, x in batch.items()})
-        (loss_sum, weight), _ = setup.loss_fn(params, one, jax.random.key(0))
+        (loss_sum, weight), _ = loss_fn(params, one, jax.random.key(0))
         total, tokens = total + float(loss_sum), tokens + float(weight)
     _, metrics = setup.step(setup.state, TokenBatch(**jax.device_put(batch, setup.rows)))
     np.testing.assert_allclose(float(metrics["loss"]), total / tokens, rtol=1e-5)

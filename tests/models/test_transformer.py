@@ -28,10 +28,14 @@ BIASED = dataclasses.replace(
 CONFIGS = {"plain": TINY, "sliding": SLIDING, "capped": CAPPED, "biased": BIASED}
 
 
+@functools.cache
+def parameters(config):
+    return nnx.to_pure_dict(jax.jit(lambda: nnx.state(Decoder(config, rngs=nnx.Rngs(0))))())
+
+
 def decoder(config, **options):
-    """Graph and parameters; the graph is static under jit."""
-    graphdef, state = jax.jit(lambda: nnx.split(Decoder(config, rngs=nnx.Rngs(0), **options)))()
-    return graphdef, nnx.to_pure_dict(state)
+    """Graph and parameters, which no option changes; the graph is static under jit."""
+    return nnx.graphdef(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0), **options))), parameters(config)
 
 
 def tokens_of(config, shape, seed=0):
@@ -77,15 +81,16 @@ def test_a_window_bounds_what_one_layer_sees():
 @pytest.mark.parametrize("name", CONFIGS)
 def test_packed_segments_equal_separate_rows(name):
     model = decoder(CONFIGS[name])
-    a, b = tokens_of(TINY, (1, 5), 1), tokens_of(TINY, (1, 4), 2)
+    rows = tokens_of(TINY, (2, 5), 1)
     packed = read(
         model,
-        jnp.concatenate([a, b, jnp.zeros((1, 2), jnp.int32)], axis=1),
+        jnp.concatenate([rows[:1], rows[1:, :4], jnp.zeros((1, 2), jnp.int32)], axis=1),
         jnp.asarray([[1] * 5 + [2] * 4 + [0] * 2]),
         jnp.asarray([[*range(5), *range(4), 0, 0]]),
     )
-    np.testing.assert_allclose(packed[:, :5], read(model, a), atol=2e-5)
-    np.testing.assert_allclose(packed[:, 5:9], read(model, b), atol=2e-5)
+    separate = read(model, rows)  # the second row's last token is none of the packed ones, and no other sees it
+    np.testing.assert_allclose(packed[0, :5], separate[0], atol=2e-5)
+    np.testing.assert_allclose(packed[0, 5:9], separate[1, :4], atol=2e-5)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -99,16 +104,21 @@ def test_cached_decoding_equals_the_full_forward(name):
     whole = read(model, tokens, segments, positions)
 
     @jax.jit
-    def one_by_one(params):
-        decoder = nnx.merge(model[0], params)
-        hidden, cache = decoder.prefill(tokens[:, :P], positions=positions[:, :P], segment_ids=segments[:, :P], size=T)
-        states, layers = [hidden], decoder.unstack()
-        for t in range(P, T):
-            hidden, cache = decoder.decode(tokens[:, t : t + 1], layers, cache)
-            states.append(hidden)
-        return jnp.concatenate(states, axis=1)
+    def prefill(params):
+        decoder, first = nnx.merge(model[0], params), slice(None, P)
+        return decoder.prefill(tokens[:, first], positions=positions[:, first], segment_ids=segments[:, first], size=T)
 
-    cached = one_by_one(model[1])
+    @jax.jit
+    def decode(params, tokens, cache):
+        decoder = nnx.merge(model[0], params)
+        return decoder.decode(tokens, decoder.unstack(), cache)
+
+    hidden, cache = prefill(model[1])
+    states = [hidden]
+    for t in range(P, T):
+        hidden, cache = decode(model[1], tokens[:, t : t + 1], cache)
+        states.append(hidden)
+    cached = np.concatenate(states, axis=1)
     np.testing.assert_allclose(jnp.where(mask[..., None], cached - whole, 0), 0, atol=3e-5)
 
 
@@ -140,8 +150,10 @@ def test_splash_kernel_equals_xla(softcap, window):
     query, key, value = (jnp.asarray(rng.normal(size=(B, T, n, H)), jnp.float32) for n in (N, K, K))
     segments = jnp.asarray([[1] * 90 + [2] * 240 + [0] * 54])
     options = {"scale": H**-0.5, "softcap": softcap, "window": window}
-    splash = attention.splash_interpreted(query, key, value, segments, **options)
-    xla = attention.xla(query, key, value, segments, **options)
+    splash, xla = (
+        jax.jit(functools.partial(kernel, **options))(query, key, value, segments)
+        for kernel in (attention.splash_interpreted, attention.xla)
+    )
     np.testing.assert_allclose(splash[:, :330], xla[:, :330], atol=2e-5)
 
 

@@ -178,18 +178,14 @@ def test_prompts_that_are_all_too_long_name_the_first_and_the_length_to_type(tok
             load(tokenizer, **side)
 
 
-def test_more_prompts_too_long_than_the_share_that_may_be_bad_are_refused(tokenizer, write_prompts):
-    texts = ["wash the lamp"] * 8 + ["wash the lamp " * 30] * 2
+def test_prompts_that_are_too_long_are_dropped_and_counted_however_many(tokenizer, write_prompts):
+    texts = ["wash the lamp"] * 2 + ["wash the lamp " * 30] * 8
     path = write_prompts(texts)
-    with pytest.raises(
-        UserError,
-        match=r"2 of 10 records are unusable, more than config.data.max_bad_share 0.05; most often: prompt longer than "
-        r"the 32 tokens that config.data.max_length leaves beside a response \(2, first at prompts.jsonl:9\); .*"
-        r"--config.data.max_bad_share=0.21",
-    ):
-        load(tokenizer, path, eval_path=path)
-    found = load(tokenizer, path, eval_path=path, max_bad_share=0.21)
-    assert (found.report.total, found.report.used, len(found.examples)) == (10, 8, 8)
+    found = load(tokenizer, path, eval_path=path, max_bad_share=0.0)
+    assert (found.report.total, found.report.used, len(found.examples)) == (10, 2, 2)
+    ((reason, dropped),) = found.report.bad.items()
+    assert reason.startswith("prompt longer than the 32 tokens") and dropped.count == 8
+    assert dropped.first == "prompts.jsonl:3"
 
 
 @pytest.mark.parametrize("max_new_tokens", [48, 60])
