@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# From a fresh clone to a trained model: ./launch/quickstart.sh
+# From a fresh clone to two policies trained with PPO: ./launch/quickstart.sh
 #
 # Makes a virtual environment in .venv, installs what requirements.txt names (only when that has changed), and
-# trains a tiny model on the embedded task (configs/quickstart.py). Needs Python 3.11 or newer, about 2 GB of disk
+# runs the whole method on the embedded task (configs/quickstart.py). Needs Python 3.11 or newer, about 2 GB of disk
 # and, once, a package index; no accelerator, compiler or account.
 #
-#   ./launch/quickstart.sh --config.num_steps=100     arguments go to python -m jaxrm.train
+#   ./launch/quickstart.sh --config.stages=sft        arguments go to python -m jaxrm.train
 #   PYTHON=python3.12 ./launch/quickstart.sh          the Python to use, else the newest on PATH
 #   JAXRM_VENV=/somewhere/else                        another folder for the environment
 #
@@ -20,5 +20,5 @@ make_environment "$(environment_folder "$root")"
 cd "$root"
 install_once run "jaxrm's requirements" requirements.txt pyproject.toml -- uv_or_pip_install -r requirements.txt
 
-say "Training: python -m jaxrm.train --config=configs/quickstart.py $*"
+say "Running: python -m jaxrm.train --config=configs/quickstart.py $*"
 exec "$python" -m jaxrm.train --config=configs/quickstart.py "$@"
