@@ -28,8 +28,9 @@ class EvaluationConfig:
     """Evaluation on held-out data.
 
     Attributes:
-      every: updates between evaluations; the first and the last parameters are always evaluated.
-      samples: responses to held-out prompts that are generated when training ends, or corrections that are shown.
+      every: updates, in PPO rollouts, between evaluations; the first and the last parameters are always evaluated.
+      samples: responses to held-out prompts that are generated when training ends, in PPO at every evaluation, or
+        corrections that are shown.
       sampling: how.
       corrections: held-out pairs whose two responses a seq2seq reward model corrects when training ends, greedily and
         with no more tokens than ``sampling`` allows; 0 for none.
@@ -91,7 +92,7 @@ class Experiment:
       on_existing: a folder that already holds this run is continued (``resume``), put aside and started anew
         (``restart``) or refused (``error``).
       seed: of everything random: initial parameters, order of the data, sampling.
-      num_steps: updates in all, or None for ``num_epochs``.
+      num_steps: updates in all, in PPO rollouts, or None for ``num_epochs``.
       num_epochs: passes over the data, where ``num_steps`` is None.
       num_microbatches: parts that a batch is cut into, to save memory; the update is the same.
       ptx: SFT data that PPO mixes in, where it is given.

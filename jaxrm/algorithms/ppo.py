@@ -209,7 +209,8 @@ def fit(
     ptx: BatchIterator | None,
     place_ptx: Callable[[dict[str, np.ndarray]], TokenBatch],
     data_fingerprint: str,
-    evaluate: Callable[[int, PPOState], dict[str, float]],
+    evaluate: Callable[[int, PPOState], dict[str, float] | None],
+    evaluation_owed: bool,
     eval_every: int,
     checkpoints: Checkpoints,
     checkpoint_every: int,
@@ -231,7 +232,8 @@ def fit(
       ptx: batches of SFT data, or None.
       place_ptx: puts one on the devices.
       data_fingerprint: of the prompts, the SFT data and the models, kept with every checkpoint.
-      evaluate: held-out metrics after so many steps, among them ``eval_reward``.
+      evaluate: held-out metrics after so many steps, among them ``eval_reward``; None where it was asked to stop.
+      evaluation_owed: the run stopped before the evaluation that belongs to ``state``.
       eval_every: steps between evaluations; the first and last parameters are always evaluated.
       checkpoints: where to save.
       checkpoint_every: steps between checkpoints; the last one is always saved.
@@ -248,8 +250,6 @@ def fit(
     step = steps_of(state, config)
     next_ptx = None if ptx is None else (lambda: place_ptx(next(ptx)))
     held_out_reward = None
-    if step == 0:
-        reporter.evaluation(0, evaluate(0, state))
 
     def save() -> None:
         loss = None if held_out_reward is None else -held_out_reward
@@ -257,7 +257,23 @@ def fit(
         if step not in checkpoints.steps():
             checkpoints.save(step, saved_arrays(state, networks), {**position, "data": data_fingerprint}, loss)
 
-    while step < num_steps:
+    def evaluated() -> bool:
+        """Evaluate, unless asked to stop; a reward function may fail in it."""
+        nonlocal held_out_reward
+        try:
+            held_out = evaluate(step, state)
+        except UserError:
+            save()
+            checkpoints.wait()
+            raise
+        if held_out is None:
+            return False
+        reporter.evaluation(step, held_out)
+        held_out_reward = held_out["eval_reward"]
+        return True
+
+    owed = (step == 0 or evaluation_owed) and not evaluated()
+    while step < num_steps and not owed:
         clock = _Clock()
         step_key, order_key = jax.random.split(jax.random.fold_in(key, step))
         position = prompts.get_state()
@@ -303,16 +319,14 @@ def fit(
         reporter.step(step, told | clock.rates(told["tokens"], told["prompt_tokens"]))
         last, held_out_reward = step == num_steps, None
         if last or step % eval_every == 0:
-            held_out = evaluate(step, state)
-            reporter.evaluation(step, held_out)
-            held_out_reward = held_out["eval_reward"]
+            owed = not evaluated()  # which the same command makes good
         stopping = agree(stop.requested)
         if last or step % checkpoint_every == 0 or stopping:
             save()
         if stopping:
             break
     checkpoints.wait()
-    return state, step >= num_steps
+    return state, step >= num_steps and not owed
 
 
 class _Clock:

@@ -113,7 +113,7 @@ class CriticConfig:
     Attributes:
       path: folder of the run that its trunk starts from, a scalar reward model or a policy. None takes the scalar
         reward model where rewards come from one, else the policy.
-      optimizer: of the critic; its schedule has the steps of the policy's.
+      optimizer: of the critic; its schedule has the steps of the policy's. A shared trunk is trained by the policy's.
     """
 
     path: str | None = None

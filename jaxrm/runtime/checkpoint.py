@@ -18,7 +18,7 @@ class CheckpointConfig:
       every: steps between checkpoints; the last step always has one.
       keep: latest checkpoints to keep.
       keep_best: besides those, the checkpoints with the lowest held-out loss to keep, of the steps that were both
-        evaluated and saved.
+        evaluated and saved; for PPO those with the highest held-out reward, which is what a policy may over-optimize.
     """
 
     every: int = 100

@@ -177,6 +177,10 @@ def _placed(error: UserError, cls: Any, where: str, root: str) -> UserError:
     """The error of a check with its place: a section that may stand in several places names its fields alone."""
     message = str(error)
     field = message.split(" ", 1)[0]
+    named, here = re.match(r"(config(?:\.\w+)+)\.(\w+) ", message), "config" + where.removeprefix(root)
+    if named and named[2] in fields.annotations_of(cls) and named[1] != here:  # as if it stood in its usual place
+        message = re.sub(rf"\b{re.escape(named[1])}\.", f"{here}.", message)
+        return UserError(message if root == "config" else fields.relocated(message, root))
     if field not in fields.annotations_of(cls):
         return error if root == "config" else UserError(fields.relocated(message, root))
     return UserError(re.sub(rf"(^|--){field}\b", rf"\1{where}.{field}", message))

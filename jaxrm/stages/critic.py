@@ -1,5 +1,6 @@
 """Where the critic of a PPO run starts from."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -70,14 +71,16 @@ def open_critic(
         return model, of_policy, "the policy"
 
     run = found
-    model = setup.open_scalar_model(as_trained(run, config.model.dtype), mesh, run.shape)
+    source = as_trained(run, config.model.dtype)
+    computed = dataclasses.replace(source, remat=config.model.remat, attention=config.model.attention)
+    model = setup.open_scalar_model(computed, mesh, run.shape)
 
     def of_run(key: jax.Array) -> Any:
         del key
         if run.config.algorithm == "scalar_rm":
             trunk = run.restore(model.shapes, model.shardings)["decoder"]
         else:
-            decoder = setup.open_model(as_trained(run, config.model.dtype), mesh, run.shape)
+            decoder = setup.open_model(computed, mesh, run.shape)
             trunk = run.restore(decoder.shapes, decoder.shardings)
         return heads.from_decoder_params(trunk, zero_head(model))
 

@@ -204,15 +204,17 @@ def _done(config: Pipeline, stages: Mapping[str, Stage], records: Records) -> se
             anew.add(name)
         elif records.get(name, {}).get("state") == "done":
             done.add(name)
-    for name in config.stages:
+    for name in stages:
+        if name not in config.stages and name not in done:
+            continue
         for field, needed in stages[name].needs.items():
-            if needed not in config.stages and needed not in done:
+            if name in config.stages and needed not in config.stages and needed not in done:
                 running = ",".join(known for known in stages if known in (needed, *config.stages))
                 raise UserError(
                     f"{field} refers to the stage {needed}, which is not done in {stages[needed].experiment.run_dir} "
                     f"and not among those to run; e.g. --config.stages={running}"
                 )
-            if needed in anew and name not in anew:
+            if needed in anew and needed in config.stages and name not in anew:
                 raise UserError(
                     f"config.{name}.on_existing is {stages[name].experiment.on_existing!r}, but its run is built on "
                     f"{needed}, which starts anew; use --config.{name}.on_existing=restart to start it anew too; "

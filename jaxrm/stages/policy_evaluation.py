@@ -1,5 +1,6 @@
 """How a policy in training does on held-out prompts: metrics for the rows of the run, and samples for people."""
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ from jaxrm.data.prompts import PromptExample
 from jaxrm.data.tokenizer import token_texts
 from jaxrm.ops import token_rewards
 from jaxrm.runtime.metrics import append_row, read_rows
+from jaxrm.runtime.preemption import StopRequest
 from jaxrm.runtime.run_folder import RunFolder
 from jaxrm.stages.prompts import PlacedPrompts
 from jaxrm.types import ResponseBatch, TokenRewards
@@ -59,20 +61,28 @@ class PolicyEvaluation:
     folder: RunFolder
 
     def __call__(
-        self, step: int, policy_params: Any, critic_params: Any, calibration: token_rewards.Calibration
-    ) -> dict[str, float]:
+        self,
+        step: int,
+        policy_params: Any,
+        critic_params: Any,
+        calibration: token_rewards.Calibration,
+        stop: StopRequest,
+    ) -> dict[str, float] | None:
         """Metrics of the policy after ``step`` steps; its samples are added to the run's ``samples.jsonl``.
 
         Returns:
           ``eval_reward`` (sum over a response, calibrated as before the first step), ``eval_judge`` and
           ``eval_refusals`` where there is a judge, ``eval_kl`` (nats a response: log-ratio to the reference at
           the rollout's temperature, an estimate of the KL where these responses are drawn at it too), ``eval_length``
-          (tokens), ``eval_ended`` (share with an end token).
+          (tokens), ``eval_ended`` (share with an end token). None where it was asked to stop before it was done; it has
+          written nothing then.
         """
-        whole = jax.jit(lambda x: x, out_shardings=NamedSharding(self.mesh, PartitionSpec()))
+        whole = _whole(self.mesh)
         decoder_params = self.networks.decoder_params(policy_params)
         found: list[tuple[ResponseBatch, Readings, TokenRewards]] = []
         for number, (prompts, mask) in enumerate(self.batches):
+            if stop.requested and jax.process_count() == 1:
+                return None
             key = jax.random.fold_in(self.key, number)
             batch = self.respond(decoder_params, prompts, mask, key)
             readings = self.read(policy_params, critic_params, self.reference_params, batch)
@@ -112,6 +122,12 @@ class PolicyEvaluation:
                 row["rewards"] = [float(x) for x in token_reward[i][kept_mask[i]]]
                 append_row(self.folder.samples, row)
         return metrics
+
+
+@functools.cache
+def _whole(mesh: Mesh) -> Callable[[Any], Any]:
+    """Program that copies what it is given to every device."""
+    return jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
 
 def print_samples(folder: RunFolder) -> None:

@@ -1,5 +1,6 @@
 """The PPO stage: a policy learns from token rewards."""
 
+import dataclasses
 import functools
 import math
 from typing import Any
@@ -18,7 +19,7 @@ from jaxrm.models.generate import check_on_policy
 from jaxrm.runtime import config as bridge
 from jaxrm.runtime.checkpoint import Checkpoints
 from jaxrm.runtime.mesh import batch_shards, build_mesh, check_batch
-from jaxrm.runtime.metrics import open_metrics, remove_rows_after
+from jaxrm.runtime.metrics import open_metrics, read_rows, remove_rows_after
 from jaxrm.runtime.optimizer import learning_rate
 from jaxrm.runtime.preemption import EXIT_PREEMPTED, catch_signals
 from jaxrm.runtime.progress import Progress, print_table
@@ -76,26 +77,34 @@ def run(config: Experiment) -> int:
         train, held_out = (load(held_out=side, show_progress=show) for side in (False, True))
     template = config.data.template
     ends = tuple(sorted(end_ids(tokenizer, template)))
-    if config.evaluation.judge is not None:
-        check_judgeable(held_out.examples, config.evaluation.judge, "config.evaluation.judge")
+    if judge is not None:
+        check_judgeable(held_out.examples, judge, "config.evaluation.judge")
     pad_id = tokenizer.pad_token_id or 0  # never attended to: any id will do
     room = config.data.max_length - sampling.max_new_tokens
-    width = prompt_width([*train.examples, *held_out.examples], room, 16 * setup.row_multiple(mesh))
+    width = prompt_width([*train.examples, *held_out.examples], room, max(16, setup.row_multiple(mesh)))
     prompts, fingerprint = prompt_loader(train.examples, config.data, width, mesh, seed=config.seed, pad_id=pad_id)
     ptx = None
     if config.ptx is not None:
         ptx, of_ptx = open_ptx(config, config.ptx, policy.config, tokenizer, mesh, show_progress=show)
-        fingerprint += of_ptx
+        fingerprint = f"{fingerprint}, SFT data {of_ptx[:12]}"
     num_steps = config.num_steps or math.ceil(config.num_epochs * len(train.examples) / config.data.batch_size)
 
     text = functools.partial(response_text, tokenizer, ends)
     reward_model = None
     if config.reward.model is not None:
-        reward_model = open_reward_model(config.reward.model, mesh, config.model.dtype, field="config.reward.model")
+        reward_model = open_reward_model(
+            config.reward.model,
+            mesh,
+            config.model.dtype,
+            field="config.reward.model",
+            attention=config.model.attention,
+        )
         check_reward_model(
             reward_model, config.reward.kind, tokenizer, template, config.data.max_length, sampling.max_new_tokens
         )
         reward_name = reward_model.name
+        frozen = setup.in_compute_dtype(reward_model.params, config.model.dtype)
+        reward_model = dataclasses.replace(reward_model, params=frozen)
         source = model_source(reward_model, config.reward.kind, mesh, num_microbatches=config.num_microbatches)
     else:
         reward_name, everyone = str(config.reward.function), (*train.examples, *held_out.examples)
@@ -116,7 +125,8 @@ def run(config: Experiment) -> int:
     weights.check_weights(policy.config, config.model)  # last, since a hub model is fetched for it
     policy_from = weights.name_of(config.model)
     learner = open_learner(config, mesh, policy, critic, num_steps=num_steps, end_ids=ends)
-    identity = f"prompts {fingerprint[:12]}, policy {policy_from}, rewards {reward_name}, critic {critic_from}"
+    models = (config.model.path, config.reward.model or config.reward.function, config.critic.path)
+    identity = f"prompts {fingerprint}; {'; '.join(weights.identity_of(path) for path in models if path)}"
 
     folder = open_run(
         config.run_dir,
@@ -186,6 +196,9 @@ def run(config: Experiment) -> int:
         found = jax.device_get(state.first_calibration)
         print(f"Token rewards: scale {found.scale:.4g}, centre {found.center:.4g} (from responses of the SFT policy)")
         remove_rows_after(folder.samples, first or -1)
+    every = config.evaluation.every
+    evaluated = {row["step"] for row in read_rows(folder.metrics) if "eval_reward" in row}
+    evaluated |= {first} if first % every and first != num_steps else set()  # none is due
 
     updates = num_steps * config.ppo.num_epochs * config.ppo.num_minibatches
     rate, updates_a_step = learning_rate(config.optimizer, updates), updates // num_steps
@@ -211,7 +224,9 @@ def run(config: Experiment) -> int:
                 state.policy.params,
                 None if state.critic is None else state.critic.params,
                 state.first_calibration,
+                stop,
             ),
+            evaluation_owed=first > 0 and first not in evaluated,
             eval_every=config.evaluation.every,
             checkpoints=checkpoints,
             checkpoint_every=config.checkpoint.every,
@@ -250,6 +265,11 @@ def _check(config: Experiment, mesh: Mesh) -> None:
         raise UserError(
             f"{field} is {config.data.batch_size}, which does not divide into {minibatches} minibatches of {parts} "
             f"microbatches on {batch_shards(mesh)} devices; use a multiple of {unit}, e.g. --{field}={unit}"
+        )
+    if config.ppo.kl_target is not None and config.ppo.kl_horizon < config.data.batch_size:
+        raise UserError(
+            f"config.ppo.kl_horizon is {config.ppo.kl_horizon}, less than the {config.data.batch_size} responses of a "
+            "step, for which the controller would leap; e.g. --config.ppo.kl_horizon=10000"
         )
     if config.ptx is not None:
         check_batch(mesh, "config.ptx.batch_size", config.ptx.batch_size, parts)

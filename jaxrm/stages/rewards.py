@@ -9,7 +9,8 @@ returns one number for each response, which stands on the response's last token:
     python -m jaxrm.train --config=configs/ppo_tiny.py --config.reward.model=None \\
         --config.reward.function=my_rewards:ends_with_thanks --config.reward.kind=scalar
 
-A prompt is its messages (`jaxrm.data.records.Message`); the last one's ``content`` is what was asked.
+A prompt is its messages (`jaxrm.data.records.Message`); the last one's ``content`` is what was asked. The same
+responses must always get the same rewards: several processes each call it, and a resumed run calls it again.
 """
 
 import importlib

@@ -144,9 +144,9 @@ def check_tokenizer(tokenizer: "PreTrainedTokenizerBase", path: str, source: Mod
 
 
 def in_compute_dtype(params: Any, dtype: str) -> Any:
-    """Parameters that are never trained, in the dtype that they are computed with anyway; they are donated.
+    """Parameters that are never trained, in the dtype that they are computed with anyway.
 
-    Norms and scalar heads, which compute in float32, stay in it.
+    Norms and scalar heads, which compute in float32, stay in it. What is given is used up: its arrays are deleted.
     """
     if dtype == "float32":
         return params
@@ -155,8 +155,13 @@ def in_compute_dtype(params: Any, dtype: str) -> Any:
         wide = path[-1].key not in ("kernel", "embedding") or path[0].key == "scalar_head"
         return x if wide else x.astype(dtype)
 
-    # Leaf by leaf, so that no more than one of them is there twice.
-    return jax.tree_util.tree_map_with_path(lambda path, x: jax.jit(cast, static_argnums=0)(path, x), params)
+    def one(path: tuple[Any, ...], x: jax.Array) -> jax.Array:
+        small = jax.block_until_ready(cast(path, x))
+        if small is not x:
+            x.delete()  # so that no more than one of them is there twice
+        return small
+
+    return jax.tree_util.tree_map_with_path(one, params)
 
 
 def row_multiple(mesh: Mesh) -> int:

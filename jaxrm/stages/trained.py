@@ -1,5 +1,6 @@
 """A trained model from the folder of its run, which is all that is needed to read it."""
 
+import dataclasses
 import math
 import tempfile
 from dataclasses import dataclass
@@ -90,9 +91,16 @@ class TrainedRewardModel(Trained):
 
 
 def open_reward_model(
-    path: str, mesh: Mesh | None, dtype: str | None = None, *, field: str = "--checkpoint"
+    path: str,
+    mesh: Mesh | None,
+    dtype: str | None = None,
+    *,
+    field: str = "--checkpoint",
+    attention: str = "auto",
 ) -> TrainedRewardModel:
-    """Reward model of a run, of either sort; arguments as for `open_checkpoint`, ``field`` for messages.
+    """Reward model of a run, of either sort.
+
+    Arguments as for `open_checkpoint`; ``field`` is for messages, ``attention`` as in `ModelSource`.
 
     Raises:
       UserError: where there is no run, no such checkpoint, or no reward model in it.
@@ -100,7 +108,8 @@ def open_reward_model(
     found = find_checkpoint(path, field, REWARD_MODELS)
     is_seq2seq = found.config.algorithm == "seq2seq_rm"
     open_one = open_model if is_seq2seq else open_scalar_model
-    model = open_one(as_trained(found, dtype), mesh or _spread(found.shape), found.shape)
+    source = dataclasses.replace(as_trained(found, dtype), attention=attention)
+    model = open_one(source, mesh or _spread(found.shape), found.shape)
     params = found.restore(model.shapes, model.shardings)
     tokenizer = load_tokenizer(str(found.folder.tokenizer))
     return TrainedRewardModel(model, params, tokenizer, found.config.data.template, found.name, found.config)

@@ -138,6 +138,15 @@ def first_params(config: ModelConfig, source: ModelSource, key: jax.Array, shape
     return build.init_params(config, source, key, shardings)
 
 
+def identity_of(path: str) -> str:
+    """Which checkpoint exactly, by when its run was started too, since a folder may come to hold another run."""
+    if not is_run(path):
+        return path
+    found = find_checkpoint(path, "config.model.path")
+    launches = json.loads((found.folder.path / "run.json").read_text(encoding="utf-8")).get("launches") or [{}]
+    return f"{found.name}, of {launches[0].get('started')}"
+
+
 def name_of(source: ModelSource) -> str:
     """Which weights exactly, for people: those of a run with their step."""
     return _of_run(source).name if is_run(source.path) else str(source.path or f"chance ({source.preset})")

@@ -446,7 +446,20 @@ def pattern_reward(calibration, batch, reference_log_probs, *, at_end=False):
     return scoring.as_token_rewards(calibration, "margin", values, batch.response_mask, batch, (EOS,))
 
 
-def fit(s, folder, *, num_steps, stop=None, every=1000, reward=None, state=None, rows=None):
+def fit(
+    s,
+    folder,
+    *,
+    num_steps,
+    stop=None,
+    every=1000,
+    reward=None,
+    state=None,
+    rows=None,
+    evaluate=None,
+    owed=False,
+    eval_every=1000,
+):
     told, rows = Told(), rows or Rows(s.config, s.mesh)
     checkpoints = Checkpoints(folder, CheckpointConfig(every=every))
     state, finished = ppo.fit(
@@ -461,8 +474,9 @@ def fit(s, folder, *, num_steps, stop=None, every=1000, reward=None, state=None,
         ptx=None,
         place_ptx=None,
         data_fingerprint="these",
-        evaluate=lambda step, state: {"eval_reward": float(step)},
-        eval_every=1000,
+        evaluate=evaluate or (lambda step, state: {"eval_reward": float(step)}),
+        evaluation_owed=owed,
+        eval_every=eval_every,
         checkpoints=checkpoints,
         checkpoint_every=every,
         reporter=told,
@@ -547,6 +561,36 @@ def test_a_step_that_was_not_finished_leaves_no_trace(tmp_path):
         }
     for a, b in zip(jax.tree.leaves(whole.policy.params), jax.tree.leaves(after.policy.params), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+def test_an_evaluation_that_was_cut_short_is_owed_and_made_good(tmp_path):
+    """Asked to stop in the evaluation of the last step: the state is saved, the run not finished, and then it is."""
+    s, stop = rows_of_16(), StopRequest()
+
+    def cut_short(step, state):
+        stop.requested = step == 2
+        return None if stop.requested else {"eval_reward": 0.5}
+
+    _, finished, told, checkpoints = fit(
+        s, tmp_path, num_steps=2, reward=pattern_reward, evaluate=cut_short, stop=stop, eval_every=2
+    )
+    assert not finished and checkpoints.steps() == [2] and [step for step, _ in told.evaluations] == [0]
+    fresh = Rows(s.config, s.mesh)
+    state = restore(s.learner.abstract, checkpoints, s.networks, s.config.ppo, fresh, None, "these", KEY)
+    checkpoints.close()
+    _, finished, told, _ = fit(s, tmp_path, num_steps=2, state=state, rows=fresh, owed=True)
+    assert finished and not told.steps and [step for step, _ in told.evaluations] == [2]
+
+
+def test_a_reward_function_that_fails_in_an_evaluation_leaves_the_state_saved(tmp_path):
+    def fails(step, state):
+        if step:
+            raise UserError("config.reward.function my:function raised")
+        return {"eval_reward": 0.5}
+
+    with pytest.raises(UserError, match="my:function raised"):
+        fit(rows_of_16(), tmp_path / "run", num_steps=4, reward=pattern_reward, evaluate=fails, eval_every=3)
+    assert Checkpoints(tmp_path / "run", read_only=True).steps() == [3]
 
 
 def test_a_reward_source_that_fails_leaves_the_state_saved(tmp_path):

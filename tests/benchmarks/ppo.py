@@ -131,6 +131,7 @@ def jaxrm_side(arguments, ids):
             place_ptx=None,
             data_fingerprint="",
             evaluate=lambda *_: {"eval_reward": 0.0},
+            evaluation_owed=False,
             eval_every=10**9,
             checkpoints=Checkpoints(folder),
             checkpoint_every=10**9,

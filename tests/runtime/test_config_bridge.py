@@ -231,3 +231,20 @@ def test_a_mistyped_name_finds_the_nearest_and_nonsense_finds_none():
     assert did_you_mean("config.data.batchsize", known) == "did you mean config.data.batch_size?"
     assert did_you_mean("config.optimiser.lr", known) == "did you mean config.optimizer.lr?"
     assert did_you_mean("config.zzzzzz", known) == ""
+
+
+@pytest.mark.parametrize(
+    ("given", "field"),
+    [
+        ({"critic": {"optimizer": {"lr": -1.0}}}, "config.critic.optimizer.lr"),
+        ({"optimizer": {"lr": -1.0}}, "config.optimizer.lr"),
+        ({"ptx": {"path": "x", "batch_size": 0}}, "config.ptx.batch_size"),
+    ],
+)
+def test_a_section_that_stands_elsewhere_is_named_by_its_place(given, field):
+    from jaxrm.experiment import Experiment
+
+    with pytest.raises(UserError) as error:
+        from_config_dict(Experiment, given)
+    message = str(error.value)
+    assert message.startswith(f"{field} is") and f"--{field}=" in message
