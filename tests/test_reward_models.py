@@ -65,7 +65,7 @@ class Runs:
             "optimizer": OptimizerConfig(lr=5e-3, schedule="constant", warmup=0.0, weight_decay=0.1),
             "checkpoint": CheckpointConfig(every=1000),
             "evaluation": EvaluationConfig(
-                every=3 if "eight" in name else 1000,
+                every=1000,
                 samples=1,
                 corrections=0 if "eight" in name else CORRECTED,
                 judge="task:safety",

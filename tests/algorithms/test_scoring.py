@@ -532,4 +532,4 @@ def test_reward_options_that_make_no_sense_are_errors(fields, message):
 
 
 def test_reward_options_are_the_papers_by_default():
-    assert reward_config.RewardConfig() == reward_config.RewardConfig("literal", "unit", "running")
+    assert reward_config.RewardConfig() == reward_config.RewardConfig(kind="literal", scale="unit", center="running")

@@ -7,6 +7,8 @@ import pytest
 
 from jaxrm.ops import vocab
 
+token_statistics = jax.jit(vocab.token_statistics, static_argnames=("softcap", "temperature", "chunk_size"))
+
 
 def plain_statistics(hidden, head, targets, softcap=None, temperature=1.0):
     logits = jnp.einsum("...d,vd->...v", hidden, head, preferred_element_type=jnp.float32)
@@ -28,7 +30,7 @@ def random_case(seed, V, shape=(3, 5), D=8, scale=1.0):
 
 def test_two_word_vocabulary_by_hand():
     hidden, head = jnp.array([[1.0]]), jnp.array([[0.0], [np.log(3.0)]])
-    got = vocab.token_statistics(hidden, head, jnp.array([1]), chunk_size=1)
+    got = token_statistics(hidden, head, jnp.array([1]), chunk_size=1)
     np.testing.assert_allclose(got.log_probs, [np.log(0.75)], atol=1e-6)
     np.testing.assert_allclose(got.entropy, [-0.75 * np.log(0.75) - 0.25 * np.log(0.25)], atol=1e-6)
     assert got.argmax.tolist() == [1]
@@ -37,7 +39,7 @@ def test_two_word_vocabulary_by_hand():
 
 def test_values_equal_a_numpy_loop():
     hidden, head, targets = random_case(0, V=37, shape=(4,))
-    got = vocab.token_statistics(hidden, head, targets, softcap=3.0, temperature=0.7, chunk_size=5)
+    got = token_statistics(hidden, head, targets, softcap=3.0, temperature=0.7, chunk_size=5)
     for i in range(4):
         logits = [3.0 * np.tanh(float(np.dot(hidden[i], row)) / 3.0) / 0.7 for row in np.asarray(head, np.float64)]
         log_z = np.log(sum(np.exp(x) for x in logits))
@@ -64,16 +66,16 @@ def test_values_and_gradients_equal_the_plain_computation(V, softcap, temperatur
         return jnp.sum(weights[0] * s[0] + weights[1] * s[1]), s
 
     (_, got), got_grads = jax.jit(jax.value_and_grad(chunked, argnums=(0, 1), has_aux=True))(hidden, head)
-    (_, want), want_grads = jax.value_and_grad(plain, argnums=(0, 1), has_aux=True)(hidden, head)
+    (_, want), want_grads = jax.jit(jax.value_and_grad(plain, argnums=(0, 1), has_aux=True))(hidden, head)
     for a, b in zip((*got, *got_grads), (*want, *want_grads), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * float(jnp.max(jnp.abs(b))))
 
 
 def test_chunk_size_changes_nothing():
     hidden, head, targets = random_case(2, V=96)
-    whole = vocab.token_statistics(hidden, head, targets, chunk_size=96)
+    whole = token_statistics(hidden, head, targets, chunk_size=96)
     for chunk_size in (1, 7, 32, 95):
-        part = vocab.token_statistics(hidden, head, targets, chunk_size=chunk_size)
+        part = token_statistics(hidden, head, targets, chunk_size=chunk_size)
         np.testing.assert_array_equal(part.argmax, whole.argmax)
         np.testing.assert_allclose(part.log_probs, whole.log_probs, atol=1e-5)
 
@@ -82,20 +84,21 @@ def test_ties_go_to_the_lowest_id_in_any_chunk():
     hidden = jnp.ones((1, 1))
     head = jnp.array([[0.0], [2.0], [1.0], [2.0], [2.0], [0.0]])
     for chunk_size in (1, 2, 3, 4, 6):
-        assert vocab.token_statistics(hidden, head, jnp.array([0]), chunk_size=chunk_size).argmax.tolist() == [1]
+        assert token_statistics(hidden, head, jnp.array([0]), chunk_size=chunk_size).argmax.tolist() == [1]
 
 
 def test_large_logits_stay_finite():
     hidden, head, targets = random_case(3, V=50, scale=300.0)
-    value, grads = jax.value_and_grad(
+    loss = jax.value_and_grad(
         lambda h, w: vocab.linear_cross_entropy(h, w, targets, chunk_size=7).sum(), argnums=(0, 1)
-    )(hidden, head)
+    )
+    value, grads = jax.jit(loss)(hidden, head)
     assert np.isfinite(value) and all(np.isfinite(g).all() for g in grads)
 
 
 def test_bfloat16_hidden_gives_float32_statistics():
     hidden, head, targets = random_case(4, V=64)
-    got = vocab.token_statistics(hidden.astype(jnp.bfloat16), head, targets, chunk_size=16)
+    got = token_statistics(hidden.astype(jnp.bfloat16), head, targets, chunk_size=16)
     want = plain_statistics(
         hidden.astype(jnp.bfloat16).astype(jnp.float32),
         head.astype(jnp.bfloat16).astype(jnp.float32),
@@ -126,7 +129,7 @@ def test_a_sharded_head_is_never_gathered():
     assert "all-gather" not in text and "all-to-all" not in text
     for a, b in zip(
         step(*args),
-        jax.grad(lambda h, w: -plain_statistics(h, w, targets)[0].sum(), (0, 1))(hidden, head),
+        jax.jit(jax.grad(lambda h, w: -plain_statistics(h, w, targets)[0].sum(), (0, 1)))(hidden, head),
         strict=True,
     ):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
@@ -158,9 +161,13 @@ def test_chunks_prefer_a_divisor_of_the_vocabulary():
 def test_softcapped_gradients_hold_where_a_probability_underflows():
     """At a low temperature the target is e^-140 likely, and its capped logit still has a slope."""
     hidden, head, targets = jnp.ones((1, 1)), jnp.asarray([[4.0], [-3.0]]), jnp.asarray([1])
-    got = jax.grad(
-        lambda h, w: vocab.token_statistics(h, w, targets, softcap=9.0, temperature=0.05).log_probs.sum(), (0, 1)
-    )(hidden, head)
-    want = jax.grad(lambda h, w: plain_statistics(h, w, targets, 9.0, 0.05)[0].sum(), (0, 1))(hidden, head)
+
+    def chunked(h, w):
+        return vocab.token_statistics(h, w, targets, softcap=9.0, temperature=0.05).log_probs.sum()
+
+    def plain(h, w):
+        return plain_statistics(h, w, targets, 9.0, 0.05)[0].sum()
+
+    got, want = (jax.jit(jax.grad(f, (0, 1)))(hidden, head) for f in (chunked, plain))
     for a, b in zip(got, want, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5)
