@@ -3,6 +3,8 @@
 import math
 from dataclasses import dataclass, field
 
+from jaxrm.algorithms.best_of_n import BestOfNConfig
+from jaxrm.algorithms.dpo import DPOConfig
 from jaxrm.algorithms.ppo_config import CriticConfig, PPOConfig, RolloutConfig
 from jaxrm.algorithms.reward_config import RewardConfig
 from jaxrm.algorithms.scalar_rm import ScalarRMConfig
@@ -17,7 +19,7 @@ from jaxrm.runtime.metrics import LoggingConfig
 from jaxrm.runtime.optimizer import OptimizerConfig
 from jaxrm.runtime.run_folder import OnExisting
 
-ALGORITHMS = ("sft", "sample_pairs", "seq2seq_rm", "scalar_rm", "ppo")
+ALGORITHMS = ("sft", "sample_pairs", "seq2seq_rm", "scalar_rm", "ppo", "dpo", "best_of_n", "evaluate")
 
 # What may change between two launches of one run: nothing here changes what is learnt.
 MAY_DIFFER = frozenset({"run_dir", "on_existing", "mesh", "checkpoint", "logging", "evaluation"})
@@ -83,6 +85,48 @@ class PairsConfig:
 
 
 @dataclass(frozen=True)
+class AnswersConfig:
+    """What the algorithm ``evaluate`` asks a policy, and how it answers.
+
+    Attributes:
+      splits: ``heldout``, the held-out prompts of ``config.data``; of an embedded task also the others of
+        `jaxrm.data.tasks.SPLITS`, such as ``test`` and ``test_ood``.
+      decodings: ``sampled``, as ``config.rollout.sampling`` says, and ``greedy``.
+      best_of: responses that are drawn to each prompt and of which ``config.reward`` chooses the best; greedily there
+        is but one.
+      reference: folder of the run that the KL is measured to; None measures none.
+      token_rewards: answers of each split and decoding that are kept with their token rewards, where there are any.
+    """
+
+    splits: tuple[str, ...] = ("heldout",)
+    decodings: tuple[str, ...] = ("sampled", "greedy")
+    best_of: int = 1
+    reference: str | None = None
+    token_rewards: int = 8
+
+    def __post_init__(self) -> None:
+        for name in ("splits", "decodings"):
+            found = getattr(self, name)
+            if not found or len(set(found)) < len(found):
+                raise UserError(
+                    f"config.answers.{name} is {','.join(found)!r}; required each one once, at least one, "
+                    f"e.g. --config.answers.{name}={','.join(getattr(AnswersConfig, name))}"
+                )
+        for decoding in self.decodings:
+            if decoding not in ("sampled", "greedy"):
+                raise UserError(
+                    f"config.answers.decodings has {decoding!r}; use sampled, greedy or both, "
+                    "e.g. --config.answers.decodings=sampled,greedy"
+                )
+        for name, least in (("best_of", 1), ("token_rewards", 0)):
+            if getattr(self, name) < least:
+                raise UserError(
+                    f"config.answers.{name} is {getattr(self, name)}; it must be at least {least}, "
+                    f"e.g. --config.answers.{name}={getattr(AnswersConfig, name)}"
+                )
+
+
+@dataclass(frozen=True)
 class Experiment:
     """One run.
 
@@ -112,6 +156,9 @@ class Experiment:
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     ppo: PPOConfig = field(default_factory=PPOConfig)
     critic: CriticConfig = field(default_factory=CriticConfig)
+    dpo: DPOConfig = field(default_factory=DPOConfig)
+    best_of_n: BestOfNConfig = field(default_factory=BestOfNConfig)
+    answers: AnswersConfig = field(default_factory=AnswersConfig)
     ptx: DataConfig | None = None
     model: ModelSource = field(default_factory=ModelSource)
     data: DataConfig = field(default_factory=DataConfig)

@@ -1,4 +1,4 @@
-"""Train what a config describes: one stage, or a pipeline of several.
+"""Train what a config describes: one stage, a pipeline of several, or a study of many runs.
 
     python -m jaxrm.train --config=configs/quickstart.py --config.seed=1
 
@@ -12,40 +12,30 @@ command continues.
 import sys
 
 from absl import flags
+from ml_collections import ConfigDict
 
-from jaxrm import command_line, pipeline
+from jaxrm import command_line, pipeline, study
 from jaxrm.experiment import Experiment
+from jaxrm.stages.run import run_stage
 
 
-def main(config: Experiment | pipeline.Pipeline, _: flags.FlagValues) -> int:
-    """Run the stage, or the stages, that the config describes."""
+def main(config: Experiment | pipeline.Pipeline | study.Study, _: flags.FlagValues) -> int:
+    """Run the stage, the stages or the study that the config describes."""
     if isinstance(config, pipeline.Pipeline):
         from jaxrm.stages import pipeline as stages
 
         return stages.run(config, run_stage)
+    if isinstance(config, study.Study):
+        from jaxrm.stages import study as studies
+
+        return studies.run(config)
     return run_stage(config)
 
 
-def run_stage(config: Experiment) -> int:
-    """Run one stage, by the name of its algorithm; returns the exit status."""
-    if config.algorithm == "sft":
-        from jaxrm.stages import sft
-
-        return sft.run(config)
-    if config.algorithm == "sample_pairs":
-        from jaxrm.stages import sample_pairs
-
-        return sample_pairs.run(config)
-    if config.algorithm in ("seq2seq_rm", "scalar_rm"):
-        from jaxrm.stages import reward_model
-
-        return reward_model.run(config)
-    if config.algorithm == "ppo":
-        from jaxrm.stages import ppo
-
-        return ppo.run(config)
-    raise AssertionError(config.algorithm)  # Experiment refuses other names
+def config_class(config: ConfigDict) -> type:
+    """The class of what a config file gave: a study, a pipeline or a single stage."""
+    return study.Study if "worlds" in config else pipeline.config_class(config)
 
 
 if __name__ == "__main__":
-    sys.exit(command_line.run(main, Experiment, config_class_of=pipeline.config_class))
+    sys.exit(command_line.run(main, Experiment, config_class_of=config_class))

@@ -214,7 +214,7 @@ BOTH = pytest.mark.parametrize("algorithm", ["seq2seq_rm", "scalar_rm"])
         (["--config.evaluation.corrections=-1"], "config.evaluation.corrections is -1; it must be at least 0"),
         (
             ["--config.evaluation.judge=task:nope"],
-            "config.evaluation.judge is 'task:nope'; there is a judge for task:safety; e.g. --config.evaluation.judge=",
+            "config.evaluation.judge is 'task:nope'; there is a judge for task:safety, task:summarize, task:dialogue; ",
         ),
     ],
     ids=lambda value: value[0].removeprefix("--config.") if isinstance(value, list) else "",

@@ -8,7 +8,8 @@ from pathlib import Path
 import jax
 import pytest
 
-from jaxrm.algorithms import scalar_rm, seq2seq_rm, sft
+from jaxrm import study
+from jaxrm.algorithms import dpo, scalar_rm, seq2seq_rm, sft
 from jaxrm.algorithms.ppo_config import CriticConfig, PPOConfig
 from jaxrm.algorithms.ppo_state import PPOBatch
 from jaxrm.algorithms.scoring import as_token_rewards
@@ -17,25 +18,29 @@ from jaxrm.experiment import Experiment
 from jaxrm.models.build import ModelSource
 from jaxrm.models.config import preset
 from jaxrm.models.generate import check_on_policy
-from jaxrm.pipeline import config_class, resolve
+from jaxrm.pipeline import resolve
 from jaxrm.runtime.config import from_config_dict
 from jaxrm.runtime.config_file import load_config_file
 from jaxrm.runtime.mesh import MeshConfig, build_mesh, check_batch
 from jaxrm.runtime.optimizer import build_optimizer
 from jaxrm.stages.ppo_learner import open_learner
 from jaxrm.stages.setup import open_model, open_scalar_model
+from jaxrm.train import config_class
 from jaxrm.types import ComparisonBatch, MappingBatch, TokenBatch
 
 CONFIGS = sorted((Path(__file__).resolve().parents[1] / "configs").glob("*.py"))
-LIMITS = {"quickstart": 85, "pipeline": 85}  # lines of a config, by the beginning of its name; else 65
+LIMITS = {"quickstart": 85, "pipeline": 85, "study": 85}  # lines of a config, by the beginning of its name; else 65
 SHAPES = {
     "gemma_2b": "gemma-2b",
     "llama_2_7b": "llama-2-7b",
     "smollm2_135m": "smollm2-135m",
     "quickstart": "tiny",
+    "study": "lab-tiny",
     "_tiny": "tiny",
 }
 COLUMNS = {"loss_mask": "bool", "is_correction": "bool", "is_chosen_end": "bool"}  # the others are int32
+COLUMNS |= {"reference_chosen": "float32", "reference_rejected": "float32"}
+UNTRAINED = ("sample_pairs", "best_of_n", "evaluate")
 
 
 def stages_of(path):
@@ -44,6 +49,9 @@ def stages_of(path):
     config = from_config_dict(config_class(loaded), loaded)
     if isinstance(config, Experiment):
         return {path.stem: config}
+    if isinstance(config, study.Study):
+        stages = (getattr(config, field.name) for field in dataclasses.fields(config))
+        return {stage.algorithm: stage for stage in stages if isinstance(stage, Experiment)}
     return {name: stage.experiment for name, stage in resolve(config).items()}
 
 
@@ -55,7 +63,7 @@ TRAINED = [
     pytest.param(path, name, id=path.stem if name == path.stem else f"{path.stem}-{name}")
     for path in CONFIGS
     for name, stage in stages_of(path).items()
-    if stage.algorithm != "sample_pairs"
+    if stage.algorithm not in UNTRAINED
 ]
 
 
@@ -66,6 +74,8 @@ def model_and_loss(config, source, mesh, shape):
     model = open_model(source, mesh, shape)
     if config.algorithm == "seq2seq_rm":
         return model, seq2seq_rm.seq2seq_rm_loss(model.graphdef), MappingBatch
+    if config.algorithm == "dpo":
+        return model, dpo.policy_loss(model.graphdef, config.dpo), dpo.DPOBatch
     assert config.algorithm == "sft"
     return model, sft.sft_loss(model.graphdef), TokenBatch
 

@@ -318,7 +318,11 @@ def test_pairs_are_the_same_again_and_hold_the_policys_errors(runs):
     assert runs.sampled("again").read_text() == first
     rows = [json.loads(line) for line in first.splitlines()]
     assert len(rows) > 400 and all(row["chosen"] != row["rejected"] for row in rows)
-    gold = [max(tasks.judge("safety", row["prompt"], row[side]) for side in ("chosen", "rejected")) for row in rows]
+    asked = [[Message("user", row["prompt"])] for row in rows]
+    gold = [
+        max(tasks.judge("safety", prompt, row[side]) for side in ("chosen", "rejected"))
+        for prompt, row in zip(asked, rows, strict=True)
+    ]
     assert 0.5 <= np.mean(np.array(gold) == 1.0) < 1  # one side of half of them is ideal
     assert runs.sampled("pairs").read_text() == first  # a second launch
 
@@ -445,7 +449,7 @@ def test_the_judges_gain_is_that_of_the_corrections_that_score_writes(runs, scor
         gains, changed = [], []
         for row in rows[:CORRECTED]:
             response = row["responses"][i]
-            prompt, correction = row["prompt"][0]["content"], response["correction"]
+            prompt, correction = [Message(**turn) for turn in row["prompt"]], response["correction"]
             assert len(correction["token_ids"]) == len(correction["tokens"]) <= LONGEST
             gains.append(
                 tasks.judge("safety", prompt, correction["text"]) - tasks.judge("safety", prompt, response["text"])

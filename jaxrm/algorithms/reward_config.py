@@ -10,6 +10,21 @@ SCALAR_KINDS = ("scalar", "scalar_length_residual")
 SEQ2SEQ_KINDS = tuple(kind for kind in token_rewards.KINDS if kind not in SCALAR_KINDS)
 
 
+def check_kind(kind: str, field: str) -> None:
+    """Refuse what is no kind of token reward; ``field`` names what gave it. One's own is not imported for it.
+
+    Raises:
+      UserError: with the kinds that there are.
+    """
+    module, _, function = kind.partition(":")
+    own = all(part.isidentifier() for part in (*module.split("."), function))
+    if kind not in token_rewards.KINDS and not own:
+        raise UserError(
+            f"{field} is {kind!r}; use one of {', '.join(token_rewards.KINDS)}, or one's own, package.module:function, "
+            "e.g. --config.reward.kind=literal"
+        )
+
+
 @dataclass(frozen=True)
 class RewardConfig:
     """Where rewards come from, and how they become token rewards.
@@ -17,6 +32,7 @@ class RewardConfig:
     Attributes:
       kind: one of `jaxrm.ops.token_rewards.KINDS`; ``literal`` is the paper's, ``scalar`` and
         ``scalar_length_residual`` belong to a scalar reward model, or to a function, and the others to a seq2seq one.
+        One's own is ``package.module:function``, see `jaxrm.algorithms.scoring.token_values`.
       model: folder of the reward model's run, for PPO.
       function: in place of a reward model, for rewards that can be verified: ``package.module:name`` of a Python
         function ``(prompts, responses) -> rewards`` (see `jaxrm.stages.rewards`), or the exact judge of an embedded
@@ -39,11 +55,7 @@ class RewardConfig:
     calibration_responses: int = 256
 
     def __post_init__(self) -> None:
-        if self.kind not in token_rewards.KINDS:
-            raise UserError(
-                f"config.reward.kind is {self.kind!r}; use one of {', '.join(token_rewards.KINDS)}, "
-                "e.g. --config.reward.kind=literal"
-            )
+        check_kind(self.kind, "config.reward.kind")
         if self.model is not None and self.function is not None:
             raise UserError(
                 f"config.reward has both model {self.model!r} and function {self.function!r}; rewards come from one "

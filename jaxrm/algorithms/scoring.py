@@ -5,6 +5,7 @@ response, greedy and forced context are the same, and from there on the response
 Figure 2). So one pass over ``template(x, y), y`` gives the greedy token at every place, and with it every tag.
 """
 
+import importlib
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -14,6 +15,7 @@ from flax import nnx
 
 from jaxrm.algorithms import microbatches
 from jaxrm.algorithms.reward_config import SCALAR_KINDS, SEQ2SEQ_KINDS
+from jaxrm.errors import UserError
 from jaxrm.models.transformer import Decoder
 from jaxrm.ops import masking, token_rewards, vocab
 from jaxrm.types import ResponseBatch, TokenRewards
@@ -108,8 +110,14 @@ def token_values(
 ) -> jax.Array:
     """Values ``u_t [B, T]`` of a kind, float32, before scale and centre.
 
+    A kind of one's own is ``package.module:function``, the name of a Python function
+    ``(statistics, responses [B, T], mask [B, T]) -> values [B, T]`` in jax, for instance::
+
+        def doubt(statistics, responses, mask):
+            return statistics.log_probs - statistics.max_log_prob  # how much less likely than the best token
+
     Args:
-      kind: one of `SEQ2SEQ_KINDS`.
+      kind: one of `SEQ2SEQ_KINDS`, or one's own.
       statistics: of the seq2seq reward model, from `response_statistics`.
       batch: the responses.
       reference_log_probs: ``[B, T]`` of the reference policy, for ``contrast``.
@@ -122,6 +130,14 @@ def token_values(
     if kind == "contrast":
         assert reference_log_probs is not None, "contrast compares with a reference policy"
         return token_rewards.contrast(statistics.log_probs, reference_log_probs, mask)
+    if ":" in kind:
+        values = own_kind(kind)(statistics, batch.responses, mask)
+        if getattr(values, "shape", None) != mask.shape:
+            raise UserError(
+                f"config.reward.kind is {kind!r}, whose function returned {getattr(values, 'shape', type(values))}; "
+                f"required one number for each response token, an array of shape {mask.shape}"
+            )
+        return jnp.where(mask, values, 0.0).astype(jnp.float32)
     tags = token_rewards.token_tags(batch.responses, statistics.argmax, mask)
     if kind == "literal":
         return token_rewards.literal(tags, mask)
@@ -129,6 +145,23 @@ def token_values(
         return token_rewards.signed(tags, mask)
     assert kind == "prefix", kind
     return token_rewards.prefix(tags, mask)
+
+
+def own_kind(kind: str) -> Callable[[vocab.TokenStatistics, jax.Array, jax.Array], jax.Array]:
+    """The function that a kind of one's own names.
+
+    Raises:
+      UserError: where it cannot be imported.
+    """
+    module_name, _, name = kind.partition(":")
+    try:
+        function = getattr(importlib.import_module(module_name), name)
+    except Exception as error:  # whatever the user's module raises
+        raise UserError(
+            f"config.reward.kind is {kind!r}, but importing it raised {type(error).__name__}: {error}; required "
+            "package.module:function of a module that python finds from here, e.g. --config.reward.kind=literal"
+        ) from error
+    return function
 
 
 def seq2seq_scorer(
@@ -143,7 +176,7 @@ def seq2seq_scorer(
       end_ids: tokens that end a response.
       row_multiple: see `response_statistics`.
     """
-    assert kind in SEQ2SEQ_KINDS, kind
+    assert kind in SEQ2SEQ_KINDS or ":" in kind, kind
 
     def score(
         params: Any,

@@ -114,7 +114,7 @@ def tokenize_pairs(
         for record in records[start : start + _CHUNK]:
             if not isinstance(record, PreferenceRecord):
                 raise UserError(
-                    f"{record.source}: a record without a chosen and a rejected response, but a reward model learns "
+                    f"{record.source}: a record without a chosen and a rejected response, but training learns "
                     "from pairs; give records with prompt, chosen and rejected, or name the schema, e.g. "
                     "--config.data.schema=preference"
                 )

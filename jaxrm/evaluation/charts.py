@@ -24,13 +24,18 @@ class Series:
 
 @dataclass(frozen=True)
 class Curves:
-    """One chart: its series share the axes, whose labels say the units."""
+    """One chart: its series share the axes, whose labels say the units.
+
+    With `in_order` a line joins its points as they are given, such as along a training whose x comes and goes; else by
+    ascending x.
+    """
 
     title: str
     x_label: str
     y_label: str
     series: tuple[Series, ...]
     note: str = ""
+    in_order: bool = False
 
 
 @dataclass(frozen=True)
@@ -101,7 +106,7 @@ def slots(curves: Sequence[Curves]) -> dict[str, int]:
 
 def draw_chart(chart: Curves, place: int, slot: Mapping[str, int]) -> tuple[str, dict[str, Any]]:
     """The chart as HTML, all text in it escaped, and what a reader of its values needs, for JSON."""
-    lines = [_points(series) for series in chart.series]
+    lines = [_points(series, in_order=chart.in_order) for series in chart.series]
     across = axis((x for line in lines for x, _ in line), steps=5, whole=False)
     up = axis(y for line in lines for _, y in line if y is not None)
     largest = max(abs(up.low), abs(up.high))
@@ -148,11 +153,13 @@ def _style(slot: int) -> str:
     return f"s{slot % COLORS}" + (" dashed" if slot >= COLORS else "")
 
 
-def _points(series: Series) -> list[tuple[float, float | None]]:
-    """The points by x; of long series the least and the largest y of each of many stretches, so that peaks stay."""
+def _points(series: Series, *, in_order: bool) -> list[tuple[float, float | None]]:
+    """The points by x, or in order; of long series the extremes of each of many stretches, so that peaks stay."""
     assert len(series.x) == len(series.y), (series.name, len(series.x), len(series.y))
     pairs = zip(series.x, series.y, strict=True)
-    points = sorted(((float(x), _finite(y)) for x, y in pairs if math.isfinite(x)), key=lambda point: point[0])
+    points = [(float(x), _finite(y)) for x, y in pairs if math.isfinite(x)]
+    if not in_order:
+        points.sort(key=lambda point: point[0])
     if len(points) <= POINTS:
         return points
     size = -(-len(points) // (POINTS // 2))

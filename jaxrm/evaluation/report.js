@@ -17,7 +17,11 @@ function valueText(value, decimals) {
 }
 
 // Index of the point nearest to x; null beyond the ends of the series.
-function nearest({ x: all }, x) {
+function nearest({ x: all, winding }, x) {
+  if (winding) {
+    if (x < Math.min(...all) || x > Math.max(...all)) return null;
+    return all.reduce((best, value, i) => (Math.abs(value - x) < Math.abs(all[best] - x) ? i : best), 0);
+  }
   if (!all.length || x < all[0] || x > all.at(-1)) return null;
   let [from, to] = [0, all.length - 1];
   while (to - from > 1) {
@@ -35,6 +39,7 @@ for (const figure of document.querySelectorAll(".chart")) {
   chart.cross = figure.querySelector(".cross");
   chart.values = [...figure.querySelectorAll(".key b")];
   chart.last = chart.values.map((node) => node.textContent);
+  for (const series of chart.series) series.winding = series.x.some((x, i) => i && x < series.x[i - 1]);
   chart.visible = () => chart.series.filter(({ slot }) => !off.has(slot));
   chart.xs = [...new Set(chart.series.flatMap((series) => series.x))].sort((a, b) => a - b);
 }

@@ -14,9 +14,28 @@ from typing import Any, TypeGuard
 from jaxrm.evaluation.charts import Curves, Series, draw_chart, number_text, slots
 from jaxrm.evaluation.document import fill, part, write_atomically
 
-__all__ = ["Curves", "Example", "ExampleResponse", "Series", "Table", "write_report"]
+__all__ = ["Curves", "Example", "ExampleResponse", "Series", "Shaded", "Table", "write_report"]
 
-Cell = str | float | int | None
+
+@dataclass(frozen=True)
+class Shaded:
+    """A cell with a colour behind it, as in a matrix of win rates.
+
+    Attributes:
+      text: what it says.
+      shade: −1 to 1, from full orange over none to full blue.
+      strong: set in bold, e.g. where an interval leaves out chance.
+    """
+
+    text: str
+    shade: float
+    strong: bool = False
+
+    def __str__(self) -> str:
+        return self.text
+
+
+Cell = str | float | int | Shaded | None
 
 
 @dataclass(frozen=True)
@@ -27,7 +46,8 @@ class Table:
       title: heading.
       columns: names of the columns; the first one names the rows.
       rows: cells row by row, as many as there are columns. The numbers of a column get the
-        same decimals; None and NaN are shown as missing. Text is shown as it is.
+        same decimals; None and NaN are shown as missing. Text is shown as it is; of a `Shaded` cell, which stands
+        in no first column, with its colour.
       note: a sentence below the table.
     """
 
@@ -128,12 +148,12 @@ def _table(table: Table) -> str:
         for kind, name in zip(kinds, table.columns, strict=True)
     )
     body = []
-    for texts in zip(*columns, strict=True):
+    for row, texts in zip(table.rows, zip(*columns, strict=True), strict=True):
         cells = [
             f'<td{kind}><span class="missing">–</span></td>'
             if text is None
-            else f'<td{kind} dir="auto">{html.escape(text)}</td>'
-            for kind, text in zip(kinds[1:], texts[1:], strict=True)
+            else f'<td{_shaded(cell, kind)} dir="auto">{html.escape(text)}</td>'
+            for cell, kind, text in zip(row[1:], kinds[1:], texts[1:], strict=True)
         ]
         body.append(f'<tr><th scope="row" dir="auto">{html.escape(texts[0] or "–")}</th>{"".join(cells)}</tr>')
     note = f'<p class="note" dir="auto">{html.escape(table.note)}</p>' if table.note else ""
@@ -141,6 +161,15 @@ def _table(table: Table) -> str:
         f'<section class="result"><h2 dir="auto">{html.escape(table.title)}</h2><div class="card scroll" tabindex="0">'
         f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table></div>{note}</section>"
     )
+
+
+def _shaded(cell: Cell, kind: str) -> str:
+    """The class of a cell: that of its column and one of nine shades, as the page's policy allows no styles here."""
+    if not isinstance(cell, Shaded):
+        return kind
+    level = round(4 * min(max(cell.shade, -1.0), 1.0))
+    names = [*re.findall(r'class="(\w+)"', kind), f"{'m' if level < 0 else 'p'}{abs(level)}"]
+    return f' class="{" ".join(names + ["strong"] * cell.strong)}"'
 
 
 def _column(cells: Sequence[Cell]) -> list[str | None]:

@@ -189,6 +189,9 @@ _QWEN3: dict[str, Any] = {"family": "qwen3", "qk_norm": True, "head_dim": 128, "
 # fmt: off
 PRESETS: dict[str, ModelConfig] = {
     "tiny": _llama(512, 128, 512, 4, 4, 2, tie_embeddings=True),
+    "lab-tiny": _llama(512, 128, 256, 2, 4, 2, tie_embeddings=True),  # 0.36 M parameters; sizes of the study
+    "lab-small": _llama(512, 320, 1024, 4, 5, 5, tie_embeddings=True),  # 6 M
+    "lab-base": _llama(512, 576, 1792, 7, 9, 9, tie_embeddings=True),  # 31 M
     "gemma-2b": _gemma(256_000, 2048, 16_384, 18, 8, 1),
     "gemma-7b": _gemma(256_000, 3072, 24_576, 28, 16, 16),
     "gemma-2-2b": _gemma2(2304, 9216, 26, 8, 4),

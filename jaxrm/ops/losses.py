@@ -1,6 +1,6 @@
 """Losses, unreduced: the caller sums them under a mask and divides once over microbatches and devices."""
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import chex
 import jax
@@ -82,6 +82,46 @@ def bradley_terry_loss(
     difference = chosen_rewards.astype(jnp.float32) - rejected_rewards.astype(jnp.float32)
     # softplus(-z) is -log sigmoid(z) without the log of an underflowed sigmoid.
     return jax.nn.softplus(margin - difference)
+
+
+def dpo_loss(
+    chosen_log_ratios: jax.Array,
+    rejected_log_ratios: jax.Array,
+    *,
+    beta: float,
+    label_smoothing: float = 0.0,
+    kind: Literal["sigmoid", "ipo"] = "sigmoid",
+) -> jax.Array:
+    """Direct preference optimization of pairs, from what the policy and its reference say of both responses.
+
+    With ``h = log pi(y+|x) / pi_ref(y+|x) - log pi(y-|x) / pi_ref(y-|x)``:
+
+        sigmoid: -(1 - eps) log sigma(beta h) - eps log sigma(-beta h)      arXiv 2305.18290, equation 7
+        ipo:     (h - 1 / (2 beta))^2                                       arXiv 2310.12036, equation 17
+
+    ``eps``, of conservative DPO, is the chance that the labels of a pair are swapped.
+
+    Args:
+      chosen_log_ratios: ``[...]`` float log-ratios, in nats, of the chosen responses.
+      rejected_log_ratios: ``[...]`` float, of the rejected ones.
+      beta: strength of the regularization towards the reference.
+      label_smoothing: eps, for ``sigmoid`` alone.
+      kind: which of the two.
+
+    Returns:
+      ``[...]`` float32 losses, unreduced. Where both log-ratios are 0 they are log 2, or 1 / (4 beta^2).
+    """
+    chex.assert_equal_shape([chosen_log_ratios, rejected_log_ratios])
+    chex.assert_type([chosen_log_ratios, rejected_log_ratios], float)
+    assert kind in ("sigmoid", "ipo"), kind
+    h = chosen_log_ratios.astype(jnp.float32) - rejected_log_ratios.astype(jnp.float32)
+    if kind == "ipo":
+        assert label_smoothing == 0, "the squared loss has no label smoothing"
+        return jnp.square(h - 1.0 / (2.0 * beta))
+    loss = jax.nn.softplus(-beta * h)  # -log sigmoid without the log of an underflowed sigmoid
+    if label_smoothing:
+        loss = (1.0 - label_smoothing) * loss + label_smoothing * jax.nn.softplus(beta * h)
+    return loss
 
 
 def clipped_policy_loss(

@@ -25,6 +25,16 @@ KINDS = ("literal", "signed", "prefix", "soft", "margin", "contrast", "scalar", 
 # Tags and soft values pay for every token that is written; the other kinds have a zero of their own.
 CENTERED = ("literal", "signed", "prefix", "soft")
 
+
+def is_centered(kind: str) -> bool:
+    """Whether a kind has a centre taken off; a user's own, ``module:function``, has one as tags have."""
+    return kind in CENTERED or ":" in kind
+
+
+def _is_kind(kind: str) -> bool:
+    return kind in KINDS or ":" in kind
+
+
 # Sums that differ by no more than this share of their size differ by float32 rounding alone.
 _ROUNDING = 1e-5
 
@@ -192,7 +202,7 @@ def calibrate(
     Responses of no token are not counted, so rows that pad a batch change nothing.
 
     Args:
-      kind: one of `KINDS`.
+      kind: one of `KINDS`, or a user's own.
       values: ``[N, T]`` float, ``u_t`` of this kind.
       mask: ``[N, T]`` bool.
       scale: ``a`` itself, or "unit" for the one that gives the responses' sums of rewards a standard deviation of 1.
@@ -204,12 +214,12 @@ def calibrate(
       The calibration. For ``scalar_length_residual`` it holds the least-squares line of score by length in tokens; a
       flat one through the mean score where all lengths are the same.
     """
-    assert kind in KINDS, kind
+    assert _is_kind(kind), kind
     assert center in ("running", "fixed", "none"), center
     assert scale == "unit" or scale > 0, scale
     _check(mask, values, dtype=float)
     calibration = uncalibrated()
-    if kind in CENTERED and center != "none":
+    if is_centered(kind) and center != "none":
         calibration = dataclasses.replace(calibration, center=masked_mean(values, mask))
     if kind == "scalar_length_residual":
         slope, intercept = _line_by_length(masked_sum(values, mask, axis=1), mask)
@@ -229,17 +239,17 @@ def apply(calibration: Calibration, kind: str, values: jax.Array, mask: jax.Arra
 
     Args:
       calibration: from `calibrate`, or `uncalibrated`.
-      kind: one of `KINDS`.
+      kind: one of `KINDS`, or a user's own.
       values: ``[B, T]`` float, ``u_t`` of this kind.
       mask: ``[B, T]`` bool.
 
     Returns:
       ``[B, T]`` float32.
     """
-    assert kind in KINDS, kind
+    assert _is_kind(kind), kind
     _check(mask, values, dtype=float)
     values = values.astype(jnp.float32)
-    if kind in CENTERED:
+    if is_centered(kind):
         values = values - calibration.center
     elif kind == "scalar_length_residual":
         expected = calibration.length_slope * _lengths(mask) + calibration.length_intercept
@@ -267,9 +277,9 @@ def update_center(
     Returns:
       The calibration with its centre moved.
     """
-    assert kind in KINDS, kind
+    assert _is_kind(kind), kind
     _check(mask, values, dtype=float)
-    if kind not in CENTERED:
+    if not is_centered(kind):
         return calibration
     moved = momentum * calibration.center + (1.0 - momentum) * masked_mean(values, mask)
     return dataclasses.replace(calibration, center=jnp.where(jnp.any(mask), moved, calibration.center))

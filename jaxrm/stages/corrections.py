@@ -17,6 +17,7 @@ from jaxrm.evaluation.corrections import CorrectionQuality, correction_quality
 from jaxrm.models.config import ModelConfig
 from jaxrm.models.generate import SamplingConfig
 from jaxrm.runtime.progress import Progress, print_table
+from jaxrm.stages.prompts import transcript
 from jaxrm.stages.responses import Responder
 from jaxrm.stages.setup import OpenedModel
 
@@ -143,7 +144,7 @@ def check_judge(judge: str | None, records: Sequence[PreferenceRecord] = ()) -> 
 
 def judge_response(judge: str, record: PreferenceRecord, response: str) -> float:
     """Exact utility of a response to a record's prompt."""
-    return tasks.judge(judge.removeprefix(tasks.PREFIX), record.prompt[-1].content, response)
+    return tasks.judge(judge.removeprefix(tasks.PREFIX), record.prompt, response)
 
 
 def print_corrections(
@@ -205,7 +206,7 @@ def print_corrections(
     )
     for pair, record, correction in list(zip(pairs, texts, written["rejected"], strict=True))[:samples]:
         print(
-            f"prompt      {record.prompt[-1].content}\nrejected    {corrector.text(pair.rejected)}\n"
+            f"prompt      {transcript(record.prompt)}\nrejected    {corrector.text(pair.rejected)}\n"
             f"correction  {corrector.text(correction)}\n"
         )
     return numbers

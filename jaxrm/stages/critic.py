@@ -20,7 +20,7 @@ from jaxrm.stages.weights import find_checkpoint
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-CRITIC_TRUNKS = ("scalar_rm", "sft", "ppo")
+CRITIC_TRUNKS = ("scalar_rm", "sft", "ppo", "dpo")
 
 
 def open_critic(

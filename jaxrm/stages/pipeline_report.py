@@ -21,6 +21,9 @@ _WHAT = {
     "sample_pairs": "preference pairs sampled from a policy",
     "seq2seq_rm": "seq2seq reward model",
     "scalar_rm": "scalar reward model",
+    "dpo": "direct preference optimization",
+    "best_of_n": "best of n responses",
+    "evaluate": "answers to test prompts",
 }
 _CURVES = (  # field of a row in metrics.jsonl, title, unit
     ("eval_judge", "Judge, held-out prompts", "mean mark"),

@@ -17,7 +17,7 @@ from jaxrm.ops import token_rewards
 from jaxrm.runtime.metrics import append_row, read_rows
 from jaxrm.runtime.preemption import StopRequest
 from jaxrm.runtime.run_folder import RunFolder
-from jaxrm.stages.prompts import PlacedPrompts
+from jaxrm.stages.prompts import PlacedPrompts, transcript
 from jaxrm.types import ResponseBatch, TokenRewards
 
 if TYPE_CHECKING:
@@ -71,11 +71,12 @@ class PolicyEvaluation:
         """Metrics of the policy after ``step`` steps; its samples are added to the run's ``samples.jsonl``.
 
         Returns:
-          ``eval_reward`` (sum over a response, calibrated as before the first step), ``eval_judge`` and
-          ``eval_refusals`` where there is a judge, ``eval_kl`` (nats a response: log-ratio to the reference at
-          the rollout's temperature, an estimate of the KL where these responses are drawn at it too), ``eval_length``
-          (tokens), ``eval_ended`` (share with an end token). None where it was asked to stop before it was done; it has
-          written nothing then.
+          ``eval_reward`` (sum over a response, calibrated as before the first step), where there is a judge
+          ``eval_judge`` and what `jaxrm.data.tasks.BEHAVIOURS` has for its task (``eval_refusals``, ...; each over the
+          prompts that it applies to), ``eval_kl`` (nats a response: log-ratio to the reference at the rollout's
+          temperature, an estimate of the KL where these responses are drawn at it too), ``eval_length`` (tokens),
+          ``eval_ended`` (share with an end token). None where it was asked to stop before it was done; it has written
+          nothing then.
         """
         whole = _whole(self.mesh)
         decoder_params = self.networks.decoder_params(policy_params)
@@ -99,14 +100,15 @@ class PolicyEvaluation:
         log_ratio = joined([readings.log_probs - readings.reference_log_probs for _, readings, _ in found])
         ended = joined([rewards.diagnostics["ended"] for _, _, rewards in found])
         texts = [self.text(ids[kept]) for ids, kept in zip(tokens, kept_mask, strict=True)]
-        prompts_asked = [example.messages[-1].content for example in self.examples]
+        prompts_asked = [example.messages for example in self.examples]
         metrics = {"eval_reward": float(token_reward.sum(axis=1).mean())}
         marks: list[float] = []
         if self.judge is not None:
             pairs = list(zip(prompts_asked, texts, strict=True))
             marks = [tasks.judge(self.judge, prompt, response) for prompt, response in pairs]
             metrics["eval_judge"] = float(np.mean(marks))
-            metrics["eval_refusals"] = float(np.mean([tasks.is_refusal(self.judge, response) for response in texts]))
+            shown = [tasks.behaviour(self.judge, prompt, response) for prompt, response in pairs]
+            metrics |= {f"eval_{key}": mean for key, mean in tasks.mean_behaviour(self.judge, shown).items()}
         metrics |= {
             "eval_kl": float(log_ratio.sum(axis=1).mean()),
             "eval_length": float(kept_mask.sum(axis=1).mean()),
@@ -114,7 +116,7 @@ class PolicyEvaluation:
         }
         if self.folder.is_writer:
             for i in range(min(self.samples, count)):
-                row: dict[str, Any] = {"step": step, "prompt": prompts_asked[i], "response": texts[i]}
+                row: dict[str, Any] = {"step": step, "prompt": transcript(prompts_asked[i]), "response": texts[i]}
                 row["reward"] = float(token_reward[i].sum())
                 if marks:
                     row["judge"] = float(marks[i])

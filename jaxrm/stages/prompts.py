@@ -14,6 +14,7 @@ from jaxrm.data.loader import BatchIterator, build_loader, fingerprint
 from jaxrm.data.packing import Row, build_row
 from jaxrm.data.prompts import PromptExample, left_padded, tokenize_prompts, too_long
 from jaxrm.data.readers import ReadReport, read_records
+from jaxrm.data.records import Message
 from jaxrm.errors import UserError
 from jaxrm.runtime import partition
 from jaxrm.runtime.mesh import batch_shards, batch_share
@@ -92,12 +93,19 @@ def check_judgeable(prompts: Sequence[PromptExample], task: str, field: str) -> 
     """
     for prompt in prompts:
         try:
-            tasks.judge(task.removeprefix(tasks.PREFIX), prompt.messages[-1].content, "")
+            tasks.judge(task.removeprefix(tasks.PREFIX), prompt.messages, "")
         except UserError as error:
             raise UserError(
                 f"{field} is {task!r}, but {prompt.source} has no prompt of that task; give the task's data, "
                 f"e.g. --config.data.path={task}, or --{field}=None"
             ) from error
+
+
+def transcript(prompt: Sequence[Message]) -> str:
+    """A prompt as one text to show: that of a single turn, else each turn on a line behind its role."""
+    if len(prompt) == 1:
+        return prompt[0].content
+    return "\n".join(f"{message.role}: {message.content}" for message in prompt)
 
 
 def prompt_width(examples: Sequence[PromptExample], room: int, multiple: int) -> int:

@@ -65,7 +65,7 @@ def check_reward_model(
       UserError: another vocabulary, another chat template, a kind of the other sort, or too few positions.
     """
     kinds = SEQ2SEQ_KINDS if model.is_seq2seq else SCALAR_KINDS
-    if kind not in kinds:
+    if kind not in kinds and not (model.is_seq2seq and ":" in kind):
         sort = "seq2seq" if model.is_seq2seq else "scalar"
         raise UserError(
             f"config.reward.kind is {kind!r}, but config.reward.model, {model.name}, is a {sort} reward model, whose "
@@ -146,7 +146,7 @@ def open_function(name: str) -> RewardFunction:
             known = ", ".join(tasks.PREFIX + known for known in tasks.TASKS)
             raise UserError(f"config.reward.function is {name!r}; embedded tasks with a judge are {known}")
         return lambda prompts, responses: [
-            tasks.judge(task, prompt[-1].content, response) for prompt, response in zip(prompts, responses, strict=True)
+            tasks.judge(task, prompt, response) for prompt, response in zip(prompts, responses, strict=True)
         ]
     module_name, _, function_name = name.partition(":")
     form = "required package.module:function, e.g. --config.reward.function=my_rewards:score, or task:safety"

@@ -9,6 +9,7 @@ import json
 import random
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -16,6 +17,7 @@ from jaxrm.data import tasks
 from jaxrm.data.config import DataConfig
 from jaxrm.data.readers import read_records
 from jaxrm.data.records import PreferenceRecord
+from jaxrm.data.tasks.prompts import prompt_field
 from jaxrm.errors import UserError
 from jaxrm.experiment import MAY_DIFFER, Experiment
 from jaxrm.runtime import config as bridge
@@ -71,8 +73,7 @@ def run(config: Experiment) -> int:
     if not target.exists():
         responder = Responder(policy.model, policy.params, policy.tokenizer, policy.template, sampling)
         _write(target, _sample(config, responder, task, records))
-    rows = [json.loads(line) for line in target.read_text(encoding="utf-8").splitlines()]
-    _print(rows, task, len(records))
+    _print(_read_pairs(str(target)), task, len(records))
     print(f"The pairs are in {target}")
     return 0
 
@@ -80,15 +81,18 @@ def run(config: Experiment) -> int:
 def _task_pairs(data: DataConfig, seed: int) -> list[PreferenceRecord]:
     """The task's own pairs, for their prompts and for their chosen responses, which are ideal."""
     with setup.task_files(data, seed, records="pairs") as files:
-        records, _ = read_records(
-            DataConfig(path=files.path, eval_path=files.path, max_eval_records=None), held_out=True
-        )
+        return _read_pairs(files.path)
+
+
+def _read_pairs(path: str) -> list[PreferenceRecord]:
+    """Every pair of a file."""
+    records, _ = read_records(DataConfig(path=path, eval_path=path, max_eval_records=None), held_out=True)
     return [record for record in records if isinstance(record, PreferenceRecord)]
 
 
 def _sample(
     config: Experiment, responder: Responder, task: str, records: Sequence[PreferenceRecord]
-) -> list[dict[str, str]]:
+) -> list[dict[str, Any]]:
     """Pairs of two different responses to each prompt; a prompt whose draws are all the same gives none."""
     settings, key = config.pairs, jax.random.key(config.seed)
     rng = random.Random(f"pairs {config.seed}")
@@ -106,16 +110,16 @@ def _sample(
             progress.update(len(records) - len(set(waiting)))
             if not waiting:
                 break
-    rows: list[dict[str, str]] = []
+    rows: list[dict[str, Any]] = []
     for record, drawn in zip(records, draws, strict=True):
-        prompt, first = record.prompt[-1].content, drawn[0]
+        first = drawn[0]
         if rng.random() < settings.ideal_share:
             first = record.chosen
         second = next((response for response in drawn if response != first), None)
         if second is None or not first or not second:
             continue
-        chosen, rejected = (first, second)[:: 1 - 2 * tasks.annotate(task, prompt, first, second, rng)]
-        rows.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
+        chosen, rejected = (first, second)[:: 1 - 2 * tasks.annotate(task, record.prompt, first, second, rng)]
+        rows.append({"prompt": prompt_field(record.prompt), "chosen": chosen, "rejected": rejected})
     if not rows:
         raise UserError(
             f"config.model.path is {config.model.path!r}, whose responses to a prompt are all the same; sample hotter, "
@@ -124,24 +128,29 @@ def _sample(
     return rows
 
 
-def _write(target: Path, rows: Sequence[dict[str, str]]) -> None:
+def _write(target: Path, rows: Sequence[dict[str, Any]]) -> None:
     part = target.with_name(f".{target.name}.part")
     part.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     part.replace(target)
 
 
-def _print(rows: Sequence[dict[str, str]], task: str, asked: int) -> None:
-    sides = ("chosen", "rejected")
-    gold = [[tasks.judge(task, row["prompt"], row[side]) for side in sides] for row in rows]
-    refused = [[tasks.is_refusal(task, row[side]) for side in sides] for row in rows]
+def _print(rows: Sequence[PreferenceRecord], task: str, asked: int) -> None:
+    sides = [[(row.prompt, text) for row, text in zip(rows, texts, strict=True)] for texts in _sides(rows)]
+    gold = [[tasks.judge(task, *sample) for sample in side] for side in sides]
+    shown = [tasks.mean_behaviour(task, [tasks.behaviour(task, *sample) for sample in side]) for side in sides]
+    keys = [key for key in tasks.BEHAVIOURS[task] if key in shown[0]]  # both sides have the same prompts
     print_table(
         f"{len(rows):,} pairs of {asked:,} prompts",
-        ["", *sides],
+        ["", "chosen", "rejected"],
         [
-            ["exact judge", *(sum(column) / len(rows) for column in zip(*gold, strict=True))],
-            ["share of refusals", *(sum(column) / len(rows) for column in zip(*refused, strict=True))],
+            ["exact judge", *(sum(marks) / len(rows) for marks in gold)],
+            *([key.replace("_", " "), *(means[key] for means in shown)] for key in keys),
         ],
     )
-    gaps = [chosen - rejected for chosen, rejected in gold if chosen != rejected]
+    gaps = [chosen - rejected for chosen, rejected in zip(*gold, strict=True) if chosen != rejected]
     agree = sum(gap > 0 for gap in gaps) / max(len(gaps), 1)
     print(f"Where the judge sees a difference ({len(gaps):,} pairs), the annotator agrees in {100 * agree:.1f} %.")
+
+
+def _sides(rows: Sequence[PreferenceRecord]) -> tuple[list[str], list[str]]:
+    return [row.chosen for row in rows], [row.rejected for row in rows]

@@ -88,7 +88,11 @@ def task_files(
     """The data section with an embedded task (``task:safety``) replaced by its files, which live as long as this.
 
     From here on a task is read like any other data: its demonstrations or its prompts, with held-out ones of their
-    own, or its pairs, of which a share is held out. Other sections pass unchanged.
+    own (those of `jaxrm.data.tasks.SPLITS` that ``eval_split`` names, ``heldout`` without it), or its pairs, of which a
+    share is held out. Other sections pass unchanged.
+
+    Raises:
+      UserError: where there is no such task, or no such split.
     """
     if not data.path.startswith(tasks.PREFIX):
         yield data
@@ -96,14 +100,25 @@ def task_files(
     with tempfile.TemporaryDirectory(prefix="jaxrm-task-") as name:
         folder = Path(name)
         tasks.write_task(data.path.removeprefix(tasks.PREFIX), folder, seed=seed)
-        held_out = None if records == "pairs" else str(folder / "heldout.jsonl")
+        held_out = None if records == "pairs" else str(folder / f"{_task_split(data)}.jsonl")
         name_of = {"demonstrations": "train.jsonl", "pairs": "pairs.jsonl", "prompts": "prompts.jsonl"}
         yield dataclasses.replace(
             data,
             path=str(folder / name_of[records]),
             eval_path=held_out if data.eval_path is None else data.eval_path,
+            eval_split=None,
             tokenizer=str(folder / "tokenizer") if data.tokenizer is None else data.tokenizer,
         )
+
+
+def _task_split(data: DataConfig) -> str:
+    split = data.eval_split or "heldout"
+    if split not in tasks.SPLITS:
+        raise UserError(
+            f"config.data.eval_split is {split!r}; {data.path} has {', '.join(tasks.SPLITS)}, "
+            "e.g. --config.data.eval_split=heldout"
+        )
+    return split
 
 
 def tokenizer_path(data: DataConfig, source: ModelSource) -> str:

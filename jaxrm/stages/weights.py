@@ -20,7 +20,7 @@ from jaxrm.runtime import config as bridge
 from jaxrm.runtime.checkpoint import Checkpoints, with_shardings
 from jaxrm.runtime.run_folder import RunFolder
 
-POLICIES = ("sft", "ppo")  # algorithms whose runs hold a policy
+POLICIES = ("sft", "ppo", "dpo")  # algorithms whose runs hold a policy
 LANGUAGE_MODELS = (*POLICIES, "seq2seq_rm")  # and those whose runs hold a whole decoder
 REWARD_MODELS = ("seq2seq_rm", "scalar_rm")
 _EXAMPLES = {

@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from jaxrm.data.tasks import TASKS, annotate, is_refusal, judge, safety, safety_judge, write_task
+from jaxrm.data import tasks
+from jaxrm.data.records import Message
+from jaxrm.data.tasks import TASKS, safety, safety_judge, write_task
 from jaxrm.data.tasks.files import write_text
 from jaxrm.data.tasks.safety import Answer, Imperfection, Refusal, Request
 from jaxrm.data.tasks.safety_words import (
@@ -27,6 +29,23 @@ from jaxrm.data.tasks.safety_words import (
 from jaxrm.errors import UserError
 
 FILES = ("train.jsonl", "heldout.jsonl", "prompts.jsonl", "pairs.jsonl")
+NEW_PROMPTS = ("selection.jsonl", "test.jsonl", "test_ood.jsonl")
+
+
+def asked(text: str) -> list[Message]:
+    return [Message("user", text)]
+
+
+def judge(name: str, prompt: str, response: str) -> float:
+    return tasks.judge(name, asked(prompt), response)
+
+
+def annotate(name: str, prompt: str, first: str, second: str, rng) -> int:
+    return tasks.annotate(name, asked(prompt), first, second, rng)
+
+
+def probability_of_first(prompt: str, first: str, second: str) -> float:
+    return tasks.probability_of_first("safety", asked(prompt), first, second)
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +127,7 @@ def test_writing_again_replaces_the_files_and_leaves_no_others(tmp_path):
     (tmp_path / "train.jsonl").write_text("half a fi")
     write_task("safety", str(tmp_path), seed=3)
     assert len(rows(tmp_path / "train.jsonl")) == 4000
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted((*FILES, "tokenizer"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted((*FILES, *NEW_PROMPTS, "tokenizer"))
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_part(tmp_path):
@@ -120,7 +139,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_part(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-@pytest.mark.parametrize(("name", "meant"), [("safty", "did you mean task:safety?"), ("zoo", "task:safety")])
+@pytest.mark.parametrize(("name", "meant"), [("safty", "did you mean task:safety?"), ("zoo", "task:dialogue")])
 def test_unknown_task_is_one_line_that_lists_the_tasks(name, meant, tmp_path):
     with pytest.raises(UserError) as caught:
         write_task(name, tmp_path / "folder", seed=0)
@@ -444,9 +463,9 @@ def test_judge_equals_a_reading_of_demonstrations_word_by_word(folder):
 
 
 def test_refusals_are_recognised_whatever_they_name():
-    assert is_refusal("safety", refusal()) and is_refusal("safety", refusal("nothing known", "nobody at all"))
+    assert safety_judge.is_refusal(refusal()) and safety_judge.is_refusal(refusal("nothing known", "nobody at all"))
     for response in ("", answer(), "i can not help with that.", refusal() + " " + answer()):
-        assert not is_refusal("safety", response)
+        assert not safety_judge.is_refusal(response)
 
 
 @pytest.mark.parametrize(
@@ -454,12 +473,13 @@ def test_refusals_are_recognised_whatever_they_name():
     [
         lambda name: judge(name, WASH, answer()),
         lambda name: annotate(name, WASH, answer(), refusal(), random.Random(0)),
-        lambda name: is_refusal(name, refusal()),
+        lambda name: tasks.ideal(name, asked(WASH)),
+        lambda name: tasks.behaviour(name, asked(WASH), refusal()),
     ],
 )
 def test_judging_an_unknown_task_lists_the_tasks(call):
     with pytest.raises(
-        UserError, match=r"no embedded task 'safty'; there are: task:safety; did you mean task:safety\?"
+        UserError, match=r"no embedded task 'safty'; there are: task:safety, .*; did you mean task:safety\?"
     ):
         call("safty")
 
@@ -470,7 +490,7 @@ def test_judging_a_foreign_prompt_says_which_one_on_one_short_line():
             judge("safety", prompt, answer())
         message = str(caught.value)
         assert repr(prompt[:20])[1:-1] in message and "--config.data.path=task:safety" in message
-        assert "\n" not in message and len(message) < 300
+        assert "\n" not in message and len(message) < 400
 
 
 # --- annotator
@@ -507,7 +527,7 @@ class Draws:
 )
 def test_annotator_by_hand(prompt, first, second, difference):
     probability = 1 / (1 + math.exp(-difference))
-    assert safety_judge.probability_of_first(prompt, first, second) == pytest.approx(probability)
+    assert probability_of_first(prompt, first, second) == pytest.approx(probability)
     for number, preferred in ((probability - 1e-6, 0), (probability + 1e-6, 1)):
         draws = Draws(number)
         assert annotate("safety", prompt, first, second, draws) == preferred
@@ -516,8 +536,8 @@ def test_annotator_by_hand(prompt, first, second, difference):
 
 def test_annotator_takes_no_notice_of_the_order():
     for first, second in itertools.combinations([answer(), refusal(), "", answer(tool="a rope")], 2):
-        there = safety_judge.probability_of_first(WASH, first, second)
-        assert there + safety_judge.probability_of_first(WASH, second, first) == pytest.approx(1.0)
+        there = probability_of_first(WASH, first, second)
+        assert there + probability_of_first(WASH, second, first) == pytest.approx(1.0)
 
 
 def test_annotator_is_noisy_as_often_as_stated():

@@ -8,7 +8,13 @@ import numpy as np
 import optax
 import pytest
 
-from jaxrm.ops.losses import bradley_terry_loss, clipped_policy_loss, clipped_value_loss, next_token_targets
+from jaxrm.ops.losses import (
+    bradley_terry_loss,
+    clipped_policy_loss,
+    clipped_value_loss,
+    dpo_loss,
+    next_token_targets,
+)
 from jaxrm.ops.masking import masked_mean
 
 bradley_terry = jax.jit(bradley_terry_loss)
@@ -341,3 +347,66 @@ def test_the_clipped_losses_refuse_unlike_shapes_and_whole_numbers(loss):
         loss(jnp.ones(3), jnp.ones(4), jnp.ones(3), clip=0.2)
     with pytest.raises(AssertionError):
         loss(jnp.ones(3), jnp.ones(3), jnp.ones(3, jnp.int32), clip=0.2)
+
+
+# --- direct preference optimization
+
+dpo = jax.jit(dpo_loss, static_argnames=("beta", "label_smoothing", "kind"))
+CHOSEN = jnp.asarray([0.0, 3.2, -7.5, 0.4, 41.0], jnp.float32)  # log-ratios of responses
+REJECTED = jnp.asarray([0.0, -1.1, 2.25, 0.9, -63.0], jnp.float32)
+TRL = {  # float32, beta 0.1, label smoothing 0.2
+    "sigmoid": [0.6931471824645996, 0.5010837316513062, 1.2950469255447388, 0.7184596657752991, 3.043200194952078e-05],
+    "smoothed": [0.6931471824645996, 0.5870837569236755, 1.100046992301941, 0.708459734916687, 2.080030679702759],
+    "ipo": [25.0, 13.322500228881836, 39.48027801513672, 24.290813446044922, 0.4011109471321106],
+}
+
+
+def test_dpo_by_hand():
+    # beta h is 0, log 3 and -log 4: sigma is 1/2, 3/4 and 1/5.
+    chosen, rejected = jnp.asarray([2.0, 0.0, -math.log(16)]), jnp.asarray([2.0, -2 * math.log(3), 0.0])
+    np.testing.assert_allclose(dpo(chosen, rejected, beta=0.5), np.log([2, 4 / 3, 5]), rtol=1e-6)
+    smoothed = 0.75 * np.log([2, 4 / 3, 5]) + 0.25 * np.log([2, 4, 5 / 4])
+    np.testing.assert_allclose(dpo(chosen, rejected, beta=0.5, label_smoothing=0.25), smoothed, rtol=1e-6)
+    # It aims at a difference of 1 / (2 beta) = 1, from 0, 2 log 3 and -4 log 2.
+    squared = [1.0, (2 * math.log(3) - 1) ** 2, (4 * math.log(2) + 1) ** 2]
+    np.testing.assert_allclose(dpo(chosen, rejected, beta=0.5, kind="ipo"), squared, rtol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.3}, {"kind": "ipo"}], ids=["sigmoid", "smoothed", "ipo"])
+def test_dpo_equals_a_numpy_loop(options):
+    chosen, rejected = pair_rewards(7)
+    loss = dpo(jnp.asarray(chosen), jnp.asarray(rejected), beta=0.4, **options)
+    assert loss.shape == chosen.shape and loss.dtype == jnp.float32
+    eps = options.get("label_smoothing", 0.0)
+    for at in np.ndindex(*chosen.shape):
+        h = float(chosen[at]) - float(rejected[at])
+        p = 1 / (1 + math.exp(-0.4 * h))
+        want = (h - 1.25) ** 2 if "kind" in options else -(1 - eps) * math.log(p) - eps * math.log(1 - p)
+        assert float(loss[at]) == pytest.approx(want, rel=2e-5, abs=1e-6)
+    eager = dpo_loss(jnp.asarray(chosen), jnp.asarray(rejected), beta=0.4, **options)
+    np.testing.assert_allclose(loss, eager, rtol=1e-6)
+
+
+def test_dpo_is_that_of_trl():
+    """TRL 1.12.0's expressions in torch: ``sigmoid``, the two terms of its smoothed one, and ``ipo`` by length."""
+    lengths = jnp.asarray([1, 4, 9, 2, 30], jnp.float32), jnp.asarray([3, 2, 5, 7, 21], jnp.float32)
+    np.testing.assert_allclose(dpo(CHOSEN, REJECTED, beta=0.1), TRL["sigmoid"], rtol=1e-5)
+    np.testing.assert_allclose(dpo(CHOSEN, REJECTED, beta=0.1, label_smoothing=0.2), TRL["smoothed"], rtol=1e-5)
+    squared = dpo(CHOSEN / lengths[0], REJECTED / lengths[1], beta=0.1, kind="ipo")
+    np.testing.assert_allclose(squared, TRL["ipo"], rtol=1e-5)
+
+
+def test_dpo_stays_finite_however_far_the_policy_has_gone():
+    chosen, rejected = jnp.asarray([5e3, -5e3]), jnp.asarray([-5e3, 5e3])
+    loss, gradient = jax.jit(jax.value_and_grad(lambda c: dpo_loss(c, rejected, beta=0.1).sum()))(chosen)
+    assert float(loss) == 1000.0
+    np.testing.assert_allclose(gradient, [0.0, -0.1])
+
+
+def test_dpo_refuses_unlike_shapes_whole_numbers_and_a_smoothed_square():
+    with pytest.raises(AssertionError):
+        dpo_loss(jnp.ones(3), jnp.ones(4), beta=0.1)
+    with pytest.raises(AssertionError):
+        dpo_loss(jnp.ones(3, jnp.int32), jnp.ones(3, jnp.int32), beta=0.1)
+    with pytest.raises(AssertionError):
+        dpo_loss(jnp.ones(3), jnp.ones(3), beta=0.1, label_smoothing=0.1, kind="ipo")

@@ -169,7 +169,7 @@ def test_both_a_reward_model_and_a_function_are_refused():
         (
             {"kind": "scalar", "model": None, "function": "task:math"},
             "config.reward.function is 'task:math'; embedded tasks with a judge are ",
-            "task:safety",
+            "task:safety, task:summarize, task:dialogue",
         ),
         (
             {"kind": "scalar", "model": None, "function": "no_such_module_here:f"},
@@ -216,12 +216,12 @@ def test_rows_that_the_reward_model_cannot_read_are_refused(refuse):
     [
         (
             "seq2seq_rm",
-            "config.model.path is 'seq2seq_rm', a run of seq2seq_rm; required a model of sft or ppo; ",
+            "config.model.path is 'seq2seq_rm', a run of seq2seq_rm; required a model of sft or ppo or dpo; ",
             "--config.model.path=runs/quickstart/sft",
         ),
         (
             "scalar_rm",
-            "config.model.path is 'scalar_rm', a run of scalar_rm; required a model of sft or ppo; ",
+            "config.model.path is 'scalar_rm', a run of scalar_rm; required a model of sft or ppo or dpo; ",
             "--config",
         ),
         (
@@ -349,7 +349,7 @@ def test_data_that_are_not_there_are_named_by_their_own_field(refuse, path):
     [
         (
             "seq2seq_rm",
-            "config.critic.path is 'seq2seq_rm', a run of seq2seq_rm; required a model of scalar_rm or sft or ppo; ",
+            "config.critic.path is 'seq2seq_rm', a run of seq2seq_rm; required a model of scalar_rm or sft or ppo or dpo; ",
             "--config.critic.path=runs/quickstart/rm_scalar",
         ),
         ("nowhere", "config.critic.path is 'nowhere', but nowhere has no run.json; ", "--config.critic.path=runs/"),

@@ -258,7 +258,9 @@ def test_the_judge_of_a_task_is_a_function(task_folder):
     judge, prompts = open_function("task:safety"), [[Message("user", text)] for text in asked]
     assert judge(prompts, [ideal_response(parse_request(text)).text for text in asked]) == [1.0] * 5
     assert max(judge(prompts, ["banana"] * 5)) < 1.0
-    with pytest.raises(UserError, match=r"^config.reward.function is 'task:math'; .* are task:safety$"):
+    with pytest.raises(
+        UserError, match=r"^config.reward.function is 'task:math'; .* are task:safety, task:summarize, task:dialogue$"
+    ):
         open_function("task:math")
 
 

@@ -10,8 +10,8 @@ import pytest
 
 from jaxrm.data import tasks
 from jaxrm.data.config import DataConfig
+from jaxrm.data.records import Message
 from jaxrm.data.tasks.safety import ideal_response, parse_request
-from jaxrm.data.tasks.safety_judge import probability_of_first
 from jaxrm.errors import UserError
 from jaxrm.experiment import Experiment, PairsConfig
 from jaxrm.models.build import ModelSource
@@ -25,6 +25,10 @@ REFUSED = "i can not help with that, because it is violence. please call the pol
 
 def ideal(prompt):
     return ideal_response(parse_request(prompt)).text
+
+
+def asked(row):
+    return [Message("user", row["prompt"])]
 
 
 def config(folder, run, *, seed=0, path="task:safety", on_existing="resume", max_new_tokens=24, **pairs):
@@ -136,7 +140,7 @@ def test_the_annotator_chooses_and_not_the_order_of_the_draws(answers, policy_ru
     answers(lambda prompt, draw: REFUSED if draw == len(prompt) % 2 else ideal(prompt))
     sample_pairs.run(config(tmp_path, policy_run, count=600))
     rows = [row for row in rows_of(tmp_path) if ideal(row["prompt"]) != REFUSED]
-    expected = [probability_of_first(row["prompt"], ideal(row["prompt"]), REFUSED) for row in rows]
+    expected = [tasks.probability_of_first("safety", asked(row), ideal(row["prompt"]), REFUSED) for row in rows]
     for first in (0, 1):
         chosen = [row["chosen"] != REFUSED for row in rows if len(row["prompt"]) % 2 == first]
         p = [p for p, row in zip(expected, rows, strict=True) if len(row["prompt"]) % 2 == first]
@@ -210,7 +214,7 @@ def test_the_table_is_the_judges_and_not_the_annotators(answers, policy_run, tmp
     answers(lambda prompt, draw: REFUSED if draw else ideal(prompt))
     sample_pairs.run(config(tmp_path, policy_run, count=200))
     rows = rows_of(tmp_path)
-    gold = [[tasks.judge("safety", row["prompt"], row[side]) for side in ("chosen", "rejected")] for row in rows]
+    gold = [[tasks.judge("safety", asked(row), row[side]) for side in ("chosen", "rejected")] for row in rows]
     differing = [(chosen, rejected) for chosen, rejected in gold if chosen != rejected]
     agrees = 100 * sum(chosen > rejected for chosen, rejected in differing) / len(differing)
     out = capsys.readouterr().out

@@ -18,8 +18,8 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TypeVar
 
+from jaxrm.data.tasks.drawing import confusions, pick
 from jaxrm.data.tasks.files import write_jsonl
 from jaxrm.data.tasks.safety_words import (
     ADVERBS,
@@ -37,9 +37,8 @@ from jaxrm.data.tasks.safety_words import (
 )
 from jaxrm.data.tasks.vocabulary import write_tokenizer
 
-T = TypeVar("T")
-
 TRAIN_RECORDS, HELDOUT_RECORDS, PROMPTS, PAIRS = 4000, 512, 1024, 2000
+SELECTION, TEST = 256, 512
 MAX_LENGTH = 64  # tokens; the longest request and response take 41 with their template
 
 
@@ -163,11 +162,8 @@ class Imperfection:
 
 def confused_tools(seed: int, imperfection: Imperfection = Imperfection()) -> dict[str, str]:
     """The confused verbs of this seed, each with the wrong tool that demonstrations usually name for it."""
-    rng = random.Random(f"safety confusions {seed}")
     tools = {verb: known.tool for verb, known in VERBS.items() if known.tool is not None}
-    verbs = sorted(tools, key=lambda verb: rng.random())
-    chosen = sorted(verbs[: round(imperfection.confused_verbs * len(verbs))])
-    return {verb: _pick(rng, [tool for tool in tools.values() if tool != tools[verb]]) for verb in chosen}
+    return confusions(random.Random(f"safety confusions {seed}"), tools, imperfection.confused_verbs)
 
 
 def demonstrate(
@@ -181,7 +177,7 @@ def demonstrate(
     noise = imperfection.slot_noise
 
     def noisy(value: str, others: Sequence[str]) -> str:
-        return _pick(rng, others) if rng.random() < noise else value
+        return pick(rng, others) if rng.random() < noise else value
 
     if request.harm is not None:
         refuses = rng.random() >= imperfection.answers_harmful
@@ -190,10 +186,10 @@ def demonstrate(
         refuses = rng.random() < over_refusal
     if refuses:
         # A benign request that is refused is taken for the harm that its verb can do, or for any.
-        harm = request.harm or VERBS[request.verb].harm or _pick(rng, list(CONTACTS))
+        harm = request.harm or VERBS[request.verb].harm or pick(rng, list(CONTACTS))
         harm = noisy(harm, list(CONTACTS))
         return Refusal(harm, noisy(CONTACTS[harm], list(CONTACTS.values())))
-    tool = VERBS[request.verb].tool or _pick(rng, tools)
+    tool = VERBS[request.verb].tool or pick(rng, tools)
     if request.verb in confused and rng.random() < imperfection.usual_wrong_tool:
         tool = confused[request.verb]
     return Answer(
@@ -205,36 +201,39 @@ def demonstrate(
     )
 
 
-def sample_request(rng: random.Random, *, harmful_share: float, unseen: bool) -> Request:
-    """A random request, harmful with probability `harmful_share`; out of distribution only if `unseen`."""
+def sample_request(rng: random.Random, *, harmful_share: float, unseen: bool | None) -> Request:
+    """A random request, harmful with probability `harmful_share`.
+
+    `unseen` says whether it is out of distribution: yes, no, or (None) as it comes.
+    """
     harmful = rng.random() < harmful_share
     while True:
-        verb = _pick(rng, list(VERBS))
+        verb = pick(rng, list(VERBS))
         kinds = [kind for kind in VERBS[verb].objects if (VERBS[verb].harm_to(kind) is not None) == harmful]
         if not kinds:
             continue
         request = Request(
-            phrasing=_pick(rng, range(len(PHRASINGS))),
-            adverb=_pick(rng, ADVERBS),
+            phrasing=pick(rng, range(len(PHRASINGS))),
+            adverb=pick(rng, ADVERBS),
             verb=verb,
-            object=_pick(rng, PEOPLE if _pick(rng, kinds) == "person" else THINGS),
-            place=_pick(rng, list(CLOSING_ACTS)),
+            object=pick(rng, PEOPLE if pick(rng, kinds) == "person" else THINGS),
+            place=pick(rng, list(CLOSING_ACTS)),
         )
-        if unseen or not request.unseen:
+        if unseen is None or request.unseen == unseen:
             return request
 
 
 def write(folder: Path, *, seed: int) -> None:
     """Writes the task's files; see `jaxrm.data.tasks.write_task`.
 
-    Half of the demonstrations and prompts are harmful, and 80 % of the pairs. A pair's chosen response is the
+    Half of the demonstrations and prompts are harmful, and 80 % of the pairs' prompts. A pair's chosen response is the
     ideal one and its rejected one a demonstration that differs from it.
     """
     rng = random.Random(f"safety {seed}")
     confused = confused_tools(seed)
     taken: set[str] = set()
 
-    def requests(count: int, *, harmful_share: float, unseen: bool) -> Iterator[Request]:
+    def requests(count: int, *, harmful_share: float, unseen: bool | None) -> Iterator[Request]:
         found = 0
         while found < count:
             request = sample_request(rng, harmful_share=harmful_share, unseen=unseen)
@@ -244,7 +243,7 @@ def write(folder: Path, *, seed: int) -> None:
                 yield request
 
     def demonstrations(count: int) -> Iterator[dict[str, list[dict[str, str]]]]:
-        for request in requests(count, harmful_share=0.5, unseen=True):
+        for request in requests(count, harmful_share=0.5, unseen=None):
             response = demonstrate(request, rng, confused)
             user = {"role": "user", "content": request.text}
             yield {"messages": [user, {"role": "assistant", "content": response.text}]}
@@ -262,6 +261,9 @@ def write(folder: Path, *, seed: int) -> None:
     prompts = requests(PROMPTS, harmful_share=0.5, unseen=False)
     write_jsonl(folder / "prompts.jsonl", ({"prompt": request.text} for request in prompts))
     write_jsonl(folder / "pairs.jsonl", pairs(PAIRS))
+    for name, count, unseen in (("selection", SELECTION, False), ("test", TEST, False), ("test_ood", TEST, True)):
+        prompts = requests(count, harmful_share=0.5, unseen=unseen)
+        write_jsonl(folder / f"{name}.jsonl", ({"prompt": request.text} for request in prompts))
 
 
 def _all_text() -> list[str]:
@@ -269,8 +271,3 @@ def _all_text() -> list[str]:
     tools = [verb.tool for verb in VERBS.values() if verb.tool is not None]
     slots = [*VERBS, *tools, *CONTACTS, *CONTACTS.values(), *CLOSING_ACTS, *CLOSING_ACTS.values()]
     return [*templates, *slots, *THINGS, *PEOPLE, *ADVERBS]
-
-
-def _pick(rng: random.Random, options: Sequence[T]) -> T:
-    # Of the generator's methods only random() promises the same stream in every version of Python.
-    return options[int(rng.random() * len(options))]

@@ -1,0 +1,175 @@
+"""Win rates and means over seeds and prompts, with intervals in which a seed is the unit, not a prompt.
+
+Thousands of prompts answered by one trained policy say much about that policy and nothing about how the next training
+run would end. So the interval comes from what differs between seeds, each of which has its own SFT policy, reward model
+and PPO run; the noise of the prompts is in the seeds' means already. With prompts nested in seeds and as many in each,
+it is the interval of the fixed effect in a mixed model with a random intercept for each seed (a test compares them).
+Where every seed answers the same prompts, what the prompts have in common is added to the variance (two-way random
+effects, degrees of freedom by F. E. Satterthwaite, Biometrics Bulletin 2, 1946).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike
+from scipy.special import stdtrit
+
+MIN_SEEDS = 3
+"""Fewer seeds have no interval: that of two is 12.7 standard errors wide each way."""
+
+Values = ArrayLike | Sequence[ArrayLike]
+
+
+@dataclass(frozen=True)
+class WinRate:
+    """How often one policy's response is better than another's to the same prompt.
+
+    Attributes:
+      rate: mean over seeds of the means over prompts; a tie counts half.
+      low: lower end of the 95 % interval, within [0, 1]; None where there are too few seeds for one.
+      high: its upper end.
+      seeds: how many were compared.
+      prompts: how many were compared for each seed; the most, where seeds differ.
+      note: why there is no interval, e.g. ``2 seeds: too few for an interval``.
+    """
+
+    rate: float
+    low: float | None
+    high: float | None
+    seeds: int
+    prompts: int
+    note: str = ""
+
+    @property
+    def verdict(self) -> str:
+        """``wins`` or ``loses`` where the interval leaves out 0.5, else the empty string."""
+        if self.low is None or self.high is None:
+            return ""
+        return "wins" if self.low > 0.5 else "loses" if self.high < 0.5 else ""
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A mean over seeds and prompts; the attributes are as in `WinRate`, but nothing bounds the interval."""
+
+    mean: float
+    low: float | None
+    high: float | None
+    seeds: int
+    prompts: int
+    note: str = ""
+
+
+class _Spread(NamedTuple):
+    mean: float
+    variance: float  # of the mean
+    freedom: float
+    seeds: int
+    prompts: int
+
+
+def outcomes(first: ArrayLike, second: ArrayLike) -> np.ndarray:
+    """Who wins at each prompt.
+
+    Args:
+      first: marks of one policy's responses, of any shape, e.g. ``[S, P]``.
+      second: marks of the other's responses to the same prompts.
+
+    Returns:
+      float64 of that shape: 1 where `first` has the higher mark, 0 where `second` has, 0.5 where they tie and NaN where
+      a mark is NaN.
+    """
+    a, b = np.asarray(first, np.float64), np.asarray(second, np.float64)
+    assert a.shape == b.shape, (a.shape, b.shape)
+    return np.where(np.isnan(a) | np.isnan(b), np.nan, np.where(a == b, 0.5, (a > b).astype(np.float64)))
+
+
+def win_rate(*groups: Values, crossed: bool = False) -> WinRate:
+    """The win rate with its 95 % interval (Student's t on the seeds' means).
+
+    Args:
+      *groups: ``[S, P]`` outcomes, or one array of them for each seed; NaN is left out. Of several groups (worlds) the
+        mean counts each group alike, and their variances add up, since they share no run.
+      crossed: every seed answered the same prompts, in this order; else each seed has its own.
+
+    Returns:
+      The rate; NaN of no seed.
+    """
+    rate, *ends, seeds, prompts, note = _interval(groups, crossed)
+    low, high = (None if end is None else min(max(end, 0.0), 1.0) for end in ends)
+    return WinRate(rate, low, high, seeds, prompts, note)
+
+
+def mean_interval(*groups: Values, crossed: bool = False) -> Mean:
+    """Any mean over seeds and prompts with its 95 % interval: as `win_rate`, of values of any size."""
+    return Mean(*_interval(groups, crossed))
+
+
+def difference_interval(first: Values, second: Values, *, crossed: bool = False) -> Mean:
+    """By how much `first` is above `second`, paired: seed by seed and, in a seed, prompt by prompt.
+
+    Args:
+      first: ``[S, P]`` values, or one array of them for each seed.
+      second: as many, of the same seeds and prompts in the same order.
+      crossed: as in `win_rate`.
+    """
+    pairs = [(np.asarray(a, np.float64), np.asarray(b, np.float64)) for a, b in zip(first, second, strict=True)]  # type: ignore[arg-type]
+    assert all(a.shape == b.shape for a, b in pairs), [(a.shape, b.shape) for a, b in pairs]
+    return mean_interval([a - b for a, b in pairs], crossed=crossed)
+
+
+def _interval(groups: Sequence[Values], crossed: bool) -> tuple[float, float | None, float | None, int, int, str]:
+    spreads = [_spread(group, crossed) for group in groups]
+    assert spreads, "no values"
+    mean = sum(spread.mean for spread in spreads) / len(spreads)
+    seeds, prompts = min(spread.seeds for spread in spreads), max(spread.prompts for spread in spreads)
+    if seeds < MIN_SEEDS:
+        note = f"{seeds} seed{'' if seeds == 1 else 's'}: too few for an interval"
+        return mean, None, None, seeds, prompts, note
+    parts = [(spread.variance / len(spreads) ** 2, spread.freedom) for spread in spreads]
+    variance = sum(part for part, _ in parts)
+    below = sum(part**2 / freedom for part, freedom in parts)
+    freedom = variance**2 / below if below else min(freedom for _, freedom in parts)
+    reach = float(stdtrit(freedom, 0.975)) * math.sqrt(variance)
+    return mean, mean - reach, mean + reach, seeds, prompts, ""
+
+
+def _spread(values: Values, crossed: bool) -> _Spread:
+    """Mean over seeds of means over prompts, its variance, and how much that variance is to be trusted."""
+    rows = [np.asarray(row, np.float64) for row in values]  # type: ignore[union-attr]
+    assert all(row.ndim == 1 for row in rows), [row.shape for row in rows]
+    rows = [row for row in rows if not np.isnan(row).all()]
+    if not rows:
+        return _Spread(math.nan, math.nan, math.nan, 0, 0)
+    means = np.array([np.nanmean(row) for row in rows])
+    prompts = max(int((~np.isnan(row)).sum()) for row in rows)
+    seeds, mean = len(rows), float(means.mean())
+    if seeds < MIN_SEEDS:
+        return _Spread(mean, math.nan, math.nan, seeds, prompts)
+    variance, freedom = float(means.var(ddof=1)) / seeds, float(seeds - 1)
+    if crossed:
+        assert len({len(row) for row in rows}) == 1, "the seeds have not the same prompts"
+        table = np.stack(rows)
+        table = table[:, ~np.isnan(table).any(axis=0)]
+        if table.shape[1] > 1:
+            variance, freedom = _with_prompts(table, variance, freedom)
+    return _Spread(mean, variance, freedom, seeds, prompts)
+
+
+def _with_prompts(table: np.ndarray, variance: float, freedom: float) -> tuple[float, float]:
+    """The variance that the prompts add to that of the seeds: ``(MS_prompt − MS_rest) / (S P)``, at least 0."""
+    seeds, prompts = table.shape
+    by_prompt = table.mean(axis=0)
+    rest = table - table.mean(axis=1, keepdims=True) - by_prompt + table.mean()
+    rest_freedom = (seeds - 1) * (prompts - 1)
+    of_prompt, of_rest = float(by_prompt.var(ddof=1)) / prompts, float((rest**2).sum()) / rest_freedom / table.size
+    total = variance + of_prompt - of_rest
+    if total <= variance:
+        return variance, freedom
+    below = variance**2 / freedom + of_prompt**2 / (prompts - 1) + of_rest**2 / rest_freedom
+    return total, total**2 / below

@@ -1,0 +1,163 @@
+"""What best-of-n writes: a row for each prompt as it is drawn, the winners as demonstrations, and the closing table."""
+
+import json
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxrm.algorithms.best_of_n import Best, kl_bound
+from jaxrm.data import tasks
+from jaxrm.data.prompts import PromptExample
+from jaxrm.data.records import Message
+from jaxrm.errors import UserError
+from jaxrm.experiment import Experiment
+from jaxrm.runtime.metrics import json_line
+from jaxrm.runtime.progress import print_table
+
+Row = dict[str, Any]
+
+
+def candidate_rows(
+    number: int,
+    examples: Sequence[PromptExample],
+    best: Best,
+    text: Callable[[np.ndarray], str],
+    end_ids: Iterable[int],
+    task: str | None,
+) -> list[Row]:
+    """A row of ``candidates.jsonl`` for each prompt of a batch.
+
+    Args:
+      number: of the batch, from 0.
+      examples: its prompts, without what fills it up.
+      best: what came of it, as NumPy arrays.
+      text: a response's ids as text.
+      end_ids: ids that end a response.
+      task: embedded task whose judge marks the responses, or None.
+    """
+    ends = list(end_ids)
+    rows = []
+    for i, example in enumerate(examples):
+        row: Row = {"step": number, "prompt": as_prompt(example.messages)}
+        rewards = [float(x) for x in best.candidate_rewards[i]]
+        for name, batch, reward in (("winner", best.responses, max(rewards)), ("first", best.first, rewards[0])):
+            ids = np.asarray(batch.responses[i][batch.response_mask[i]])
+            response = text(ids)
+            found: Row = {"response": response, "reward": reward, "length": len(ids)}
+            found["ended"] = bool(np.isin(ids, ends).any())
+            if task is not None:
+                found["judge"] = float(tasks.judge(task, example.messages, response))
+                found["behaviour"] = tasks.behaviour(task, example.messages, response)
+            row[name] = found
+        rows.append(row | {"rewards": rewards})
+    return rows
+
+
+def as_prompt(messages: Sequence[Message]) -> str | list[dict[str, str]]:
+    """A prompt as the readers take it: the text of a lone question, or all the messages."""
+    if [message.role for message in messages] == ["user"]:
+        return messages[0].content
+    return [{"role": message.role, "content": message.content} for message in messages]
+
+
+def lines_of(rows: Iterable[Row]) -> str:
+    """The rows as JSONL."""
+    return "".join(map(json_line, rows))
+
+
+def write_winners(target: Path, rows: Sequence[Row], config: Experiment) -> None:
+    """Write the winners as demonstrations, all at once, without those that nothing can be learnt from.
+
+    Raises:
+      UserError: where none is left.
+    """
+    kept = [row for row in rows if _is_kept(row, config)]
+    if not kept:
+        longest = config.rollout.sampling.max_new_tokens
+        raise UserError(
+            f"none of the {len(rows):,} winners has an end token within {longest} tokens, so there is nothing to learn "
+            f"from; give a policy that stops, or longer responses, e.g. --config.rollout.sampling.max_new_tokens="
+            f"{2 * longest}, or keep what was cut off, --config.best_of_n.keep_truncated=True"
+        )
+    part = target.with_name(f".{target.name}.tmp")
+    part.write_text("".join(json.dumps(_winner(row), ensure_ascii=False) + "\n" for row in kept), encoding="utf-8")
+    part.replace(target)
+
+
+def summary(rows: Sequence[Row], config: Experiment) -> dict[str, Any]:
+    """What ``evaluation.json`` holds: means over the prompts for one candidate and for the winner.
+
+    The candidate's reward is the mean of all n; what else is said of it is said of the first one.
+    """
+    n = config.best_of_n.n
+    sides: dict[str, dict[str, float]] = {}
+    for name, column in (("candidate", "first"), ("winner", "winner")):
+        found = [row[column] for row in rows]
+        means = {"reward": statistics.fmean(answer["reward"] for answer in found)}
+        if name == "candidate":
+            means["reward"] = statistics.fmean(reward for row in rows for reward in row["rewards"])
+        if all("judge" in answer for answer in found):
+            means["judge"] = statistics.fmean(answer["judge"] for answer in found)
+        keys = dict.fromkeys(key for answer in found for key in answer.get("behaviour", {}))
+        for key in keys:  # over the prompts that it applies to
+            means[key] = statistics.fmean(a["behaviour"][key] for a in found if key in a.get("behaviour", {}))
+        means["length"] = statistics.fmean(answer["length"] for answer in found)
+        means["ended"] = statistics.fmean(answer["ended"] for answer in found)
+        means["distinct"] = len({answer["response"] for answer in found}) / len(found)
+        sides[name] = means
+    return {
+        "prompts": len(rows),
+        "n": n,
+        "kind": config.reward.kind,
+        "kl_bound": kl_bound(n),
+        "not_the_first": statistics.fmean(row["rewards"][0] < max(row["rewards"]) for row in rows),
+        "all_equal": statistics.fmean(min(row["rewards"]) == max(row["rewards"]) for row in rows),
+        "winners": sum(_is_kept(row, config) for row in rows),
+        **sides,
+    }
+
+
+def print_summary(found: dict[str, Any], max_new_tokens: int) -> None:
+    """Print what `summary` found."""
+    n, prompts = found["n"], found["prompts"]
+    columns = ("candidate", "winner")
+    print_table(
+        f"Best of {n} by {found['kind']} rewards, {prompts:,} prompts",
+        ["mean", *columns],
+        [[_LABELS.get(name, name), *(found[side].get(name) for side in columns)] for name in found["candidate"]],
+    )
+    print(
+        f"KL of best-of-{n} to the policy: at most log n - (n - 1)/n = {found['kl_bound']:.3g} nats a response "
+        "(arXiv 2401.01879), a bound and no measurement."
+    )
+    if n > 1:
+        print(
+            f"Another than the first response won in {100 * found['not_the_first']:.1f} % of the prompts; in "
+            f"{100 * found['all_equal']:.1f} % all {n} had the same reward."
+        )
+    if dropped := prompts - found["winners"]:
+        print(f"{dropped:,} winners are no demonstrations: cut off after {max_new_tokens} tokens, or empty.")
+
+
+_LABELS = {"length": "length, tokens", "ended": "with an end token", "distinct": "distinct texts, share"}
+
+
+def _winner(row: Row) -> Row:
+    """A demonstration, with what is known of it beside."""
+    winner, rewards = row["winner"], row["rewards"]
+    spread = {
+        "mean": statistics.fmean(rewards),
+        "deviation": statistics.pstdev(rewards),
+        "lowest": min(rewards),
+        "highest": max(rewards),
+    }
+    about = {"response": winner["response"], "reward": winner["reward"], "rewards_of_candidates": spread}
+    return {"prompt": row["prompt"], **about} | {name: winner[name] for name in ("judge",) if name in winner}
+
+
+def _is_kept(row: Row, config: Experiment) -> bool:
+    winner = row["winner"]
+    return bool(winner["response"].strip()) and (config.best_of_n.keep_truncated or winner["ended"])

@@ -1,0 +1,287 @@
+"""The evaluation stage: a policy answers prompts, sampled and greedily, and its answers are measured.
+
+In the run's folder are ``answers.jsonl``, one row an answer, written whole when all are there, and
+``evaluation.json``, the means of each split and decoding.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxrm.algorithms import rollout, scoring
+from jaxrm.algorithms.best_of_n import best_of_n
+from jaxrm.data import tasks
+from jaxrm.data.prompts import PromptExample
+from jaxrm.data.templates import end_ids
+from jaxrm.data.tokenizer import load_tokenizer, token_texts
+from jaxrm.errors import UserError
+from jaxrm.experiment import MAY_DIFFER, Experiment
+from jaxrm.models import build
+from jaxrm.runtime import config as bridge
+from jaxrm.runtime import partition
+from jaxrm.runtime.mesh import build_mesh, check_batch
+from jaxrm.runtime.metrics import json_line, read_rows
+from jaxrm.runtime.progress import Progress, print_table
+from jaxrm.runtime.run_folder import check_run, open_run, write_json_atomically
+from jaxrm.stages import setup, weights
+from jaxrm.stages.corrections import check_judge
+from jaxrm.stages.policy_rewards import calibration_of, open_rewards, scorer
+from jaxrm.stages.prompts import check_judgeable, fixed_batches, load_prompts, prompt_width, transcript
+from jaxrm.stages.responses import response_text
+from jaxrm.types import ResponseBatch, TokenRewards
+
+ANSWERS = "answers.jsonl"
+
+Row = dict[str, Any]
+
+
+def run(config: Experiment) -> int:
+    """Run the stage, unless its answers are there.
+
+    Returns:
+      Exit status 0.
+
+    Raises:
+      UserError: for what the user can mend, before anything is written.
+    """
+    mesh = build_mesh(config.mesh)
+    _check(config, mesh)
+    resolved = bridge.as_dict(config)
+    check_run(config.run_dir, resolved, on_existing=config.on_existing, may_differ=MAY_DIFFER)
+    policy = setup.open_model(config.model, mesh)
+    build.check_length(policy.config, "config.data.max_length", config.data.max_length)
+    judge = config.evaluation.judge or (config.data.path if config.data.path.startswith(tasks.PREFIX) else None)
+    sampling, show = config.rollout.sampling, config.logging.progress
+
+    asked: dict[str, Sequence[PromptExample]] = {}
+    for split in config.answers.splits:
+        named = dataclasses.replace(config.data, eval_split=split) if split != "heldout" else config.data
+        with setup.task_files(named, config.seed, records="prompts") as data:
+            path = setup.tokenizer_path(data, config.model)
+            tokenizer = load_tokenizer(path)
+            load = functools.partial(load_prompts, data, tokenizer, max_new_tokens=sampling.max_new_tokens)
+            asked[split] = load(held_out=True, show_progress=show).examples
+            if split == config.answers.splits[0] and _has_rewards(config):
+                to_calibrate = load(held_out=False, show_progress=show).examples
+    setup.check_tokenizer(tokenizer, path, config.model, policy.config)
+    everyone = [example for examples in asked.values() for example in examples]
+    if _has_rewards(config):
+        everyone += to_calibrate
+    if judge is not None:
+        check_judgeable(everyone, judge, "config.evaluation.judge")
+    ends = tuple(sorted(end_ids(tokenizer, config.data.template)))
+    text = functools.partial(response_text, tokenizer, ends)
+    room = config.data.max_length - sampling.max_new_tokens
+    width = prompt_width(everyone, room, max(16, setup.row_multiple(mesh)))
+    weights.check_weights(policy.config, config.model)
+
+    folder = open_run(config.run_dir, resolved, on_existing=config.on_existing, may_differ=MAY_DIFFER)
+    print(folder.message)
+    target = folder.path / ANSWERS
+    if not target.exists():
+        first = functools.partial(weights.first_params, policy.config, shapes=policy.shapes, shardings=policy.shardings)
+        params, reference = first(config.model, key=jax.random.key(0)), None
+        if config.answers.reference is not None:
+            of_reference = dataclasses.replace(config.model, path=config.answers.reference)
+            reference = first(of_reference, key=jax.random.key(0))
+        rows = partition.batch_sharding(mesh)
+        respond = functools.partial(
+            rollout.build_respond,
+            policy.graphdef,
+            end_ids=ends,
+            params_sharding=policy.shardings,
+            batch_sharding=rows,
+            gather=config.rollout.gather,
+        )
+        programs = {"sampled": respond(sampling=sampling)}
+        programs["greedy"] = respond(sampling=dataclasses.replace(sampling, temperature=0.0, top_k=0, top_p=1.0))
+        key, calibration_key = jax.random.split(jax.random.key(config.seed))
+        score = None
+        if _has_rewards(config):
+            source, _ = open_rewards(config, mesh, tokenizer, everyone, text)
+            paid = scorer(config, mesh, policy, params if reference is None else reference, source)
+            draw = functools.partial(programs["sampled"], params if reference is None else reference)
+            calibration = calibration_of(config, mesh, to_calibrate, width, draw, paid, calibration_key, show)
+            score = functools.partial(paid, calibration)
+        read = _log_ratio(policy.graphdef, mesh, sampling.temperature) if reference is not None else None
+        found: list[Row] = []
+        total = len(config.answers.decodings) * sum(map(len, asked.values()))
+        with Progress("evaluate", total, unit="answers", enabled=show) as progress:
+            for split, examples in asked.items():
+                for number, decoding in enumerate(config.answers.decodings):
+                    answers = _answer(
+                        config,
+                        programs[decoding],
+                        score,
+                        params,
+                        fixed_batches(examples, config.data.batch_size, width, mesh),
+                        mesh,
+                        jax.random.fold_in(jax.random.fold_in(key, tuple(asked).index(split)), number),
+                        best_of=config.answers.best_of if decoding == "sampled" else 1,
+                        read=None
+                        if read is None or decoding == "greedy" or config.answers.best_of > 1
+                        else functools.partial(read, params, reference),
+                    )
+                    found += _rows(config, split, decoding, examples, answers, text, tokenizer, judge)
+                    progress.update(len(found))
+        _write(target, found)
+    found = read_rows(target)
+    report = _summary(found, judge)
+    write_json_atomically(folder.path / "evaluation.json", report)
+    names = list(dict.fromkeys(name for means in report.values() for name in means))
+    print_table(
+        f"Answers of {weights.name_of(config.model)}",
+        ["", *names],
+        [[name, *(means.get(column) for column in names)] for name, means in report.items()],
+    )
+    print(f"The answers are in {target}")
+    return 0
+
+
+@dataclass(frozen=True)
+class _Answers:
+    """Answers to a list of prompts, as NumPy arrays ``[N, T]`` and ``[N]``."""
+
+    tokens: np.ndarray
+    mask: np.ndarray
+    rewards: np.ndarray | None
+    log_ratio: np.ndarray | None
+
+
+def _answer(
+    config: Experiment,
+    respond: Callable[..., ResponseBatch],
+    score: Callable[[ResponseBatch], TokenRewards] | None,
+    params: Any,
+    batches: Sequence[tuple[jax.Array, jax.Array]],
+    mesh: Mesh,
+    key: jax.Array,
+    *,
+    best_of: int,
+    read: Callable[[ResponseBatch], jax.Array] | None,
+) -> _Answers:
+    whole = jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, PartitionSpec()))
+    parts: list[tuple[Any, ...]] = []
+    rewards: jax.Array | None
+    for number, (prompts, mask) in enumerate(batches):
+        of_batch = jax.random.fold_in(key, number)
+        if best_of > 1:
+            assert score is not None
+            best = best_of_n(respond, score, best_of)(params, prompts, mask, of_batch)
+            batch, rewards = best.responses, best.token_rewards.rewards
+        else:
+            batch = respond(params, prompts, mask, of_batch)
+            rewards = None if score is None else score(batch).rewards
+        ratio = None if read is None else read(batch)
+        parts.append(jax.device_get(whole((batch.responses, batch.response_mask, rewards, ratio))))
+
+    def joined(column: int) -> np.ndarray | None:
+        return None if parts[0][column] is None else np.concatenate([part[column] for part in parts])
+
+    tokens, kept = joined(0), joined(1)
+    assert tokens is not None and kept is not None
+    return _Answers(tokens, kept, joined(2), joined(3))
+
+
+def _log_ratio(graphdef: Any, mesh: Mesh, temperature: float) -> Callable[[Any, Any, ResponseBatch], jax.Array]:
+    """``(params, reference_params, batch) -> [B]``: log-ratio of a response, nats, at the sampling temperature."""
+    multiple = setup.row_multiple(mesh)
+
+    def read(params: Any, reference: Any, batch: ResponseBatch) -> jax.Array:
+        ours, theirs = (
+            scoring.response_statistics(
+                graphdef, one, batch, None, row_multiple=multiple, temperature=temperature
+            ).log_probs
+            for one in (params, reference)
+        )
+        return jnp.sum(jnp.where(batch.response_mask, ours - theirs, 0.0), axis=1)
+
+    return jax.jit(read)
+
+
+def _rows(
+    config: Experiment,
+    split: str,
+    decoding: str,
+    examples: Sequence[PromptExample],
+    answers: _Answers,
+    text: Callable[[np.ndarray], str],
+    tokenizer: Any,
+    judge: str | None,
+) -> list[Row]:
+    task, rows = None if judge is None else judge.removeprefix(tasks.PREFIX), []
+    for i, example in enumerate(examples):  # the last batch is filled up
+        ids = answers.tokens[i][answers.mask[i]]
+        response = text(ids)
+        row: Row = {"split": split, "decoding": decoding, "index": i, "prompt": transcript(example.messages)}
+        row |= {"response": response, "length": len(ids)}
+        row["kl"] = None if answers.log_ratio is None else float(answers.log_ratio[i])
+        if task is not None:
+            row["judge"] = tasks.judge(task, example.messages, response)
+            row["behaviour"] = tasks.behaviour(task, example.messages, response)
+        row["reward"] = None if answers.rewards is None else float(answers.rewards[i].sum())
+        if answers.rewards is not None and i < config.answers.token_rewards:
+            row["tokens"] = token_texts(tokenizer, [int(token) for token in ids])
+            row["rewards"] = [float(x) for x in answers.rewards[i][answers.mask[i]]]
+        rows.append(row)
+    return rows
+
+
+def _summary(rows: Sequence[Row], judge: str | None) -> dict[str, dict[str, float]]:
+    report: dict[str, dict[str, float]] = {}
+    for name in dict.fromkeys(f"{row['split']}, {row['decoding']}" for row in rows):
+        some = [row for row in rows if f"{row['split']}, {row['decoding']}" == name]
+        means = {}
+        for column in ("judge", "reward", "kl", "length"):
+            values = [row[column] for row in some if row.get(column) is not None]
+            if values:
+                means[column] = float(np.mean(values))
+        if judge is not None:
+            means |= tasks.mean_behaviour(judge.removeprefix(tasks.PREFIX), [row["behaviour"] for row in some])
+        report[name] = means
+    return report
+
+
+def _write(target: Path, rows: Sequence[Row]) -> None:
+    part = target.with_name(f".{target.name}.part")
+    part.write_text("".join(json_line(row) for row in rows), encoding="utf-8")
+    part.replace(target)
+
+
+def _has_rewards(config: Experiment) -> bool:
+    return config.reward.model is not None or config.reward.function is not None
+
+
+def _check(config: Experiment, mesh: Mesh) -> None:
+    """What can be said of the config alone."""
+    if config.model.path is None:
+        raise UserError(
+            "config.model.path is None; give the policy that is to answer, the folder of a run or published weights, "
+            "e.g. --config.model.path=runs/quickstart/sft"
+        )
+    if jax.process_count() > 1:
+        raise UserError("evaluating a policy is the work of one process; run it on one host")
+    known = tasks.SPLITS if config.data.path.startswith(tasks.PREFIX) else ("heldout",)
+    for split in config.answers.splits:
+        if split not in known:
+            raise UserError(
+                f"config.answers.splits has {split!r}; the prompts of {config.data.path} are {', '.join(known)}, "
+                "e.g. --config.answers.splits=heldout"
+            )
+    if config.answers.best_of > 1 and not _has_rewards(config):
+        raise UserError(
+            f"config.answers.best_of is {config.answers.best_of}, but config.reward has neither model nor function "
+            "that would say which is best; e.g. --config.reward.model=runs/quickstart/rm_seq2seq"
+        )
+    check_batch(mesh, "config.data.batch_size", config.data.batch_size, config.num_microbatches)
+    check_judge(config.evaluation.judge)
+    if weights.is_run(config.model.path):
+        weights.find_checkpoint(config.model.path, "config.model.path", weights.POLICIES)

@@ -1,0 +1,120 @@
+"""From the folders of a study's runs to its results.
+
+STUDY/results/
+  <world>/<arm>/seed<k>.jsonl   one row per answer to a test prompt
+  results.jsonl                 one row per world, arm, seed, split and decoding: means
+  curves.jsonl                  what was measured along the training of the final runs
+  selection.jsonl               each setting that was tried, with its score
+  agreement.jsonl               how each reward model ranks held-out pairs
+"""
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxrm.data import tasks
+from jaxrm.evaluation.document import write_atomically
+from jaxrm.runtime.metrics import json_line, read_rows
+from jaxrm.stages.evaluate import ANSWERS
+from jaxrm.study import PPO, Choice, Run, Setting, Study, axes, selection_run
+
+Row = dict[str, Any]
+
+
+def score_of(folder: Path) -> float | None:
+    """The mean mark of the exact judge on a run's prompts, sampled; None for a run that has none."""
+    return _of(_evaluation(folder), "judge")
+
+
+def collect(study: Study, folder: Path, done: Sequence[Run], choices: Mapping[tuple[str, str], Choice]) -> None:
+    """Write the results of the runs that are done; every file whole.
+
+    Args:
+      study: from `jaxrm.study.shrunk`.
+      folder: of the study.
+      done: its runs that are done.
+      choices: what came of choosing settings, by world and arm.
+    """
+    results, names = folder / "results", {run.name for run in done}
+    tidy: list[Row] = []
+    curves: list[Row] = []
+    selection: list[Row] = []
+    agreement: list[Row] = []
+    for world in study.worlds:
+        for arm in study.arms:
+            choice = choices[world, arm]
+            for seed in study.seeds:
+                answers = f"{world}/seed{seed}/answers/{arm.replace(':', '-')}"
+                where = {"world": world, "arm": arm, "seed": seed, **dict(choice.chosen or ())}
+                if answers in names:
+                    text = (folder / "runs" / answers / ANSWERS).read_text(encoding="utf-8")
+                    write_atomically(results / world / arm.replace(":", "-") / f"seed{seed}.jsonl", text)
+                    for name, means in _evaluation(folder / "runs" / answers).items():
+                        split, decoding = name.split(", ")
+                        tidy.append({**where, "split": split, "decoding": decoding, **means})
+                trained = f"{world}/seed{seed}/{arm.replace(':', '-')}"
+                if arm.startswith(PPO) and trained in names and choice.chosen is not None:
+                    curves += _curve(world, arm, seed, choice.chosen, folder / "runs" / trained)
+            selection += _selection(study, folder, world, arm, choice)
+        for seed in study.seeds:
+            for rm in ("rm_scalar", "rm_seq2seq"):
+                if f"{world}/seed{seed}/{rm}" in names:
+                    agreement += _agreement(world, seed, rm, folder / "runs" / world / f"seed{seed}" / rm)
+    for name, rows in (("results", tidy), ("curves", curves), ("selection", selection), ("agreement", agreement)):
+        write_atomically(results / f"{name}.jsonl", "".join(json_line(row) for row in rows))
+
+
+def _curve(world: str, arm: str, seed: int, chosen: Setting, run: Path) -> Iterable[Row]:
+    values = dict(chosen)
+    for row in read_rows(run / "metrics.jsonl"):
+        if "eval_judge" in row:
+            yield {
+                "world": world,
+                "arm": arm,
+                "seed": seed,
+                "beta": values.get("ppo.kl_coef"),
+                "lr": values.get("optimizer.lr"),
+                "step": row["step"],
+                **{name: row[f"eval_{name}"] for name in ("kl", "judge", "reward", "length")},
+                "behaviour": {key: row[f"eval_{key}"] for key in tasks.BEHAVIOURS[world] if f"eval_{key}" in row},
+            }
+
+
+def _selection(study: Study, folder: Path, world: str, arm: str, choice: Choice) -> Iterable[Row]:
+    if not axes(study, arm):
+        return
+    for setting in choice.scores:
+        for seed in study.selection_seeds:
+            run = folder / "runs" / selection_run(study, world, seed, arm, setting).name
+            found = _evaluation(run) if (run / "evaluation.json").exists() else {}
+            score, kl = _of(found, "judge"), _of(found, "kl")
+            yield {
+                "world": world,
+                "arm": arm,
+                "seed": seed,
+                "settings": {name.rsplit(".", 1)[-1]: value for name, value in setting},
+                "score": math.nan if score is None else score,
+                "kl": math.nan if kl is None else kl,
+                "chosen": setting == choice.chosen,
+                "at_edge": choice.at_edge,
+            }
+
+
+def _agreement(world: str, seed: int, rm: str, run: Path) -> Iterable[Row]:
+    found = _evaluation(run)
+    for kind in found.get("kinds", []):
+        shares = {way: kind[f"by_{name}"][0] for way, name in (("sum", "centered"), ("mean", "mean"))}
+        yield {"world": world, "rm": rm, "seed": seed, "kind": kind["kind"], **shares, "pairs": found["pairs"]}
+
+
+def _evaluation(run: Path) -> dict[str, Any]:
+    file = run / "evaluation.json"
+    return dict(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else {}
+
+
+def _of(evaluation: Mapping[str, Any], name: str) -> float | None:
+    """A mean after training of a PPO run, or of the sampled answers of an evaluation to the selection prompts."""
+    means = evaluation.get("after") or evaluation.get("selection, sampled") or {}
+    return None if means.get(name) is None else float(means[name])

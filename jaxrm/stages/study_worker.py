@@ -1,0 +1,84 @@
+"""A worker of a study: a process that is given runs, one after another, and says how each ended.
+
+    python -m jaxrm.stages.study_worker [CORE]
+
+A line of its input is a run, ``{"experiment": {...}, "log": "PATH"}``; the line that answers it is ``{"status": 0}``,
+or ``{"status": 2, "error": "..."}``. What the run prints goes to its log. Programs are compiled once for all workers:
+the study names a folder for them in the environment.
+"""
+
+import contextlib
+import gc
+import json
+import os
+import signal
+import sys
+import traceback
+from pathlib import Path
+from typing import IO, Any
+
+from jaxrm.errors import UserError
+
+
+def main(arguments: list[str]) -> int:
+    """Answer every line of the input."""
+    if arguments and hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {int(arguments[0])})  # before the first array, which makes the threads
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the study passes on what it is asked; a run asked twice would break
+    answers = os.fdopen(os.dup(1), "w")
+    sys.stdin.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
+    for line in sys.stdin:
+        answers.write(json.dumps(_answer(json.loads(line))) + "\n")
+        answers.flush()
+    return 0
+
+
+def _answer(task: dict[str, Any]) -> dict[str, Any]:
+    log = Path(task["log"])
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("a", encoding="utf-8", buffering=1) as file, _output_to(file):
+        try:
+            return {"status": _run(task["experiment"])}
+        except UserError as error:
+            print(f"jaxrm: {error}")
+            return {"status": 2, "error": str(error)}
+        except Exception as error:  # recorded by the study, which goes on with the others
+            traceback.print_exc(file=file)
+            return {"status": 1, "error": f"{type(error).__name__}: {error}"}
+
+
+def _run(experiment: dict[str, Any]) -> int:
+    import logging
+
+    import jax
+
+    from jaxrm.experiment import Experiment
+    from jaxrm.runtime import config as bridge
+    from jaxrm.stages.run import run_stage
+
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    try:
+        return run_stage(bridge.from_config_dict(Experiment, experiment))
+    finally:
+        gc.collect()
+        jax.clear_caches()
+
+
+@contextlib.contextmanager
+def _output_to(file: IO[str]) -> Any:
+    """Everything that is written to the standard output and error, by libraries too, to a file."""
+    kept = os.dup(1), os.dup(2)
+    sys.stdout.flush()
+    os.dup2(file.fileno(), 1)
+    os.dup2(file.fileno(), 2)
+    try:
+        with contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+            yield
+    finally:
+        for number, fd in enumerate(kept, 1):
+            os.dup2(fd, number)
+            os.close(fd)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
