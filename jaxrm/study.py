@@ -75,7 +75,7 @@ class Study:
     kl_coefs: tuple[float, ...] = (0.05, 0.2)
     learning_rates: tuple[float, ...] = (3e-4, 1e-3)
     dpo_betas: tuple[float, ...] = (0.1, 0.3)
-    extensions: int = 1
+    extensions: int = 3
     workers: int | None = None
     sft: Experiment = field(default_factory=lambda: Experiment(algorithm="sft"), metadata=WHOLE)
     pairs: Experiment = field(default_factory=lambda: Experiment(algorithm="sample_pairs"), metadata=WHOLE)

@@ -29,7 +29,7 @@ from jaxrm.runtime.preemption import EXIT_PREEMPTED, catch_signals
 from jaxrm.runtime.progress import format_seconds, format_value
 from jaxrm.runtime.run_folder import check_writable, checked_path, rename_aside, what_to_type, write_json_atomically
 from jaxrm.stages import study_collect, study_report
-from jaxrm.study import Run, Study
+from jaxrm.study import PPO, Run, Study
 
 _RECORD, _QUEUE = "study.json", "queue.jsonl"
 # What may change between launches: which runs there are, and how many at once, but not what any of them is.
@@ -112,9 +112,7 @@ def _open(config: Study) -> Path:
 
 def _work(study: Study, folder: Path, records: dict[str, dict[str, Any]]) -> int:
     """Keep the workers busy until nothing is left that can start; 0, or `EXIT_PREEMPTED`."""
-    started = time.monotonic()
     busy: dict[_Worker, str] = {}
-    done_before = len(records)
     with catch_signals() as stop, _workers(study, folder) as workers:
         idle = list(workers)
         while True:
@@ -145,7 +143,7 @@ def _work(study: Study, folder: Path, records: dict[str, dict[str, Any]]) -> int
                 row |= {} if score is None else {"score": score}
             append_row(folder / _QUEUE, row)
             records[name] = row
-            print(_line(study, row, runs, choices, records, started, done_before, len(workers)), flush=True)
+            print(_line(study, row, runs, choices, records, len(workers)), flush=True)
 
 
 def _line(
@@ -154,20 +152,33 @@ def _line(
     runs: Sequence[Run],
     choices: Mapping[tuple[str, str], studies.Choice],
     records: Mapping[str, Mapping[str, Any]],
-    started: float,
-    done_before: int,
     workers: int,
 ) -> str:
     """One line for a run that ended: how far the study is, what it was, and how long the rest may take."""
     # Of arms whose settings are not chosen yet the final runs are unknown, but not how many there will be.
-    unknown = 2 * len(study.seeds) * sum(choice.chosen is None for choice in choices.values())
-    total = len({run.name for run in runs} | set(records)) + unknown
-    done = len(records)
-    left = (total - done) * (time.monotonic() - started) / max(done - done_before, 1)
+    open_arms = [arm for (_, arm), choice in choices.items() if choice.chosen is None]
+    left = [run.name for run in runs if run.name not in records]
+    left += [name for arm in open_arms for _ in study.seeds for name in (f"//{arm}", "//answers")]
+    spent: dict[str, list[float]] = {}
+    for each in records.values():
+        spent.setdefault(_sort(each["name"]), []).append(each["seconds"])
+    every = [seconds for of_sort in spent.values() for seconds in of_sort]
+    known = {sort: sum(seconds) / len(seconds) for sort, seconds in spent.items()}
+    rest = sum(known.get(_sort(name), sum(every) / len(every)) for name in left) / workers
     said = f" · judge {format_value(row['score'])}" if row.get("score") is not None else ""
     said += f" · failed: {row['error']}" if row["state"] == "failed" else ""
-    about = f" · about {format_seconds(left)} left" if done < total else ""
-    return f"{done:,}/{total:,} {row['name']} in {format_seconds(row['seconds'])}{said}{about}"
+    about = f" · about {format_seconds(rest)} left" if left else ""
+    total = len(records) + len(left)
+    return f"{len(records):,}/{total:,} {row['name']} in {format_seconds(row['seconds'])}{said}{about}"
+
+
+def _sort(name: str) -> str:
+    """What takes about as long as what: all answers, all runs of PPO, and so on."""
+    parts = name.split("/")[2:]
+    if "answers" in parts:
+        return "answers"
+    what = parts[1] if parts[0] == "select" else parts[0]
+    return PPO if what.startswith(PPO) else what
 
 
 def _scores(records: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:

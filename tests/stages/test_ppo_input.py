@@ -349,7 +349,7 @@ def test_data_that_are_not_there_are_named_by_their_own_field(refuse, path):
     [
         (
             "seq2seq_rm",
-            "config.critic.path is 'seq2seq_rm', a run of seq2seq_rm; required a model of scalar_rm or sft or ppo or dpo; ",
+            "config.critic.path is 'seq2seq_rm', a run of seq2seq_rm; required a model of scalar_rm or sft or ppo or ",
             "--config.critic.path=runs/quickstart/rm_scalar",
         ),
         ("nowhere", "config.critic.path is 'nowhere', but nowhere has no run.json; ", "--config.critic.path=runs/"),
