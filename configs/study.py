@@ -44,7 +44,7 @@ def get_config() -> ConfigDict:
         num_steps=None,
         num_epochs=3.0,
         reward=RewardConfig(kind="scalar"),
-        data=DataConfig(max_length=256, batch_size=8, eval_share=0.1),
+        data=DataConfig(max_length=256, batch_size=4, eval_share=0.1),
         optimizer=OptimizerConfig(lr=1e-3, weight_decay=0.1),
     )
     prompts = DataConfig(max_length=60, batch_size=32, max_eval_records=256)
@@ -54,7 +54,7 @@ def get_config() -> ConfigDict:
         num_steps=48,
         data=prompts,
         rollout=RolloutConfig(sampling=SAMPLING),
-        ppo=PPOConfig(kl_coef=0.1),
+        ppo=PPOConfig(missing_end_penalty=1.0),
         critic=CriticConfig(optimizer=OptimizerConfig(lr=1e-3)),
         optimizer=OptimizerConfig(lr=1e-3),
         evaluation=EvaluationConfig(every=12, samples=8, sampling=SAMPLING),

@@ -94,6 +94,8 @@ class AnswersConfig:
       decodings: ``sampled``, as ``config.rollout.sampling`` says, and ``greedy``.
       best_of: responses that are drawn to each prompt and of which ``config.reward`` chooses the best; greedily there
         is but one.
+      draw: which draw of the answers this is: policies that are compared need different ones, lest they share their
+        luck.
       reference: folder of the run that the KL is measured to; None measures none.
       token_rewards: answers of each split and decoding that are kept with their token rewards, where there are any.
     """
@@ -101,6 +103,7 @@ class AnswersConfig:
     splits: tuple[str, ...] = ("heldout",)
     decodings: tuple[str, ...] = ("sampled", "greedy")
     best_of: int = 1
+    draw: int = 0
     reference: str | None = None
     token_rewards: int = 8
 
@@ -118,7 +121,7 @@ class AnswersConfig:
                     f"config.answers.decodings has {decoding!r}; use sampled, greedy or both, "
                     "e.g. --config.answers.decodings=sampled,greedy"
                 )
-        for name, least in (("best_of", 1), ("token_rewards", 0)):
+        for name, least in (("best_of", 1), ("draw", 0), ("token_rewards", 0)):
             if getattr(self, name) < least:
                 raise UserError(
                     f"config.answers.{name} is {getattr(self, name)}; it must be at least {least}, "

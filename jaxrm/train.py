@@ -5,8 +5,8 @@
 A stage of a pipeline has its fields under its name: --config.sft.optimizer.lr=1e-4. --config.stages=sft,pairs runs
 some of the stages. What is done is not run again.
 
-Exit status: 0 done; 2 something to mend, said in one line; 75 asked to stop (SIGTERM, Ctrl-C) and saved: the same
-command continues.
+Exit status: 0 done; 1 some runs of a study failed; 2 something to mend, said in one line; 75 asked to stop (SIGTERM,
+Ctrl-C) and saved: the same command continues.
 """
 
 import sys

@@ -103,7 +103,8 @@ def run(config: Experiment) -> int:
         )
         programs = {"sampled": respond(sampling=sampling)}
         programs["greedy"] = respond(sampling=dataclasses.replace(sampling, temperature=0.0, top_k=0, top_p=1.0))
-        key, calibration_key = jax.random.split(jax.random.key(config.seed))
+        calibration_key, key = jax.random.split(jax.random.key(config.seed))
+        key = jax.random.fold_in(key, config.answers.draw)
         score = None
         if _has_rewards(config):
             source, _ = open_rewards(config, mesh, tokenizer, everyone, text)
@@ -111,7 +112,7 @@ def run(config: Experiment) -> int:
             draw = functools.partial(programs["sampled"], params if reference is None else reference)
             calibration = calibration_of(config, mesh, to_calibrate, width, draw, paid, calibration_key, show)
             score = functools.partial(paid, calibration)
-        read = _log_ratio(policy.graphdef, mesh, sampling.temperature) if reference is not None else None
+        read = _log_ratio(policy.graphdef, mesh, sampling.temperature or 1.0) if reference is not None else None
         found: list[Row] = []
         total = len(config.answers.decodings) * sum(map(len, asked.values()))
         with Progress("evaluate", total, unit="answers", enabled=show) as progress:
@@ -241,7 +242,7 @@ def _summary(rows: Sequence[Row], judge: str | None) -> dict[str, dict[str, floa
         some = [row for row in rows if f"{row['split']}, {row['decoding']}" == name]
         means = {}
         for column in ("judge", "reward", "kl", "length"):
-            values = [row[column] for row in some if row.get(column) is not None]
+            values = [float(row[column]) for row in some if row.get(column) is not None]
             if values:
                 means[column] = float(np.mean(values))
         if judge is not None:

@@ -7,21 +7,15 @@ the next launch.
 """
 
 import dataclasses
+import fcntl
 import json
 import math
-import os
 import queue
-import signal
-import subprocess
-import sys
-import threading
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from jaxrm import study as studies
 from jaxrm.errors import UserError
 from jaxrm.runtime import config as bridge
 from jaxrm.runtime.metrics import append_row, read_rows
@@ -29,12 +23,25 @@ from jaxrm.runtime.preemption import EXIT_PREEMPTED, catch_signals
 from jaxrm.runtime.progress import format_seconds, format_value
 from jaxrm.runtime.run_folder import check_writable, checked_path, rename_aside, what_to_type, write_json_atomically
 from jaxrm.stages import study_collect, study_report
-from jaxrm.study import PPO, Run, Study
+from jaxrm.stages.study_workers import EXIT_FAILED, Ended, Worker, workers
+from jaxrm.study import PPO, Study, shrunk
+from jaxrm.study_runs import Run, folder_of, plan
+from jaxrm.tuning import Choice
 
 _RECORD, _QUEUE = "study.json", "queue.jsonl"
+_UNFINISHED = (f".{_RECORD}.tmp", ".lock")  # all that a launch killed before its study.json leaves behind
 # What may change between launches: which runs there are, and how many at once, but not what any of them is.
-_MAY_DIFFER = ("run_dir", "on_existing", "worlds", "arms", "seeds", "selection_seeds", "workers", "extensions")
-EXIT_FAILED = 1
+_MAY_DIFFER = (
+    "run_dir",
+    "on_existing",
+    "worlds",
+    "arms",
+    "seeds",
+    "selection_seeds",
+    "workers",
+    "extensions",
+    "tolerance",
+)
 
 
 def run(config: Study) -> int:
@@ -47,7 +54,12 @@ def run(config: Study) -> int:
       UserError: for a folder that holds another study, and says in what.
     """
     folder = _open(config)
-    study = studies.shrunk(dataclasses.replace(config, run_dir=str(folder)))
+    with _alone(folder):
+        return _run(config, folder)
+
+
+def _run(config: Study, folder: Path) -> int:
+    study = shrunk(dataclasses.replace(config, run_dir=str(folder)))
     records = {row["name"]: row for row in read_rows(folder / _QUEUE)}
     failed_before = [name for name, row in records.items() if row["state"] == "failed"]
     for name in failed_before:
@@ -55,12 +67,13 @@ def run(config: Study) -> int:
     if failed_before:
         print(f"{len(failed_before)} runs failed before and are tried again")
     status = _work(study, folder, records)
-    runs, choices = studies.plan(study, _scores(records))
-    study_collect.collect(study, folder, [run for run in runs if _state(records, run) == "done"], choices)
+    runs, choices = _planned(study, records)
+    done = {name for name, row in records.items() if row["state"] == "done"}
+    study_collect.collect(study, folder, [run for run in runs if run.name in done], choices)
     about = [("Folder", str(folder)), ("Worlds", ", ".join(study.worlds)), ("Policy", f"{study.size}")]
     about += [("Seeds", f"{len(study.seeds)}, settings chosen with {len(study.selection_seeds)} other")]
     about += [("Time of all runs", format_seconds(sum(row["seconds"] for row in records.values())))]
-    expected = [(world, arm, seed) for world in study.worlds for arm in study.arms for seed in study.seeds]
+    expected = [(world, folder_of(arm), seed) for world in study.worlds for arm in study.arms for seed in study.seeds]
     study_report.close(folder, about=about, expected=expected)
     failed = [row for row in records.values() if row["state"] == "failed"]
     for row in failed:
@@ -71,12 +84,26 @@ def run(config: Study) -> int:
     return status or (EXIT_FAILED if failed else 0)
 
 
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Refuse to work beside another launch of the same study."""
+    with (folder / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(
+                f"config.run_dir is {str(folder)!r}, where this study is running already; wait for it or stop it, "
+                f"or use another folder, e.g. --config.run_dir={folder}-2"
+            ) from error
+        yield
+
+
 def _open(config: Study) -> Path:
     """The folder of the study, with its record; refuses that of another study."""
     path = checked_path(config.run_dir)
     check_writable(path, config.run_dir)
     resolved = bridge.as_dict(config)
-    names = sorted(entry.name for entry in path.iterdir()) if path.exists() else []
+    names = sorted(entry.name for entry in path.iterdir() if entry.name not in _UNFINISHED) if path.exists() else []
     if names and _RECORD not in names and config.on_existing != "restart":
         raise UserError(
             f"config.run_dir is {config.run_dir!r}, which is no study but holds {names[0]!r}; required an empty or a "
@@ -112,11 +139,12 @@ def _open(config: Study) -> Path:
 
 def _work(study: Study, folder: Path, records: dict[str, dict[str, Any]]) -> int:
     """Keep the workers busy until nothing is left that can start; 0, or `EXIT_PREEMPTED`."""
-    busy: dict[_Worker, str] = {}
-    with catch_signals() as stop, _workers(study, folder) as workers:
-        idle = list(workers)
+    ended: queue.Queue[Ended] = queue.Queue()
+    busy: dict[Worker, str] = {}
+    with catch_signals() as stop, workers(study.workers, folder, ended) as every:
+        idle = list(every)
         while True:
-            runs, choices = studies.plan(study, _scores(records))
+            runs, _ = _planned(study, records)
             waiting = [
                 run
                 for run in runs
@@ -129,34 +157,52 @@ def _work(study: Study, folder: Path, records: dict[str, dict[str, Any]]) -> int
                 worker.start(next_run, _log(folder, next_run.name))
                 busy[worker] = next_run.name
             if not busy:
-                return EXIT_PREEMPTED if stop.requested and waiting else 0
-            ended = _next(workers, stop)
-            name = busy.pop(ended.worker)
-            idle.append(ended.worker)
-            if ended.status == EXIT_PREEMPTED:
+                return EXIT_PREEMPTED if waiting else 0
+            if stop.requested:
+                for worker in busy:
+                    worker.stop()
+            try:
+                one = ended.get(timeout=0.5)
+            except queue.Empty:
                 continue
-            row = {"name": name, "state": "failed" if ended.status else "done", "seconds": round(ended.seconds, 1)}
-            if ended.status:
-                row["error"] = ended.error
+            name = busy.pop(one.worker)
+            idle.append(one.worker)
+            if one.status == EXIT_PREEMPTED:
+                continue
+            row = {"name": name, "state": "failed" if one.status else "done", "seconds": round(one.seconds, 1)}
+            if one.status:
+                row["error"] = one.error
             else:
                 score = study_collect.score_of(folder / "runs" / name)
                 row |= {} if score is None else {"score": score}
             append_row(folder / _QUEUE, row)
             records[name] = row
-            print(_line(study, row, runs, choices, records, len(workers)), flush=True)
+            print(_line(study, row, *_planned(study, records), records, len(every)), flush=True)
+
+
+def _planned(study: Study, records: Mapping[str, Mapping[str, Any]]) -> tuple[list[Run], dict[tuple[str, str], Choice]]:
+    """The plan, in which what cannot run, since something that it needs failed, has failed too."""
+    scores = {name: float(row["score"]) for name, row in records.items() if row.get("score") is not None}
+    lost = {name for name, row in records.items() if row["state"] == "failed"}
+    while True:
+        runs, choices = plan(study, scores | dict.fromkeys(lost, math.nan))
+        more = {run.name for run in runs if lost & set(run.needs)} - lost
+        if not more:
+            return runs, choices
+        lost |= more
 
 
 def _line(
     study: Study,
     row: Mapping[str, Any],
     runs: Sequence[Run],
-    choices: Mapping[tuple[str, str], studies.Choice],
+    choices: Mapping[tuple[str, str], Choice],
     records: Mapping[str, Mapping[str, Any]],
-    workers: int,
+    worker_count: int,
 ) -> str:
     """One line for a run that ended: how far the study is, what it was, and how long the rest may take."""
     # Of arms whose settings are not chosen yet the final runs are unknown, but not how many there will be.
-    open_arms = [arm for (_, arm), choice in choices.items() if choice.chosen is None]
+    open_arms = [arm for (_, arm), choice in choices.items() if choice.wanted]
     left = [run.name for run in runs if run.name not in records]
     left += [name for arm in open_arms for _ in study.seeds for name in (f"//{arm}", "//answers")]
     spent: dict[str, list[float]] = {}
@@ -164,7 +210,7 @@ def _line(
         spent.setdefault(_sort(each["name"]), []).append(each["seconds"])
     every = [seconds for of_sort in spent.values() for seconds in of_sort]
     known = {sort: sum(seconds) / len(seconds) for sort, seconds in spent.items()}
-    rest = sum(known.get(_sort(name), sum(every) / len(every)) for name in left) / workers
+    rest = sum(known.get(_sort(name), sum(every) / len(every)) for name in left) / worker_count
     said = f" · judge {format_value(row['score'])}" if row.get("score") is not None else ""
     said += f" · failed: {row['error']}" if row["state"] == "failed" else ""
     about = f" · about {format_seconds(rest)} left" if left else ""
@@ -181,130 +227,5 @@ def _sort(name: str) -> str:
     return PPO if what.startswith(PPO) else what
 
 
-def _scores(records: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
-    return {
-        name: math.nan if row["state"] == "failed" else float(row["score"])
-        for name, row in records.items()
-        if row["state"] == "failed" or row.get("score") is not None
-    }
-
-
-def _state(records: Mapping[str, Mapping[str, Any]], run: Run) -> str:
-    return str(records.get(run.name, {}).get("state", "waiting"))
-
-
 def _log(folder: Path, name: str) -> Path:
     return folder / "logs" / f"{name}.log"
-
-
-# --- workers
-
-
-@dataclasses.dataclass(frozen=True)
-class _Ended:
-    worker: "_Worker"
-    status: int
-    error: str
-    seconds: float
-
-
-class _Worker:
-    """A process that runs one run at a time (`jaxrm.stages.study_worker`), and is replaced when it dies."""
-
-    def __init__(self, core: int | None, cache: Path, ended: "queue.Queue[_Ended]") -> None:
-        self._core, self._cache, self._ended = core, cache, ended
-        self._process: subprocess.Popen[str] | None = None
-
-    def start(self, run: Run, log: Path) -> None:
-        """Hand it a run; how that ends is put into the queue."""
-        if self._process is None or self._process.poll() is not None:
-            command = [sys.executable, "-m", "jaxrm.stages.study_worker"]
-            self._process = subprocess.Popen(
-                command + ([] if self._core is None else [str(self._core)]),
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                text=True,
-                encoding="utf-8",
-                env={
-                    **os.environ,
-                    "JAX_COMPILATION_CACHE_DIR": str(self._cache),
-                    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-                    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-                },
-            )
-        task = json.dumps({"experiment": bridge.as_dict(run.experiment), "log": str(log)})
-        threading.Thread(target=self._wait, args=(task,), daemon=True).start()
-
-    def terminate(self) -> None:
-        """Ask it to save what it is doing and to go."""
-        if self._process is not None and self._process.poll() is None:
-            self._process.send_signal(signal.SIGTERM)
-
-    def close(self) -> None:
-        """End it; it has nothing to do."""
-        if self._process is not None:
-            self.terminate()
-            self._process.communicate()
-
-    def _wait(self, task: str) -> None:
-        process, started = self._process, time.monotonic()
-        assert process is not None and process.stdin is not None and process.stdout is not None
-        try:
-            process.stdin.write(task + "\n")
-            process.stdin.flush()
-            line = process.stdout.readline()
-        except (OSError, ValueError):
-            line = ""
-        if line:
-            answer = json.loads(line)
-            status, error = int(answer["status"]), str(answer.get("error", f"exit status {answer['status']}"))
-        else:
-            code = process.wait()
-            asked = code == -signal.SIGTERM
-            status = EXIT_PREEMPTED if asked else EXIT_FAILED
-            error = f"its process died with exit status {code}" + (" (out of memory?)" if code == -9 else "")
-        self._ended.put(_Ended(self, status, error, time.monotonic() - started))
-
-
-@contextmanager
-def _workers(study: Study, folder: Path) -> Iterator[list[_Worker]]:
-    """The workers, not started yet, each on a core of its own where there are several."""
-    count = study.workers or (1 if _on_accelerator() else len(_cores()))
-    cores: Sequence[int | None] = [None] * count
-    if count > 1 and not _on_accelerator():
-        cores = [_cores()[i % len(_cores())] for i in range(count)]
-    ended: queue.Queue[_Ended] = queue.Queue()
-    workers = [_Worker(core, (folder / "compiled").resolve(), ended) for core in cores]
-    try:
-        yield workers
-    finally:
-        for worker in workers:
-            worker.close()
-
-
-def _next(workers: Sequence[_Worker], stop: Any) -> _Ended:
-    """The next run that ends; workers are asked to stop once that is wanted."""
-    told = False
-    while True:
-        if stop.requested and not told:
-            told = True
-            for worker in workers:
-                worker.terminate()
-        try:
-            return workers[0]._ended.get(timeout=0.5)
-        except queue.Empty:
-            continue
-
-
-def _cores() -> list[int]:
-    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
-
-
-def _on_accelerator() -> bool:
-    """Whether jax runs on one; asked in a process of its own, since asking takes hold of it."""
-    if os.environ.get("JAX_PLATFORMS") == "cpu":
-        return False
-    asked = [sys.executable, "-c", "import jax; print(jax.default_backend())"]
-    found = subprocess.run(asked, capture_output=True, text=True, check=False)
-    return found.stdout.strip() not in ("cpu", "")

@@ -10,6 +10,7 @@ STUDY/results/
 
 import json
 import math
+import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,9 @@ from jaxrm.data import tasks
 from jaxrm.evaluation.document import write_atomically
 from jaxrm.runtime.metrics import json_line, read_rows
 from jaxrm.stages.evaluate import ANSWERS
-from jaxrm.study import PPO, Choice, Run, Setting, Study, axes, selection_run
+from jaxrm.study import PPO, Study, axes
+from jaxrm.study_runs import Run, answers_name, folder_of, policy_name, selection_run
+from jaxrm.tuning import Choice
 
 Row = dict[str, Any]
 
@@ -29,7 +32,7 @@ def score_of(folder: Path) -> float | None:
 
 
 def collect(study: Study, folder: Path, done: Sequence[Run], choices: Mapping[tuple[str, str], Choice]) -> None:
-    """Write the results of the runs that are done; every file whole.
+    """Write the results of the runs that are done, all anew.
 
     Args:
       study: from `jaxrm.study.shrunk`.
@@ -37,48 +40,48 @@ def collect(study: Study, folder: Path, done: Sequence[Run], choices: Mapping[tu
       done: its runs that are done.
       choices: what came of choosing settings, by world and arm.
     """
-    results, names = folder / "results", {run.name for run in done}
-    tidy: list[Row] = []
-    curves: list[Row] = []
-    selection: list[Row] = []
-    agreement: list[Row] = []
+    results, part, names = folder / "results", folder / ".results.part", {run.name for run in done}
+    shutil.rmtree(part, ignore_errors=True)
+    rows: dict[str, list[Row]] = {"results": [], "curves": [], "selection": [], "agreement": []}
     for world in study.worlds:
         for arm in study.arms:
-            choice = choices[world, arm]
-            for seed in study.seeds:
-                answers = f"{world}/seed{seed}/answers/{arm.replace(':', '-')}"
-                where = {"world": world, "arm": arm, "seed": seed, **dict(choice.chosen or ())}
+            rows["selection"] += _selection(study, folder, world, arm, choices[world, arm])
+            chosen = choices[world, arm].chosen
+            for seed in study.seeds if chosen is not None else ():
+                where = {"world": world, "arm": folder_of(arm), "seed": seed}
+                answers = answers_name(world, seed, arm, chosen or ())
                 if answers in names:
                     text = (folder / "runs" / answers / ANSWERS).read_text(encoding="utf-8")
-                    write_atomically(results / world / arm.replace(":", "-") / f"seed{seed}.jsonl", text)
+                    write_atomically(part / world / folder_of(arm) / f"seed{seed}.jsonl", text)
                     for name, means in _evaluation(folder / "runs" / answers).items():
                         split, decoding = name.split(", ")
-                        tidy.append({**where, "split": split, "decoding": decoding, **means})
-                trained = f"{world}/seed{seed}/{arm.replace(':', '-')}"
-                if arm.startswith(PPO) and trained in names and choice.chosen is not None:
-                    curves += _curve(world, arm, seed, choice.chosen, folder / "runs" / trained)
-            selection += _selection(study, folder, world, arm, choice)
+                        rows["results"].append(
+                            {**where, **dict(chosen or ()), "split": split, "decoding": decoding, **means}
+                        )
+                policy = policy_name(world, seed, arm, chosen or ())
+                if arm.startswith(PPO) and policy in names:
+                    rows["curves"] += _curve(where, dict(chosen or ()), folder / "runs" / policy)
         for seed in study.seeds:
             for rm in ("rm_scalar", "rm_seq2seq"):
                 if f"{world}/seed{seed}/{rm}" in names:
-                    agreement += _agreement(world, seed, rm, folder / "runs" / world / f"seed{seed}" / rm)
-    for name, rows in (("results", tidy), ("curves", curves), ("selection", selection), ("agreement", agreement)):
-        write_atomically(results / f"{name}.jsonl", "".join(json_line(row) for row in rows))
+                    rows["agreement"] += _agreement(world, seed, rm, folder / "runs" / world / f"seed{seed}" / rm)
+    for file, found in rows.items():
+        write_atomically(part / f"{file}.jsonl", "".join(json_line(row) for row in found))
+    shutil.rmtree(results, ignore_errors=True)  # all of it can be made again from the runs
+    part.rename(results)
 
 
-def _curve(world: str, arm: str, seed: int, chosen: Setting, run: Path) -> Iterable[Row]:
-    values = dict(chosen)
+def _curve(where: Mapping[str, Any], chosen: Mapping[str, float], run: Path) -> Iterable[Row]:
     for row in read_rows(run / "metrics.jsonl"):
         if "eval_judge" in row:
+            behaviours = tasks.BEHAVIOURS[where["world"]]
             yield {
-                "world": world,
-                "arm": arm,
-                "seed": seed,
-                "beta": values.get("ppo.kl_coef"),
-                "lr": values.get("optimizer.lr"),
+                **where,
+                "beta": chosen.get("ppo.kl_coef"),
+                "lr": chosen.get("optimizer.lr"),
                 "step": row["step"],
                 **{name: row[f"eval_{name}"] for name in ("kl", "judge", "reward", "length")},
-                "behaviour": {key: row[f"eval_{key}"] for key in tasks.BEHAVIOURS[world] if f"eval_{key}" in row},
+                "behaviour": {key: row[f"eval_{key}"] for key in behaviours if f"eval_{key}" in row},
             }
 
 
@@ -92,7 +95,7 @@ def _selection(study: Study, folder: Path, world: str, arm: str, choice: Choice)
             score, kl = _of(found, "judge"), _of(found, "kl")
             yield {
                 "world": world,
-                "arm": arm,
+                "arm": folder_of(arm),
                 "seed": seed,
                 "settings": {name.rsplit(".", 1)[-1]: value for name, value in setting},
                 "score": math.nan if score is None else score,

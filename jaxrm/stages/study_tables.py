@@ -172,7 +172,7 @@ def settings_table(results: Results) -> list[Table]:
 
 
 def agreement_table(results: Results) -> list[Table]:
-    """The share of held-out pairs that each kind of reward ranks as the judge does."""
+    """The share of held-out pairs that each kind of reward ranks as the annotator labelled them."""
     by_kind: dict[tuple[str, str, str], list[Any]] = {}
     for row in results.agreement:
         by_kind.setdefault((row["world"], row["rm"], row["kind"]), []).append(row)

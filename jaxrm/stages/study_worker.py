@@ -13,6 +13,8 @@ import json
 import os
 import signal
 import sys
+import threading
+import time
 import traceback
 from pathlib import Path
 from typing import IO, Any
@@ -24,13 +26,20 @@ def main(arguments: list[str]) -> int:
     """Answer every line of the input."""
     if arguments and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {int(arguments[0])})  # before the first array, which makes the threads
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the study passes on what it is asked; a run asked twice would break
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     answers = os.fdopen(os.dup(1), "w")
-    sys.stdin.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
+    os.dup2(2, 1)  # what a library prints between runs is no answer
     for line in sys.stdin:
         answers.write(json.dumps(_answer(json.loads(line))) + "\n")
         answers.flush()
     return 0
+
+
+def _end_with(study: int) -> None:
+    """End this process when that of the study is gone, lest it work on beside the next one."""
+    while os.getppid() == study:
+        time.sleep(1.0)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _answer(task: dict[str, Any]) -> dict[str, Any]:

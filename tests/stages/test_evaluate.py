@@ -1,0 +1,58 @@
+"""What the evaluation of a policy refuses; tests/test_study.py runs it."""
+
+import dataclasses
+
+import pytest
+
+from jaxrm.algorithms.ppo_config import RolloutConfig
+from jaxrm.data.config import DataConfig
+from jaxrm.errors import UserError
+from jaxrm.experiment import AnswersConfig, Experiment
+from jaxrm.models.build import ModelSource
+from jaxrm.models.generate import SamplingConfig
+from jaxrm.stages import evaluate
+
+
+@pytest.fixture
+def config(tmp_path):
+    return Experiment(
+        algorithm="evaluate",
+        run_dir=str(tmp_path / "run"),
+        model=ModelSource(path=str(tmp_path / "nothing")),
+        data=DataConfig(path="task:safety", max_length=60, batch_size=8),
+        rollout=RolloutConfig(sampling=SamplingConfig(max_new_tokens=28)),
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"model": ModelSource()}, ("config.model.path is None", "--config.model.path=runs/quickstart/sft")),
+        ({"answers": AnswersConfig(splits=("tset",))}, ("config.answers.splits has 'tset'", "test_ood")),
+        ({"answers": AnswersConfig(best_of=4)}, ("config.answers.best_of is 4", "--config.reward.model=")),
+    ],
+)
+def test_what_cannot_be_evaluated_is_refused_before_anything_is_written(config, tmp_path, changes, words):
+    with pytest.raises(UserError) as error:
+        evaluate.run(dataclasses.replace(config, **changes))
+    assert all(word in str(error.value) for word in words), error.value
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "word"),
+    [("splits", (), "at least one"), ("decodings", ("beam",), "sampled, greedy"), ("best_of", 0, "at least 1")],
+)
+def test_answers_are_checked_by_field(field, value, word):
+    with pytest.raises(UserError, match=f"config.answers.{field}") as error:
+        AnswersConfig(**{field: value})
+    assert word in str(error.value)
+
+
+def test_a_split_that_a_task_has_not_is_named(config):
+    from jaxrm.stages import setup
+
+    data = dataclasses.replace(config.data, eval_split="validation")
+    has = r"config.data.eval_split is 'validation'; task:safety has train, heldout"
+    with pytest.raises(UserError, match=has), setup.task_files(data, 0, records="prompts"):
+        pass
