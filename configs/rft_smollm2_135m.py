@@ -39,7 +39,7 @@ def get_config() -> ConfigDict:
     sft = Experiment(
         num_steps=10,
         model=policy,
-        data=DataConfig(path="stage:winners/winners.jsonl", max_length=256, batch_size=4, eval_share=0.2),
+        data=DataConfig(path="stage:winners/winners.jsonl", max_length=256, batch_size=8, eval_share=0.2),
         optimizer=OptimizerConfig(lr=1e-5, warmup=0.1),
         evaluation=EvaluationConfig(every=10, sampling=sampling),
         logging=LoggingConfig(every=1),

@@ -140,10 +140,13 @@ def _to_select(study: Study, world: str, seed: int, arm: str, setting: Setting) 
 
 
 def _to_report(study: Study, world: str, seed: int, arm: str, setting: Setting) -> list[Run]:
-    """The runs that train an arm's policy, if it trains one, and let it answer the test prompts."""
+    """The runs that train an arm's policy, if it trains one, and let it answer the test prompts.
+
+    It answers the selection prompts too, on which the policies of PPO are watched in training.
+    """
     policy = _policy(study, world, seed, arm, setting, final=True)
     name, decodings = answers_name(world, seed, arm, setting), ("sampled", "greedy")[: 1 + (policy.best_of == 1)]
-    return [*policy.runs, _answers(study, world, seed, arm, policy, name, ("test", "test_ood"), decodings)]
+    return [*policy.runs, _answers(study, world, seed, arm, policy, name, ("selection", "test", "test_ood"), decodings)]
 
 
 def _policy(study: Study, world: str, seed: int, arm: str, setting: Setting, *, final: bool) -> _Policy:

@@ -140,7 +140,7 @@ def assert_same_run(run_dir, other):
 
 @pytest.mark.parametrize(
     ("algorithm", "signals"),
-    [("sft", [TERM, KILL, KILL, KILL]), ("seq2seq_rm", [TERM, KILL, KILL]), ("scalar_rm", [TERM, KILL, KILL])],
+    [("sft", [TERM, KILL, KILL]), ("seq2seq_rm", [TERM, KILL]), ("scalar_rm", [KILL, TERM])],
     ids=list(ALGORITHMS),
 )
 def test_a_stopped_run_ends_with_the_same_bits(environment, unbroken_run, tmp_path, algorithm, signals):

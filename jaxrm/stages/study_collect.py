@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jaxrm.algorithms.best_of_n import kl_bound
 from jaxrm.data import tasks
 from jaxrm.evaluation.document import write_atomically
 from jaxrm.runtime.metrics import json_line, read_rows
@@ -51,13 +52,20 @@ def collect(study: Study, folder: Path, done: Sequence[Run], choices: Mapping[tu
                 where = {"world": world, "arm": folder_of(arm), "seed": seed}
                 answers = answers_name(world, seed, arm, chosen or ())
                 if answers in names:
-                    text = (folder / "runs" / answers / ANSWERS).read_text(encoding="utf-8")
+                    given = [
+                        row for row in read_rows(folder / "runs" / answers / ANSWERS) if row["split"] != "selection"
+                    ]
+                    text = "".join(json_line(row) for row in given)
                     write_atomically(part / world / folder_of(arm) / f"seed{seed}.jsonl", text)
-                    for name, means in _evaluation(folder / "runs" / answers).items():
+                    means = _evaluation(folder / "runs" / answers)
+                    for name, of in means.items():
                         split, decoding = name.split(", ")
                         rows["results"].append(
-                            {**where, **dict(chosen or ()), "split": split, "decoding": decoding, **means}
+                            {**where, **dict(chosen or ()), "split": split, "decoding": decoding, **of}
                         )
+                    if not arm.startswith(PPO) and "selection, sampled" in means:
+                        best_of = study.best_of_n.best_of_n.n if arm.startswith("best_of_n") else 1
+                        rows["curves"].append(_point(where, dict(chosen or ()), means["selection, sampled"], best_of))
                 policy = policy_name(world, seed, arm, chosen or ())
                 if arm.startswith(PPO) and policy in names:
                     rows["curves"] += _curve(where, dict(chosen or ()), folder / "runs" / policy)
@@ -83,6 +91,22 @@ def _curve(where: Mapping[str, Any], chosen: Mapping[str, float], run: Path) -> 
                 **{name: row[f"eval_{name}"] for name in ("kl", "judge", "reward", "length")},
                 "behaviour": {key: row[f"eval_{key}"] for key in behaviours if f"eval_{key}" in row},
             }
+
+
+def _point(where: Mapping[str, Any], chosen: Mapping[str, float], means: Mapping[str, float], best_of: int) -> Row:
+    """Where an arm that is not watched in training ends; of the best of n the KL is an upper bound."""
+    behaviours = tasks.BEHAVIOURS[where["world"]]
+    return {
+        **where,
+        "beta": chosen.get("dpo.beta"),
+        "lr": chosen.get("optimizer.lr"),
+        "step": 0,
+        "kl": means["kl"] if best_of == 1 else kl_bound(best_of),
+        "judge": means["judge"],
+        "reward": means.get("reward", math.nan),
+        "length": means["length"],
+        "behaviour": {key: means[key] for key in behaviours if key in means},
+    }
 
 
 def _selection(study: Study, folder: Path, world: str, arm: str, choice: Choice) -> Iterable[Row]:

@@ -116,11 +116,17 @@ def arm_tables(results: Results, found: Sequence[Comparison]) -> list[Table]:
     return tables
 
 
+def watched_arms(results: Results, world: str) -> list[str]:
+    """The arms of which something was measured on the way; of the others only where they end."""
+    curves = {arm: runs for (where, arm), runs in results.curves.items() if where == world}
+    return in_order(arm for arm, runs in curves.items() if any(len(rows) > 1 for rows in runs.values()))
+
+
 def equal_kl_tables(results: Results) -> list[Table]:
     """Each PPO arm at the largest KL that all arms of a world reach, and at one that about half of them reach."""
     tables = []
     for world in results.worlds:
-        arms = in_order(arm for where, arm in results.curves if where == world)
+        arms = watched_arms(results, world)
         reaches = {arm: reach([_along(rows, "kl") for rows in results.curves[world, arm].values()]) for arm in arms}
         if not arms:
             continue
@@ -133,7 +139,7 @@ def along_table(results: Results, paths: Callable[[str, str, str], Any]) -> list
     """The judge along training against the reward, which shows what was over-optimised; `paths` gives mean paths."""
     rows: list[tuple[str | float | None, ...]] = []
     for world in results.worlds:
-        for arm in in_order(arm for where, arm in results.curves if where == world):
+        for arm in watched_arms(results, world):
             judge, reward = paths(world, arm, "judge"), paths(world, arm, "reward")
             if not judge.steps or not np.isfinite(judge.values).any():
                 continue
