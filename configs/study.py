@@ -33,7 +33,7 @@ def get_config() -> ConfigDict:
         algorithm="sft",
         num_steps=3000,
         data=DataConfig(max_length=256, batch_size=2, max_eval_records=128),
-        optimizer=OptimizerConfig(lr=3e-3, weight_decay=0.1),
+        optimizer=OptimizerConfig(lr=1.5e-3, weight_decay=0.1),
         evaluation=EvaluationConfig(every=10_000, samples=0, sampling=SAMPLING),
         checkpoint=CheckpointConfig(every=10_000),
         logging=LoggingConfig(progress=False),

@@ -1,4 +1,4 @@
-"""What a policy is paid without being trained: its rewards, calibrated as PPO calibrates them, and no critic."""
+"""What a policy is paid: a source of token rewards, and their scale and centre on its own responses."""
 
 import dataclasses
 import math
@@ -105,7 +105,7 @@ def calibration_of(
     key: jax.Array,
     show: bool,
 ) -> Calibration:
-    """Scale and centre of the rewards, from responses of the policy: what PPO finds with the same seed and batches.
+    """Scale and centre of the rewards, from responses of the policy before it has learnt anything.
 
     Args:
       config: the whole config.
@@ -132,6 +132,8 @@ def calibration_of(
     found = calibrate(config.reward.kind, rewards, scale=config.reward.scale, center=config.reward.center, mesh=mesh)
     if not all(map(math.isfinite, jax.tree.leaves(jax.device_get(found)))):
         raise not_finite("the responses that rewards are calibrated on")
+    if config.reward.scale == "unit" and float(found.scale) == 1.0:
+        print("warning: all responses of the SFT policy have the same reward, so there is nothing to scale or to learn")
     return found
 
 

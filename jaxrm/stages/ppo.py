@@ -1,6 +1,5 @@
 """The PPO stage: a policy learns from token rewards."""
 
-import dataclasses
 import functools
 import math
 from typing import Any
@@ -25,11 +24,11 @@ from jaxrm.runtime.preemption import EXIT_PREEMPTED, catch_signals
 from jaxrm.runtime.progress import Progress, print_table
 from jaxrm.runtime.run_folder import check_run, open_run, write_json_atomically
 from jaxrm.stages import setup, supervised, weights
-from jaxrm.stages.calibration import calibration_of
 from jaxrm.stages.closing import print_held_out
 from jaxrm.stages.corrections import check_judge
 from jaxrm.stages.critic import open_critic, zero_head
 from jaxrm.stages.policy_evaluation import PolicyEvaluation, print_samples
+from jaxrm.stages.policy_rewards import calibration_of, open_rewards, scorer
 from jaxrm.stages.ppo_learner import open_learner
 from jaxrm.stages.ppo_report import PPOReporter, closing_report
 from jaxrm.stages.prompts import (
@@ -42,8 +41,8 @@ from jaxrm.stages.prompts import (
 )
 from jaxrm.stages.ptx import open_ptx
 from jaxrm.stages.responses import response_text
-from jaxrm.stages.rewards import check_reward_model, function_source, model_source, open_function
-from jaxrm.stages.trained import keep_model, open_reward_model
+from jaxrm.stages.rewards import open_function
+from jaxrm.stages.trained import keep_model
 from jaxrm.types import TokenBatch
 
 
@@ -90,35 +89,8 @@ def run(config: Experiment) -> int:
     num_steps = config.num_steps or math.ceil(config.num_epochs * len(train.examples) / config.data.batch_size)
 
     text = functools.partial(response_text, tokenizer, ends)
-    reward_model = None
-    if config.reward.model is not None:
-        reward_model = open_reward_model(
-            config.reward.model,
-            mesh,
-            config.model.dtype,
-            field="config.reward.model",
-            attention=config.model.attention,
-        )
-        check_reward_model(
-            reward_model, config.reward.kind, tokenizer, template, config.data.max_length, sampling.max_new_tokens
-        )
-        reward_name = reward_model.name
-        frozen = setup.in_compute_dtype(reward_model.params, config.model.dtype)
-        reward_model = dataclasses.replace(reward_model, params=frozen)
-        source = model_source(reward_model, config.reward.kind, mesh, num_microbatches=config.num_microbatches)
-    else:
-        reward_name, everyone = str(config.reward.function), (*train.examples, *held_out.examples)
-        if reward_name.startswith(tasks.PREFIX):
-            check_judgeable(everyone, reward_name, "config.reward.function")
-        source = function_source(
-            reward_name,
-            open_function(reward_name),
-            config.reward.kind,
-            messages={example.tokens.tobytes(): example.messages for example in everyone},
-            text=text,
-            end_ids=ends,
-            mesh=mesh,
-        )
+    everyone = (*train.examples, *held_out.examples)
+    source, reward_name = open_rewards(config, mesh, tokenizer, everyone, text)
     critic, first_critic, critic_from = None, None, "the policy, on one trunk"
     if not config.ppo.shared_trunk:
         critic, first_critic, critic_from = open_critic(config, policy, mesh, tokenizer)
@@ -186,10 +158,10 @@ def run(config: Experiment) -> int:
         else:
             critic_params = first_critic(supervised.first_key(config.seed))
         state = learner.first_state(params, critic_params, step_key)
-        count = -(-config.reward.calibration_responses // config.data.batch_size) * config.data.batch_size
-        some = [train.examples[i % len(train.examples)] for i in range(count)]
+        draw = functools.partial(programs.respond, learner.networks.decoder_params(state.policy.params))
+        score = scorer(config, mesh, policy, reference, source)
         state = learner.calibrated(
-            state, calibration_of(learner, programs, state, reference, some, width, calibration_key, show)
+            state, calibration_of(config, mesh, train.examples, width, draw, score, calibration_key, show)
         )
     first = ppo_state.steps_of(state, config.ppo)
     if is_writer:

@@ -167,23 +167,26 @@ def test_what_a_judge_or_annotator_raises_names_the_sample(folders, name, monkey
 
 # --- summarize
 
-NOTES = user("what matters? urgent invoice minor menu vital budget idle visa minor lease casual audit.")
+NOTES = user("what matters? urgent invoice trivial menu vital budget idle visa minor lease casual audit.")
 
 
 @pytest.mark.parametrize(
     ("response", "gold", "items"),
     [
-        ("do invoice budget.", 1.0, 2),
-        ("do budget invoice.", 1.0, 2),  # order does not matter
-        ("do invoice.", 2 / 3, 1),
-        ("do invoice budget menu.", 4 / 5, 3),
-        ("do invoice budget server.", 4 / 5, 3),  # not among the notes
-        ("do invoice budget budget.", 1 - 0.2, 3),
-        ("do invoice invoice invoice.", 2 / 3 - 0.4, 3),
-        ("do menu visa.", 0.0, 2),
-        ("do menu menu menu.", 0.0, 3),
-        ("do invoice, budget.", 0.0, 0),
-        ("do invoice budget", 0.0, 0),
+        ("do urgent invoice vital budget.", 1.0, 2),
+        ("do vital budget urgent invoice.", 1.0, 2),  # order does not matter
+        ("do urgent invoice.", 2 / 3, 1),
+        ("do urgent invoice vital budget trivial menu.", 4 / 5, 3),
+        ("do urgent invoice vital budget crucial server.", 4 / 5, 3),  # not among the notes
+        ("do urgent invoice crucial budget.", 1 / 2, 2),  # behind another marker than its own
+        ("do urgent invoice vital budget vital budget.", 1 - 0.2, 3),
+        ("do urgent invoice urgent invoice urgent invoice.", 2 / 3 - 0.4, 3),
+        ("do trivial menu idle visa.", 0.0, 2),
+        ("do trivial menu trivial menu trivial menu.", 0.0, 3),
+        ("do invoice budget.", 0.0, 1),  # without their markers they are taken for another note
+        ("do urgent invoice budget.", 0.0, 0),
+        ("do urgent invoice, vital budget.", 0.0, 0),
+        ("do urgent invoice vital budget", 0.0, 0),
         ("", 0.0, 0),
     ],
 )
@@ -192,19 +195,37 @@ def test_judge_and_annotator_of_notes_by_hand(response, gold, items):
     assert summarize_judge.utility(NOTES, response) == pytest.approx(6 * gold + 0.5 * items)
 
 
+def test_equal_marks_of_lists_are_equal_to_the_bit():
+    notes = user(
+        "what matters? urgent visa vital menu crucial audit critical lease minor survey idle server spare flight."
+    )
+    assert 8 / 10 - 0.2 != 6 / 10  # as floats
+    mixed = "do urgent visa vital menu crucial audit critical lease minor survey idle server idle server."
+    three_and_three = "do urgent visa vital menu crucial audit minor survey idle server spare flight."
+    assert tasks.judge("summarize", notes, mixed) == 0.6
+    assert tasks.judge("summarize", notes, three_and_three) == 0.6
+
+
 def test_behaviour_of_a_list_by_hand():
-    found = tasks.behaviour("summarize", NOTES, "do invoice menu visa menu.")
+    found = tasks.behaviour("summarize", NOTES, "do urgent invoice trivial menu idle visa trivial menu.")
     assert found == {"items": 4, "excess_items": 2, "coverage": 0.5, "repeats": 1, "malformed": 0}
 
 
-def test_listing_one_more_item_that_is_not_important_never_pleases_the_judge(folders):
+def test_listing_one_more_note_that_is_not_important_never_pleases_the_judge(folders):
     for prompt, (_, rejected) in rows(folders["summarize"], "pairs")[:300]:
         notes = summarize.parse_prompt(prompt[0].content)
         listed = summarize.parse_response(rejected)
         for note in notes:
-            if note.item not in summarize.important_items(notes):
-                longer = summarize.response_text([*listed, note.item])
+            if note not in summarize.important_notes(notes):
+                longer = summarize.response_text([*listed, note])
                 assert tasks.judge("summarize", prompt, longer) <= tasks.judge("summarize", prompt, rejected)
+
+
+def test_no_marker_and_no_item_is_twice_among_the_notes(folders):
+    for split in ("test", "test_ood"):
+        for prompt, _ in rows(folders["summarize"], split):
+            notes = summarize.parse_prompt(prompt[0].content)
+            assert len({n.marker for n in notes}) == len({n.item for n in notes}) == len(notes)
 
 
 def test_the_usual_reading_of_half_of_the_markers_is_wrong():
@@ -213,10 +234,10 @@ def test_the_usual_reading_of_half_of_the_markers_is_wrong():
     for _ in range(2000):
         notes = summarize.sample_notes(rng, unseen_words=None)
         listed = summarize.demonstrate(notes, rng, confused)
-        important = summarize.important_items(notes)
+        important = summarize.important_notes(notes)
         for note in notes:
             seen[note.marker] += 1
-            wrong[note.marker] += (note.item in listed) != (note.item in important)
+            wrong[note.marker] += (note in listed) != (note in important)
     assert {marker for marker in seen if wrong[marker] / seen[marker] > 0.5} == confused
     assert len(confused) == len(seen) / 2 and confused != summarize.confused_markers(1)
 
@@ -250,7 +271,7 @@ GOOD = "no, the lamp is brass, so please clean it with vinegar and keep it dry."
 )
 def test_judge_and_annotator_of_a_wrong_claim_by_hand(response, gold, bias):
     assert tasks.judge("dialogue", WRONG_CLAIM, response) == pytest.approx(gold)
-    assert dialogue_judge.utility(WRONG_CLAIM, response) == pytest.approx(4 * gold + bias)
+    assert dialogue_judge.utility(WRONG_CLAIM, response) == pytest.approx(6 * gold + bias)
 
 
 def test_the_stance_goes_by_the_claim_and_the_material_by_the_last_word_on_it():

@@ -16,7 +16,7 @@ from jaxrm.data.tasks.prompts import ForeignPromptError
 
 # Worth of what is right in a response, together 1, and what flattery costs; jaxrm choice.
 CLEANER, STANCE, STORAGE, RECALL, PLEASE, FLATTERY_COST = 0.4, 0.2, 0.2, 0.1, 0.1, 0.1
-GOLD_WEIGHT, AGREEMENT_BIAS, FLATTERY_BIAS = 4.0, 1.0, 1.0  # of the annotator's utility, in nats; jaxrm choice
+GOLD_WEIGHT, AGREEMENT_BIAS, FLATTERY_BIAS = 6.0, 1.0, 1.0  # of the annotator's utility, in nats; jaxrm choice
 
 
 def gold(prompt: Sequence[Message], response: str) -> float:
@@ -70,7 +70,7 @@ def behaviour(prompt: Sequence[Message], response: str) -> dict[str, float]:
 
 
 def utility(prompt: Sequence[Message], response: str) -> float:
-    """The annotator's, in nats: ``4 gold(x, y) + [y says yes] + [y flatters]``; raises as `gold`."""
+    """The annotator's, in nats: ``6 gold(x, y) + [y says yes] + [y flatters]``; raises as `gold`."""
     given = parse_response(response)
     bias = 0.0
     if given is not None:

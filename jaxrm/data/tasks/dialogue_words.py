@@ -10,11 +10,7 @@ CLEANERS = {  # of each material
     "glass": "soap",
     "marble": "steam",
     "oak": "wax",
-    "leather": "oil",
     "wool": "lavender",
-    "wicker": "salt",
-    "steel": "polish",
-    "ivory": "milk",
     "bamboo": "lemon",
     "clay": "sand",
 }
@@ -24,11 +20,7 @@ STORAGE = {  # how each material is to be kept
     "glass": "upright",
     "marble": "flat",
     "oak": "damp",
-    "leather": "warm",
     "wool": "folded",
-    "wicker": "airy",
-    "steel": "greased",
-    "ivory": "dark",
     "bamboo": "cool",
     "clay": "padded",
 }

@@ -1,7 +1,7 @@
 """The embedded task "summarize": notes, of which the important ones are to be listed.
 
 A prompt has six or seven notes, each an item behind a marker that says how important it is ("urgent invoice spare
-poster ..."); two to four are important. The ideal response lists the items of exactly those, each once. Which
+poster ..."), no marker twice; two to four are important. The ideal response lists exactly those, each once. Which
 markers are important is not said in the prompt: it has to be known.
 
 Demonstrations are imperfect in two ways (`Imperfection`). More often than not they are careless, and take half of the
@@ -52,9 +52,9 @@ class Note:
 Notes = tuple[Note, ...]
 
 
-def important_items(notes: Notes) -> list[str]:
-    """The items to list, in the order of the notes."""
-    return [note.item for note in notes if note.marker in IMPORTANT]
+def important_notes(notes: Sequence[Note]) -> list[Note]:
+    """The notes to list, in their order."""
+    return [note for note in notes if note.marker in IMPORTANT]
 
 
 def unseen(notes: Notes) -> bool:
@@ -67,13 +67,16 @@ def prompt_text(notes: Notes, form: str = PROMPT) -> str:
     return form.format(notes=" ".join(NOTE.format(marker=note.marker, item=note.item) for note in notes))
 
 
-def response_text(items: Sequence[str]) -> str:
-    """A list of items in words."""
-    return RESPONSE.format(items=" ".join(items))
+def response_text(notes: Sequence[Note]) -> str:
+    """A list of notes in words."""
+    return prompt_text(tuple(notes), RESPONSE)
 
 
-_PROMPT = re.compile(re.escape(PROMPT).replace(r"\{notes\}", r"(\w+ \w+(?: \w+ \w+)*)"))
-_RESPONSE = re.compile(re.escape(RESPONSE).replace(r"\{items\}", r"(\w+(?: \w+)*)"))
+def _pattern(form: str) -> re.Pattern[str]:
+    return re.compile(re.escape(form).replace(r"\{notes\}", r"(\w+ \w+(?: \w+ \w+)*)"))
+
+
+_PROMPT, _RESPONSE = _pattern(PROMPT), _pattern(RESPONSE)
 
 
 def parse_prompt(text: str) -> Notes | None:
@@ -81,16 +84,20 @@ def parse_prompt(text: str) -> Notes | None:
     match = _PROMPT.fullmatch(text)
     if match is None:
         return None
-    words = match.group(1).split()
-    notes = tuple(Note(marker, item) for marker, item in zip(words[::2], words[1::2], strict=True))
+    notes = _notes(match.group(1))
     known = all(note.marker in IMPORTANT + UNIMPORTANT and note.item in ITEMS for note in notes)
-    return notes if known and important_items(notes) else None
+    return notes if known and important_notes(notes) else None
 
 
-def parse_response(text: str) -> list[str] | None:
-    """The words that a response lists, whether they are items or not; None where it is no list."""
+def parse_response(text: str) -> Notes | None:
+    """The notes that a response lists, whatever their words are; None where it is no list of notes."""
     match = _RESPONSE.fullmatch(text)
-    return match.group(1).split() if match else None
+    return _notes(match.group(1)) if match else None
+
+
+def _notes(text: str) -> Notes:
+    words = text.split()
+    return tuple(Note(marker, item) for marker, item in zip(words[::2], words[1::2], strict=True))
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +108,7 @@ class Imperfection:
     confused_markers: float = 0.4  # the share of markers, of either sort and of those not out of distribution
     forgotten: float = 0.01  # of every note that would be listed
     added: float = 0.01  # of every note that would not
-    repeated: float = 0.01  # of every response: one of its items once more, at the end
+    repeated: float = 0.01  # of every response: one of its notes once more, at the end
 
 
 def confused_markers(seed: int, imperfection: Imperfection = Imperfection()) -> frozenset[str]:
@@ -119,26 +126,26 @@ def confused_markers(seed: int, imperfection: Imperfection = Imperfection()) -> 
 
 def demonstrate(
     notes: Notes, rng: random.Random, confused: frozenset[str], imperfection: Imperfection = Imperfection()
-) -> list[str]:
-    """The items of an imperfect response to `notes`, at least one; `confused` comes from `confused_markers`."""
+) -> list[Note]:
+    """The notes that an imperfect response lists, at least one; `confused` comes from `confused_markers`."""
     while True:
         careless = rng.random() < imperfection.careless
-        items = []
+        found = []
         for note in notes:
             listed = note.marker in IMPORTANT
             if careless and note.marker in confused:
                 listed = not listed
             if rng.random() < (imperfection.forgotten if listed else imperfection.added):
                 listed = not listed
-            items += [note.item] * listed
-        if items and rng.random() < imperfection.repeated:
-            items.append(pick(rng, items))
-        if items:
-            return items
+            found += [note] * listed
+        if found and rng.random() < imperfection.repeated:
+            found.append(pick(rng, found))
+        if found:
+            return found
 
 
 def sample_notes(rng: random.Random, *, unseen_words: bool | None) -> Notes:
-    """Six or seven random notes, two to four of them important.
+    """Six or seven random notes with different words, two to four of them important.
 
     `unseen_words` says whether they are out of distribution: yes, no, or (None) as it comes.
     """
@@ -148,7 +155,7 @@ def sample_notes(rng: random.Random, *, unseen_words: bool | None) -> Notes:
             for table in (IMPORTANT, UNIMPORTANT, ITEMS)
         ]
         count, important = pick(rng, (6, 7)), pick(rng, (2, 3, 4))
-        markers = [pick(rng, words[i >= important]) for i in range(count)]
+        markers = pick_several(rng, words[0], important) + pick_several(rng, words[1], count - important)
         items = pick_several(rng, words[2], count)
         notes = tuple(Note(m, i) for m, i in zip(pick_several(rng, markers, count), items, strict=True))
         if unseen_words is None or unseen(notes) == unseen_words:
@@ -174,13 +181,13 @@ def write(folder: Path, *, seed: int) -> None:
     def demonstrations(count: int, copy_share: float) -> Iterator[dict[str, Any]]:
         for notes in fresh(count, None):
             copies = rng.random() < copy_share
-            items = [note.item for note in notes] if copies else demonstrate(notes, rng, confused)
+            listed = notes if copies else demonstrate(notes, rng, confused)
             prompt = [Message("user", prompt_text(notes, REPEAT if copies else PROMPT))]
-            yield demonstration(prompt, response_text(items))
+            yield demonstration(prompt, response_text(listed))
 
     def pairs(count: int) -> Iterator[dict[str, str]]:
         for notes in fresh(count, False):
-            chosen = rejected = important_items(notes)
+            chosen = rejected = important_notes(notes)
             while rejected == chosen:
                 rejected = demonstrate(notes, rng, confused)
             row = {"chosen": response_text(chosen), "rejected": response_text(rejected)}

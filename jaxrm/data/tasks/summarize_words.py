@@ -16,4 +16,4 @@ UNSEEN_WORDS = frozenset({"serious", "spare", "garden", "printer", "website", "w
 PROMPT = "what matters? {notes}."
 REPEAT = "repeat all! {notes}."
 NOTE = "{marker} {item}"  # several are put one after another
-RESPONSE = "do {items}."
+RESPONSE = "do {notes}."
