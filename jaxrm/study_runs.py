@@ -71,9 +71,7 @@ def base(study: Study, world: str, seed: int) -> list[Run]:
     start = _from(study, at + "sft", study.sft.model)
     found.append(_run(study, at + "pairs", study.pairs, seed, task, start, needs=(at + "sft",)))
     for name in ("rm_scalar", "rm_seq2seq"):
-        template = getattr(study, name)
-        if name == "rm_seq2seq":
-            template = _changed(template, "evaluation.judge", task)
+        template = _changed(getattr(study, name), "evaluation.judge", task)
         data = f"{_folder(study, at + 'pairs')}/pairs.jsonl"
         found.append(_run(study, at + name, template, seed, data, start, needs=(at + "pairs",)))
     return found

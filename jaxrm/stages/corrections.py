@@ -147,6 +147,12 @@ def judge_response(judge: str, record: PreferenceRecord, response: str) -> float
     return tasks.judge(judge.removeprefix(tasks.PREFIX), record.prompt, response)
 
 
+def judge_pairs(judge: str, records: Sequence[PreferenceRecord]) -> np.ndarray:
+    """Exact utilities ``[2, N]`` of the chosen and the rejected response of each record."""
+    sides = ([getattr(record, side) for record in records] for side in ("chosen", "rejected"))
+    return np.array([[judge_response(judge, *pair) for pair in zip(records, side, strict=True)] for side in sides])
+
+
 def print_corrections(
     corrector: Corrector,
     pairs: Sequence[TokenPair],

@@ -161,19 +161,30 @@ def metrics(sides: Sides, kind: str) -> dict[str, float]:
     return found
 
 
-def print_ranking(sides: Sides) -> list[dict[str, Any]]:
+def print_ranking(sides: Sides, marks: np.ndarray | None = None) -> list[dict[str, Any]]:
     """Print how each kind ranks the pairs; returns the table's numbers.
 
     PPO optimises the sum of token rewards after centring, so the verdict is by that. The residual's correlation with
     length is 0 by construction, since its line is fitted on these pairs.
+
+    Args:
+      sides: what the reward model says of the pairs.
+      marks: ``[2, N]`` exact utilities of both responses, or None. With them it is also said how often the centred sum
+        is higher for the response whose mark is higher, whichever was labelled chosen; pairs with equal marks are left
+        out.
     """
     rows, numbers = [], []
+    better = None if marks is None or (marks[0] == marks[1]).all() else np.argsort(-marks, axis=0, kind="stable")
     for kind, names in sides.items():
         found = {name: pair_accuracy(*names[name]) for name in ("centered", "sum", "mean")}
         correlation = length_correlation(names["sum"].ravel(), names["length"].ravel())
         shown = [f"{100 * p.accuracy:.1f} % [{100 * p.low:.1f}, {100 * p.high:.1f}]" for p in found.values()]
         if kind.startswith("scalar"):  # a score for the whole has no mean over tokens, and no centre
             shown = ["–", shown[1], "–"]
+        if better is not None and marks is not None:
+            ranked = np.take_along_axis(names["centered"], better, axis=0)[:, marks[0] != marks[1]]
+            found["judge"] = pair_accuracy(*ranked)
+            shown.append(f"{100 * found['judge'].accuracy:.1f} %")
         rows.append(
             [
                 kind,
@@ -193,7 +204,15 @@ def print_ranking(sides: Sides) -> list[dict[str, Any]]:
     count = next(iter(sides.values()))["sum"].shape[1]
     print_table(
         f"{count} held-out pairs: chosen above rejected, with 95 % intervals",
-        ["kind", "by centred sum", "by sum", "by mean", "length r", "so it"],
+        [
+            "kind",
+            "by centred sum",
+            "by sum",
+            "by mean",
+            *(["as the judge"] if better is not None else []),
+            "length r",
+            "so it",
+        ],
         rows,
     )
     return numbers

@@ -20,7 +20,7 @@ from jaxrm.runtime.progress import print_table
 from jaxrm.runtime.run_folder import check_run, open_run, write_json_atomically
 from jaxrm.stages import setup, supervised, weights
 from jaxrm.stages.closing import print_held_out
-from jaxrm.stages.corrections import Corrector, check_judge, check_room, print_corrections
+from jaxrm.stages.corrections import Corrector, check_judge, check_room, judge_pairs, print_corrections
 from jaxrm.stages.preferences import load_preferences, prepare
 from jaxrm.stages.reward_evaluation import (
     HeldOutPairs,
@@ -77,7 +77,9 @@ def run(config: Experiment) -> int:
         first_id=first_id,
     )
     corrected = scored[: config.evaluation.corrections] if is_seq2seq else []
-    check_judge(config.evaluation.judge, [held_out.records[pair.source] for pair in corrected])
+    judged = [held_out.records[pair.source] for pair in scored]
+    judge = config.evaluation.judge
+    check_judge(judge, judged)
     longest = config.evaluation.sampling.max_new_tokens
     check_room(
         decoder.config,
@@ -186,14 +188,15 @@ def run(config: Experiment) -> int:
         corrections = corrector, corrected, written
     if is_writer:
         print_held_out(folder)
-        report: dict[str, Any] = {"step": int(state.step), "pairs": len(scored), "kinds": print_ranking(sides)}
+        kinds = print_ranking(sides, None if judge is None else judge_pairs(judge, judged))
+        report: dict[str, Any] = {"step": int(state.step), "pairs": len(scored), "kinds": kinds}
         if is_seq2seq:
             report["divergence"] = print_divergence(sides)
         else:
             report["calibration"] = print_reliability(sides)
         if corrections is not None:
             report["corrections"] = print_corrections(
-                *corrections, held_out.records, judge=config.evaluation.judge, samples=config.evaluation.samples
+                *corrections, held_out.records, judge=judge, samples=config.evaluation.samples
             )
         write_json_atomically(folder.path / "evaluation.json", report)
         print(f"The run is in {folder.path}; these numbers are in {folder.path / 'evaluation.json'}")

@@ -132,7 +132,8 @@ def _selection(study: Study, folder: Path, world: str, arm: str, choice: Choice)
 def _agreement(world: str, seed: int, rm: str, run: Path) -> Iterable[Row]:
     found = _evaluation(run)
     for kind in found.get("kinds", []):
-        shares = {way: kind[f"by_{name}"][0] for way, name in (("sum", "centered"), ("mean", "mean"))}
+        ways = {"sum": "by_centered", "mean": "by_mean", "judge": "by_judge"}
+        shares = {way: kind[name][0] if name in kind else math.nan for way, name in ways.items()}
         yield {"world": world, "rm": rm, "seed": seed, "kind": kind["kind"], **shares, "pairs": found["pairs"]}
 
 

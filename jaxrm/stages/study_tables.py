@@ -187,13 +187,17 @@ def agreement_table(results: Results) -> list[Table]:
         key=lambda name: (name[0], name[1], in_order(f"ppo_{kind}" for *_, kind in by_kind).index(f"ppo_{name[2]}")),
     )
     means = {
-        way: [mean_interval([[number(row[way])] for row in by_kind[name]]) for name in names] for way in ("sum", "mean")
+        way: [mean_interval([[number(row.get(way))] for row in by_kind[name]]) for name in names]
+        for way in ("judge", "sum", "mean")
     }
-    columns = [_texts(means[way]) for way in ("sum", "mean")]
+    columns = [_texts(of_way) for of_way in means.values()]
     seeds = [len({row["seed"] for row in by_kind[name]}) for name in names]
     rows = [(*name, *cells) for name, *cells in zip(names, *columns, seeds, strict=True)]
-    note = "Share of held-out pairs that the reward ranks as they are labelled, by its sum or mean over a response. "
-    title, head = "Reward models: pairs ranked right", ("world", "model", "kind", "by sum", "by mean", "seeds")
+    note = "Share of held-out pairs whose response with the higher mark of the judge has the higher centred sum of "
+    note += "rewards; and of those where the one that the annotator chose has it, or the higher mean. At one half a "
+    note += "reward cannot rank, and says nothing about its arm. "
+    title = "Reward models: pairs ranked right"
+    head = ("world", "model", "kind", "as the judge", "as labelled", "as labelled, by mean", "seeds")
     return [Table(title, head, tuple(rows), note + _note(means["sum"]))] if rows else []
 
 
