@@ -29,7 +29,7 @@ from jaxrm.runtime.checkpoint import CheckpointConfig
 from jaxrm.runtime.mesh import MeshConfig, build_mesh
 from jaxrm.runtime.metrics import LoggingConfig, read_rows
 from jaxrm.runtime.optimizer import OptimizerConfig
-from jaxrm.stages import reward_model, sample_pairs, sft, supervised
+from jaxrm.stages import reward_evaluation, reward_model, sample_pairs, sft, supervised
 from jaxrm.stages.trained import open_checkpoint, open_reward_model
 
 SMALL = dataclasses.replace(
@@ -256,6 +256,19 @@ def check_kinds(report, kinds):
         )
         assert kind["verdict"] == expected
         assert -1 <= kind["length_correlation"] <= 1
+
+
+def test_kinds_are_held_against_the_exact_judge_whatever_the_labels_say(capsys):
+    sums = np.array([[3.0, 1.0, 5.0, 2.0], [2.0, 2.0, 1.0, 4.0]])
+    of_kind = dict.fromkeys(("sum", "mean", "centered"), sums) | {"length": np.ones_like(sums)}
+    marks = np.array([[0.5, 0.2, 0.1, 0.7], [0.4, 0.9, 0.6, 0.7]])  # the last pair is a tie, and is left out
+    (found,) = reward_evaluation.print_ranking({"literal": of_kind}, marks)
+    assert found["by_judge"][0] == pytest.approx(2 / 3) and found["by_sum"][0] == 0.5
+    assert "as the judge" in capsys.readouterr().out
+    (without,) = reward_evaluation.print_ranking({"literal": of_kind})
+    assert "by_judge" not in without and "as the judge" not in capsys.readouterr().out
+    (of_ties,) = reward_evaluation.print_ranking({"literal": of_kind}, np.ones_like(marks))
+    assert "by_judge" not in of_ties
 
 
 def test_the_report_of_a_seq2seq_reward_model_has_every_number(runs):

@@ -8,7 +8,6 @@ import html
 import importlib.resources
 import json
 import re
-from pathlib import Path
 from typing import Any
 
 
@@ -40,19 +39,6 @@ def fill(template: str, *, title: str, style: str, script: str, content: Any, **
     }
     # One pass, so that no text of the data is taken for a place.
     return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], template)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Writes `text` to `path`; the file is there whole or as it was. Missing folders are made."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.tmp")
-    try:
-        with unfinished.open("w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-        unfinished.replace(path)
-    except BaseException:
-        unfinished.unlink(missing_ok=True)
-        raise
 
 
 def _inert_json(content: Any) -> str:

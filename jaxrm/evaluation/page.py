@@ -6,8 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxrm.evaluation.document import fill, write_atomically
+from jaxrm.evaluation.document import fill
 from jaxrm.evaluation.document import part as _part
+from jaxrm.runtime.run_folder import write_text_atomically
 
 
 def write_page(
@@ -35,7 +36,7 @@ def write_page(
     content = {"title": title, "about": [list(line) for line in about], "records": [_record(each) for each in records]}
     script = _part("page_tokens.js") + _part("page_records.js") + _part("page_filters.js")
     page = fill(_part("page.html"), title=title, style=_part("page.css"), script=script, content=content)
-    write_atomically(Path(path), page)
+    write_text_atomically(Path(path), page)
 
 
 def _record(record: Mapping[str, Any]) -> dict[str, Any]:

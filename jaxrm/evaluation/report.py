@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from jaxrm.evaluation.charts import Curves, Series, draw_chart, number_text, slots
-from jaxrm.evaluation.document import fill, part, write_atomically
+from jaxrm.evaluation.document import fill, part
+from jaxrm.runtime.run_folder import write_text_atomically
 
 __all__ = ["Curves", "Example", "ExampleResponse", "Series", "Shaded", "Table", "write_report"]
 
@@ -123,7 +124,7 @@ def write_report(
         else "",
         examples=_section("examples", "Examples", part("report_examples.html")) if examples else "",
     )
-    write_atomically(Path(path), report)
+    write_text_atomically(Path(path), report)
 
 
 def _section(name: str, label: str, content: str) -> str:

@@ -11,11 +11,12 @@ import numpy as np
 from jaxrm.algorithms.best_of_n import Best, kl_bound
 from jaxrm.data import tasks
 from jaxrm.data.prompts import PromptExample
-from jaxrm.data.records import Message
+from jaxrm.data.tasks.prompts import prompt_field
 from jaxrm.errors import UserError
 from jaxrm.experiment import Experiment
 from jaxrm.runtime.metrics import json_line
 from jaxrm.runtime.progress import print_table
+from jaxrm.runtime.run_folder import write_text_atomically
 
 Row = dict[str, Any]
 
@@ -41,7 +42,7 @@ def candidate_rows(
     ends = list(end_ids)
     rows = []
     for i, example in enumerate(examples):
-        row: Row = {"step": number, "prompt": as_prompt(example.messages)}
+        row: Row = {"step": number, "prompt": prompt_field(example.messages)}
         rewards = [float(x) for x in best.candidate_rewards[i]]
         for name, batch, reward in (("winner", best.responses, max(rewards)), ("first", best.first, rewards[0])):
             ids = np.asarray(batch.responses[i][batch.response_mask[i]])
@@ -54,13 +55,6 @@ def candidate_rows(
             row[name] = found
         rows.append(row | {"rewards": rewards})
     return rows
-
-
-def as_prompt(messages: Sequence[Message]) -> str | list[dict[str, str]]:
-    """A prompt as the readers take it: the text of a lone question, or all the messages."""
-    if [message.role for message in messages] == ["user"]:
-        return messages[0].content
-    return [{"role": message.role, "content": message.content} for message in messages]
 
 
 def lines_of(rows: Iterable[Row]) -> str:
@@ -82,9 +76,7 @@ def write_winners(target: Path, rows: Sequence[Row], config: Experiment) -> None
             f"from; give a policy that stops, or longer responses, e.g. --config.rollout.sampling.max_new_tokens="
             f"{2 * longest}, or keep what was cut off, --config.best_of_n.keep_truncated=True"
         )
-    part = target.with_name(f".{target.name}.tmp")
-    part.write_text("".join(json.dumps(_winner(row), ensure_ascii=False) + "\n" for row in kept), encoding="utf-8")
-    part.replace(target)
+    write_text_atomically(target, "".join(json.dumps(_winner(row), ensure_ascii=False) + "\n" for row in kept))
 
 
 def summary(rows: Sequence[Row], config: Experiment) -> dict[str, Any]:

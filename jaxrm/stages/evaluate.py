@@ -8,7 +8,6 @@ import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -30,7 +29,7 @@ from jaxrm.runtime import partition
 from jaxrm.runtime.mesh import build_mesh, check_batch
 from jaxrm.runtime.metrics import json_line, read_rows
 from jaxrm.runtime.progress import Progress, print_table
-from jaxrm.runtime.run_folder import check_run, open_run, write_json_atomically
+from jaxrm.runtime.run_folder import check_run, open_run, write_json_atomically, write_text_atomically
 from jaxrm.stages import setup, weights
 from jaxrm.stages.corrections import check_judge
 from jaxrm.stages.policy_rewards import calibration_of, open_rewards, scorer
@@ -133,7 +132,7 @@ def run(config: Experiment) -> int:
                     )
                     found += _rows(config, split, decoding, examples, answers, text, tokenizer, judge)
                     progress.update(len(found))
-        _write(target, found)
+        write_text_atomically(target, "".join(map(json_line, found)))
     found = read_rows(target)
     report = _summary(found, judge)
     write_json_atomically(folder.path / "evaluation.json", report)
@@ -249,12 +248,6 @@ def _summary(rows: Sequence[Row], judge: str | None) -> dict[str, dict[str, floa
             means |= tasks.mean_behaviour(judge.removeprefix(tasks.PREFIX), [row["behaviour"] for row in some])
         report[name] = means
     return report
-
-
-def _write(target: Path, rows: Sequence[Row]) -> None:
-    part = target.with_name(f".{target.name}.part")
-    part.write_text("".join(json_line(row) for row in rows), encoding="utf-8")
-    part.replace(target)
 
 
 def _has_rewards(config: Experiment) -> bool:

@@ -23,7 +23,7 @@ from jaxrm.experiment import MAY_DIFFER, Experiment
 from jaxrm.runtime import config as bridge
 from jaxrm.runtime.mesh import build_mesh
 from jaxrm.runtime.progress import Progress, print_table
-from jaxrm.runtime.run_folder import check_run, open_run
+from jaxrm.runtime.run_folder import check_run, open_run, write_text_atomically
 from jaxrm.stages import setup
 from jaxrm.stages.responses import Responder, prompt_room
 from jaxrm.stages.trained import open_checkpoint
@@ -129,9 +129,7 @@ def _sample(
 
 
 def _write(target: Path, rows: Sequence[dict[str, Any]]) -> None:
-    part = target.with_name(f".{target.name}.part")
-    part.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    part.replace(target)
+    write_text_atomically(target, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def _print(rows: Sequence[PreferenceRecord], task: str, asked: int) -> None:

@@ -17,8 +17,8 @@ from typing import Any
 
 from jaxrm.algorithms.best_of_n import kl_bound
 from jaxrm.data import tasks
-from jaxrm.evaluation.document import write_atomically
 from jaxrm.runtime.metrics import json_line, read_rows
+from jaxrm.runtime.run_folder import write_text_atomically
 from jaxrm.stages.evaluate import ANSWERS
 from jaxrm.study import PPO, Study, axes
 from jaxrm.study_runs import Run, answers_name, folder_of, policy_name, selection_run
@@ -56,7 +56,7 @@ def collect(study: Study, folder: Path, done: Sequence[Run], choices: Mapping[tu
                         row for row in read_rows(folder / "runs" / answers / ANSWERS) if row["split"] != "selection"
                     ]
                     text = "".join(json_line(row) for row in given)
-                    write_atomically(part / world / folder_of(arm) / f"seed{seed}.jsonl", text)
+                    write_text_atomically(part / world / folder_of(arm) / f"seed{seed}.jsonl", text)
                     means = _evaluation(folder / "runs" / answers)
                     for name, of in means.items():
                         split, decoding = name.split(", ")
@@ -74,7 +74,7 @@ def collect(study: Study, folder: Path, done: Sequence[Run], choices: Mapping[tu
                 if f"{world}/seed{seed}/{rm}" in names:
                     rows["agreement"] += _agreement(world, seed, rm, folder / "runs" / world / f"seed{seed}" / rm)
     for file, found in rows.items():
-        write_atomically(part / f"{file}.jsonl", "".join(json_line(row) for row in found))
+        write_text_atomically(part / f"{file}.jsonl", "".join(json_line(row) for row in found))
     shutil.rmtree(results, ignore_errors=True)  # all of it can be made again from the runs
     part.rename(results)
 

@@ -13,7 +13,6 @@ import re
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,22 +20,8 @@ import numpy as np
 
 from jaxrm.errors import UserError
 from jaxrm.runtime.metrics import read_rows
+from jaxrm.study import ARMS
 
-ARMS = (
-    "sft",
-    "sft_chosen",
-    "best_of_n_*",
-    "rft_*",
-    "dpo",
-    "ppo_scalar",
-    "ppo_scalar_length_residual",
-    "ppo_literal",
-    "ppo_signed",
-    "ppo_prefix",
-    "ppo_soft",
-    "ppo_margin",
-    "ppo_contrast",
-)
 SPLITS = ("test", "test_ood")
 DECODINGS = ("sampled", "greedy")
 _SHOWN = {"test": 8, "test_ood": 4}  # prompts of each split whose answers are kept whole, as examples
@@ -125,7 +110,7 @@ class Results:
 
 
 def in_order(arms: Iterable[str]) -> list[str]:
-    """Arms in the order of `ARMS`, then others by name."""
+    """Arms in the order of `jaxrm.study.ARMS`, then others by name."""
     return sorted(dict.fromkeys(arms), key=lambda arm: (_place(arm), arm))
 
 
@@ -182,7 +167,7 @@ def _names(file: Path) -> tuple[str, str, int] | None:
 
 
 def _place(arm: str) -> int:
-    return next((n for n, pattern in enumerate(ARMS) if fnmatchcase(arm, pattern)), len(ARMS))
+    return ARMS.index(arm) if arm in ARMS else len(ARMS)
 
 
 def _read(path: Path, needed: Sequence[str]) -> list[dict[str, Any]]:

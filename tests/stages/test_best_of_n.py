@@ -17,6 +17,7 @@ from jaxrm.data import tasks
 from jaxrm.data.config import DataConfig
 from jaxrm.data.readers import read_records
 from jaxrm.data.records import DemonstrationRecord, Message
+from jaxrm.data.tasks.prompts import prompt_field
 from jaxrm.errors import UserError
 from jaxrm.experiment import EvaluationConfig, Experiment
 from jaxrm.models.build import ModelSource
@@ -25,7 +26,6 @@ from jaxrm.runtime.mesh import MeshConfig
 from jaxrm.runtime.metrics import LoggingConfig
 from jaxrm.runtime.preemption import EXIT_PREEMPTED
 from jaxrm.stages import best_of_n, sft
-from jaxrm.stages.best_of_n_report import as_prompt
 
 COUNT, N = 20, 3
 
@@ -177,9 +177,9 @@ def test_winners_that_were_cut_off_are_no_demonstrations(config):
 
 def test_a_conversation_is_written_as_messages_and_a_lone_question_as_text():
     turns = (Message("user", "a"), Message("assistant", "b"), Message("user", "c"))
-    assert as_prompt(turns[:1]) == "a"
-    assert as_prompt(turns)[1] == {"role": "assistant", "content": "b"} and len(as_prompt(turns)) == 3
-    assert as_prompt((Message("system", "be kind"),)) == [{"role": "system", "content": "be kind"}]
+    assert prompt_field(turns[:1]) == "a"
+    assert prompt_field(turns)[1] == {"role": "assistant", "content": "b"} and len(prompt_field(turns)) == 3
+    assert prompt_field((Message("system", "be kind"),)) == [{"role": "system", "content": "be kind"}]
 
 
 @pytest.mark.parametrize(

@@ -94,6 +94,7 @@ def write_study(folder, *, arms=SKILL, worlds=("safety", "summarize"), seeds=4, 
         for rm, kind in (("scalar", "scalar"), ("seq2seq", "literal"), ("seq2seq", "soft")):
             for seed in range(seeds):
                 found = {"sum": rng.normal(0.7, 0.02), "mean": rng.normal(0.65, 0.02), "pairs": 400}
+                found["judge"] = rng.normal(0.8, 0.02)
                 agreement.append({"world": world, "rm": rm, "seed": seed, "kind": kind, **found})
     for name, rows in (("curves", curves), ("selection", selection), ("agreement", agreement)):
         write(folder / "results" / f"{name}.jsonl", rows)
