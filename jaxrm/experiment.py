@@ -97,6 +97,8 @@ class AnswersConfig:
       draw: which draw of the answers this is: policies that are compared need different ones, lest they share their
         luck.
       reference: folder of the run that the KL is measured to; None measures none.
+      along: whether the first split is also answered, sampled, by the reference and with every checkpoint that is left
+        of the policy's run, which shows what training did to the policy on the way.
       token_rewards: answers of each split and decoding that are kept with their token rewards, where there are any.
     """
 
@@ -105,6 +107,7 @@ class AnswersConfig:
     best_of: int = 1
     draw: int = 0
     reference: str | None = None
+    along: bool = False
     token_rewards: int = 8
 
     def __post_init__(self) -> None:

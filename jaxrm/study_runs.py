@@ -144,7 +144,8 @@ def _to_report(study: Study, world: str, seed: int, arm: str, setting: Setting) 
     """
     policy = _policy(study, world, seed, arm, setting, final=True)
     name, decodings = answers_name(world, seed, arm, setting), ("sampled", "greedy")[: 1 + (policy.best_of == 1)]
-    return [*policy.runs, _answers(study, world, seed, arm, policy, name, ("selection", "test", "test_ood"), decodings)]
+    splits = ("selection", "test", "test_ood")
+    return [*policy.runs, _answers(study, world, seed, arm, policy, name, splits, decodings, along=watched(arm))]
 
 
 def _policy(study: Study, world: str, seed: int, arm: str, setting: Setting, *, final: bool) -> _Policy:
@@ -155,7 +156,7 @@ def _policy(study: Study, world: str, seed: int, arm: str, setting: Setting, *, 
         return _Policy((), at + "sft", study.evaluate.reward)
     if arm in ("sft_chosen", "dpo"):
         template = study.dpo if arm == "dpo" else study.imitation
-        run = _run(study, name, template, seed, pairs, start, setting, (at + "pairs",))
+        run = _run(study, name, _kept(template, final), seed, pairs, start, setting, (at + "pairs",))
         return _Policy((run,), name, study.evaluate.reward)
     if arm.startswith(PPO):
         kind = arm.removeprefix(PPO)
@@ -174,8 +175,18 @@ def _policy(study: Study, world: str, seed: int, arm: str, setting: Setting, *, 
     winners = f"{at}winners_{sort}"
     draw = _run(study, winners, template, seed, task, start, (), (at + "sft", rm))
     data = f"{_folder(study, winners)}/winners.jsonl"
-    run = _run(study, name, study.imitation, seed, data, start, setting, (winners,))
+    run = _run(study, name, _kept(study.imitation, final), seed, data, start, setting, (winners,))
     return _Policy((draw, run), name, study.evaluate.reward)
+
+
+def watched(arm: str) -> bool:
+    """Whether an arm's checkpoints are asked on the way; PPO watches itself, and the others train nothing."""
+    return arm in ("sft_chosen", "dpo") or arm.startswith("rft_")
+
+
+def _kept(template: Experiment, final: bool) -> Experiment:
+    """With the checkpoints of the way kept, where they are asked."""
+    return _changed(template, "checkpoint.every", 12, "checkpoint.keep", 8) if final else template
 
 
 def _answers(
@@ -187,6 +198,8 @@ def _answers(
     name: str,
     splits: tuple[str, ...],
     decodings: tuple[str, ...],
+    *,
+    along: bool = False,
 ) -> Run:
     """The run in which a policy answers prompts."""
     at = f"{world}/seed{seed}/"
@@ -197,6 +210,7 @@ def _answers(
         best_of=policy.best_of,
         draw=zlib.crc32(arm.encode()),
         reference=_folder(study, at + "sft"),
+        along=along,
     )
     template = dataclasses.replace(study.evaluate, answers=answers, reward=policy.reward)
     needs: tuple[str, ...] = (at + "sft", policy.name)

@@ -154,7 +154,7 @@ def smoke(tmp_path_factory):
         f"--config.run_dir={folder / 'run'}",
         "--config.preset=smoke",
         "--config.seeds=1",
-        "--config.arms=sft,ppo_my_kinds:doubt,ppo_no_such:kind",
+        "--config.arms=sft,sft_chosen,ppo_my_kinds:doubt,ppo_no_such:kind",
     ]
     environment = {"PYTHONPATH": f"{folder}{os.pathsep}{ROOT}"}
     return folder / "run", arguments, environment, launch(*arguments, **environment)
@@ -176,12 +176,19 @@ def test_a_small_study_runs_to_its_report(smoke):
     tidy = read_rows(folder / "results/results.jsonl")
     assert {(row["arm"], row["seed"]) for row in tidy} == {
         ("sft", 1),
+        ("sft_chosen", 1),
         ("ppo_my_kinds-doubt", 1),
     }
     curves = read_rows(folder / "results/curves.jsonl")
     assert {row["step"] for row in curves if row["arm"] == "ppo_my_kinds-doubt"} == {0, 2}
     assert all(abs(row["kl"]) < 1e-5 for row in curves if row["step"] == 0)
     assert [row["kl"] for row in curves if row["arm"] == "sft"] == [pytest.approx(0.0, abs=1e-5)]
+    start, end = (row for row in curves if row["arm"] == "sft_chosen")
+    assert (start["step"], end["step"]) == (0, 4) and end["kl"] > 1e-4 > abs(start["kl"])
+    (sampled,) = (
+        row for row in tidy if (row["arm"], row["split"], row["decoding"]) == ("sft_chosen", "selection", "sampled")
+    )
+    assert (end["judge"], end["kl"]) == (sampled["judge"], sampled["kl"])  # the last checkpoint is the policy
     assert "too few" in done.stdout and (folder / "report.html").stat().st_size > 10_000
 
 
@@ -197,7 +204,7 @@ def test_a_run_that_fails_is_recorded_with_its_error_and_the_others_go_on(smoke)
 def test_what_is_done_is_not_run_again_and_another_study_is_refused(smoke):
     folder, arguments, environment, _ = smoke
     before = {row["name"] for row in read_rows(folder / "queue.jsonl") if row["state"] == "done"}
-    again = launch(*arguments, "--config.arms=sft,ppo_my_kinds:doubt", **environment)
+    again = launch(*arguments, "--config.arms=sft,sft_chosen,ppo_my_kinds:doubt", **environment)
     assert again.returncode == 0, again.stderr[-2000:]
     lines = [json.loads(line)["name"] for line in (folder / "queue.jsonl").read_text().splitlines()]
     assert all(lines.count(name) == 1 for name in before)

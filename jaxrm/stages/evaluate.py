@@ -1,7 +1,8 @@
 """The evaluation stage: a policy answers prompts, sampled and greedily, and its answers are measured.
 
 In the run's folder are ``answers.jsonl``, one row an answer, written whole when all are there, and
-``evaluation.json``, the means of each split and decoding.
+``evaluation.json``, the means of each split and decoding; with ``config.answers.along`` also ``along.jsonl``, the means
+of each checkpoint.
 """
 
 import dataclasses
@@ -26,6 +27,7 @@ from jaxrm.experiment import MAY_DIFFER, Experiment
 from jaxrm.models import build
 from jaxrm.runtime import config as bridge
 from jaxrm.runtime import partition
+from jaxrm.runtime.checkpoint import Checkpoints
 from jaxrm.runtime.mesh import build_mesh, check_batch
 from jaxrm.runtime.metrics import json_line, read_rows
 from jaxrm.runtime.progress import Progress, print_table
@@ -37,7 +39,7 @@ from jaxrm.stages.prompts import check_judgeable, fixed_batches, load_prompts, p
 from jaxrm.stages.responses import response_text
 from jaxrm.types import ResponseBatch, TokenRewards
 
-ANSWERS = "answers.jsonl"
+ANSWERS, ALONG = "answers.jsonl", "along.jsonl"
 
 Row = dict[str, Any]
 
@@ -112,26 +114,41 @@ def run(config: Experiment) -> int:
             calibration = calibration_of(config, mesh, to_calibrate, width, draw, paid, calibration_key, show)
             score = functools.partial(paid, calibration)
         read = _log_ratio(policy.graphdef, mesh, sampling.temperature or 1.0) if reference is not None else None
+
+        def answered(params: Any, split: str, decoding: str) -> list[Row]:
+            of_split = jax.random.fold_in(key, tuple(asked).index(split))
+            answers = _answer(
+                config,
+                programs[decoding],
+                score,
+                params,
+                fixed_batches(asked[split], config.data.batch_size, width, mesh),
+                mesh,
+                jax.random.fold_in(of_split, config.answers.decodings.index(decoding)),
+                best_of=config.answers.best_of if decoding == "sampled" else 1,
+                read=None
+                if read is None or decoding == "greedy" or config.answers.best_of > 1
+                else functools.partial(read, params, reference),
+            )
+            return _rows(config, split, decoding, asked[split], answers, text, tokenizer, judge)
+
         found: list[Row] = []
-        total = len(config.answers.decodings) * sum(map(len, asked.values()))
+        steps = _steps(config)
+        first_split = config.answers.splits[0]
+        total = len(config.answers.decodings) * sum(map(len, asked.values())) + len(steps) * len(asked[first_split])
         with Progress("evaluate", total, unit="answers", enabled=show) as progress:
-            for split, examples in asked.items():
-                for number, decoding in enumerate(config.answers.decodings):
-                    answers = _answer(
-                        config,
-                        programs[decoding],
-                        score,
-                        params,
-                        fixed_batches(examples, config.data.batch_size, width, mesh),
-                        mesh,
-                        jax.random.fold_in(jax.random.fold_in(key, tuple(asked).index(split)), number),
-                        best_of=config.answers.best_of if decoding == "sampled" else 1,
-                        read=None
-                        if read is None or decoding == "greedy" or config.answers.best_of > 1
-                        else functools.partial(read, params, reference),
-                    )
-                    found += _rows(config, split, decoding, examples, answers, text, tokenizer, judge)
+            for split in asked:
+                for decoding in config.answers.decodings:
+                    found += answered(params, split, decoding)
                     progress.update(len(found))
+            if config.answers.along:
+                means = []
+                for number, (step, path) in enumerate(steps.items(), 1):
+                    then = first(dataclasses.replace(config.model, path=path), key=jax.random.key(0))
+                    rows_then = answered(then, first_split, "sampled")
+                    means.append({"step": step, **_means(rows_then, judge)})
+                    progress.update(len(found) + number * len(rows_then))
+                write_text_atomically(folder.path / ALONG, "".join(map(json_line, means)))
         write_text_atomically(target, "".join(map(json_line, found)))
     found = read_rows(target)
     report = _summary(found, judge)
@@ -238,16 +255,31 @@ def _rows(
 def _summary(rows: Sequence[Row], judge: str | None) -> dict[str, dict[str, float]]:
     report: dict[str, dict[str, float]] = {}
     for name in dict.fromkeys(f"{row['split']}, {row['decoding']}" for row in rows):
-        some = [row for row in rows if f"{row['split']}, {row['decoding']}" == name]
-        means = {}
-        for column in ("judge", "reward", "kl", "length"):
-            values = [float(row[column]) for row in some if row.get(column) is not None]
-            if values:
-                means[column] = float(np.mean(values))
-        if judge is not None:
-            means |= tasks.mean_behaviour(judge.removeprefix(tasks.PREFIX), [row["behaviour"] for row in some])
-        report[name] = means
+        report[name] = _means([row for row in rows if f"{row['split']}, {row['decoding']}" == name], judge)
     return report
+
+
+def _means(rows: Sequence[Row], judge: str | None) -> dict[str, float]:
+    means = {}
+    for column in ("judge", "reward", "kl", "length"):
+        values = [float(row[column]) for row in rows if row.get(column) is not None]
+        if values:
+            means[column] = float(np.mean(values))
+    if judge is not None:
+        means |= tasks.mean_behaviour(judge.removeprefix(tasks.PREFIX), [row["behaviour"] for row in rows])
+    return means
+
+
+def _steps(config: Experiment) -> dict[int, str]:
+    """The checkpoints that are asked on the way, by step, each as a path of weights; the reference is step 0."""
+    if not config.answers.along:
+        return {}
+    assert config.model.path is not None and config.answers.reference is not None
+    latest = weights.find_checkpoint(config.model.path, "config.model.path", weights.POLICIES)
+    checkpoints = Checkpoints(latest.folder.checkpoints, read_only=True)
+    steps = checkpoints.steps()
+    checkpoints.close()
+    return {0: config.answers.reference} | {step: str(latest.folder.checkpoints / str(step)) for step in steps}
 
 
 def _has_rewards(config: Experiment) -> bool:
@@ -274,6 +306,16 @@ def _check(config: Experiment, mesh: Mesh) -> None:
         raise UserError(
             f"config.answers.best_of is {config.answers.best_of}, but config.reward has neither model nor function "
             "that would say which is best; e.g. --config.reward.model=runs/quickstart/rm_seq2seq"
+        )
+    if config.answers.along and (config.answers.reference is None or "sampled" not in config.answers.decodings):
+        raise UserError(
+            "config.answers.along is True, which needs a config.answers.reference, where training began, and sampled "
+            "answers; e.g. --config.answers.reference=runs/quickstart/sft"
+        )
+    if config.answers.along and not weights.is_run(config.model.path):
+        raise UserError(
+            f"config.answers.along is True, but config.model.path is {config.model.path!r}, which is no run and has no "
+            "checkpoints; use --config.answers.along=False"
         )
     check_batch(mesh, "config.data.batch_size", config.data.batch_size, config.num_microbatches)
     check_judge(config.evaluation.judge)

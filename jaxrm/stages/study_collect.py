@@ -19,9 +19,9 @@ from jaxrm.algorithms.best_of_n import kl_bound
 from jaxrm.data import tasks
 from jaxrm.runtime.metrics import json_line, read_rows
 from jaxrm.runtime.run_folder import write_text_atomically
-from jaxrm.stages.evaluate import ANSWERS
+from jaxrm.stages.evaluate import ALONG, ANSWERS
 from jaxrm.study import PPO, Study, axes
-from jaxrm.study_runs import Run, answers_name, folder_of, policy_name, selection_run
+from jaxrm.study_runs import Run, answers_name, folder_of, policy_name, selection_run, watched
 from jaxrm.tuning import Choice
 
 Row = dict[str, Any]
@@ -63,9 +63,13 @@ def collect(study: Study, folder: Path, done: Sequence[Run], choices: Mapping[tu
                         rows["results"].append(
                             {**where, **dict(chosen or ()), "split": split, "decoding": decoding, **of}
                         )
-                    if not arm.startswith(PPO) and "selection, sampled" in means:
-                        best_of = study.best_of_n.best_of_n.n if arm.startswith("best_of_n") else 1
-                        rows["curves"].append(_point(where, dict(chosen or ()), means["selection, sampled"], best_of))
+                    if watched(arm):
+                        rows["curves"] += _along(where, dict(chosen or ()), folder / "runs" / answers)
+                    elif not arm.startswith(PPO) and "selection, sampled" in means:
+                        end = means["selection, sampled"]
+                        if arm.startswith("best_of_n"):
+                            end["kl"] = kl_bound(study.best_of_n.best_of_n.n)
+                        rows["curves"].append(_point(where, dict(chosen or ()), 0, end))
                 policy = policy_name(world, seed, arm, chosen or ())
                 if arm.startswith(PPO) and policy in names:
                     rows["curves"] += _curve(where, dict(chosen or ()), folder / "runs" / policy)
@@ -73,6 +77,7 @@ def collect(study: Study, folder: Path, done: Sequence[Run], choices: Mapping[tu
             for rm in ("rm_scalar", "rm_seq2seq"):
                 if f"{world}/seed{seed}/{rm}" in names:
                     rows["agreement"] += _agreement(world, seed, rm, folder / "runs" / world / f"seed{seed}" / rm)
+    rows["curves"] = _ends_together(rows["curves"])
     for file, found in rows.items():
         write_text_atomically(part / f"{file}.jsonl", "".join(json_line(row) for row in found))
     shutil.rmtree(results, ignore_errors=True)  # all of it can be made again from the runs
@@ -93,15 +98,36 @@ def _curve(where: Mapping[str, Any], chosen: Mapping[str, float], run: Path) -> 
             }
 
 
-def _point(where: Mapping[str, Any], chosen: Mapping[str, float], means: Mapping[str, float], best_of: int) -> Row:
-    """Where an arm that is not watched in training ends; of the best of n the KL is an upper bound."""
+def _along(where: Mapping[str, Any], chosen: Mapping[str, float], run: Path) -> Iterable[Row]:
+    return [_point(where, chosen, row["step"], row) for row in read_rows(run / ALONG)]
+
+
+def _ends_together(rows: Sequence[Row]) -> list[Row]:
+    """The last row of every arm and seed at the last step of the arm, so that ends are compared with ends.
+
+    Data differ in size from seed to seed, and with them the steps of a run.
+    """
+    last: dict[tuple[str, str, int | None], int] = {}
+    for row in rows:
+        for seed in (row["seed"], None):
+            name = row["world"], row["arm"], seed
+            last[name] = max(row["step"], last.get(name, 0))
+
+    def is_end(row: Row) -> bool:
+        return bool(row["step"] == last[row["world"], row["arm"], row["seed"]])
+
+    return [row | {"step": last[row["world"], row["arm"], None]} if is_end(row) else row for row in rows]
+
+
+def _point(where: Mapping[str, Any], chosen: Mapping[str, float], step: int, means: Mapping[str, float]) -> Row:
+    """What a policy gives that does not watch itself in training; of the best of n the KL is an upper bound."""
     behaviours = tasks.BEHAVIOURS[where["world"]]
     return {
         **where,
         "beta": chosen.get("dpo.beta"),
         "lr": chosen.get("optimizer.lr"),
-        "step": 0,
-        "kl": means["kl"] if best_of == 1 else kl_bound(best_of),
+        "step": step,
+        "kl": means["kl"],
         "judge": means["judge"],
         "reward": means.get("reward", math.nan),
         "length": means["length"],

@@ -67,7 +67,7 @@ def close(
 def curves(results: Results) -> list[Curves]:
     """For each world the mean over seeds of each arm: judge, length and key behaviour by KL, judge by reward.
 
-    Arms that are not watched in training have one point, where they end; that of best-of-n is at a bound of its KL.
+    Arms without training have one point; that of best-of-n is at a bound of its KL.
     """
     charts = []
     for world in results.worlds:
@@ -78,15 +78,16 @@ def curves(results: Results) -> list[Curves]:
         wanted = [("judge", "mean mark"), ("length", "tokens"), *([(key, "mean")] if key else [])]
         counts = {len(results.curves[world, arm]) for arm in arms}
         seeds = f"{min(counts)} to {max(counts)}" if len(counts) > 1 else f"{max(counts, default=0)}"
-        note = f"Mean over seeds ({seeds}) on the selection prompts, in the order of training. Of arms other than PPO "
-        note += "only where they end; of best-of-n at an upper bound of its KL."
+        note = f"Mean over seeds ({seeds}) on the selection prompts, in the order of training; "
+        note += "of best-of-n one point, at an upper bound of its KL."
         for name, unit in wanted:
             series = [_series(arm, _path(results, world, arm, name)) for arm in arms]
             charts.append(_chart(f"{world}: {name.replace('_', ' ')}", f"{_KL} ({world})", unit, series, note))
         series = []
         for arm in study_tables.watched_arms(results, world):
             judge, reward = (_path(results, world, arm, name) for name in ("judge", "reward"))
-            series.append(_series(arm, Along(judge.steps, reward.values, judge.values)))
+            if any(map(math.isfinite, reward.values)):  # DPO and imitation are paid nothing
+                series.append(_series(arm, Along(judge.steps, reward.values, judge.values)))
         label = f"reward of the arm's own model, calibrated ({world})"
         charts.append(_chart(f"{world}: judge against reward", label, "mean mark", series, note))
     return [chart for chart in charts if chart.series]

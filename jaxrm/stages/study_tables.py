@@ -123,7 +123,7 @@ def watched_arms(results: Results, world: str) -> list[str]:
 
 
 def equal_kl_tables(results: Results) -> list[Table]:
-    """Each PPO arm at the largest KL that all arms of a world reach, and at one that about half of them reach."""
+    """Each trained arm at the largest KL that all of a world reach, and at one that about half of them reach."""
     tables = []
     for world in results.worlds:
         arms = watched_arms(results, world)
@@ -145,7 +145,8 @@ def along_table(results: Results, paths: Callable[[str, str, str], Any]) -> list
                 continue
             best = int(np.nanargmax(judge.values))
             marks = (judge.values[0], judge.values[best], judge.kl[best], judge.values[-1], judge.kl[-1])
-            rows.append((f"{world}, {arm}", *marks, reward.values[0], reward.values[-1]))
+            paid = (reward.values[0], reward.values[-1]) if np.isfinite(reward.values).all() else (None, None)
+            rows.append((f"{world}, {arm}", *marks, *paid))
     columns = ("arm", "judge at first", "best", "KL there", "last", "KL there", "reward at first", "last")
     note = "Means over the seeds of the final runs, on the selection prompts. A last mark below the best one while the "
     note += "reward rises is over-optimisation."

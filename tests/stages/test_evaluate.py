@@ -30,6 +30,8 @@ def config(tmp_path):
         ({"model": ModelSource()}, ("config.model.path is None", "--config.model.path=runs/quickstart/sft")),
         ({"answers": AnswersConfig(splits=("tset",))}, ("config.answers.splits has 'tset'", "test_ood")),
         ({"answers": AnswersConfig(best_of=4)}, ("config.answers.best_of is 4", "--config.reward.model=")),
+        ({"answers": AnswersConfig(along=True)}, ("config.answers.along is True", "--config.answers.reference=")),
+        ({"answers": AnswersConfig(along=True, reference="sft")}, ("config.answers.along is True", "is no run")),
     ],
 )
 def test_what_cannot_be_evaluated_is_refused_before_anything_is_written(config, tmp_path, changes, words):
