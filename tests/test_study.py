@@ -12,9 +12,11 @@ from pathlib import Path
 import pytest
 
 from jaxrm.errors import UserError
+from jaxrm.experiment import Experiment
 from jaxrm.runtime.config import from_config_dict
 from jaxrm.runtime.config_file import load_config_file
 from jaxrm.runtime.metrics import read_rows
+from jaxrm.stages import evaluate
 from jaxrm.study import Study
 from jaxrm.study_runs import answers_name, plan
 from jaxrm.tuning import choose, setting_name
@@ -190,6 +192,21 @@ def test_a_small_study_runs_to_its_report(smoke):
     )
     assert (end["judge"], end["kl"]) == (sampled["judge"], sampled["kl"])  # the last checkpoint is the policy
     assert "too few" in done.stdout and (folder / "report.html").stat().st_size > 10_000
+
+
+def test_answers_of_a_policy_that_was_trained_anew_are_refused(smoke, capsys):
+    folder = smoke[0] / "runs/safety/seed1"
+    answers = json.loads((folder / "answers/sft/plain/run.json").read_text())["config"]
+    again = from_config_dict(Experiment, answers)
+    assert evaluate.run(again) == 0 and "selection, sampled" in capsys.readouterr().out
+    record = folder / "sft/run.json"
+    kept = record.read_text()
+    try:
+        record.write_text(json.dumps({**json.loads(kept), "launches": [{"started": "later"}]}))
+        with pytest.raises(UserError, match=r"which now is .*, of later; use --config\.on_existing=restart"):
+            evaluate.run(again)
+    finally:
+        record.write_text(kept)
 
 
 def test_a_run_that_fails_is_recorded_with_its_error_and_the_others_go_on(smoke):

@@ -7,21 +7,19 @@ of each checkpoint.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import json
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
-from jaxrm.algorithms import rollout, scoring
-from jaxrm.algorithms.best_of_n import best_of_n
+from jaxrm.algorithms import rollout
 from jaxrm.data import tasks
 from jaxrm.data.prompts import PromptExample
 from jaxrm.data.templates import end_ids
-from jaxrm.data.tokenizer import load_tokenizer, token_texts
+from jaxrm.data.tokenizer import load_tokenizer
 from jaxrm.errors import UserError
 from jaxrm.experiment import MAY_DIFFER, Experiment
 from jaxrm.models import build
@@ -33,15 +31,14 @@ from jaxrm.runtime.metrics import json_line, read_rows
 from jaxrm.runtime.progress import Progress, print_table
 from jaxrm.runtime.run_folder import check_run, open_run, write_json_atomically, write_text_atomically
 from jaxrm.stages import setup, weights
+from jaxrm.stages.answers import Row, answer_rows, draw_answers, log_ratio, means_of, summary
 from jaxrm.stages.corrections import check_judge
 from jaxrm.stages.policy_rewards import calibration_of, open_rewards, scorer
-from jaxrm.stages.prompts import check_judgeable, fixed_batches, load_prompts, prompt_width, transcript
+from jaxrm.stages.prompts import check_judgeable, fixed_batches, load_prompts, prompt_width
 from jaxrm.stages.responses import response_text
-from jaxrm.types import ResponseBatch, TokenRewards
 
 ANSWERS, ALONG = "answers.jsonl", "along.jsonl"
-
-Row = dict[str, Any]
+_ASKED = "asked.json"  # which policy answered, by which rewards: a folder may come to hold another run
 
 
 def run(config: Experiment) -> int:
@@ -87,6 +84,7 @@ def run(config: Experiment) -> int:
     folder = open_run(config.run_dir, resolved, on_existing=config.on_existing, may_differ=MAY_DIFFER)
     print(folder.message)
     target = folder.path / ANSWERS
+    _check_asked(folder.path / _ASKED, config, has_answers=target.exists())
     if not target.exists():
         first = functools.partial(weights.first_params, policy.config, shapes=policy.shapes, shardings=policy.shardings)
         params, reference = first(config.model, key=jax.random.key(0)), None
@@ -113,12 +111,11 @@ def run(config: Experiment) -> int:
             draw = functools.partial(programs["sampled"], params if reference is None else reference)
             calibration = calibration_of(config, mesh, to_calibrate, width, draw, paid, calibration_key, show)
             score = functools.partial(paid, calibration)
-        read = _log_ratio(policy.graphdef, mesh, sampling.temperature or 1.0) if reference is not None else None
+        read = log_ratio(policy.graphdef, mesh, sampling.temperature or 1.0) if reference is not None else None
 
         def answered(params: Any, split: str, decoding: str) -> list[Row]:
             of_split = jax.random.fold_in(key, tuple(asked).index(split))
-            answers = _answer(
-                config,
+            answers = draw_answers(
                 programs[decoding],
                 score,
                 params,
@@ -130,7 +127,16 @@ def run(config: Experiment) -> int:
                 if read is None or decoding == "greedy" or config.answers.best_of > 1
                 else functools.partial(read, params, reference),
             )
-            return _rows(config, split, decoding, asked[split], answers, text, tokenizer, judge)
+            return answer_rows(
+                split,
+                decoding,
+                asked[split],
+                answers,
+                text,
+                tokenizer,
+                judge,
+                token_rewards=config.answers.token_rewards,
+            )
 
         found: list[Row] = []
         steps = _steps(config)
@@ -146,12 +152,12 @@ def run(config: Experiment) -> int:
                 for number, (step, path) in enumerate(steps.items(), 1):
                     then = first(dataclasses.replace(config.model, path=path), key=jax.random.key(0))
                     rows_then = answered(then, first_split, "sampled")
-                    means.append({"step": step, **_means(rows_then, judge)})
+                    means.append({"step": step, **means_of(rows_then, judge)})
                     progress.update(len(found) + number * len(rows_then))
                 write_text_atomically(folder.path / ALONG, "".join(map(json_line, means)))
         write_text_atomically(target, "".join(map(json_line, found)))
     found = read_rows(target)
-    report = _summary(found, judge)
+    report = summary(found, judge)
     write_json_atomically(folder.path / "evaluation.json", report)
     names = list(dict.fromkeys(name for means in report.values() for name in means))
     print_table(
@@ -161,113 +167,6 @@ def run(config: Experiment) -> int:
     )
     print(f"The answers are in {target}")
     return 0
-
-
-@dataclass(frozen=True)
-class _Answers:
-    """Answers to a list of prompts, as NumPy arrays ``[N, T]`` and ``[N]``."""
-
-    tokens: np.ndarray
-    mask: np.ndarray
-    rewards: np.ndarray | None
-    log_ratio: np.ndarray | None
-
-
-def _answer(
-    config: Experiment,
-    respond: Callable[..., ResponseBatch],
-    score: Callable[[ResponseBatch], TokenRewards] | None,
-    params: Any,
-    batches: Sequence[tuple[jax.Array, jax.Array]],
-    mesh: Mesh,
-    key: jax.Array,
-    *,
-    best_of: int,
-    read: Callable[[ResponseBatch], jax.Array] | None,
-) -> _Answers:
-    whole = jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, PartitionSpec()))
-    parts: list[tuple[Any, ...]] = []
-    rewards: jax.Array | None
-    for number, (prompts, mask) in enumerate(batches):
-        of_batch = jax.random.fold_in(key, number)
-        if best_of > 1:
-            assert score is not None
-            best = best_of_n(respond, score, best_of)(params, prompts, mask, of_batch)
-            batch, rewards = best.responses, best.token_rewards.rewards
-        else:
-            batch = respond(params, prompts, mask, of_batch)
-            rewards = None if score is None else score(batch).rewards
-        ratio = None if read is None else read(batch)
-        parts.append(jax.device_get(whole((batch.responses, batch.response_mask, rewards, ratio))))
-
-    def joined(column: int) -> np.ndarray | None:
-        return None if parts[0][column] is None else np.concatenate([part[column] for part in parts])
-
-    tokens, kept = joined(0), joined(1)
-    assert tokens is not None and kept is not None
-    return _Answers(tokens, kept, joined(2), joined(3))
-
-
-def _log_ratio(graphdef: Any, mesh: Mesh, temperature: float) -> Callable[[Any, Any, ResponseBatch], jax.Array]:
-    """``(params, reference_params, batch) -> [B]``: log-ratio of a response, nats, at the sampling temperature."""
-    multiple = setup.row_multiple(mesh)
-
-    def read(params: Any, reference: Any, batch: ResponseBatch) -> jax.Array:
-        ours, theirs = (
-            scoring.response_statistics(
-                graphdef, one, batch, None, row_multiple=multiple, temperature=temperature
-            ).log_probs
-            for one in (params, reference)
-        )
-        return jnp.sum(jnp.where(batch.response_mask, ours - theirs, 0.0), axis=1)
-
-    return jax.jit(read)
-
-
-def _rows(
-    config: Experiment,
-    split: str,
-    decoding: str,
-    examples: Sequence[PromptExample],
-    answers: _Answers,
-    text: Callable[[np.ndarray], str],
-    tokenizer: Any,
-    judge: str | None,
-) -> list[Row]:
-    task, rows = None if judge is None else judge.removeprefix(tasks.PREFIX), []
-    for i, example in enumerate(examples):  # the last batch is filled up
-        ids = answers.tokens[i][answers.mask[i]]
-        response = text(ids)
-        row: Row = {"split": split, "decoding": decoding, "index": i, "prompt": transcript(example.messages)}
-        row |= {"response": response, "length": len(ids)}
-        row["kl"] = None if answers.log_ratio is None else float(answers.log_ratio[i])
-        if task is not None:
-            row["judge"] = tasks.judge(task, example.messages, response)
-            row["behaviour"] = tasks.behaviour(task, example.messages, response)
-        row["reward"] = None if answers.rewards is None else float(answers.rewards[i].sum())
-        if answers.rewards is not None and i < config.answers.token_rewards:
-            row["tokens"] = token_texts(tokenizer, [int(token) for token in ids])
-            row["rewards"] = [float(x) for x in answers.rewards[i][answers.mask[i]]]
-        rows.append(row)
-    return rows
-
-
-def _summary(rows: Sequence[Row], judge: str | None) -> dict[str, dict[str, float]]:
-    report: dict[str, dict[str, float]] = {}
-    for name in dict.fromkeys(f"{row['split']}, {row['decoding']}" for row in rows):
-        report[name] = _means([row for row in rows if f"{row['split']}, {row['decoding']}" == name], judge)
-    return report
-
-
-def _means(rows: Sequence[Row], judge: str | None) -> dict[str, float]:
-    means = {}
-    for column in ("judge", "reward", "kl", "length"):
-        values = [float(row[column]) for row in rows if row.get(column) is not None]
-        if values:
-            means[column] = float(np.mean(values))
-    if judge is not None:
-        means |= tasks.mean_behaviour(judge.removeprefix(tasks.PREFIX), [row["behaviour"] for row in rows])
-    return means
 
 
 def _steps(config: Experiment) -> dict[int, str]:
@@ -280,6 +179,22 @@ def _steps(config: Experiment) -> dict[int, str]:
     steps = checkpoints.steps()
     checkpoints.close()
     return {0: config.answers.reference} | {step: str(latest.folder.checkpoints / str(step)) for step in steps}
+
+
+def _check_asked(file: Path, config: Experiment, *, has_answers: bool) -> None:
+    """Refuse answers of what a path named before and names no more; keep what is asked now."""
+    paths = {"config.model.path": config.model.path, "config.reward.model": config.reward.model}
+    asked = {field: weights.identity_of(path) for field, path in paths.items() if path is not None}
+    if has_answers and file.exists():
+        before = json.loads(file.read_text(encoding="utf-8"))
+        for field, now in asked.items():
+            if before.get(field, now) != now:
+                raise UserError(
+                    f"{file.parent} holds the answers for {field} as it was, {before[field]}, which now is {now}; "
+                    "use --config.on_existing=restart to put them aside and ask anew, or another --config.run_dir"
+                )
+    elif not has_answers:
+        write_json_atomically(file, asked)
 
 
 def _has_rewards(config: Experiment) -> bool:
