@@ -264,12 +264,11 @@ def build_score_step(
             (batch, reference)
         )
 
-    jitted = jax.jit(
+    return jax.jit(
         step,
         in_shardings=(params_sharding, None, batch_sharding, batch_sharding),
         out_shardings=output_sharding,
     )
-    return lambda params, calibration, batch, reference=None: jitted(params, calibration, batch, reference)
 
 
 def as_token_rewards(

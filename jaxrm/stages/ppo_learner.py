@@ -61,8 +61,10 @@ class Learner:
     def shardings(self) -> PPOState:
         """Where each array of the state lies."""
         feedback = jax.tree.map(lambda _: self.copied, _first_feedback(self.config, token_rewards.uncalibrated()))
-        policy = self._state_shardings(self.policy, self.policy_optimizer)
-        critic = None if self.critic is None else self._state_shardings(self.critic, self.critic_optimizer)
+        policy = setup.state_shardings(self.policy, self.policy_optimizer, self.mesh)
+        critic = None
+        if self.critic is not None:
+            critic = setup.state_shardings(self.critic, self.critic_optimizer, self.mesh)
         return PPOState(policy, critic, feedback, feedback.calibration)
 
     @property
@@ -152,10 +154,6 @@ class Learner:
         made = None if self.critic is None else create(critic, self.critic_optimizer, key)
         feedback = _first_feedback(self.config, calibration)
         return PPOState(create(policy, self.policy_optimizer, key), made, feedback, calibration)
-
-    def _state_shardings(self, model: OpenedModel, optimizer: optax.GradientTransformation) -> TrainState:
-        moments = partition.optimizer_shardings(optimizer, model.shapes, model.shardings, self.mesh)
-        return TrainState(self.copied, model.shardings, moments, self.copied)
 
 
 def open_learner(

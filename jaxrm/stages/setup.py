@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import jax
 import numpy as np
+import optax
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jaxrm.algorithms.state import TrainState
 from jaxrm.data import tasks
 from jaxrm.data.config import DataConfig
 from jaxrm.data.tokenizer import load_tokenizer, vocabulary_conflict
@@ -79,6 +81,13 @@ def _open(abstract: Callable[..., Any], source: ModelSource, mesh: Mesh, config:
     constrain = partition.activation_constraint(mesh)
     graphdef, shapes, axes = abstract(config, source, attend=attend, constrain=constrain)
     return OpenedModel(config, graphdef, shapes, partition.parameter_shardings(shapes, axes, mesh))
+
+
+def state_shardings(model: OpenedModel, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """Where each array of a training state lies: a moment like its parameter, step and key on every device."""
+    copied = NamedSharding(mesh, PartitionSpec())
+    moments = partition.optimizer_shardings(optimizer, model.shapes, model.shardings, mesh)
+    return TrainState(copied, model.shardings, moments, copied)
 
 
 @contextmanager

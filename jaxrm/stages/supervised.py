@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from jaxrm.algorithms import evaluation, supervised, train_step
 from jaxrm.algorithms.state import TrainState, create
@@ -22,6 +22,7 @@ from jaxrm.runtime.preemption import catch_signals
 from jaxrm.runtime.progress import Progress
 from jaxrm.runtime.reporter import TrainingReporter
 from jaxrm.runtime.run_folder import RunFolder
+from jaxrm.stages import setup
 from jaxrm.stages.setup import OpenedModel, batch_placer
 
 
@@ -58,13 +59,7 @@ def train(
       The last state, and whether it is that of ``num_steps`` (it is not where the run was asked to stop).
     """
     optimizer = build_optimizer(config.optimizer, num_steps)
-    copied, rows = NamedSharding(mesh, PartitionSpec()), partition.batch_sharding(mesh)
-    sharding = TrainState(
-        step=copied,
-        params=model.shardings,
-        opt_state=partition.optimizer_shardings(optimizer, model.shapes, model.shardings, mesh),
-        key=copied,
-    )
+    sharding = setup.state_shardings(model, optimizer, mesh)
     _, step_key = jax.random.split(jax.random.key(config.seed))
     checkpoints = Checkpoints(folder.checkpoints, config.checkpoint)
     if checkpoints.steps():
@@ -88,7 +83,7 @@ def train(
                 loss_fn,
                 optimizer,
                 state_sharding=sharding,
-                batch_sharding=rows,
+                batch_sharding=partition.batch_sharding(mesh),
                 num_microbatches=config.num_microbatches,
             ),
             evaluate=evaluate,

@@ -111,7 +111,7 @@ def jaxrm_side(arguments, ids):
         params_sharding=scalar.shardings,
         batch_sharding=learner.shardings.policy.step,
     )
-    programs = learner.programs(lambda calibration, batch, _: score(reward_params, calibration, batch))
+    programs = learner.programs(lambda calibration, batch, _: score(reward_params, calibration, batch, None))
     state = learner.first_state(params(0), heads.from_decoder_params(params(2), zero_head(scalar)), jax.random.key(0))
     told, compiled = Told(), []
     jax.monitoring.register_event_duration_secs_listener(
