@@ -45,12 +45,13 @@ def test_flops_agree_with_the_hand_count(here, algorithm):
     one = config(algorithm)
     (program,) = planned(one, here).programs
     whole = programs_of(one, build_mesh(one.mesh, here.devices))
-    # The hand count takes the causal half of attention, where all of it is computed, as if rows were twice as long; and
-    # logits once, where the loss computes them again rather than keep them.
+    # The hand count takes the causal half of attention, where all of it is computed, as if rows were twice as long. Two
+    # things are computed again rather than kept: the scores of attention, and the logits of a loss over words.
     shape, is_scalar = preset("lab-tiny"), algorithm == "scalar_rm"
     by_hand = training_flops_per_token(shape, 2 * 64, scalar_head=is_scalar)
+    by_hand += 2 * 64 * shape.num_heads * shape.head_dim * shape.num_layers
     by_hand += 0 if is_scalar else 2 * shape.hidden_size * shape.vocab_size
-    assert program.flops == pytest.approx(by_hand * 16 * 64, rel=0.01)
+    assert program.flops == pytest.approx(by_hand * 16 * 64, rel=0.005)
     assert whole.parameters > 300_000 and program.tokens == 16 * 64
 
 
