@@ -10,6 +10,7 @@ from jaxrm.evaluation.over_optimization import at_kl, reach
 from jaxrm.evaluation.report import Shaded, Table
 from jaxrm.evaluation.win_rate import Mean, WinRate, difference_interval, mean_interval, outcomes, win_rate
 from jaxrm.stages.study_results import DECODINGS, SPLITS, Answers, Cell, Results, are_crossed, in_order, number
+from jaxrm.study import PPO
 
 OPPONENTS = ("ppo_scalar", "ppo_scalar_length_residual", "sft_chosen", "sft")
 BASELINE = "ppo_scalar"
@@ -123,14 +124,15 @@ def watched_arms(results: Results, world: str) -> list[str]:
 
 
 def equal_kl_tables(results: Results) -> list[Table]:
-    """Each trained arm at the largest KL that all of a world reach, and at one that about half of them reach."""
+    """Each trained arm at the largest KL that all arms of PPO in a world reach, and at one that about half reach."""
     tables = []
     for world in results.worlds:
         arms = watched_arms(results, world)
         reaches = {arm: reach([_along(rows, "kl") for rows in results.curves[world, arm].values()]) for arm in arms}
+        of_ppo = [reaches[arm] for arm in arms if arm.startswith(PPO)] or list(reaches.values())
         if not arms:
             continue
-        levels = sorted({min(reaches.values()), float(np.median(list(reaches.values())))})
+        levels = sorted({min(of_ppo), float(np.median(of_ppo))})
         tables += [_equal_kl(results, world, level, reaches) for level in levels if level > 0]
     return tables
 
