@@ -26,6 +26,7 @@ def get_config() -> ConfigDict:
             run_dir="runs/ppo_tiny",
             algorithm="ppo",
             num_steps=50,
+            # No kind beat the paper's in the lab, and centring is worth most: README, "The lab".
             reward=RewardConfig(kind="literal", model="runs/rm_seq2seq_tiny"),
             model=ModelSource(path="runs/sft_tiny"),
             data=DataConfig(path="task:safety", max_length=64, batch_size=64),

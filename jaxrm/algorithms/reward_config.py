@@ -29,6 +29,9 @@ def check_kind(kind: str, field: str) -> None:
 class RewardConfig:
     """Where rewards come from, and how they become token rewards.
 
+    The defaults are the paper's kind, which none beats in the lab (README, "The lab"), scaled to one unit so that a KL
+    coefficient means the same for all kinds, and centred: without, ``soft`` lost up to 0.14 of the judge's 1 there.
+
     Attributes:
       kind: one of `jaxrm.ops.token_rewards.KINDS`; ``literal`` is the paper's, ``scalar`` and
         ``scalar_length_residual`` belong to a scalar reward model, or to a function, and the others to a seq2seq one.
