@@ -4,7 +4,8 @@
     python -m jaxrm.plan --config=configs/ppo_gemma_2b.py --topology=v5p:4x4x4 --json=plan.json
 
 No device and no weights are needed: every program of the stage is compiled with abstract arrays. TPU topologies need
-the compiler that comes with pip install 'jax[tpu]'; cpu:8 needs nothing.
+the compiler that comes with pip install 'jax[tpu]'; GPUs (h100:8, or h100:2x8 for two hosts) that of 'jax[cuda13]', but
+no driver; cpu:8 needs nothing.
 """
 
 import dataclasses

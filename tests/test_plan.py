@@ -1,6 +1,7 @@
 """Plans: what is compiled is what runs, and the figures agree with hand counts."""
 
 import dataclasses
+import importlib.util
 import json
 
 import numpy as np
@@ -93,13 +94,21 @@ def test_sharded_parameters_are_gathered(here):
     [
         ("v5e", "v5e:4x4"),
         ("v99:2x2", "v5p:4x4x4"),
-        ("cpu:0", "devices are open already"),
-        ("moon:2x2", "required a generation"),
+        ("cpu:3", "devices are open already"),
+        ("cpu:0", "use one of"),
+        ("moon:2x2", "use one of"),
+        ("h100:1x2x8", "h100:2x8"),
     ],
 )
 def test_an_unknown_topology_is_answered_with_what_there_is(name, words):
     with pytest.raises(UserError, match=words):
         open_topology(name)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("jax_plugins") is not None, reason="a compiler for accelerators is here")
+def test_a_missing_compiler_is_answered_with_what_to_install():
+    with pytest.raises(UserError, match=r"pip install 'jax\[cuda13\]'"):
+        open_topology("h100:8")
 
 
 def test_what_has_no_plan_is_refused(here):
