@@ -228,7 +228,8 @@ def missing_table(results: Results, expected: Sequence[tuple[str, str, int]] | N
 
 def _equal_kl(results: Results, world: str, level: float, reaches: dict[str, float]) -> Table:
     measures = ["judge", "length", *results.behaviours(world)]
-    arms, kept, lists = list(reaches), [], {name: [] for name in measures}  # type: ignore[var-annotated]
+    arms, kept = list(reaches), []
+    lists: dict[str, list[Mean]] = {name: [] for name in measures}
     base = results.curves.get((world, BASELINE), {})
     apart = []
     for arm in arms:

@@ -71,7 +71,7 @@ def repeated(study: Path, final: Path, change: str) -> Experiment:
     except ValueError:
         value = text
     folder = study / "reward_settings" / change / final.relative_to(study / "runs")
-    reward = dataclasses.replace(config.reward, **{field: value})  # type: ignore[arg-type]
+    reward = dataclasses.replace(config.reward, **{field: value})  # type: ignore[arg-type]  # checked by the class
     return dataclasses.replace(config, reward=reward, run_dir=str(folder))
 
 
