@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -118,7 +118,8 @@ def difference_interval(first: Values, second: Values, *, crossed: bool = False)
       second: as many, of the same seeds and prompts in the same order.
       crossed: as in `win_rate`.
     """
-    pairs = [(np.asarray(a, np.float64), np.asarray(b, np.float64)) for a, b in zip(first, second, strict=True)]  # type: ignore[arg-type]
+    sides = ([np.asarray(row, np.float64) for row in _rows(values)] for values in (first, second))
+    pairs = list(zip(*sides, strict=True))
     assert all(a.shape == b.shape for a, b in pairs), [(a.shape, b.shape) for a, b in pairs]
     return mean_interval([a - b for a, b in pairs], crossed=crossed)
 
@@ -139,9 +140,14 @@ def _interval(groups: Sequence[Values], crossed: bool) -> tuple[float, float | N
     return mean, mean - reach, mean + reach, seeds, prompts, ""
 
 
+def _rows(values: Values) -> Sequence[ArrayLike]:
+    """The values of each seed; an array has them along its first axis."""
+    return cast(Sequence[ArrayLike], values)
+
+
 def _spread(values: Values, crossed: bool) -> _Spread:
     """Mean over seeds of means over prompts, its variance, and how much that variance is to be trusted."""
-    rows = [np.asarray(row, np.float64) for row in values]  # type: ignore[union-attr]
+    rows = [np.asarray(row, np.float64) for row in _rows(values)]
     assert all(row.ndim == 1 for row in rows), [row.shape for row in rows]
     rows = [row for row in rows if not np.isnan(row).all()]
     if not rows:

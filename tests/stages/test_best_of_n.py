@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -75,8 +76,7 @@ def config(place, tmp_path, monkeypatch):
 
 
 def rows_of(config, name="winners.jsonl"):
-    with open(os.path.join(config.run_dir, name)) as file:  # noqa: PTH118, PTH123
-        return [json.loads(line) for line in file]
+    return [json.loads(line) for line in (Path(config.run_dir) / name).read_text().splitlines()]
 
 
 def test_the_winners_have_the_most_distinct_words_and_are_demonstrations_that_sft_learns_from(
