@@ -5,22 +5,55 @@
 A stage of a pipeline has its fields under its name: --config.sft.optimizer.lr=1e-4. --config.stages=sft,pairs runs
 some of the stages. What is done is not run again.
 
+On several hosts the same command is started on each. SLURM steps, GKE and Cloud TPU pods are recognized; elsewhere say
+--coordinator=HOST:PORT --num_processes=N --process_id=I, HOST being that of process 0.
+
 Exit status: 0 done; 1 some runs of a study failed; 2 something to mend, said in one line; 75 asked to stop (SIGTERM,
-Ctrl-C) and saved: the same command continues.
+Ctrl-C) and saved: the same command continues; 76 another process of the job was lost: start all of them again.
 """
 
+import os
 import sys
 
 from absl import flags
 from ml_collections import ConfigDict
 
 from jaxrm import command_line, pipeline, study
+from jaxrm.errors import UserError
 from jaxrm.experiment import Experiment
-from jaxrm.stages.run import run_stage
+from jaxrm.runtime import config as bridge
+from jaxrm.runtime import processes
 
 
-def main(config: Experiment | pipeline.Pipeline | study.Study, _: flags.FlagValues) -> int:
-    """Run the stage, the stages or the study that the config describes."""
+def define_flags(values: flags.FlagValues) -> None:
+    """The flags of this command: how several processes find each other."""
+    flags.DEFINE_string("coordinator", None, "host:port of process 0, for a job of several", flag_values=values)
+    flags.DEFINE_integer("num_processes", None, "how many processes the job has", flag_values=values)
+    flags.DEFINE_integer("process_id", None, "which of them this is, from 0", flag_values=values)
+    flags.DEFINE_integer("start_timeout", 300, "seconds to wait for the others", flag_values=values)
+
+
+def main(config: Experiment | pipeline.Pipeline | study.Study, given: flags.FlagValues | None) -> int:
+    """Join the other processes, if there are any, and run what the config describes; None is for this process alone."""
+    if given is None:
+        return _run(config)
+    joined = processes.find_processes(given.coordinator, given.num_processes, given.process_id, os.environ)
+    if joined is None:
+        return _run(config)
+    if isinstance(config, study.Study):
+        raise UserError("a study runs in one process, which starts a worker a core; start it once, without others")
+    processes.start(joined, timeout=given.start_timeout)
+    processes.check_agreement(bridge.as_dict(config))
+    try:
+        return _run(config)
+    except RuntimeError as error:  # JAX's own errors among them
+        processes.leave_if_lost(error)
+        raise
+
+
+def _run(config: Experiment | pipeline.Pipeline | study.Study) -> int:
+    from jaxrm.stages.run import run_stage  # modules of stages may ask JAX for its devices
+
     if isinstance(config, pipeline.Pipeline):
         from jaxrm.stages import pipeline as stages
 
@@ -38,4 +71,4 @@ def config_class(config: ConfigDict) -> type:
 
 
 if __name__ == "__main__":
-    sys.exit(command_line.run(main, Experiment, config_class_of=config_class))
+    sys.exit(command_line.run(main, Experiment, define_flags=define_flags, config_class_of=config_class))

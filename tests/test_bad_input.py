@@ -89,7 +89,8 @@ def trained(sources, tmp_path_factory):
     before = Path.cwd()
     os.chdir(folder)
     try:
-        assert command_line.run(train.main, Experiment, argv=["train", "--config=config.py"]) == 0
+        argv = ["train", "--config=config.py"]
+        assert command_line.run(train.main, Experiment, define_flags=train.define_flags, argv=argv) == 0
     finally:
         os.chdir(before)
     return folder / "run"
@@ -126,7 +127,9 @@ def refuse(place, capsys):
 
 @pytest.fixture
 def refuse_train(refuse):
-    return lambda *arguments: refuse(train, "--config=config.py", *arguments, config_class=Experiment)
+    return lambda *arguments: refuse(
+        train, "--config=config.py", *arguments, config_class=Experiment, define_flags=train.define_flags
+    )
 
 
 @pytest.fixture

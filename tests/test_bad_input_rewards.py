@@ -124,7 +124,7 @@ def everything_in(folder):
 
 
 OPTIONS = {
-    train: {"config_class": Experiment},
+    train: {"config_class": Experiment, "define_flags": train.define_flags},
     score: {
         "config_class": Experiment,
         "config_required": False,
