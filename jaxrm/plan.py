@@ -1,51 +1,149 @@
 """Compile what a config would run for devices that are not there, and say whether it fits and what it costs.
 
-    python -m jaxrm.plan --config=configs/rm_seq2seq_gemma_2b.py --topology=v5e:4x4
-    python -m jaxrm.plan --config=configs/ppo_gemma_2b.py --topology=v5p:4x4x4 --json=plan.json
+    python -m jaxrm.plan --config=configs/rm_seq2seq_gemma_2b.py --topology=v5e:4x4 --model=gemma-2b
+    python -m jaxrm.plan --config=configs/ppo_gemma_2b.py --topology=v5p:4x4x4 --model=gemma-2b --html=plan.html
+    python -m jaxrm.plan --config=configs/rm_seq2seq_llama_2_7b.py --topology=h100:8 --model=llama-2-7b --find
 
 No device and no weights are needed: every program of the stage is compiled with abstract arrays. TPU topologies need
 the compiler that comes with pip install 'jax[tpu]'; GPUs (h100:8, or h100:2x8 for two hosts) that of 'jax[cuda13]', but
-no driver; cpu:8 needs nothing.
+no driver; cpu:8 needs nothing. Of a pipeline every stage that trains is planned.
+
+Where a config does not fit, changes to it are compiled, the mildest first, until one does. --find compiles the most
+promising meshes and names the fastest that fits.
+
+Exit status: 0 it fits; 1 it does not; 2 something to mend, said in one line.
 """
 
 import dataclasses
+import shlex
 import sys
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from absl import flags
 
-from jaxrm import command_line
+from jaxrm import command_line, pipeline
 from jaxrm.errors import UserError
 from jaxrm.experiment import Experiment
+
+if TYPE_CHECKING:
+    from jaxrm.runtime.topology import Topology
+    from jaxrm.stages.plan_search import Try
+    from jaxrm.stages.planning import Plan
 
 
 def define_flags(values: flags.FlagValues) -> None:
     """The flags of this command."""
     flags.DEFINE_string("topology", None, "required: devices to compile for, e.g. v5e:4x4 or cpu:8", flag_values=values)
+    flags.DEFINE_integer("num_slices", 1, "TPU slices of that topology, joined by a network", flag_values=values)
     model = "shape of the model, by a public name such as gemma-2b, where config.model.path cannot be read here"
     flags.DEFINE_string("model", None, model, flag_values=values)
+    flags.DEFINE_boolean("find", False, "look for the mesh and microbatches that are fastest", flag_values=values)
+    flags.DEFINE_integer("tries", 8, "changes to compile at most where one is looked for", flag_values=values)
     flags.DEFINE_string("json", None, "file to write the figures to", flag_values=values)
+    flags.DEFINE_string("html", None, "file to draw them in", flag_values=values)
 
 
-def main(config: Experiment, given: flags.FlagValues) -> int:
+def main(config: Experiment | pipeline.Pipeline, given: flags.FlagValues) -> int:
     """Print the plan; exit status 1 where a program does not fit."""
     if given.topology is None:
         raise UserError("--topology is required: the devices to compile for, e.g. --topology=v5e:4x4")
+    if given.tries < 1:
+        raise UserError(f"--tries is {given.tries}; required at least 1, e.g. --tries=8")
+    outputs = {
+        flag: command_line.check_output_file(f"--{flag}", path, f"plan.{flag}")
+        for flag, path in (("json", given.json), ("html", given.html))
+        if path is not None
+    }
     from jaxrm.runtime.run_folder import write_json_atomically
     from jaxrm.runtime.topology import open_topology
-    from jaxrm.stages.planning import planned, print_plan
+    from jaxrm.stages import plan_report
 
-    if given.model is not None:
-        shape = dataclasses.replace(config.model, path=None, preset=given.model)
-        config = dataclasses.replace(config, model=shape)
-    topology = open_topology(given.topology)
-    plan = planned(config, topology, show_progress=config.logging.progress)
-    print_plan(plan)
-    if given.json is not None:
-        write_json_atomically(Path(given.json).expanduser(), plan.as_json())
-        print(f"The figures are in {given.json}")
-    return 0 if plan.fits else 1
+    stages = _stages(config, given.model)
+    topology = open_topology(given.topology, num_slices=given.num_slices)
+    found = {name: _planned(name, stage, topology, given) for name, stage in stages.items()}
+    if "json" in outputs:
+        shown = {
+            name: plan.as_json() | {"tried": [{"change": each.change, "fits": each.plan.fits} for each in tries]}
+            for name, (plan, tries) in found.items()
+        }
+        write_json_atomically(outputs["json"], shown if len(shown) > 1 else next(iter(shown.values())))
+    if "html" in outputs:
+        plan_report.write_page(outputs["html"], found, shlex.join(["python", "-m", "jaxrm.plan", *sys.argv[1:]]))
+    print("", *plan_report.ASSUMPTIONS, sep="\n")
+    for flag, path in outputs.items():
+        print(f"--{flag}: {path}")
+    return 0 if all(plan.fits for plan, _ in found.values()) else 1
+
+
+def _planned(
+    name: str, config: Experiment, topology: "Topology", given: flags.FlagValues
+) -> tuple["Plan", list["Try"]]:
+    """Plan a stage, tell it, and look for a better one where that is asked for or needed."""
+    from jaxrm.stages import plan_report, plan_search, planning
+
+    prefix, shown, problem = f"config.{name}." if name else "config.", config.logging.progress, None
+    plan = None
+    try:
+        plan = planning.planned(config, topology, show_progress=shown, until_misfit=given.find)
+    except UserError as error:
+        problem = error
+    if plan is not None:
+        plan_report.print_plan(plan)
+    tries: list[Try] = []
+    if given.find:
+        tries = plan_search.best_fits(config, topology, most=given.tries, show_progress=shown)
+    elif plan is None or not plan.fits:
+        tries = plan_search.nearest_fit(config, topology, most=given.tries, show_progress=shown)
+    if plan is None and not tries:
+        assert problem is not None
+        raise problem
+    if problem is not None:
+        print(f"\nAs it is it cannot be laid over {topology.name}: {problem}")
+    if tries:
+        plan_report.print_tries(tries, "Tried", prefix=prefix)
+        good = [each for each in tries if each.plan.fits]
+        if good:
+            print(f"Use {good[0].typed(prefix)}: {plan_report.verdict(good[0].plan)}")
+        else:
+            print(
+                f"None of the {len(tries)} tried fits; more devices, a smaller --{prefix}data.batch_size, or --tries=24"
+            )
+    if plan is None:
+        plan = next((each.plan for each in tries if each.plan.fits), tries[0].plan)
+        plan_report.print_plan(plan)
+    return plan, tries
+
+
+def _stages(config: Experiment | pipeline.Pipeline, model: str | None) -> dict[str, Experiment]:
+    """The stages to plan by name, with the shape of their models; that of a config of one stage is called ""."""
+    if isinstance(config, Experiment):
+        return {"": _of_shape(config, model)}
+    from jaxrm.stages.programs import PLANNED
+
+    every = {name: stage for name in config.stages if (stage := getattr(config, name)).algorithm in PLANNED}
+    if not every:
+        raise UserError(f"config.stages has none that can be planned; those are {', '.join(PLANNED)}")
+    sources = {name: getattr(config, name).model for name in pipeline.stage_names(config)}
+    return {
+        name: _of_shape(dataclasses.replace(stage, model=_source(stage, sources)), model)
+        for name, stage in every.items()
+    }
+
+
+def _source(stage: Experiment, sources: dict) -> object:
+    """The model section of a stage, its path followed from stage to stage to the weights that it begins with."""
+    model = stage.model
+    while model.path is not None and model.path.startswith(pipeline.PREFIX):
+        before = sources[model.path.removeprefix(pipeline.PREFIX)]
+        model = dataclasses.replace(stage.model, path=before.path, preset=before.preset)
+    return model
+
+
+def _of_shape(config: Experiment, model: str | None) -> Experiment:
+    if model is None:
+        return config
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, path=None, preset=model))
 
 
 if __name__ == "__main__":
-    sys.exit(command_line.run(main, Experiment, define_flags=define_flags))
+    sys.exit(command_line.run(main, Experiment, define_flags=define_flags, config_class_of=pipeline.config_class))

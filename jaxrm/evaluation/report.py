@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
 
+from jaxrm.evaluation.bars import Bar, Bars, draw_bars
 from jaxrm.evaluation.charts import Curves, Series, draw_chart, number_text, slots
 from jaxrm.evaluation.document import fill, part
 from jaxrm.runtime.run_folder import write_text_atomically
 
-__all__ = ["Curves", "Example", "ExampleResponse", "Series", "Shaded", "Table", "write_report"]
+__all__ = ["Bar", "Bars", "Curves", "Example", "ExampleResponse", "Series", "Shaded", "Table", "write_report"]
 
 
 @dataclass(frozen=True)
@@ -93,8 +94,9 @@ def write_report(
     tables: Sequence[Table],
     curves: Sequence[Curves],
     examples: Sequence[Example],
+    bars: Sequence[Bars] = (),
 ) -> None:
-    """Writes the report, atomically: tables first, then curves as small multiples, then examples one at a time.
+    """Writes the report, atomically: bars, tables, then curves as small multiples, then examples one at a time.
 
     Tables and charts are HTML and SVG in the file; its script adds the values under the pointer and the examples. The
     file needs no network and no other file. Every text is escaped or reaches the browser as JSON, and the file's own
@@ -108,6 +110,7 @@ def write_report(
       curves: charts. A series keeps its colour over all charts, by its name; charts with the same `x_label` are read
         at the same place.
       examples: prompts with responses to compare.
+      bars: charts of stacked bars.
     """
     place = slots(curves)
     drawn = [draw_chart(chart, number, place) for number, chart in enumerate(curves)]
@@ -118,6 +121,7 @@ def write_report(
         script=part("page_tokens.js") + part("report.js"),
         content={"charts": [data for _, data in drawn], "examples": [_example(example) for example in examples]},
         about=_about(about),
+        bars=_section("bars", "Bars", "".join(draw_bars(chart) for chart in bars)),
         tables=_section("tables", "Results", "".join(_table(table) for table in tables)),
         curves=_section("curves", "Curves", f'<h2>Curves</h2><div class="charts">{"".join(c for c, _ in drawn)}</div>')
         if drawn

@@ -11,7 +11,8 @@ GIB = 2**30
 
 # Dense matrix products of one jax device, in 10^12 FLOP/s, as (bfloat16, float32), from the makers' data sheets
 # (without sparsity). float32 is what jax computes by default: one bfloat16 pass on TPU, TF32 on GPUs that have it.
-# A device of TPU v2 and v3 is one of a chip's two cores. T4 and V100 have no bfloat16: what stands there is float16.
+# A device of TPU v2, v3 and TPU7x is one of a chip's two cores. T4 and V100 have no bfloat16: what stands there is
+# float16.
 _PEAK_TFLOPS: dict[str, tuple[float, float]] = {
     "tpu v2": (22.5, 22.5),
     "tpu v3": (61.5, 61.5),
@@ -22,6 +23,7 @@ _PEAK_TFLOPS: dict[str, tuple[float, float]] = {
     "tpu v5p": (459.0, 459.0),
     "tpu v6 lite": (918.0, 918.0),
     "tpu v6e": (918.0, 918.0),
+    "tpu7x": (1153.5, 1153.5),
     "v100": (125.0, 15.7),
     "t4": (65.0, 8.1),
     "a100": (312.0, 156.0),

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 from jaxrm.errors import UserError
@@ -42,8 +43,11 @@ class MeshConfig:
 def build_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Mesh with axes data, fsdp and tensor over all devices.
 
+    Where the devices are several slices of TPUs the data axis goes across them: it alone needs little of the network
+    between them, one sum of gradients a step.
+
     Raises:
-      UserError: where the sizes do not multiply to the number of devices.
+      UserError: where the sizes do not multiply to the number of devices, or the slices do not divide the data axis.
     """
     devices = jax.devices() if devices is None else list(devices)
     sizes = [getattr(config, axis) for axis in AXES]
@@ -55,7 +59,17 @@ def build_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) 
             f"{len(devices)}, e.g. --config.mesh.data=-1 --config.mesh.fsdp=1 --config.mesh.tensor=1"
         )
     shape = tuple(len(devices) // known if size == -1 else size for size in sizes)
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    kinds = (AxisType.Auto,) * len(AXES)
+    slices = len({getattr(device, "slice_index", None) or 0 for device in devices})
+    if slices == 1:
+        return jax.make_mesh(shape, AXES, axis_types=kinds, devices=devices)
+    if shape[0] % slices:
+        raise UserError(
+            f"config.mesh.data is {shape[0]}, but there are {slices} slices, across which only the data axis goes; use "
+            f"a multiple of {slices}, e.g. --config.mesh.data={slices} --config.mesh.fsdp=-1"
+        )
+    one_slice, across = (shape[0] // slices, *shape[1:]), (slices, *(1 for _ in shape[1:]))
+    return Mesh(mesh_utils.create_hybrid_device_mesh(one_slice, across, devices), AXES, axis_types=kinds)
 
 
 def batch_shards(mesh: Mesh) -> int:
@@ -96,7 +110,11 @@ def check_batch(mesh: Mesh, field: str, batch_size: int, num_microbatches: int =
     if batch_size % unit:
         nearest = max(unit, round(batch_size / unit) * unit)
         microbatches = f" x {num_microbatches} microbatches" if num_microbatches > 1 else ""
+        fewer = math.gcd(shards, batch_size // math.gcd(batch_size, num_microbatches))
+        split = (
+            f", or give each row to several devices, e.g. --config.mesh.tensor={shards // fewer}" if fewer > 1 else ""
+        )
         raise UserError(
             f"{field} is {batch_size}, but the data and fsdp axes have {shards} devices{microbatches}; "
-            f"use a multiple of {unit}, e.g. --{field}={nearest}"
+            f"use a multiple of {unit}, e.g. --{field}={nearest}{split}"
         )

@@ -1,9 +1,9 @@
 """Devices that are not there: what XLA needs to compile for an accelerator that this machine has not.
 
-A TPU topology is named by its generation and the chips along each side (``v5e:4x4``); its compiler comes with
-``pip install 'jax[tpu]'``. GPUs are named by hosts and what each has (``h100:2x8``, ``h100:8`` for one host); their
-compiler comes with ``pip install 'jax[cuda13]'`` and wants no driver. ``cpu:8`` is that many devices of this machine,
-to see how arrays are cut.
+A TPU topology is named by its generation and the chips along each side (``v5e:4x4``), of one slice or several; its
+compiler comes with ``pip install 'jax[tpu]'``. GPUs are named by hosts and what each has (``h100:2x8``, ``h100:8`` for
+one host); their compiler comes with ``pip install 'jax[cuda13]'`` and wants no driver. ``cpu:8`` is that many devices
+of this machine, to see how arrays are cut.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import contextlib
 import math
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,28 +25,37 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Chip:
-    """What one device has, by its maker's data sheet (TPU: cloud.google.com/tpu/docs, "system architecture"; GPU:
-    NVIDIA H100 SXM5).
+    """What one device has, by its maker's data sheet (TPU: docs.cloud.google.com/tpu/docs; GPU: NVIDIA H100 SXM5).
+
+    A device of TPU v3 and TPU7x is one of a chip's two cores. So is one of v4 here, since the compiler's topologies
+    know no other; a v4 pod joins the two to one device.
 
     Attributes:
-      flops: peak of dense bfloat16 matrix products, FLOP/s.
-      memory: GiB that programs may use; on a GPU the three quarters that JAX takes unless it is told otherwise.
+      memory: GiB that programs may use, as the compiler says; on a GPU the three quarters that JAX takes unless it is
+        told otherwise.
       bandwidth: of that memory, bytes/s.
       link: bytes/s that it can send its neighbours over all links together.
+      far: bytes/s that it can send other slices or hosts over the network; None where that is not known.
+      sides: how a topology of them is written, for messages.
+      share: of the peak that `jaxrm.runtime.hardware.peak_flops` gives for its kind.
     """
 
-    flops: float
     memory: float
     bandwidth: float
     link: float
+    far: float | None
+    sides: str
+    share: float = 1.0
 
 
 CHIPS = {
-    "v4": Chip(275e12, 31.25, 1.2e12, 2.7e11),
-    "v5e": Chip(197e12, 15.75, 8.2e11, 2.0e11),
-    "v5p": Chip(459e12, 95.0, 2.765e12, 6.0e11),
-    "v6e": Chip(918e12, 31.25, 1.64e12, 4.0e11),
-    "h100": Chip(989e12, 59.3, 3.35e12, 4.5e11),
+    "v3": Chip(15.48, 4.5e11, 2.0e11, None, "4x4"),
+    "v4": Chip(15.25, 6.0e11, 1.35e11, 3.1e9, "2x2x2", share=0.5),
+    "v5e": Chip(15.75, 8.19e11, 2.0e11, 3.1e9, "4x4"),
+    "v5p": Chip(95.74, 2.765e12, 6.0e11, 6.25e9, "4x4x4"),
+    "v6e": Chip(31.25, 1.64e12, 4.0e11, 1.25e10, "4x4"),
+    "tpu7x": Chip(94.75, 3.69e12, 3.0e11, 6.25e9, "2x2x2"),
+    "h100": Chip(59.3, 3.35e12, 4.5e11, 5.0e10, "2x8"),
 }
 
 # What XLA asks a driver for, had it one: the limits of compute capability 9.0, 132 multiprocessors, 80 GB.
@@ -90,27 +100,35 @@ class Topology:
     """Devices to compile for.
 
     Attributes:
-      name: as it was given.
+      name: as it was given, and the number of slices where there are several.
       devices: as many as the topology has.
       chip: what each has; None where that is not known, as on CPU.
+      kind: of the devices, as `jax.Device.device_kind` says it.
     """
 
     name: str
     devices: tuple[Any, ...]
     chip: Chip | None
+    kind: str
 
 
-def open_topology(name: str) -> Topology:
+def open_topology(name: str, *, num_slices: int = 1) -> Topology:
     """The devices of a topology; for ``cpu:N`` this has to come before the first array.
+
+    Args:
+      name: e.g. ``v5e:4x4``, ``h100:2x8`` or ``cpu:8``.
+      num_slices: TPU slices of that shape, joined by the data-centre network.
 
     Raises:
       UserError: where there is no such topology, or no compiler for it.
     """
     match = re.fullmatch(r"(\w+):([1-9]\d*(?:x[1-9]\d*)*)", name)
     if match is None or (match[1] not in CHIPS and match[1] != "cpu"):
-        known = ", ".join(f"{kind}:{'x'.join(sides)}" for kind, sides in _examples().items())
+        known = ", ".join(f"{kind}:{chip.sides}" for kind, chip in CHIPS.items())
         raise UserError(f"--topology is {name!r}; use one of {known} with the chips of yours, or cpu:8")
     kind, sides = match[1], [int(side) for side in match[2].split("x")]
+    if num_slices < 1 or (num_slices > 1 and kind in ("cpu", "h100")):
+        raise UserError(f"--num_slices is {num_slices}; use 1, or for TPUs how many slices are joined, e.g. 2")
     if kind == "cpu":
         count = math.prod(sides)
         with contextlib.suppress(RuntimeError):  # devices are open: see below
@@ -118,39 +136,58 @@ def open_topology(name: str) -> Topology:
             jax.config.update("jax_num_cpu_devices", count)
         if jax.device_count() != count:
             raise UserError(f"--topology is {name!r}, but {jax.device_count()} devices are open already")
-        return Topology(name, tuple(jax.devices()), None)
+        return Topology(name, tuple(jax.devices()), None, "cpu")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # no machine of Google's need be asked
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     os.environ.setdefault("TPU_MIN_LOG_LEVEL", "3")
     jax.config.update("jax_platforms", "cpu")
+    if kind != "h100":
+        found = _tpu(name, num_slices)
+    elif len(sides) > 2:
+        raise UserError(f"--topology is {name!r}; use hosts x GPUs of each, e.g. --topology=h100:2x8")
+    else:
+        found = _gpu(name, *(sides if len(sides) == 2 else (1, sides[0])))
+    shown = name if num_slices == 1 else f"{num_slices} slices of {name}"
+    return Topology(shown, tuple(found), CHIPS[kind], found[0].device_kind)
+
+
+def islands(devices: Sequence[Any]) -> list[int]:
+    """For each device which island it is on: its slice, or where there are no slices, a GPU's host.
+
+    All devices of an island are joined by fast links; between islands is a network.
+    """
+    if devices[0].platform == "tpu":
+        return [getattr(device, "slice_index", None) or 0 for device in devices]
+    return [device.process_index for device in devices]
+
+
+def _tpu(name: str, num_slices: int) -> Sequence[Any]:
     from jax.experimental import topologies
 
-    on_gpu = kind == "h100"
-    if on_gpu and len(sides) > 2:
-        raise UserError(f"--topology is {name!r}; use hosts x GPUs of each, e.g. --topology=h100:2x8")
-    package = "jax[cuda13]" if on_gpu else "jax[tpu]"
+    several = {} if num_slices == 1 else {"num_slices": num_slices}
     try:
-        if on_gpu:
-            hosts, each = sides if len(sides) == 2 else (1, sides[0])
-            found = topologies.get_topology_desc(
-                platform="cuda", topology_name="gpu", topology=f"1x{hosts}x{each}", target_config=H100
-            )
-        else:
-            found = topologies.get_topology_desc(platform="tpu", topology_name=name)
+        return topologies.get_topology_desc(platform="tpu", topology_name=name, **several).devices
     except Exception as error:  # of the plugin's own kinds
-        if re.search("libtpu|No registered|Unable to find|not implemented", str(error)):
-            raise UserError(
-                f"--topology is {name!r}, and there is no compiler for it here; pip install '{package}'"
-            ) from error
-        raise UserError(f"--topology is {name!r}, which the compiler does not know: {error}") from error
-    return Topology(name, tuple(found.devices), CHIPS[kind])
+        raise _not_found(name, error, "jax[tpu]") from error
 
 
-def _examples() -> dict[str, tuple[str, ...]]:
-    return {
-        "v4": ("2", "2", "2"),
-        "v5e": ("4", "4"),
-        "v5p": ("4", "4", "4"),
-        "v6e": ("4", "4"),
-        "h100": ("2", "8"),
-    }
+def _gpu(name: str, hosts: int, each: int) -> Sequence[Any]:
+    from jax.experimental import topologies
+
+    try:
+        return topologies.get_topology_desc(
+            platform="cuda", topology_name="gpu", topology=f"1x{hosts}x{each}", target_config=H100
+        ).devices
+    except Exception as error:  # of the plugin's own kinds
+        raise _not_found(name, error, "jax[cuda13]") from error
+
+
+def _not_found(name: str, error: Exception, package: str) -> UserError:
+    said = " ".join(str(error).split())
+    if re.search("libtpu|No registered|Unable to find|not implemented", said):
+        return UserError(f"--topology is {name!r}, and there is no compiler for it here; pip install '{package}'")
+    kind = name.partition(":")[0]
+    return UserError(
+        f"--topology is {name!r}, which its compiler does not know ({said[:200]}); e.g. "
+        f"--topology={kind}:{CHIPS[kind].sides}"
+    )

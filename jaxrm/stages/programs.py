@@ -4,6 +4,7 @@ What is planned is what runs: the programs come from the builders that the stage
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,10 +21,12 @@ from jaxrm.algorithms.state import create
 from jaxrm.errors import UserError
 from jaxrm.experiment import Experiment
 from jaxrm.models import build
+from jaxrm.models.config import ModelConfig
+from jaxrm.models.flops import forward_flops, training_flops_per_token
 from jaxrm.ops import token_rewards
 from jaxrm.runtime import partition
 from jaxrm.runtime.checkpoint import with_shardings
-from jaxrm.runtime.mesh import check_batch
+from jaxrm.runtime.mesh import batch_shards, check_batch
 from jaxrm.runtime.optimizer import build_optimizer
 from jaxrm.stages import setup
 from jaxrm.stages.ppo_learner import open_learner
@@ -44,7 +47,10 @@ class Program:
       arguments: abstract, each with its sharding.
       tokens: that it trains on, reads or writes, padding included.
       shared: those of its arguments that stay on the devices anyway.
-      while_trips: how often a loop runs whose length only the data tell.
+      model_flops: that the work asks for on all devices, recomputation left out, counted by hand.
+      while_trips: how often a loop runs at most whose length only the data tell; None where there is none.
+      cache: bytes on a device of the keys and values of what was read.
+      times: how often a step runs it.
     """
 
     name: str
@@ -52,7 +58,10 @@ class Program:
     arguments: tuple[Any, ...]
     tokens: int
     shared: Any
-    while_trips: int = 1
+    model_flops: float
+    while_trips: int | None = None
+    cache: float = 0.0
+    times: int = 1
 
 
 @dataclass(frozen=True)
@@ -63,11 +72,13 @@ class Programs:
       programs: in the order in which a step runs them.
       residents: abstract pytrees by name: states, frozen models.
       parameters: of the largest model.
+      shape: of its decoder.
     """
 
     programs: tuple[Program, ...]
     residents: Mapping[str, Any]
     parameters: int
+    shape: ModelConfig
 
     def beside(self, program: Program) -> float:
         """Bytes on a device that stay there while a program runs and are none of its arguments."""
@@ -129,8 +140,10 @@ def _supervised(config: Experiment, mesh: Mesh, decoder: OpenedModel) -> Program
     )
     rows, length = config.data.batch_size, config.data.max_length
     batch = _batch(batch_type, rows, length, mesh)
-    program = Program("train step", step, (state, batch), rows * length, state)
-    return Programs((program,), {"state": state}, _count(model))
+    is_scalar = config.algorithm == "scalar_rm"
+    needed = rows * length * training_flops_per_token(decoder.config, length, scalar_head=is_scalar)
+    program = Program("train step", step, (state, batch), rows * length, state, needed)
+    return Programs((program,), {"state": state}, _count(model), decoder.config)
 
 
 def _ppo(config: Experiment, mesh: Mesh, decoder: OpenedModel) -> Programs:
@@ -152,12 +165,15 @@ def _ppo(config: Experiment, mesh: Mesh, decoder: OpenedModel) -> Programs:
     key = jax.eval_shape(lambda: jax.random.key(0))
     key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=learner.copied)
     critic_params = None if state.critic is None else state.critic.params
-    share = rows // parts
+    share, updates = rows // parts, parts * config.ppo.num_epochs
     rollout = Rollout(responses(share), *(array((share, new), jnp.float32) for _ in range(5)))
     batch = PPOBatch(rollout)
     if config.ptx is not None:
         ptx = _batch(TokenBatch, config.ptx.batch_size, config.ptx.max_length, mesh)
         batch = PPOBatch(rollout, ptx, array((config.ptx.batch_size,), jnp.float32))
+    forward = functools.partial(forward_flops, decoder.config)
+    of_words = forward(width + new, predicted=new)
+    of_values = 0.0 if state.critic is None else forward(width + new, predicted=new, scalar_head=True)
     found = [
         Program(
             "respond",
@@ -165,7 +181,9 @@ def _ppo(config: Experiment, mesh: Mesh, decoder: OpenedModel) -> Programs:
             (params, array((rows, width), jnp.int32), array((rows, width), jnp.bool_), key),
             rows * (width + new),
             params,
-            while_trips=new,
+            rows * of_words,
+            while_trips=new - 1,
+            cache=_cache_bytes(decoder.config, rows, width + new, config.model.dtype, mesh),
         ),
         Program(
             "read",
@@ -173,6 +191,7 @@ def _ppo(config: Experiment, mesh: Mesh, decoder: OpenedModel) -> Programs:
             (state.policy.params, critic_params, frozen, responses(rows)),
             rows * (width + new),
             (state.policy.params, critic_params, frozen),
+            rows * (2 * of_words + of_values),
         ),
     ]
     residents = {"policy": state.policy, "reference": frozen}
@@ -195,10 +214,25 @@ def _ppo(config: Experiment, mesh: Mesh, decoder: OpenedModel) -> Programs:
         )
         reference = array((rows, new), jnp.float32) if config.reward.kind == "contrast" else None
         asked = (weights, calibration, responses(rows), reference)
-        found.append(Program("score", step, asked, rows * (width + new), weights))
-    of_update = share * (width + new)
-    of_policy = of_update + (0 if config.ptx is None else config.ptx.batch_size * config.ptx.max_length)
-    found.append(Program("update policy", programs.update_policy, (state.policy, batch), of_policy, state.policy))
+        is_scalar = config.reward.kind in SCALAR_KINDS
+        row = width + new if is_scalar else width + new + REQUEST + new
+        of_row = forward(row, predicted=1 if is_scalar else new, scalar_head=is_scalar)
+        found.append(Program("score", step, asked, rows * row, weights, rows * of_row))
+    of_update, of_ptx, ptx_flops = share * (width + new), 0, 0.0
+    if config.ptx is not None:
+        of_ptx = config.ptx.batch_size * config.ptx.max_length
+        ptx_flops = of_ptx * training_flops_per_token(decoder.config, config.ptx.max_length)
+    found.append(
+        Program(
+            "update policy",
+            programs.update_policy,
+            (state.policy, batch),
+            of_update + of_ptx,
+            state.policy,
+            3 * share * of_words + ptx_flops,
+            times=updates,
+        )
+    )
     if state.critic is not None:
         found.append(
             Program(
@@ -207,9 +241,11 @@ def _ppo(config: Experiment, mesh: Mesh, decoder: OpenedModel) -> Programs:
                 (state.critic, PPOBatch(rollout)),
                 of_update,
                 state.critic,
+                3 * share * of_values,
+                times=updates,
             )
         )
-    return Programs(tuple(found), residents, _count(decoder))
+    return Programs(tuple(found), residents, _count(decoder), decoder.config)
 
 
 def _scorer(config: Experiment, mesh: Mesh, decoder: OpenedModel) -> tuple[OpenedModel, Any]:
@@ -238,6 +274,14 @@ def _batch(batch_type: type, rows: int, length: int, mesh: Mesh) -> Any:
             for field in dataclasses.fields(batch_type)
         }
     )
+
+
+def _cache_bytes(config: ModelConfig, rows: int, length: int, dtype: str, mesh: Mesh) -> float:
+    """Keys and values of every layer, rows over the batch axes and heads over the tensor axis where they divide."""
+    shards = batch_shards(mesh) if rows % batch_shards(mesh) == 0 else 1
+    shards *= mesh.shape["tensor"] if config.num_kv_heads % mesh.shape["tensor"] == 0 else 1
+    size = 2 * config.num_layers * rows * length * config.num_kv_heads * config.head_dim
+    return size * jnp.dtype(dtype).itemsize / shards
 
 
 def _in_dtype(tree: Any, dtype: str) -> Any:

@@ -1,0 +1,301 @@
+"""What a compiled program moves: bytes that devices send each other, and bytes in and out of a device's memory.
+
+Read off the text of the program after XLA's passes, where a loop knows its trip count: XLA's own analysis takes the
+body of a loop once, however often it runs, and a decoder is a loop over its layers.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+# They name what is there already, or count with what they call.
+_FREE = frozenset(
+    "parameter constant get-tuple-element tuple bitcast while conditional call after-all partition-id replica-id "
+    "opt-barrier async-start".split()
+)
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What one device moves in a run of a program, in bytes.
+
+    Attributes:
+      collectives: results of each kind of collective, on the links between near devices.
+      far: results of the collectives whose groups lie on several islands (slices of TPUs, hosts of GPUs).
+      memory: read from and written to the device's memory.
+    """
+
+    collectives: dict[str, float]
+    far: float
+    memory: float
+
+
+@dataclass(frozen=True)
+class _Instruction:
+    name: str
+    shape: str
+    kind: str
+    operands: tuple[str, ...]
+    rest: str  # what stands after the operands
+    is_root: bool
+
+
+@dataclass
+class _Count:
+    collectives: dict[tuple[str, str, bool], float] = field(default_factory=lambda: defaultdict(float))
+    memory: float = 0.0
+
+
+def traffic(hlo: str, *, while_trips: int = 1, island_of: Sequence[int] = ()) -> Traffic:
+    """Count a program.
+
+    A loop whose trip count is not written beside it runs as often as its condition compares with; TPU programs split a
+    collective into steps that share a channel, which counts once. Arrays that the compiler holds on the chip, or on the
+    host, do not count as memory; of a slice that is read or written inside a fusion only the slice does.
+
+    Args:
+      hlo: text of the compiled program, ``compiled.as_text()``.
+      while_trips: how often a loop runs whose length only the data tell.
+      island_of: for each device, in the order of the program's, which island it is on; none given: all on one.
+    """
+    computations = _computations(hlo)
+    count = _Count()
+
+    def visit(name: str, times: float, *, is_fused: bool) -> None:
+        instructions = computations.get(name, {})
+        for each in instructions.values():
+            kind = each.kind.removesuffix("-start")
+            if kind in COLLECTIVES:
+                size = times * _result_bytes(each.shape, is_start=each.kind.endswith("-start"))
+                channel = re.search(r"channel_id=(\d+)", each.rest)
+                key = (kind, channel[1] if channel else f"{name} {each.name}", _is_far(each.rest, island_of))
+                count.collectives[key] = max(count.collectives[key], size)
+            if not is_fused:
+                count.memory += times * _memory_bytes(each, instructions, computations)
+            trips = 1.0
+            if kind == "while":
+                known = re.search(r'known_trip_count"?:\s*\{"?n"?:\s*"?(\d+)', each.rest)
+                trips = float(known[1]) if known else _compared_with(each.rest, computations) or while_trips
+            for called in _called(each.rest):
+                if called in computations:
+                    visit(
+                        called,
+                        times * trips,
+                        is_fused=is_fused or kind not in ("while", "conditional", "call", "async"),
+                    )
+
+    visit("ENTRY", 1.0, is_fused=False)
+    near: dict[str, float] = defaultdict(float)
+    far = 0.0
+    for (kind, _, is_far), size in count.collectives.items():
+        if is_far:
+            far += size
+        else:
+            near[kind] += size
+    return Traffic(dict(near), far, count.memory)
+
+
+def _memory_bytes(each: _Instruction, around: Mapping[str, _Instruction], computations: _Computations) -> float:
+    """Bytes that one instruction reads and writes."""
+    if each.kind in _FREE or each.kind.endswith("-done"):
+        return 0.0
+    if each.kind.endswith("-start"):  # its result names its operands too
+        return _array_bytes(each.shape)
+    operands = [_array_bytes(around[name].shape) if name in around else 0.0 for name in each.operands]
+    result = _array_bytes(each.shape)
+    if each.kind in ("dynamic-slice", "gather"):
+        return 2 * result
+    if each.kind == "dynamic-update-slice":
+        return 2 * operands[1]
+    if each.kind == "fusion":
+        (body,) = _called(each.rest)[:1] or ("",)
+        inner = computations.get(body, {})
+        inputs = _inputs(inner)
+        for number, size in enumerate(operands):
+            if number < len(inputs):
+                operands[number] = min(size, _read_bytes(inputs[number], inner, computations))
+        result = min(result, sum(_written_bytes(root, inner) for root in _roots(inner)))
+    return sum(operands) + result
+
+
+def _read_bytes(name: str, inner: Mapping[str, _Instruction], computations: _Computations) -> float:
+    """Bytes of an input that the body of a fusion reads: all, unless only slices of it are used."""
+    total = 0.0
+    for user in inner.values():
+        for place, operand in enumerate(user.operands):
+            if operand != name:
+                continue
+            if user.kind in ("dynamic-slice", "gather") and place == 0:
+                total += _array_bytes(user.shape)
+            elif user.kind == "bitcast":
+                total += _read_bytes(user.name, inner, computations)
+            elif user.kind == "fusion":
+                body = computations.get((_called(user.rest) or ("",))[0], {})
+                inputs = _inputs(body)
+                total += _read_bytes(inputs[place], body, computations) if place < len(inputs) else math.inf
+            elif user.kind != "dynamic-update-slice" or place != 0:
+                return math.inf
+    return total
+
+
+def _written_bytes(root: _Instruction, inner: Mapping[str, _Instruction]) -> float:
+    """Bytes that the root of a fusion writes: what is put into a larger array is all, since that stays in place."""
+    while root.kind == "bitcast" and root.operands[0] in inner:
+        root = inner[root.operands[0]]
+    if root.kind == "dynamic-update-slice" and root.operands[1] in inner:
+        return _array_bytes(inner[root.operands[1]].shape)
+    return _array_bytes(root.shape)
+
+
+def _roots(inner: Mapping[str, _Instruction]) -> list[_Instruction]:
+    roots = [each for each in inner.values() if each.is_root]
+    return [inner[name] for root in roots if root.kind == "tuple" for name in root.operands if name in inner] or roots
+
+
+def _inputs(inner: Mapping[str, _Instruction]) -> list[str]:
+    return [each.name for each in sorted((x for x in inner.values() if x.kind == "parameter"), key=_parameter_number)]
+
+
+def _parameter_number(each: _Instruction) -> int:
+    return int(each.rest.partition(")")[0] or 0)
+
+
+def _compared_with(rest: str, computations: _Computations) -> float | None:
+    """How often a loop runs that counts from 0 to a constant; None where its condition asks for more than a counter."""
+    condition = re.search(r"condition=%?([\w.\-]+)", rest)
+    inside = computations.get(condition[1], {}) if condition else {}
+    bounds = list(_constants(inside))
+    asked = [each for each in inside.values() if each.kind not in ("parameter", "constant", "tuple")]
+    only_counts = all(re.match(r"(pred|[su]32)\[\]", each.shape) for each in asked)
+    return float(bounds[0] // _counted_by(rest, asked, computations)) if len(bounds) == 1 and only_counts else None
+
+
+def _counted_by(rest: str, asked: Sequence[_Instruction], computations: _Computations) -> int:
+    """What the body adds to the counter: loops that the compiler has unrolled count by more than 1."""
+    counter = [found[1] for each in asked if (found := re.search(r"index=(\d+)", each.rest))]
+    called = re.search(r"body=%?([\w.\-]+)", rest)
+    body = computations.get(called[1], {}) if called else {}
+    root = next((each for each in body.values() if each.is_root), None)
+    if len(counter) != 1 or root is None or root.kind != "tuple":
+        return 1
+    step = body.get(root.operands[int(counter[0])])
+    while step is not None and step.kind in ("copy", "bitcast"):
+        step = body.get(step.operands[0])
+    if step is None or step.kind not in ("add", "fusion"):
+        return 1
+    inputs = {name: body[name] for name in step.operands if name in body}
+    added = [*_constants(inputs), *(c for name in _called(step.rest) for c in _constants(computations.get(name, {})))]
+    return added[0] if len(added) == 1 and added[0] > 0 else 1
+
+
+def _constants(instructions: Mapping[str, _Instruction]) -> Iterator[int]:
+    for each in instructions.values():
+        if each.kind == "constant" and re.match(r"[su]32\[\]", each.shape):
+            yield int(each.rest.partition(")")[0])
+
+
+_OPERATION = re.compile(r"\s*(?P<root>ROOT )?%?(?P<name>[\w.\-]+) = (?P<shape>\(.*?\)|\S+) (?P<kind>[\w\-]+)\(")
+_CALLED = re.compile(
+    r"(?:body|to_apply|calls|branch_computations|called_computations)=\{?(%?[\w.\-]+(?:, %?[\w.\-]+)*)"
+)
+_OWN = 4  # bytes of a number that an asynchronous start keeps for itself
+_ARRAY = re.compile(r"\b(pred|[suf]\d+|bf16|f8\w+|c64|c128)\[([\d,]*)\](\{[^}]*\})?")
+
+_Computations = Mapping[str, Mapping[str, _Instruction]]
+
+
+def _computations(hlo: str) -> _Computations:
+    """The instructions of each computation by name, those of the program itself under ``ENTRY``."""
+    found: dict[str, dict[str, _Instruction]] = {}
+    inside: dict[str, _Instruction] = {}
+    for line in hlo.splitlines():
+        head = re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line)
+        if head:
+            inside = found.setdefault("ENTRY" if head[1] else head[2], {})
+            continue
+        operation = _OPERATION.match(line)
+        if operation is not None:
+            kind, after = operation["kind"], line[operation.end() :]
+            operands = () if kind in ("parameter", "constant") else tuple(_operands(after))
+            inside[operation["name"]] = _Instruction(
+                operation["name"], operation["shape"], kind, operands, after, operation["root"] is not None
+            )
+    return found
+
+
+def _operands(text: str) -> Iterator[str]:
+    """Names up to the bracket that closes the operands."""
+    depth = 1
+    for match in re.finditer(r"[()]|%[\w.\-]+", text):
+        depth += {"(": 1, ")": -1}.get(match[0], 0)
+        if depth == 0:
+            return
+        if match[0][0] == "%":
+            yield match[0][1:]
+
+
+def _called(rest: str) -> list[str]:
+    return [name for called in _CALLED.findall(rest) for name in re.findall(r"%?([\w.\-]+)", called)]
+
+
+def _sizes(shape: str) -> list[tuple[float, bool]]:
+    """Bytes of each array of a result, and whether it lies in the device's main memory."""
+    sizes = []
+    for kind, dimensions, layout in _ARRAY.findall(shape):
+        bits = 8 if kind == "pred" or kind.startswith("f8") else 16 if kind == "bf16" else int(re.sub(r"\D", "", kind))
+        size = bits / 8 * math.prod(int(size) for size in dimensions.split(",") if size)
+        sizes.append((size, "S(" not in layout))
+    return sizes
+
+
+def _array_bytes(shape: str) -> float:
+    return sum(size for size, is_here in _sizes(shape) if is_here)
+
+
+def _result_bytes(shape: str, *, is_start: bool) -> float:
+    """Bytes of a result; that of an asynchronous start holds its operands first, and numbers of its own at the end."""
+    sizes = [size for size, _ in _sizes(shape)]
+    if is_start and len(sizes) > 1:
+        sizes = [size for size in sizes if size > _OWN] or sizes
+        sizes = sizes[len(sizes) // 2 :]
+    return sum(sizes)
+
+
+def _is_far(rest: str, island_of: Sequence[int]) -> bool:
+    """Whether a group of a collective has devices on several islands."""
+    if len(set(island_of)) < 2:
+        return False
+    return any(len({island_of[device] for device in group if device < len(island_of)}) > 1 for group in _groups(rest))
+
+
+def _groups(rest: str) -> list[list[int]]:
+    """The groups of devices of a collective, in any of the ways in which XLA writes them."""
+    if found := re.search(r"source_target_pairs=\{(.*?)\}\}", rest):
+        return [[int(a), int(b)] for a, b in re.findall(r"(\d+),(\d+)", found[1])]
+    if found := re.search(r"replica_groups=mesh\[(.*?)\](?:\s*,?\s*device_ids=\((.*?)\))?\s*\{(.*?)\}", rest):
+        sizes = {name: int(size) for name, size in re.findall(r"'?([\w\-]+)'?=(\d+)", found[1])}
+        taken = re.findall(r"'([\w\-]+)'", found[3])
+        return _grouped(list(range(math.prod(sizes.values()))), sizes, taken)
+    if found := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", rest):
+        shape, source = ([int(x) for x in found[i].split(",")] for i in (1, 2))
+        order = [int(x) for x in found[3].split(",")] if found[3] else list(range(len(source)))
+        strides = [math.prod(source[axis + 1 :]) for axis in range(len(source))]
+        places = itertools.product(*(range(source[axis]) for axis in order))
+        flat = [sum(i * strides[axis] for i, axis in zip(place, order, strict=True)) for place in places]
+        return [flat[start : start + shape[-1]] for start in range(0, len(flat), shape[-1])]
+    if found := re.search(r"replica_groups=\{(\{.*?\})\}", rest):
+        return [[int(x) for x in group.split(",") if x] for group in re.findall(r"\{([\d,]*)\}", found[1])]
+    return []
+
+
+def _grouped(devices: list[int], sizes: Mapping[str, int], taken: Sequence[str]) -> list[list[int]]:
+    groups: dict[tuple[int, ...], list[int]] = defaultdict(list)
+    for device, place in zip(devices, itertools.product(*(range(size) for size in sizes.values())), strict=True):
+        groups[tuple(i for i, name in zip(place, sizes, strict=True) if name not in taken)].append(device)
+    return list(groups.values())
