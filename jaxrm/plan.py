@@ -9,7 +9,8 @@ the compiler that comes with pip install 'jax[tpu]'; GPUs (h100:8, or h100:2x8 f
 no driver; cpu:8 needs nothing. Of a pipeline every stage that trains is planned.
 
 Where a config does not fit, changes to it are compiled, the mildest first, until one does. --find compiles the most
-promising meshes and names the fastest that fits.
+promising meshes and names the fastest that fits. --weak_scaling --topology=v5e:2x4,v5e:4x4,v5e:4x8 compares topologies
+on which every device has the same work.
 
 Exit status: 0 it fits; 1 it does not; 2 something to mend, said in one line.
 """
@@ -17,6 +18,7 @@ Exit status: 0 it fits; 1 it does not; 2 something to mend, said in one line.
 import dataclasses
 import shlex
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from absl import flags
@@ -33,8 +35,10 @@ if TYPE_CHECKING:
 
 def define_flags(values: flags.FlagValues) -> None:
     """The flags of this command."""
-    flags.DEFINE_string("topology", None, "required: devices to compile for, e.g. v5e:4x4 or cpu:8", flag_values=values)
-    flags.DEFINE_integer("num_slices", 1, "TPU slices of that topology, joined by a network", flag_values=values)
+    where = "required: devices to compile for, e.g. v5e:4x4, v5e:16x16:2 (two slices), h100:2x8 or cpu:8"
+    flags.DEFINE_string("topology", None, where, flag_values=values)
+    several = "the topologies are several, with commas; the batch grows with their devices"
+    flags.DEFINE_boolean("weak_scaling", False, several, flag_values=values)
     model = "shape of the model, by a public name such as gemma-2b, where config.model.path cannot be read here"
     flags.DEFINE_string("model", None, model, flag_values=values)
     flags.DEFINE_boolean("find", False, "look for the mesh and microbatches that are fastest", flag_values=values)
@@ -59,7 +63,9 @@ def main(config: Experiment | pipeline.Pipeline, given: flags.FlagValues) -> int
     from jaxrm.stages import plan_report
 
     stages = _stages(config, given.model)
-    topology = open_topology(given.topology, num_slices=given.num_slices)
+    if given.weak_scaling:
+        return _scaled(stages, [open_topology(name) for name in given.topology.split(",")], outputs)
+    topology = open_topology(given.topology)
     found = {name: _planned(name, stage, topology, given) for name, stage in stages.items()}
     if "json" in outputs:
         shown = {
@@ -68,7 +74,7 @@ def main(config: Experiment | pipeline.Pipeline, given: flags.FlagValues) -> int
         }
         write_json_atomically(outputs["json"], shown if len(shown) > 1 else next(iter(shown.values())))
     if "html" in outputs:
-        plan_report.write_page(outputs["html"], found, shlex.join(["python", "-m", "jaxrm.plan", *sys.argv[1:]]))
+        plan_report.write_page(outputs["html"], found, _typed())
     print("", *plan_report.ASSUMPTIONS, sep="\n")
     for flag, path in outputs.items():
         print(f"--{flag}: {path}")
@@ -112,6 +118,28 @@ def _planned(
         plan = next((each.plan for each in tries if each.plan.fits), tries[0].plan)
         plan_report.print_plan(plan)
     return plan, tries
+
+
+def _scaled(stages: dict[str, Experiment], topologies: list["Topology"], outputs: dict[str, Path]) -> int:
+    """Plan every stage for every topology and compare them."""
+    from jaxrm.runtime.run_folder import write_json_atomically
+    from jaxrm.stages import plan_scaling
+
+    found = {
+        name: plan_scaling.weak_scaling(config, topologies, show_progress=config.logging.progress)
+        for name, config in stages.items()
+    }
+    for plans in found.values():
+        plan_scaling.print_scaling(plans)
+    if "json" in outputs:
+        write_json_atomically(outputs["json"], {name: [p.as_json() for p in plans] for name, plans in found.items()})
+    if "html" in outputs:
+        plan_scaling.write_page(outputs["html"], found, _typed())
+    return 0 if all(plan.fits for plans in found.values() for plan in plans) else 1
+
+
+def _typed() -> str:
+    return shlex.join(["python", "-m", "jaxrm.plan", *sys.argv[1:]])
 
 
 def _stages(config: Experiment | pipeline.Pipeline, model: str | None) -> dict[str, Experiment]:

@@ -5,8 +5,8 @@
 A stage of a pipeline has its fields under its name: --config.sft.optimizer.lr=1e-4. --config.stages=sft,pairs runs
 some of the stages. What is done is not run again.
 
-On several hosts the same command is started on each. SLURM steps, GKE and Cloud TPU pods are recognized; elsewhere say
---coordinator=HOST:PORT --num_processes=N --process_id=I, HOST being that of process 0.
+On several hosts the same command is started on each. SLURM steps and GKE are recognized, launch/ starts TPU VM pods;
+elsewhere say --coordinator=HOST:PORT --num_processes=N --process_id=I, HOST being that of process 0.
 
 Exit status: 0 done; 1 some runs of a study failed; 2 something to mend, said in one line; 75 asked to stop (SIGTERM,
 Ctrl-C) and saved: the same command continues; 76 another process of the job was lost: start all of them again.

@@ -176,6 +176,7 @@ def test_flags_come_before_variables_and_clusters_are_recognized() -> None:
     assert find_processes(None, None, None, {"SLURM_STEP_NUM_TASKS": "1"}) is None
     assert find_processes(None, None, None, {"TPU_WORKER_HOSTNAMES": "t0,t1"}) == Processes()
     assert find_processes(None, None, None, {"TPU_WORKER_HOSTNAMES": "localhost"}) is None
+    assert find_processes(None, None, None, {"TPU_PROCESS_ADDRESSES": "t0:8476,t1:8476"}) == Processes()
     assert find_processes(None, None, None, {"MEGASCALE_NUM_SLICES": "2"}) == Processes()
 
 

@@ -15,23 +15,17 @@ from dataclasses import dataclass, field
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 # They name what is there already, or count with what they call.
-_FREE = frozenset(
-    [
-        "parameter",
-        "constant",
-        "get-tuple-element",
-        "tuple",
-        "bitcast",
-        "while",
-        "conditional",
-        "call",
-        "after-all",
-        "partition-id",
-        "replica-id",
-        "opt-barrier",
-        "async-start",
-    ]
+_FREE: tuple[str, ...] = (
+    "parameter",
+    "constant",
+    "get-tuple-element",
+    "tuple",
+    "bitcast",
+    "while",
+    "conditional",
+    "call",
 )
+_FREE += ("after-all", "partition-id", "replica-id", "opt-barrier", "async-start")
 
 
 @dataclass(frozen=True)

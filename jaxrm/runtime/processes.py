@@ -44,7 +44,8 @@ def find_processes(
     """How this process was started: by flags, by JAX's own variables, or by a cluster that JAX knows.
 
     Flags come before ``JAX_COORDINATOR_ADDRESS``, ``JAX_NUM_PROCESSES`` and ``JAX_PROCESS_ID``, and these before what
-    SLURM (a step of several tasks), GKE and Cloud TPU (several worker hosts, or several slices) say.
+    SLURM (a step of several tasks) and GKE (several worker hosts, or several slices) say. On TPU VMs the workers are
+    known to the metadata server alone; ``launch/tpu_pod.sh`` asks it and sets JAX's variables.
 
     Returns:
       None for a job of one process.
@@ -75,7 +76,8 @@ def find_processes(
             raise UserError(f"--process_id is {which!r}; use 0 to {int(number) - 1}, e.g. --process_id=0")
         return Processes(address, int(number), int(which)) if int(number) > 1 else None
     tasks = environment.get("SLURM_STEP_NUM_TASKS", "1")
-    hosts = [host for host in environment.get("TPU_WORKER_HOSTNAMES", "").split(",") if host]
+    workers = environment.get("TPU_PROCESS_ADDRESSES") or environment.get("TPU_WORKER_HOSTNAMES") or ""
+    hosts = [host for host in workers.split(",") if host]
     slices = environment.get("MEGASCALE_NUM_SLICES", "1")
     if (tasks.isdecimal() and int(tasks) > 1) or len(hosts) > 1 or (slices.isdecimal() and int(slices) > 1):
         return Processes()
@@ -104,6 +106,8 @@ def start(processes: Processes, *, timeout: int = 300) -> None:
             initialization_timeout=left,
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
             shutdown_timeout_seconds=60,
+            # Said in full, so no cluster need be asked; SLURM's would leave a process one of its host's GPUs.
+            cluster_detection_method=None if processes.coordinator is None else "deactivate",
         )
     except (RuntimeError, ValueError) as error:  # JaxRuntimeError is a RuntimeError
         where = processes.coordinator or "what the cluster says of it"

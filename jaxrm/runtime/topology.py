@@ -1,9 +1,9 @@
 """Devices that are not there: what XLA needs to compile for an accelerator that this machine has not.
 
-A TPU topology is named by its generation and the chips along each side (``v5e:4x4``), of one slice or several; its
-compiler comes with ``pip install 'jax[tpu]'``. GPUs are named by hosts and what each has (``h100:2x8``, ``h100:8`` for
-one host); their compiler comes with ``pip install 'jax[cuda13]'`` and wants no driver. ``cpu:8`` is that many devices
-of this machine, to see how arrays are cut.
+A TPU topology is named by its generation and the chips along each side (``v5e:4x4``), and the number of slices where
+there are several (``v5e:16x16:2``); its compiler comes with ``pip install 'jax[tpu]'``. GPUs are named by hosts and
+what each has (``h100:2x8``, ``h100:8`` for one host); their compiler comes with ``pip install 'jax[cuda13]'`` and wants
+no driver. ``cpu:8`` is that many devices of this machine, to see how arrays are cut.
 """
 
 from __future__ import annotations
@@ -58,6 +58,17 @@ CHIPS = {
     "h100": Chip(59.3, 3.35e12, 4.5e11, 5.0e10, "2x8"),
 }
 
+# So that libtpu asks no machine of Google's where it is, and does not complain that it cannot know.
+_QUIET = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_WORKER_ID": "0",
+    "TPU_MIN_LOG_LEVEL": "3",
+    "TPU_STDERR_LOG_LEVEL": "3",
+}
+
 # What XLA asks a driver for, had it one: the limits of compute capability 9.0, 132 multiprocessors, 80 GB.
 H100 = """
 gpu_device_info {
@@ -100,7 +111,7 @@ class Topology:
     """Devices to compile for.
 
     Attributes:
-      name: as it was given, and the number of slices where there are several.
+      name: as it was given.
       devices: as many as the topology has.
       chip: what each has; None where that is not known, as on CPU.
       kind: of the devices, as `jax.Device.device_kind` says it.
@@ -112,23 +123,22 @@ class Topology:
     kind: str
 
 
-def open_topology(name: str, *, num_slices: int = 1) -> Topology:
+def open_topology(name: str) -> Topology:
     """The devices of a topology; for ``cpu:N`` this has to come before the first array.
 
     Args:
-      name: e.g. ``v5e:4x4``, ``h100:2x8`` or ``cpu:8``.
-      num_slices: TPU slices of that shape, joined by the data-centre network.
+      name: e.g. ``v5e:4x4``, ``v5e:16x16:2`` (two slices, joined by a network), ``h100:2x8`` or ``cpu:8``.
 
     Raises:
       UserError: where there is no such topology, or no compiler for it.
     """
-    match = re.fullmatch(r"(\w+):([1-9]\d*(?:x[1-9]\d*)*)", name)
+    match = re.fullmatch(r"(\w+):([1-9]\d*(?:x[1-9]\d*)*)(?::([1-9]\d*))?", name)
     if match is None or (match[1] not in CHIPS and match[1] != "cpu"):
         known = ", ".join(f"{kind}:{chip.sides}" for kind, chip in CHIPS.items())
         raise UserError(f"--topology is {name!r}; use one of {known} with the chips of yours, or cpu:8")
     kind, sides = match[1], [int(side) for side in match[2].split("x")]
-    if num_slices < 1 or (num_slices > 1 and kind in ("cpu", "h100")):
-        raise UserError(f"--num_slices is {num_slices}; use 1, or for TPUs how many slices are joined, e.g. 2")
+    if match[3] is not None and kind in ("cpu", "h100"):
+        raise UserError(f"--topology is {name!r}, but only TPUs have slices; e.g. --topology={name.rpartition(':')[0]}")
     if kind == "cpu":
         count = math.prod(sides)
         with contextlib.suppress(RuntimeError):  # devices are open: see below
@@ -137,18 +147,16 @@ def open_topology(name: str, *, num_slices: int = 1) -> Topology:
         if jax.device_count() != count:
             raise UserError(f"--topology is {name!r}, but {jax.device_count()} devices are open already")
         return Topology(name, tuple(jax.devices()), None, "cpu")
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # no machine of Google's need be asked
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    os.environ.setdefault("TPU_MIN_LOG_LEVEL", "3")
+    for variable, value in _QUIET.items():
+        os.environ.setdefault(variable, value)
     jax.config.update("jax_platforms", "cpu")
     if kind != "h100":
-        found = _tpu(name, num_slices)
+        found = _tpu(name, f"{kind}:{match[2]}", int(match[3] or 1))
     elif len(sides) > 2:
         raise UserError(f"--topology is {name!r}; use hosts x GPUs of each, e.g. --topology=h100:2x8")
     else:
         found = _gpu(name, *(sides if len(sides) == 2 else (1, sides[0])))
-    shown = name if num_slices == 1 else f"{num_slices} slices of {name}"
-    return Topology(shown, tuple(found), CHIPS[kind], found[0].device_kind)
+    return Topology(name, tuple(found), CHIPS[kind], found[0].device_kind)
 
 
 def islands(devices: Sequence[Any]) -> list[int]:
@@ -161,12 +169,12 @@ def islands(devices: Sequence[Any]) -> list[int]:
     return [device.process_index for device in devices]
 
 
-def _tpu(name: str, num_slices: int) -> Sequence[Any]:
+def _tpu(name: str, one_slice: str, num_slices: int) -> Sequence[Any]:
     from jax.experimental import topologies
 
     several = {} if num_slices == 1 else {"num_slices": num_slices}
     try:
-        return topologies.get_topology_desc(platform="tpu", topology_name=name, **several).devices
+        return topologies.get_topology_desc(platform="tpu", topology_name=one_slice, **several).devices
     except Exception as error:  # of the plugin's own kinds
         raise _not_found(name, error, "jax[tpu]") from error
 

@@ -103,6 +103,7 @@ class Plan:
       topology: that it was compiled for.
       mesh: devices along each axis.
       algorithm: of the stage.
+      batch_size: rows of a step.
       num_microbatches: of its config.
       parameters: of its largest model.
       residents: bytes on a device of what stays there, by name.
@@ -114,6 +115,7 @@ class Plan:
     topology: str
     mesh: dict[str, int]
     algorithm: str
+    batch_size: int
     num_microbatches: int
     parameters: int
     residents: dict[str, float]
@@ -189,6 +191,7 @@ def planned(config: Experiment, topology: Topology, *, show_progress: bool = Fal
         topology.name,
         {axis: int(size) for axis, size in mesh.shape.items()},
         config.algorithm,
+        config.data.batch_size,
         config.num_microbatches,
         found.parameters,
         {name: device_bytes(tree) for name, tree in found.residents.items()},
