@@ -18,7 +18,7 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
 
 make_environment "$(environment_folder "$root")"
 cd "$root"
-install_once run "jaxrm's requirements" requirements.txt pyproject.toml -- uv_or_pip_install -r requirements.txt
+install_jaxrm cpu
 
 say "Running: python -m jaxrm.train --config=configs/quickstart.py $*"
 exec "$python" -m jaxrm.train --config=configs/quickstart.py "$@"
