@@ -12,8 +12,8 @@ import sys
 from typing import Any, NoReturn
 
 PORT = 8476
-# A checkpoint is written under another name and renamed when it is whole: in a bucket without folders of its own gcsfuse
-# renames file by file, and only where it is allowed to. Every worker has to see at once what another wrote.
+# A checkpoint is written under another name and renamed when it is whole: in a bucket without folders of its own
+# gcsfuse renames file by file, and only where it is allowed to. Every worker has to see at once what another wrote.
 BUCKET_OPTIONS = "implicit-dirs,rename-dir-limit=200000,metadata-cache:ttl-secs:0"
 
 
