@@ -185,6 +185,8 @@ def pod(options: argparse.Namespace) -> dict[str, Any]:
         "resources": {"limits": resource},
         "volumeMounts": mounts,
     }
+    if options.tpu:  # as xpk does: the chips' devices, and locking memory for them, are root's
+        container["securityContext"] = {"privileged": True, "runAsUser": 0}
     spec: dict[str, Any] = {
         "restartPolicy": "Never",  # what podFailurePolicy asks for
         "terminationGracePeriodSeconds": 120,  # from SIGTERM on, to save; Spot machines have about 25 s

@@ -63,7 +63,7 @@ submit() {
   install_jaxrm "$accelerator"
   # Options of the user come last: sbatch takes the last of two. The log of a job that is requeued goes on.
   run_last sbatch --job-name=jaxrm --requeue --open-mode=append --signal=TERM@120 --chdir="$root" \
-    --ntasks-per-node="$tasks" "${options[@]}" "$root/launch/slurm.sh" job "$root" "$max_restarts" "$@"
+    --ntasks-per-node="$tasks" ${options[@]+"${options[@]}"} "$root/launch/slurm.sh" job "$root" "$max_restarts" "$@"
 }
 
 # job MAX_RESTARTS ARGUMENT...: the job itself, on its first node.

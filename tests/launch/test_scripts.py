@@ -320,6 +320,7 @@ def test_gke_slices_are_replicas_and_their_hosts_pods(machine):
     }
     (container,) = pod["containers"]
     assert container["resources"]["limits"] == {"google.com/tpu": 4}
+    assert container["securityContext"] == {"privileged": True, "runAsUser": 0}  # the chips are root's
     assert container["env"] == []  # GKE itself tells TPU workers of each other
     assert pod["serviceAccountName"] == "s"
     assert pod["volumes"][0]["csi"]["volumeAttributes"]["bucketName"] == "runs"
