@@ -79,14 +79,15 @@ name_processes() {
   export JAX_PROCESS_ID=$((slice * ${#workers[@]} + index))
 }
 
-# The machine may have been started anew since, and the number be another process's.
+# Asks for the process that writes down how the run ended. The machine may have been started anew since, and its number
+# be another's.
 is_running() {
-  [ -s "$folder/pid" ] && [ ! -e "$folder/status" ] &&
-    tr '\0' ' ' 2>/dev/null <"/proc/$(cat "$folder/pid")/cmdline" | grep -q jaxrm.train
+  [ -s "$folder/supervisor" ] && [ ! -e "$folder/status" ] &&
+    tr '\0' ' ' 2>/dev/null <"/proc/$(cat "$folder/supervisor")/cmdline" | grep -q 'tpu_worker.sh supervise'
 }
 
 status() {
-  if [ ! -s "$folder/pid" ]; then
+  if [ ! -s "$folder/supervisor" ]; then
     echo idle
   elif is_running; then
     echo running
@@ -105,7 +106,7 @@ start() {
   [ -x "$JAXRM_VENV/bin/python" ] || stop "jaxrm is not installed here; install it first: ./launch/tpu_pod.sh install"
   name_processes
   mkdir -p "$folder"
-  rm -f "$folder/pid" "$folder/status" "$folder/stopped"
+  rm -f "$folder/pid" "$folder/supervisor" "$folder/status" "$folder/stopped"
   # In a session of its own, so that it outlives the ssh connection.
   setsid --fork "${BASH_SOURCE[0]}" supervise "$@" >>"$folder/log" 2>&1 </dev/null
   until [ -s "$folder/pid" ]; do sleep 0.1; done
@@ -116,6 +117,7 @@ start() {
 supervise() {
   local code=0
   cd "$root"
+  echo "$$" >"$folder/supervisor"
   say "== $(date -u '+%F %T') UTC, process $JAX_PROCESS_ID of $JAX_NUM_PROCESSES: $(quote_words python -m jaxrm.train "$@")"
   "$JAXRM_VENV/bin/python" -m jaxrm.train "$@" &
   echo "$!" >"$folder/pid.part"

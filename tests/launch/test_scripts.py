@@ -1,6 +1,7 @@
 """The start scripts, run for real against stand-ins for the tools that they call."""
 
 import json
+import os
 import re
 import subprocess
 import tomllib
@@ -257,6 +258,15 @@ def test_worker_of_an_old_image_gets_a_python(cloud):
     cloud.run("tpu_worker.sh", "install")
     asked = [call for call in cloud.calls("python3") if call[0] != "-c"]
     assert [call[2] for call in asked] == ["install", "python", "python"]
+
+
+def test_worker_whose_machine_was_started_anew_has_lost_its_run(cloud):
+    folder = cloud.folder / "jaxrm-run"
+    folder.mkdir()
+    (folder / "supervisor").write_text(f"{os.getpid()}\n")  # the number is another process's by now
+    assert cloud.run("tpu_worker.sh", "status").stdout == "lost\n"
+    (folder / "status").write_text("76\n")
+    assert cloud.run("tpu_worker.sh", "status").stdout == "ended 76\n"
 
 
 def test_watch_creates_installs_and_starts_again_after_preemption(cloud):
