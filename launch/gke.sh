@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains on GKE, on TPU slices or GPU nodes, as a JobSet: ./launch/gke.sh COMMAND --name=NAME [OPTION...] -- --config=...
+# Trains on GKE, on TPU slices or GPU nodes: ./launch/gke.sh COMMAND --name=NAME [OPTION...] -- --config=...
 #
 # Needs kubectl, connected to a cluster with JobSet 0.6 or newer and with node pools of the machines that are asked
 # for, Python 3.11 or newer here, and an image of jaxrm (launch/Dockerfile) that the cluster can pull. COMMAND is one of

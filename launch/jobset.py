@@ -161,11 +161,11 @@ def pod(options: argparse.Namespace) -> dict[str, Any]:
     else:
         selector = {"cloud.google.com/gke-accelerator": options.gpu}
         resource = {"nvidia.com/gpu": options.gpus_per_node}
-        index = {"fieldRef": {"fieldPath": "metadata.annotations['batch.kubernetes.io/job-completion-index']"}}
+        process = {"fieldRef": {"fieldPath": "metadata.annotations['batch.kubernetes.io/job-completion-index']"}}
         environment = [
             {"name": "JAX_COORDINATOR_ADDRESS", "value": f"{options.name}-workers-0-0.{options.name}:{PORT}"},
             {"name": "JAX_NUM_PROCESSES", "value": str(options.nodes)},
-            {"name": "JAX_PROCESS_ID", "valueFrom": index},
+            {"name": "JAX_PROCESS_ID", "valueFrom": process},
             {"name": "LD_LIBRARY_PATH", "value": "/usr/local/nvidia/lib64"},  # where GKE puts NVIDIA's driver
         ]
         volumes.append({"name": "shared-memory", "emptyDir": {"medium": "Memory"}})  # NCCL's, of 64 MiB by default
@@ -192,7 +192,8 @@ def pod(options: argparse.Namespace) -> dict[str, Any]:
         "terminationGracePeriodSeconds": 120,  # from SIGTERM on, to save; Spot machines have about 25 s
         "nodeSelector": selector,
         "tolerations": tolerations,
-        "securityContext": {"fsGroup": 1000},  # the group of the image's user, who has to write into the mounts
+        # The group of the image's user, who has to write into the mounts.
+        "securityContext": {"fsGroup": 1000, "fsGroupChangePolicy": "OnRootMismatch"},
         "containers": [container],
         "volumes": volumes,
     }
