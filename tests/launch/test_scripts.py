@@ -143,6 +143,13 @@ def test_train_ends_as_the_run_did(machine, status):
     machine.run("train.sh", "--config=c.py", status=status, JAXRM_VENV=str(machine.folder / "other"))
 
 
+def test_quickstart_takes_what_train_installed(machine):
+    machine.run("train.sh", "--accelerator=cpu", "--config=c.py")
+    machine.run("quickstart.sh", *AWKWARD[1:])
+    assert len(machine.calls("uv")) == 1
+    assert machine.calls("python")[-1] == ["-m", "jaxrm.train", "--config=configs/quickstart.py", *AWKWARD[1:]]
+
+
 # --- slurm.sh
 
 
