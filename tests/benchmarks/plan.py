@@ -1,0 +1,98 @@
+"""Is the planner honest? Memory and FLOPs that jaxrm.plan predicts beside those of the program when it runs here.
+
+    PYTHONPATH=. python tests/benchmarks/plan.py --preset=smollm2-135m --rows=4 --length=512
+
+On an accelerator the measured peak is the device's own count. On CPU it is the resident memory of this process at its
+fullest during a step (Linux), less what it was before the arrays were made; programs are compiled before that.
+FLOPs are compared with 6 N tokens and attention, by hand, and what the program computes again.
+"""
+
+import argparse
+import dataclasses
+import re
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from jaxrm.data.config import DataConfig
+from jaxrm.experiment import Experiment
+from jaxrm.models.build import ModelSource
+from jaxrm.models.config import preset
+from jaxrm.models.flops import training_flops_per_token
+from jaxrm.runtime.hardware import device_memory
+from jaxrm.runtime.mesh import build_mesh
+from jaxrm.runtime.topology import GIB, Topology
+from jaxrm.runtime.traced_cost import matmul_flops
+from jaxrm.stages.planning import planned
+from jaxrm.stages.programs import programs_of
+
+
+def resident_bytes(*, peak: bool) -> int:
+    """Of this process, now or at its fullest since `forget_peak`."""
+    status = Path("/proc/self/status").read_text()
+    found = re.search(rf"{'VmHWM' if peak else 'VmRSS'}:\s*(\d+) kB", status)
+    assert found is not None
+    return int(found[1]) * 1024
+
+
+def forget_peak() -> None:
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def materialized(leaf: jax.ShapeDtypeStruct) -> jax.Array:
+    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        return jax.device_put(jax.random.key(0), leaf.sharding)
+    return jax.jit(lambda: jax.numpy.ones(leaf.shape, leaf.dtype), out_shardings=leaf.sharding)()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--preset", default="smollm2-135m")
+    parser.add_argument("--algorithm", default="sft", choices=["sft", "seq2seq_rm", "scalar_rm"])
+    parser.add_argument("--rows", type=int, default=4)
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--remat", default="full")
+    given = parser.parse_args()
+    config = Experiment(
+        algorithm=given.algorithm,
+        model=ModelSource(preset=given.preset, dtype=given.dtype, remat=given.remat),
+        data=DataConfig(path="task:safety", max_length=given.length, batch_size=given.rows),
+    )
+    device = jax.devices()[0]
+    here = Topology("here", tuple(jax.devices()), None, device.device_kind)
+    (predicted,) = planned(config, here).programs
+    (program,) = programs_of(config, build_mesh(config.mesh, here.devices)).programs
+    compiled = program.jitted.trace(*program.arguments).lower().compile()
+    analysis = compiled.memory_analysis()
+    before = resident_bytes(peak=False)
+    state, batch = (jax.tree.map(materialized, tree) for tree in program.arguments)
+    for _ in range(2):
+        state, metrics = compiled(state, batch)
+        jax.block_until_ready((state, metrics))
+    forget_peak()
+    state, metrics = compiled(state, batch)
+    assert np.isfinite(float(metrics["loss"]))
+    on_device = device_memory()
+    measured = resident_bytes(peak=True) - before if on_device is None else on_device.peak * GIB
+    print(f"{given.algorithm}, {given.preset}, {given.rows} x {given.length}, {given.dtype}, remat {given.remat}, "
+          f"{len(jax.devices())} x {device.device_kind}")  # fmt: skip
+    print(f"peak memory: predicted {predicted.peak / GIB:.3f} GiB, measured {measured / GIB:.3f}, "
+          f"ratio {predicted.peak / measured:.3f} (XLA's peak field {analysis.peak_memory_in_bytes / GIB:.3f})")  # fmt: skip
+    shape, tokens = preset(given.preset), given.rows * given.length
+    is_scalar = given.algorithm == "scalar_rm"
+    asked = training_flops_per_token(shape, given.length, scalar_head=is_scalar) * tokens
+    none = dataclasses.replace(config, model=dataclasses.replace(config.model, remat="none"))
+    (kept,) = programs_of(none, build_mesh(config.mesh, here.devices)).programs
+    without_remat = matmul_flops(kept.jitted.trace(*kept.arguments).jaxpr)
+    # Computed again rather than kept, whatever remat is: the logits of a loss over words, the scores of attention.
+    again = 0 if is_scalar else 2 * shape.hidden_size * shape.vocab_size
+    again += shape.num_layers * given.length * shape.num_heads * shape.head_dim
+    by_hand = asked + again * tokens
+    print(f"FLOPs: {predicted.cost.flops:.4g}; without recomputed layers {without_remat:.4g}, by hand {by_hand:.4g}, "
+          f"ratio {without_remat / by_hand:.3f}; asked for {asked:.4g} of them")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
