@@ -26,6 +26,7 @@ from absl import flags
 from jaxrm import command_line, pipeline
 from jaxrm.errors import UserError
 from jaxrm.experiment import Experiment
+from jaxrm.pipeline import config_class
 
 if TYPE_CHECKING:
     from jaxrm.runtime.topology import Topology
@@ -62,7 +63,7 @@ def main(config: Experiment | pipeline.Pipeline, given: flags.FlagValues) -> int
     from jaxrm.runtime.topology import open_topology
     from jaxrm.stages import plan_report
 
-    stages = _stages(config, given.model)
+    stages = stages_of(config, given.model)
     if given.weak_scaling:
         return _scaled(stages, [open_topology(name) for name in given.topology.split(",")], outputs)
     topology = open_topology(given.topology)
@@ -142,7 +143,7 @@ def _typed() -> str:
     return shlex.join(["python", "-m", "jaxrm.plan", *sys.argv[1:]])
 
 
-def _stages(config: Experiment | pipeline.Pipeline, model: str | None) -> dict[str, Experiment]:
+def stages_of(config: Experiment | pipeline.Pipeline, model: str | None) -> dict[str, Experiment]:
     """The stages to plan by name, with the shape of their models; that of a config of one stage is called ""."""
     if isinstance(config, Experiment):
         return {"": _of_shape(config, model)}
@@ -174,4 +175,4 @@ def _of_shape(config: Experiment, model: str | None) -> Experiment:
 
 
 if __name__ == "__main__":
-    sys.exit(command_line.run(main, Experiment, define_flags=define_flags, config_class_of=pipeline.config_class))
+    sys.exit(command_line.run(main, Experiment, define_flags=define_flags, config_class_of=config_class))

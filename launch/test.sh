@@ -6,7 +6,7 @@
 #
 #   ./launch/test.sh tests/ops -k kl                  arguments go to pytest
 #   PYTHON=python3.12 JAXRM_VENV=.venv-py312 ...      another Python, in an environment of its own
-#   JAXRM_TEST_TORCH=1                                compare with live torch models and real weights as well (CI does)
+#   JAXRM_TEST_TORCH=1                                compare with live torch models and real weights, and plan for TPUs (CI does)
 #   JAXRM_TEST_LINT=0                                 leave the linters out
 set -euo pipefail
 
@@ -27,7 +27,7 @@ install_torch() {
 install_once test "what the tests need" requirements.txt tests/requirements.txt pyproject.toml -- \
   uv_or_pip_install -r tests/requirements.txt
 if [ "${JAXRM_TEST_TORCH:-0}" = 1 ]; then
-  install_once torch "torch and real weights" tests/requirements-torch.txt launch/test.sh -- install_torch
+  install_once torch "torch, real weights and the compiler for TPUs" tests/requirements-torch.txt launch/test.sh -- install_torch
 fi
 
 status=0

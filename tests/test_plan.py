@@ -17,8 +17,11 @@ from jaxrm.models.build import ModelSource
 from jaxrm.models.config import preset
 from jaxrm.models.flops import training_flops_per_token
 from jaxrm.models.generate import SamplingConfig
+from jaxrm.runtime import config as bridge
+from jaxrm.runtime.config_file import load_config_file
 from jaxrm.runtime.mesh import MeshConfig, build_mesh
 from jaxrm.runtime.topology import CHIPS, open_topology
+from jaxrm.stages import plan_scaling, plan_search
 from jaxrm.stages.plan_report import print_plan
 from jaxrm.stages.planning import planned
 from jaxrm.stages.programs import device_bytes, programs_of
@@ -99,6 +102,8 @@ def test_sharded_parameters_are_gathered(here):
         ("v99:2x2", "v5p:4x4x4"),
         ("cpu:3", "devices are open already"),
         ("cpu:0", "use one of"),
+        ("cpu:8:2", "only TPUs have slices; e.g. --topology=cpu:8"),
+        ("v5e:16x16:0", "use one of"),
         ("moon:2x2", "use one of"),
         ("h100:1x2x8", "h100:2x8"),
     ],
@@ -108,7 +113,7 @@ def test_an_unknown_topology_is_answered_with_what_there_is(name, words):
         open_topology(name)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("jax_plugins") is not None, reason="a compiler for accelerators is here")
+@pytest.mark.skipif(importlib.util.find_spec("jax_plugins") is not None, reason="a compiler for GPUs is here")
 def test_a_missing_compiler_is_answered_with_what_to_install():
     with pytest.raises(UserError, match=r"pip install 'jax\[cuda13\]'"):
         open_topology("h100:8")
@@ -122,9 +127,7 @@ def test_what_has_no_plan_is_refused(here):
 
 
 def test_the_command_writes_the_figures(tmp_path, capsys):
-    argv = ["plan", "--config=configs/sft_tiny.py", "--config.model.preset=lab-tiny", "--config.data.batch_size=8"]
-    argv += [f"--topology={EIGHT}", f"--json={tmp_path / 'plan.json'}"]
-    assert command_line.run(plan.main, Experiment, define_flags=plan.define_flags, argv=argv) == 0
+    assert run_plan(f"--json={tmp_path / 'plan.json'}") == 0
     found = json.loads((tmp_path / "plan.json").read_text())
     assert found["topology"] == EIGHT and np.isfinite(found["programs"][0]["cost"]["flops"])
     assert "train step" in capsys.readouterr().out
@@ -134,3 +137,121 @@ def test_a_program_that_does_not_fit_says_so(here):
     small = dataclasses.replace(here, chip=dataclasses.replace(CHIPS["v5e"], memory=1e-6))
     found = planned(config(), small)
     assert not found.fits and found.programs[0].fits is False
+
+
+def with_memory(topology, gib):
+    return dataclasses.replace(topology, chip=dataclasses.replace(CHIPS["v5e"], memory=gib))
+
+
+def test_the_nearest_change_that_fits_is_more_microbatches(here):
+    one = config()
+    whole, halves = (
+        planned(dataclasses.replace(one, num_microbatches=parts), here).programs[0].peak / 2**30 for parts in (1, 2)
+    )
+    assert halves < whole
+    tries = plan_search.nearest_fit(one, with_memory(here, (whole + halves) / 2), most=4)
+    assert [each.change for each in tries] == [{"num_microbatches": 2}] and tries[0].plan.fits
+    assert tries[0].typed("config.sft.") == "--config.sft.num_microbatches=2"
+
+
+def test_where_even_the_state_is_too_large_nothing_is_compiled(here):
+    assert plan_search.nearest_fit(config(), with_memory(here, 1e-6), most=4) == []
+
+
+def test_a_search_puts_the_fastest_that_fits_first_and_keeps_what_does_not(here):
+    tries = plan_search.best_fits(config(), with_memory(here, 16.0), most=3)
+    assert len(tries) == 3 and all(each.plan.fits for each in tries)
+    assert [each.plan.seconds[1] for each in tries] == sorted(each.plan.seconds[1] for each in tries)
+    meshes = [tuple(each.plan.mesh.values()) for each in tries]
+    assert len(set(meshes)) == 3 and all(np.prod(mesh) == 8 for mesh in meshes)
+
+
+def run_plan(*arguments):
+    argv = ["plan", "--config=configs/sft_tiny.py", "--config.model.preset=lab-tiny", "--config.data.batch_size=8"]
+    argv += [f"--topology={EIGHT}", "--config.logging.progress=False", *arguments]
+    return command_line.run(
+        plan.main, Experiment, define_flags=plan.define_flags, config_class_of=plan.config_class, argv=argv
+    )
+
+
+def test_a_mesh_that_does_not_divide_is_named_with_one_that_does(here, capsys):
+    assert run_plan("--config.mesh.data=1", "--config.mesh.tensor=8", "--tries=1") == 0
+    said = capsys.readouterr().out
+    assert "As it is it cannot be laid over cpu:8: config.mesh.tensor is 8" in said
+    assert "Use --config.mesh.data=" in said
+
+
+def test_the_page_has_bars_and_tables_and_loads_nothing(tmp_path, here):
+    assert run_plan(f"--html={tmp_path / 'plan.html'}") == 0
+    page = (tmp_path / "plan.html").read_text()
+    assert 'class="bars card"' in page and "optimizer" in page and "train step" in page
+    assert "default-src 'none'" in page and "http://" not in page and "https://" not in page
+
+
+def test_a_file_that_cannot_be_written_is_refused_before_anything_is_compiled(capsys):
+    assert run_plan("--json=/nowhere/plan.json") == 2
+    assert "--json is '/nowhere/plan.json'" in capsys.readouterr().err
+
+
+def test_the_stages_of_a_pipeline_are_planned_with_the_model_that_they_begin_with():
+    loaded, _ = load_config_file("configs/quickstart.py", Experiment)
+    several = bridge.from_config_dict(plan.config_class(loaded), loaded)
+    stages = plan.stages_of(several, None)
+    assert list(stages) == ["sft", "rm_scalar", "rm_seq2seq", "ppo_scalar", "ppo_seq2seq"]
+    assert {stage.model.preset for stage in stages.values()} == {several.sft.model.preset}
+    assert all(stage.model.path is None for stage in stages.values())
+    shaped = plan.stages_of(several, "gemma-2b")
+    assert {stage.model.preset for stage in shaped.values()} == {"gemma-2b"}
+
+
+def test_weak_scaling_gives_every_device_as_many_rows(here, capsys):
+    parts = [
+        dataclasses.replace(with_memory(here, 16.0), name=f"cpu:{count}", devices=here.devices[:count])
+        for count in (2, 4, 8)
+    ]
+    one = dataclasses.replace(
+        config(), mesh=MeshConfig(), data=DataConfig(path="task:safety", max_length=64, batch_size=4)
+    )
+    plans = plan_scaling.weak_scaling(one, parts)
+    assert [found.batch_size for found in plans] == [4, 8, 16]
+    seconds = [found.programs[0].cost.compute_seconds for found in plans]
+    sent = [found.programs[0].cost.collectives["all-reduce"] for found in plans]
+    assert sent == pytest.approx([sent[0]] * 3, rel=0.01)  # the gradients, whatever the number of devices
+    assert [found.programs[0].cost.flops for found in plans] == pytest.approx(
+        [plans[0].programs[0].cost.flops * times for times in (1, 2, 4)]
+    )
+    assert seconds[0] is None  # no peak of a CPU is known
+    plan_scaling.print_scaling(plans)
+    assert "cpu:8" in capsys.readouterr().out
+    with pytest.raises(UserError, match="required multiples"):
+        plan_scaling.weak_scaling(one, [parts[1], parts[0]])
+
+
+tpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="the compiler for TPUs (libtpu) is not here"
+)
+
+
+@tpu
+def test_a_tpu_that_is_not_there_is_compiled_for():
+    topology = open_topology("v5e:2x2")
+    found = planned(dataclasses.replace(config(), mesh=MeshConfig(data=1, fsdp=4)), topology)
+    (program,) = found.programs
+    assert found.fits and 0 < program.peak < 2**30 and found.memory == 15.75 * 2**30
+    low, high = found.seconds
+    assert 0 < low <= high and 0 < found.mfu[1] <= found.mfu[0] < 1
+    assert program.cost.far_bytes == 0
+    assert sum(program.cost.collectives.values()) > 360_000 * 4  # parameters are gathered, gradients scattered
+
+
+@tpu
+def test_between_slices_only_the_gradients_go():
+    topology = open_topology("v5e:2x2:2")
+    one = dataclasses.replace(config(), mesh=MeshConfig(data=2, fsdp=4))
+    mesh = build_mesh(one.mesh, topology.devices)
+    assert [{device.slice_index for device in row.flat} for row in mesh.devices] == [{0}, {1}]
+    (program,) = planned(one, topology).programs
+    of_gradients = 360_000 * 4 / 4  # a quarter of them on each device
+    assert 0.8 * of_gradients < program.cost.far_bytes < 3 * of_gradients
+    with pytest.raises(UserError, match="there are 2 slices"):
+        build_mesh(MeshConfig(data=1, fsdp=8), topology.devices)

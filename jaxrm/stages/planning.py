@@ -238,8 +238,8 @@ def _plan(
         analysis = compiled.memory_analysis()
         peak = beside + float(
             analysis.peak_memory_in_bytes
-            if topology.chip is not None
-            # On CPU the compiler gives no peak of its own: what it holds at once is at most all of it.
+            if topology.kind != "cpu"
+            # On CPU that leaves out the temporary arrays: what is held at once is at most all of it.
             else analysis.argument_size_in_bytes
             + analysis.temp_size_in_bytes
             + analysis.output_size_in_bytes
