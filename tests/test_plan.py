@@ -78,6 +78,21 @@ def test_a_plan_of_ppo_has_every_program_and_all_that_stays_on_a_device(here, ca
     json.dumps(found.as_json(), allow_nan=False)
 
 
+def test_the_copy_that_a_policy_answers_with_is_there_beside_that_program_alone(here):
+    """The reshard is a program of its own; it gathers over fsdp and over tensor, in either order."""
+    one = config("ppo", reward=RewardConfig(kind="scalar", function="task:safety"))
+    rollout = dataclasses.replace(one.rollout, mesh=MeshConfig())
+    other = dataclasses.replace(one, rollout=rollout)
+    plain, whole = planned(one, here), planned(other, here)
+    assert [program.name for program in whole.programs][:3] == ["reshard", "respond", "read"]
+    assert whole.residents == plain.residents
+    reshard, respond, read = whole.programs[:3]
+    assert 4 * whole.parameters < reshard.traffic["all-gather"] < 1.6 * 4 * whole.parameters and reshard.flops == 0
+    assert respond.traffic.get("all-gather", 0) < 0.05 * plain.programs[0].traffic["all-gather"]
+    assert respond.arguments == pytest.approx(plain.programs[0].arguments + 3 / 4 * 4 * whole.parameters, rel=0.05)
+    assert read.peak == plain.programs[1].peak
+
+
 def test_what_is_given_to_a_program_takes_the_room_that_was_counted(here):
     one = config()
     found = programs_of(one, build_mesh(one.mesh, here.devices))

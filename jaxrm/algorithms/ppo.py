@@ -25,7 +25,7 @@ import numpy as np
 
 from jaxrm.algorithms.ppo_config import PPOConfig
 from jaxrm.algorithms.ppo_state import Feedback, PPOBatch, PPOState, saved_arrays, steps_of
-from jaxrm.algorithms.rollout import Networks, Readings, RewardSource
+from jaxrm.algorithms.rollout import Networks, Readings, Respond, RewardSource
 from jaxrm.algorithms.state import TrainState
 from jaxrm.algorithms.train_step import Metrics
 from jaxrm.data.loader import BatchIterator
@@ -139,7 +139,7 @@ class Programs:
     """The jitted parts of a step.
 
     Attributes:
-      respond: from `jaxrm.algorithms.rollout.build_respond`.
+      respond: how the policy answers.
       read: from `jaxrm.algorithms.rollout.build_read`.
       reward: source of token rewards.
       estimate: `estimate`.
@@ -149,7 +149,7 @@ class Programs:
       update_critic: the same for the critic; never called where the trunk is shared.
     """
 
-    respond: Callable[..., ResponseBatch]
+    respond: Respond
     read: Callable[..., Readings]
     reward: RewardSource
     estimate: Callable[..., tuple[Rollout, Feedback, Metrics]]

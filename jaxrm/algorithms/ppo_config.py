@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from jaxrm.errors import UserError
 from jaxrm.models.generate import SamplingConfig
 from jaxrm.ops import kl
+from jaxrm.runtime.mesh import MeshConfig
 from jaxrm.runtime.optimizer import OptimizerConfig
 
 
@@ -98,12 +99,14 @@ class RolloutConfig:
     Attributes:
       sampling: temperature and length of responses; prompts have what ``config.data.max_length`` leaves of a row.
         Top-k and top-p are refused: log-probs would not be those that tokens were drawn with.
-      gather: hold the policy's parameters whole on every device (split over tensor alone) while it answers, in the
-        compute dtype: faster where fsdp would gather them at every token, if they fit.
+      mesh: how the devices of ``config.mesh`` lie while the policy answers; None as they lie in training. Training
+        wants parameters in shards, but writing token by token wants them whole, or split over ``tensor`` alone:
+        ``--config.rollout.mesh.fsdp=1``. It costs a copy of the policy in the compute dtype while it answers, 2 bytes
+        a parameter in bfloat16, divided by what ``fsdp`` and ``tensor`` are here; tokens are drawn alike.
     """
 
     sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(max_new_tokens=128))
-    gather: bool = False
+    mesh: MeshConfig | None = None
 
 
 @dataclass(frozen=True)

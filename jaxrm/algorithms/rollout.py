@@ -82,33 +82,68 @@ class RewardSource(Protocol):
         ...
 
 
-def build_respond(
+@dataclass(frozen=True)
+class Respond:
+    """A policy's answers: ``respond(params, prompts [B, P], prompt_mask [B, P], key) -> ResponseBatch``.
+
+    Attributes:
+      draw: jitted; the same function of the parameters as they lie while the policy answers.
+      reshard: jitted, from `build_reshard`: parameters as they lie in training to a copy as ``draw`` takes them. None
+        where that is how they lie anyway. The copy lives as long as a call.
+    """
+
+    draw: Callable[[Any, jax.Array, jax.Array, jax.Array], ResponseBatch]
+    reshard: Callable[[Any], Any] | None = None
+
+    def __call__(self, params: Any, prompts: jax.Array, prompt_mask: jax.Array, key: jax.Array) -> ResponseBatch:
+        """Draw one response to each prompt."""
+        return self.draw(params if self.reshard is None else self.reshard(params), prompts, prompt_mask, key)
+
+
+def build_draw(
     graphdef: nnx.GraphDef,
     *,
     sampling: SamplingConfig,
     end_ids: tuple[int, ...],
     params_sharding: Any,
     batch_sharding: Any,
-    gather: bool = False,
+    drawing_sharding: Any = None,
 ) -> Callable[[Any, jax.Array, jax.Array, jax.Array], ResponseBatch]:
-    """Jitted ``respond(params, prompts [B, P], prompt_mask [B, P], key) -> ResponseBatch``.
+    """Jitted ``draw(params, prompts [B, P], prompt_mask [B, P], key) -> ResponseBatch``.
 
     Args:
-      graphdef: of the decoder.
+      graphdef: of the decoder, on the mesh that it answers on.
       sampling: see `jaxrm.models.generate.generate`.
       end_ids: ids that end a response.
-      params_sharding: of the decoder's parameters.
-      batch_sharding: of the rows.
-      gather: see `jaxrm.models.generate.generate`.
+      params_sharding: of the decoder's parameters, on that mesh.
+      batch_sharding: of the rows that are given and returned.
+      drawing_sharding: of the rows in between, where that mesh is another one.
     """
 
-    def respond(params: Any, prompts: jax.Array, prompt_mask: jax.Array, key: jax.Array) -> ResponseBatch:
-        drawn = generate(graphdef, params, prompts, prompt_mask, key, sampling=sampling, end_ids=end_ids, gather=gather)
+    def draw(params: Any, prompts: jax.Array, prompt_mask: jax.Array, key: jax.Array) -> ResponseBatch:
+        given = (prompts, prompt_mask)
+        if drawing_sharding is not None:
+            given = jax.lax.with_sharding_constraint(given, drawing_sharding)
+        drawn = generate(graphdef, params, *given, key, sampling=sampling, end_ids=end_ids)
         return ResponseBatch(prompts, prompt_mask, jnp.where(drawn.mask, drawn.tokens, 0), drawn.mask)
 
     return jax.jit(
-        respond, in_shardings=(params_sharding, batch_sharding, batch_sharding, None), out_shardings=batch_sharding
+        draw, in_shardings=(params_sharding, batch_sharding, batch_sharding, None), out_shardings=batch_sharding
     )
+
+
+def build_reshard(dtype: str, *, from_sharding: Any, to_sharding: Any) -> Callable[[Any], Any]:
+    """Jitted ``reshard(params) -> params``: a copy of a decoder's parameters on another mesh of the same devices.
+
+    The copy is in the compute dtype ``dtype``, but for norms and biases, which are small.
+    """
+
+    def reshard(params: Any) -> Any:
+        return jax.tree_util.tree_map_with_path(
+            lambda path, x: x.astype(dtype) if path[-1].key in ("kernel", "embedding") else x, params
+        )
+
+    return jax.jit(reshard, in_shardings=(from_sharding,), out_shardings=to_sharding)
 
 
 def build_read(

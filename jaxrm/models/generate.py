@@ -60,7 +60,7 @@ class Generation(NamedTuple):
     mask: jax.Array
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "sampling", "end_ids", "gather"))
+@functools.partial(jax.jit, static_argnames=("graphdef", "sampling", "end_ids"))
 def generate(
     graphdef: nnx.GraphDef,
     params: Any,
@@ -70,9 +70,11 @@ def generate(
     *,
     sampling: SamplingConfig,
     end_ids: tuple[int, ...],
-    gather: bool = False,
 ) -> Generation:
     """Sample one response to each prompt; stops early once every row has ended.
+
+    Every device fetches the parameters that others hold (``fsdp``) at every token, unless the compiler happens to
+    move that out of the loop: what answers much had better lie whole, see `jaxrm.algorithms.rollout.Respond`.
 
     Args:
       graphdef: of the decoder.
@@ -82,10 +84,6 @@ def generate(
       key: typed PRNG key. Token ``t`` is drawn with ``fold_in(key, t)``, whatever the length limit.
       sampling: see `SamplingConfig`.
       end_ids: ids that end a response.
-      gather: hold the parameters whole on every device over the fsdp axis (still split over the tensor axis) while
-        decoding. Otherwise every device fetches those of the others at every token, unless the compiler happens to
-        move that out of the loop. It costs, beside the parameters, a whole copy in the compute dtype: 2 bytes a
-        parameter in bfloat16, divided by the tensor axis.
     """
     chex.assert_equal_shape([prompts, prompt_mask])
     B, P = prompts.shape
@@ -93,8 +91,8 @@ def generate(
     model = nnx.merge(graphdef, params)
     positions = positions_from_mask(prompt_mask)
     hidden, past = model.prefill(prompts, positions=positions, segment_ids=prompt_mask.astype(jnp.int32), size=P + T)
-    layers = model.unstack(gather=gather)
-    head = model.held_head(gather=gather)
+    layers = model.unstack()
+    head = model.held_head()
     ends = jnp.asarray(end_ids, jnp.int32)
 
     def draw(hidden: jax.Array, t: jax.Array) -> jax.Array:

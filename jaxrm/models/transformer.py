@@ -80,13 +80,10 @@ class Decoder(nnx.Module):
         values = tuple(self.constrain(x, _VALUES) for x in past.values)
         return hidden, dataclasses.replace(past, keys=keys, values=values)
 
-    def unstack(self, *, gather: bool = False) -> tuple[layers.Layer, ...]:
+    def unstack(self) -> tuple[layers.Layer, ...]:
         """The layers one by one, for `decode`; outside the decoding loop, which then reads each in place.
 
         Their weights are as the loop reads them at every token: in the compute dtype and turned.
-
-        Args:
-          gather: hold them whole where they are split to save memory; what is split by heads stays so.
         """
         graphdef, stacked = nnx.split(self.layers)
 
@@ -94,15 +91,15 @@ class Decoder(nnx.Module):
             layer = nnx.merge(graphdef, jax.tree.map(lambda p: p[i], stacked))
             for _, part in nnx.iter_modules(layer):
                 if isinstance(part, layers.Projection):
-                    part.kernel.set_value(self._held(part.kernel, gather))
+                    part.kernel.set_value(part.kernel[...].astype(self.dtype))
                     part.turn()
             return layer
 
         return tuple(one_layer(i) for i in range(self.config.num_layers))
 
-    def held_head(self, *, gather: bool = False) -> jax.Array:
+    def held_head(self) -> jax.Array:
         """Output embedding ``[V, D]`` for the `logits` of a decoding loop; as `unstack`."""
-        return self._held((self.head or self.embedder).embedding, gather)
+        return self.head_embedding.astype(self.dtype)
 
     def decode(
         self, tokens: jax.Array, unstacked: tuple[layers.Layer, ...], past: cache.Cache
@@ -140,7 +137,7 @@ class Decoder(nnx.Module):
 
     @property
     def head_embedding(self) -> jax.Array:
-        """Output embedding ``[V, D]``, float32: what `jaxrm.ops.vocab` takes as its head."""
+        """Output embedding ``[V, D]`` as the parameters hold it: what `jaxrm.ops.vocab` takes as its head."""
         return (self.head or self.embedder).embedding[...]
 
     def logits(self, hidden: jax.Array, head: jax.Array | None = None) -> jax.Array:
@@ -154,13 +151,6 @@ class Decoder(nnx.Module):
         logits = jnp.einsum("...d,vd->...v", hidden, head, preferred_element_type=jnp.float32)
         cap = self.config.logit_softcap
         return logits if cap is None else cap * jnp.tanh(logits / cap)
-
-    def _held(self, param: nnx.Param, gather: bool) -> jax.Array:
-        weight = param[...].astype(self.dtype)
-        if not gather:
-            return weight
-        axes = param.get_metadata()["logical_axes"][-weight.ndim :]
-        return self.constrain(weight, tuple(None if name == "embed" else name for name in axes))
 
     def _embed(self, tokens: jax.Array) -> jax.Array:
         # A table split over its columns is looked up column by column for the rows of all those devices; the rows

@@ -37,7 +37,11 @@ class MeshConfig:
                     f"e.g. --config.mesh.{axis}=1"
                 )
         if list(sizes.values()).count(-1) > 1:
-            raise UserError(f"config.mesh has more than one -1 ({sizes}); give all axes but one a number of devices")
+            rest = [axis for axis, size in sizes.items() if size == -1]
+            raise UserError(
+                f"config.mesh.{rest[0]} is -1, the rest, and so is config.mesh.{rest[1]}, but there is no more than "
+                f"one rest; give all axes but one a number of devices, e.g. --config.mesh.{rest[0]}=1"
+            )
 
 
 def build_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -50,16 +54,7 @@ def build_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) 
       UserError: where the sizes do not multiply to the number of devices, or the slices do not divide the data axis.
     """
     devices = jax.devices() if devices is None else list(devices)
-    sizes = [getattr(config, axis) for axis in AXES]
-    known = math.prod(size for size in sizes if size != -1)
-    if len(devices) % known or (-1 not in sizes and known != len(devices)):
-        found = " x ".join(f"{axis} {size}" for axis, size in zip(AXES, sizes, strict=True))
-        raise UserError(
-            f"config.mesh is {found}, which does not fit {len(devices)} devices; the product must be "
-            f"{len(devices)}, e.g. --config.mesh.data=-1 --config.mesh.fsdp=1 --config.mesh.tensor=1"
-        )
-    shape = tuple(len(devices) // known if size == -1 else size for size in sizes)
-    kinds = (AxisType.Auto,) * len(AXES)
+    shape, kinds = _shape(config, len(devices), "config.mesh"), (AxisType.Auto,) * len(AXES)
     slices = len({getattr(device, "slice_index", None) or 0 for device in devices})
     if slices == 1:
         return jax.make_mesh(shape, AXES, axis_types=kinds, devices=devices)
@@ -70,6 +65,36 @@ def build_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) 
         )
     one_slice, across = (shape[0] // slices, *shape[1:]), (slices, *(1 for _ in shape[1:]))
     return Mesh(mesh_utils.create_hybrid_device_mesh(one_slice, across, devices), AXES, axis_types=kinds)
+
+
+def relaid(mesh: Mesh, config: MeshConfig, field: str) -> Mesh:
+    """The devices of ``mesh`` in the same order, along axes of other sizes.
+
+    Since the order is the same, one jitted program may take arrays on either of the two and return them on the other.
+
+    Args:
+      mesh: whose devices they are.
+      config: the other sizes.
+      field: that says them, for messages.
+
+    Raises:
+      UserError: where the sizes do not multiply to the number of devices.
+    """
+    shape = _shape(config, mesh.devices.size, field)
+    return Mesh(mesh.devices.reshape(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _shape(config: MeshConfig, count: int, field: str) -> tuple[int, ...]:
+    """Devices along each axis, ``count`` in all."""
+    sizes = [getattr(config, axis) for axis in AXES]
+    known = math.prod(size for size in sizes if size != -1)
+    if count % known or (-1 not in sizes and known != count):
+        found = " x ".join(f"{axis} {size}" for axis, size in zip(AXES, sizes, strict=True))
+        raise UserError(
+            f"{field} is {found}, which does not fit {count} devices; the product must be {count}, "
+            f"e.g. --{field}.data=-1 --{field}.fsdp=1 --{field}.tensor=1"
+        )
+    return tuple(count // known if size == -1 else size for size in sizes)
 
 
 def batch_shards(mesh: Mesh) -> int:
@@ -99,8 +124,10 @@ def batch_share(mesh: Mesh) -> tuple[int, int]:
     return parts.index(tuple(sorted(held[jax.process_index()]))), len(parts)
 
 
-def check_batch(mesh: Mesh, field: str, batch_size: int, num_microbatches: int = 1) -> None:
-    """Refuse a batch that does not divide over the mesh and its microbatches.
+def check_batch(
+    mesh: Mesh, field: str, batch_size: int, num_microbatches: int = 1, *, mesh_field: str = "config.mesh"
+) -> None:
+    """Refuse a batch that does not divide over the mesh and its microbatches; the fields are for the message.
 
     Raises:
       UserError: naming ``field``, and the nearest size that divides.
@@ -112,9 +139,9 @@ def check_batch(mesh: Mesh, field: str, batch_size: int, num_microbatches: int =
         microbatches = f" x {num_microbatches} microbatches" if num_microbatches > 1 else ""
         fewer = math.gcd(shards, batch_size // math.gcd(batch_size, num_microbatches))
         split = (
-            f", or give each row to several devices, e.g. --config.mesh.tensor={shards // fewer}" if fewer > 1 else ""
+            f", or give each row to several devices, e.g. --{mesh_field}.tensor={shards // fewer}" if fewer > 1 else ""
         )
         raise UserError(
-            f"{field} is {batch_size}, but the data and fsdp axes have {shards} devices{microbatches}; "
+            f"{field} is {batch_size}, but the data and fsdp axes of {mesh_field} have {shards} devices{microbatches}; "
             f"use a multiple of {unit}, e.g. --{field}={nearest}{split}"
         )

@@ -27,13 +27,14 @@ LOGICAL_TO_MESH: dict[str, str | tuple[str, ...] | None] = {
 }
 
 
-def parameter_shardings(shapes: Any, axes: Any, mesh: Mesh) -> Any:
+def parameter_shardings(shapes: Any, axes: Any, mesh: Mesh, *, field: str = "config.mesh") -> Any:
     """Sharding of every parameter.
 
     Args:
       shapes: pytree of arrays or `jax.ShapeDtypeStruct`.
       axes: the same tree, with the tuple of logical axis names of each.
       mesh: the devices.
+      field: that says how they lie, for messages.
 
     Raises:
       UserError: where a parameter has an axis that the table does not cover, or a size that the mesh does not
@@ -56,8 +57,8 @@ def parameter_shardings(shapes: Any, axes: Any, mesh: Mesh) -> Any:
             if size % devices:
                 if name != "kv_heads":
                     raise UserError(
-                        f"config.mesh.{axis} is {devices}, but axis {name!r} of parameter {where} has size {size}; "
-                        f"use a divisor of it, e.g. --config.mesh.{axis}={_divisor(size, devices)}"
+                        f"{field}.{axis} is {devices}, but axis {name!r} of parameter {where} has size {size}; "
+                        f"use a divisor of it, e.g. --{field}.{axis}={_divisor(size, devices)}"
                     )
                 axis = None
             spec.append(axis)

@@ -19,7 +19,6 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxrm.algorithms import rollout
 from jaxrm.algorithms.best_of_n import Respond, Score, best_of_n
 from jaxrm.data import tasks
 from jaxrm.data.loader import fingerprint
@@ -31,7 +30,6 @@ from jaxrm.experiment import MAY_DIFFER, Experiment
 from jaxrm.models import build
 from jaxrm.ops.token_rewards import Calibration
 from jaxrm.runtime import config as bridge
-from jaxrm.runtime import partition
 from jaxrm.runtime.mesh import build_mesh, check_batch
 from jaxrm.runtime.metrics import read_rows, remove_rows_after
 from jaxrm.runtime.preemption import EXIT_PREEMPTED, StopRequest, agree, catch_signals
@@ -44,6 +42,7 @@ from jaxrm.stages.policy_rewards import calibration_of, not_finite, open_rewards
 from jaxrm.stages.prompts import check_judgeable, fixed_batches, load_prompts, prompt_width
 from jaxrm.stages.responses import response_text
 from jaxrm.stages.rewards import open_function
+from jaxrm.stages.rollouts import build_respond, open_answering
 
 WINNERS = "winners.jsonl"
 _CANDIDATES = "candidates.jsonl"
@@ -72,6 +71,7 @@ def run(config: Experiment) -> int:
         if config.on_existing == "resume" and (Path(config.run_dir).expanduser() / WINNERS).exists():
             return _close(open_run(config.run_dir, resolved, **opened), config)
     policy = setup.open_model(config.model, mesh)
+    answering = open_answering(config, mesh, policy)
     build.check_length(policy.config, "config.data.max_length", config.data.max_length)
     is_writer = jax.process_index() == 0
     show = is_writer and config.logging.progress
@@ -111,14 +111,7 @@ def run(config: Experiment) -> int:
     first_key = jax.random.key(config.seed)
     params = weights.first_params(policy.config, config.model, first_key, policy.shapes, policy.shardings)
     params = setup.in_compute_dtype(params, config.model.dtype)
-    respond = rollout.build_respond(
-        policy.graphdef,
-        sampling=sampling,
-        end_ids=ends,
-        params_sharding=policy.shardings,
-        batch_sharding=partition.batch_sharding(mesh),
-        gather=config.rollout.gather,
-    )
+    respond = build_respond(policy, answering, dtype=config.model.dtype, sampling=sampling, end_ids=ends)
     score = scorer(config, mesh, policy, params, source)
     done, calibration = _progress(folder, identity, len(asked), rows)
     if calibration is None:

@@ -15,7 +15,6 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from jaxrm.algorithms import rollout
 from jaxrm.data import tasks
 from jaxrm.data.prompts import PromptExample
 from jaxrm.data.templates import end_ids
@@ -24,7 +23,6 @@ from jaxrm.errors import UserError
 from jaxrm.experiment import MAY_DIFFER, Experiment
 from jaxrm.models import build
 from jaxrm.runtime import config as bridge
-from jaxrm.runtime import partition
 from jaxrm.runtime.checkpoint import Checkpoints
 from jaxrm.runtime.mesh import build_mesh, check_batch
 from jaxrm.runtime.metrics import json_line, read_rows
@@ -36,6 +34,7 @@ from jaxrm.stages.corrections import check_judge
 from jaxrm.stages.policy_rewards import calibration_of, open_rewards, scorer
 from jaxrm.stages.prompts import check_judgeable, fixed_batches, load_prompts, prompt_width
 from jaxrm.stages.responses import response_text
+from jaxrm.stages.rollouts import build_respond, open_answering
 
 ANSWERS, ALONG = "answers.jsonl", "along.jsonl"
 _ASKED = "asked.json"  # which policy answered, by which rewards: a folder may come to hold another run
@@ -55,6 +54,7 @@ def run(config: Experiment) -> int:
     resolved = bridge.as_dict(config)
     check_run(config.run_dir, resolved, on_existing=config.on_existing, may_differ=MAY_DIFFER)
     policy = setup.open_model(config.model, mesh)
+    answering = open_answering(config, mesh, policy)
     build.check_length(policy.config, "config.data.max_length", config.data.max_length)
     judge = config.evaluation.judge or (config.data.path if config.data.path.startswith(tasks.PREFIX) else None)
     sampling, show = config.rollout.sampling, config.logging.progress
@@ -91,15 +91,7 @@ def run(config: Experiment) -> int:
         if config.answers.reference is not None:
             of_reference = dataclasses.replace(config.model, path=config.answers.reference)
             reference = first(of_reference, key=jax.random.key(0))
-        rows = partition.batch_sharding(mesh)
-        respond = functools.partial(
-            rollout.build_respond,
-            policy.graphdef,
-            end_ids=ends,
-            params_sharding=policy.shardings,
-            batch_sharding=rows,
-            gather=config.rollout.gather,
-        )
+        respond = functools.partial(build_respond, policy, answering, dtype=config.model.dtype, end_ids=ends)
         programs = {"sampled": respond(sampling=sampling)}
         programs["greedy"] = respond(sampling=dataclasses.replace(sampling, temperature=0.0, top_k=0, top_p=1.0))
         calibration_key, key = jax.random.split(jax.random.key(config.seed))

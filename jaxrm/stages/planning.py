@@ -152,8 +152,8 @@ class Plan:
 
     @property
     def tokens(self) -> int:
-        """Of a step: those of its first program, which sees each row once."""
-        return self.programs[0].tokens * self.programs[0].times
+        """Of a step: those of its first program that reads any, which sees each row once."""
+        return next(program.tokens * program.times for program in self.programs if program.tokens)
 
     def as_json(self) -> dict[str, Any]:
         """All figures."""
@@ -294,7 +294,7 @@ def _parts(peak: float | None, program: Program, residents: Mapping[str, Any]) -
     states = [tree for tree in residents.values() if isinstance(tree, TrainState)]
     optimizer = sum(device_bytes(state.opt_state) for state in states)
     parts = {
-        "parameters": device_bytes(dict(residents)) - optimizer,
+        "parameters": device_bytes(dict(residents)) - optimizer + program.copied,
         "optimizer": optimizer,
         "cache": program.cache,
     }

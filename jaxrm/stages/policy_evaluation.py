@@ -31,7 +31,7 @@ class PolicyEvaluation:
     Attributes:
       examples: the prompts.
       batches: the same on the devices.
-      respond: from `jaxrm.algorithms.rollout.build_respond`.
+      respond: how the policy answers, e.g. a `jaxrm.algorithms.rollout.Respond`.
       read: from `jaxrm.algorithms.rollout.build_read`.
       reward: source of token rewards.
       networks: what the parameters belong to.

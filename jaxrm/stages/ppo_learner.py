@@ -1,7 +1,6 @@
 """Policy and critic of a PPO run over the devices: shapes and places of the state, first state, jitted programs."""
 
 import functools
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxrm.algorithms import ppo, ppo_loss, rollout, train_step
 from jaxrm.algorithms.ppo_state import Feedback, PPOBatch, PPOState
-from jaxrm.algorithms.rollout import Networks, RewardSource
+from jaxrm.algorithms.rollout import Networks, Respond, RewardSource
 from jaxrm.algorithms.state import TrainState, create
 from jaxrm.experiment import Experiment
 from jaxrm.models.generate import SamplingConfig
@@ -21,9 +20,8 @@ from jaxrm.ops import token_rewards
 from jaxrm.runtime import partition
 from jaxrm.runtime.checkpoint import with_shardings
 from jaxrm.runtime.optimizer import build_optimizer
-from jaxrm.stages import setup
+from jaxrm.stages import rollouts, setup
 from jaxrm.stages.setup import OpenedModel
-from jaxrm.types import ResponseBatch
 
 
 @dataclass(frozen=True)
@@ -35,6 +33,7 @@ class Learner:
       mesh: the devices.
       networks: graphs of policy and critic.
       decoder: the policy's decoder, and so the reference.
+      answering: the same while it answers, from `jaxrm.stages.rollouts.open_answering`.
       policy: what the policy's parameters belong to: ``decoder``, or both heads on one trunk.
       critic: None where the trunk is shared.
       policy_optimizer: of the policy.
@@ -46,6 +45,7 @@ class Learner:
     mesh: Mesh
     networks: Networks
     decoder: OpenedModel
+    answering: OpenedModel
     policy: OpenedModel
     critic: OpenedModel | None
     policy_optimizer: optax.GradientTransformation
@@ -90,15 +90,10 @@ class Learner:
         feedback, first = jax.device_put((feedback, calibration), self.copied)
         return PPOState(state.policy, state.critic, feedback, first)
 
-    def respond(self, sampling: SamplingConfig) -> Callable[..., ResponseBatch]:
-        """See `jaxrm.algorithms.rollout.build_respond`."""
-        return rollout.build_respond(
-            self.networks.decoder,
-            sampling=sampling,
-            end_ids=self.end_ids,
-            params_sharding=self.decoder.shardings,
-            batch_sharding=partition.batch_sharding(self.mesh),
-            gather=self.config.rollout.gather,
+    def respond(self, sampling: SamplingConfig) -> Respond:
+        """How the policy answers."""
+        return rollouts.build_respond(
+            self.decoder, self.answering, dtype=self.config.model.dtype, sampling=sampling, end_ids=self.end_ids
         )
 
     def programs(self, reward: RewardSource) -> ppo.Programs:
@@ -174,6 +169,9 @@ def open_learner(
       critic: from `jaxrm.stages.critic.open_critic`; None where the trunk is shared.
       num_steps: rollouts in all.
       end_ids: tokens that end a response.
+
+    Raises:
+      UserError: where policy or batch do not fit ``config.rollout.mesh``.
     """
     policy = decoder if critic is not None else setup.open_actor_critic(config.model, mesh, decoder.config)
     updates = num_steps * config.ppo.num_epochs * config.ppo.num_minibatches
@@ -189,6 +187,7 @@ def open_learner(
         mesh,
         networks,
         decoder,
+        rollouts.open_answering(config, mesh, decoder),
         policy,
         critic,
         build_optimizer(config.optimizer, updates),

@@ -51,6 +51,7 @@ class Program:
       while_trips: how often a loop runs at most whose length only the data tell; None where there is none.
       cache: bytes on a device of the keys and values of what was read.
       times: how often a step runs it.
+      copied: bytes on a device of parameters that are there for it alone.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Program:
     while_trips: int | None = None
     cache: float = 0.0
     times: int = 1
+    copied: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -174,16 +176,22 @@ def _ppo(config: Experiment, mesh: Mesh, decoder: OpenedModel) -> Programs:
     forward = functools.partial(forward_flops, decoder.config)
     of_words = forward(width + new, predicted=new)
     of_values = 0.0 if state.critic is None else forward(width + new, predicted=new, scalar_head=True)
-    found = [
+    respond, found, answering, stays = programs.respond, [], params, params
+    if respond.reshard is not None:
+        found.append(Program("reshard", respond.reshard, (params,), 0, params, 0.0))
+        answering = with_shardings(jax.eval_shape(respond.reshard, params), learner.answering.shardings)
+        stays = None  # what answers is a copy, which lives as long as this program
+    found += [
         Program(
             "respond",
-            programs.respond,
-            (params, array((rows, width), jnp.int32), array((rows, width), jnp.bool_), key),
+            respond.draw,
+            (answering, array((rows, width), jnp.int32), array((rows, width), jnp.bool_), key),
             rows * (width + new),
-            params,
+            stays,
             rows * of_words,
             while_trips=new - 1,
-            cache=_cache_bytes(decoder.config, rows, width + new, config.model.dtype, mesh),
+            cache=_cache_bytes(decoder.config, rows, width + new, config.model.dtype, learner.answering.mesh),
+            copied=0.0 if respond.reshard is None else device_bytes(answering),
         ),
         Program(
             "read",

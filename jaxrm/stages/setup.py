@@ -37,29 +37,34 @@ class OpenedModel:
 
     Attributes:
       config: shape of its decoder.
+      mesh: the devices.
       graphdef: for ``nnx.merge(graphdef, params)``.
       shapes: pytree of `jax.ShapeDtypeStruct`.
       shardings: the same tree of shardings.
     """
 
     config: ModelConfig
+    mesh: Mesh
     graphdef: nnx.GraphDef
     shapes: Any
     shardings: Any
 
 
-def open_model(source: ModelSource, mesh: Mesh, config: ModelConfig | None = None) -> OpenedModel:
+def open_model(
+    source: ModelSource, mesh: Mesh, config: ModelConfig | None = None, *, field: str = "config.mesh"
+) -> OpenedModel:
     """Lay a model over the devices; nothing is allocated.
 
     Args:
       source: which model, and how it computes.
       mesh: the devices.
       config: its shape, read from ``source`` where it is None.
+      field: that says how the devices lie, for messages.
 
     Raises:
       UserError: where there is no such model, or it does not fit the mesh.
     """
-    return _open(build.abstract_decoder, source, mesh, config)
+    return _open(build.abstract_decoder, source, mesh, config, field)
 
 
 def open_scalar_model(source: ModelSource, mesh: Mesh, config: ModelConfig | None = None) -> OpenedModel:
@@ -72,7 +77,13 @@ def open_actor_critic(source: ModelSource, mesh: Mesh, config: ModelConfig | Non
     return _open(build.abstract_actor_critic, source, mesh, config)
 
 
-def _open(abstract: Callable[..., Any], source: ModelSource, mesh: Mesh, config: ModelConfig | None) -> OpenedModel:
+def _open(
+    abstract: Callable[..., Any],
+    source: ModelSource,
+    mesh: Mesh,
+    config: ModelConfig | None,
+    field: str = "config.mesh",
+) -> OpenedModel:
     config = config or weights.read_shape(source)
     platform = mesh.devices.flat[0].platform
     attend = attention.choose(source.attention, platform, np.dtype(source.dtype))
@@ -80,7 +91,8 @@ def _open(abstract: Callable[..., Any], source: ModelSource, mesh: Mesh, config:
         attend = partition.per_device(attend, mesh)
     constrain = partition.activation_constraint(mesh)
     graphdef, shapes, axes = abstract(config, source, attend=attend, constrain=constrain)
-    return OpenedModel(config, graphdef, shapes, partition.parameter_shardings(shapes, axes, mesh))
+    shardings = partition.parameter_shardings(shapes, axes, mesh, field=field)
+    return OpenedModel(config, mesh, graphdef, shapes, shardings)
 
 
 def state_shardings(model: OpenedModel, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:

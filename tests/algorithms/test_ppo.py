@@ -39,7 +39,19 @@ ONE, EIGHT = MeshConfig(1, 1, 1), MeshConfig(2, 2, 2)
 KEY = jax.random.key(0)
 
 
-def experiment(*, temperature=1.0, num_steps=None, batch_size=B, new_tokens=T, lr=3e-3, parts=1, ptx=None, **options):
+def experiment(
+    *,
+    temperature=1.0,
+    num_steps=None,
+    batch_size=B,
+    new_tokens=T,
+    lr=3e-3,
+    parts=1,
+    ptx=None,
+    answering=None,
+    **options,
+):
+    sampling = SamplingConfig(max_new_tokens=new_tokens, temperature=temperature)
     return Experiment(
         algorithm="ppo",
         model=ModelSource(preset="tiny"),
@@ -48,7 +60,7 @@ def experiment(*, temperature=1.0, num_steps=None, batch_size=B, new_tokens=T, l
         data=DataConfig(path="task:safety", batch_size=batch_size, max_length=P + new_tokens),
         optimizer=OptimizerConfig(lr=lr, schedule="constant", warmup=0.0),
         critic=CriticConfig(optimizer=OptimizerConfig(lr=3 * lr, schedule="constant", warmup=0.0)),
-        rollout=RolloutConfig(sampling=SamplingConfig(max_new_tokens=new_tokens, temperature=temperature)),
+        rollout=RolloutConfig(sampling=sampling, mesh=answering),
         reward=RewardConfig(kind="scalar", function="task:safety"),
         ppo=PPOConfig(**options),
         ptx=ptx,
@@ -499,7 +511,7 @@ def test_it_learns_to_emit_a_pattern(tmp_path, shared):
     assert all(row["ratio_error/first"] < 1e-5 and abs(row["approx_kl/first"]) < 1e-6 for row in told.steps)
     assert told.steps[-1]["entropy"] < told.steps[0]["entropy"] and checkpoints.steps() == [40]
     programs = [
-        s.programs.respond,
+        s.programs.respond.draw,
         s.programs.read,
         s.programs.estimate,
         s.programs.update_policy,
@@ -509,10 +521,10 @@ def test_it_learns_to_emit_a_pattern(tmp_path, shared):
 
 
 def test_one_device_and_eight_agree(tmp_path):
-    """Three steps: the same tokens, and losses, rewards and KL within 1e-4 in float32."""
+    """Three steps: the same tokens, and losses, rewards and KL within 1e-4 in float32; eight lie anew to answer."""
     told = {}
-    for name, mesh in (("one", ONE), ("eight", EIGHT)):
-        config = experiment(batch_size=16, parts=2, lr=1e-3)
+    for name, mesh, answering in (("one", ONE, None), ("eight", EIGHT, MeshConfig())):
+        config = experiment(batch_size=16, parts=2, lr=1e-3, answering=answering)
         s = Setup(config, mesh, reward=pattern_reward)
         told[name] = fit(s, tmp_path / name, num_steps=3)[2].steps
     for one, eight in zip(told["one"], told["eight"], strict=True):
@@ -528,6 +540,45 @@ def test_one_device_and_eight_agree(tmp_path):
             "grad_norm",
         ):
             assert np.isclose(one[field], eight[field], rtol=1e-4, atol=1e-5), field
+
+
+@pytest.mark.parametrize("answering", [MeshConfig(), MeshConfig(tensor=2)], ids=["whole", "split by heads"])
+def test_a_policy_answers_alike_on_another_layout_of_the_same_devices(answering):
+    """Its copy is whole over what was fsdp, in the compute dtype, and gone after the call; the rows come back."""
+    plain, other = (Setup(experiment(answering=mesh), EIGHT) for mesh in (None, answering))
+    asked = Rows(plain.config, plain.mesh).place(1)
+    respond = other.programs.respond
+    before = len(jax.live_arrays())
+    batch = jax.block_until_ready(respond(other.reference, *asked, KEY))
+    assert len(jax.live_arrays()) == before + len(jax.tree.leaves(batch))
+    expected = plain.programs.respond(plain.reference, *asked, KEY)
+    np.testing.assert_array_equal(batch.responses, expected.responses)
+    np.testing.assert_array_equal(batch.response_mask, expected.response_mask)
+    assert batch.responses.sharding == expected.responses.sharding
+    kernel = respond.reshard(other.reference)["layers"]["mlp"]["gate"]["kernel"]
+    assert {shard.data.shape for shard in kernel.addressable_shards} == {(2, 32, 64 // answering.tensor)}
+
+
+def test_a_copy_to_answer_with_is_in_the_compute_dtype():
+    config = experiment(answering=MeshConfig())
+    half = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype="bfloat16"))
+    s = Setup(half, EIGHT)
+    copy = jax.eval_shape(s.programs.respond.reshard, s.decoder.shapes)
+    assert copy["layers"]["mlp"]["gate"]["kernel"].dtype == copy["embedder"]["embedding"].dtype == jnp.bfloat16
+    assert copy["final_norm"]["scale"].dtype == jnp.float32
+
+
+@pytest.mark.parametrize(
+    ("answering", "batch_size", "words"),
+    [
+        (MeshConfig(data=3), 8, r"config\.rollout\.mesh is data 3.* 8 devices.*--config\.rollout\.mesh\.data=-1"),
+        (MeshConfig(), 12, r"data\.batch_size is 12.* of config\.rollout\.mesh have 8 .*--config\.data\.batch_size=8"),
+        (MeshConfig(tensor=8), 8, r"config\.rollout\.mesh\.tensor is 8.*'heads'.*--config\.rollout\.mesh\.tensor=4"),
+    ],
+)
+def test_a_layout_to_answer_on_that_does_not_fit_is_an_error(answering, batch_size, words):
+    with pytest.raises(UserError, match=words):
+        Setup(experiment(answering=answering, batch_size=batch_size), EIGHT)
 
 
 def test_a_step_that_was_not_finished_leaves_no_trace(tmp_path):

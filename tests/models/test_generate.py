@@ -101,27 +101,24 @@ def test_bfloat16_decoding_reads_no_float32_weights():
 
 
 def test_eight_devices_sample_as_one():
-    """Rows over data and fsdp, heads over tensor; ``gather`` holds each weight of the loop whole over fsdp alone."""
+    """Rows over data and fsdp, heads over tensor."""
     config = dataclasses.replace(TINY, vocab_size=64, num_layers=1)
     sampling = SamplingConfig(max_new_tokens=4)
     prompts, mask = (jnp.tile(x, (4, 1))[:8] for x in model_and_prompts()[2:])
     make = jax.jit(lambda: nnx.to_pure_dict(nnx.state(Decoder(config, rngs=nnx.Rngs(0)))))
 
-    def drawn(devices, mesh, gather):
+    def drawn(devices, mesh):
         model = open_model(ModelSource(), build_mesh(mesh, devices), config)
         given = (jax.device_put(make(), model.shardings), prompts, mask, jax.random.key(0))
-        traced = generate.trace(model.graphdef, *given, sampling=sampling, end_ids=(5,), gather=gather)
+        traced = generate.trace(model.graphdef, *given, sampling=sampling, end_ids=(5,))
         constraints = [eqn for eqn in traced.jaxpr.eqns if eqn.primitive.name == "sharding_constraint"]
         return traced.lower().compile()(*given), [eqn.params["sharding"].spec for eqn in constraints]
 
-    one, _ = drawn(jax.devices()[:1], MeshConfig(), gather=False)
-    for gather in (False, True):
-        eight, specs = drawn(jax.devices(), MeshConfig(data=2, fsdp=2, tensor=2), gather)
-        np.testing.assert_array_equal(eight.tokens, one.tokens)
-        np.testing.assert_array_equal(eight.mask, one.mask)
-        assert specs.count(PartitionSpec(("data", "fsdp"), "tensor", None, None)) == 2  # keys and values
-        whole = [spec for spec in specs if "tensor" in spec and "fsdp" not in str(spec)]
-        assert len(whole) == (7 + 1 if gather else 0)  # projections of the layer, head
+    one, _ = drawn(jax.devices()[:1], MeshConfig())
+    eight, specs = drawn(jax.devices(), MeshConfig(data=2, fsdp=2, tensor=2))
+    np.testing.assert_array_equal(eight.tokens, one.tokens)
+    np.testing.assert_array_equal(eight.mask, one.mask)
+    assert specs.count(PartitionSpec(("data", "fsdp"), "tensor", None, None)) == 2  # keys and values
 
 
 def test_samples_follow_the_tempered_distribution():

@@ -239,6 +239,8 @@ def test_a_mistyped_name_finds_the_nearest_and_nonsense_finds_none():
         ({"critic": {"optimizer": {"lr": -1.0}}}, "config.critic.optimizer.lr"),
         ({"optimizer": {"lr": -1.0}}, "config.optimizer.lr"),
         ({"ptx": {"path": "x", "batch_size": 0}}, "config.ptx.batch_size"),
+        ({"rollout": {"mesh": {"fsdp": 0}}}, "config.rollout.mesh.fsdp"),
+        ({"rollout": {"mesh": {"fsdp": -1}}}, "config.rollout.mesh.data"),
     ],
 )
 def test_a_section_that_stands_elsewhere_is_named_by_its_place(given, field):

@@ -1,0 +1,62 @@
+"""How a policy answers prompts: on the mesh that it lies on, or on another layout of the same devices."""
+
+from jax.sharding import Mesh
+
+from jaxrm.algorithms import rollout
+from jaxrm.algorithms.rollout import Respond
+from jaxrm.experiment import Experiment
+from jaxrm.models.generate import SamplingConfig
+from jaxrm.runtime import partition
+from jaxrm.runtime.mesh import check_batch, relaid
+from jaxrm.stages import setup
+from jaxrm.stages.setup import OpenedModel
+
+
+def open_answering(config: Experiment, mesh: Mesh, policy: OpenedModel) -> OpenedModel:
+    """The policy as it lies while it answers: on ``config.rollout.mesh``, where that is another mesh than its own.
+
+    Nothing is allocated.
+
+    Args:
+      config: the whole config.
+      mesh: that the policy lies on.
+      policy: its decoder.
+
+    Raises:
+      UserError: where model or batch do not fit ``config.rollout.mesh``.
+    """
+    field = "config.rollout.mesh"
+    if config.rollout.mesh is None:
+        return policy
+    other = relaid(mesh, config.rollout.mesh, field)
+    check_batch(other, "config.data.batch_size", config.data.batch_size, mesh_field=field)
+    if other.shape == mesh.shape:
+        return policy
+    return setup.open_model(config.model, other, policy.config, field=field)
+
+
+def build_respond(
+    policy: OpenedModel, answering: OpenedModel, *, dtype: str, sampling: SamplingConfig, end_ids: tuple[int, ...]
+) -> Respond:
+    """The program, or two of them, by which a policy answers.
+
+    Args:
+      policy: the decoder as it lies in training.
+      answering: from `open_answering`.
+      dtype: compute dtype.
+      sampling: see `jaxrm.models.generate.generate`.
+      end_ids: ids that end a response.
+    """
+    moves = answering is not policy
+    draw = rollout.build_draw(
+        answering.graphdef,
+        sampling=sampling,
+        end_ids=end_ids,
+        params_sharding=answering.shardings,
+        batch_sharding=partition.batch_sharding(policy.mesh),
+        drawing_sharding=partition.batch_sharding(answering.mesh) if moves else None,
+    )
+    if not moves:
+        return Respond(draw)
+    reshard = rollout.build_reshard(dtype, from_sharding=policy.shardings, to_sharding=answering.shardings)
+    return Respond(draw, reshard)
