@@ -83,21 +83,41 @@ class RewardSource(Protocol):
 
 
 @dataclass(frozen=True)
+class Reshard:
+    """Jitted copies from one mesh to another of the same devices, and back.
+
+    They are programs of their own, since a program with kernels on each device (`jax.shard_map`) knows one mesh alone.
+
+    Attributes:
+      params: ``params -> params``, to the other mesh, in the compute dtype.
+      rows: ``(prompts [B, P], prompt_mask [B, P])`` to the other mesh.
+      back: a `ResponseBatch` from there.
+    """
+
+    params: Callable[[Any], Any]
+    rows: Callable[[tuple[jax.Array, jax.Array]], tuple[jax.Array, jax.Array]]
+    back: Callable[[ResponseBatch], ResponseBatch]
+
+
+@dataclass(frozen=True)
 class Respond:
     """A policy's answers: ``respond(params, prompts [B, P], prompt_mask [B, P], key) -> ResponseBatch``.
 
     Attributes:
-      draw: jitted; the same function of the parameters as they lie while the policy answers.
-      reshard: jitted, from `build_reshard`: parameters as they lie in training to a copy as ``draw`` takes them. None
-        where that is how they lie anyway. The copy lives as long as a call.
+      draw: jitted; the same function on the mesh that the policy answers on, from `build_draw`.
+      reshard: to that mesh and back; None where everything lies on it. The copy of the parameters lives as long as a
+        call.
     """
 
     draw: Callable[[Any, jax.Array, jax.Array, jax.Array], ResponseBatch]
-    reshard: Callable[[Any], Any] | None = None
+    reshard: Reshard | None = None
 
     def __call__(self, params: Any, prompts: jax.Array, prompt_mask: jax.Array, key: jax.Array) -> ResponseBatch:
         """Draw one response to each prompt."""
-        return self.draw(params if self.reshard is None else self.reshard(params), prompts, prompt_mask, key)
+        if self.reshard is None:
+            return self.draw(params, prompts, prompt_mask, key)
+        rows = self.reshard.rows((prompts, prompt_mask))
+        return self.reshard.back(self.draw(self.reshard.params(params), *rows, key))
 
 
 def build_draw(
@@ -107,24 +127,19 @@ def build_draw(
     end_ids: tuple[int, ...],
     params_sharding: Any,
     batch_sharding: Any,
-    drawing_sharding: Any = None,
 ) -> Callable[[Any, jax.Array, jax.Array, jax.Array], ResponseBatch]:
     """Jitted ``draw(params, prompts [B, P], prompt_mask [B, P], key) -> ResponseBatch``.
 
     Args:
-      graphdef: of the decoder, on the mesh that it answers on.
+      graphdef: of the decoder.
       sampling: see `jaxrm.models.generate.generate`.
       end_ids: ids that end a response.
-      params_sharding: of the decoder's parameters, on that mesh.
-      batch_sharding: of the rows that are given and returned.
-      drawing_sharding: of the rows in between, where that mesh is another one.
+      params_sharding: of the decoder's parameters.
+      batch_sharding: of the rows.
     """
 
     def draw(params: Any, prompts: jax.Array, prompt_mask: jax.Array, key: jax.Array) -> ResponseBatch:
-        given = (prompts, prompt_mask)
-        if drawing_sharding is not None:
-            given = jax.lax.with_sharding_constraint(given, drawing_sharding)
-        drawn = generate(graphdef, params, *given, key, sampling=sampling, end_ids=end_ids)
+        drawn = generate(graphdef, params, prompts, prompt_mask, key, sampling=sampling, end_ids=end_ids)
         return ResponseBatch(prompts, prompt_mask, jnp.where(drawn.mask, drawn.tokens, 0), drawn.mask)
 
     return jax.jit(
@@ -132,18 +147,27 @@ def build_draw(
     )
 
 
-def build_reshard(dtype: str, *, from_sharding: Any, to_sharding: Any) -> Callable[[Any], Any]:
-    """Jitted ``reshard(params) -> params``: a copy of a decoder's parameters on another mesh of the same devices.
+def build_reshard(dtype: str, *, params_sharding: Any, batch_sharding: Any, to_params: Any, to_batch: Any) -> Reshard:
+    """Copies to another mesh and back.
 
-    The copy is in the compute dtype ``dtype``, but for norms and biases, which are small.
+    Args:
+      dtype: compute dtype, which the copied parameters are in, but for norms and biases: they are small.
+      params_sharding: of the decoder's parameters as they are given.
+      batch_sharding: of the rows as they are given, and given back.
+      to_params: sharding of the copied parameters.
+      to_batch: of the rows while the policy answers.
     """
 
-    def reshard(params: Any) -> Any:
+    def copied(params: Any) -> Any:
         return jax.tree_util.tree_map_with_path(
             lambda path, x: x.astype(dtype) if path[-1].key in ("kernel", "embedding") else x, params
         )
 
-    return jax.jit(reshard, in_shardings=(from_sharding,), out_shardings=to_sharding)
+    return Reshard(
+        params=jax.jit(copied, in_shardings=(params_sharding,), out_shardings=to_params),
+        rows=jax.jit(lambda rows: rows, in_shardings=(batch_sharding,), out_shardings=to_batch),
+        back=jax.jit(lambda batch: batch, in_shardings=(to_batch,), out_shardings=batch_sharding),
+    )
 
 
 def build_read(

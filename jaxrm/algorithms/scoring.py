@@ -55,7 +55,7 @@ def response_hidden(
     hidden = model(tokens, positions=_positions(tokens), segment_ids=mask.astype(jnp.int32))
     steps = jnp.arange(batch.responses.shape[1], dtype=jnp.int32)[None, :]
     predicting = jnp.maximum(start[:, None] - 1 + steps, 0)
-    return jnp.take_along_axis(hidden, predicting[:, :, None], axis=1)
+    return model.constrain(jnp.take_along_axis(hidden, predicting[:, :, None], axis=1), ("batch", "sequence", None))
 
 
 def token_statistics(

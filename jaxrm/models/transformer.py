@@ -17,7 +17,7 @@ from jaxrm.models import attention, blockwise, cache, layers, rope
 from jaxrm.models.config import ModelConfig
 
 REMAT_POLICIES = ("full", "dots", "none")
-_HIDDEN = ("batch", None, None)
+_HIDDEN = ("batch", "sequence", None)
 _KEYS = ("batch", "kv_heads", "head_dim", None)
 _VALUES = ("batch", "kv_heads", None, "head_dim")
 
@@ -154,9 +154,11 @@ class Decoder(nnx.Module):
 
     def _embed(self, tokens: jax.Array) -> jax.Array:
         # A table split over its columns is looked up column by column for the rows of all those devices; the rows
-        # then go home in one all-to-all. Without the first constraint the compiler copies everything to everyone.
-        x = self.embedder.embedding[...][tokens]
+        # then go home, tokens by one all-to-all and rows by another. Without the constraints on the way the compiler
+        # copies everything to everyone.
+        x = self.embedder.embedding[...][self.constrain(tokens, ("batch_by_data", None))]
         x = self.constrain(x, ("batch_by_data", None, "embed")).astype(self.dtype)
+        x = self.constrain(x, ("batch_by_data", "sequence", "embed_by_fsdp"))
         if self.config.scale_embedding:
             x = x * jnp.asarray(self.config.hidden_size**0.5, self.dtype)
         return self.constrain(x, _HIDDEN)

@@ -10,7 +10,7 @@ from jax.sharding import AxisType, Mesh
 
 from jaxrm.errors import UserError
 
-AXES = ("data", "fsdp", "tensor")
+AXES = ("data", "fsdp", "context", "tensor")
 BATCH_AXES = ("data", "fsdp")
 
 
@@ -22,11 +22,17 @@ class MeshConfig:
       data: copies of the model, each with its share of the batch.
       fsdp: shards of the parameters, gathered layer by layer; each has its share of the batch too.
       tensor: shards of heads, MLP and vocabulary; the batch is the same on all of them.
+      context: shards of long rows: each device holds its tokens of every row, and for attention all tokens of its
+        heads, which two all-to-alls a layer see to (DeepSpeed-Ulysses, arXiv 2309.14509). Parameters are in shards
+        over it as over fsdp; the batch is the same on all of them. ``tensor`` x ``context`` has to divide the heads.
+        A token that is being written is one a row and cannot be shared out: while a policy answers the axis is idle,
+        so let it answer on another layout, ``config.rollout.mesh``.
     """
 
     data: int = -1
     fsdp: int = 1
     tensor: int = 1
+    context: int = 1
 
     def __post_init__(self) -> None:
         sizes = {axis: getattr(self, axis) for axis in AXES}
@@ -45,7 +51,7 @@ class MeshConfig:
 
 
 def build_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Mesh with axes data, fsdp and tensor over all devices.
+    """Mesh with axes data, fsdp, context and tensor over all devices.
 
     Where the devices are several slices of TPUs the data axis goes across them: it alone needs little of the network
     between them, one sum of gradients a step.
@@ -105,7 +111,7 @@ def batch_shards(mesh: Mesh) -> int:
 def batch_share(mesh: Mesh) -> tuple[int, int]:
     """Which part of the rows of a batch this process supplies, and how many parts there are.
 
-    Processes that differ along the tensor axis alone supply the same rows.
+    Processes that differ along the context and tensor axes alone supply the same rows.
 
     Raises:
       UserError: where the processes' shares of the rows overlap or differ in size.
@@ -116,10 +122,11 @@ def batch_share(mesh: Mesh) -> tuple[int, int]:
             held.setdefault(device.process_index, set()).add(shard)
     parts = sorted({tuple(sorted(shards)) for shards in held.values()})
     if any(len(part) * len(parts) != batch_shards(mesh) for part in parts):
+        axes = [axis for axis in ("context", "tensor") if mesh.shape[axis] > 1]
+        sizes = " and ".join(f"config.mesh.{axis} is {mesh.shape[axis]}" for axis in axes)
         raise UserError(
-            f"config.mesh.tensor is {mesh.shape['tensor']}, which spreads the rows unevenly over the processes; use a "
-            f"divisor or a multiple of the {mesh.devices.size // len(held)} devices of a process, "
-            "e.g. --config.mesh.tensor=1"
+            f"{sizes}, which spreads the rows unevenly over the processes; use a divisor or a multiple of the "
+            f"{mesh.devices.size // len(held)} devices of a process, e.g. --config.mesh.{axes[-1]}=1"
         )
     return parts.index(tuple(sorted(held[jax.process_index()]))), len(parts)
 
@@ -144,4 +151,19 @@ def check_batch(
         raise UserError(
             f"{field} is {batch_size}, but the data and fsdp axes of {mesh_field} have {shards} devices{microbatches}; "
             f"use a multiple of {unit}, e.g. --{field}={nearest}{split}"
+        )
+
+
+def check_row_length(mesh: Mesh, field: str, length: int) -> None:
+    """Refuse rows of tokens that do not divide over the context axis.
+
+    Raises:
+      UserError: naming ``field``, and the nearest length that divides.
+    """
+    shards = mesh.shape["context"]
+    if length % shards:
+        nearest = max(shards, round(length / shards) * shards)
+        raise UserError(
+            f"{field} is {length}, but config.mesh.context is {shards} and each of its devices takes as many tokens of "
+            f"a row; use a multiple of {shards}, e.g. --{field}={nearest}"
         )

@@ -11,14 +11,18 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxrm.errors import UserError
 from jaxrm.runtime.mesh import BATCH_AXES
 
+_HEADS = ("tensor", "context")  # over which attention's heads lie: those of a device of tensor, shared out over context
+
 LOGICAL_TO_MESH: dict[str, str | tuple[str, ...] | None] = {
     # activations
     "batch": BATCH_AXES,
     "batch_by_data": "data",
+    "sequence": "context",
+    "embed_by_fsdp": "fsdp",
     # parameters
     "layers": None,
     "vocab": "tensor",
-    "embed": "fsdp",
+    "embed": ("fsdp", "context"),
     "heads": "tensor",
     "kv_heads": "tensor",
     "head_dim": None,
@@ -53,18 +57,24 @@ def parameter_shardings(shapes: Any, axes: Any, mesh: Mesh, *, field: str = "con
                     f"known: {', '.join(LOGICAL_TO_MESH)}"
                 )
             axis = LOGICAL_TO_MESH[name]
-            devices = _devices(mesh, axis)
-            if size % devices:
+            if size % _devices(mesh, axis):
                 if name != "kv_heads":
-                    raise UserError(
-                        f"{field}.{axis} is {devices}, but axis {name!r} of parameter {where} has size {size}; "
-                        f"use a divisor of it, e.g. --{field}.{axis}={_divisor(size, devices)}"
-                    )
+                    raise _does_not_divide(mesh, field, axis, size, f"axis {name!r} of parameter {where}")
                 axis = None
             spec.append(axis)
         return NamedSharding(mesh, PartitionSpec(*spec))
 
     return jax.tree_util.tree_map_with_path(one, shapes, axes)
+
+
+def check_heads(mesh: Mesh, num_heads: int, *, field: str = "config.mesh") -> None:
+    """Refuse a mesh whose tensor and context axes together do not divide the heads of attention.
+
+    Raises:
+      UserError: naming the axes of ``field``, and the nearest size that divides.
+    """
+    if num_heads % _devices(mesh, _HEADS):
+        raise _does_not_divide(mesh, field, _HEADS, num_heads, "axis 'heads' of attention")
 
 
 def optimizer_shardings(optimizer: optax.GradientTransformation, shapes: Any, shardings: Any, mesh: Mesh) -> Any:
@@ -102,21 +112,28 @@ def activation_constraint(mesh: Mesh) -> Callable[[jax.Array, tuple[str | None, 
 def per_device(attend: Callable[..., jax.Array], mesh: Mesh) -> Callable[..., jax.Array]:
     """Run an attention kernel on each device's own rows and heads, for kernels that the compiler cannot split.
 
+    Queries, keys and values come and go with their tokens over context; for the kernel its devices swap tokens for
+    heads, all of its own (DeepSpeed-Ulysses, arXiv 2309.14509, Figure 2).
+
     Args:
       attend: as `jaxrm.models.attention.Attend`.
-      mesh: the devices; rows lie over data and fsdp (whole where they do not divide), heads over tensor.
+      mesh: the devices; rows lie over data and fsdp (whole where they do not divide), heads over tensor and context.
     """
+    constrain = activation_constraint(mesh)
+    by_token = ("batch", "sequence", "heads", None)
 
     def sharded(
         query: jax.Array, key: jax.Array, value: jax.Array, segment_ids: jax.Array, **options: Any
     ) -> jax.Array:
         # Fewer key heads than devices: as many copies as give each device the heads that its queries read.
-        tensor = mesh.shape["tensor"]
-        copies = tensor // math.gcd(key.shape[2], tensor)
+        shards = _devices(mesh, _HEADS)
+        copies = shards // math.gcd(key.shape[2], shards)
         if copies > 1:
             key, value = (jax.numpy.repeat(x, copies, axis=2) for x in (key, value))
+        # Said before and after, lest the compiler gathers the rows for the projections too, whole on every device.
+        query, key, value = (constrain(x, by_token) for x in (query, key, value))
         batch = BATCH_AXES if query.shape[0] % _devices(mesh, BATCH_AXES) == 0 else None
-        rows, heads = PartitionSpec(batch), PartitionSpec(batch, None, "tensor")
+        rows, heads = PartitionSpec(batch), PartitionSpec(batch, None, _HEADS)
         kernel = jax.shard_map(
             lambda *arrays: attend(*arrays, **options),
             mesh=mesh,
@@ -124,7 +141,7 @@ def per_device(attend: Callable[..., jax.Array], mesh: Mesh) -> Callable[..., ja
             out_specs=heads,
             check_vma=False,
         )
-        return kernel(query, key, value, segment_ids)
+        return constrain(kernel(query, key, value, segment_ids), by_token)
 
     return sharded
 
@@ -133,6 +150,22 @@ def _devices(mesh: Mesh, axis: str | tuple[str, ...] | None) -> int:
     """Devices that a table entry spreads an axis over."""
     names = () if axis is None else (axis,) if isinstance(axis, str) else axis
     return math.prod(mesh.shape[name] for name in names)
+
+
+def _does_not_divide(mesh: Mesh, field: str, axis: str | tuple[str, ...] | None, size: int, what: str) -> UserError:
+    """The error for mesh axes that do not divide ``size``; the advice changes the first of them that has to change."""
+    names = [name for name in ((axis,) if isinstance(axis, str) else axis or ()) if mesh.shape[name] > 1]
+    found = " and ".join(f"{field}.{name} is {mesh.shape[name]}" for name in names)
+    product = f", together {_devices(mesh, axis)}" if len(names) > 1 else ""
+    rest = size
+    advice: list[str] = []
+    for name in reversed(names):  # what is left of the size after one axis is for the next
+        devices = mesh.shape[name]
+        good = _divisor(rest, devices)
+        rest //= good
+        if good != devices:
+            advice.append(f"--{field}.{name}={good}")
+    return UserError(f"{found}{product}, but {what} has size {size}; use a divisor of it, e.g. {' '.join(advice)}")
 
 
 def _divisor(size: int, most: int) -> int:

@@ -19,7 +19,7 @@ from jaxrm.experiment import MAY_DIFFER, Experiment
 from jaxrm.models import build
 from jaxrm.runtime import config as bridge
 from jaxrm.runtime.checkpoint import Checkpoints
-from jaxrm.runtime.mesh import batch_shards, batch_share, build_mesh, check_batch
+from jaxrm.runtime.mesh import batch_shards, batch_share, build_mesh, check_batch, check_row_length
 from jaxrm.runtime.preemption import EXIT_PREEMPTED
 from jaxrm.runtime.progress import print_table
 from jaxrm.runtime.run_folder import check_run, open_run
@@ -43,6 +43,7 @@ def run(config: Experiment) -> int:
     """
     mesh = build_mesh(config.mesh)
     check_batch(mesh, "config.data.batch_size", config.data.batch_size, config.num_microbatches)
+    check_row_length(mesh, "config.data.max_length", config.data.max_length)
     judge = config.evaluation.judge or (config.data.path if config.data.path.startswith(tasks.PREFIX) else None)
     check_judge(config.evaluation.judge)
     if config.model.path is None:

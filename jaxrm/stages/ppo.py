@@ -17,7 +17,7 @@ from jaxrm.models import build
 from jaxrm.models.generate import check_on_policy
 from jaxrm.runtime import config as bridge
 from jaxrm.runtime.checkpoint import Checkpoints
-from jaxrm.runtime.mesh import batch_shards, build_mesh, check_batch
+from jaxrm.runtime.mesh import batch_shards, build_mesh, check_batch, check_row_length
 from jaxrm.runtime.metrics import open_metrics, read_rows, remove_rows_after
 from jaxrm.runtime.optimizer import learning_rate
 from jaxrm.runtime.preemption import EXIT_PREEMPTED, catch_signals
@@ -245,6 +245,7 @@ def _check(config: Experiment, mesh: Mesh) -> None:
         )
     if config.ptx is not None:
         check_batch(mesh, "config.ptx.batch_size", config.ptx.batch_size, parts)
+        check_row_length(mesh, "config.ptx.max_length", config.ptx.max_length)
     check_judge(config.evaluation.judge)
     answer, longest = config.evaluation.sampling.max_new_tokens, config.rollout.sampling.max_new_tokens
     if answer > longest:

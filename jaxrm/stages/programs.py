@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxrm.algorithms import dpo, scalar_rm, scoring, seq2seq_rm, sft, train_step
 from jaxrm.algorithms.ppo_state import PPOBatch
@@ -26,7 +26,7 @@ from jaxrm.models.flops import forward_flops, training_flops_per_token
 from jaxrm.ops import token_rewards
 from jaxrm.runtime import partition
 from jaxrm.runtime.checkpoint import with_shardings
-from jaxrm.runtime.mesh import batch_shards, check_batch
+from jaxrm.runtime.mesh import batch_shards, check_batch, check_row_length
 from jaxrm.runtime.optimizer import build_optimizer
 from jaxrm.stages import setup
 from jaxrm.stages.ppo_learner import open_learner
@@ -111,6 +111,7 @@ def programs_of(config: Experiment, mesh: Mesh) -> Programs:
 
 
 def _supervised(config: Experiment, mesh: Mesh, decoder: OpenedModel) -> Programs:
+    check_row_length(mesh, "config.data.max_length", config.data.max_length)
     model = decoder
     batch_type: type = TokenBatch
     loss_fn: train_step.LossFn
@@ -154,10 +155,10 @@ def _ppo(config: Experiment, mesh: Mesh, decoder: OpenedModel) -> Programs:
     programs, state = learner.programs(_no_reward), learner.abstract
     new, rows, parts = config.rollout.sampling.max_new_tokens, config.data.batch_size, config.ppo.num_minibatches
     width = config.data.max_length - new
-    of_rows = partition.batch_sharding(mesh)
+    of_rows, answering_rows = partition.batch_sharding(mesh), partition.batch_sharding(learner.answering.mesh)
 
-    def array(shape: tuple[int, ...], dtype: Any) -> Any:
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=of_rows)
+    def array(shape: tuple[int, ...], dtype: Any, sharding: Any = of_rows) -> Any:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
     def responses(rows: int) -> ResponseBatch:
         return ResponseBatch(*(array((rows, size), dtype) for size in (width, new) for dtype in (jnp.int32, jnp.bool_)))
@@ -165,7 +166,7 @@ def _ppo(config: Experiment, mesh: Mesh, decoder: OpenedModel) -> Programs:
     frozen = _in_dtype(with_shardings(decoder.shapes, decoder.shardings), config.model.dtype)
     params = learner.networks.decoder_params(state.policy.params)
     key = jax.eval_shape(lambda: jax.random.key(0))
-    key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=learner.copied)
+    key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=NamedSharding(learner.answering.mesh, PartitionSpec()))
     critic_params = None if state.critic is None else state.critic.params
     share, updates = rows // parts, parts * config.ppo.num_epochs
     rollout = Rollout(responses(share), *(array((share, new), jnp.float32) for _ in range(5)))
@@ -178,14 +179,14 @@ def _ppo(config: Experiment, mesh: Mesh, decoder: OpenedModel) -> Programs:
     of_values = 0.0 if state.critic is None else forward(width + new, predicted=new, scalar_head=True)
     respond, found, answering, stays = programs.respond, [], params, params
     if respond.reshard is not None:
-        found.append(Program("reshard", respond.reshard, (params,), 0, params, 0.0))
-        answering = with_shardings(jax.eval_shape(respond.reshard, params), learner.answering.shardings)
+        found.append(Program("reshard", respond.reshard.params, (params,), 0, params, 0.0))
+        answering = with_shardings(jax.eval_shape(respond.reshard.params, params), learner.answering.shardings)
         stays = None  # what answers is a copy, which lives as long as this program
     found += [
         Program(
             "respond",
             respond.draw,
-            (answering, array((rows, width), jnp.int32), array((rows, width), jnp.bool_), key),
+            (answering, *(array((rows, width), dtype, answering_rows) for dtype in (jnp.int32, jnp.bool_)), key),
             rows * (width + new),
             stays,
             rows * of_words,

@@ -38,7 +38,7 @@ def open_answering(config: Experiment, mesh: Mesh, policy: OpenedModel) -> Opene
 def build_respond(
     policy: OpenedModel, answering: OpenedModel, *, dtype: str, sampling: SamplingConfig, end_ids: tuple[int, ...]
 ) -> Respond:
-    """The program, or two of them, by which a policy answers.
+    """The programs by which a policy answers.
 
     Args:
       policy: the decoder as it lies in training.
@@ -47,16 +47,21 @@ def build_respond(
       sampling: see `jaxrm.models.generate.generate`.
       end_ids: ids that end a response.
     """
-    moves = answering is not policy
+    rows = partition.batch_sharding(answering.mesh)
     draw = rollout.build_draw(
         answering.graphdef,
         sampling=sampling,
         end_ids=end_ids,
         params_sharding=answering.shardings,
-        batch_sharding=partition.batch_sharding(policy.mesh),
-        drawing_sharding=partition.batch_sharding(answering.mesh) if moves else None,
+        batch_sharding=rows,
     )
-    if not moves:
+    if answering is policy:
         return Respond(draw)
-    reshard = rollout.build_reshard(dtype, from_sharding=policy.shardings, to_sharding=answering.shardings)
+    reshard = rollout.build_reshard(
+        dtype,
+        params_sharding=policy.shardings,
+        batch_sharding=partition.batch_sharding(policy.mesh),
+        to_params=answering.shardings,
+        to_batch=rows,
+    )
     return Respond(draw, reshard)

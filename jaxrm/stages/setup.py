@@ -1,6 +1,7 @@
 """What every stage sets up: a model over the devices, the files of an embedded task, batches on the devices."""
 
 import dataclasses
+import math
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -87,8 +88,9 @@ def _open(
     config = config or weights.read_shape(source)
     platform = mesh.devices.flat[0].platform
     attend = attention.choose(source.attention, platform, np.dtype(source.dtype))
-    if attend is not attention.xla:  # the compiler cannot split a kernel that is not its own
+    if attend is not attention.xla or mesh.shape["context"] > 1:  # a kernel that the compiler cannot split as it must
         attend = partition.per_device(attend, mesh)
+    partition.check_heads(mesh, config.num_heads, field=field)
     constrain = partition.activation_constraint(mesh)
     graphdef, shapes, axes = abstract(config, source, attend=attend, constrain=constrain)
     shardings = partition.parameter_shardings(shapes, axes, mesh, field=field)
@@ -201,8 +203,9 @@ def in_compute_dtype(params: Any, dtype: str) -> Any:
 
 
 def row_multiple(mesh: Mesh) -> int:
-    """What the width of rows that are put together on the devices is a multiple of: the blocks of their kernels."""
-    return 1 if mesh.devices.flat[0].platform == "cpu" else 128
+    """What the width of rows that are put together on the devices is a multiple of: the blocks of their kernels, and
+    the devices that share a row's tokens."""
+    return math.lcm(1 if mesh.devices.flat[0].platform == "cpu" else 128, mesh.shape["context"])
 
 
 def batch_placer(mesh: Mesh, batch_type: type[Batch]) -> Callable[[dict[str, np.ndarray]], Batch]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -72,7 +73,7 @@ class Setup:
 
     def __init__(self, config, mesh_config=ONE, reward=None, shape=SMALL):
         self.config = config
-        mesh = build_mesh(mesh_config, jax.devices() if mesh_config == EIGHT else jax.devices()[:1])
+        mesh = build_mesh(mesh_config, jax.devices()[: math.prod(dataclasses.astuple(mesh_config))])
         self.decoder = setup.open_model(config.model, mesh, shape)
         critic = None if config.ppo.shared_trunk else setup.open_scalar_model(config.model, mesh, shape)
         self.learner = open_learner(
@@ -542,7 +543,29 @@ def test_one_device_and_eight_agree(tmp_path):
             assert np.isclose(one[field], eight[field], rtol=1e-4, atol=1e-5), field
 
 
-@pytest.mark.parametrize("answering", [MeshConfig(), MeshConfig(tensor=2)], ids=["whole", "split by heads"])
+@pytest.mark.parametrize(
+    "mesh",
+    [MeshConfig(data=2, tensor=2, context=2), MeshConfig(data=1, context=4)],
+    ids=["with context", "context alone"],
+)
+def test_a_step_is_the_same_where_devices_share_the_tokens_of_a_row(mesh):
+    """Rows of 11 and responses of 6 tokens do not divide over four: rows are filled up, responses left whole."""
+    found = []
+    for s in (separate(), Setup(experiment(), mesh)):
+        rollout, _, metrics = rollout_of(s, batch_of())
+        state = s.first_state(3)
+        _, of_policy = s.programs.update_policy(state.policy, PPOBatch(rollout))
+        _, of_critic = s.programs.update_critic(state.critic, PPOBatch(rollout))
+        found.append(jax.device_get((rollout, metrics, of_policy, of_critic)))
+    one, several = found
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5), several, one)
+
+
+@pytest.mark.parametrize(
+    "answering",
+    [MeshConfig(), MeshConfig(tensor=2), MeshConfig(context=2)],
+    ids=["whole", "split by heads", "kernels on each device"],
+)
 def test_a_policy_answers_alike_on_another_layout_of_the_same_devices(answering):
     """Its copy is whole over what was fsdp, in the compute dtype, and gone after the call; the rows come back."""
     plain, other = (Setup(experiment(answering=mesh), EIGHT) for mesh in (None, answering))
@@ -555,15 +578,16 @@ def test_a_policy_answers_alike_on_another_layout_of_the_same_devices(answering)
     np.testing.assert_array_equal(batch.responses, expected.responses)
     np.testing.assert_array_equal(batch.response_mask, expected.response_mask)
     assert batch.responses.sharding == expected.responses.sharding
-    kernel = respond.reshard(other.reference)["layers"]["mlp"]["gate"]["kernel"]
-    assert {shard.data.shape for shard in kernel.addressable_shards} == {(2, 32, 64 // answering.tensor)}
+    kernel = respond.reshard.params(other.reference)["layers"]["mlp"]["gate"]["kernel"]
+    shape = (2, 32 // answering.context, 64 // answering.tensor)
+    assert {shard.data.shape for shard in kernel.addressable_shards} == {shape}
 
 
 def test_a_copy_to_answer_with_is_in_the_compute_dtype():
     config = experiment(answering=MeshConfig())
     half = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype="bfloat16"))
     s = Setup(half, EIGHT)
-    copy = jax.eval_shape(s.programs.respond.reshard, s.decoder.shapes)
+    copy = jax.eval_shape(s.programs.respond.reshard.params, s.decoder.shapes)
     assert copy["layers"]["mlp"]["gate"]["kernel"].dtype == copy["embedder"]["embedding"].dtype == jnp.bfloat16
     assert copy["final_norm"]["scale"].dtype == jnp.float32
 
@@ -572,7 +596,7 @@ def test_a_copy_to_answer_with_is_in_the_compute_dtype():
     ("answering", "batch_size", "words"),
     [
         (MeshConfig(data=3), 8, r"config\.rollout\.mesh is data 3.* 8 devices.*--config\.rollout\.mesh\.data=-1"),
-        (MeshConfig(), 12, r"data\.batch_size is 12.* of config\.rollout\.mesh have 8 .*--config\.data\.batch_size=8"),
+        (MeshConfig(), 12, r"data\.batch_size is 12.* of config\.rollout\.mesh have 8 .*--config\.data\.batch_size=16"),
         (MeshConfig(tensor=8), 8, r"config\.rollout\.mesh\.tensor is 8.*'heads'.*--config\.rollout\.mesh\.tensor=4"),
     ],
 )

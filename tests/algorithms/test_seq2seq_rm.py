@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import types
 
 import chex
@@ -10,10 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxrm.algorithms.seq2seq_rm import seq2seq_rm_loss
-from jaxrm.algorithms.state import TrainState, create
+from jaxrm.algorithms.state import create
 from jaxrm.algorithms.train_step import build_train_step
 from jaxrm.data.examples import MappingExample
 from jaxrm.data.packing import build_row, pack
@@ -23,6 +23,7 @@ from jaxrm.models.config import PRESETS
 from jaxrm.runtime import partition
 from jaxrm.runtime.mesh import MeshConfig, build_mesh
 from jaxrm.runtime.optimizer import OptimizerConfig, build_optimizer
+from jaxrm.stages.setup import open_model, state_shardings
 from jaxrm.types import MappingBatch
 
 SMALL = dataclasses.replace(
@@ -30,6 +31,7 @@ SMALL = dataclasses.replace(
 )
 SOURCE = ModelSource(preset="tiny")
 ONE, EIGHT = MeshConfig(1, 1, 1), MeshConfig(2, 2, 2)
+MIXED, LONG = MeshConfig(data=2, tensor=2, context=2), MeshConfig(data=1, context=4)
 REQUEST, EOS = (30, 31), 1
 COLUMNS = {"loss_mask": np.dtype(bool), "is_correction": np.dtype(bool)}
 
@@ -222,17 +224,13 @@ class Setup:
     """A seq2seq reward model, an optimizer and a step on one mesh."""
 
     def __init__(self, mesh_config, num_microbatches=1):
-        devices = jax.devices() if mesh_config == EIGHT else jax.devices()[:1]
-        mesh = build_mesh(mesh_config, devices)
-        graphdef, shapes, axes = build.abstract_decoder(SMALL, SOURCE, constrain=partition.activation_constraint(mesh))
+        mesh = build_mesh(mesh_config, jax.devices()[: math.prod(dataclasses.astuple(mesh_config))])
+        model = open_model(SOURCE, mesh, SMALL)
         optimizer = build_optimizer(OptimizerConfig(lr=1e-2, b2=0.99), 150)
-        shardings = partition.parameter_shardings(shapes, axes, mesh)
-        copied = NamedSharding(mesh, PartitionSpec())
-        moments = partition.optimizer_shardings(optimizer, shapes, shardings, mesh)
-        sharding = TrainState(copied, shardings, moments, copied)
+        sharding = state_shardings(model, optimizer, mesh)
         self.rows = partition.batch_sharding(mesh)
         self.step = build_train_step(
-            seq2seq_rm_loss(graphdef, correction_weight=1.0, identity_weight=0.5),
+            seq2seq_rm_loss(model.graphdef, correction_weight=1.0, identity_weight=0.5),
             optimizer,
             state_sharding=sharding,
             batch_sharding=self.rows,
@@ -290,8 +288,9 @@ def assert_same_metrics(got, want):
             np.testing.assert_allclose(found[name], expected[name], rtol=1e-5, atol=1e-7, err_msg=name)
 
 
-def test_one_device_and_eight_give_the_same_metrics():
-    assert_same_metrics(three_steps(EIGHT)[1], three_steps(ONE)[1])
+@pytest.mark.parametrize("mesh", [EIGHT, MIXED, LONG], ids=["eight", "with context", "context alone"])
+def test_one_device_and_several_give_the_same_metrics(mesh):
+    assert_same_metrics(three_steps(mesh)[1], three_steps(ONE)[1])
 
 
 @pytest.mark.parametrize(("mesh", "parts"), [(ONE, 4), (EIGHT, 2)], ids=["one", "eight"])

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 
 import chex
 import jax
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import PartitionSpec
 
 from jaxrm.algorithms import sft
 from jaxrm.algorithms.state import TrainState, create
@@ -20,8 +21,10 @@ from jaxrm.models.build import ModelSource
 from jaxrm.models.config import PRESETS
 from jaxrm.runtime import partition
 from jaxrm.runtime.checkpoint import Checkpoints, with_shardings
-from jaxrm.runtime.mesh import MeshConfig, build_mesh, check_batch
+from jaxrm.runtime.mesh import MeshConfig, build_mesh, check_batch, check_row_length
 from jaxrm.runtime.optimizer import OptimizerConfig, build_optimizer, decay_mask, learning_rate
+from jaxrm.runtime.program_cost import collective_bytes
+from jaxrm.stages.setup import open_model, row_multiple, state_shardings
 from jaxrm.types import TokenBatch
 
 SMALL = dataclasses.replace(
@@ -30,6 +33,8 @@ SMALL = dataclasses.replace(
 SOURCE = ModelSource(preset="tiny")
 ADAMW = OptimizerConfig(lr=3e-3, b2=0.99)
 ONE, EIGHT = MeshConfig(1, 1, 1), MeshConfig(2, 2, 2)
+MIXED, LONG = MeshConfig(data=2, tensor=2, context=2), MeshConfig(data=1, context=4)
+SHARDED = MeshConfig(data=1, fsdp=2, tensor=2, context=2)
 
 
 def copy_batch(seed=0, B=8, T=12):
@@ -51,16 +56,12 @@ class Built:
     """What the tests of one mesh share, compiled once: a model, an optimizer and a step."""
 
     def __init__(self, mesh_config, num_microbatches, optimizer):
-        devices = jax.devices() if mesh_config == EIGHT else jax.devices()[:1]
-        mesh = build_mesh(mesh_config, devices)
-        graphdef, shapes, axes = build.abstract_decoder(SMALL, SOURCE, constrain=partition.activation_constraint(mesh))
-        self.shardings = partition.parameter_shardings(shapes, axes, mesh)
+        mesh = build_mesh(mesh_config, jax.devices()[: math.prod(dataclasses.astuple(mesh_config))])
+        model = open_model(SOURCE, mesh, SMALL)
         self.optimizer = build_optimizer(optimizer, 100)
-        copied = NamedSharding(mesh, PartitionSpec())
-        moments = partition.optimizer_shardings(self.optimizer, shapes, self.shardings, mesh)
-        self.sharding = TrainState(copied, self.shardings, moments, copied)
+        self.sharding = state_shardings(model, self.optimizer, mesh)
         self.rows = partition.batch_sharding(mesh)
-        self.loss_fn = sft.sft_loss(graphdef)
+        self.loss_fn = sft.sft_loss(model.graphdef)
         self.step = build_train_step(
             self.loss_fn,
             self.optimizer,
@@ -104,13 +105,41 @@ def test_a_tiny_problem_is_learnt():
     assert losses[0] > 3.5 and losses[-1] < 0.3
 
 
-def test_one_device_and_eight_give_the_same_losses():
+@pytest.mark.parametrize(
+    ("mesh", "shape"),
+    [(EIGHT, (2, 16, 32)), (MIXED, (2, 16, 32)), (LONG, (2, 8, 64)), (SHARDED, (2, 8, 32))],
+    ids=["eight", "with context", "context alone", "context and fsdp"],
+)
+def test_one_device_and_several_give_the_same_losses(mesh, shape):
+    """Each step's loss depends on the gradients of the steps before it."""
     _, one = Setup(ONE).run(6)
-    eight_state, eight = Setup(EIGHT).run(6)
-    np.testing.assert_allclose(eight, one, rtol=1e-5)
-    kernel = eight_state.params["layers"]["mlp"]["gate"]["kernel"]
-    assert kernel.sharding.spec == PartitionSpec(None, "fsdp", "tensor")
-    assert {s.data.shape for s in kernel.addressable_shards} == {(2, 16, 32)}
+    state, several = Setup(mesh).run(6)
+    np.testing.assert_allclose(several, one, rtol=1e-5)
+    kernel = state.params["layers"]["mlp"]["gate"]["kernel"]
+    assert kernel.sharding.spec == PartitionSpec(None, ("fsdp", "context"), "tensor")
+    assert {s.data.shape for s in kernel.addressable_shards} == {shape}
+
+
+def test_long_rows_take_less_memory_where_devices_share_their_tokens(capfd):
+    """Tokens are swapped for heads around attention; nothing but parameters is gathered whole on every device."""
+
+    def compiled(devices):
+        mesh = build_mesh(MeshConfig(data=1, context=devices), jax.devices()[:devices])
+        one_layer = dataclasses.replace(SMALL, num_layers=1)
+        model, optimizer = open_model(SOURCE, mesh, one_layer), build_optimizer(ADAMW, 100)
+        sharding, rows = state_shardings(model, optimizer, mesh), partition.batch_sharding(mesh)
+        step = build_train_step(sft.sft_loss(model.graphdef), optimizer, state_sharding=sharding, batch_sharding=rows)
+        state = jax.eval_shape(lambda params: create(params, optimizer, jax.random.key(0)), model.shapes)
+        batch = jax.eval_shape(lambda: TokenBatch(**copy_batch(B=1, T=1024)))
+        return step.trace(state, batch).lower().compile(), sum(x.size for x in jax.tree.leaves(model.shapes))
+
+    one, _ = compiled(1)
+    four, parameters = compiled(4)
+    assert four.memory_analysis().temp_size_in_bytes < 0.4 * one.memory_analysis().temp_size_in_bytes
+    traffic = collective_bytes(four.as_text())
+    assert traffic["all-to-all"] > 0
+    assert traffic["all-gather"] < 2 * 4 * parameters + 1024 * 32  # forward and backward, and less than hidden states
+    assert "Involuntary full rematerialization" not in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(("rows", "kv_heads"), [(4, 8), (4, 2), (3, 1)], ids=["shared", "copied", "one-kv-head"])
@@ -181,7 +210,11 @@ def test_the_state_is_donated():
     assert old.opt_state[1][0].nu["embedder"]["embedding"].is_deleted()
 
 
-@pytest.mark.parametrize(("written_on", "read_on"), [(ONE, EIGHT), (EIGHT, ONE)], ids=["one-eight", "eight-one"])
+@pytest.mark.parametrize(
+    ("written_on", "read_on"),
+    [(ONE, EIGHT), (EIGHT, ONE), (EIGHT, MIXED), (LONG, EIGHT)],
+    ids=["one-eight", "eight-one", "eight-context", "context-eight"],
+)
 def test_a_checkpoint_restores_on_another_mesh(tmp_path, written_on, read_on):
     writer, reader = Setup(written_on), Setup(read_on, seed=5)
     state, _ = writer.run(3)
@@ -274,7 +307,44 @@ def test_a_mesh_that_does_not_divide_a_parameter_is_an_error():
     with pytest.raises(UserError, match=r"config.mesh.tensor is 8.*'heads' of parameter q has size 6.*tensor=6"):
         partition.parameter_shardings(shapes, {"q": ("embed", "heads", "head_dim")}, mesh)
     shared = partition.parameter_shardings(shapes, {"q": ("embed", "kv_heads", "head_dim")}, mesh)
-    assert shared["q"].spec == PartitionSpec("fsdp", None, None)
+    assert shared["q"].spec == PartitionSpec(("fsdp", "context"), None, None)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "model", "words"),
+    [
+        ({"context": 8}, {}, r"config\.mesh\.context is 8, but axis 'heads' .* size 4;.*--config\.mesh\.context=4$"),
+        (
+            {"tensor": 2, "context": 4},
+            {},
+            r"mesh\.tensor is 2 and config\.mesh\.context is 4, together 8, .*'heads'.*--config\.mesh\.tensor=1$",
+        ),
+        (
+            {"fsdp": 4, "context": 2},
+            {"hidden_size": 36},
+            r"mesh\.fsdp is 4 and config\.mesh\.context is 2, together 8, .*'embed' .*36; .*--config\.mesh\.fsdp=3$",
+        ),
+        ({"tensor": 2, "context": 2, "fsdp": 2}, {"vocab_size": 63}, r"mesh\.tensor is 2, but axis 'vocab' .* size 63"),
+        (
+            {"tensor": 4, "fsdp": 2},
+            {"intermediate_size": 66},
+            r"mesh\.tensor is 4, .*'mlp' .*--config\.mesh\.tensor=3$",
+        ),
+    ],
+    ids=["heads", "tensor x context", "fsdp x context", "vocabulary", "mlp"],
+)
+def test_a_model_that_a_mesh_does_not_divide_is_an_error(sizes, model, words):
+    mesh = build_mesh(MeshConfig(data=1, **sizes))
+    with pytest.raises(UserError, match=words):
+        open_model(SOURCE, mesh, dataclasses.replace(SMALL, **model))
+
+
+def test_rows_that_the_context_axis_does_not_divide_are_an_error_or_filled_up():
+    mesh = build_mesh(MIXED)
+    check_row_length(mesh, "config.data.max_length", 12)
+    with pytest.raises(UserError, match=r"data\.max_length is 1023, .*context is 2.*--config\.data\.max_length=1024"):
+        check_row_length(mesh, "config.data.max_length", 1023)
+    assert row_multiple(mesh) == 2 and row_multiple(build_mesh(EIGHT)) == 1
 
 
 def test_batches_and_meshes_that_do_not_fit_are_errors():
