@@ -33,8 +33,9 @@ class Traffic:
     """What one device moves in a run of a program, in bytes.
 
     Attributes:
-      collectives: results of each kind of collective, on the links between near devices.
-      far: results of the collectives whose groups lie on several islands (slices of TPUs, hosts of GPUs).
+      collectives: what reaches it by each kind of collective, on the links between near devices. On a ring of n devices
+        that is (n - 1) / n of an array that is gathered, scattered or dealt out, and twice that of one that is summed.
+      far: the same of collectives whose groups lie on several islands (slices of TPUs, hosts of GPUs).
       memory: read from and written to the device's memory.
     """
 
@@ -78,11 +79,13 @@ def traffic(hlo: str, *, while_trips: int = 1, island_of: Sequence[int] = ()) ->
         instructions = computations.get(name, {})
         for each in instructions.values():
             kind = each.kind.removesuffix("-start")
-            if kind in COLLECTIVES:
-                size = times * _result_bytes(each.shape, is_start=each.kind.endswith("-start"))
+            sent = _sent(each, name, instructions)
+            if sent is not None:
+                what, size = sent
                 channel = re.search(r"channel_id=(\d+)", each.rest)
-                key = (kind, channel[1] if channel else f"{name} {each.name}", _is_far(each.rest, island_of))
-                count.collectives[key] = max(count.collectives[key], size)
+                is_far = each.kind == "recv" or _is_far(each.rest, island_of)
+                key = (what, channel[1] if channel else f"{name} {each.name}", is_far)
+                count.collectives[key] = max(count.collectives[key], times * size)
             if not is_fused:
                 count.memory += times * _memory_bytes(each, instructions, computations)
             trips = 1.0
@@ -106,6 +109,27 @@ def traffic(hlo: str, *, while_trips: int = 1, island_of: Sequence[int] = ()) ->
         else:
             near[kind] += size
     return Traffic(dict(near), far, count.memory)
+
+
+def _sent(each: _Instruction, inside: str, around: Mapping[str, _Instruction]) -> tuple[str, float] | None:
+    """The kind of a collective and the bytes that reach a device; None for what is none."""
+    kind = each.kind.removesuffix("-start")
+    if each.kind == "recv" and "megascale" in each.rest:  # between TPU slices, by the hosts
+        return "recv", _array_bytes(each.shape)
+    if kind not in COLLECTIVES:
+        return None
+    size = _result_bytes(each.shape, is_start=each.kind.endswith("-start"))
+    devices = max((len(group) for group in _groups(each.rest)), default=0)
+    share = 1.0 if kind == "collective-permute" or devices < 1 else (devices - 1) / devices
+    if kind == "all-reduce" and inside.startswith("all-reduce-scatter"):  # so TPUs write a reduce-scatter
+        kind = "reduce-scatter"
+    elif kind == "all-reduce":
+        share *= 2.0
+    elif kind == "reduce-scatter":
+        size = max(
+            size, sum(_result_bytes(around[name].shape, is_start=False) for name in each.operands if name in around)
+        )
+    return kind, share * size
 
 
 def _memory_bytes(each: _Instruction, around: Mapping[str, _Instruction], computations: _Computations) -> float:

@@ -21,9 +21,9 @@ from jaxrm.models.build import ModelSource
 from jaxrm.models.config import PRESETS
 from jaxrm.runtime import partition
 from jaxrm.runtime.checkpoint import Checkpoints, with_shardings
+from jaxrm.runtime.compiled_cost import traffic
 from jaxrm.runtime.mesh import MeshConfig, build_mesh, check_batch, check_row_length
 from jaxrm.runtime.optimizer import OptimizerConfig, build_optimizer, decay_mask, learning_rate
-from jaxrm.runtime.program_cost import collective_bytes
 from jaxrm.stages.setup import open_model, row_multiple, state_shardings
 from jaxrm.types import TokenBatch
 
@@ -136,9 +136,9 @@ def test_long_rows_take_less_memory_where_devices_share_their_tokens(capfd):
     one, _ = compiled(1)
     four, parameters = compiled(4)
     assert four.memory_analysis().temp_size_in_bytes < 0.4 * one.memory_analysis().temp_size_in_bytes
-    traffic = collective_bytes(four.as_text())
-    assert traffic["all-to-all"] > 0
-    assert traffic["all-gather"] < 2 * 4 * parameters + 1024 * 32  # forward and backward, and less than hidden states
+    sent = traffic(four.as_text()).collectives
+    assert sent["all-to-all"] > 0
+    assert sent["all-gather"] < 2 * 4 * parameters + 1024 * 32  # forward and backward, and less than hidden states
     assert "Involuntary full rematerialization" not in capfd.readouterr().err
 
 

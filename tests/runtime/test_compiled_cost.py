@@ -28,14 +28,14 @@ def test_collectives_in_a_loop_count_as_often_as_it_runs(mesh):
     step = jax.jit(layers, in_shardings=(rows, stacked), out_shardings=rows)
     compiled = step.lower(jax.ShapeDtypeStruct((16, 32), jnp.float32), jax.ShapeDtypeStruct((5, 32, 32), jnp.float32))
     found = traffic(compiled.compile().as_text()).collectives
-    assert sum(found.values()) == found["all-gather"] == 5 * 32 * 32 * 4
+    assert sum(found.values()) == found["all-gather"] == 5 * 32 * 32 * 4 * 7 / 8
 
 
 def test_a_sum_over_devices_is_an_all_reduce(mesh):
     rows = NamedSharding(mesh, PartitionSpec("data"))
     step = jax.jit(lambda x: x.sum(0), in_shardings=rows, out_shardings=NamedSharding(mesh, PartitionSpec()))
     text = step.lower(jax.ShapeDtypeStruct((16, 100), jnp.float32)).compile().as_text()
-    assert traffic(text).collectives == {"all-reduce": 400.0}
+    assert traffic(text).collectives == {"all-reduce": 2 * 400 * 7 / 8}
 
 
 def test_the_steps_of_one_collective_count_once_and_a_loop_as_often_as_it_compares_with():
@@ -126,18 +126,18 @@ ENTRY %main (p: f32[8]) -> f32[8] {
 
 
 @pytest.mark.parametrize(
-    ("groups", "is_far"),
+    ("groups", "devices", "is_far"),
     [
-        ("{{0,1},{2,3},{4,5},{6,7}}", False),
-        ("{{0,4},{1,5},{2,6},{3,7}}", True),
-        ("[2,4]<=[8]", False),
-        ("[4,2]<=[2,4]T(1,0)", True),
-        ("mesh['data'=2,'fsdp'=4] {'fsdp'}", False),
-        ("mesh['data'=2,'fsdp'=4] {'data'}", True),
-        ("mesh['data'=2,'fsdp'=4] {'data','fsdp'}", True),
+        ("{{0,1},{2,3},{4,5},{6,7}}", 2, False),
+        ("{{0,4},{1,5},{2,6},{3,7}}", 2, True),
+        ("[2,4]<=[8]", 4, False),
+        ("[4,2]<=[2,4]T(1,0)", 2, True),
+        ("mesh['data'=2,'fsdp'=4] {'fsdp'}", 4, False),
+        ("mesh['data'=2,'fsdp'=4] {'data'}", 2, True),
+        ("mesh['data'=2,'fsdp'=4] {'data','fsdp'}", 8, True),
     ],
 )
-def test_a_group_with_devices_of_two_slices_sends_between_them(groups, is_far):
+def test_a_group_with_devices_of_two_slices_sends_between_them(groups, devices, is_far):
     text = f"""
 HloModule m
 
@@ -146,8 +146,40 @@ ENTRY %main (p: f32[8]) -> f32[8] {{
 }}
 """
     found = traffic(text, island_of=[0, 0, 0, 0, 1, 1, 1, 1])
-    assert (found.far, sum(found.collectives.values())) == ((32.0, 0.0) if is_far else (0.0, 32.0))
+    size = 2 * 32 * (devices - 1) / devices
+    assert (found.far, sum(found.collectives.values())) == ((size, 0.0) if is_far else (0.0, size))
     assert traffic(text).far == 0.0
+
+
+def test_what_the_hosts_of_tpu_slices_send_each_other_is_far():
+    text = """
+HloModule m
+
+ENTRY %main (p: f32[8]) -> f32[8] {
+  %r = (f32[8,128]{1,0}, u32[], token[]) recv(%after), channel_id=3, is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime"}
+  ROOT %d = (f32[8,128]{1,0}, token[]) recv-done(%r), channel_id=3
+}
+"""  # noqa: E501 - as the compiler writes it
+    found = traffic(text)
+    assert found.far == pytest.approx(8 * 128 * 4, rel=0.01) and not found.collectives
+
+
+def test_a_sum_that_is_scattered_is_not_taken_for_one_that_everybody_gets():
+    text = """
+HloModule m
+
+%all-reduce-scatter.1 (p: f32[64]) -> f32[8] {
+  %p = f32[64]{0} parameter(0)
+  %r = f32[64]{0} all-reduce(%p), channel_id=1, replica_groups=[1,8]<=[8], to_apply=%add
+  ROOT %s = f32[8]{0} dynamic-slice(%r, %i), dynamic_slice_sizes={8}
+}
+
+ENTRY %main (p: f32[64]) -> f32[8] {
+  %p = f32[64]{0} parameter(0)
+  ROOT %f = f32[8]{0} fusion(%p), kind=kCustom, calls=%all-reduce-scatter.1
+}
+"""
+    assert traffic(text).collectives == {"reduce-scatter": 64 * 4 * 7 / 8}
 
 
 def compiled(function, *shapes):
