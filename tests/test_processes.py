@@ -1,7 +1,12 @@
-"""Several processes on one machine: the losses of one, an end when one is lost, and one line for what disagrees."""
+"""Several processes on one machine: the losses of one, an end when one is lost, and one line for what disagrees.
+
+``JAXRM_PROCESSES=2,4`` compares jobs of two and of four processes with one; without it jobs of two, and one of four
+that loses a process.
+"""
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -16,18 +21,22 @@ import pytest
 from jaxrm.errors import UserError
 from jaxrm.runtime.processes import Processes, find_processes
 
+ROOT = Path(__file__).resolve().parents[1]
 DEVICES = 4
+COUNTS = [int(count) for count in os.environ.get("JAXRM_PROCESSES", "2").split(",")]
+STEPS = 24
 SFT = ["--config=configs/sft_tiny.py", "--config.data.max_length=64", "--config.evaluation.samples=0"]
-LOGGED = ["--config.logging.every=1", "--config.evaluation.every=1000"]
+SFT += [f"--config.num_steps={STEPS}", "--config.checkpoint.every=8"]
+LOGGED = ["--config.logging.every=1", "--config.evaluation.every=1000", "--config.data.max_eval_records=32"]
 
 
-def start(arguments: list[str], folder: Path, count: int, port: int = 0) -> list[subprocess.Popen]:
-    """Start a job of ``count`` processes that have `DEVICES` devices between them."""
+def start(
+    arguments: list[str], folder: Path, count: int, port: int = 0, code: Path | None = None
+) -> list[subprocess.Popen]:
+    """Start a job of ``count`` processes that have `DEVICES` devices between them; ``code`` is where jaxrm lies."""
     port = port or free_port()
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={DEVICES // count}",
-    }
+    devices = f"device_count={DEVICES // count}"
+    environment = os.environ | {"XLA_FLAGS": re.sub(r"device_count=\d+", devices, os.environ["XLA_FLAGS"])}
     job = []
     for index in range(count):
         which = [f"--coordinator=localhost:{port}", f"--num_processes={count}", f"--process_id={index}"]
@@ -36,6 +45,7 @@ def start(arguments: list[str], folder: Path, count: int, port: int = 0) -> list
             subprocess.Popen(
                 [*command, *(which if count > 1 else [])],
                 env=environment,
+                cwd=code,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 text=True,
@@ -84,7 +94,7 @@ def same_curve(first: Path, second: Path, name: str) -> None:
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Runs of one process: sft, rm from it, ppo with both."""
     folder = tmp_path_factory.mktemp("alone")
-    run([*SFT, "--config.num_steps=4"], folder / "sft", 1)
+    run(SFT, folder / "sft", 1)
     run(reward_model(folder), folder / "rm", 1)
     run(ppo(folder), folder / "ppo", 1)
     return folder
@@ -96,6 +106,7 @@ def reward_model(folder: Path) -> list[str]:
         f"--config.model.path={folder / 'sft'}",
         "--config.data.path=task:safety",
         "--config.num_steps=3",
+        "--config.evaluation.corrections=0",
     ]
 
 
@@ -109,41 +120,41 @@ def ppo(folder: Path) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("count", COUNTS)
 def test_sft_in_several_processes_has_the_losses_of_one(alone: Path, tmp_path: Path, count: int) -> None:
-    run([*SFT, "--config.num_steps=4"], tmp_path / "sft", count)
+    run(SFT, tmp_path / "sft", count)
     same_curve(alone / "sft", tmp_path / "sft", "loss")
     same_curve(alone / "sft", tmp_path / "sft", "eval_loss")
 
 
-def test_a_reward_model_in_two_processes_has_the_losses_of_one(alone: Path, tmp_path: Path) -> None:
-    run(reward_model(alone), tmp_path / "rm", 2)
+@pytest.mark.parametrize("count", COUNTS)
+def test_a_reward_model_in_several_processes_has_the_losses_of_one(alone: Path, tmp_path: Path, count: int) -> None:
+    run(reward_model(alone), tmp_path / "rm", count)
     same_curve(alone / "rm", tmp_path / "rm", "loss")
 
 
-def test_ppo_in_four_processes_has_the_rewards_and_losses_of_one(alone: Path, tmp_path: Path) -> None:
-    run(ppo(alone), tmp_path / "ppo", 4)
+@pytest.mark.parametrize("count", COUNTS)
+def test_ppo_in_several_processes_has_the_rewards_and_losses_of_one(alone: Path, tmp_path: Path, count: int) -> None:
+    run(ppo(alone), tmp_path / "ppo", count)
     for name in ("reward", "policy_loss", "value_loss", "kl"):
         same_curve(alone / "ppo", tmp_path / "ppo", name)
 
 
-def test_when_one_process_is_killed_the_others_stop_and_the_job_continues_exactly(tmp_path: Path) -> None:
-    arguments = [*SFT, "--config.num_steps=60", "--config.checkpoint.every=20"]
+def test_when_one_process_is_killed_the_others_stop_and_the_job_continues_exactly(alone: Path, tmp_path: Path) -> None:
     killed, in_one = tmp_path / "killed", tmp_path / "in_one"
-    run(arguments, tmp_path / "whole", 1)
-    job = start(arguments, killed, 4)
+    job = start(SFT, killed, 4)
     deadline = time.monotonic() + 120
-    while not (killed / "checkpoints" / "20").is_dir() and time.monotonic() < deadline:
+    while not (killed / "checkpoints" / "8").is_dir() and time.monotonic() < deadline:
         time.sleep(0.02)
     job[3].send_signal(signal.SIGKILL)
     said = finish(job)
     assert all(process.returncode not in (0, None) for process in job), "\n".join(said)
     assert all("another task died" in text or "another one is gone" in text for text in said[:3]), "\n".join(said)
     shutil.copytree(killed, in_one)
-    run(arguments, killed, 4)
-    run(arguments, in_one, 1)
-    same_curve(tmp_path / "whole", killed, "loss")
-    same_curve(tmp_path / "whole", in_one, "loss")
+    run(SFT, killed, 4)
+    run(SFT, in_one, 1)
+    same_curve(alone / "sft", killed, "loss")
+    same_curve(alone / "sft", in_one, "loss")
 
 
 def test_processes_that_disagree_on_the_config_all_say_so(tmp_path: Path) -> None:
@@ -154,6 +165,20 @@ def test_processes_that_disagree_on_the_config_all_say_so(tmp_path: Path) -> Non
     stop(second[0])
     for text in finish([first[0], second[1]]):
         assert "process 1 has another config.seed than process 0" in text
+    assert not (tmp_path / "run").exists()
+
+
+def test_processes_with_other_code_all_say_so(tmp_path: Path) -> None:
+    for name in ("jaxrm", "configs"):
+        shutil.copytree(ROOT / name, tmp_path / "code" / name, ignore=shutil.ignore_patterns("__pycache__"))
+    with (tmp_path / "code" / "jaxrm" / "ops" / "kl.py").open("a", encoding="utf-8") as changed:
+        changed.write("# another version\n")
+    port = free_port()
+    first, second = (start(SFT, tmp_path / "run", 2, port, code) for code in (ROOT, tmp_path / "code"))
+    stop(first[1])
+    stop(second[0])
+    for text in finish([first[0], second[1]]):
+        assert "process 1 has another code of jaxrm than process 0; install the same commit" in text
     assert not (tmp_path / "run").exists()
 
 
