@@ -22,7 +22,19 @@ from jaxrm.runtime.run_folder import OnExisting
 ALGORITHMS = ("sft", "sample_pairs", "seq2seq_rm", "scalar_rm", "ppo", "dpo", "best_of_n", "evaluate")
 
 # What may change between two launches of one run: nothing here changes what is learnt.
-MAY_DIFFER = frozenset({"run_dir", "on_existing", "mesh", "rollout.mesh", "checkpoint", "logging", "evaluation"})
+MAY_DIFFER = frozenset(
+    {
+        "run_dir",
+        "on_existing",
+        "mesh",
+        "rollout.mesh",
+        "optimizer.offload",
+        "critic.optimizer.offload",
+        "checkpoint",
+        "logging",
+        "evaluation",
+    }
+)
 
 
 @dataclass(frozen=True)

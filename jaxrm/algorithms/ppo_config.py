@@ -102,7 +102,8 @@ class RolloutConfig:
       mesh: how the devices of ``config.mesh`` lie while the policy answers; None as they lie in training. Training
         wants parameters in shards, but writing token by token wants them whole, or split over ``tensor`` alone:
         ``--config.rollout.mesh.fsdp=1``. It costs a copy of the policy in the compute dtype while it answers, 2 bytes
-        a parameter in bfloat16, divided by what ``fsdp`` and ``tensor`` are here; tokens are drawn alike.
+        a parameter in bfloat16, and for the loop over tokens that once more, both divided by what ``fsdp``,
+        ``context`` and ``tensor`` are here. Tokens are drawn alike.
     """
 
     sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(max_new_tokens=128))

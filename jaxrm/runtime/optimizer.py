@@ -33,6 +33,8 @@ class OptimizerConfig:
       clip_norm: largest global norm of the gradients, or None for no clipping.
       moment_dtype: of the first moment, ``float32`` or ``bfloat16``. The second stays in float32: at b2 near 1
         its updates are smaller than the spacing of bfloat16 and it would never move (jaxrm choice).
+      offload: keep the moments in the memory of the hosts between updates. Devices then hold them only while they
+        update, at the price of sending them over and back each time; nothing that is learnt changes.
     """
 
     name: str = "adamw"
@@ -46,6 +48,7 @@ class OptimizerConfig:
     weight_decay: float = 0.0
     clip_norm: float | None = 1.0
     moment_dtype: str = "float32"
+    offload: bool = False
 
     def __post_init__(self) -> None:
         for field, allowed in (

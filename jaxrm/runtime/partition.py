@@ -11,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxrm.errors import UserError
 from jaxrm.runtime.mesh import BATCH_AXES
 
+HOST_MEMORY = "pinned_host"
 _HEADS = ("tensor", "context")  # over which attention's heads lie: those of a device of tensor, shared out over context
 
 LOGICAL_TO_MESH: dict[str, str | tuple[str, ...] | None] = {
@@ -77,17 +78,45 @@ def check_heads(mesh: Mesh, num_heads: int, *, field: str = "config.mesh") -> No
         raise _does_not_divide(mesh, field, _HEADS, num_heads, "axis 'heads' of attention")
 
 
-def optimizer_shardings(optimizer: optax.GradientTransformation, shapes: Any, shardings: Any, mesh: Mesh) -> Any:
-    """Sharding of every array of an optimizer's state: a moment lies like its parameter, the rest is copied."""
+def optimizer_shardings(
+    optimizer: optax.GradientTransformation, shapes: Any, shardings: Any, mesh: Mesh, *, offload: bool = False
+) -> Any:
+    """Sharding of every array of an optimizer's state: a moment lies like its parameter, the rest is copied.
+
+    With ``offload`` the moments that lie like their parameters do so in the memory of the hosts, see
+    `check_host_memory`.
+    """
     state = jax.eval_shape(optimizer.init, shapes)
     copied = NamedSharding(mesh, PartitionSpec())
 
     def moment(leaf: Any, shape: Any, sharding: NamedSharding) -> NamedSharding:
-        return sharding if leaf.shape == shape.shape else copied
+        if leaf.shape != shape.shape:
+            return copied
+        return sharding.with_memory_kind(HOST_MEMORY) if offload else sharding
 
     return optax.tree_utils.tree_map_params(
         optimizer, moment, state, shapes, shardings, transform_non_params=lambda _: copied
     )
+
+
+def check_host_memory(mesh: Mesh, field: str) -> None:
+    """Refuse devices that cannot reach their host's memory; ``field`` asks for it.
+
+    Raises:
+      UserError: naming the memories that they have.
+    """
+    own = [device for device in mesh.devices.flat if device.process_index == jax.process_index()]
+    kinds = [memory.kind for memory in own[0].addressable_memories()]
+    if HOST_MEMORY not in kinds:
+        raise UserError(
+            f"{field} is True, which needs devices that reach {HOST_MEMORY} memory, but {own[0].device_kind} has "
+            f"{', '.join(kinds)}; use --{field}=False"
+        )
+
+
+def on_devices(shardings: Any) -> Any:
+    """The same places in the memory of the devices, for arrays that lie in that of their hosts."""
+    return jax.tree.map(lambda s: s.with_memory_kind("device") if s.memory_kind == HOST_MEMORY else s, shardings)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

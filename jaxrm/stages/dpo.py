@@ -18,6 +18,7 @@ from jaxrm.errors import UserError
 from jaxrm.experiment import MAY_DIFFER, Experiment
 from jaxrm.models import build
 from jaxrm.runtime import config as bridge
+from jaxrm.runtime import partition
 from jaxrm.runtime.checkpoint import Checkpoints
 from jaxrm.runtime.mesh import batch_shards, batch_share, build_mesh, check_batch, check_row_length
 from jaxrm.runtime.preemption import EXIT_PREEMPTED
@@ -44,6 +45,8 @@ def run(config: Experiment) -> int:
     mesh = build_mesh(config.mesh)
     check_batch(mesh, "config.data.batch_size", config.data.batch_size, config.num_microbatches)
     check_row_length(mesh, "config.data.max_length", config.data.max_length)
+    if config.optimizer.offload:
+        partition.check_host_memory(mesh, "config.optimizer.offload")
     judge = config.evaluation.judge or (config.data.path if config.data.path.startswith(tasks.PREFIX) else None)
     check_judge(config.evaluation.judge)
     if config.model.path is None:

@@ -16,6 +16,7 @@ from jaxrm.experiment import MAY_DIFFER, Experiment
 from jaxrm.models import build
 from jaxrm.models.generate import check_on_policy
 from jaxrm.runtime import config as bridge
+from jaxrm.runtime import partition
 from jaxrm.runtime.checkpoint import Checkpoints
 from jaxrm.runtime.mesh import batch_shards, build_mesh, check_batch, check_row_length
 from jaxrm.runtime.metrics import open_metrics, read_rows, remove_rows_after
@@ -243,6 +244,12 @@ def _check(config: Experiment, mesh: Mesh) -> None:
             f"config.ppo.kl_horizon is {config.ppo.kl_horizon}, less than the {config.data.batch_size} responses of a "
             "step, for which the controller would leap; e.g. --config.ppo.kl_horizon=10000"
         )
+    for field, optimizer in (
+        ("config.optimizer", config.optimizer),
+        ("config.critic.optimizer", config.critic.optimizer),
+    ):
+        if optimizer.offload:
+            partition.check_host_memory(mesh, f"{field}.offload")
     if config.ptx is not None:
         check_batch(mesh, "config.ptx.batch_size", config.ptx.batch_size, parts)
         check_row_length(mesh, "config.ptx.max_length", config.ptx.max_length)

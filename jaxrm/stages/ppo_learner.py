@@ -61,10 +61,11 @@ class Learner:
     def shardings(self) -> PPOState:
         """Where each array of the state lies."""
         feedback = jax.tree.map(lambda _: self.copied, _first_feedback(self.config, token_rewards.uncalibrated()))
-        policy = setup.state_shardings(self.policy, self.policy_optimizer, self.mesh)
+        place = functools.partial(setup.state_shardings, mesh=self.mesh)
+        policy = place(self.policy, self.policy_optimizer, offload=self.config.optimizer.offload)
         critic = None
         if self.critic is not None:
-            critic = setup.state_shardings(self.critic, self.critic_optimizer, self.mesh)
+            critic = place(self.critic, self.critic_optimizer, offload=self.config.critic.optimizer.offload)
         return PPOState(policy, critic, feedback, feedback.calibration)
 
     @property
@@ -81,8 +82,22 @@ class Learner:
 
     def first_state(self, policy: Any, critic: Any, key: jax.Array) -> PPOState:
         """The state before the first step, not calibrated yet; the parameters are donated."""
-        start = jax.jit(self._create, out_shardings=self.shardings, donate_argnums=(0, 1))
-        return start(policy, critic, token_rewards.uncalibrated(), key)
+        shardings = self.shardings
+
+        # Apart, since JAX pairs what is donated with what is returned by shape alone: the critic's parameters would
+        # become moments of the policy, which may lie in another memory.
+        def start(params: Any, optimizer: optax.GradientTransformation, sharding: TrainState) -> TrainState:
+            made = jax.jit(lambda p, k: create(p, optimizer, k), out_shardings=sharding, donate_argnums=0)
+            return made(params, key)
+
+        first_feedback = jax.jit(functools.partial(_first_feedback, self.config), out_shardings=shardings.feedback)
+        feedback = first_feedback(token_rewards.uncalibrated())
+        return PPOState(
+            start(policy, self.policy_optimizer, shardings.policy),
+            None if self.critic is None else start(critic, self.critic_optimizer, shardings.critic),
+            feedback,
+            feedback.calibration,
+        )
 
     def calibrated(self, state: PPOState, calibration: token_rewards.Calibration) -> PPOState:
         """The first state with its calibration."""

@@ -88,12 +88,9 @@ class Programs:
 
 
 def device_bytes(tree: Any) -> float:
-    """Bytes that abstract arrays take on one device."""
-    return float(
-        sum(
-            math.prod(leaf.sharding.shard_shape(leaf.shape)) * _item_bytes(leaf.dtype) for leaf in jax.tree.leaves(tree)
-        )
-    )
+    """Bytes that abstract arrays take on one device; what lies in the memory of its host takes none."""
+    leaves = [leaf for leaf in jax.tree.leaves(tree) if leaf.sharding.memory_kind != partition.HOST_MEMORY]
+    return float(sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * _item_bytes(leaf.dtype) for leaf in leaves))
 
 
 def programs_of(config: Experiment, mesh: Mesh) -> Programs:
@@ -130,7 +127,7 @@ def _supervised(config: Experiment, mesh: Mesh, decoder: OpenedModel) -> Program
     else:
         batch_type, loss_fn = dpo.DPOBatch, dpo.policy_loss(model.graphdef, config.dpo)
     optimizer = build_optimizer(config.optimizer, config.num_steps or 1000)
-    sharding = setup.state_shardings(model, optimizer, mesh)
+    sharding = setup.state_shardings(model, optimizer, mesh, offload=config.optimizer.offload)
     step = train_step.build_train_step(
         loss_fn,
         optimizer,

@@ -14,6 +14,7 @@ from jaxrm.errors import UserError
 from jaxrm.experiment import MAY_DIFFER, Experiment
 from jaxrm.models import build, heads
 from jaxrm.runtime import config as bridge
+from jaxrm.runtime import partition
 from jaxrm.runtime.mesh import build_mesh, check_batch, check_row_length
 from jaxrm.runtime.preemption import EXIT_PREEMPTED
 from jaxrm.runtime.progress import print_table
@@ -50,6 +51,8 @@ def run(config: Experiment) -> int:
     mesh = build_mesh(config.mesh)
     check_batch(mesh, "config.data.batch_size", config.data.batch_size, config.num_microbatches)
     check_row_length(mesh, "config.data.max_length", config.data.max_length)
+    if config.optimizer.offload:
+        partition.check_host_memory(mesh, "config.optimizer.offload")
     check_judge(config.evaluation.judge)
     decoder = setup.open_model(config.model, mesh)
     build.check_length(decoder.config, "config.data.max_length", config.data.max_length)

@@ -97,10 +97,15 @@ def _open(
     return OpenedModel(config, mesh, graphdef, shapes, shardings)
 
 
-def state_shardings(model: OpenedModel, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """Where each array of a training state lies: a moment like its parameter, step and key on every device."""
+def state_shardings(
+    model: OpenedModel, optimizer: optax.GradientTransformation, mesh: Mesh, *, offload: bool = False
+) -> TrainState:
+    """Where each array of a training state lies: a moment like its parameter, step and key on every device.
+
+    With ``offload`` (``config.optimizer.offload``) moments lie in the memory of the hosts.
+    """
     copied = NamedSharding(mesh, PartitionSpec())
-    moments = partition.optimizer_shardings(optimizer, model.shapes, model.shardings, mesh)
+    moments = partition.optimizer_shardings(optimizer, model.shapes, model.shardings, mesh, offload=offload)
     return TrainState(copied, model.shardings, moments, copied)
 
 

@@ -12,6 +12,7 @@ from jaxrm.data.tokenizer import load_tokenizer
 from jaxrm.experiment import MAY_DIFFER, Experiment
 from jaxrm.models import build
 from jaxrm.runtime import config as bridge
+from jaxrm.runtime import partition
 from jaxrm.runtime.mesh import batch_shards, batch_share, build_mesh, check_batch, check_row_length
 from jaxrm.runtime.preemption import EXIT_PREEMPTED
 from jaxrm.runtime.progress import print_table
@@ -36,6 +37,8 @@ def run(config: Experiment) -> int:
     mesh = build_mesh(config.mesh)
     check_batch(mesh, "config.data.batch_size", config.data.batch_size, config.num_microbatches)
     check_row_length(mesh, "config.data.max_length", config.data.max_length)
+    if config.optimizer.offload:
+        partition.check_host_memory(mesh, "config.optimizer.offload")
     model = setup.open_model(config.model, mesh)
     build.check_length(model.config, "config.data.max_length", config.data.max_length)
     sampling = config.evaluation.sampling

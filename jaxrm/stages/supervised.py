@@ -59,7 +59,7 @@ def train(
       The last state, and whether it is that of ``num_steps`` (it is not where the run was asked to stop).
     """
     optimizer = build_optimizer(config.optimizer, num_steps)
-    sharding = setup.state_shardings(model, optimizer, mesh)
+    sharding = setup.state_shardings(model, optimizer, mesh, offload=config.optimizer.offload)
     _, step_key = jax.random.split(jax.random.key(config.seed))
     checkpoints = Checkpoints(folder.checkpoints, config.checkpoint)
     if checkpoints.steps():

@@ -543,6 +543,24 @@ def test_one_device_and_eight_agree(tmp_path):
             assert np.isclose(one[field], eight[field], rtol=1e-4, atol=1e-5), field
 
 
+def test_moments_of_both_optimizers_may_lie_with_the_hosts():
+    config = experiment()
+    policy, critic = (dataclasses.replace(one, offload=True) for one in (config.optimizer, config.critic.optimizer))
+    away = Setup(
+        dataclasses.replace(config, optimizer=policy, critic=dataclasses.replace(config.critic, optimizer=critic))
+    )
+    here, found = separate(), []
+    rollout, _, _ = rollout_of(here, batch_of())
+    for s in (here, away):
+        state = s.first_state(3)
+        of_policy = s.programs.update_policy(state.policy, PPOBatch(rollout))
+        of_critic = s.programs.update_critic(state.critic, PPOBatch(rollout))
+        kinds = {x.sharding.memory_kind for x in jax.tree.leaves((of_policy[0].opt_state, of_critic[0].opt_state))}
+        assert ("pinned_host" in kinds) == (s is away)
+        found.append(jax.device_get((of_policy[0].params, of_policy[1], of_critic[0].params, of_critic[1])))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), *found)
+
+
 @pytest.mark.parametrize(
     "mesh",
     [MeshConfig(data=2, tensor=2, context=2), MeshConfig(data=1, context=4)],

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import types
 
 import chex
 import jax
@@ -16,12 +17,14 @@ from jaxrm.algorithms import sft
 from jaxrm.algorithms.state import TrainState, create
 from jaxrm.algorithms.train_step import build_train_step
 from jaxrm.errors import UserError
+from jaxrm.experiment import MAY_DIFFER, Experiment
 from jaxrm.models import attention, build
 from jaxrm.models.build import ModelSource
 from jaxrm.models.config import PRESETS
 from jaxrm.runtime import partition
 from jaxrm.runtime.checkpoint import Checkpoints, with_shardings
 from jaxrm.runtime.compiled_cost import traffic
+from jaxrm.runtime.config import differences
 from jaxrm.runtime.mesh import MeshConfig, build_mesh, check_batch, check_row_length
 from jaxrm.runtime.optimizer import OptimizerConfig, build_optimizer, decay_mask, learning_rate
 from jaxrm.stages.setup import open_model, row_multiple, state_shardings
@@ -59,7 +62,7 @@ class Built:
         mesh = build_mesh(mesh_config, jax.devices()[: math.prod(dataclasses.astuple(mesh_config))])
         model = open_model(SOURCE, mesh, SMALL)
         self.optimizer = build_optimizer(optimizer, 100)
-        self.sharding = state_shardings(model, self.optimizer, mesh)
+        self.sharding = state_shardings(model, self.optimizer, mesh, offload=optimizer.offload)
         self.rows = partition.batch_sharding(mesh)
         self.loss_fn = sft.sft_loss(model.graphdef)
         self.step = build_train_step(
@@ -229,6 +232,56 @@ def test_a_checkpoint_restores_on_another_mesh(tmp_path, written_on, read_on):
     _, continued = writer.run(3, state)
     _, elsewhere = reader.run(3, restored)
     np.testing.assert_allclose(elsewhere, continued, rtol=1e-5)
+
+
+AWAY = dataclasses.replace(ADAMW, offload=True)
+
+
+@pytest.mark.parametrize("name", ["adamw", "adafactor"])
+def test_moments_in_the_memory_of_the_hosts_teach_the_same(name):
+    """They are there between steps, in the buffers of the step before, and nowhere else."""
+    here, away = (Setup(EIGHT, optimizer=dataclasses.replace(one, name=name)) for one in (ADAMW, AWAY))
+    first = jax.tree.leaves(away.state.opt_state)
+    state, losses = away.run(3)
+    np.testing.assert_allclose(losses, here.run(3)[1], rtol=1e-6)
+    assert all(x.is_deleted() for x in first if x.sharding.memory_kind == partition.HOST_MEMORY)
+    for x, was in zip(jax.tree.leaves(state.opt_state), first, strict=True):
+        assert x.sharding == was.sharding
+    kernel = ["layers", "mlp", "gate", "kernel"]
+    moment = optax.tree_utils.tree_get(state.opt_state, "mu" if name == "adamw" else "v")
+    for part in kernel:
+        moment = moment[part]
+    assert name == "adafactor" or moment.sharding.memory_kind == partition.HOST_MEMORY
+    assert all(x.sharding.memory_kind == "device" for x in jax.tree.leaves(state.params))
+
+
+@pytest.mark.parametrize(("written", "read"), [(ADAMW, AWAY), (AWAY, ADAMW)], ids=["to the hosts", "from the hosts"])
+def test_a_run_goes_on_wherever_its_moments_are(tmp_path, written, read):
+    writer, reader = Setup(EIGHT, optimizer=written), Setup(EIGHT, optimizer=read)
+    state, _ = writer.run(2)
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    checkpoints.save(2, {"params": state.params, "opt_state": state.opt_state}, {"loader": {}})
+    checkpoints.wait()
+    abstract = with_shardings(reader.shapes, reader.sharding)
+    got = checkpoints.restore(2, {"params": abstract.params, "opt_state": abstract.opt_state})
+    restored = TrainState(jnp.asarray(2), got["params"], got["opt_state"], jax.random.key(1))
+    elsewhere, continued = (
+        one.run(2, x)[1] for one, x in ((reader, jax.device_put(restored, reader.sharding)), (writer, state))
+    )
+    np.testing.assert_allclose(elsewhere, continued, rtol=1e-6)
+    changed = [name for name, *_ in differences(Experiment(optimizer=written), Experiment(optimizer=read))]
+    assert changed == ["optimizer.offload"] and set(changed) <= MAY_DIFFER
+
+
+def test_devices_without_host_memory_are_told_so():
+    memories = [types.SimpleNamespace(kind="device")]
+    device = types.SimpleNamespace(process_index=0, device_kind="toy", addressable_memories=lambda: memories)
+    mesh = types.SimpleNamespace(devices=np.array([device]))
+    with pytest.raises(
+        UserError, match=r"config\.optimizer\.offload is True, .* toy has device; use --config\.optimizer"
+    ):
+        partition.check_host_memory(mesh, "config.optimizer.offload")
+    partition.check_host_memory(build_mesh(EIGHT), "config.optimizer.offload")
 
 
 def test_steps_equal_save_restore_continue(tmp_path):
