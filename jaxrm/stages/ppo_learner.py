@@ -94,7 +94,7 @@ class Learner:
         feedback = first_feedback(token_rewards.uncalibrated())
         return PPOState(
             start(policy, self.policy_optimizer, shardings.policy),
-            None if self.critic is None else start(critic, self.critic_optimizer, shardings.critic),
+            None if shardings.critic is None else start(critic, self.critic_optimizer, shardings.critic),
             feedback,
             feedback.calibration,
         )
