@@ -42,6 +42,9 @@ def build_train_step(
       before clipping, and each metric of aux, NaN where its weight is 0.
     """
 
+    near = partition.on_devices(state_sharding.opt_state)
+    away = near != state_sharding.opt_state
+
     def gradients(params: Any, batch: Any, key: jax.Array) -> Any:
         def total(params: Any) -> Any:
             (loss_sum, weight), aux = loss_fn(params, batch, key)
@@ -66,11 +69,13 @@ def build_train_step(
         # An empty batch has a zero gradient; a divisor that is not zero keeps it so.
         divisor = jnp.maximum(sums["loss"][1], 1e-8).astype(jnp.float32)
         grads = jax.tree.map(lambda g: g / divisor, grads)
-        if partition.on_devices(state_sharding.opt_state) == state_sharding.opt_state:
-            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-            params = optax.apply_updates(state.params, updates)
-        else:
-            params, opt_state = _offloaded_update(optimizer, grads, state, state_sharding.opt_state)
+        opt_state = state.opt_state
+        if away:
+            opt_state = jax.device_put(opt_state, near)
+        updates, opt_state = optimizer.update(grads, opt_state, state.params)
+        if away:
+            opt_state = jax.device_put(opt_state, state_sharding.opt_state)
+        params = optax.apply_updates(state.params, updates)
         # A metric of nothing, such as that of a mapping which the batch has none of, has no value.
         metrics = {name: jnp.where(weight > 0, total / weight, jnp.nan) for name, (total, weight) in sums.items()}
         metrics |= {
@@ -86,42 +91,3 @@ def build_train_step(
         out_shardings=(state_sharding, None),
         donate_argnums=0,
     )
-
-
-def _offloaded_update(
-    optimizer: optax.GradientTransformation, grads: Any, state: TrainState, sharding: Any
-) -> tuple[Any, Any]:
-    """New parameters and optimizer state where the moments lie in the memory of the hosts.
-
-    One parameter after another: its moments are fetched once the one before has been updated, so that the devices hold
-    those of a parameter or two at a time, and none before the gradients are there.
-
-    Args:
-      optimizer: updates each parameter by itself, but for what it takes from the gradients of all, like their norm.
-      grads: of the parameters.
-      state: before the update.
-      sharding: of its ``opt_state``.
-    """
-    old, shape = jax.tree.flatten(state.params)
-    numbers = jax.tree.unflatten(shape, range(len(old)))
-    owners = optax.tree_utils.tree_map_params(
-        optimizer, lambda _, number: number, state.opt_state, numbers, transform_non_params=lambda _: -1
-    )
-    owner = jax.tree.leaves(owners)  # of each array of the state, the number of its parameter
-    held, structure = jax.tree.flatten(state.opt_state)
-    away, near = jax.tree.leaves(sharding), jax.tree.leaves(partition.on_devices(sharding))
-    params, opt_state = list(old), list(held)
-    before: Any = grads
-    for i in range(len(old)):
-        mine = [j for j in range(len(held)) if owner[j] == i and away[j] != near[j]]
-        fetched, _ = jax.lax.optimization_barrier(([held[j] for j in mine], before))
-        # The others are not looked at: what would become of them is no output, so nothing computes it.
-        given = [x if away[j] == near[j] else jnp.zeros(x.shape, x.dtype) for j, x in enumerate(held)]
-        for j, x in zip(mine, fetched, strict=True):
-            given[j] = jax.device_put(x, near[j])
-        updates, after = optimizer.update(grads, jax.tree.unflatten(structure, given), state.params)
-        params[i] = before = optax.apply_updates(old[i], jax.tree.leaves(updates)[i])
-        for j, x in enumerate(jax.tree.leaves(after)):
-            if owner[j] in (-1, i):
-                opt_state[j] = x if away[j] == near[j] else jax.device_put(x, away[j])
-    return jax.tree.unflatten(shape, params), jax.tree.unflatten(structure, opt_state)

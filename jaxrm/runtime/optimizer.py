@@ -33,8 +33,9 @@ class OptimizerConfig:
       clip_norm: largest global norm of the gradients, or None for no clipping.
       moment_dtype: of the first moment, ``float32`` or ``bfloat16``. The second stays in float32: at b2 near 1
         its updates are smaller than the spacing of bfloat16 and it would never move (jaxrm choice).
-      offload: keep the moments in the memory of the hosts between updates. Devices then hold them only while they
-        update, at the price of sending them over and back each time; nothing that is learnt changes.
+      offload: keep the moments in the memory of the hosts between updates, which gives their room to what runs in
+        between: rollouts and the other model's update in PPO. The update itself needs no less room, and each one sends
+        them over and back; nothing that is learnt changes.
     """
 
     name: str = "adamw"
