@@ -36,7 +36,7 @@ def draw_bars(chart: Bars) -> str:
     names = list(dict.fromkeys(name for bar in chart.bars for name in bar.parts))
     sums = [sum(bar.parts.values()) for bar in chart.bars]
     across = axis([0.0, *sums, *([chart.limit] if chart.limit is not None else [])], steps=6)
-    decimals = decimals_of(across.step / 10, across.high)
+    decimals = decimals_of(across.step / 20, across.high)
     keys = "".join(
         f'<li class="key {_color(names, name)}"><i></i><span>{html.escape(name)}</span></li>' for name in names
     )
