@@ -6,12 +6,21 @@ body of a loop once, however often it runs, and a decoder is a loop over its lay
 
 from __future__ import annotations
 
-import itertools
 import math
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+
+from jaxrm.runtime.hlo import (
+    Computations,
+    Instruction,
+    array_bytes,
+    array_sizes,
+    called_by,
+    computations_of,
+    device_groups,
+)
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 # They name what is there already, or count with what they call.
@@ -44,16 +53,6 @@ class Traffic:
     memory: float
 
 
-@dataclass(frozen=True)
-class _Instruction:
-    name: str
-    shape: str
-    kind: str
-    operands: tuple[str, ...]
-    rest: str  # what stands after the operands
-    is_root: bool
-
-
 @dataclass
 class _Count:
     collectives: dict[tuple[str, str, bool], float] = field(default_factory=lambda: defaultdict(float))
@@ -72,7 +71,7 @@ def traffic(hlo: str, *, while_trips: int = 1, island_of: Sequence[int] = ()) ->
       while_trips: how often a loop runs whose length only the data tell.
       island_of: for each device, in the order of the program's, which island it is on; none given: all on one.
     """
-    computations = _computations(hlo)
+    computations = computations_of(hlo)
     count = _Count()
 
     def visit(name: str, times: float, *, is_fused: bool) -> None:
@@ -92,7 +91,7 @@ def traffic(hlo: str, *, while_trips: int = 1, island_of: Sequence[int] = ()) ->
             if kind == "while":
                 known = re.search(r'known_trip_count"?:\s*\{"?n"?:\s*"?(\d+)', each.rest)
                 trips = float(known[1]) if known else _compared_with(each.rest, computations) or while_trips
-            for called in _called(each.rest):
+            for called in called_by(each.rest):
                 if called in computations:
                     visit(
                         called,
@@ -111,15 +110,15 @@ def traffic(hlo: str, *, while_trips: int = 1, island_of: Sequence[int] = ()) ->
     return Traffic(dict(near), far, count.memory)
 
 
-def _sent(each: _Instruction, inside: str, around: Mapping[str, _Instruction]) -> tuple[str, float] | None:
+def _sent(each: Instruction, inside: str, around: Mapping[str, Instruction]) -> tuple[str, float] | None:
     """The kind of a collective and the bytes that reach a device; None for what is none."""
     kind = each.kind.removesuffix("-start")
     if each.kind == "recv" and "megascale" in each.rest:  # between TPU slices, by the hosts
-        return "recv", _array_bytes(each.shape)
+        return "recv", array_bytes(each.shape)
     if kind not in COLLECTIVES:
         return None
     size = _result_bytes(each.shape, is_start=each.kind.endswith("-start"))
-    devices = max((len(group) for group in _groups(each.rest)), default=0)
+    devices = max((len(group) for group in device_groups(each.rest)), default=0)
     share = 1.0 if kind == "collective-permute" or devices < 1 else (devices - 1) / devices
     if kind == "all-reduce" and inside.startswith("all-reduce-scatter"):  # so TPUs write a reduce-scatter
         kind = "reduce-scatter"
@@ -132,20 +131,20 @@ def _sent(each: _Instruction, inside: str, around: Mapping[str, _Instruction]) -
     return kind, share * size
 
 
-def _memory_bytes(each: _Instruction, around: Mapping[str, _Instruction], computations: _Computations) -> float:
+def _memory_bytes(each: Instruction, around: Mapping[str, Instruction], computations: Computations) -> float:
     """Bytes that one instruction reads and writes."""
     if each.kind in _FREE or each.kind.endswith("-done"):
         return 0.0
     if each.kind.endswith("-start"):  # its result names its operands too
-        return _array_bytes(each.shape)
-    operands = [_array_bytes(around[name].shape) if name in around else 0.0 for name in each.operands]
-    result = _array_bytes(each.shape)
+        return array_bytes(each.shape)
+    operands = [array_bytes(around[name].shape) if name in around else 0.0 for name in each.operands]
+    result = array_bytes(each.shape)
     if each.kind in ("dynamic-slice", "gather"):
         return 2 * result
     if each.kind == "dynamic-update-slice":
         return 2 * operands[1]
     if each.kind == "fusion":
-        (body,) = _called(each.rest)[:1] or ("",)
+        (body,) = called_by(each.rest)[:1] or ("",)
         inner = computations.get(body, {})
         inputs = _inputs(inner)
         for number, size in enumerate(operands):
@@ -155,7 +154,7 @@ def _memory_bytes(each: _Instruction, around: Mapping[str, _Instruction], comput
     return sum(operands) + result
 
 
-def _read_bytes(name: str, inner: Mapping[str, _Instruction], computations: _Computations) -> float:
+def _read_bytes(name: str, inner: Mapping[str, Instruction], computations: Computations) -> float:
     """Bytes of an input that the body of a fusion reads: all, unless only slices of it are used."""
     total = 0.0
     for user in inner.values():
@@ -163,11 +162,11 @@ def _read_bytes(name: str, inner: Mapping[str, _Instruction], computations: _Com
             if operand != name:
                 continue
             if user.kind in ("dynamic-slice", "gather") and place == 0:
-                total += _array_bytes(user.shape)
+                total += array_bytes(user.shape)
             elif user.kind == "bitcast":
                 total += _read_bytes(user.name, inner, computations)
             elif user.kind == "fusion":
-                body = computations.get((_called(user.rest) or ("",))[0], {})
+                body = computations.get((called_by(user.rest) or ("",))[0], {})
                 inputs = _inputs(body)
                 total += _read_bytes(inputs[place], body, computations) if place < len(inputs) else math.inf
             elif user.kind != "dynamic-update-slice" or place != 0:
@@ -175,29 +174,29 @@ def _read_bytes(name: str, inner: Mapping[str, _Instruction], computations: _Com
     return total
 
 
-def _written_bytes(root: _Instruction, inner: Mapping[str, _Instruction]) -> float:
+def _written_bytes(root: Instruction, inner: Mapping[str, Instruction]) -> float:
     """Bytes that the root of a fusion writes: what is put into a larger array is all, since that stays in place."""
     while root.kind == "bitcast" and root.operands[0] in inner:
         root = inner[root.operands[0]]
     if root.kind == "dynamic-update-slice" and root.operands[1] in inner:
-        return _array_bytes(inner[root.operands[1]].shape)
-    return _array_bytes(root.shape)
+        return array_bytes(inner[root.operands[1]].shape)
+    return array_bytes(root.shape)
 
 
-def _roots(inner: Mapping[str, _Instruction]) -> list[_Instruction]:
+def _roots(inner: Mapping[str, Instruction]) -> list[Instruction]:
     roots = [each for each in inner.values() if each.is_root]
     return [inner[name] for root in roots if root.kind == "tuple" for name in root.operands if name in inner] or roots
 
 
-def _inputs(inner: Mapping[str, _Instruction]) -> list[str]:
+def _inputs(inner: Mapping[str, Instruction]) -> list[str]:
     return [each.name for each in sorted((x for x in inner.values() if x.kind == "parameter"), key=_parameter_number)]
 
 
-def _parameter_number(each: _Instruction) -> int:
+def _parameter_number(each: Instruction) -> int:
     return int(each.rest.partition(")")[0] or 0)
 
 
-def _compared_with(rest: str, computations: _Computations) -> float | None:
+def _compared_with(rest: str, computations: Computations) -> float | None:
     """How often a loop runs that counts from 0 to a constant; None where its condition asks for more than a counter."""
     condition = re.search(r"condition=%?([\w.\-]+)", rest)
     inside = computations.get(condition[1], {}) if condition else {}
@@ -207,7 +206,7 @@ def _compared_with(rest: str, computations: _Computations) -> float | None:
     return float(bounds[0] // _counted_by(rest, asked, computations)) if len(bounds) == 1 and only_counts else None
 
 
-def _counted_by(rest: str, asked: Sequence[_Instruction], computations: _Computations) -> int:
+def _counted_by(rest: str, asked: Sequence[Instruction], computations: Computations) -> int:
     """What the body adds to the counter: loops that the compiler has unrolled count by more than 1."""
     counter = [found[1] for each in asked if (found := re.search(r"index=(\d+)", each.rest))]
     called = re.search(r"body=%?([\w.\-]+)", rest)
@@ -221,77 +220,22 @@ def _counted_by(rest: str, asked: Sequence[_Instruction], computations: _Computa
     if step is None or step.kind not in ("add", "fusion"):
         return 1
     inputs = {name: body[name] for name in step.operands if name in body}
-    added = [*_constants(inputs), *(c for name in _called(step.rest) for c in _constants(computations.get(name, {})))]
+    added = [*_constants(inputs), *(c for name in called_by(step.rest) for c in _constants(computations.get(name, {})))]
     return added[0] if len(added) == 1 and added[0] > 0 else 1
 
 
-def _constants(instructions: Mapping[str, _Instruction]) -> Iterator[int]:
+def _constants(instructions: Mapping[str, Instruction]) -> Iterator[int]:
     for each in instructions.values():
         if each.kind == "constant" and re.match(r"[su]32\[\]", each.shape):
             yield int(each.rest.partition(")")[0])
 
 
-_OPERATION = re.compile(r"\s*(?P<root>ROOT )?%?(?P<name>[\w.\-]+) = (?P<shape>\(.*?\)|\S+) (?P<kind>[\w\-]+)\(")
-_CALLED = re.compile(
-    r"(?:body|to_apply|calls|branch_computations|called_computations)=\{?(%?[\w.\-]+(?:, %?[\w.\-]+)*)"
-)
 _OWN = 4  # bytes of a number that an asynchronous start keeps for itself
-_ARRAY = re.compile(r"\b(pred|[suf]\d+|bf16|f8\w+|c64|c128)\[([\d,]*)\](\{[^}]*\})?")
-
-_Computations = Mapping[str, Mapping[str, _Instruction]]
-
-
-def _computations(hlo: str) -> _Computations:
-    """The instructions of each computation by name, those of the program itself under ``ENTRY``."""
-    found: dict[str, dict[str, _Instruction]] = {}
-    inside: dict[str, _Instruction] = {}
-    for line in hlo.splitlines():
-        head = re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line)
-        if head:
-            inside = found.setdefault("ENTRY" if head[1] else head[2], {})
-            continue
-        operation = _OPERATION.match(line)
-        if operation is not None:
-            kind, after = operation["kind"], line[operation.end() :]
-            operands = () if kind in ("parameter", "constant") else tuple(_operands(after))
-            inside[operation["name"]] = _Instruction(
-                operation["name"], operation["shape"], kind, operands, after, operation["root"] is not None
-            )
-    return found
-
-
-def _operands(text: str) -> Iterator[str]:
-    """Names up to the bracket that closes the operands."""
-    depth = 1
-    for match in re.finditer(r"[()]|%[\w.\-]+", text):
-        depth += {"(": 1, ")": -1}.get(match[0], 0)
-        if depth == 0:
-            return
-        if match[0][0] == "%":
-            yield match[0][1:]
-
-
-def _called(rest: str) -> list[str]:
-    return [name for called in _CALLED.findall(rest) for name in re.findall(r"%?([\w.\-]+)", called)]
-
-
-def _sizes(shape: str) -> list[tuple[float, bool]]:
-    """Bytes of each array of a result, and whether it lies in the device's main memory."""
-    sizes = []
-    for kind, dimensions, layout in _ARRAY.findall(shape):
-        bits = 8 if kind == "pred" or kind.startswith("f8") else 16 if kind == "bf16" else int(re.sub(r"\D", "", kind))
-        size = bits / 8 * math.prod(int(size) for size in dimensions.split(",") if size)
-        sizes.append((size, "S(" not in layout))
-    return sizes
-
-
-def _array_bytes(shape: str) -> float:
-    return sum(size for size, is_here in _sizes(shape) if is_here)
 
 
 def _result_bytes(shape: str, *, is_start: bool) -> float:
     """Bytes of a result; that of an asynchronous start holds its operands first, and numbers of its own at the end."""
-    sizes = [size for size, _ in _sizes(shape)]
+    sizes = [size for size, _ in array_sizes(shape)]
     if is_start and len(sizes) > 1:
         sizes = [size for size in sizes if size > _OWN] or sizes
         sizes = sizes[len(sizes) // 2 :]
@@ -302,31 +246,6 @@ def _is_far(rest: str, island_of: Sequence[int]) -> bool:
     """Whether a group of a collective has devices on several islands."""
     if len(set(island_of)) < 2:
         return False
-    return any(len({island_of[device] for device in group if device < len(island_of)}) > 1 for group in _groups(rest))
-
-
-def _groups(rest: str) -> list[list[int]]:
-    """The groups of devices of a collective, in any of the ways in which XLA writes them."""
-    if found := re.search(r"source_target_pairs=\{(.*?)\}\}", rest):
-        return [[int(a), int(b)] for a, b in re.findall(r"(\d+),(\d+)", found[1])]
-    if found := re.search(r"replica_groups=mesh\[(.*?)\](?:\s*,?\s*device_ids=\((.*?)\))?\s*\{(.*?)\}", rest):
-        sizes = {name: int(size) for name, size in re.findall(r"'?([\w\-]+)'?=(\d+)", found[1])}
-        taken = re.findall(r"'([\w\-]+)'", found[3])
-        return _grouped(list(range(math.prod(sizes.values()))), sizes, taken)
-    if found := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", rest):
-        shape, source = ([int(x) for x in found[i].split(",")] for i in (1, 2))
-        order = [int(x) for x in found[3].split(",")] if found[3] else list(range(len(source)))
-        strides = [math.prod(source[axis + 1 :]) for axis in range(len(source))]
-        places = itertools.product(*(range(source[axis]) for axis in order))
-        flat = [sum(i * strides[axis] for i, axis in zip(place, order, strict=True)) for place in places]
-        return [flat[start : start + shape[-1]] for start in range(0, len(flat), shape[-1])]
-    if found := re.search(r"replica_groups=\{(\{.*?\})\}", rest):
-        return [[int(x) for x in group.split(",") if x] for group in re.findall(r"\{([\d,]*)\}", found[1])]
-    return []
-
-
-def _grouped(devices: list[int], sizes: Mapping[str, int], taken: Sequence[str]) -> list[list[int]]:
-    groups: dict[tuple[int, ...], list[int]] = defaultdict(list)
-    for device, place in zip(devices, itertools.product(*(range(size) for size in sizes.values())), strict=True):
-        groups[tuple(i for i, name in zip(place, sizes, strict=True) if name not in taken)].append(device)
-    return list(groups.values())
+    return any(
+        len({island_of[device] for device in group if device < len(island_of)}) > 1 for group in device_groups(rest)
+    )
