@@ -231,16 +231,16 @@ def test_a_wrong_field_is_named(refuse_train, arguments, message):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--config.data.batch_size=30"], "is 30, but the data and fsdp axes have 8 devices; use a multiple of 8, e.g. "
-         "--config.data.batch_size=32"),
+        (["--config.data.batch_size=30"], "is 30, but the data and fsdp axes of config.mesh have 8 devices; use a "
+         "multiple of 8, e.g. --config.data.batch_size=32"),
         (["--config.num_microbatches=3"], "8 devices x 3 microbatches; use a multiple of 24, e.g. "
          "--config.data.batch_size=24"),
         (["--config.mesh.data=3"], "config.mesh is data 3 x fsdp 1 x tensor 1, which does not fit 8 devices"),
         (["--config.mesh.fsdp=16"], "config.mesh is data -1 x fsdp 16 x tensor 1, which does not fit 8 devices"),
-        (["--config.mesh.fsdp=-1"], "config.mesh has more than one -1"),
+        (["--config.mesh.fsdp=-1"], "config.mesh.data is -1, the rest, and so is config.mesh.fsdp"),
         (["--config.mesh.tensor=0"], "config.mesh.tensor is 0; use a number of devices, or -1"),
-        (["--config.mesh.tensor=8"], "config.mesh.tensor is 8, but axis 'heads' of parameter "
-         "layers/attention/"),
+        (["--config.mesh.tensor=8"], "config.mesh.tensor is 8, but axis 'heads' of attention has size 4; use a "
+         "divisor of it, e.g. --config.mesh.tensor=4"),
     ],
 )  # fmt: skip
 def test_a_batch_or_model_that_the_mesh_does_not_divide_is_refused_with_one_that_it_does(

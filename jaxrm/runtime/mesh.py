@@ -95,10 +95,11 @@ def _shape(config: MeshConfig, count: int, field: str) -> tuple[int, ...]:
     sizes = [getattr(config, axis) for axis in AXES]
     known = math.prod(size for size in sizes if size != -1)
     if count % known or (-1 not in sizes and known != count):
-        found = " x ".join(f"{axis} {size}" for axis, size in zip(AXES, sizes, strict=True))
+        named = [(axis, size) for axis, size in zip(AXES, sizes, strict=True) if axis != "context" or size != 1]
+        found = " x ".join(f"{axis} {size}" for axis, size in named)
+        good = " ".join(f"--{field}.{axis}={-1 if axis == 'data' else 1}" for axis, _ in named)
         raise UserError(
-            f"{field} is {found}, which does not fit {count} devices; the product must be {count}, "
-            f"e.g. --{field}.data=-1 --{field}.fsdp=1 --{field}.tensor=1"
+            f"{field} is {found}, which does not fit {count} devices; the product must be {count}, e.g. {good}"
         )
     return tuple(count // known if size == -1 else size for size in sizes)
 

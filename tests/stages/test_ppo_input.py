@@ -279,8 +279,8 @@ def test_sampling_that_is_not_the_policys_own_distribution_is_refused(refuse, sa
     [
         (
             {"data": {"batch_size": 12}},
-            "config.data.batch_size is 12, but the data and fsdp axes have 8 devices; use a multiple of 8, e.g. "
-            "--config.data.batch_size=16",
+            "config.data.batch_size is 12, but the data and fsdp axes of config.mesh have 8 devices; use a multiple of "
+            "8, e.g. --config.data.batch_size=16, or give each row to several devices, e.g. --config.mesh.tensor=2",
         ),
         (
             {"ppo": {"num_minibatches": 2}},
@@ -308,8 +308,8 @@ def test_sampling_that_is_not_the_policys_own_distribution_is_refused(refuse, sa
         ),
         (
             {"ptx": DataConfig(path="train.jsonl", max_length=64, batch_size=12)},
-            "config.ptx.batch_size is 12, but the data and fsdp axes have 8 devices; use a multiple of 8, e.g. "
-            "--config.ptx.batch_size=16",
+            "config.ptx.batch_size is 12, but the data and fsdp axes of config.mesh have 8 devices; use a multiple of "
+            "8, e.g. --config.ptx.batch_size=16, or give each row to several devices, e.g. --config.mesh.tensor=2",
         ),
         (
             {"ptx": DataConfig(path="train.jsonl", max_length=300, batch_size=8)},
