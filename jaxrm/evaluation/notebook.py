@@ -1,7 +1,5 @@
-"""Token rewards in a notebook: HTML without script or style sheet, which static viewers show as well.
-
-    from IPython.display import HTML
-    HTML(token_rewards_html(records[:3]))
+"""Token rewards in a notebook, ``HTML(token_rewards_html(records))``: no script and no style sheet, so that static
+viewers show them as well.
 """
 
 import html
