@@ -48,7 +48,7 @@ def execute(folder):
     for cell in code_cells(notebook).values():
         cell.outputs, cell.execution_count = [], None
     resources = {"metadata": {"path": str(folder / "launch")}}
-    client = NotebookClient(notebook, timeout=1200, kernel_name="python3", resources=resources, record_timing=False)
+    client = NotebookClient(notebook, timeout=3600, kernel_name="python3", resources=resources, record_timing=False)
     return client.execute()
 
 
