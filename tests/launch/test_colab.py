@@ -48,8 +48,8 @@ def execute(folder):
     for cell in code_cells(notebook).values():
         cell.outputs, cell.execution_count = [], None
     resources = {"metadata": {"path": str(folder / "launch")}}
-    client = NotebookClient(notebook, timeout=3600, kernel_name="python3", resources=resources, record_timing=False)
-    return client.execute()
+    options = {"timeout": 3600, "kernel_name": "python3", "record_timing": False, "coalesce_streams": True}
+    return NotebookClient(notebook, resources=resources, **options).execute()
 
 
 # --- a run
@@ -65,6 +65,7 @@ def ran(tmp_path_factory):
         patch.setenv("JAX_COMPILATION_CACHE_DIR", str(home / "compiled"))
         patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
         patch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+        patch.setenv("PIP_NO_INDEX", "1")  # all is there; pip must not change the environment of the tests
         patch.setenv("JUPYTER_PLATFORM_DIRS", "1")
         for name in ("JUPYTER_DATA_DIR", "JUPYTER_CONFIG_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR", "MPLCONFIGDIR"):
             patch.setenv(name, str(home / name.lower()))
@@ -183,6 +184,7 @@ def without_progress(text):
 
 
 def main():
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
     with tempfile.TemporaryDirectory() as folder:
         notebook = execute(Path(folder).resolve())
     for cell in code_cells(notebook).values():
