@@ -35,6 +35,7 @@ _FREE: tuple[str, ...] = (
     "call",
 )
 _FREE += ("after-all", "partition-id", "replica-id", "opt-barrier", "async-start")
+_SLICES = ("dynamic-slice", "slice", "gather")
 
 
 @dataclass(frozen=True)
@@ -135,12 +136,14 @@ def _memory_bytes(each: Instruction, around: Mapping[str, Instruction], computat
     """Bytes that one instruction reads and writes."""
     if each.kind in _FREE or each.kind.endswith("-done"):
         return 0.0
+    if each.kind == "slice-start":
+        return _result_bytes(each.shape, is_start=True)
     if each.kind.endswith("-start"):  # its result names its operands too
         return array_bytes(each.shape)
     operands = [array_bytes(around[name].shape) if name in around else 0.0 for name in each.operands]
     result = array_bytes(each.shape)
-    if each.kind in ("dynamic-slice", "gather"):
-        return 2 * result
+    if each.kind in _SLICES:  # read from there whatever memory it goes to
+        return result + (_all_bytes(each.shape) if not operands or operands[0] > 0 else 0.0)
     if each.kind == "dynamic-update-slice":
         return 2 * operands[1]
     if each.kind == "fusion":
@@ -154,24 +157,46 @@ def _memory_bytes(each: Instruction, around: Mapping[str, Instruction], computat
     return sum(operands) + result
 
 
+def _all_bytes(shape: str) -> float:
+    return sum(size for size, _ in array_sizes(shape))
+
+
 def _read_bytes(name: str, inner: Mapping[str, Instruction], computations: Computations) -> float:
-    """Bytes of an input that the body of a fusion reads: all, unless only slices of it are used."""
+    """Bytes of an input that the body of a fusion reads: all, which is infinity here, unless only slices are used."""
+    if inner[name].is_root:
+        return math.inf
     total = 0.0
     for user in inner.values():
         for place, operand in enumerate(user.operands):
             if operand != name:
                 continue
-            if user.kind in ("dynamic-slice", "gather") and place == 0:
-                total += array_bytes(user.shape)
+            if user.kind in _SLICES and place == 0:
+                total += _all_bytes(user.shape)
             elif user.kind == "bitcast":
                 total += _read_bytes(user.name, inner, computations)
             elif user.kind == "fusion":
                 body = computations.get((called_by(user.rest) or ("",))[0], {})
                 inputs = _inputs(body)
-                total += _read_bytes(inputs[place], body, computations) if place < len(inputs) else math.inf
+                if place >= len(inputs):
+                    return math.inf
+                # What comes out of it as it is, is read by those that use it.
+                through = _is_passed_on(inputs[place], body)
+                total += (
+                    _read_bytes(user.name, inner, computations)
+                    if through
+                    else (_read_bytes(inputs[place], body, computations))
+                )
             elif user.kind != "dynamic-update-slice" or place != 0:
                 return math.inf
     return total
+
+
+def _is_passed_on(name: str, inner: Mapping[str, Instruction]) -> bool:
+    """Whether a body returns its input as it is."""
+    if inner[name].is_root:
+        return True
+    users = [user for user in inner.values() if name in user.operands]
+    return len(users) == 1 and users[0].kind == "bitcast" and _is_passed_on(users[0].name, inner)
 
 
 def _written_bytes(root: Instruction, inner: Mapping[str, Instruction]) -> float:

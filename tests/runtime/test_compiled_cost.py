@@ -205,3 +205,36 @@ def test_memory_of_a_scan_is_that_of_its_body_times_its_length():
     of_matrices = length * size * size * 4
     assert of_matrices <= traffic(program.as_text()).memory < 3.3 * of_matrices
     assert program.cost_analysis()["bytes accessed"] < of_matrices  # which takes the body once
+
+
+def test_a_weight_counts_when_a_fusion_takes_it_through_another_and_slices_on_their_way_to_the_chip_do():
+    text = """
+HloModule m
+
+%bitcast_fusion (p.1: f32[64,32]) -> f32[64,32] {
+  %p.1 = f32[64,32]{1,0} parameter(0)
+  ROOT %b = f32[64,32]{1,0} bitcast(%p.1)
+}
+
+%matmul (p.2: f32[64,32], p.3: f32[4,64]) -> f32[4,32] {
+  %p.2 = f32[64,32]{1,0} parameter(0)
+  %p.3 = f32[4,64]{1,0} parameter(1)
+  %w = f32[64,32]{1,0} fusion(%p.2), kind=kLoop, calls=%bitcast_fusion
+  ROOT %c = f32[4,32]{1,0} convolution(%p.3, %w), dim_labels=bf_io->bf
+}
+
+%async (q: f32[100,32]) -> f32[50,32] {
+  %q = f32[100,32]{1,0} parameter(0)
+  ROOT %s = f32[50,32]{1,0:S(1)} slice(%q), slice={[0:50], [0:32]}
+}
+
+ENTRY %main (w: f32[64,32], x: f32[4,64], y: f32[100,32]) -> f32[4,32] {
+  %w = f32[64,32]{1,0} parameter(0)
+  %x = f32[4,64]{1,0:S(1)} parameter(1)
+  %y = f32[100,32]{1,0} parameter(2)
+  %a = ((f32[100,32]{1,0}), f32[50,32]{1,0:S(1)}, s32[]) async-start(%y), calls=%async
+  %d = f32[50,32]{1,0:S(1)} async-done(%a)
+  ROOT %f = f32[4,32]{1,0:S(1)} fusion(%w, %x), kind=kOutput, calls=%matmul
+}
+"""
+    assert traffic(text).memory == 64 * 32 * 4 + 50 * 32 * 4
