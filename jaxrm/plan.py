@@ -12,7 +12,7 @@ Where a config does not fit, changes to it are compiled, the mildest first, unti
 promising meshes and names the fastest that fits. --weak_scaling --topology=v5e:2x4,v5e:4x4,v5e:4x8 compares topologies
 on which every device has the same work.
 
-Exit status: 0 it fits; 1 it does not; 2 something to mend, said in one line.
+Exit status: 0 it fits, or --find found one that does; 1 it does not; 2 something to mend, said in one line.
 """
 
 import dataclasses
@@ -79,13 +79,22 @@ def main(config: Experiment | pipeline.Pipeline, given: flags.FlagValues) -> int
     print("", *plan_report.ASSUMPTIONS, sep="\n")
     for flag, path in outputs.items():
         print(f"--{flag}: {path}")
-    return 0 if all(plan.fits for plan, _ in found.values()) else 1
+    return 0 if all(_is_good(plan, tries, given.find) for plan, tries in found.values()) else 1
+
+
+def _is_good(plan: "Plan", tries: list["Try"], find: bool) -> bool:
+    """Whether a stage fits as it is, or where others were looked for, any does."""
+    return any(each.plan.fits for each in tries) if find else plan.fits and not tries
 
 
 def _planned(
     name: str, config: Experiment, topology: "Topology", given: flags.FlagValues
 ) -> tuple["Plan", list["Try"]]:
-    """Plan a stage, tell it, and look for a better one where that is asked for or needed."""
+    """Plan a stage, tell it, and look for a better one where that is asked for or needed.
+
+    Returns:
+      Its plan, that of the first try that fits where the stage cannot be laid over the devices as it is, and the tries.
+    """
     from jaxrm.stages import plan_report, plan_search, planning
 
     prefix, shown, problem = f"config.{name}." if name else "config.", config.logging.progress, None
