@@ -94,7 +94,10 @@ def _near(config: Experiment, topology: Topology) -> Iterator[dict[str, Any]]:
         for parts in _microbatches(config, topology):
             if parts > config.num_microbatches or remat:
                 yield {**remat, "num_microbatches": parts}
+    own = dict(build_mesh(config.mesh, topology.devices).shape) if _divides(config, topology) else None
     for mesh in _meshes(config, topology):
+        if dict(build_mesh(changed(config, mesh).mesh, topology.devices).shape) == own:
+            continue
         several = _microbatches(changed(config, mesh), topology)
         for parts in dict.fromkeys((several[0], several[-1])):
             yield {**mesh, **remats[-1], "num_microbatches": parts}
@@ -117,7 +120,7 @@ def _meshes(config: Experiment, topology: Topology) -> list[dict[str, int]]:
         for fsdp in _divisors(count // tensor):
             sizes = {"data": count // tensor // fsdp, "fsdp": fsdp, "tensor": tensor}
             sizes |= {axis: 1 for axis in AXES if axis not in sizes}
-            change = {f"mesh.{axis}": size for axis, size in sizes.items()}
+            change = {f"mesh.{axis}": size for axis, size in sizes.items() if size != getattr(config.mesh, axis)}
             tried = changed(config, {**change, "num_microbatches": 1})
             try:
                 programs = programs_of(tried, build_mesh(tried.mesh, topology.devices))
