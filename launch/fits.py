@@ -23,7 +23,6 @@ ROWS: list[tuple[str, str, str, tuple[str, ...]]] = [
     ("gemma-2b", RM, "v5e:4x4", ()),
     ("gemma-2b", RM, "h100:8", ()),
     ("gemma-2b", PPO, "v5e:4x4", ("rollout.mesh.fsdp=1",)),
-    ("gemma-2b", PPO, "h100:8", ("rollout.mesh.fsdp=1",)),
     ("llama-2-7b", RM, "v5e:2x4", ()),
     ("llama-2-7b", RM, "v5e:4x4", ()),
     ("llama-2-7b", RM, "v5e:16x16", ("mesh.tensor=4",)),

@@ -154,6 +154,12 @@ def _memory_bytes(each: Instruction, around: Mapping[str, Instruction], computat
             if number < len(inputs):
                 operands[number] = min(size, _read_bytes(inputs[number], inner, computations))
         result = min(result, sum(_written_bytes(root, inner) for root in _roots(inner)))
+        if any(other.kind in COLLECTIVES or "AsyncCollective" in other.rest for other in inner.values()):
+            # On TPUs a collective goes on beside fusions, each of which hands its arrays on as they are.
+            given = [array_bytes(around[name].shape) if name in around else 0.0 for name in each.operands]
+            returned = [size for size, is_here in array_sizes(each.shape) if is_here]
+            operands = [0.0 if size in returned else read for size, read in zip(given, operands, strict=True)]
+            result = max(0.0, result - sum(size for size in returned if size in given))
     return sum(operands) + result
 
 

@@ -238,3 +238,24 @@ ENTRY %main (w: f32[64,32], x: f32[4,64], y: f32[100,32]) -> f32[4,32] {
 }
 """
     assert traffic(text).memory == 64 * 32 * 4 + 50 * 32 * 4
+
+
+def test_what_a_collective_holds_while_it_goes_on_is_not_moved_by_the_fusions_beside_it():
+    text = """
+HloModule m
+
+%beside (p.1: f32[64,32], p.2: f32[16,32]) -> (f32[16,16], f32[64,32]) {
+  %p.1 = f32[64,32]{1,0} parameter(0)
+  %p.2 = f32[16,32]{1,0} parameter(1)
+  %d = f32[16,16]{1,0} convolution(%p.2, %p.2), dim_labels=bf_oi->bf
+  %s = f32[64,32]{1,0} custom-call(%p.1), custom_call_target="AsyncCollectiveStep"
+  ROOT %r = (f32[16,16]{1,0}, f32[64,32]{1,0}) tuple(%d, %s)
+}
+
+ENTRY %main (g: f32[64,32], x: f32[16,32]) -> (f32[16,16], f32[64,32]) {
+  %g = f32[64,32]{1,0} parameter(0)
+  %x = f32[16,32]{1,0} parameter(1)
+  ROOT %f = (f32[16,16]{1,0}, f32[64,32]{1,0}) fusion(%g, %x), kind=kOutput, calls=%beside
+}
+"""
+    assert traffic(text).memory == 16 * 32 * 4 + 16 * 16 * 4
