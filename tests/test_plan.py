@@ -253,6 +253,15 @@ def test_weak_scaling_gives_every_device_as_many_rows(here, capsys):
     assert seconds[0] is None  # no peak of a CPU is known
     plan_scaling.print_scaling(plans)
     assert "cpu:8" in capsys.readouterr().out
+    cost = dataclasses.replace(plans[0].programs[0].cost, compute_seconds=1.0, memory_seconds=0.5, link_seconds=0.1)
+    steady = dataclasses.replace(plans[0], programs=(dataclasses.replace(plans[0].programs[0], cost=cost),))
+    slower = dataclasses.replace(cost, memory_seconds=2.0, link_seconds=0.2)
+    bent = dataclasses.replace(
+        steady, programs=(dataclasses.replace(steady.programs[0], cost=slower),), topology="more"
+    )
+    assert "does not bend" in plan_scaling.bend([steady, steady])
+    assert "bends at more: efficiency 50%" in plan_scaling.bend([steady, bent])
+    assert "memory takes 2 s there and 0.5 s on" in plan_scaling.bend([steady, bent])
     with pytest.raises(UserError, match="required multiples"):
         plan_scaling.weak_scaling(one, [parts[1], parts[0]])
 

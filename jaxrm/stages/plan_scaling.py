@@ -69,11 +69,13 @@ def bend(plans: Sequence[Plan]) -> str:
     """Where the predicted efficiency falls, in a sentence."""
     for plan, (_, one_by_one) in zip(plans, _efficiencies(plans), strict=True):
         if one_by_one < _BENT:
-            parts = _totals(plan)
-            why = "network" if parts["network s"] > parts["links s"] else "links"
+            first, parts = _totals(plans[0]), _totals(plan)
+            why = max(
+                ("compute", "memory", "links", "network"), key=lambda part: parts[f"{part} s"] - first[f"{part} s"]
+            )
             return (
                 f"It bends at {plan.topology}: efficiency {one_by_one:.0%} where nothing sent hides behind compute; "
-                f"the {why} then take {parts[f'{why} s']:.3g} s of a step."
+                f"{why} takes {parts[f'{why} s']:.3g} s there and {first[f'{why} s']:.3g} s on {plans[0].topology}."
             )
     return f"It does not bend: efficiency stays at {_BENT:.0%} or above up to {plans[-1].topology}."
 
