@@ -294,3 +294,14 @@ def test_between_slices_only_the_gradients_go():
     assert 0.8 * of_gradients < program.cost.far_bytes < 3 * of_gradients
     with pytest.raises(UserError, match="there are 2 slices"):
         build_mesh(MeshConfig(data=1, fsdp=8), topology.devices)
+
+
+@tpu
+def test_an_axis_may_be_a_part_of_a_row_of_chips():
+    for name, slices in (("v5e:16x16", 1), ("v5e:16x16:2", 2)):
+        mesh = build_mesh(MeshConfig(data=-1, fsdp=8), open_topology(name).devices)
+        assert mesh.shape["data"] == 32 * slices and len({device.id for device in mesh.devices.flat}) == 256 * slices
+        # The eight of a row of the mesh are near each other.
+        for row in mesh.devices[:, :, 0, 0]:
+            spans = [max(c) - min(c) for c in zip(*(device.coords for device in row), strict=True)]
+            assert sum(spans) <= 8

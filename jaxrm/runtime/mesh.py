@@ -63,14 +63,18 @@ def build_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) 
     shape, kinds = _shape(config, len(devices), "config.mesh"), (AxisType.Auto,) * len(AXES)
     slices = len({getattr(device, "slice_index", None) or 0 for device in devices})
     if slices == 1:
-        return jax.make_mesh(shape, AXES, axis_types=kinds, devices=devices)
+        # Axes need not be those of the chips: 8 may be half of a row of 16.
+        return Mesh(
+            mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True), AXES, axis_types=kinds
+        )
     if shape[0] % slices:
         raise UserError(
             f"config.mesh.data is {shape[0]}, but there are {slices} slices, across which only the data axis goes; use "
             f"a multiple of {slices}, e.g. --config.mesh.data={slices} --config.mesh.fsdp=-1"
         )
     one_slice, across = (shape[0] // slices, *shape[1:]), (slices, *(1 for _ in shape[1:]))
-    return Mesh(mesh_utils.create_hybrid_device_mesh(one_slice, across, devices), AXES, axis_types=kinds)
+    laid = mesh_utils.create_hybrid_device_mesh(one_slice, across, devices, allow_split_physical_axes=True)
+    return Mesh(laid, AXES, axis_types=kinds)
 
 
 def relaid(mesh: Mesh, config: MeshConfig, field: str) -> Mesh:
