@@ -152,14 +152,15 @@ ENTRY %main (p: f32[8]) -> f32[8] {{
 
 
 def test_what_the_hosts_of_tpu_slices_send_each_other_is_far():
-    text = """
+    by_hosts = 'is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime"}'
+    text = f"""
 HloModule m
 
-ENTRY %main (p: f32[8]) -> f32[8] {
-  %r = (f32[8,128]{1,0}, u32[], token[]) recv(%after), channel_id=3, is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime"}
-  ROOT %d = (f32[8,128]{1,0}, token[]) recv-done(%r), channel_id=3
-}
-"""  # noqa: E501 - as the compiler writes it
+ENTRY %main (p: f32[8]) -> f32[8] {{
+  %r = (f32[8,128]{{1,0}}, u32[], token[]) recv(%after), channel_id=3, {by_hosts}
+  ROOT %d = (f32[8,128]{{1,0}}, token[]) recv-done(%r), channel_id=3
+}}
+"""
     found = traffic(text)
     assert found.far == pytest.approx(8 * 128 * 4, rel=0.01) and not found.collectives
 
