@@ -11,12 +11,12 @@ reads every pair once before training. beta is that of the DPO paper, as are its
 from ml_collections import ConfigDict
 
 from jaxrm.algorithms.dpo import DPOConfig
+from jaxrm.algorithms.optimizer import OptimizerConfig
+from jaxrm.config.dicts import to_config_dict
 from jaxrm.data.config import DataConfig
 from jaxrm.experiment import Experiment
 from jaxrm.models.build import ModelSource
-from jaxrm.runtime.config import to_config_dict
-from jaxrm.runtime.mesh import MeshConfig
-from jaxrm.runtime.optimizer import OptimizerConfig
+from jaxrm.sharding.mesh import MeshConfig
 
 
 def get_config() -> ConfigDict:

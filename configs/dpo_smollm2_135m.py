@@ -14,14 +14,14 @@ import importlib.util
 from ml_collections import ConfigDict
 
 from jaxrm.algorithms.dpo import DPOConfig
+from jaxrm.algorithms.optimizer import OptimizerConfig
+from jaxrm.config.dicts import to_config_dict
 from jaxrm.data.config import DataConfig
 from jaxrm.experiment import EvaluationConfig, Experiment
 from jaxrm.models.build import ModelSource
 from jaxrm.models.generate import SamplingConfig
 from jaxrm.runtime.checkpoint import CheckpointConfig
-from jaxrm.runtime.config import to_config_dict
 from jaxrm.runtime.metrics import LoggingConfig
-from jaxrm.runtime.optimizer import OptimizerConfig
 
 
 def get_config() -> ConfigDict:

@@ -8,10 +8,10 @@ is noisy and likes refusals too much.
 
 from ml_collections import ConfigDict
 
+from jaxrm.config.dicts import to_config_dict
 from jaxrm.data.config import DataConfig
 from jaxrm.experiment import Experiment, PairsConfig
 from jaxrm.models.build import ModelSource
-from jaxrm.runtime.config import to_config_dict
 
 
 def get_config() -> ConfigDict:

@@ -13,16 +13,16 @@ from dataclasses import replace
 
 from ml_collections import ConfigDict
 
+from jaxrm.algorithms.optimizer import OptimizerConfig
 from jaxrm.algorithms.ppo_config import CriticConfig, PPOConfig, RolloutConfig
 from jaxrm.algorithms.reward_config import RewardConfig
 from jaxrm.data.config import DataConfig
 from jaxrm.experiment import EvaluationConfig, Experiment
 from jaxrm.models.build import ModelSource
 from jaxrm.models.generate import SamplingConfig
-from jaxrm.pipeline import pipeline
+from jaxrm.pipeline.config import pipeline
 from jaxrm.runtime.checkpoint import CheckpointConfig
 from jaxrm.runtime.metrics import LoggingConfig
-from jaxrm.runtime.optimizer import OptimizerConfig
 
 POLICY = ModelSource(path="stage:sft")
 SAMPLING = SamplingConfig(max_new_tokens=64)

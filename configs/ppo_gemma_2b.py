@@ -11,15 +11,15 @@ of the published scripts of the paper's group; batch and length are jaxrm's choi
 
 from ml_collections import ConfigDict
 
+from jaxrm.algorithms.optimizer import OptimizerConfig
 from jaxrm.algorithms.ppo_config import CriticConfig, PPOConfig, RolloutConfig
 from jaxrm.algorithms.reward_config import RewardConfig
+from jaxrm.config.dicts import to_config_dict
 from jaxrm.data.config import DataConfig
 from jaxrm.experiment import EvaluationConfig, Experiment
 from jaxrm.models.build import ModelSource
 from jaxrm.models.generate import SamplingConfig
-from jaxrm.runtime.config import to_config_dict
-from jaxrm.runtime.mesh import MeshConfig
-from jaxrm.runtime.optimizer import OptimizerConfig
+from jaxrm.sharding.mesh import MeshConfig
 
 DATA = "PKU-Alignment/PKU-SafeRLHF"
 

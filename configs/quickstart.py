@@ -11,6 +11,7 @@ from dataclasses import replace
 
 from ml_collections import ConfigDict
 
+from jaxrm.algorithms.optimizer import OptimizerConfig
 from jaxrm.algorithms.ppo_config import CriticConfig, PPOConfig, RolloutConfig
 from jaxrm.algorithms.reward_config import RewardConfig
 from jaxrm.data.config import DataConfig
@@ -18,9 +19,8 @@ from jaxrm.data.pairs import MappingConfig
 from jaxrm.experiment import EvaluationConfig, Experiment, PairsConfig
 from jaxrm.models.build import ModelSource
 from jaxrm.models.generate import SamplingConfig
-from jaxrm.pipeline import pipeline
+from jaxrm.pipeline.config import pipeline
 from jaxrm.runtime.metrics import LoggingConfig
-from jaxrm.runtime.optimizer import OptimizerConfig
 
 POLICY, PAIRS = ModelSource(path="stage:sft"), "stage:pairs/pairs.jsonl"
 SAMPLING = SamplingConfig(max_new_tokens=40)

@@ -10,14 +10,14 @@ memory, about a minute. With a scalar reward model instead: --config.winners.rew
 from ml_collections import ConfigDict
 
 from jaxrm.algorithms.best_of_n import BestOfNConfig
+from jaxrm.algorithms.optimizer import OptimizerConfig
 from jaxrm.algorithms.ppo_config import RolloutConfig
 from jaxrm.algorithms.reward_config import RewardConfig
 from jaxrm.data.config import DataConfig
 from jaxrm.experiment import EvaluationConfig, Experiment
 from jaxrm.models.build import ModelSource
 from jaxrm.models.generate import SamplingConfig
-from jaxrm.pipeline import pipeline
-from jaxrm.runtime.optimizer import OptimizerConfig
+from jaxrm.pipeline.config import pipeline
 
 POLICY = ModelSource(path="runs/sft_tiny")
 

@@ -8,13 +8,13 @@ Needs: the policy that it starts from and pairs of that policy's responses, `con
 
 from ml_collections import ConfigDict
 
+from jaxrm.algorithms.optimizer import OptimizerConfig
 from jaxrm.algorithms.reward_config import RewardConfig
+from jaxrm.config.dicts import to_config_dict
 from jaxrm.data.config import DataConfig
 from jaxrm.experiment import EvaluationConfig, Experiment
 from jaxrm.models.build import ModelSource
 from jaxrm.runtime.checkpoint import CheckpointConfig
-from jaxrm.runtime.config import to_config_dict
-from jaxrm.runtime.optimizer import OptimizerConfig
 
 
 def get_config() -> ConfigDict:

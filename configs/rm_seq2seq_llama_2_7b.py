@@ -10,13 +10,13 @@ recipe; batch and length are jaxrm's choice.
 
 from ml_collections import ConfigDict
 
+from jaxrm.algorithms.optimizer import OptimizerConfig
+from jaxrm.config.dicts import to_config_dict
 from jaxrm.data.config import DataConfig
 from jaxrm.experiment import EvaluationConfig, Experiment
 from jaxrm.models.build import ModelSource
 from jaxrm.models.generate import SamplingConfig
-from jaxrm.runtime.config import to_config_dict
-from jaxrm.runtime.mesh import MeshConfig
-from jaxrm.runtime.optimizer import OptimizerConfig
+from jaxrm.sharding.mesh import MeshConfig
 
 
 def get_config() -> ConfigDict:

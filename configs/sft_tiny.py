@@ -7,12 +7,12 @@ Needs: two CPU cores, 2 GB of memory, about a minute. It is the first stage of `
 
 from ml_collections import ConfigDict
 
+from jaxrm.algorithms.optimizer import OptimizerConfig
+from jaxrm.config.dicts import to_config_dict
 from jaxrm.data.config import DataConfig
 from jaxrm.experiment import EvaluationConfig, Experiment
 from jaxrm.models.build import ModelSource
 from jaxrm.runtime.checkpoint import CheckpointConfig
-from jaxrm.runtime.config import to_config_dict
-from jaxrm.runtime.optimizer import OptimizerConfig
 
 
 def get_config() -> ConfigDict:

@@ -13,17 +13,17 @@ from dataclasses import replace
 from ml_collections import ConfigDict
 
 from jaxrm.algorithms.best_of_n import BestOfNConfig
+from jaxrm.algorithms.optimizer import OptimizerConfig
 from jaxrm.algorithms.ppo_config import CriticConfig, PPOConfig, RolloutConfig
 from jaxrm.algorithms.reward_config import RewardConfig
+from jaxrm.config.dicts import to_config_dict
 from jaxrm.data.config import DataConfig
 from jaxrm.data.pairs import MappingConfig
 from jaxrm.experiment import EvaluationConfig, Experiment, PairsConfig
 from jaxrm.models.generate import SamplingConfig
 from jaxrm.runtime.checkpoint import CheckpointConfig
-from jaxrm.runtime.config import to_config_dict
 from jaxrm.runtime.metrics import LoggingConfig
-from jaxrm.runtime.optimizer import OptimizerConfig
-from jaxrm.study import Study
+from jaxrm.study.config import Study
 
 SAMPLING = SamplingConfig(max_new_tokens=28)
 

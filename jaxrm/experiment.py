@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from jaxrm.algorithms.best_of_n import BestOfNConfig
 from jaxrm.algorithms.dpo import DPOConfig
+from jaxrm.algorithms.optimizer import OptimizerConfig
 from jaxrm.algorithms.ppo_config import CriticConfig, PPOConfig, RolloutConfig
 from jaxrm.algorithms.reward_config import RewardConfig
 from jaxrm.algorithms.scalar_rm import ScalarRMConfig
@@ -14,10 +15,9 @@ from jaxrm.errors import UserError
 from jaxrm.models.build import ModelSource
 from jaxrm.models.generate import SamplingConfig
 from jaxrm.runtime.checkpoint import CheckpointConfig
-from jaxrm.runtime.mesh import MeshConfig
 from jaxrm.runtime.metrics import LoggingConfig
-from jaxrm.runtime.optimizer import OptimizerConfig
 from jaxrm.runtime.run_folder import OnExisting
+from jaxrm.sharding.mesh import MeshConfig
 
 ALGORITHMS = ("sft", "sample_pairs", "seq2seq_rm", "scalar_rm", "ppo", "dpo", "best_of_n", "evaluate")
 

@@ -8,7 +8,7 @@ import sys
 
 from absl import flags
 
-from jaxrm import command_line
+from jaxrm.config import command_line
 from jaxrm.errors import UserError
 
 FLAG_OF_FIELD = {"config.model.path": "weights", "config.data.tokenizer": "tokenizer"}
@@ -38,10 +38,10 @@ def main(_: None, given: flags.FlagValues) -> int:
 
     from jaxrm.data.templates import end_ids
     from jaxrm.data.tokenizer import pad_apart_from
+    from jaxrm.inference.load import Trained, open_checkpoint, open_reward_model, open_weights
+    from jaxrm.inference.weights import find_checkpoint
     from jaxrm.models.build import ModelSource
     from jaxrm.models.hub import check_export_folder, export_model
-    from jaxrm.stages.trained import Trained, open_checkpoint, open_reward_model, open_weights
-    from jaxrm.stages.weights import find_checkpoint
 
     check_export_folder(given.output, overwrite=given.overwrite)
     trained: Trained

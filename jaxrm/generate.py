@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, TextIO
 
 from absl import flags
 
-from jaxrm import command_line
+from jaxrm.config import command_line
 from jaxrm.errors import UserError
 
 FLAG_OF_FIELD = {
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import jax
 
     from jaxrm.data.records import Message
-    from jaxrm.stages.responses import Responder
+    from jaxrm.inference.sampler import Responder
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -68,11 +68,11 @@ def main(_: None, given: flags.FlagValues) -> int:
     import jax
 
     from jaxrm.data.records import Message
+    from jaxrm.inference.load import open_checkpoint, open_weights
+    from jaxrm.inference.sampler import Responder
     from jaxrm.models.build import ModelSource
     from jaxrm.models.generate import SamplingConfig
-    from jaxrm.runtime.mesh import MeshConfig, build_mesh
-    from jaxrm.stages.responses import Responder
-    from jaxrm.stages.trained import open_checkpoint, open_weights
+    from jaxrm.sharding.mesh import MeshConfig, build_mesh
 
     sampling = SamplingConfig(given.max_new_tokens, given.temperature, given.top_k, given.top_p)
     prompts = None if given.input is None else _read_prompts(given.input)

@@ -23,15 +23,16 @@ from typing import TYPE_CHECKING
 
 from absl import flags
 
-from jaxrm import command_line, pipeline
+from jaxrm.config import command_line
 from jaxrm.errors import UserError
 from jaxrm.experiment import Experiment
-from jaxrm.pipeline import config_class
+from jaxrm.pipeline import config as pipeline
+from jaxrm.pipeline.config import config_class
 
 if TYPE_CHECKING:
-    from jaxrm.runtime.topology import Topology
-    from jaxrm.stages.plan_search import Try
-    from jaxrm.stages.planning import Plan
+    from jaxrm.planning.cost import Plan
+    from jaxrm.planning.search import Try
+    from jaxrm.planning.topology import Topology
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -59,9 +60,9 @@ def main(config: Experiment | pipeline.Pipeline, given: flags.FlagValues) -> int
         for flag, path in (("json", given.json), ("html", given.html))
         if path is not None
     }
+    from jaxrm.planning import report as plan_report
+    from jaxrm.planning.topology import open_topology
     from jaxrm.runtime.run_folder import write_json_atomically
-    from jaxrm.runtime.topology import open_topology
-    from jaxrm.stages import plan_report
 
     stages = stages_of(config, given.model)
     if given.weak_scaling:
@@ -95,7 +96,9 @@ def _planned(
     Returns:
       Its plan, that of the first try that fits where the stage cannot be laid over the devices as it is, and the tries.
     """
-    from jaxrm.stages import plan_report, plan_search, planning
+    from jaxrm.planning import cost as planning
+    from jaxrm.planning import report as plan_report
+    from jaxrm.planning import search as plan_search
 
     prefix, shown, problem = f"config.{name}." if name else "config.", config.logging.progress, None
     plan = None
@@ -132,8 +135,8 @@ def _planned(
 
 def _scaled(stages: dict[str, Experiment], topologies: list["Topology"], outputs: dict[str, Path]) -> int:
     """Plan every stage for every topology and compare them."""
+    from jaxrm.planning import scaling as plan_scaling
     from jaxrm.runtime.run_folder import write_json_atomically
-    from jaxrm.stages import plan_scaling
 
     found = {
         name: plan_scaling.weak_scaling(config, topologies, show_progress=config.logging.progress)
@@ -156,7 +159,7 @@ def stages_of(config: Experiment | pipeline.Pipeline, model: str | None) -> dict
     """The stages to plan by name, with the shape of their models; that of a config of one stage is called ""."""
     if isinstance(config, Experiment):
         return {"": _of_shape(config, model)}
-    from jaxrm.stages.programs import PLANNED
+    from jaxrm.planning.programs import PLANNED
 
     every = {name: stage for name in config.stages if (stage := getattr(config, name)).algorithm in PLANNED}
     if not every:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
-from jaxrm import command_line
+from jaxrm.config import command_line
 from jaxrm.errors import UserError
 from jaxrm.experiment import Experiment
 
@@ -69,11 +69,12 @@ def main(config: Experiment | None, given: flags.FlagValues) -> int:
     _check_files(given)
 
     from jaxrm.evaluation.ranking import pair_accuracy
-    from jaxrm.runtime.mesh import MeshConfig, build_mesh
+    from jaxrm.inference import score_checks
+    from jaxrm.inference import token_scores as scored
+    from jaxrm.inference.load import open_checkpoint, open_reward_model
+    from jaxrm.inference.weights import LANGUAGE_MODELS, REWARD_MODELS, find_checkpoint
     from jaxrm.runtime.progress import print_table
-    from jaxrm.stages import score_checks, scored
-    from jaxrm.stages.trained import open_checkpoint, open_reward_model
-    from jaxrm.stages.weights import LANGUAGE_MODELS, REWARD_MODELS, find_checkpoint
+    from jaxrm.sharding.mesh import MeshConfig, build_mesh
 
     run = find_checkpoint(given.checkpoint, "--checkpoint", REWARD_MODELS)
     kind = score_checks.choose_kind(run, given.kind, None if config is None else config.reward.kind)
@@ -121,7 +122,7 @@ def main(config: Experiment | None, given: flags.FlagValues) -> int:
     if run.config.data.path == given.input and not given.held_out:
         print("The reward model was trained on most of these records; --held_out leaves those out.")
     if given.html is not None:
-        from jaxrm.evaluation.page import write_page
+        from jaxrm.reports.page import write_page
 
         write_page(Path(given.html).expanduser(), rows, title=f"What {model.name} says", about=about)
         print(f"The page is {given.html}; open it in a browser")

@@ -18,11 +18,12 @@ import sys
 from absl import flags
 from ml_collections import ConfigDict
 
-from jaxrm import command_line, pipeline, study
+from jaxrm.config import command_line, dicts
 from jaxrm.errors import UserError
 from jaxrm.experiment import Experiment
-from jaxrm.runtime import config as bridge
+from jaxrm.pipeline import config as pipeline
 from jaxrm.runtime import processes
+from jaxrm.study import config as study
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -43,7 +44,7 @@ def main(config: Experiment | pipeline.Pipeline | study.Study, given: flags.Flag
     if isinstance(config, study.Study):
         raise UserError("a study runs in one process, which starts a worker a core; start it once, without others")
     processes.start(joined, timeout=given.start_timeout)
-    processes.check_agreement(bridge.as_dict(config))
+    processes.check_agreement(dicts.as_dict(config))
     try:
         return _run(config)
     except RuntimeError as error:  # JAX's own errors among them
@@ -55,11 +56,11 @@ def _run(config: Experiment | pipeline.Pipeline | study.Study) -> int:
     from jaxrm.stages.run import run_stage  # modules of stages may ask JAX for its devices
 
     if isinstance(config, pipeline.Pipeline):
-        from jaxrm.stages import pipeline as stages
+        from jaxrm.pipeline import run as stages
 
         return stages.run(config, run_stage)
     if isinstance(config, study.Study):
-        from jaxrm.stages import study as studies
+        from jaxrm.study import run as studies
 
         return studies.run(config)
     return run_stage(config)

@@ -15,7 +15,8 @@ import jax
 import numpy as np
 import pytest
 
-from jaxrm import command_line, export, generate, train
+from jaxrm import export, generate, train
+from jaxrm.config import command_line
 from jaxrm.data.tasks import write_task
 from jaxrm.experiment import Experiment
 from jaxrm.models.build import ModelSource, abstract_decoder

@@ -13,20 +13,20 @@ import jax
 import numpy as np
 import pytest
 
-from jaxrm import command_line, export, generate, score, train
+from jaxrm import export, generate, score, train
+from jaxrm.config import command_line, dicts
 from jaxrm.data.config import DataConfig
 from jaxrm.data.tasks import write_task
 from jaxrm.data.tokenizer import load_tokenizer
 from jaxrm.errors import UserError
 from jaxrm.experiment import Experiment
+from jaxrm.inference.load import keep_model
+from jaxrm.inference.response_batches import response_batches
 from jaxrm.models.build import ModelSource, abstract_decoder, abstract_scalar_model
 from jaxrm.models.config import ModelConfig
-from jaxrm.runtime import config as bridge
 from jaxrm.runtime.checkpoint import Checkpoints
-from jaxrm.runtime.mesh import MeshConfig, build_mesh
 from jaxrm.runtime.run_folder import open_run
-from jaxrm.stages.response_batches import response_batches
-from jaxrm.stages.trained import keep_model
+from jaxrm.sharding.mesh import MeshConfig, build_mesh
 
 TINY = ModelConfig(
     family="llama",
@@ -66,7 +66,7 @@ def write_run(folder, algorithm, tokenizer, *, shape=TINY, value=None, **fields)
     """The folder of a run with one checkpoint, of small random parameters or of one value; nothing is compiled."""
     fields = {"model": ModelSource(preset="tiny"), "data": DataConfig(path="pairs.jsonl"), **fields}
     experiment = Experiment(run_dir=str(folder), algorithm=algorithm, **fields)
-    run = open_run(experiment.run_dir, bridge.as_dict(experiment))
+    run = open_run(experiment.run_dir, dicts.as_dict(experiment))
     keep_model(shape, tokenizer, run)
     abstract = abstract_scalar_model if algorithm == "scalar_rm" else abstract_decoder
     rng = np.random.default_rng(0)

@@ -8,23 +8,23 @@ from pathlib import Path
 import jax
 import pytest
 
-from jaxrm import study
 from jaxrm.algorithms import dpo, scalar_rm, seq2seq_rm, sft
+from jaxrm.algorithms.optimizer import build_optimizer
 from jaxrm.algorithms.ppo_config import CriticConfig, PPOConfig
 from jaxrm.algorithms.ppo_state import PPOBatch
 from jaxrm.algorithms.scoring import as_token_rewards
 from jaxrm.algorithms.state import create
+from jaxrm.config.dicts import from_config_dict
+from jaxrm.config.files import load_config_file
 from jaxrm.experiment import Experiment
+from jaxrm.inference.sharded_model import open_model, open_scalar_model
 from jaxrm.models.build import ModelSource
 from jaxrm.models.config import preset
 from jaxrm.models.generate import check_on_policy
-from jaxrm.pipeline import resolve
-from jaxrm.runtime.config import from_config_dict
-from jaxrm.runtime.config_file import load_config_file
-from jaxrm.runtime.mesh import MeshConfig, build_mesh, check_batch
-from jaxrm.runtime.optimizer import build_optimizer
-from jaxrm.stages.ppo_learner import open_learner
-from jaxrm.stages.setup import open_model, open_scalar_model
+from jaxrm.pipeline.config import resolve
+from jaxrm.sharding.mesh import MeshConfig, build_mesh, check_batch
+from jaxrm.stages.ppo.learner import open_learner
+from jaxrm.study import config as study
 from jaxrm.train import config_class
 from jaxrm.types import ComparisonBatch, MappingBatch, TokenBatch
 

@@ -89,8 +89,8 @@ def finish(environment, run_dir, *more, algorithm="sft"):
 def final_parameters(run_dir):
     import jax
 
-    from jaxrm.runtime.mesh import MeshConfig, build_mesh
-    from jaxrm.stages.trained import open_checkpoint, open_reward_model
+    from jaxrm.inference.load import open_checkpoint, open_reward_model
+    from jaxrm.sharding.mesh import MeshConfig, build_mesh
 
     mesh = build_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
     recorded = json.loads((Path(run_dir) / "run.json").read_text())["config"]

@@ -13,8 +13,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxrm import command_line, score, train
+from jaxrm import score, train
+from jaxrm.algorithms.optimizer import OptimizerConfig
 from jaxrm.algorithms.reward_config import SEQ2SEQ_KINDS, RewardConfig
+from jaxrm.config import command_line
 from jaxrm.data import tasks
 from jaxrm.data.config import DataConfig
 from jaxrm.data.pairs import MappingConfig, correction_request
@@ -22,15 +24,16 @@ from jaxrm.data.readers import read_records
 from jaxrm.data.records import Message
 from jaxrm.data.templates import encode_prompt
 from jaxrm.experiment import EvaluationConfig, Experiment, PairsConfig
+from jaxrm.inference.load import open_checkpoint, open_reward_model
 from jaxrm.models import config as models
 from jaxrm.models.build import ModelSource
 from jaxrm.models.generate import SamplingConfig
 from jaxrm.runtime.checkpoint import CheckpointConfig
-from jaxrm.runtime.mesh import MeshConfig, build_mesh
 from jaxrm.runtime.metrics import LoggingConfig, read_rows
-from jaxrm.runtime.optimizer import OptimizerConfig
-from jaxrm.stages import reward_evaluation, reward_model, sample_pairs, sft, supervised
-from jaxrm.stages.trained import open_checkpoint, open_reward_model
+from jaxrm.sharding.mesh import MeshConfig, build_mesh
+from jaxrm.stages import sample_pairs, sft, supervised
+from jaxrm.stages.reward_model import evaluation as reward_evaluation
+from jaxrm.stages.reward_model import run as reward_model
 
 SMALL = dataclasses.replace(
     models.PRESETS["tiny"], hidden_size=96, intermediate_size=256, num_layers=2, head_dim=24, max_position=192

@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass, field
 
+from jaxrm.algorithms.optimizer import OptimizerConfig
 from jaxrm.errors import UserError
 from jaxrm.models.generate import SamplingConfig
 from jaxrm.ops import kl
-from jaxrm.runtime.mesh import MeshConfig
-from jaxrm.runtime.optimizer import OptimizerConfig
+from jaxrm.sharding.mesh import MeshConfig
 
 
 @dataclass(frozen=True)

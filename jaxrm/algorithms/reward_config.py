@@ -38,8 +38,8 @@ class RewardConfig:
         One's own is ``package.module:function``, see `jaxrm.algorithms.scoring.token_values`.
       model: folder of the reward model's run, for PPO.
       function: in place of a reward model, for rewards that can be verified: ``package.module:name`` of a Python
-        function ``(prompts, responses) -> rewards`` (see `jaxrm.stages.rewards`), or the exact judge of an embedded
-        task, ``task:safety``.
+        function ``(prompts, responses) -> rewards`` (see `jaxrm.stages.rewards.sources`), or the exact judge of an
+        embedded task, ``task:safety``.
         What follows is set by a calibration pass before PPO and read there; a reward model's own evaluation reads
         ``center`` alone.
       scale: ``unit`` gives the sum over a response unit standard deviation over a calibration set; or a number.

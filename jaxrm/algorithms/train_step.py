@@ -9,7 +9,7 @@ import optax
 
 from jaxrm.algorithms import microbatches
 from jaxrm.algorithms.state import TrainState
-from jaxrm.runtime import partition
+from jaxrm.sharding import partition
 
 Metrics = dict[str, jax.Array]
 # (params, batch, key) -> (loss_sum, weight), {name: (sum, weight)}; sums are float32 and not divided.
@@ -31,7 +31,7 @@ def build_train_step(
 
     Args:
       loss_fn: ``(params, batch, key) -> (loss_sum, weight), aux``; aux maps a metric to its own (sum, weight).
-      optimizer: from `jaxrm.runtime.optimizer`.
+      optimizer: from `jaxrm.algorithms.optimizer`.
       state_sharding: pytree of shardings like the state. The state is donated: its buffers are reused. What of the
         optimizer's lies in the memory of the hosts is on the devices only while they update.
       batch_sharding: sharding of the rows of a batch, or a pytree of them.

@@ -96,3 +96,10 @@ def left_padded(row: Row) -> tuple[np.ndarray, np.ndarray]:
     # A stable sort of the mask, False first, moves tokens to the right in their order.
     order = np.argsort(mask, axis=1, kind="stable")
     return np.take_along_axis(row["tokens"], order, axis=1), np.take_along_axis(mask, order, axis=1)
+
+
+def transcript(prompt: Sequence[Message]) -> str:
+    """A prompt as one text to show: that of a single turn, else each turn on a line behind its role."""
+    if len(prompt) == 1:
+        return prompt[0].content
+    return "\n".join(f"{message.role}: {message.content}" for message in prompt)

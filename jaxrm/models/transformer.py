@@ -1,6 +1,6 @@
 """One decoder for the Llama, Mistral, Qwen and Gemma families.
 
-Single-device code: parameters carry the names of their logical axes, and `jaxrm.runtime.partition` alone maps
+Single-device code: parameters carry the names of their logical axes, and `jaxrm.sharding.partition` alone maps
 those to devices. Layers are stacked on a leading axis and scanned, so a model of any depth compiles once; decoding
 alone unrolls them, since a scan would copy the cache of every layer at every token.
 """

@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from jaxrm.config.dicts import differences
 from jaxrm.errors import UserError
-from jaxrm.runtime.config import differences
 from jaxrm.runtime.provenance import describe_devices, git_state, package_versions
 
 OnExisting = Literal["resume", "restart", "error"]

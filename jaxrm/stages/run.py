@@ -14,23 +14,23 @@ def run_stage(config: Experiment) -> int:
 
         return sample_pairs.run(config)
     if config.algorithm in ("seq2seq_rm", "scalar_rm"):
-        from jaxrm.stages import reward_model
+        from jaxrm.stages.reward_model import run as reward_model
 
         return reward_model.run(config)
     if config.algorithm == "ppo":
-        from jaxrm.stages import ppo
+        from jaxrm.stages.ppo import run as ppo
 
         return ppo.run(config)
     if config.algorithm == "dpo":
-        from jaxrm.stages import dpo
+        from jaxrm.stages.dpo import run as dpo
 
         return dpo.run(config)
     if config.algorithm == "best_of_n":
-        from jaxrm.stages import best_of_n
+        from jaxrm.stages.best_of_n import run as best_of_n
 
         return best_of_n.run(config)
     if config.algorithm == "evaluate":
-        from jaxrm.stages import evaluate
+        from jaxrm.stages.evaluate import run as evaluate
 
         return evaluate.run(config)
     raise AssertionError(config.algorithm)  # Experiment refuses other names

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 
+from jaxrm.config import dicts
 from jaxrm.data import tasks
 from jaxrm.data.config import DataConfig
 from jaxrm.data.readers import read_records
@@ -20,14 +21,13 @@ from jaxrm.data.records import PreferenceRecord
 from jaxrm.data.tasks.prompts import prompt_field
 from jaxrm.errors import UserError
 from jaxrm.experiment import MAY_DIFFER, Experiment
-from jaxrm.runtime import config as bridge
-from jaxrm.runtime.mesh import build_mesh
+from jaxrm.inference import sharded_model as setup
+from jaxrm.inference.load import open_checkpoint
+from jaxrm.inference.sampler import Responder, prompt_room
+from jaxrm.inference.weights import LANGUAGE_MODELS, find_checkpoint
 from jaxrm.runtime.progress import Progress, print_table
 from jaxrm.runtime.run_folder import check_run, open_run, write_text_atomically
-from jaxrm.stages import setup
-from jaxrm.stages.responses import Responder, prompt_room
-from jaxrm.stages.trained import open_checkpoint
-from jaxrm.stages.weights import LANGUAGE_MODELS, find_checkpoint
+from jaxrm.sharding.mesh import build_mesh
 
 _ATTEMPTS = 4  # draws of a second response that differs from the first
 
@@ -51,7 +51,7 @@ def run(config: Experiment) -> int:
             "config.model.path is None; pairs are sampled from a policy, so give the folder of a run, "
             "e.g. --config.model.path=runs/quickstart/sft"
         )
-    resolved = bridge.as_dict(config)
+    resolved = dicts.as_dict(config)
     if jax.process_count() > 1:
         raise UserError("sampling pairs of an embedded task is the work of one process; run it on one host")
     check_run(config.run_dir, resolved, on_existing=config.on_existing, may_differ=MAY_DIFFER)

@@ -7,21 +7,23 @@ from typing import Any
 import jax
 
 from jaxrm.algorithms import sft
+from jaxrm.config import dicts
 from jaxrm.data.loader import build_loader, eval_batches, fingerprint, rows_per_epoch
 from jaxrm.data.tokenizer import load_tokenizer
 from jaxrm.experiment import MAY_DIFFER, Experiment
+from jaxrm.inference import sharded_model as setup
+from jaxrm.inference import weights
+from jaxrm.inference.load import keep_model
+from jaxrm.inference.sampler import Responder, answerable, prompt_room
 from jaxrm.models import build
-from jaxrm.runtime import config as bridge
-from jaxrm.runtime import partition
-from jaxrm.runtime.mesh import batch_shards, batch_share, build_mesh, check_batch, check_row_length
 from jaxrm.runtime.preemption import EXIT_PREEMPTED
 from jaxrm.runtime.progress import print_table
 from jaxrm.runtime.run_folder import check_run, open_run
-from jaxrm.stages import setup, supervised, weights
-from jaxrm.stages.closing import print_held_out
-from jaxrm.stages.demonstrations import load_demonstrations
-from jaxrm.stages.responses import Responder, answerable, prompt_room
-from jaxrm.stages.trained import keep_model
+from jaxrm.sharding import partition
+from jaxrm.sharding.mesh import batch_shards, batch_share, build_mesh, check_batch, check_row_length
+from jaxrm.stages import supervised
+from jaxrm.stages.inputs.demonstrations import load_demonstrations
+from jaxrm.stages.report import print_held_out
 from jaxrm.types import TokenBatch
 
 
@@ -43,7 +45,7 @@ def run(config: Experiment) -> int:
     build.check_length(model.config, "config.data.max_length", config.data.max_length)
     sampling = config.evaluation.sampling
     room = prompt_room(model.config, sampling, "config.evaluation.sampling.max_new_tokens")
-    resolved = bridge.as_dict(config)
+    resolved = dicts.as_dict(config)
     if jax.process_count() == 1:  # several must refuse together, which only `open_run` sees to
         check_run(config.run_dir, resolved, on_existing=config.on_existing, may_differ=MAY_DIFFER)
     is_writer = jax.process_index() == 0

@@ -7,23 +7,24 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxrm.algorithms import evaluation, supervised, train_step
+from jaxrm.algorithms import eval_step as evaluation
+from jaxrm.algorithms import supervised, train_step
+from jaxrm.algorithms.optimizer import build_optimizer, learning_rate
 from jaxrm.algorithms.state import TrainState, create
 from jaxrm.algorithms.train_step import LossFn
+from jaxrm.config import dicts
 from jaxrm.data.loader import BatchIterator
 from jaxrm.experiment import Experiment
+from jaxrm.inference import sharded_model as setup
+from jaxrm.inference.sharded_model import OpenedModel, batch_placer
 from jaxrm.models import flops
-from jaxrm.runtime import config as bridge
-from jaxrm.runtime import partition
 from jaxrm.runtime.checkpoint import Checkpoints, with_shardings
 from jaxrm.runtime.metrics import open_metrics
-from jaxrm.runtime.optimizer import build_optimizer, learning_rate
 from jaxrm.runtime.preemption import catch_signals
 from jaxrm.runtime.progress import Progress
 from jaxrm.runtime.reporter import TrainingReporter
 from jaxrm.runtime.run_folder import RunFolder
-from jaxrm.stages import setup
-from jaxrm.stages.setup import OpenedModel, batch_placer
+from jaxrm.sharding import partition
 
 
 def train(
@@ -45,7 +46,7 @@ def train(
     Args:
       config: the whole config.
       mesh: the devices.
-      model: from `jaxrm.stages.setup.open_model` or `open_scalar_model`.
+      model: from `jaxrm.inference.sharded_model.open_model` or `open_scalar_model`.
       first_params: draws or reads the first parameters, given a key.
       loss_fn: what to minimize.
       batch_type: the batch that it takes, of `jaxrm.types`.
@@ -72,7 +73,7 @@ def train(
     first = int(state.step)
     shown = folder.is_writer and config.logging.progress
     with (
-        open_metrics(folder, config.logging, after_step=first or None, run_config=bridge.as_dict(config)) as writer,
+        open_metrics(folder, config.logging, after_step=first or None, run_config=dicts.as_dict(config)) as writer,
         Progress("train", num_steps, done=first, enabled=shown) as progress,
         catch_signals() as stop,
     ):

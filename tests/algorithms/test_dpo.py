@@ -12,6 +12,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxrm.algorithms.dpo import DPOBatch, DPOConfig, pair_log_probs, policy_loss
+from jaxrm.algorithms.optimizer import OptimizerConfig, build_optimizer
 from jaxrm.algorithms.state import TrainState, create
 from jaxrm.algorithms.train_step import build_train_step
 from jaxrm.data.packing import build_row, pack
@@ -19,10 +20,9 @@ from jaxrm.errors import UserError
 from jaxrm.models import build
 from jaxrm.models.build import ModelSource
 from jaxrm.models.config import PRESETS
-from jaxrm.runtime import partition
-from jaxrm.runtime.mesh import MeshConfig, build_mesh
-from jaxrm.runtime.optimizer import OptimizerConfig, build_optimizer
-from jaxrm.stages.dpo_pairs import DPOExample, with_reference
+from jaxrm.sharding import partition
+from jaxrm.sharding.mesh import MeshConfig, build_mesh
+from jaxrm.stages.dpo.reference import DPOExample, with_reference
 
 SMALL = dataclasses.replace(
     PRESETS["tiny"], vocab_size=32, hidden_size=32, intermediate_size=64, num_layers=2, head_dim=8

@@ -11,6 +11,7 @@ import pytest
 from flax import nnx
 
 from jaxrm.algorithms import ppo, ppo_loss, scoring
+from jaxrm.algorithms.optimizer import OptimizerConfig
 from jaxrm.algorithms.ppo_config import CriticConfig, PPOConfig, RolloutConfig
 from jaxrm.algorithms.ppo_state import Feedback, PPOBatch, restore, saved_arrays, steps_of
 from jaxrm.algorithms.reward_config import RewardConfig
@@ -18,18 +19,18 @@ from jaxrm.algorithms.rollout import Readings
 from jaxrm.data.config import DataConfig
 from jaxrm.errors import UserError
 from jaxrm.experiment import Experiment
+from jaxrm.inference import sharded_model as setup
+from jaxrm.inference import weights
 from jaxrm.models import heads
 from jaxrm.models.build import ModelSource
 from jaxrm.models.config import PRESETS
 from jaxrm.models.generate import SamplingConfig
 from jaxrm.ops import token_rewards
 from jaxrm.runtime.checkpoint import CheckpointConfig, Checkpoints
-from jaxrm.runtime.mesh import MeshConfig, build_mesh
-from jaxrm.runtime.optimizer import OptimizerConfig
 from jaxrm.runtime.preemption import StopRequest
-from jaxrm.stages import setup, weights
-from jaxrm.stages.critic import zero_head
-from jaxrm.stages.ppo_learner import open_learner
+from jaxrm.sharding.mesh import MeshConfig, build_mesh
+from jaxrm.stages.ppo.critic import zero_head
+from jaxrm.stages.ppo.learner import open_learner
 from jaxrm.types import ResponseBatch, TokenBatch
 
 SMALL = dataclasses.replace(

@@ -11,6 +11,7 @@ import pytest
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jaxrm.algorithms.optimizer import OptimizerConfig, build_optimizer
 from jaxrm.algorithms.scalar_rm import ScalarRMConfig, scalar_rm_loss
 from jaxrm.algorithms.state import TrainState, create
 from jaxrm.algorithms.train_step import build_train_step
@@ -20,9 +21,8 @@ from jaxrm.errors import UserError
 from jaxrm.models import build
 from jaxrm.models.build import ModelSource
 from jaxrm.models.config import PRESETS
-from jaxrm.runtime import partition
-from jaxrm.runtime.mesh import MeshConfig, build_mesh
-from jaxrm.runtime.optimizer import OptimizerConfig, build_optimizer
+from jaxrm.sharding import partition
+from jaxrm.sharding.mesh import MeshConfig, build_mesh
 from jaxrm.types import ComparisonBatch
 
 SMALL = dataclasses.replace(

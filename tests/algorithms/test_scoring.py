@@ -18,8 +18,8 @@ from jaxrm.models.build import ModelSource
 from jaxrm.models.config import PRESETS
 from jaxrm.ops import token_rewards
 from jaxrm.ops.vocab import TokenStatistics
-from jaxrm.runtime import partition
-from jaxrm.runtime.mesh import MeshConfig, build_mesh
+from jaxrm.sharding import partition
+from jaxrm.sharding.mesh import MeshConfig, build_mesh
 from jaxrm.types import ResponseBatch
 
 SOURCE = ModelSource(preset="tiny")

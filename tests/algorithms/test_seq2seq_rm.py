@@ -12,18 +12,18 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from jaxrm.algorithms.optimizer import OptimizerConfig, build_optimizer
 from jaxrm.algorithms.seq2seq_rm import seq2seq_rm_loss
 from jaxrm.algorithms.state import create
 from jaxrm.algorithms.train_step import build_train_step
 from jaxrm.data.examples import MappingExample
 from jaxrm.data.packing import build_row, pack
+from jaxrm.inference.sharded_model import open_model, state_shardings
 from jaxrm.models import build
 from jaxrm.models.build import ModelSource
 from jaxrm.models.config import PRESETS
-from jaxrm.runtime import partition
-from jaxrm.runtime.mesh import MeshConfig, build_mesh
-from jaxrm.runtime.optimizer import OptimizerConfig, build_optimizer
-from jaxrm.stages.setup import open_model, state_shardings
+from jaxrm.sharding import partition
+from jaxrm.sharding.mesh import MeshConfig, build_mesh
 from jaxrm.types import MappingBatch
 
 SMALL = dataclasses.replace(

@@ -14,20 +14,20 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from jaxrm.algorithms import sft
+from jaxrm.algorithms.optimizer import OptimizerConfig, build_optimizer, decay_mask, learning_rate
 from jaxrm.algorithms.state import TrainState, create
 from jaxrm.algorithms.train_step import build_train_step
+from jaxrm.config.dicts import differences
 from jaxrm.errors import UserError
 from jaxrm.experiment import MAY_DIFFER, Experiment
+from jaxrm.inference.sharded_model import open_model, row_multiple, state_shardings
 from jaxrm.models import attention, build
 from jaxrm.models.build import ModelSource
 from jaxrm.models.config import PRESETS
-from jaxrm.runtime import partition
+from jaxrm.planning.traffic import traffic
 from jaxrm.runtime.checkpoint import Checkpoints, with_shardings
-from jaxrm.runtime.compiled_cost import traffic
-from jaxrm.runtime.config import differences
-from jaxrm.runtime.mesh import MeshConfig, build_mesh, check_batch, check_row_length
-from jaxrm.runtime.optimizer import OptimizerConfig, build_optimizer, decay_mask, learning_rate
-from jaxrm.stages.setup import open_model, row_multiple, state_shardings
+from jaxrm.sharding import partition
+from jaxrm.sharding.mesh import MeshConfig, build_mesh, check_batch, check_row_length
 from jaxrm.types import TokenBatch
 
 SMALL = dataclasses.replace(

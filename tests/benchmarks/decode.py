@@ -18,12 +18,12 @@ import jax
 import numpy as np
 from flax import nnx
 
+from jaxrm.inference.sharded_model import open_model
 from jaxrm.models import build
 from jaxrm.models.build import ModelSource
 from jaxrm.models.config import ModelConfig, preset
 from jaxrm.models.generate import SamplingConfig, generate
-from jaxrm.runtime.mesh import MeshConfig, build_mesh
-from jaxrm.stages.setup import open_model
+from jaxrm.sharding.mesh import MeshConfig, build_mesh
 
 PAD = 0
 Side = Callable[[], np.ndarray]  # sampled tokens [B, T]

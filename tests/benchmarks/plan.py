@@ -20,12 +20,12 @@ from jaxrm.experiment import Experiment
 from jaxrm.models.build import ModelSource
 from jaxrm.models.config import preset
 from jaxrm.models.flops import training_flops_per_token
+from jaxrm.planning.cost import planned
+from jaxrm.planning.flops import matmul_flops
+from jaxrm.planning.programs import programs_of
+from jaxrm.planning.topology import GIB, Topology
 from jaxrm.runtime.hardware import device_memory
-from jaxrm.runtime.mesh import build_mesh
-from jaxrm.runtime.topology import GIB, Topology
-from jaxrm.runtime.traced_cost import matmul_flops
-from jaxrm.stages.planning import planned
-from jaxrm.stages.programs import programs_of
+from jaxrm.sharding.mesh import build_mesh
 
 
 def resident_bytes(*, peak: bool) -> int:

@@ -23,22 +23,23 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrm.algorithms import ppo, scoring
+from jaxrm.algorithms.optimizer import OptimizerConfig
 from jaxrm.algorithms.ppo_config import CriticConfig, PPOConfig, RolloutConfig
 from jaxrm.algorithms.reward_config import RewardConfig
 from jaxrm.data.config import DataConfig
 from jaxrm.experiment import Experiment
+from jaxrm.inference import sharded_model as setup
+from jaxrm.inference import weights
 from jaxrm.models import heads
 from jaxrm.models.build import ModelSource, init_scalar_head
 from jaxrm.models.config import preset
 from jaxrm.models.generate import SamplingConfig
 from jaxrm.runtime.checkpoint import Checkpoints
-from jaxrm.runtime.mesh import MeshConfig, build_mesh
 from jaxrm.runtime.metrics import PHASES
-from jaxrm.runtime.optimizer import OptimizerConfig
 from jaxrm.runtime.preemption import StopRequest
-from jaxrm.stages import setup, weights
-from jaxrm.stages.critic import zero_head
-from jaxrm.stages.ppo_learner import open_learner
+from jaxrm.sharding.mesh import MeshConfig, build_mesh
+from jaxrm.stages.ppo.critic import zero_head
+from jaxrm.stages.ppo.learner import open_learner
 
 SMALL = {
     "hidden_size": 96,

@@ -17,9 +17,9 @@ import json
 import math
 from pathlib import Path
 
+from jaxrm.config import dicts
 from jaxrm.evaluation.win_rate import difference_interval
 from jaxrm.experiment import Experiment
-from jaxrm.runtime import config as bridge
 from jaxrm.runtime.progress import Progress, print_table
 from jaxrm.stages.run import run_stage
 
@@ -64,7 +64,7 @@ def main() -> None:
 
 def repeated(study: Path, final: Path, change: str) -> Experiment:
     """A final run of a study with one field of ``config.reward`` changed."""
-    config = bridge.from_config_dict(Experiment, json.loads((final / "run.json").read_text())["config"])
+    config = dicts.from_config_dict(Experiment, json.loads((final / "run.json").read_text())["config"])
     field, _, text = change.partition("=")
     try:
         value: float | str = float(text)

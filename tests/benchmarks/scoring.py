@@ -21,12 +21,12 @@ import numpy as np
 from flax import nnx
 
 from jaxrm.algorithms import scoring
+from jaxrm.inference.sharded_model import open_model, row_multiple
 from jaxrm.models import build
 from jaxrm.models.build import ModelSource
 from jaxrm.models.generate import SamplingConfig, generate
 from jaxrm.ops import token_rewards
-from jaxrm.runtime.mesh import MeshConfig, build_mesh
-from jaxrm.stages.setup import open_model, row_multiple
+from jaxrm.sharding.mesh import MeshConfig, build_mesh
 from jaxrm.types import ResponseBatch
 
 REQUEST = 24  # tokens that ask for the correction, in a chat template

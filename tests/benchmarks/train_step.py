@@ -64,14 +64,14 @@ def run_jaxrm(rows: int, length: int, steps: int, remat: str) -> list[float]:
     import numpy as np
 
     from jaxrm.algorithms import sft
+    from jaxrm.algorithms.optimizer import OptimizerConfig, build_optimizer
     from jaxrm.algorithms.state import create
     from jaxrm.algorithms.train_step import build_train_step
+    from jaxrm.inference.sharded_model import open_model
     from jaxrm.models import build
     from jaxrm.models.build import ModelSource
-    from jaxrm.runtime.mesh import MeshConfig, build_mesh
-    from jaxrm.runtime.optimizer import OptimizerConfig, build_optimizer
-    from jaxrm.runtime.partition import batch_sharding
-    from jaxrm.stages.setup import open_model
+    from jaxrm.sharding.mesh import MeshConfig, build_mesh
+    from jaxrm.sharding.partition import batch_sharding
     from jaxrm.types import TokenBatch
 
     source = ModelSource(preset="smollm2-135m", remat=remat)

@@ -12,10 +12,12 @@ import pytest
 
 from jaxrm.data import tasks
 from jaxrm.data.records import Message
-from jaxrm.data.tasks import TASKS, safety, safety_judge, write_task
+from jaxrm.data.tasks import TASKS, write_task
 from jaxrm.data.tasks.files import write_text
-from jaxrm.data.tasks.safety import Answer, Imperfection, Refusal, Request
-from jaxrm.data.tasks.safety_words import (
+from jaxrm.data.tasks.safety import judge as safety_judge
+from jaxrm.data.tasks.safety import task as safety
+from jaxrm.data.tasks.safety.task import Answer, Imperfection, Refusal, Request
+from jaxrm.data.tasks.safety.words import (
     ADVERBS,
     CLOSING_ACTS,
     CONTACTS,

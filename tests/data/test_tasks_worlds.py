@@ -10,7 +10,12 @@ import pytest
 
 from jaxrm.data import tasks
 from jaxrm.data.records import Message
-from jaxrm.data.tasks import dialogue, dialogue_judge, safety, safety_judge, summarize, summarize_judge
+from jaxrm.data.tasks.dialogue import judge as dialogue_judge
+from jaxrm.data.tasks.dialogue import task as dialogue
+from jaxrm.data.tasks.safety import judge as safety_judge
+from jaxrm.data.tasks.safety import task as safety
+from jaxrm.data.tasks.summarize import judge as summarize_judge
+from jaxrm.data.tasks.summarize import task as summarize
 from jaxrm.errors import UserError
 
 SIZES = {"heldout": 512, "prompts": 1024, "pairs": 2000, "selection": 256, "test": 512, "test_ood": 512}

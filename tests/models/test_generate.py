@@ -11,12 +11,12 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 from jaxrm.errors import UserError
+from jaxrm.inference.sharded_model import open_model
 from jaxrm.models.build import ModelSource
 from jaxrm.models.config import PRESETS
 from jaxrm.models.generate import SamplingConfig, check_on_policy, generate, sample
 from jaxrm.models.transformer import Decoder, positions_from_mask
-from jaxrm.runtime.mesh import MeshConfig, build_mesh
-from jaxrm.stages.setup import open_model
+from jaxrm.sharding.mesh import MeshConfig, build_mesh
 
 TINY = dataclasses.replace(
     PRESETS["tiny"], vocab_size=61, hidden_size=32, intermediate_size=48, num_layers=2, head_dim=8

@@ -13,8 +13,8 @@ from jaxrm.models import build, heads
 from jaxrm.models.build import ModelSource
 from jaxrm.models.config import PRESETS
 from jaxrm.models.transformer import Decoder
-from jaxrm.runtime import partition
-from jaxrm.runtime.mesh import MeshConfig, build_mesh
+from jaxrm.sharding import partition
+from jaxrm.sharding.mesh import MeshConfig, build_mesh
 
 TINY = dataclasses.replace(
     PRESETS["tiny"], vocab_size=32, hidden_size=32, intermediate_size=48, num_layers=2, head_dim=8

@@ -23,10 +23,11 @@ from jaxrm.errors import UserError
 from jaxrm.experiment import EvaluationConfig, Experiment
 from jaxrm.models.build import ModelSource
 from jaxrm.models.generate import SamplingConfig
-from jaxrm.runtime.mesh import MeshConfig
 from jaxrm.runtime.metrics import LoggingConfig
 from jaxrm.runtime.preemption import EXIT_PREEMPTED
-from jaxrm.stages import best_of_n, sft
+from jaxrm.sharding.mesh import MeshConfig
+from jaxrm.stages import sft
+from jaxrm.stages.best_of_n import run as best_of_n
 
 COUNT, N = 20, 3
 

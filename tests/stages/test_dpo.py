@@ -8,19 +8,22 @@ import numpy as np
 import pytest
 
 from jaxrm.algorithms.dpo import DPOConfig
+from jaxrm.algorithms.optimizer import OptimizerConfig
 from jaxrm.data.config import DataConfig
 from jaxrm.errors import UserError
 from jaxrm.experiment import EvaluationConfig, Experiment
+from jaxrm.inference import weights
+from jaxrm.inference.load import open_checkpoint
 from jaxrm.models.build import ModelSource
 from jaxrm.models.generate import SamplingConfig
 from jaxrm.runtime.checkpoint import CheckpointConfig
-from jaxrm.runtime.mesh import MeshConfig, build_mesh
 from jaxrm.runtime.metrics import WALL_CLOCK, LoggingConfig, read_rows
-from jaxrm.runtime.optimizer import OptimizerConfig
 from jaxrm.runtime.preemption import EXIT_PREEMPTED
-from jaxrm.stages import dpo, dpo_pairs, supervised, weights
-from jaxrm.stages.dpo_pairs import kept_reference
-from jaxrm.stages.trained import open_checkpoint
+from jaxrm.sharding.mesh import MeshConfig, build_mesh
+from jaxrm.stages import supervised
+from jaxrm.stages.dpo import reference as dpo_pairs
+from jaxrm.stages.dpo import run as dpo
+from jaxrm.stages.dpo.reference import kept_reference
 
 STEPS = 4
 

@@ -10,7 +10,7 @@ from jaxrm.errors import UserError
 from jaxrm.experiment import AnswersConfig, Experiment
 from jaxrm.models.build import ModelSource
 from jaxrm.models.generate import SamplingConfig
-from jaxrm.stages import evaluate
+from jaxrm.stages.evaluate import run as evaluate
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ def test_answers_are_checked_by_field(field, value, word):
 
 
 def test_a_split_that_a_task_has_not_is_named(config):
-    from jaxrm.stages import setup
+    from jaxrm.inference import sharded_model as setup
 
     data = dataclasses.replace(config.data, eval_split="validation")
     has = r"config.data.eval_split is 'validation'; task:safety has train, heldout"

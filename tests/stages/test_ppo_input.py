@@ -16,9 +16,9 @@ from jaxrm.errors import UserError
 from jaxrm.experiment import EvaluationConfig, Experiment
 from jaxrm.models.build import ModelSource
 from jaxrm.models.generate import SamplingConfig
-from jaxrm.runtime.mesh import MeshConfig
 from jaxrm.runtime.metrics import LoggingConfig
-from jaxrm.stages import ppo
+from jaxrm.sharding.mesh import MeshConfig
+from jaxrm.stages.ppo import run as ppo
 
 
 def swap_two_words(tokenizer_folder):

@@ -9,7 +9,7 @@ import pytest
 from jaxrm.runtime.metrics import PHASES, LoggingConfig, open_metrics, read_rows
 from jaxrm.runtime.progress import Progress
 from jaxrm.runtime.run_folder import RunFolder
-from jaxrm.stages.ppo_report import PPOReporter, closing_report, warnings
+from jaxrm.stages.ppo.report import PPOReporter, closing_report, warnings
 
 HEALTHY = {
     "reward": 0.5,

@@ -12,8 +12,8 @@ from jaxrm.data.records import Message
 from jaxrm.data.templates import encode_prompt
 from jaxrm.data.tokenizer import load_tokenizer
 from jaxrm.errors import UserError
-from jaxrm.runtime.mesh import MeshConfig, build_mesh
-from jaxrm.stages.prompts import fixed_batches, load_prompts, prompt_loader, prompt_placer, prompt_width
+from jaxrm.sharding.mesh import MeshConfig, build_mesh
+from jaxrm.stages.inputs.prompts import fixed_batches, load_prompts, prompt_loader, prompt_placer, prompt_width
 
 
 @pytest.fixture(scope="module")

@@ -7,8 +7,8 @@ import pytest
 
 from jaxrm.data.pairs import TokenPair
 from jaxrm.errors import UserError
-from jaxrm.runtime.mesh import MeshConfig, build_mesh
-from jaxrm.stages.reward_evaluation import HeldOutPairs, metrics, with_centered, with_length_residual
+from jaxrm.sharding.mesh import MeshConfig, build_mesh
+from jaxrm.stages.reward_model.evaluation import HeldOutPairs, metrics, with_centered, with_length_residual
 
 ONE = MeshConfig(1, 1, 1)
 

@@ -14,14 +14,14 @@ from jaxrm.algorithms import scoring
 from jaxrm.algorithms.reward_config import SCALAR_KINDS, SEQ2SEQ_KINDS
 from jaxrm.data.pairs import correction_request
 from jaxrm.data.records import Message
-from jaxrm.data.tasks.safety import ideal_response, parse_request
+from jaxrm.data.tasks.safety.task import ideal_response, parse_request
 from jaxrm.data.templates import end_ids
 from jaxrm.data.tokenizer import load_tokenizer
 from jaxrm.errors import UserError
+from jaxrm.inference.load import open_reward_model
 from jaxrm.ops import token_rewards
-from jaxrm.runtime.mesh import MeshConfig, build_mesh
-from jaxrm.stages.rewards import calibrate, check_reward_model, function_source, model_source, open_function
-from jaxrm.stages.trained import open_reward_model
+from jaxrm.sharding.mesh import MeshConfig, build_mesh
+from jaxrm.stages.rewards.sources import calibrate, check_reward_model, function_source, model_source, open_function
 from jaxrm.types import ResponseBatch, TokenRewards
 
 END = 9

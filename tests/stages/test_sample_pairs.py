@@ -11,7 +11,7 @@ import pytest
 from jaxrm.data import tasks
 from jaxrm.data.config import DataConfig
 from jaxrm.data.records import Message
-from jaxrm.data.tasks.safety import ideal_response, parse_request
+from jaxrm.data.tasks.safety.task import ideal_response, parse_request
 from jaxrm.errors import UserError
 from jaxrm.experiment import Experiment, PairsConfig
 from jaxrm.models.build import ModelSource

@@ -54,15 +54,15 @@ def write_task(name: str, folder: str | Path, *, seed: int) -> None:
     """
     _check_known(name)
     if name == "safety":
-        from jaxrm.data.tasks import safety
+        from jaxrm.data.tasks.safety import task as safety
 
         safety.write(Path(folder), seed=seed)
     elif name == "summarize":
-        from jaxrm.data.tasks import summarize
+        from jaxrm.data.tasks.summarize import task as summarize
 
         summarize.write(Path(folder), seed=seed)
     else:
-        from jaxrm.data.tasks import dialogue_files
+        from jaxrm.data.tasks.dialogue import files as dialogue_files
 
         dialogue_files.write(Path(folder), seed=seed)
 
@@ -153,14 +153,14 @@ def _shown(text: str) -> str:
 
 def _judge_module(name: str) -> ModuleType:
     if name == "safety":
-        from jaxrm.data.tasks import safety_judge
+        from jaxrm.data.tasks.safety import judge as safety_judge
 
         return safety_judge
     if name == "summarize":
-        from jaxrm.data.tasks import summarize_judge
+        from jaxrm.data.tasks.summarize import judge as summarize_judge
 
         return summarize_judge
-    from jaxrm.data.tasks import dialogue_judge
+    from jaxrm.data.tasks.dialogue import judge as dialogue_judge
 
     return dialogue_judge
 

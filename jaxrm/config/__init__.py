@@ -1,0 +1,1 @@
+"""What a config is: fields, files, command lines."""

@@ -1,0 +1,258 @@
+"""What every command of jaxrm shares: the config file, overrides of its fields, flags, and errors in one
+line.
+
+    python -m jaxrm.train --config=configs/quickstart.py --config.optimizer.lr=3e-6
+
+The grammar is that of ml_collections' ``config_flags`` on absl flags: ``--config=file.py[:argument]`` names a
+Python file whose ``get_config([argument])`` returns the ``ConfigDict`` form of the config, and
+``--config.section.field=value`` overrides one field (``--noconfig.section.field`` switches off a boolean).
+Here the frozen dataclasses say what a field may hold, so that a value is judged by its field's type, an
+absent section is made by naming one of its fields, ``None`` can be typed, and every mistake is answered in
+one line.
+
+Exit status: what ``main`` returns (0 for None), 2 for a user's mistake, 130 for Ctrl-C.
+"""
+
+import logging
+import os
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+from absl import flags
+from ml_collections import ConfigDict
+
+from jaxrm.config import dicts
+from jaxrm.config import fields as config_fields
+from jaxrm.config.files import load_config_file
+from jaxrm.errors import UserError
+
+Config = TypeVar("Config")
+
+EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130
+_HELP = {"--help", "-help", "-h", "--helpfull", "--helpshort"}
+
+
+def run(
+    main: Callable[[Config, flags.FlagValues], int | None],
+    config_class: type[Config] | None = None,
+    *,
+    define_flags: Callable[[flags.FlagValues], None] | None = None,
+    config_required: bool = True,
+    config_class_of: Callable[[ConfigDict], type[Config]] | None = None,
+    flag_of_field: Mapping[str, str] | None = None,
+    argv: Sequence[str] | None = None,
+) -> int:
+    """Parse the command line, call ``main(config, flags)`` and return the exit status.
+
+    A command line ends with ``sys.exit(command_line.run(main, Experiment))``.
+
+    Args:
+        main: the command. It receives the frozen config (None if there is none) and the parsed flags; what it
+            returns is the exit status, None meaning 0. A `UserError` that it raises becomes one line on
+            stderr and status 2; any other exception is ours and keeps its traceback.
+        config_class: the frozen dataclass at the top of the config; None for a command without ``--config``.
+        define_flags: defines the command's own flags on the values that it is given, as in
+            ``flags.DEFINE_string("prompt", None, "the text to answer", flag_values=values)``.
+        config_required: whether leaving out ``--config`` is a mistake; if not, `main` receives None.
+        config_class_of: for a command whose config has more than one form: the frozen dataclass of what the config
+            file gave; `config_class` is that of the form that most files have.
+        flag_of_field: for a command without ``--config``, which flag of its own stands for which field of the
+            config, ``{"config.data.path": "input"}``, since messages name fields.
+        argv: the command line, program name first; ``sys.argv`` by default.
+    """
+    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax and others explain themselves through it
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that there is no torch is no news here
+    arguments = list(sys.argv if argv is None else argv)
+    values = flags.FlagValues()
+    if define_flags is not None:
+        define_flags(values)
+    try:
+        wants_help = not _HELP.isdisjoint(arguments)
+        loaded = None
+        if config_class is not None and (wants_help or config_class_of is not None):
+            path = _config_path(arguments)
+            loaded = None if path is None else _Loaded(path, *load_config_file(path, config_class))
+            if loaded is not None and config_class_of is not None:
+                config_class = config_class_of(loaded.config)
+        if wants_help:
+            print(_help(main, config_class, values, loaded, config_required))
+            return 0
+        overrides = _parse(arguments, config_class, values)
+        config = None
+        if config_class is not None:
+            if loaded is None and values.config is not None:
+                loaded = _Loaded(values.config, *load_config_file(values.config, config_class))
+            config = _read(loaded, overrides, config_class, config_required)
+        return main(config, values) or 0  # type: ignore[arg-type]  # None only where it is not required
+    except UserError as error:
+        message = str(error)
+        for field, flag in (flag_of_field or {}).items():
+            message = re.sub(rf"(--)?\b{re.escape(field)}\b", f"--{flag}", message)
+        return _say(f"error: {message}", EXIT_USER_ERROR)
+    except KeyboardInterrupt:
+        return _say("interrupted", EXIT_INTERRUPTED)
+
+
+def check_output_file(flag: str, path: str, example: str) -> Path:
+    """Where a command may write a file that a flag names.
+
+    Raises:
+      UserError: where it is a folder, or in none that can be written to.
+    """
+    target = Path(path).expanduser()
+    folder = target.parent
+    reason = None
+    if target.is_dir():
+        reason = "is a folder"
+    elif not folder.is_dir():
+        reason = f"cannot be written, since {folder} is no such folder"
+    elif not os.access(folder, os.W_OK):
+        reason = f"cannot be written, since there is no permission to write in {folder}"
+    if reason is not None:
+        raise UserError(f"{flag} is {path!r}, which {reason}; give a file, e.g. {flag}={example}")
+    return target
+
+
+def _say(message: str, status: int) -> int:
+    print(f"jaxrm: {' '.join(message.splitlines())}", file=sys.stderr)
+    return status
+
+
+class _Loaded(NamedTuple):
+    """A config file that has been run: its path, what it gave, and its docstring."""
+
+    path: str
+    config: ConfigDict
+    docstring: str | None
+
+
+def _config_path(arguments: list[str]) -> str | None:
+    """What ``--config`` names; None where it is absent, or the line too mistaken to tell, which `_parse` reports."""
+    only_config = flags.FlagValues()
+    flags.DEFINE_string("config", None, "the config file", flag_values=only_config)
+    only_config.set_gnu_getopt(True)
+    try:
+        only_config(arguments, known_only=True)
+    except flags.Error:
+        return None
+    return only_config.config
+
+
+def _parse(arguments: list[str], config_class: type | None, values: flags.FlagValues) -> dict[str, str]:
+    """Parse the whole command line: own flags land in `values`, overrides are returned as text by name."""
+    overrides: dict[str, str] = {}
+    names = config_fields.field_names(config_class) if config_class is not None else {}
+    if config_class is not None:
+        flags.DEFINE_string("config", None, "the config file", flag_values=values)
+    for name, annotation in names.items():
+        flags.DEFINE_flag(_Override(name, annotation, overrides), values)
+    values.set_gnu_getopt(True)  # flags may follow a stray word, which is reported below
+    try:
+        rest = values(arguments)[1:]
+    except flags.UnrecognizedFlagError as error:
+        raise _unknown_flag(error.flagname.split("=")[0], values) from None
+    except (flags.Error, ValueError) as error:
+        raise _wrong_flag(str(error), values) from None
+    if rest:
+        raise UserError(f"{rest[0]!r} stands alone on the command line; flags are written --name=value")
+    return overrides
+
+
+def _unknown_flag(name: str, values: flags.FlagValues) -> UserError:
+    fields = [known for known in values if known.startswith("config.")]
+    if fields and re.match(r"(no)?config\.", name):
+        return config_fields.unknown_field(name.removeprefix("no"), fields)
+    own = [f"--{known}" for known in values if known not in fields]
+    advice = config_fields.did_you_mean(f"--{name}", own)
+    advice = advice or config_fields.did_you_mean(f"--config.{name}", [f"--{field}" for field in fields])
+    return UserError(f"--{name} is no flag of this command; {advice or '--help lists the flags'}")
+
+
+def _wrong_flag(message: str, values: flags.FlagValues) -> UserError:
+    """Absl's message about a flag's value in our form."""
+    match = re.match(r"flag --(.+?)=(.*?): (.*)$", message, re.DOTALL)
+    if match is None or match[1] not in values:
+        return UserError(f"{message}; flags are written --name=value")
+    flag = values[match[1]]
+    if flag.value is None and match[2] == "None":
+        return UserError(f"--{flag.name} is missing; required {flag.help}")
+    required = f"required {flag.parser.syntactic_help}" if flag.parser.syntactic_help else match[3]
+    good = flag.default
+    if isinstance(flag.parser, flags.EnumParser):
+        required, good = f"use one of {', '.join(flag.parser.enum_values)}", good or flag.parser.enum_values[0]
+    example = "" if good is None else f"; e.g. --{flag.name}={config_fields.as_text(good)}"
+    return UserError(f"--{flag.name} is {match[2]!r}; {required}{example}")
+
+
+class _Override(flags.Flag):
+    """``--config.section.field=text``: kept as text until the config file's own values are known."""
+
+    def __init__(self, name: str, annotation: Any, overrides: dict[str, str]) -> None:
+        super().__init__(flags.ArgumentParser(), None, name, None, "a field of the config")
+        self.boolean = bool in config_fields.kinds_of(annotation)
+        self._overrides = overrides
+
+    def parse(self, argument: str) -> None:
+        super().parse(argument)
+        self._overrides.pop(self.name, None)  # the last one counts, and stands last
+        self._overrides[self.name] = argument
+
+
+def _read(
+    loaded: _Loaded | None, overrides: dict[str, str], config_class: type[Config], required: bool
+) -> Config | None:
+    """The frozen tree of the config file with the overrides in place."""
+    if loaded is None:
+        if required:
+            raise UserError("--config is missing; required a config file; e.g. --config=configs/quickstart.py")
+        if overrides:
+            raise UserError(f"--{next(iter(overrides))} overrides nothing; give its file too, --config=configs/….py")
+        return None
+    config = loaded.config
+    names = config_fields.field_names(config_class)
+    for name, text in overrides.items():
+        *sections, last = name.split(".")[1:]
+        holder = config
+        for section in sections:
+            if not isinstance(holder.get(section), ConfigDict):
+                _assign(holder, section, ConfigDict())
+            holder = holder[section]
+        _assign(holder, last, dicts.parse_text(text, names[name], name, example=holder.get(last)))
+    return dicts.from_config_dict(config_class, config)
+
+
+def _assign(holder: ConfigDict, name: str, value: Any) -> None:
+    """Assign whatever the file's own value was; `from_config_dict` judges by the field's type."""
+    with holder.ignore_type(), holder.unlocked():
+        holder[name] = value
+
+
+def _help(
+    main: Callable, config_class: type | None, values: flags.FlagValues, loaded: _Loaded | None, config_required: bool
+) -> str:
+    """Usage, the command's flags, and the fields of the config with the values of the file, if one is given."""
+    spec = getattr(sys.modules.get("__main__"), "__spec__", None)
+    name = spec.name if spec is not None and spec.name.startswith("jaxrm.") else "jaxrm.…"
+    usage = " --config=configs/….py [--config.section.field=value …]" if config_class is not None else ""
+    usage = usage if config_required or not usage else f" [{usage.strip()}]"
+    lines = [f"usage: python -m {name}{usage}{' [flags]' if len(values) else ''}"]
+    lines += ["", *(sys.modules[main.__module__].__doc__ or "").strip().splitlines()]
+    if len(values):
+        lines += ["", "Flags:"]
+        lines += [f"  --{n}={config_fields.as_text(values[n].default)}  {values[n].help}" for n in values]
+    if config_class is None:
+        return "\n".join(lines)
+    if loaded is None and not config_required:
+        return "\n".join([*lines, "", "--config=configs/….py --help lists the fields of the config too."])
+    config, whose = None, "their defaults"
+    if loaded is not None:
+        config = loaded.config
+        lines += ["", f"{loaded.path}:", *(f"  {line}" for line in (loaded.docstring or "").strip().splitlines())]
+        whose = f"the values of {loaded.path}"
+    lines += ["", f"Fields of the config, with {whose}:"]
+    lines += [f"  --{line}" for line in config_fields.describe(config_class, config)]
+    return "\n".join(lines)

@@ -1,0 +1,224 @@
+"""The bridge between frozen dataclasses (inside) and ml_collections' ``ConfigDict`` (at the command line).
+
+The dataclass alone says what a field may hold: a ``ConfigDict`` and the text of a command line are both
+checked against its annotations, which may be strings (``from __future__ import annotations``).
+`config_fields` says which types a field may have.
+"""
+
+import dataclasses
+import math
+import re
+import typing
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal, TypeVar
+
+from ml_collections import ConfigDict, config_dict
+
+from jaxrm.config import fields
+from jaxrm.errors import UserError
+
+Tree = TypeVar("Tree")
+
+ABSENT = "(absent)"  # how `differences` shows a field that only the other config has
+_NOTHING = object()
+_BOOLEANS = {
+    "true": True,
+    "t": True,
+    "1": True,
+    "false": False,
+    "f": False,
+    "0": False,
+}  # as absl spells them
+
+
+def to_config_dict(tree: Any) -> ConfigDict:
+    """Return the ``ConfigDict`` form of a tree of frozen dataclasses.
+
+    A section becomes a nested ``ConfigDict``. A field that may be None and is None becomes a placeholder of
+    its type, so that it can be assigned later; an ``int`` in a ``float`` field becomes a ``float``.
+    """
+    values: dict[str, Any] = {}
+    for name, annotation in fields.annotations_of(type(tree)).items():
+        value, kinds = getattr(tree, name), fields.kinds_of(annotation)
+        if fields.is_section(type(value)):
+            values[name] = to_config_dict(value)
+        elif isinstance(value, tuple):
+            values[name] = tuple(to_config_dict(v) if fields.is_section(type(v)) else v for v in value)
+        elif value is None:
+            values[name] = config_dict.placeholder(_placeholder_type(kinds))
+        else:
+            values[name] = float(value) if type(value) is int and kinds[0] is float else value
+    return ConfigDict(values)
+
+
+def from_config_dict(
+    cls: type[Tree], config: Mapping[str, Any] | ConfigDict, where: str = "config", *, root: str = "config"
+) -> Tree:
+    """Rebuild the frozen tree `cls` from its ``ConfigDict`` (or plain dict) form.
+
+    Fields that `config` lacks take their defaults. The sections' own ``__post_init__`` checks run.
+
+    Args:
+        cls: a frozen dataclass.
+        config: values by field name; sections are nested mappings.
+        where: the dotted name of `config` in messages.
+        root: the dotted name of the whole config that it belongs to, which checks in ``__post_init__`` call
+            ``config``.
+
+    Raises:
+        UserError: an unknown field, a value of the wrong type, or a required field that is missing; and
+        whatever
+            the checks in ``__post_init__`` raise.
+    """
+    annotations = fields.annotations_of(cls)
+    given: dict[str, Any] = {str(name): config[name] for name in config}
+    for name in given:
+        if name not in annotations:
+            raise fields.unknown_field(f"{where}.{name}", fields.field_names(cls, where))
+    values: dict[str, Any] = {}
+    for field in dataclasses.fields(typing.cast(Any, cls)):
+        name, annotation = f"{where}.{field.name}", annotations[field.name]
+        if field.name in given:
+            inside = name if field.metadata == fields.WHOLE else root
+            values[field.name] = _checked(given[field.name], annotation, name, field.default, root=inside)
+        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            advice = fields.advice_for(annotation, name)
+            raise UserError(f"{name} is missing; required {fields.type_name(annotation)}; {advice}")
+    try:
+        return cls(**values)
+    except UserError as error:
+        raise _placed(error, cls, where, root) from error
+
+
+def parse_text(text: str, annotation: Any, where: str, example: Any = None) -> Any:
+    """Read what was typed on a command line as a value of type `annotation`.
+
+    ``None`` gives None where the field may be None. Tuples are written ``1,2`` or ``(1, 2)``. Booleans are
+    written ``true`` or ``false``.
+
+    Args:
+        text: what stands after ``=``.
+        annotation: the field's type, as `config_fields.field_names` gives it.
+        where: the field's dotted name, for messages.
+        example: a good value, such as the default, for messages.
+
+    Raises:
+        UserError: `text` is no such value.
+    """
+    kinds = fields.kinds_of(annotation)
+    if type(None) in kinds and text in ("None", "none", "null"):
+        return None
+    for kind in kinds:
+        if fields.is_section(kind):
+            first = next(iter(fields.field_names(kind, where)))
+            raise UserError(f"{where} is a section, but is given {text!r}; set its fields, e.g. --{first}=…")
+        value = _read(text, kind)
+        if value is not _NOTHING:
+            return _checked(value, annotation, where, example)
+    raise fields.wrong_value(text, annotation, where, example)
+
+
+def as_dict(tree: Any) -> dict[str, Any]:
+    """Return the tree as nested dicts that ``json.dumps(…, allow_nan=False)`` takes.
+
+    Tuples become lists, and infinities the strings ``inf`` and ``-inf``.
+    """
+    return {field.name: _as_json(getattr(tree, field.name)) for field in dataclasses.fields(tree)}
+
+
+def differences(a: Any, b: Any) -> list[tuple[str, Any, Any]]:
+    """List the fields in which two configs differ as (dotted name, value in `a`, value in `b`).
+
+    Either may be a tree or the dict that `as_dict` made of one. A field that one of them lacks is `ABSENT`
+    there. Names have no ``config.`` in front.
+    """
+    left, right = (dict(_flat(t if isinstance(t, Mapping) else as_dict(t))) for t in (a, b))
+    names = [*left, *(name for name in right if name not in left)]
+    pairs = [(name, left.get(name, ABSENT), right.get(name, ABSENT)) for name in names]
+    return [(name, x, y) for name, x, y in pairs if x != y or isinstance(x, bool) != isinstance(y, bool)]
+
+
+def _placeholder_type(kinds: tuple[Any, ...]) -> type:
+    if len(kinds) != 2:  # more than one type beside None
+        return object
+    kind = typing.get_origin(kinds[0]) or kinds[0]
+    if kind is Literal:
+        return type(typing.get_args(kinds[0])[0])
+    return ConfigDict if fields.is_section(kind) else kind
+
+
+def _checked(value: Any, annotation: Any, where: str, example: Any = None, *, root: str = "config") -> Any:
+    """`value` as `annotation` wants it, sections rebuilt; UserError if it is something else."""
+    for kind in fields.kinds_of(annotation):
+        if fields.is_section(kind):
+            if isinstance(value, kind):
+                return value
+            if isinstance(value, Mapping | ConfigDict):
+                return from_config_dict(kind, value, where, root=root)
+        elif typing.get_origin(kind) is tuple:
+            parts = fields.parts_of(kind, len(value)) if isinstance(value, tuple | list) else None
+            if parts is not None:
+                named = [(v, part, f"{where}[{i}]") for i, (v, part) in enumerate(zip(value, parts, strict=True))]
+                return tuple(_checked(*triple, root=root) for triple in named)
+        elif typing.get_origin(kind) is Literal:
+            if value in typing.get_args(kind):
+                return value
+        elif kind is float:
+            if isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value):
+                return float(value)
+        else:
+            assert kind in (bool, int, str, type(None)), f"{where}: configs cannot hold {kind}"
+            if isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
+                return value
+    raise fields.wrong_value(value, annotation, where, example)
+
+
+def _placed(error: UserError, cls: Any, where: str, root: str) -> UserError:
+    """The error of a check with its place: a section that may stand in several places names its fields alone."""
+    message = str(error)
+    field = message.split(" ", 1)[0]
+    named, here = re.match(r"(config(?:\.\w+)+)\.(\w+) ", message), "config" + where.removeprefix(root)
+    if named and named[2] in fields.annotations_of(cls) and named[1] != here:  # as if it stood in its usual place
+        message = re.sub(rf"\b{re.escape(named[1])}\.", f"{here}.", message)
+        return UserError(message if root == "config" else fields.relocated(message, root))
+    if field not in fields.annotations_of(cls):
+        return error if root == "config" else UserError(fields.relocated(message, root))
+    return UserError(re.sub(rf"(^|--){field}\b", rf"\1{where}.{field}", message))
+
+
+def _read(text: str, kind: Any) -> Any:
+    """`text` as one member of a union, or `_NOTHING`; `_checked` judges the value."""
+    if typing.get_origin(kind) is tuple:
+        written = [part.strip(" '\"") for part in text.strip("()[] ").removesuffix(",").split(",")]
+        written = [] if written == [""] else written
+        parts = fields.parts_of(kind, len(written))
+        try:
+            return _NOTHING if parts is None else tuple(map(parse_text, written, parts, written))
+        except UserError:  # the message of the whole says more than that of the part
+            return _NOTHING
+    if typing.get_origin(kind) is Literal:
+        return next((choice for choice in typing.get_args(kind) if text == str(choice)), _NOTHING)
+    if kind is bool:
+        return _BOOLEANS.get(text.lower(), _NOTHING)
+    if kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            return _NOTHING
+    return text if kind is str else _NOTHING
+
+
+def _as_json(value: Any) -> Any:
+    if fields.is_section(type(value)):
+        return as_dict(value)
+    if isinstance(value, tuple):
+        return [_as_json(v) for v in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+    for name, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value

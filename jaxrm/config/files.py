@@ -1,0 +1,93 @@
+"""Reading a config file: a Python file whose ``get_config()`` returns the config."""
+
+import difflib
+import inspect
+import sys
+import traceback
+import types
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from jaxrm.config.dicts import to_config_dict
+from jaxrm.errors import UserError
+
+_PACKAGE = Path(__file__).resolve().parents[1]
+
+
+def load_config_file(name: str, config_class: type) -> tuple[ConfigDict, str | None]:
+    """Run a config file and return its config and its docstring.
+
+    Args:
+        name: ``path/to/file.py``, or ``path/to/file.py:argument`` for a ``get_config`` that takes an
+        argument. config_class: the dataclass at the top of the config, which ``get_config`` may return as
+        well as its
+            ``ConfigDict`` form.
+
+    Returns:
+        The config in its ``ConfigDict`` form, its fields not yet checked, and the file's docstring.
+
+    Raises:
+        UserError: no such file, no ``get_config`` in it, an argument too many or too few, a result that is no
+            config, or anything that goes wrong while the file runs, with its line.
+    """
+    path, colon, argument = name.partition(":")
+    if not path:
+        raise UserError(f"--config is {name!r}; required a Python file; e.g. --config=configs/quickstart.py")
+    module = types.ModuleType("jaxrm_config_file", None)
+    sys.modules[module.__name__] = module  # dataclasses of the file look up their string annotations here
+    try:
+        # a config file is a program; run here, since an import would write a __pycache__ beside it
+        module.__file__ = path
+        exec(compile(_source(path), path, "exec"), module.__dict__)  # noqa: S102  # the user's own program
+        get_config = getattr(module, "get_config", None)
+        if not callable(get_config):
+            raise UserError("there is no get_config; required a function get_config() that returns the config")
+        arguments = (argument,) if colon else ()
+        _check_arguments(get_config, arguments, path)
+        config = get_config(*arguments)
+    except UserError as error:
+        raise UserError(f"{_where(error, path)}: {error}") from error
+    except Exception as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        if Path(frames[-1].filename).resolve().is_relative_to(_PACKAGE) and not isinstance(error, SyntaxError):
+            raise  # went wrong inside jaxrm: ours, with its traceback
+        raise UserError(f"{_where(error, path)}: {type(error).__name__}: {error}") from error
+    if isinstance(config, config_class):
+        config = to_config_dict(config)
+    if not isinstance(config, Mapping | ConfigDict):
+        raise UserError(
+            f"{path}: get_config() returns {type(config).__name__}; required {config_class.__name__} or its ConfigDict"
+        )
+    return ConfigDict(config), module.__doc__
+
+
+def _source(path: str) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except IsADirectoryError:
+        raise UserError(f"it is a folder; required a Python file in it, e.g. --config={path}/….py") from None
+    except OSError as error:
+        folder = Path(path).parent
+        files = [str(p) for p in sorted(folder.glob("*.py"))] if folder.is_dir() else []
+        nearest = difflib.get_close_matches(path, files, n=1, cutoff=0.5)
+        advice = f"did you mean --config={nearest[0]}?" if nearest else "required a Python file with get_config()"
+        raise UserError(f"--config cannot be read: {error.strerror}; {advice}") from None
+
+
+def _check_arguments(get_config: Any, arguments: tuple[str, ...], path: str) -> None:
+    try:
+        inspect.signature(get_config).bind(*arguments)
+    except TypeError as error:
+        advice = f"--config={path}" if arguments else f"--config={path}:argument"
+        raise UserError(f"get_config() does not take what --config gives it: {error}; use {advice}") from None
+
+
+def _where(error: BaseException, path: str) -> str:
+    """``path:line`` of the config file's last line that took part, or ``path``."""
+    if isinstance(error, SyntaxError) and error.filename == path:
+        return f"{path}:{error.lineno}"
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+    return f"{path}:{lines[-1]}" if lines else path

@@ -1,0 +1,145 @@
+"""Text in, text out: a model's responses to chat prompts."""
+
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+
+from jaxrm.data import templates
+from jaxrm.data.records import Message
+from jaxrm.errors import UserError
+from jaxrm.inference.sharded_model import OpenedModel
+from jaxrm.models.config import ModelConfig
+from jaxrm.models.generate import SamplingConfig, generate
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_LENGTH_BUCKET = 64
+
+
+def prompt_room(model: ModelConfig, sampling: SamplingConfig, field: str) -> int:
+    """Longest prompt in tokens that leaves room for a response.
+
+    Args:
+      model: whose positions they share.
+      sampling: says the length of the response.
+      field: where that is said, for the message.
+
+    Raises:
+      UserError: where there is no room at all.
+    """
+    room = model.max_position - sampling.max_new_tokens
+    if room < 1:
+        raise UserError(
+            f"{field} is {sampling.max_new_tokens}, but the model reads {model.max_position} tokens, prompt and "
+            f"response together; e.g. --{field}={max(model.max_position // 4, 1)}"
+        )
+    return room
+
+
+def answerable(
+    prompts: Iterable[Sequence[Message]], tokenizer: "PreTrainedTokenizerBase", template: str, room: int
+) -> Iterator[Sequence[Message]]:
+    """Those prompts that the template takes and that have at most ``room`` tokens."""
+    for prompt in prompts:
+        try:
+            ids = templates.encode_prompt(tokenizer, prompt, template)
+        except UserError:
+            continue
+        if len(ids) <= room:
+            yield prompt
+
+
+class Responder:
+    """Answers prompts with a model.
+
+    Prompts are padded to whole buckets of 64 tokens and a power of two of rows, so that few shapes are compiled.
+
+    Args:
+      model: the decoder.
+      params: its parameters.
+      tokenizer: of the model.
+      template: chat template, as in ``config.data.template``.
+      sampling: how tokens are drawn.
+    """
+
+    def __init__(
+        self,
+        model: OpenedModel,
+        params: Any,
+        tokenizer: "PreTrainedTokenizerBase",
+        template: str,
+        sampling: SamplingConfig,
+    ) -> None:
+        self._model, self._params = model, params
+        self._tokenizer, self._template, self._sampling = tokenizer, template, sampling
+        self._end_ids = tuple(sorted(templates.end_ids(tokenizer, template)))
+
+    def encode(self, prompts: Sequence[Sequence[Message]]) -> list[list[int]]:
+        """Token ids of each prompt.
+
+        Raises:
+          UserError: the template refuses one, or the model cannot read it whole.
+        """
+        room = prompt_room(self._model.config, self._sampling, "max_new_tokens")
+        encoded = [templates.encode_prompt(self._tokenizer, prompt, self._template) for prompt in prompts]
+        for number, ids in enumerate(encoded, 1):
+            if len(ids) > room:
+                raise UserError(
+                    f"prompt {number} has {len(ids)} tokens, but the model reads {self._model.config.max_position} in "
+                    f"all and {self._sampling.max_new_tokens} are for the response; shorten it, or use a smaller "
+                    f"--max_new_tokens"
+                )
+        return encoded
+
+    def respond(self, prompts: Sequence[Sequence[Message]], key: jax.Array) -> list[str]:
+        """One response to each prompt, as text without its end token.
+
+        Raises:
+          UserError: as `encode`.
+        """
+        return [self.text(tokens) for tokens in self.continue_ids(self.encode(prompts), key)]
+
+    def continue_ids(self, prompts: Sequence[Sequence[int]], key: jax.Array) -> list[np.ndarray]:
+        """Token ids of one response to each prompt, its end token included where it was reached.
+
+        Args:
+          prompts: token ids, each short enough to leave room for a response.
+          key: typed PRNG key.
+        """
+        if not prompts:
+            return []
+        room = prompt_room(self._model.config, self._sampling, "max_new_tokens")
+        longest = max(len(prompt) for prompt in prompts)
+        width = min(-(-longest // _LENGTH_BUCKET) * _LENGTH_BUCKET, room)
+        height = 1 << (len(prompts) - 1).bit_length()
+        tokens, mask = np.zeros((height, width), np.int32), np.zeros((height, width), bool)
+        for row in range(height):
+            prompt = prompts[min(row, len(prompts) - 1)]
+            tokens[row, width - len(prompt) :] = prompt
+            mask[row, width - len(prompt) :] = True
+        out = generate(
+            self._model.graphdef,
+            self._params,
+            tokens,
+            mask,
+            key,
+            sampling=self._sampling,
+            end_ids=self._end_ids,
+        )
+        drawn, kept = jax.device_get(out)
+        return [drawn[row][kept[row]] for row in range(len(prompts))]
+
+    def text(self, tokens: Sequence[int] | np.ndarray) -> str:
+        """A response as text, without its end token."""
+        return response_text(self._tokenizer, self._end_ids, tokens)
+
+
+def response_text(
+    tokenizer: "PreTrainedTokenizerBase", end_ids: Collection[int], tokens: Sequence[int] | np.ndarray
+) -> str:
+    """A response as text, without its end token."""
+    content = [int(token) for token in tokens if int(token) not in end_ids]
+    return str(tokenizer.decode(content, skip_special_tokens=True)).strip()

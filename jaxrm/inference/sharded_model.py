@@ -1,0 +1,224 @@
+"""What every stage sets up: a model over the devices, the files of an embedded task, batches on the devices."""
+
+import dataclasses
+import math
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+import jax
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxrm.algorithms.state import TrainState
+from jaxrm.data import tasks
+from jaxrm.data.config import DataConfig
+from jaxrm.data.tokenizer import load_tokenizer, vocabulary_conflict
+from jaxrm.errors import UserError
+from jaxrm.inference import weights
+from jaxrm.models import attention, build
+from jaxrm.models.build import ModelSource
+from jaxrm.models.config import ModelConfig
+from jaxrm.sharding import partition
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Batch = TypeVar("Batch")
+
+
+@dataclass(frozen=True)
+class OpenedModel:
+    """A model and where its parameters lie, before any of them exists.
+
+    Attributes:
+      config: shape of its decoder.
+      mesh: the devices.
+      graphdef: for ``nnx.merge(graphdef, params)``.
+      shapes: pytree of `jax.ShapeDtypeStruct`.
+      shardings: the same tree of shardings.
+    """
+
+    config: ModelConfig
+    mesh: Mesh
+    graphdef: nnx.GraphDef
+    shapes: Any
+    shardings: Any
+
+
+def open_model(
+    source: ModelSource, mesh: Mesh, config: ModelConfig | None = None, *, field: str = "config.mesh"
+) -> OpenedModel:
+    """Lay a model over the devices; nothing is allocated.
+
+    Args:
+      source: which model, and how it computes.
+      mesh: the devices.
+      config: its shape, read from ``source`` where it is None.
+      field: that says how the devices lie, for messages.
+
+    Raises:
+      UserError: where there is no such model, or it does not fit the mesh.
+    """
+    return _open(build.abstract_decoder, source, mesh, config, field)
+
+
+def open_scalar_model(source: ModelSource, mesh: Mesh, config: ModelConfig | None = None) -> OpenedModel:
+    """Lay a decoder with a scalar head over the devices; arguments and errors as for `open_model`."""
+    return _open(build.abstract_scalar_model, source, mesh, config)
+
+
+def open_actor_critic(source: ModelSource, mesh: Mesh, config: ModelConfig | None = None) -> OpenedModel:
+    """Lay a decoder with both heads over the devices; arguments and errors as for `open_model`."""
+    return _open(build.abstract_actor_critic, source, mesh, config)
+
+
+def _open(
+    abstract: Callable[..., Any],
+    source: ModelSource,
+    mesh: Mesh,
+    config: ModelConfig | None,
+    field: str = "config.mesh",
+) -> OpenedModel:
+    config = config or weights.read_shape(source)
+    platform = mesh.devices.flat[0].platform
+    attend = attention.choose(source.attention, platform, np.dtype(source.dtype))
+    if attend is not attention.xla or mesh.shape["context"] > 1:  # a kernel that the compiler cannot split as it must
+        attend = partition.per_device(attend, mesh)
+    partition.check_heads(mesh, config.num_heads, field=field)
+    constrain = partition.activation_constraint(mesh)
+    graphdef, shapes, axes = abstract(config, source, attend=attend, constrain=constrain)
+    shardings = partition.parameter_shardings(shapes, axes, mesh, field=field)
+    return OpenedModel(config, mesh, graphdef, shapes, shardings)
+
+
+def state_shardings(
+    model: OpenedModel, optimizer: optax.GradientTransformation, mesh: Mesh, *, offload: bool = False
+) -> TrainState:
+    """Where each array of a training state lies: a moment like its parameter, step and key on every device.
+
+    With ``offload`` (``config.optimizer.offload``) moments lie in the memory of the hosts.
+    """
+    copied = NamedSharding(mesh, PartitionSpec())
+    moments = partition.optimizer_shardings(optimizer, model.shapes, model.shardings, mesh, offload=offload)
+    return TrainState(copied, model.shardings, moments, copied)
+
+
+@contextmanager
+def task_files(
+    data: DataConfig, seed: int, *, records: Literal["demonstrations", "pairs", "prompts"] = "demonstrations"
+) -> Iterator[DataConfig]:
+    """The data section with an embedded task (``task:safety``) replaced by its files, which live as long as this.
+
+    From here on a task is read like any other data: its demonstrations or its prompts, with held-out ones of their
+    own (those of `jaxrm.data.tasks.SPLITS` that ``eval_split`` names, ``heldout`` without it), or its pairs, of which a
+    share is held out. Other sections pass unchanged.
+
+    Raises:
+      UserError: where there is no such task, or no such split.
+    """
+    if not data.path.startswith(tasks.PREFIX):
+        yield data
+        return
+    with tempfile.TemporaryDirectory(prefix="jaxrm-task-") as name:
+        folder = Path(name)
+        tasks.write_task(data.path.removeprefix(tasks.PREFIX), folder, seed=seed)
+        held_out = None if records == "pairs" else str(folder / f"{_task_split(data)}.jsonl")
+        name_of = {"demonstrations": "train.jsonl", "pairs": "pairs.jsonl", "prompts": "prompts.jsonl"}
+        yield dataclasses.replace(
+            data,
+            path=str(folder / name_of[records]),
+            eval_path=held_out if data.eval_path is None else data.eval_path,
+            eval_split=None,
+            tokenizer=str(folder / "tokenizer") if data.tokenizer is None else data.tokenizer,
+        )
+
+
+def _task_split(data: DataConfig) -> str:
+    split = data.eval_split or "heldout"
+    if split not in tasks.SPLITS:
+        raise UserError(
+            f"config.data.eval_split is {split!r}; {data.path} has {', '.join(tasks.SPLITS)}, "
+            "e.g. --config.data.eval_split=heldout"
+        )
+    return split
+
+
+def tokenizer_path(data: DataConfig, source: ModelSource) -> str:
+    """Where the tokenizer is: as the data section says, else beside the weights."""
+    path = data.tokenizer or weights.tokenizer_of(source)
+    if path is None:
+        raise UserError(
+            "config.data.tokenizer is None and there are no weights to find it beside; give a hub name, a folder or "
+            "a GGUF file, e.g. --config.data.tokenizer=google/gemma-2b"
+        )
+    return path
+
+
+def check_tokenizer(tokenizer: "PreTrainedTokenizerBase", path: str, source: ModelSource, config: ModelConfig) -> None:
+    """Refuse a tokenizer whose ids mean other tokens to the model, or nothing.
+
+    Args:
+      tokenizer: the one to be used.
+      path: where it is, for the message.
+      source: of the weights, which may have a tokenizer of their own beside them.
+      config: shape of the model.
+
+    Raises:
+      UserError: naming an id that it does not share with the tokenizer of the weights, or how many are too many.
+    """
+    own = weights.tokenizer_of(source)
+    if own is not None and own != path:
+        try:
+            conflict = vocabulary_conflict(load_tokenizer(own), tokenizer)
+        except UserError:  # published weights may come without one
+            conflict = None
+        if conflict is not None:
+            raise UserError(
+                f"the tokenizer {path} is not that of the weights {source.path}: {conflict}; use their own, "
+                f"--config.data.tokenizer={own}"
+            )
+    build.check_vocabulary(config, len(tokenizer), path)
+
+
+def in_compute_dtype(params: Any, dtype: str) -> Any:
+    """Parameters that are never trained, in the dtype that they are computed with anyway.
+
+    Norms and scalar heads, which compute in float32, stay in it. What is given is used up: its arrays are deleted.
+    """
+    if dtype == "float32":
+        return params
+
+    def cast(path: tuple[Any, ...], x: jax.Array) -> jax.Array:
+        wide = path[-1].key not in ("kernel", "embedding") or path[0].key == "scalar_head"
+        return x if wide else x.astype(dtype)
+
+    def one(path: tuple[Any, ...], x: jax.Array) -> jax.Array:
+        small = jax.block_until_ready(cast(path, x))
+        if small is not x:
+            x.delete()  # so that no more than one of them is there twice
+        return small
+
+    return jax.tree_util.tree_map_with_path(one, params)
+
+
+def row_multiple(mesh: Mesh) -> int:
+    """What the width of rows that are put together on the devices is a multiple of: the blocks of their kernels, and
+    the devices that share a row's tokens."""
+    return math.lcm(1 if mesh.devices.flat[0].platform == "cpu" else 128, mesh.shape["context"])
+
+
+def batch_placer(mesh: Mesh, batch_type: type[Batch]) -> Callable[[dict[str, np.ndarray]], Batch]:
+    """Function that puts this process's rows ``[local_B, T]`` on its devices as part of a whole batch of that type."""
+    sharding = partition.batch_sharding(mesh)
+
+    def place(batch: dict[str, np.ndarray]) -> Batch:
+        arrays = {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}
+        return batch_type(**arrays)
+
+    return place

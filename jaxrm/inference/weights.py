@@ -1,0 +1,185 @@
+"""Where a model's first parameters come from: published weights, another run's checkpoint, or chance.
+
+`config.model.path` may name the folder of a run as well as published weights, so that what one stage trained the next
+one starts from.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxrm.config import dicts
+from jaxrm.errors import UserError
+from jaxrm.experiment import Experiment
+from jaxrm.models import build
+from jaxrm.models.build import ModelSource
+from jaxrm.models.config import ModelConfig
+from jaxrm.runtime.checkpoint import Checkpoints, with_shardings
+from jaxrm.runtime.run_folder import RunFolder
+
+POLICIES = ("sft", "ppo", "dpo")  # algorithms whose runs hold a policy
+LANGUAGE_MODELS = (*POLICIES, "seq2seq_rm")  # and those whose runs hold a whole decoder
+REWARD_MODELS = ("seq2seq_rm", "scalar_rm")
+_EXAMPLES = {
+    "sft": "runs/quickstart/sft",
+    "seq2seq_rm": "runs/quickstart/rm_seq2seq",
+    "scalar_rm": "runs/quickstart/rm_scalar",
+}
+
+
+@dataclass(frozen=True)
+class RunCheckpoint:
+    """One checkpoint of a run, found but not read.
+
+    Attributes:
+      folder: the run's.
+      step: updates made.
+      config: of the run.
+      shape: of its model.
+    """
+
+    folder: RunFolder
+    step: int
+    config: Experiment
+    shape: ModelConfig
+
+    @property
+    def name(self) -> str:
+        """What it is called in messages."""
+        return f"{self.folder.path}, step {self.step}"
+
+    def restore(self, shapes: Any, shardings: Any) -> Any:
+        """Its parameters, made where ``shardings`` says."""
+        checkpoints = Checkpoints(self.folder.checkpoints, read_only=True)
+        params = checkpoints.restore(self.step, {"params": with_shardings(shapes, shardings)})["params"]
+        checkpoints.close()
+        return params
+
+
+def find_checkpoint(path: str, field: str = "--checkpoint", algorithms: tuple[str, ...] = ()) -> RunCheckpoint:
+    """Find the checkpoint that a path names.
+
+    Args:
+      path: folder of a run, for its latest checkpoint; ``RUN_DIR/checkpoints/best`` for that with the lowest
+        held-out loss; or ``RUN_DIR/checkpoints/STEP``.
+      field: the flag or field that gives it, for messages.
+      algorithms: those whose runs hold the kind of model that is wanted; empty for any.
+
+    Raises:
+      UserError: where there is no run, no such checkpoint, or a model of another kind.
+    """
+    run, wanted = _split(path)
+    flag = field if field.startswith("--") else f"--{field}"
+    folder = RunFolder(run, resumed=True, message="", is_writer=False)
+    instead = f"give the folder of a run, e.g. {flag}=runs/quickstart/sft"
+    if (run / "pipeline.json").is_file():
+        stages = ", ".join(sorted(found.parent.name for found in run.glob("*/run.json")))
+        raise UserError(
+            f"{field} is {path!r}, the folder of a pipeline; give one of its stages: {flag}={path}/STAGE, "
+            f"with STAGE one of {stages}"
+        )
+    if not (run / "run.json").is_file():
+        raise UserError(f"{field} is {path!r}, but {run} has no run.json; {instead}")
+    config = dicts.from_config_dict(Experiment, _read_json(run / "run.json", path, field)["config"])
+    if algorithms and config.algorithm not in algorithms:
+        raise UserError(
+            f"{field} is {path!r}, a run of {config.algorithm}; required a model of {' or '.join(algorithms)}; "
+            f"give such a run, e.g. {flag}={_EXAMPLES[algorithms[0]]}"
+        )
+    missing = [file.name for file in (folder.model, folder.tokenizer) if not file.exists()]
+    if missing:
+        raise UserError(f"{field} is {path!r}, but {run} has no {' and no '.join(missing)}; {instead}")
+    described = _read_json(folder.model, path, field)
+    checkpoints = Checkpoints(folder.checkpoints, read_only=True)
+    step = _choose(checkpoints, wanted, path, field)
+    checkpoints.close()
+    return RunCheckpoint(folder, step, config, dicts.from_config_dict(ModelConfig, described, "model.json"))
+
+
+def _read_json(file: Path, path: str, field: str) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        return dict(found) if file.name == "model.json" else {"config": dict(found["config"])}
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{field} is {path!r}, whose {file.name} is damaged ({error})") from error
+
+
+def is_run(path: str | None) -> bool:
+    """Whether ``config.model.path`` names a run of jaxrm, or a pipeline of runs, rather than published weights."""
+    return path is not None and any((_split(path)[0] / name).is_file() for name in ("run.json", "pipeline.json"))
+
+
+def read_shape(source: ModelSource) -> ModelConfig:
+    """Shape of the model that ``source`` names, without its weights.
+
+    Raises:
+      UserError: where there is no such model, or neither path nor preset.
+    """
+    return _of_run(source).shape if is_run(source.path) else build.read_shape(source)
+
+
+def check_weights(config: ModelConfig, source: ModelSource) -> None:
+    """Refuse weights that `first_params` could not read; nothing is allocated.
+
+    Raises:
+      UserError: naming what is wrong with them.
+    """
+    if not is_run(source.path):
+        build.check_weights(config, source)
+
+
+def first_params(config: ModelConfig, source: ModelSource, key: jax.Array, shapes: Any, shardings: Any) -> Any:
+    """First parameters of a decoder, float32, each made where it lies: read from ``source.path``, or drawn."""
+    if is_run(source.path):
+        return _of_run(source).restore(shapes, shardings)
+    return build.init_params(config, source, key, shardings)
+
+
+def identity_of(path: str) -> str:
+    """Which checkpoint exactly, by when its run was started too, since a folder may come to hold another run."""
+    if not is_run(path):
+        return path
+    found = find_checkpoint(path, "config.model.path")
+    launches = json.loads((found.folder.path / "run.json").read_text(encoding="utf-8")).get("launches") or [{}]
+    return f"{found.name}, of {launches[0].get('started')}"
+
+
+def name_of(source: ModelSource) -> str:
+    """Which weights exactly, for people: those of a run with their step."""
+    return _of_run(source).name if is_run(source.path) else str(source.path or f"chance ({source.preset})")
+
+
+def tokenizer_of(source: ModelSource) -> str | None:
+    """Where the tokenizer that belongs to the weights is; None where there are no weights."""
+    return str(_of_run(source).folder.tokenizer) if is_run(source.path) else source.path
+
+
+def _split(path: str) -> tuple[Path, str]:
+    """Folder of a run, and which of its checkpoints; a run may itself lie in a folder called checkpoints."""
+    given = Path(path).expanduser()
+    if given.parent.name == "checkpoints" and not (given / "run.json").exists():
+        return given.parent.parent, given.name
+    return given, "latest"
+
+
+def _of_run(source: ModelSource) -> RunCheckpoint:
+    assert source.path is not None
+    return find_checkpoint(source.path, "config.model.path", LANGUAGE_MODELS)
+
+
+def _choose(checkpoints: Checkpoints, wanted: str, path: str, field: str) -> int:
+    steps = checkpoints.steps()
+    if not steps:
+        raise UserError(f"{field} is {path!r}, which has no checkpoint yet; wait for one, or give another run")
+    if wanted == "latest":
+        return steps[-1]
+    best = checkpoints.best_step()
+    if wanted == "best" and best is not None:
+        return best
+    if wanted.isdecimal() and int(wanted) in steps:
+        return int(wanted)
+    known = ", ".join(str(step) for step in steps)
+    raise UserError(f"{field} is {path!r}, but the checkpoints of that run are {known}, and best")

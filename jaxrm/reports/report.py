@@ -1,0 +1,236 @@
+"""One self-contained HTML file that shows what came of a run: tables, curves over training, example responses."""
+
+from __future__ import annotations
+
+import html
+import math
+import numbers
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeGuard
+
+from jaxrm.reports.bars import Bar, Bars, draw_bars
+from jaxrm.reports.charts import Curves, Series, draw_chart, number_text, slots
+from jaxrm.reports.document import fill, part
+from jaxrm.runtime.run_folder import write_text_atomically
+
+__all__ = ["Bar", "Bars", "Curves", "Example", "ExampleResponse", "Series", "Shaded", "Table", "write_report"]
+
+
+@dataclass(frozen=True)
+class Shaded:
+    """A cell with a colour behind it, as in a matrix of win rates.
+
+    Attributes:
+      text: what it says.
+      shade: −1 to 1, from full orange over none to full blue.
+      strong: set in bold, e.g. where an interval leaves out chance.
+    """
+
+    text: str
+    shade: float
+    strong: bool = False
+
+    def __str__(self) -> str:
+        return self.text
+
+
+Cell = str | float | int | Shaded | None
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of results.
+
+    Attributes:
+      title: heading.
+      columns: names of the columns; the first one names the rows.
+      rows: cells row by row, as many as there are columns. The numbers of a column get the
+        same decimals; None and NaN are shown as missing. Text is shown as it is; of a `Shaded` cell, which stands
+        in no first column, with its colour.
+      note: a sentence below the table.
+    """
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[Cell, ...], ...]
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class ExampleResponse:
+    """What one policy said.
+
+    Attributes:
+      name: the policy, e.g. "sft" or "ppo, step 60".
+      text: the response.
+      tokens: its tokens as text, in order; empty: the text is shown uncoloured.
+      rewards: one reward a token, on one colour scale for the whole report; empty: the tokens are shown uncoloured.
+      facts: ``(name, value)`` pairs next to the name, e.g. ``("reward", "3.10")``.
+    """
+
+    name: str
+    text: str
+    tokens: tuple[str, ...] = ()
+    rewards: tuple[float | None, ...] = ()
+    facts: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True)
+class Example:
+    """A prompt with the responses to compare."""
+
+    prompt: str
+    responses: tuple[ExampleResponse, ...]
+
+
+def write_report(
+    path: str | Path,
+    *,
+    title: str,
+    about: Sequence[tuple[str, str]],
+    tables: Sequence[Table],
+    curves: Sequence[Curves],
+    examples: Sequence[Example],
+    bars: Sequence[Bars] = (),
+) -> None:
+    """Writes the report, atomically: bars, tables, then curves as small multiples, then examples one at a time.
+
+    Tables and charts are HTML and SVG in the file; its script adds the values under the pointer and the examples. The
+    file needs no network and no other file. Every text is escaped or reaches the browser as JSON, and the file's own
+    Content-Security-Policy runs no other script and loads nothing, whatever a text says.
+
+    Args:
+      path: the HTML file; missing folders are made, and a file that is there is replaced.
+      title: heading of the report.
+      about: ``(name, value)`` lines below the heading, e.g. the run's folder.
+      tables: results, the most important first. A part without content is left out; so it is for the next two.
+      curves: charts. A series keeps its colour over all charts, by its name; charts with the same `x_label` are read
+        at the same place.
+      examples: prompts with responses to compare.
+      bars: charts of stacked bars.
+    """
+    place = slots(curves)
+    drawn = [draw_chart(chart, number, place) for number, chart in enumerate(curves)]
+    report = fill(
+        part("report.html"),
+        title=title,
+        style=part("page.css") + part("report.css"),
+        script=part("page_tokens.js") + part("report.js"),
+        content={"charts": [data for _, data in drawn], "examples": [_example(example) for example in examples]},
+        about=_about(about),
+        bars=_section("bars", "Bars", "".join(draw_bars(chart) for chart in bars)),
+        tables=_section("tables", "Results", "".join(_table(table) for table in tables)),
+        curves=_section("curves", "Curves", f'<h2>Curves</h2><div class="charts">{"".join(c for c, _ in drawn)}</div>')
+        if drawn
+        else "",
+        examples=_section("examples", "Examples", part("report_examples.html")) if examples else "",
+    )
+    write_text_atomically(Path(path), report)
+
+
+def _section(name: str, label: str, content: str) -> str:
+    return f'<section id="{name}" aria-label="{label}">{content}</section>' if content else ""
+
+
+def _about(lines: Sequence[tuple[str, str]]) -> str:
+    rows = [
+        f'<div><dt dir="auto">{html.escape(name)}</dt><dd dir="auto">{html.escape(value)}</dd></div>'
+        for name, value in lines
+    ]
+    return f'<dl id="about">{"".join(rows)}</dl>' if rows else ""
+
+
+def _table(table: Table) -> str:
+    for row in table.rows:
+        assert len(row) == len(table.columns), (table.title, table.columns, row)
+    columns = [_column([row[place] for row in table.rows]) for place in range(len(table.columns))]
+    kinds = [""] + [_kind(column) for column in columns[1:]]
+    head = "".join(
+        f'<th scope="col"{kind} dir="auto">{html.escape(name)}</th>'
+        for kind, name in zip(kinds, table.columns, strict=True)
+    )
+    body = []
+    for row, texts in zip(table.rows, zip(*columns, strict=True), strict=True):
+        cells = [
+            f'<td{kind}><span class="missing">–</span></td>'
+            if text is None
+            else f'<td{_shaded(cell, kind)} dir="auto">{html.escape(text)}</td>'
+            for cell, kind, text in zip(row[1:], kinds[1:], texts[1:], strict=True)
+        ]
+        body.append(f'<tr><th scope="row" dir="auto">{html.escape(texts[0] or "–")}</th>{"".join(cells)}</tr>')
+    note = f'<p class="note" dir="auto">{html.escape(table.note)}</p>' if table.note else ""
+    return (
+        f'<section class="result"><h2 dir="auto">{html.escape(table.title)}</h2><div class="card scroll" tabindex="0">'
+        f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table></div>{note}</section>"
+    )
+
+
+def _shaded(cell: Cell, kind: str) -> str:
+    """The class of a cell: that of its column and one of nine shades, as the page's policy allows no styles here."""
+    if not isinstance(cell, Shaded):
+        return kind
+    level = round(4 * min(max(cell.shade, -1.0), 1.0))
+    names = [*re.findall(r'class="(\w+)"', kind), f"{'m' if level < 0 else 'p'}{abs(level)}"]
+    return f' class="{" ".join(names + ["strong"] * cell.strong)}"'
+
+
+def _column(cells: Sequence[Cell]) -> list[str | None]:
+    """The cells of a column as text, None where nothing is there."""
+    sizes = [abs(float(cell)) for cell in cells if _is_number(cell) and not isinstance(cell, numbers.Integral)]
+    sizes = [size for size in sizes if 0 < size < math.inf]
+    # Three digits of the largest number, so that a column of shares has 0.812 and one of lengths 63.4.
+    decimals: int | None = min(4, max(0, 2 - math.floor(math.log10(max(sizes))))) if sizes else 0
+    if sizes and not 1e-3 <= max(sizes) < 1e7:
+        decimals = None
+    return [_cell(cell, decimals) for cell in cells]
+
+
+def _cell(cell: Cell, decimals: int | None) -> str | None:
+    if cell is None or cell == "":
+        return None
+    if isinstance(cell, bool):
+        return "yes" if cell else "no"
+    if not _is_number(cell):
+        return str(cell)
+    if isinstance(cell, numbers.Integral):
+        return number_text(int(cell), 0)
+    value = float(cell)
+    if math.isnan(value):
+        return None
+    if math.isinf(value):
+        return "∞" if value > 0 else "−∞"
+    is_lost = decimals is not None and value and abs(value) < 0.5 * 10.0**-decimals
+    return number_text(value, None if is_lost else decimals)
+
+
+def _is_number(cell: Cell) -> TypeGuard[int | float]:
+    return isinstance(cell, numbers.Real) and not isinstance(cell, bool)
+
+
+def _kind(column: Sequence[str | None]) -> str:
+    """Class of a column: numbers, also those with a unit or an interval, stand right; sentences may wrap."""
+    texts = [text for text in column if text is not None]
+    if texts and all(re.match(r"[−+±<>≤≥~-]?\s?(\d|∞)", text) for text in texts):
+        return ' class="n"'
+    return ' class="wide"' if any(len(text) > 48 for text in texts) else ""
+
+
+def _example(example: Example) -> dict[str, Any]:
+    return {"prompt": example.prompt, "responses": [_response(response) for response in example.responses]}
+
+
+def _response(response: ExampleResponse) -> dict[str, Any]:
+    assert not response.rewards or len(response.rewards) == len(response.tokens), (response.name, response.text)
+    return {
+        "name": response.name,
+        "text": response.text,
+        "tokens": list(response.tokens),
+        "rewards": [
+            float(f"{reward:.4g}") if reward is not None and math.isfinite(reward) else None
+            for reward in response.rewards
+        ],
+        "facts": [list(fact) for fact in response.facts],
+    }

@@ -1,0 +1,202 @@
+"""Where every array lies: the one table from logical axes to mesh axes, and what follows from it."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxrm.errors import UserError
+from jaxrm.sharding.mesh import BATCH_AXES
+
+HOST_MEMORY = "pinned_host"
+_HEADS = ("tensor", "context")  # over which attention's heads lie: those of a device of tensor, shared out over context
+
+LOGICAL_TO_MESH: dict[str, str | tuple[str, ...] | None] = {
+    # activations
+    "batch": BATCH_AXES,
+    "batch_by_data": "data",
+    "sequence": "context",
+    "embed_by_fsdp": "fsdp",
+    # parameters
+    "layers": None,
+    "vocab": "tensor",
+    "embed": ("fsdp", "context"),
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "head_dim": None,
+    "mlp": "tensor",
+    "norm": None,
+}
+
+
+def parameter_shardings(shapes: Any, axes: Any, mesh: Mesh, *, field: str = "config.mesh") -> Any:
+    """Sharding of every parameter.
+
+    Args:
+      shapes: pytree of arrays or `jax.ShapeDtypeStruct`.
+      axes: the same tree, with the tuple of logical axis names of each.
+      mesh: the devices.
+      field: that says how they lie, for messages.
+
+    Raises:
+      UserError: where a parameter has an axis that the table does not cover, or a size that the mesh does not
+        divide. Heads shared by several queries (``kv_heads``) are copied where they do not divide.
+    """
+
+    def one(path: tuple[Any, ...], leaf: Any, names: tuple[str, ...]) -> NamedSharding:
+        where = jax.tree_util.keystr(path, simple=True, separator="/")
+        if len(names) != len(leaf.shape):
+            raise UserError(f"parameter {where} has shape {leaf.shape} but logical axes {names}; name each of its axes")
+        spec: list[str | tuple[str, ...] | None] = []
+        for name, size in zip(names, leaf.shape, strict=True):
+            if name not in LOGICAL_TO_MESH:
+                raise UserError(
+                    f"parameter {where} has logical axis {name!r}, which LOGICAL_TO_MESH does not cover; "
+                    f"known: {', '.join(LOGICAL_TO_MESH)}"
+                )
+            axis = LOGICAL_TO_MESH[name]
+            if size % _devices(mesh, axis):
+                if name != "kv_heads":
+                    raise _does_not_divide(mesh, field, axis, size, f"axis {name!r} of parameter {where}")
+                axis = None
+            spec.append(axis)
+        return NamedSharding(mesh, PartitionSpec(*spec))
+
+    return jax.tree_util.tree_map_with_path(one, shapes, axes)
+
+
+def check_heads(mesh: Mesh, num_heads: int, *, field: str = "config.mesh") -> None:
+    """Refuse a mesh whose tensor and context axes together do not divide the heads of attention.
+
+    Raises:
+      UserError: naming the axes of ``field``, and the nearest size that divides.
+    """
+    if num_heads % _devices(mesh, _HEADS):
+        raise _does_not_divide(mesh, field, _HEADS, num_heads, "axis 'heads' of attention")
+
+
+def optimizer_shardings(
+    optimizer: optax.GradientTransformation, shapes: Any, shardings: Any, mesh: Mesh, *, offload: bool = False
+) -> Any:
+    """Sharding of every array of an optimizer's state: a moment lies like its parameter, the rest is copied.
+
+    With ``offload`` the moments that lie like their parameters do so in the memory of the hosts, see
+    `check_host_memory`.
+    """
+    state = jax.eval_shape(optimizer.init, shapes)
+    copied = NamedSharding(mesh, PartitionSpec())
+
+    def moment(leaf: Any, shape: Any, sharding: NamedSharding) -> NamedSharding:
+        if leaf.shape != shape.shape:
+            return copied
+        return sharding.with_memory_kind(HOST_MEMORY) if offload else sharding
+
+    return optax.tree_utils.tree_map_params(
+        optimizer, moment, state, shapes, shardings, transform_non_params=lambda _: copied
+    )
+
+
+def check_host_memory(mesh: Mesh, field: str) -> None:
+    """Refuse devices that cannot reach their host's memory; ``field`` asks for it.
+
+    Raises:
+      UserError: naming the memories that they have.
+    """
+    own = [device for device in mesh.devices.flat if device.process_index == jax.process_index()]
+    kinds = [memory.kind for memory in own[0].addressable_memories()]
+    if HOST_MEMORY not in kinds:
+        raise UserError(
+            f"{field} is True, which needs devices that reach {HOST_MEMORY} memory, but {own[0].device_kind} has "
+            f"{', '.join(kinds)}; use --{field}=False"
+        )
+
+
+def on_devices(shardings: Any) -> Any:
+    """The same places in the memory of the devices, for arrays that lie in that of their hosts."""
+    return jax.tree.map(lambda s: s.with_memory_kind("device") if s.memory_kind == HOST_MEMORY else s, shardings)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows of a batch over the data and fsdp axes."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def activation_constraint(mesh: Mesh) -> Callable[[jax.Array, tuple[str | None, ...]], jax.Array]:
+    """Function that pins an activation, given the logical name of each of its axes, to the devices of the table.
+
+    An axis that does not divide (a single prompt on eight devices) is left whole.
+    """
+
+    def constrain(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
+        spec = [None if name is None else LOGICAL_TO_MESH[name] for name in axes]
+        spec = [axis if size % _devices(mesh, axis) == 0 else None for axis, size in zip(spec, x.shape, strict=True)]
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*spec)))
+
+    return constrain
+
+
+def per_device(attend: Callable[..., jax.Array], mesh: Mesh) -> Callable[..., jax.Array]:
+    """Run an attention kernel on each device's own rows and heads, for kernels that the compiler cannot split.
+
+    Queries, keys and values come and go with their tokens over context; for the kernel its devices swap tokens for
+    heads, all of its own (DeepSpeed-Ulysses, arXiv 2309.14509, Figure 2).
+
+    Args:
+      attend: as `jaxrm.models.attention.Attend`.
+      mesh: the devices; rows lie over data and fsdp (whole where they do not divide), heads over tensor and context.
+    """
+    constrain = activation_constraint(mesh)
+    by_token = ("batch", "sequence", "heads", None)
+
+    def sharded(
+        query: jax.Array, key: jax.Array, value: jax.Array, segment_ids: jax.Array, **options: Any
+    ) -> jax.Array:
+        # Fewer key heads than devices: as many copies as give each device the heads that its queries read.
+        shards = _devices(mesh, _HEADS)
+        copies = shards // math.gcd(key.shape[2], shards)
+        if copies > 1:
+            key, value = (jax.numpy.repeat(x, copies, axis=2) for x in (key, value))
+        # Said before and after, lest the compiler gathers the rows for the projections too, whole on every device.
+        query, key, value = (constrain(x, by_token) for x in (query, key, value))
+        batch = BATCH_AXES if query.shape[0] % _devices(mesh, BATCH_AXES) == 0 else None
+        rows, heads = PartitionSpec(batch), PartitionSpec(batch, None, _HEADS)
+        kernel = jax.shard_map(
+            lambda *arrays: attend(*arrays, **options),
+            mesh=mesh,
+            in_specs=(heads, heads, heads, rows),
+            out_specs=heads,
+            check_vma=False,
+        )
+        return constrain(kernel(query, key, value, segment_ids), by_token)
+
+    return sharded
+
+
+def _devices(mesh: Mesh, axis: str | tuple[str, ...] | None) -> int:
+    """Devices that a table entry spreads an axis over."""
+    names = () if axis is None else (axis,) if isinstance(axis, str) else axis
+    return math.prod(mesh.shape[name] for name in names)
+
+
+def _does_not_divide(mesh: Mesh, field: str, axis: str | tuple[str, ...] | None, size: int, what: str) -> UserError:
+    """The error for mesh axes that do not divide ``size``; the advice changes the first of them that has to change."""
+    names = [name for name in ((axis,) if isinstance(axis, str) else axis or ()) if mesh.shape[name] > 1]
+    found = " and ".join(f"{field}.{name} is {mesh.shape[name]}" for name in names)
+    product = f", together {_devices(mesh, axis)}" if len(names) > 1 else ""
+    rest = size
+    advice: list[str] = []
+    for name in reversed(names):  # what is left of the size after one axis is for the next
+        devices = mesh.shape[name]
+        good = _divisor(rest, devices)
+        rest //= good
+        if good != devices:
+            advice.append(f"--{field}.{name}={good}")
+    return UserError(f"{found}{product}, but {what} has size {size}; use a divisor of it, e.g. {' '.join(advice)}")
+
+
+def _divisor(size: int, most: int) -> int:
+    """Largest divisor of ``size`` up to ``most``."""
+    return max(n for n in range(1, most + 1) if size % n == 0)

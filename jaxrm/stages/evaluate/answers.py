@@ -1,0 +1,153 @@
+"""Answers of a policy: drawn by the batch, then measured, one row an answer."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxrm.algorithms import scoring
+from jaxrm.algorithms.best_of_n import best_of_n
+from jaxrm.data import tasks
+from jaxrm.data.prompts import PromptExample, transcript
+from jaxrm.data.tokenizer import token_texts
+from jaxrm.inference import sharded_model as setup
+from jaxrm.types import ResponseBatch, TokenRewards
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Answers to a list of prompts, as NumPy arrays ``[N, T]`` and ``[N]``."""
+
+    tokens: np.ndarray
+    mask: np.ndarray
+    rewards: np.ndarray | None
+    log_ratio: np.ndarray | None
+
+
+def draw_answers(
+    respond: Callable[..., ResponseBatch],
+    score: Callable[[ResponseBatch], TokenRewards] | None,
+    params: Any,
+    batches: Sequence[tuple[jax.Array, jax.Array]],
+    mesh: Mesh,
+    key: jax.Array,
+    *,
+    best_of: int,
+    read: Callable[[ResponseBatch], jax.Array] | None,
+) -> Answers:
+    """Answer every prompt.
+
+    Args:
+      respond: from `jaxrm.algorithms.rollout.build_respond`.
+      score: token rewards of responses, or None.
+      params: of the policy.
+      batches: prompts ``[B, P]`` and their masks, all of one shape.
+      mesh: the devices.
+      key: of all answers.
+      best_of: responses drawn to each prompt, of which ``score`` chooses the best.
+      read: the log-ratio ``[B]`` of responses, from `log_ratio`, or None.
+    """
+    whole = jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, PartitionSpec()))
+    parts: list[tuple[Any, ...]] = []
+    rewards: jax.Array | None
+    for number, (prompts, mask) in enumerate(batches):
+        of_batch = jax.random.fold_in(key, number)
+        if best_of > 1:
+            assert score is not None
+            best = best_of_n(respond, score, best_of)(params, prompts, mask, of_batch)
+            batch, rewards = best.responses, best.token_rewards.rewards
+        else:
+            batch = respond(params, prompts, mask, of_batch)
+            rewards = None if score is None else score(batch).rewards
+        ratio = None if read is None else read(batch)
+        parts.append(jax.device_get(whole((batch.responses, batch.response_mask, rewards, ratio))))
+
+    def joined(column: int) -> np.ndarray | None:
+        return None if parts[0][column] is None else np.concatenate([part[column] for part in parts])
+
+    tokens, kept = joined(0), joined(1)
+    assert tokens is not None and kept is not None
+    return Answers(tokens, kept, joined(2), joined(3))
+
+
+def log_ratio(graphdef: Any, mesh: Mesh, temperature: float) -> Callable[[Any, Any, ResponseBatch], jax.Array]:
+    """``(params, reference_params, batch) -> [B]``: log-ratio of a response, nats, at the sampling temperature."""
+    multiple = setup.row_multiple(mesh)
+
+    def read(params: Any, reference: Any, batch: ResponseBatch) -> jax.Array:
+        ours, theirs = (
+            scoring.response_statistics(
+                graphdef, one, batch, None, row_multiple=multiple, temperature=temperature
+            ).log_probs
+            for one in (params, reference)
+        )
+        return jnp.sum(jnp.where(batch.response_mask, ours - theirs, 0.0), axis=1)
+
+    return jax.jit(read)
+
+
+def answer_rows(
+    split: str,
+    decoding: str,
+    examples: Sequence[PromptExample],
+    answers: Answers,
+    text: Callable[[np.ndarray], str],
+    tokenizer: Any,
+    judge: str | None,
+    *,
+    token_rewards: int,
+) -> list[Row]:
+    """A row for each answer: its text, length in tokens, KL in nats, judge's mark, behaviour and reward.
+
+    Args:
+      split: of the prompts.
+      decoding: how they were answered.
+      examples: the prompts.
+      answers: to them, and to what filled up the last batch.
+      text: a response's ids as text.
+      tokenizer: of the policy.
+      judge: embedded task whose judge marks them, or None.
+      token_rewards: of how many answers the single tokens are kept with their rewards.
+    """
+    task, rows = None if judge is None else judge.removeprefix(tasks.PREFIX), []
+    for i, example in enumerate(examples):  # the last batch is filled up
+        ids = answers.tokens[i][answers.mask[i]]
+        response = text(ids)
+        row: Row = {"split": split, "decoding": decoding, "index": i, "prompt": transcript(example.messages)}
+        row |= {"response": response, "length": len(ids)}
+        row["kl"] = None if answers.log_ratio is None else float(answers.log_ratio[i])
+        if task is not None:
+            row["judge"] = tasks.judge(task, example.messages, response)
+            row["behaviour"] = tasks.behaviour(task, example.messages, response)
+        row["reward"] = None if answers.rewards is None else float(answers.rewards[i].sum())
+        if answers.rewards is not None and i < token_rewards:
+            row["tokens"] = token_texts(tokenizer, [int(token) for token in ids])
+            row["rewards"] = [float(x) for x in answers.rewards[i][answers.mask[i]]]
+        rows.append(row)
+    return rows
+
+
+def summary(rows: Sequence[Row], judge: str | None) -> dict[str, dict[str, float]]:
+    """`means_of` each split and decoding."""
+    report: dict[str, dict[str, float]] = {}
+    for name in dict.fromkeys(f"{row['split']}, {row['decoding']}" for row in rows):
+        report[name] = means_of([row for row in rows if f"{row['split']}, {row['decoding']}" == name], judge)
+    return report
+
+
+def means_of(rows: Sequence[Row], judge: str | None) -> dict[str, float]:
+    """Mean mark, reward, KL, length and behaviour, of what was measured."""
+    means = {}
+    for column in ("judge", "reward", "kl", "length"):
+        values = [float(row[column]) for row in rows if row.get(column) is not None]
+        if values:
+            means[column] = float(np.mean(values))
+    if judge is not None:
+        means |= tasks.mean_behaviour(judge.removeprefix(tasks.PREFIX), [row["behaviour"] for row in rows])
+    return means

@@ -1,0 +1,1 @@
+"""Data of a stage, from files to batches."""

@@ -1,0 +1,265 @@
+"""How well a reward model tells the chosen response of held-out pairs from the rejected one."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxrm.data.pairs import TokenPair
+from jaxrm.errors import UserError
+from jaxrm.evaluation.ranking import length_correlation, pair_accuracy
+from jaxrm.evaluation.reliability import calibration
+from jaxrm.inference.response_batches import response_batches
+from jaxrm.ops import token_rewards
+from jaxrm.runtime.progress import print_table
+from jaxrm.sharding import partition
+from jaxrm.types import ResponseBatch
+
+Sides = dict[str, dict[str, np.ndarray]]  # kind -> diagnostic -> [2, N]: chosen, rejected
+
+
+class HeldOutPairs:
+    """Both sides of held-out pairs, on the devices.
+
+    Args:
+      pairs: N pairs.
+      rows: responses in a batch.
+      mesh: the devices.
+    """
+
+    def __init__(self, pairs: Sequence[TokenPair], rows: int, mesh: Mesh) -> None:
+        self.pairs = pairs
+        prompts = [pair.prompt for pair in pairs] * 2
+        responses = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
+        self.lengths = np.array([len(response) for response in responses]).reshape(2, -1)
+        self._batches = list(response_batches(prompts, responses, rows, mesh))
+        self._copied = NamedSharding(mesh, PartitionSpec())
+        self._rows = partition.batch_sharding(mesh)
+        self._reference: Sequence[jax.Array | None] = [None] * len(self._batches)
+
+    def keep_reference(
+        self, file: Path, open_policy: Callable[[], Callable[[ResponseBatch], jax.Array]], *, is_writer: bool
+    ) -> None:
+        """Have the log-probs that a reference policy gives to the responses, for the kind ``contrast``.
+
+        They are kept in a file, so that a run that is continued compares with the policy that it began with, and need
+        not open it again.
+
+        Args:
+          file: where they are, or will be.
+          open_policy: opens the policy; its function gives ``[B, T]`` log-probs, whole on every device.
+          is_writer: whether this process writes.
+        """
+        longest = int(self.lengths.max())
+        if file.exists():
+            kept = np.load(file, allow_pickle=False)
+        else:
+            log_probs = open_policy()
+            kept = np.zeros((self.lengths.size, longest), np.float32)
+            for batch, indices in self._batches:
+                found = jax.device_get(log_probs(batch))[: len(indices), :longest]
+                kept[indices, : found.shape[1]] = found
+            if is_writer:
+                part = file.with_name(f".{file.name}.part")
+                with part.open("wb") as opened:
+                    np.save(opened, kept)
+                part.replace(file)
+        reference = []
+        for batch, indices in self._batches:
+            array = np.zeros(batch.responses.shape, np.float32)
+            width = min(array.shape[1], longest)
+            array[: len(indices), :width] = kept[indices, :width]
+            reference.append(jax.make_array_from_callback(array.shape, self._rows, array.__getitem__))
+        self._reference = reference
+
+    def reader(self, diagnostics: Callable[..., Any], params_sharding: Any) -> Callable[[Any], Sides]:
+        """Function from parameters to the diagnostics of both sides.
+
+        Args:
+          diagnostics: from `jaxrm.algorithms.scoring`.
+          params_sharding: where the parameters lie.
+        """
+        step = jax.jit(diagnostics, in_shardings=(params_sharding, self._rows, self._rows), out_shardings=self._copied)
+
+        def read(params: Any) -> Sides:
+            sides: Sides = {}
+            for (batch, indices), reference in zip(self._batches, self._reference, strict=True):
+                for kind, names in jax.device_get(step(params, batch, reference)).items():
+                    if not np.isfinite(names["sum"]).all():
+                        raise UserError(
+                            f"the {kind} rewards of held-out pairs are not finite, so nothing of these parameters was "
+                            "saved; try a lower --config.optimizer.lr, or other weights than --config.model.path"
+                        )
+                    for name, values in names.items():
+                        array = sides.setdefault(kind, {}).setdefault(name, np.zeros(self.lengths.size))
+                        array[indices] = values[: len(indices)]
+            return {
+                kind: {name: array.reshape(2, -1) for name, array in sides[kind].items()}
+                for kind in token_rewards.KINDS
+                if kind in sides
+            }
+
+        return read
+
+
+def with_length_residual(sides: Sides) -> Sides:
+    """Add the kind ``scalar_length_residual``: the linear effect of length, fitted on both sides, taken out."""
+    scores, lengths = sides["scalar"]["sum"], sides["scalar"]["length"]
+    slope, intercept = np.polyfit(lengths.ravel(), scores.ravel(), 1) if np.ptp(lengths) > 0 else (0.0, scores.mean())
+    residual = scores - (slope * lengths + intercept)
+    return {**sides, "scalar_length_residual": {**sides["scalar"], "sum": residual, "mean": residual / lengths}}
+
+
+def with_centered(sides: Sides, center: str) -> Sides:
+    """Add ``centered``, the sum that PPO optimises: tag and soft rewards lose their mean over the pairs' tokens.
+
+    Args:
+      sides: what the reward model says of the pairs.
+      center: as in `jaxrm.algorithms.reward_config.RewardConfig`; with ``none`` nothing is taken off.
+    """
+
+    def centered(kind: str, names: dict[str, np.ndarray]) -> np.ndarray:
+        if center == "none" or kind not in token_rewards.CENTERED:
+            return names["sum"]
+        return names["sum"] - names["length"] * (names["sum"].sum() / names["length"].sum())
+
+    return {kind: {**names, "centered": centered(kind, names)} for kind, names in sides.items()}
+
+
+def metrics(sides: Sides, kind: str) -> dict[str, float]:
+    """Metrics of one evaluation, for the rows of a run; those with a slash in their names are details.
+
+    Args:
+      sides: what the reward model says of the pairs.
+      kind: of token reward, whose share of pairs ranked right by its centred sum is ``eval_pair_accuracy``; where
+        this sort of reward model has no such kind, its first is taken.
+    """
+    shown = sides.get(kind, next(iter(sides.values())))
+    found = {"eval_pair_accuracy": pair_accuracy(*shown["centered"]).accuracy}
+    if "scalar" in sides:
+        gap = sides["scalar"]["sum"][0] - sides["scalar"]["sum"][1]
+        found["eval_calibration_error"] = calibration(gap).expected_calibration_error
+    else:
+        any_kind = next(iter(sides.values()))
+        for i, side in enumerate(("chosen", "rejected")):
+            found[f"eval_divergence_{side}"] = float(np.mean(any_kind["divergence"][i] / any_kind["length"][i]))
+            found[f"eval_tag_rate_{side}"] = float(np.mean(any_kind["tag_rate"][i]))
+            found[f"eval_end_tag/{side}"] = float(np.mean(any_kind["end_tag"][i]))
+    for name, of_kind in sides.items():
+        for i, side in enumerate(("chosen", "rejected")):
+            found[f"eval_reward_sum/{name}_{side}"] = float(np.mean(of_kind["sum"][i]))
+        found[f"eval_pairs/{name}_by_sum"] = pair_accuracy(*of_kind["sum"]).accuracy
+        found[f"eval_pairs/{name}_by_centered_sum"] = pair_accuracy(*of_kind["centered"]).accuracy
+        if not name.startswith("scalar"):
+            found[f"eval_pairs/{name}_by_mean"] = pair_accuracy(*of_kind["mean"]).accuracy
+        correlation = length_correlation(of_kind["sum"].ravel(), of_kind["length"].ravel())
+        if correlation is not None:
+            found[f"eval_length_correlation/{name}"] = correlation
+    return found
+
+
+def print_ranking(sides: Sides, marks: np.ndarray | None = None) -> list[dict[str, Any]]:
+    """Print how each kind ranks the pairs; returns the table's numbers.
+
+    PPO optimises the sum of token rewards after centring, so the verdict is by that. The residual's correlation with
+    length is 0 by construction, since its line is fitted on these pairs.
+
+    Args:
+      sides: what the reward model says of the pairs.
+      marks: ``[2, N]`` exact utilities of both responses, or None. With them it is also said how often the centred sum
+        is higher for the response whose mark is higher, whichever was labelled chosen; pairs with equal marks are left
+        out.
+    """
+    rows, numbers = [], []
+    better = None if marks is None or (marks[0] == marks[1]).all() else np.argsort(-marks, axis=0, kind="stable")
+    for kind, names in sides.items():
+        found = {name: pair_accuracy(*names[name]) for name in ("centered", "sum", "mean")}
+        correlation = length_correlation(names["sum"].ravel(), names["length"].ravel())
+        shown = [f"{100 * p.accuracy:.1f} % [{100 * p.low:.1f}, {100 * p.high:.1f}]" for p in found.values()]
+        if kind.startswith("scalar"):  # a score for the whole has no mean over tokens, and no centre
+            shown = ["–", shown[1], "–"]
+        if better is not None and marks is not None:
+            ranked = np.take_along_axis(names["centered"], better, axis=0)[:, marks[0] != marks[1]]
+            found["judge"] = pair_accuracy(*ranked)
+            shown.append(f"{100 * found['judge'].accuracy:.1f} %")
+        rows.append(
+            [
+                kind,
+                *shown,
+                "–" if correlation is None else f"{round(correlation, 2) + 0.0:.2f}",
+                found["centered"].verdict,
+            ]
+        )
+        numbers.append(
+            {
+                "kind": kind,
+                **{f"by_{name}": [p.accuracy, p.low, p.high] for name, p in found.items()},
+                "length_correlation": correlation,
+                "verdict": found["centered"].verdict,
+            }
+        )
+    count = next(iter(sides.values()))["sum"].shape[1]
+    print_table(
+        f"{count} held-out pairs: chosen above rejected, with 95 % intervals",
+        [
+            "kind",
+            "by centred sum",
+            "by sum",
+            "by mean",
+            *(["as the judge"] if better is not None else []),
+            "length r",
+            "so it",
+        ],
+        rows,
+    )
+    return numbers
+
+
+def print_divergence(sides: Sides) -> dict[str, dict[str, float]]:
+    """Print where a seq2seq reward model begins to disagree with each side; returns the table's numbers."""
+    names = next(iter(sides.values()))
+    numbers: dict[str, dict[str, float]] = {}
+    for i, side in enumerate(("chosen", "rejected")):
+        at, length = names["divergence"][i], names["length"][i]
+        numbers[side] = {
+            "first_disagreement_token": float(np.mean(at)),
+            "first_disagreement_share": float(np.mean(at / length)),
+            "never_disagrees": float(np.mean(at >= length)),
+            "tag_rate": float(np.mean(names["tag_rate"][i])),
+            "end_tag": float(np.mean(names["end_tag"][i])),
+            "length": float(np.mean(length)),
+        }
+    said = {
+        "first_disagreement_token": "tokens before the first disagreement",
+        "first_disagreement_share": "  as a share of the response",
+        "never_disagrees": "share never disagreed with",
+        "tag_rate": "share of + tags",
+        "end_tag": "share whose end is tagged +",
+        "length": "length in tokens",
+    }
+    print_table(
+        "Where the reward model disagrees",
+        ["", "chosen", "rejected"],
+        [[text, numbers["chosen"][name], numbers["rejected"][name]] for name, text in said.items()],
+    )
+    return numbers
+
+
+def print_reliability(sides: Sides) -> dict[str, Any]:
+    """Print how far a scalar reward model's confidence can be believed; returns the table's numbers."""
+    found = calibration(sides["scalar"]["sum"][0] - sides["scalar"]["sum"][1])
+    print_table(
+        f"Calibration of the scalar rewards: expected error {found.expected_calibration_error:.3f}, "
+        f"Brier {found.brier:.3f}, log loss {found.log_loss:.3f}",
+        ["confidence", "share right", "pairs"],
+        found.rows,
+    )
+    return {
+        "expected_calibration_error": found.expected_calibration_error,
+        "brier": found.brier,
+        "log_loss": found.log_loss,
+        "rows": [list(row) for row in found.rows],
+    }

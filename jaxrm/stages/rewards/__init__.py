@@ -1,0 +1,1 @@
+"""Where token rewards come from."""

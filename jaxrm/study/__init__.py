@@ -1,0 +1,1 @@
+"""The lab: many arms, worlds and seeds compared."""

@@ -1,0 +1,158 @@
+"""A study: the same comparison for every arm, in every world, with every seed, as a list of ordinary runs.
+
+An arm is a way to a policy: ``sft`` (where all start), ``sft_chosen``, ``best_of_n_scalar``, ``best_of_n_seq2seq``,
+``rft_scalar``, ``rft_seq2seq``, ``dpo`` and ``ppo_KIND`` for each kind of token reward. Worlds are embedded tasks,
+whose judge is exact. `jaxrm.study.schedule.plan` says which runs there are, given the scores of those that are done:
+settings are chosen for each arm and world alike, on prompts and seeds of their own, and only then do the runs of the
+final seeds start.
+`jaxrm.study.run` runs them.
+"""
+
+import dataclasses
+import difflib
+from dataclasses import dataclass, field
+from typing import Literal
+
+from jaxrm.algorithms.reward_config import SCALAR_KINDS, SEQ2SEQ_KINDS, check_kind
+from jaxrm.config.fields import WHOLE
+from jaxrm.data import tasks
+from jaxrm.errors import UserError
+from jaxrm.experiment import Experiment
+from jaxrm.runtime.run_folder import OnExisting
+
+PPO = "ppo_"
+ARMS = (
+    "sft",
+    "sft_chosen",
+    "best_of_n_scalar",
+    "best_of_n_seq2seq",
+    "rft_scalar",
+    "rft_seq2seq",
+    "dpo",
+    *(f"{PPO}{kind}" for kind in (*SCALAR_KINDS, *SEQ2SEQ_KINDS)),
+)
+SIZES = {"tiny": "lab-tiny", "small": "lab-small", "base": "lab-base"}
+_SMOKE_ARMS = ("sft", "sft_chosen", "dpo", "ppo_scalar", "ppo_literal")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study:
+    """What is compared.
+
+    The stages are templates: `jaxrm.study.schedule.plan` fills in folders, models, data, seeds and what is tuned.
+
+    Attributes:
+      run_dir: folder of the study.
+      on_existing: a folder that already holds this study is continued (``resume``), put aside and started anew
+        (``restart``) or refused (``error``).
+      preset: ``full`` leaves the config as it is; ``smoke`` makes of it one world, two seeds, few arms and few steps.
+      size: of the policy: ``tiny`` (0.36 M parameters), ``small`` (6 M) or ``base`` (31 M).
+      worlds: embedded tasks.
+      arms: see `ARMS`; the kind of ``ppo_KIND`` may be one's own (see `jaxrm.algorithms.reward_config`).
+      seeds: of the reported runs; each has its own SFT, pairs and reward models.
+      selection_seeds: of the runs that settings are chosen with.
+      kl_coefs: of PPO, ascending: its grid with ``learning_rates``.
+      learning_rates: of PPO, DPO and of SFT on chosen responses or winners, ascending.
+      dpo_betas: of DPO, ascending: its grid with ``learning_rates``.
+      extensions: how often an axis goes on past an end of the grid, by its own ratio, while the best setting is there.
+      tolerance: marks of the judge that are no further apart count as equal when settings are chosen (see
+        `jaxrm.study.tuning.choose`).
+      workers: runs at once. None: one for each core, or one on an accelerator.
+    """
+
+    run_dir: str = "runs/study"
+    on_existing: OnExisting = "resume"
+    preset: Literal["full", "smoke"] = "full"
+    size: Literal["tiny", "small", "base"] = "tiny"
+    worlds: tuple[str, ...] = tasks.TASKS
+    arms: tuple[str, ...] = ARMS
+    seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
+    selection_seeds: tuple[int, ...] = (1001,)
+    kl_coefs: tuple[float, ...] = (0.05, 0.2)
+    learning_rates: tuple[float, ...] = (3e-4, 1e-3)
+    dpo_betas: tuple[float, ...] = (0.1, 0.3)
+    extensions: int = 3
+    tolerance: float = 0.01
+    workers: int | None = None
+    sft: Experiment = field(default_factory=lambda: Experiment(algorithm="sft"), metadata=WHOLE)
+    pairs: Experiment = field(default_factory=lambda: Experiment(algorithm="sample_pairs"), metadata=WHOLE)
+    rm_scalar: Experiment = field(default_factory=lambda: Experiment(algorithm="scalar_rm"), metadata=WHOLE)
+    rm_seq2seq: Experiment = field(default_factory=lambda: Experiment(algorithm="seq2seq_rm"), metadata=WHOLE)
+    imitation: Experiment = field(default_factory=lambda: Experiment(algorithm="sft"), metadata=WHOLE)
+    dpo: Experiment = field(default_factory=lambda: Experiment(algorithm="dpo"), metadata=WHOLE)
+    best_of_n: Experiment = field(default_factory=lambda: Experiment(algorithm="best_of_n"), metadata=WHOLE)
+    ppo: Experiment = field(default_factory=lambda: Experiment(algorithm="ppo"), metadata=WHOLE)
+    evaluate: Experiment = field(default_factory=lambda: Experiment(algorithm="evaluate"), metadata=WHOLE)
+
+    def __post_init__(self) -> None:
+        for name, known in (("worlds", tasks.TASKS), ("arms", ARMS)):
+            found = getattr(self, name)
+            if not found or len(set(found)) < len(found):
+                raise _wrong(name, ",".join(found), "each one once, at least one", ",".join(known))
+            for one in found:
+                if one not in known and not (name == "arms" and ":" in one and one.startswith(PPO)):
+                    near = difflib.get_close_matches(one, known, n=1)
+                    meant = f"; did you mean {near[0]}?" if near else ""
+                    raise UserError(f"config.{name} has {one!r}; there are {', '.join(known)}{meant}")
+                if one.startswith(PPO):
+                    check_kind(one.removeprefix(PPO), "config.arms")
+        for name in ("seeds", "selection_seeds"):
+            found = getattr(self, name)
+            if not found or len(set(found)) < len(found) or min(found) < 0:
+                raise _wrong(name, found, "each once, at least one, none below 0", "1,2,3")
+        both = sorted(set(self.seeds) & set(self.selection_seeds))
+        if both:
+            raise _wrong("seeds", self.seeds, f"seeds that settings are not chosen with, not {both[0]}", "1,2,3")
+        for name in ("kl_coefs", "learning_rates", "dpo_betas"):
+            found = getattr(self, name)
+            if not found or list(found) != sorted(set(found)) or found[0] <= 0:
+                raise _wrong(name, found, "numbers above 0, ascending", "0.05,0.2")
+        if self.extensions < 0:
+            raise _wrong("extensions", self.extensions, "at least 0", "2")
+        if self.workers is not None and self.workers < 1:
+            raise _wrong("workers", self.workers, "at least 1", "2")
+
+
+def shrunk(study: Study) -> Study:
+    """The study that is run: ``config.preset`` applied."""
+    if study.preset == "full":
+        return study
+
+    def few(stage: Experiment, steps: int | None) -> Experiment:
+        data = dataclasses.replace(stage.data, max_records=512, max_eval_records=64)
+        return dataclasses.replace(stage, num_steps=steps, data=data)
+
+    return dataclasses.replace(
+        study,
+        worlds=study.worlds[:1],
+        arms=tuple(arm for arm in study.arms if arm in _SMOKE_ARMS or arm not in ARMS) or study.arms[:1],
+        seeds=study.seeds[:2],
+        selection_seeds=study.selection_seeds[:1],
+        kl_coefs=study.kl_coefs[:1],
+        learning_rates=study.learning_rates[-1:],
+        dpo_betas=study.dpo_betas[:1],
+        extensions=0,
+        sft=few(study.sft, 60),
+        pairs=dataclasses.replace(study.pairs, pairs=dataclasses.replace(study.pairs.pairs, count=256)),
+        rm_scalar=few(study.rm_scalar, 8),
+        rm_seq2seq=few(study.rm_seq2seq, 8),
+        imitation=few(study.imitation, 4),
+        dpo=few(study.dpo, 4),
+        best_of_n=few(study.best_of_n, 1),
+        ppo=few(study.ppo, 2),
+        evaluate=few(study.evaluate, None),
+    )
+
+
+def axes(study: Study, arm: str) -> tuple[tuple[str, tuple[float, ...]], ...]:
+    """Fields that are tuned for an arm, each with the values of its grid; none where there is nothing to tune."""
+    rate = ("optimizer.lr", study.learning_rates)
+    if arm.startswith(PPO):
+        return (("ppo.kl_coef", study.kl_coefs), rate)
+    if arm == "dpo":
+        return (("dpo.beta", study.dpo_betas), rate)
+    return (rate,) if arm == "sft_chosen" or arm.startswith("rft_") else ()
+
+
+def _wrong(name: str, found: object, required: str, example: str) -> UserError:
+    return UserError(f"config.{name} is {found!r}; required {required}, e.g. --config.{name}={example}")

@@ -1,0 +1,252 @@
+"""The bridge between frozen dataclasses and ConfigDict."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import pytest
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from jaxrm.config.dicts import ABSENT, as_dict, differences, from_config_dict, parse_text, to_config_dict
+from jaxrm.config.fields import did_you_mean, field_names
+from jaxrm.errors import UserError
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    lr: float = 1e-5
+    betas: tuple[float, float] = (0.9, 0.999)
+    kind: Literal["adamw", "adafactor"] = "adamw"
+    clip: float | None = None
+
+    def __post_init__(self):
+        if self.lr <= 0:
+            raise UserError(f"config.optimizer.lr is {self.lr}; required above 0; --config.optimizer.lr=1e-5")
+
+
+@dataclass(frozen=True)
+class Judge:
+    every: int = 10
+    names: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Tree:
+    num_steps: int
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    judge: Judge | None = None
+    stages: tuple[Judge, ...] = ()
+    run_dir: str = "runs/x"
+    packing: bool = True
+    eval_path: str | None = None
+    max_records: int | None = 512
+    length: int | Literal["auto"] = "auto"
+
+
+FULL = Tree(
+    7,
+    Optimizer(lr=2, betas=(0.5, 1), kind="adafactor", clip=3),
+    Judge(3, ("a", "b")),
+    (Judge(1), Judge(2, ("c",))),
+    "elsewhere",
+    False,
+    "a.jsonl",
+    None,
+    12,
+)
+
+
+@pytest.mark.parametrize("tree", [Tree(3), FULL])
+def test_a_tree_survives_the_round_trip_and_can_be_hashed(tree):
+    again = from_config_dict(Tree, to_config_dict(tree))
+    assert again == tree
+    assert hash(again) == hash(tree)
+    assert isinstance(again.optimizer, Optimizer)
+    assert all(isinstance(stage, Judge) for stage in again.stages)
+
+
+def test_ints_in_float_fields_become_floats():
+    config = to_config_dict(FULL)
+    assert isinstance(config.optimizer.lr, float) and isinstance(config.optimizer.clip, float)
+    plain = {"num_steps": 1, "optimizer": {"lr": 3, "betas": [1, 0]}}
+    optimizer = from_config_dict(Tree, plain).optimizer
+    assert (optimizer.lr, optimizer.betas) == (3.0, (1.0, 0.0))
+    assert [type(x) for x in (optimizer.lr, *optimizer.betas)] == [float, float, float]
+
+
+def test_fields_that_are_none_are_placeholders_of_their_type():
+    config = to_config_dict(Tree(1)).lock()
+    config.eval_path = "b.jsonl"
+    config.optimizer.clip = 1
+    config.judge = ConfigDict({"every": 4})
+    tree = from_config_dict(Tree, config)
+    assert (tree.eval_path, tree.optimizer.clip, tree.judge) == ("b.jsonl", 1.0, Judge(4))
+    with pytest.raises(TypeError):
+        to_config_dict(Tree(1)).eval_path = 3
+
+
+def test_the_ordinary_config_flags_override_it():
+    values = flags.FlagValues()
+    argv = [
+        "x",
+        "--config.optimizer.clip=2",
+        "--config.num_steps=9",
+        "--config.eval_path=b",
+        "--noconfig.packing",
+    ]
+    config_flags.DEFINE_config_dict("config", to_config_dict(Tree(1)), flag_values=values, sys_argv=argv)
+    values(argv)
+    tree = from_config_dict(Tree, values.config)
+    assert tree == Tree(9, Optimizer(clip=2.0), eval_path="b", packing=False)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"num_step": 3}, r"config\.num_step is no field of the config; did you mean config\.num_steps\?"),
+        ({"num_steps": 3, "lr": 1.0}, r"config\.lr is no field .* did you mean config\.optimizer\.lr\?"),
+        (
+            {"num_steps": 3, "optimizer": {"beta": 1}},
+            r"config\.optimizer\.beta is .* config\.optimizer\.betas\?",
+        ),
+        ({}, r"config\.num_steps is missing; required int; e\.g\. --config\.num_steps=8"),
+        ({"num_steps": "3"}, r"config\.num_steps is '3'; required int"),
+        ({"num_steps": True}, r"config\.num_steps is True \(bool\); required int"),
+        ({"num_steps": 1.0}, r"config\.num_steps is 1\.0 \(float\); required int"),
+        ({"num_steps": None}, r"config\.num_steps is None; required int"),
+        ({"num_steps": 1, "packing": 1}, r"config\.packing is 1 \(int\); required bool"),
+        (
+            {"num_steps": 1, "eval_path": 1},
+            r"config\.eval_path is 1 \(int\); required str or None; e\.g\. --config\.eval_path=text",
+        ),
+        (
+            {"num_steps": 1, "optimizer": {"lr": "abc"}},
+            r"config\.optimizer\.lr is 'abc'; required float; e\.g\. --config\.optimizer\.lr=1e-05",
+        ),
+        ({"num_steps": 1, "optimizer": {"lr": float("nan")}}, r"config\.optimizer\.lr is nan, not a number"),
+        (
+            {"num_steps": 1, "optimizer": {"kind": "sgd"}},
+            r"config\.optimizer\.kind is 'sgd'; required 'adamw' or 'adafactor'",
+        ),
+        (
+            {"num_steps": 1, "optimizer": {"betas": (1.0,)}},
+            r"config\.optimizer\.betas .* required tuple of float, float",
+        ),
+        (
+            {"num_steps": 1, "optimizer": {"betas": (1.0, "x")}},
+            r"config\.optimizer\.betas\[1\] is 'x'; required float",
+        ),
+        ({"num_steps": 1, "optimizer": 3}, r"config\.optimizer is 3 \(int\); required section Optimizer"),
+        ({"num_steps": 1, "stages": ({"every": "x"},)}, r"config\.stages\[0\]\.every is 'x'; required int"),
+        ({"num_steps": 1, "optimizer": {"lr": 0}}, r"config\.optimizer\.lr is 0\.0; required above 0"),
+    ],
+)
+def test_what_does_not_fit_is_named_with_what_is_required(config, message):
+    with pytest.raises(UserError, match=message):
+        from_config_dict(Tree, config)
+    if "num_steps" in config:
+        with pytest.raises(UserError, match=message):
+            from_config_dict(Tree, ConfigDict(config))
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "value"),
+    [
+        ("num_steps", "12", 12),
+        ("optimizer.lr", "3", 3.0),
+        ("optimizer.lr", "3e-6", 3e-6),
+        ("optimizer.lr", "inf", float("inf")),
+        ("optimizer.betas", "1,0.5", (1.0, 0.5)),
+        ("optimizer.betas", "(1, 0.5)", (1.0, 0.5)),
+        ("optimizer.kind", "adafactor", "adafactor"),
+        ("optimizer.clip", "None", None),
+        ("judge", "None", None),
+        ("judge.names", "a, b", ("a", "b")),
+        ("judge.names", "('a',)", ("a",)),
+        ("judge.names", "3", ("3",)),
+        ("judge.names", "", ()),
+        ("judge.names", "()", ()),
+        ("run_dir", "None", "None"),
+        ("run_dir", "", ""),
+        ("packing", "False", False),
+        ("packing", "true", True),
+        ("eval_path", "3", "3"),
+        ("eval_path", "None", None),
+        ("max_records", "None", None),
+        ("length", "auto", "auto"),
+        ("length", "8", 8),
+    ],
+)
+def test_text_is_read_by_the_type_of_the_field(name, text, value):
+    read = parse_text(text, field_names(Tree)[f"config.{name}"], f"config.{name}")
+    assert read == value
+    assert type(read) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("num_steps", "1e3", r"config\.num_steps is '1e3'; required int"),
+        ("num_steps", "None", r"required int"),
+        ("packing", "maybe", r"required bool; e\.g\. --config\.packing=true"),
+        ("optimizer.betas", "1,2,3", r"is '1,2,3'; required tuple of float, float; e\.g\. .*betas=0\.5,0\.5"),
+        ("optimizer.betas", "1,x", r"config\.optimizer\.betas is '1,x'; required tuple of float, float"),
+        ("optimizer.lr", "nan", r"config\.optimizer\.lr is nan, not a number; required float"),
+        ("optimizer.kind", "sgd", r"required 'adamw' or 'adafactor'"),
+        ("judge", "3", r"config\.judge is a section, .* set its fields, e\.g\. --config\.judge\.every="),
+    ],
+)
+def test_text_that_does_not_fit_the_field_is_named(name, text, message):
+    with pytest.raises(UserError, match=message):
+        parse_text(text, field_names(Tree)[f"config.{name}"], f"config.{name}")
+
+
+def test_field_names_reach_into_sections_that_may_be_none():
+    names = field_names(Tree)
+    assert {"config.judge", "config.judge.every", "config.optimizer.lr"} <= set(names)
+    assert "config.optimizer" not in names
+
+
+def test_as_dict_is_json_and_differences_sees_through_json():
+    tree = replace(FULL, optimizer=Optimizer(lr=float("inf")))
+    text = json.dumps(as_dict(tree), allow_nan=False)
+    assert json.loads(text)["optimizer"]["lr"] == "inf"
+    assert differences(json.loads(text), tree) == []
+
+
+def test_differences_are_dotted_names_with_both_values():
+    a = Tree(3, judge=Judge(2))
+    b = replace(a, num_steps=4, optimizer=Optimizer(lr=1.0), packing=False)
+    assert differences(a, b) == [("num_steps", 3, 4), ("optimizer.lr", 1e-5, 1.0), ("packing", True, False)]
+    assert differences({"x": {"y": 1}}, {"x": {"z": 1}}) == [("x.y", 1, ABSENT), ("x.z", ABSENT, 1)]
+    assert differences({"x": 1}, {"x": True}) == [("x", 1, True)]
+
+
+def test_a_mistyped_name_finds_the_nearest_and_nonsense_finds_none():
+    known = ["config.optimizer.lr", "config.data.batch_size", "config.data.eval_path", "config.seed"]
+    assert did_you_mean("config.batch_size", known) == "did you mean config.data.batch_size?"
+    assert did_you_mean("config.data.batchsize", known) == "did you mean config.data.batch_size?"
+    assert did_you_mean("config.optimiser.lr", known) == "did you mean config.optimizer.lr?"
+    assert did_you_mean("config.zzzzzz", known) == ""
+
+
+@pytest.mark.parametrize(
+    ("given", "field"),
+    [
+        ({"critic": {"optimizer": {"lr": -1.0}}}, "config.critic.optimizer.lr"),
+        ({"optimizer": {"lr": -1.0}}, "config.optimizer.lr"),
+        ({"ptx": {"path": "x", "batch_size": 0}}, "config.ptx.batch_size"),
+        ({"rollout": {"mesh": {"fsdp": 0}}}, "config.rollout.mesh.fsdp"),
+        ({"rollout": {"mesh": {"fsdp": -1}}}, "config.rollout.mesh.data"),
+    ],
+)
+def test_a_section_that_stands_elsewhere_is_named_by_its_place(given, field):
+    from jaxrm.experiment import Experiment
+
+    with pytest.raises(UserError) as error:
+        from_config_dict(Experiment, given)
+    message = str(error.value)
+    assert message.startswith(f"{field} is") and f"--{field}=" in message
