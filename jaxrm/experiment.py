@@ -11,7 +11,7 @@ from jaxrm.algorithms.reward_config import RewardConfig
 from jaxrm.algorithms.scalar_rm import ScalarRMConfig
 from jaxrm.data.config import DataConfig
 from jaxrm.data.pairs import MappingConfig
-from jaxrm.errors import UserError
+from jaxrm.errors import UserError, flag, option
 from jaxrm.models.build import ModelSource
 from jaxrm.models.generate import SamplingConfig
 from jaxrm.runtime.checkpoint import CheckpointConfig
@@ -22,7 +22,7 @@ from jaxrm.sharding.mesh import MeshConfig
 ALGORITHMS = ("sft", "sample_pairs", "seq2seq_rm", "scalar_rm", "ppo", "dpo", "best_of_n", "evaluate")
 
 # What may change between two launches of one run: nothing here changes what is learnt.
-MAY_DIFFER = frozenset(
+RESUMABLE_FIELDS = frozenset(
     {
         "run_dir",
         "on_existing",
@@ -61,8 +61,8 @@ class EvaluationConfig:
         for name, least in (("every", 1), ("samples", 0), ("corrections", 0)):
             if getattr(self, name) < least:
                 raise UserError(
-                    f"config.evaluation.{name} is {getattr(self, name)}; it must be at least {least}, "
-                    f"e.g. --config.evaluation.{name}={getattr(EvaluationConfig, name)}"
+                    f"{option(f'evaluation.{name}')} is {getattr(self, name)}; it must be at least {least}, "
+                    f"e.g. {flag(f'evaluation.{name}')}={getattr(EvaluationConfig, name)}"
                 )
 
 
@@ -86,13 +86,13 @@ class PairsConfig:
         for name, least in (("count", 1), ("batch_size", 1)):
             if getattr(self, name) < least:
                 raise UserError(
-                    f"config.pairs.{name} is {getattr(self, name)}; it must be at least {least}, "
-                    f"e.g. --config.pairs.{name}={getattr(PairsConfig, name)}"
+                    f"{option(f'pairs.{name}')} is {getattr(self, name)}; it must be at least {least}, "
+                    f"e.g. {flag(f'pairs.{name}')}={getattr(PairsConfig, name)}"
                 )
         if not 0 <= self.ideal_share <= 1:
             raise UserError(
-                f"config.pairs.ideal_share is {self.ideal_share}; it must be from 0 to 1, "
-                "e.g. --config.pairs.ideal_share=0.0"
+                f"{option('pairs.ideal_share')} is {self.ideal_share}; it must be from 0 to 1, "
+                f"e.g. {flag('pairs.ideal_share')}=0.0"
             )
 
 
@@ -127,20 +127,20 @@ class AnswersConfig:
             found = getattr(self, name)
             if not found or len(set(found)) < len(found):
                 raise UserError(
-                    f"config.answers.{name} is {','.join(found)!r}; required each one once, at least one, "
-                    f"e.g. --config.answers.{name}={','.join(getattr(AnswersConfig, name))}"
+                    f"{option(f'answers.{name}')} is {','.join(found)!r}; required each one once, at least one, "
+                    f"e.g. {flag(f'answers.{name}')}={','.join(getattr(AnswersConfig, name))}"
                 )
         for decoding in self.decodings:
             if decoding not in ("sampled", "greedy"):
                 raise UserError(
-                    f"config.answers.decodings has {decoding!r}; use sampled, greedy or both, "
-                    "e.g. --config.answers.decodings=sampled,greedy"
+                    f"{option('answers.decodings')} has {decoding!r}; use sampled, greedy or both, "
+                    f"e.g. {flag('answers.decodings')}=sampled,greedy"
                 )
         for name, least in (("best_of", 1), ("draw", 0), ("token_rewards", 0)):
             if getattr(self, name) < least:
                 raise UserError(
-                    f"config.answers.{name} is {getattr(self, name)}; it must be at least {least}, "
-                    f"e.g. --config.answers.{name}={getattr(AnswersConfig, name)}"
+                    f"{option(f'answers.{name}')} is {getattr(self, name)}; it must be at least {least}, "
+                    f"e.g. {flag(f'answers.{name}')}={getattr(AnswersConfig, name)}"
                 )
 
 
@@ -190,16 +190,17 @@ class Experiment:
         for name, allowed in (("algorithm", ALGORITHMS), ("on_existing", ("resume", "restart", "error"))):
             if getattr(self, name) not in allowed:
                 raise UserError(
-                    f"config.{name} is {getattr(self, name)!r}; use one of {', '.join(allowed)}, "
-                    f"e.g. --config.{name}={allowed[0]}"
+                    f"{option(name)} is {getattr(self, name)!r}; use one of {', '.join(allowed)}, "
+                    f"e.g. {flag(name)}={allowed[0]}"
                 )
         for name in ("num_steps", "num_microbatches"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise UserError(f"config.{name} is {value}; it must be at least 1, e.g. --config.{name}=1")
+                raise UserError(f"{option(name)} is {value}; it must be at least 1, e.g. {flag(name)}=1")
         if not 0 < self.num_epochs < math.inf:
             raise UserError(
-                f"config.num_epochs is {self.num_epochs}; it must be above 0 and finite, e.g. --config.num_epochs=3.0"
+                f"{option('num_epochs')} is {self.num_epochs}; it must be above 0 and finite, e.g. "
+                f"{flag('num_epochs')}=3.0"
             )
         if not 0 <= self.seed < 2**32:
-            raise UserError(f"config.seed is {self.seed}; it must be from 0 to {2**32 - 1}, e.g. --config.seed=0")
+            raise UserError(f"{option('seed')} is {self.seed}; it must be from 0 to {2**32 - 1}, e.g. {flag('seed')}=0")

@@ -11,7 +11,7 @@ from absl import flags
 from jaxrm.config import command_line
 from jaxrm.errors import UserError
 
-FLAG_OF_FIELD = {"config.model.path": "weights", "config.data.tokenizer": "tokenizer"}
+FLAG_OF_FIELD = {"model.path": "--weights", "data.tokenizer": "--tokenizer"}
 
 
 def define_flags(values: flags.FlagValues) -> None:

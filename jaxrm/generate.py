@@ -17,17 +17,17 @@ from jaxrm.config import command_line
 from jaxrm.errors import UserError
 
 FLAG_OF_FIELD = {
-    "config.model.path": "weights",
-    "config.data.eval_path": "input",
-    "config.data.tokenizer": "tokenizer",
-    "config.data.template": "template",
+    "model.path": "--weights",
+    "data.eval_path": "--input",
+    "data.tokenizer": "--tokenizer",
+    "data.template": "--template",
 }
 
 if TYPE_CHECKING:
     import jax
 
     from jaxrm.data.records import Message
-    from jaxrm.inference.sampler import Responder
+    from jaxrm.inference.sampler import Sampler
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -69,7 +69,7 @@ def main(_: None, given: flags.FlagValues) -> int:
 
     from jaxrm.data.records import Message
     from jaxrm.inference.load import open_checkpoint, open_weights
-    from jaxrm.inference.sampler import Responder
+    from jaxrm.inference.sampler import Sampler
     from jaxrm.models.build import ModelSource
     from jaxrm.models.generate import SamplingConfig
     from jaxrm.sharding.mesh import MeshConfig, build_mesh
@@ -82,7 +82,7 @@ def main(_: None, given: flags.FlagValues) -> int:
     else:
         source = ModelSource(path=given.weights, dtype=given.dtype or "float32")
         trained = open_weights(source, given.tokenizer, given.template, mesh)
-    responder = Responder(trained.model, trained.params, trained.tokenizer, trained.template, sampling)
+    responder = Sampler(trained.model, trained.params, trained.tokenizer, trained.template, sampling)
     key = jax.random.key(given.seed)
     if given.interactive:
         print(f"{trained.name}; an empty line ends the chat", file=sys.stderr)
@@ -110,7 +110,7 @@ def _read_prompts(path: str) -> "list[Sequence[Message]]":
 
 
 def _answer_file(
-    responder: "Responder", prompts: "list[Sequence[Message]]", output: str | None, batch_size: int, key: "jax.Array"
+    responder: "Sampler", prompts: "list[Sequence[Message]]", output: str | None, batch_size: int, key: "jax.Array"
 ) -> None:
     """Write one JSON object a prompt, in order; a file appears under its name once it is whole."""
     import jax
@@ -143,7 +143,7 @@ def _answer_file(
         part.unlink(missing_ok=True)
 
 
-def _forget(dialogue: "list[Message]", responder: "Responder") -> None:
+def _forget(dialogue: "list[Message]", responder: "Sampler") -> None:
     """Drop the oldest turns of a dialogue that has outgrown the model; a single message stays, to be refused."""
     while len(dialogue) > 1:
         try:
@@ -155,7 +155,7 @@ def _forget(dialogue: "list[Message]", responder: "Responder") -> None:
             return
 
 
-def _chat(responder: "Responder", key: "jax.Array") -> None:
+def _chat(responder: "Sampler", key: "jax.Array") -> None:
     """Alternate turns until an empty line; the whole dialogue is the prompt of each response."""
     import jax
 

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 from absl import flags
 
 from jaxrm.config import command_line
-from jaxrm.errors import UserError
+from jaxrm.errors import UserError, option
 from jaxrm.experiment import Experiment
 from jaxrm.pipeline import config as pipeline
 from jaxrm.pipeline.config import config_class
@@ -41,7 +41,7 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string("topology", None, where, flag_values=values)
     several = "the topologies are several, with commas; the batch grows with their devices"
     flags.DEFINE_boolean("weak_scaling", False, several, flag_values=values)
-    model = "shape of the model, by a public name such as gemma-2b, where config.model.path cannot be read here"
+    model = f"shape of the model, by a public name such as gemma-2b, where {option('model.path')} cannot be read here"
     flags.DEFINE_string("model", None, model, flag_values=values)
     flags.DEFINE_boolean("find", False, "look for the mesh and microbatches that are fastest", flag_values=values)
     flags.DEFINE_integer("tries", 8, "changes to compile at most where one is looked for", flag_values=values)
@@ -100,10 +100,10 @@ def _planned(
     from jaxrm.planning import report as plan_report
     from jaxrm.planning import search as plan_search
 
-    prefix, shown, problem = f"config.{name}." if name else "config.", config.logging.progress, None
+    prefix, shown, problem = f"{option(name)}." if name else "config.", config.logging.progress, None
     plan = None
     try:
-        plan = planning.planned(config, topology, show_progress=shown, until_misfit=given.find)
+        plan = planning.plan_stage(config, topology, show_progress=shown, until_misfit=given.find)
     except UserError as error:
         problem = error
     if plan is not None:
@@ -163,7 +163,7 @@ def stages_of(config: Experiment | pipeline.Pipeline, model: str | None) -> dict
 
     every = {name: stage for name in config.stages if (stage := getattr(config, name)).algorithm in PLANNED}
     if not every:
-        raise UserError(f"config.stages has none that can be planned; those are {', '.join(PLANNED)}")
+        raise UserError(f"{option('stages')} has none that can be planned; those are {', '.join(PLANNED)}")
     sources = {name: getattr(config, name).model for name in pipeline.stage_names(config)}
     return {
         name: _of_shape(dataclasses.replace(stage, model=_source(stage, sources)), model)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from absl import flags
 
 from jaxrm.config import command_line
-from jaxrm.errors import UserError
+from jaxrm.errors import UserError, option
 from jaxrm.experiment import Experiment
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from jaxrm.data.readers import ReadReport
     from jaxrm.data.records import Record
 
-FLAG_OF_FIELD = {"config.data.path": "input", "config.data.eval_path": "input"}
+FLAG_OF_FIELD = {"data.path": "--input", "data.eval_path": "--input"}
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -155,7 +155,8 @@ def _read(given: flags.FlagValues, of_run: "DataConfig") -> "tuple[list[Record],
 
     if given.held_out and (of_run.eval_path is not None or of_run.eval_split is not None):
         raise UserError(
-            f"--held_out goes with a run that held out prompts by their hash, but this one had config.data.eval_path "
+            f"--held_out goes with a run that held out prompts by their hash, but this one had "
+            f"{option('data.eval_path')} "
             f"{of_run.eval_path!r} and eval_split {of_run.eval_split!r}; give those records as --input, without it"
         )
     # The held-out side of a file that is given as held out is all of it.

@@ -32,6 +32,7 @@ def shared_data() -> Path:
         pytest.skip(f"real preference pairs are not at {SHARED_DATA}")
     return SHARED_DATA
 
+
 # Set-ups that tests of several folders share.
 from support.browser import browser  # noqa: E402, F401
 from support.runs import make_run, small, task_folder  # noqa: E402, F401

@@ -20,7 +20,7 @@ from jaxrm.data.tasks import write_task
 from jaxrm.data.tokenizer import load_tokenizer
 from jaxrm.errors import UserError
 from jaxrm.experiment import Experiment
-from jaxrm.inference.load import keep_model
+from jaxrm.inference.load import save_shape_and_tokenizer
 from jaxrm.inference.response_batches import response_batches
 from jaxrm.models.build import ModelSource, abstract_decoder, abstract_scalar_model
 from jaxrm.models.config import ModelConfig
@@ -67,7 +67,7 @@ def write_run(folder, algorithm, tokenizer, *, shape=TINY, value=None, **fields)
     fields = {"model": ModelSource(preset="tiny"), "data": DataConfig(path="pairs.jsonl"), **fields}
     experiment = Experiment(run_dir=str(folder), algorithm=algorithm, **fields)
     run = open_run(experiment.run_dir, dicts.as_dict(experiment))
-    keep_model(shape, tokenizer, run)
+    save_shape_and_tokenizer(shape, tokenizer, run)
     abstract = abstract_scalar_model if algorithm == "scalar_rm" else abstract_decoder
     rng = np.random.default_rng(0)
 

@@ -17,7 +17,7 @@ from jaxrm.algorithms.state import create
 from jaxrm.config.dicts import from_config_dict
 from jaxrm.config.files import load_config_file
 from jaxrm.experiment import Experiment
-from jaxrm.inference.sharded_model import open_model, open_scalar_model
+from jaxrm.inference.sharded_model import shard_model, shard_scalar_model
 from jaxrm.models.build import ModelSource
 from jaxrm.models.config import preset
 from jaxrm.models.generate import check_on_policy
@@ -69,9 +69,9 @@ TRAINED = [
 
 def model_and_loss(config, source, mesh, shape):
     if config.algorithm == "scalar_rm":
-        model = open_scalar_model(source, mesh, shape)
+        model = shard_scalar_model(source, mesh, shape)
         return model, scalar_rm.scalar_rm_loss(model.graphdef, config.scalar_rm), ComparisonBatch
-    model = open_model(source, mesh, shape)
+    model = shard_model(source, mesh, shape)
     if config.algorithm == "seq2seq_rm":
         return model, seq2seq_rm.seq2seq_rm_loss(model.graphdef), MappingBatch
     if config.algorithm == "dpo":
@@ -112,7 +112,7 @@ def test_a_step_of_the_config_builds_on_eight_devices(path, stage):
 
 def check_a_step_of_ppo(config, shape, mesh):
     """Rollout, readings, advantages and both updates, abstractly, with whatever the config asks for."""
-    decoder, critic = open_model(config.model, mesh, shape), open_scalar_model(config.model, mesh, shape)
+    decoder, critic = shard_model(config.model, mesh, shape), shard_scalar_model(config.model, mesh, shape)
     learner = open_learner(config, mesh, decoder, critic, num_steps=10, end_ids=(1,))
     programs, state = learner.programs(lambda *_: None), learner.abstract
     B, T = config.data.batch_size, config.rollout.sampling.max_new_tokens
@@ -128,7 +128,7 @@ def check_a_step_of_ppo(config, shape, mesh):
     kind = config.reward.kind
     rewards = jax.eval_shape(
         lambda calibration, values, tags, batch: score(calibration, kind, values, tags, batch),
-        state.first_calibration,
+        state.initial_calibration,
         values,
         tags,
         batch,

@@ -213,7 +213,7 @@ class _Seen(Exception):  # noqa: N818  # no error, a signal
 @pytest.mark.parametrize("algorithm", STEPS)
 def test_a_reward_model_starts_from_the_policy(runs, monkeypatch, algorithm):
     def stop(config, *, first_params, **_):
-        raise _Seen(jax.device_get(first_params(supervised.first_key(config.seed))))
+        raise _Seen(jax.device_get(first_params(supervised.init_key(config.seed))))
 
     policy_run, _ = runs.sft, runs.pairs  # made before training is cut off
     monkeypatch.setattr(supervised, "train", stop)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxrm.errors import UserError
+from jaxrm.errors import UserError, flag, option
 from jaxrm.types import ResponseBatch, TokenRewards
 
 Respond = Callable[[Any, jax.Array, jax.Array, jax.Array], ResponseBatch]
@@ -35,7 +35,9 @@ class BestOfNConfig:
 
     def __post_init__(self) -> None:
         if self.n < 1:
-            raise UserError(f"config.best_of_n.n is {self.n}; it must be at least 1, e.g. --config.best_of_n.n=16")
+            raise UserError(
+                f"{option('best_of_n.n')} is {self.n}; it must be at least 1, e.g. {flag('best_of_n.n')}=16"
+            )
 
 
 class Best(NamedTuple):

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxrm.algorithms.train_step import LossFn
-from jaxrm.errors import UserError
+from jaxrm.errors import UserError, flag, option
 from jaxrm.ops import losses, masking, vocab
 from jaxrm.types import ComparisonBatch
 
@@ -38,26 +38,29 @@ class DPOConfig:
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise UserError(
-                f"config.dpo.kind is {self.kind!r}; use one of {', '.join(KINDS)}, e.g. --config.dpo.kind={KINDS[0]}"
+                f"{option('dpo.kind')} is {self.kind!r}; use one of {', '.join(KINDS)}, e.g. "
+                f"{flag('dpo.kind')}={KINDS[0]}"
             )
         if not 0 < self.beta < math.inf:
             raise UserError(
-                f"config.dpo.beta is {self.beta}; it must be above 0 and finite, e.g. --config.dpo.beta=0.1"
+                f"{option('dpo.beta')} is {self.beta}; it must be above 0 and finite, e.g. {flag('dpo.beta')}=0.1"
             )
         if not 0 <= self.label_smoothing < 0.5:
             raise UserError(
-                f"config.dpo.label_smoothing is {self.label_smoothing}; it must be at least 0 and less than 0.5, where "
-                "labels say nothing, e.g. --config.dpo.label_smoothing=0.1"
+                f"{option('dpo.label_smoothing')} is {self.label_smoothing}; it must be at least 0 and less than "
+                f"0.5, where "
+                f"labels say nothing, e.g. {flag('dpo.label_smoothing')}=0.1"
             )
         if self.label_smoothing and self.kind == "ipo":
             raise UserError(
-                f"config.dpo.label_smoothing is {self.label_smoothing}, but config.dpo.kind is ipo, which has none; "
-                "use --config.dpo.label_smoothing=0.0 or --config.dpo.kind=sigmoid"
+                f"{option('dpo.label_smoothing')} is {self.label_smoothing}, but {option('dpo.kind')} is ipo, which "
+                f"has none; "
+                f"use {flag('dpo.label_smoothing')}=0.0 or {flag('dpo.kind')}=sigmoid"
             )
         if not 0 <= self.sft_coef < math.inf:
             raise UserError(
-                f"config.dpo.sft_coef is {self.sft_coef}; it must be at least 0 and finite, e.g. "
-                "--config.dpo.sft_coef=0.0"
+                f"{option('dpo.sft_coef')} is {self.sft_coef}; it must be at least 0 and finite, e.g. "
+                f"{flag('dpo.sft_coef')}=0.0"
             )
 
 

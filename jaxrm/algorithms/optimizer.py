@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxrm.errors import UserError
+from jaxrm.errors import UserError, flag, option
 
 OPTIMIZERS = ("adamw", "adafactor")
 SCHEDULES = ("cosine", "linear", "constant")
@@ -59,13 +59,13 @@ class OptimizerConfig:
         ):
             if getattr(self, field) not in allowed:
                 raise UserError(
-                    f"config.optimizer.{field} is {getattr(self, field)!r}; use one of {', '.join(allowed)}, "
-                    f"e.g. --config.optimizer.{field}={allowed[0]}"
+                    f"{option(f'optimizer.{field}')} is {getattr(self, field)!r}; use one of {', '.join(allowed)}, "
+                    f"e.g. {flag(f'optimizer.{field}')}={allowed[0]}"
                 )
         if not 0 <= self.warmup < 1:
             raise UserError(
-                f"config.optimizer.warmup is {self.warmup}; it is a share of the steps, at least 0 and below 1, "
-                "e.g. --config.optimizer.warmup=0.03"
+                f"{option('optimizer.warmup')} is {self.warmup}; it is a share of the steps, at least 0 and below 1, "
+                f"e.g. {flag('optimizer.warmup')}=0.03"
             )
         for field, good, required in (
             ("lr", 0 < self.lr < math.inf, "above 0 and finite"),
@@ -78,8 +78,8 @@ class OptimizerConfig:
         ):
             if not good:
                 raise UserError(
-                    f"config.optimizer.{field} is {getattr(self, field)}; it must be {required}, "
-                    f"e.g. --config.optimizer.{field}={getattr(OptimizerConfig, field)}"
+                    f"{option(f'optimizer.{field}')} is {getattr(self, field)}; it must be {required}, "
+                    f"e.g. {flag(f'optimizer.{field}')}={getattr(OptimizerConfig, field)}"
                 )
 
 

@@ -24,12 +24,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrm.algorithms.ppo_config import PPOConfig
-from jaxrm.algorithms.ppo_state import Feedback, PPOBatch, PPOState, saved_arrays, steps_of
-from jaxrm.algorithms.rollout import Networks, Readings, Respond, RewardSource
+from jaxrm.algorithms.ppo_state import PPOBatch, PPOState, RewardAndKLState, saved_arrays, steps_of
+from jaxrm.algorithms.rollout import Networks, Respond, RewardSource, TokenLogProbs
 from jaxrm.algorithms.state import TrainState
 from jaxrm.algorithms.train_step import Metrics
 from jaxrm.data.loader import BatchIterator
-from jaxrm.errors import UserError
+from jaxrm.errors import UserError, flag
 from jaxrm.ops import advantages, kl, masking, token_rewards
 from jaxrm.runtime.checkpoint import Checkpoints
 from jaxrm.runtime.preemption import StopRequest, agree
@@ -37,15 +37,15 @@ from jaxrm.types import ResponseBatch, Rollout, TokenBatch, TokenRewards
 
 
 def estimate(
-    feedback: Feedback,
+    feedback: RewardAndKLState,
     batch: ResponseBatch,
-    readings: Readings,
+    readings: TokenLogProbs,
     rewards: TokenRewards,
     *,
     config: PPOConfig,
     kind: str,
     center_momentum: float | None,
-) -> tuple[Rollout, Feedback, Metrics]:
+) -> tuple[Rollout, RewardAndKLState, Metrics]:
     """From token rewards to advantages, and to the feedback of the next step.
 
     Args:
@@ -117,7 +117,7 @@ def estimate(
             count=jnp.sum(responses),
         )
     rollout = Rollout(batch, readings.log_probs, readings.reference_log_probs, readings.values, advantage, returns)
-    return rollout, Feedback(calibration, kl_coef), metrics
+    return rollout, RewardAndKLState(calibration, kl_coef), metrics
 
 
 def minibatch(rollout: Rollout, key: jax.Array, part: jax.Array, *, parts: int) -> Rollout:
@@ -140,7 +140,7 @@ class Programs:
 
     Attributes:
       respond: how the policy answers.
-      read: from `jaxrm.algorithms.rollout.build_read`.
+      read: from `jaxrm.algorithms.rollout.build_log_probs`.
       reward: source of token rewards.
       estimate: `estimate`.
       minibatch: `minibatch`.
@@ -150,9 +150,9 @@ class Programs:
     """
 
     respond: Respond
-    read: Callable[..., Readings]
+    read: Callable[..., TokenLogProbs]
     reward: RewardSource
-    estimate: Callable[..., tuple[Rollout, Feedback, Metrics]]
+    estimate: Callable[..., tuple[Rollout, RewardAndKLState, Metrics]]
     minibatch: Callable[..., Rollout]
     weigh: Callable[..., PPOBatch]
     update_policy: Callable[[TrainState, PPOBatch], tuple[TrainState, Metrics]]
@@ -308,7 +308,7 @@ def fit(
             undo()
             raise UserError(
                 f"step {step + 1}: the reward of the responses is {told['reward']}, no finite number; the reward model "
-                f"is spoiled, give another --config.reward.model; {_last_good(checkpoints)}"
+                f"is spoiled, give another {flag('reward.model')}; {_last_good(checkpoints)}"
             )
         state, updates = clock.time("update", update, programs, state, rollout, order_key, config, next_ptx)
         state = dataclasses.replace(state, feedback=feedback)
@@ -365,8 +365,8 @@ def _check_finite(step: int, metrics: dict[str, float], checkpoints: Checkpoints
     if bad:
         raise UserError(
             f"step {step}: {', '.join(bad)} not finite, so the run stopped before saving it; "
-            f"{_last_good(checkpoints)}; try a lower --config.optimizer.lr and --config.critic.optimizer.lr, or a "
-            "lower --config.ppo.reward_clip"
+            f"{_last_good(checkpoints)}; try a lower {flag('optimizer.lr')} and {flag('critic.optimizer.lr')}, or a "
+            f"lower {flag('ppo.reward_clip')}"
         )
 
 

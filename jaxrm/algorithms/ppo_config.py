@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from jaxrm.algorithms.optimizer import OptimizerConfig
-from jaxrm.errors import UserError
+from jaxrm.errors import UserError, flag, option
 from jaxrm.models.generate import SamplingConfig
 from jaxrm.ops import kl
 from jaxrm.sharding.mesh import MeshConfig
@@ -82,13 +82,13 @@ class PPOConfig:
         ):
             if not good:
                 raise UserError(
-                    f"config.ppo.{name} is {getattr(self, name)!r}; it must be {required}, "
-                    f"e.g. --config.ppo.{name}={getattr(PPOConfig, name)}"
+                    f"{option(f'ppo.{name}')} is {getattr(self, name)!r}; it must be {required}, "
+                    f"e.g. {flag(f'ppo.{name}')}={getattr(PPOConfig, name)}"
                 )
         if self.kl_target is not None and self.kl_coef == 0:
             raise UserError(
-                "config.ppo.kl_coef is 0, which the controller of config.ppo.kl_target can never raise; "
-                "e.g. --config.ppo.kl_coef=0.02"
+                f"{option('ppo.kl_coef')} is 0, which the controller of {option('ppo.kl_target')} can never raise; "
+                f"e.g. {flag('ppo.kl_coef')}=0.02"
             )
 
 

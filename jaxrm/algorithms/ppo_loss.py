@@ -28,7 +28,7 @@ def policy_loss(networks: Networks, config: PPOConfig) -> LossFn:
         rollout, mask = batch.rollout, batch.rollout.responses.response_mask
         weight = jnp.sum(mask, dtype=jnp.float32)
         decoder, value_head = networks.open_policy(params)
-        hidden = response_hidden(decoder, rollout.responses, row_multiple=networks.row_multiple)
+        hidden = response_hidden(decoder, rollout.responses, pad_to_multiple_of=networks.pad_to_multiple_of)
         token = token_statistics(decoder, hidden, rollout.responses, temperature=networks.temperature)
         surrogate = losses.clipped_policy_loss(token.log_probs, rollout.log_probs, rollout.advantages, clip=config.clip)
         loss = surrogate.loss

@@ -10,7 +10,7 @@ from jaxrm.algorithms.ppo_config import PPOConfig
 from jaxrm.algorithms.rollout import Networks
 from jaxrm.algorithms.state import TrainState
 from jaxrm.data.loader import BatchIterator
-from jaxrm.errors import UserError
+from jaxrm.errors import UserError, flag
 from jaxrm.ops import token_rewards
 from jaxrm.runtime.checkpoint import Checkpoints
 from jaxrm.types import Rollout, TokenBatch
@@ -18,7 +18,7 @@ from jaxrm.types import Rollout, TokenBatch
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Feedback:
+class RewardAndKLState:
     """How rewards are scaled and charged; it moves from step to step.
 
     Attributes:
@@ -39,13 +39,13 @@ class PPOState:
       policy: of the decoder, or of both heads on one trunk.
       critic: None where the trunk is shared.
       feedback: as it is now.
-      first_calibration: as it was before the first step; evaluations use it, so that they can be compared.
+      initial_calibration: as it was before the first step; evaluations use it, so that they can be compared.
     """
 
     policy: TrainState
     critic: TrainState | None
-    feedback: Feedback
-    first_calibration: token_rewards.Calibration
+    feedback: RewardAndKLState
+    initial_calibration: token_rewards.Calibration
 
 
 @jax.tree_util.register_dataclass
@@ -71,7 +71,7 @@ def saved_arrays(state: PPOState, networks: Networks) -> dict[str, Any]:
     arrays = {
         "params": networks.decoder_params(state.policy.params),
         "opt_state": state.policy.opt_state,
-        "feedback": {"now": state.feedback, "first_calibration": state.first_calibration},
+        "feedback": {"now": state.feedback, "initial_calibration": state.initial_calibration},
     }
     if state.critic is None:
         return arrays | {"value_head": state.policy.params["scalar_head"]}
@@ -109,7 +109,7 @@ def restore(
         raise UserError(
             f"prompts, SFT policy or reward model are no longer those that {checkpoints.folder / str(latest)} was "
             f"trained with ({progress['data']}, now {data_fingerprint}), so it cannot be continued as it was; give the "
-            "same ones, or put the run aside with --config.on_existing=restart"
+            f"same ones, or put the run aside with {flag('on_existing')}=restart"
         )
     arrays = checkpoints.restore(latest, saved_arrays(abstract, networks))
     prompts.set_state(progress["prompts"])
@@ -142,4 +142,4 @@ def _restored(arrays: dict[str, Any], updates: int, abstract: PPOState, key: jax
         critic_step, critic_key = place(np.int32(updates), key)
         critic = TrainState(critic_step, arrays["critic_params"], arrays["critic_opt_state"], critic_key)
     policy = TrainState(step, params, arrays["opt_state"], key)
-    return PPOState(policy, critic, arrays["feedback"]["now"], arrays["feedback"]["first_calibration"])
+    return PPOState(policy, critic, arrays["feedback"]["now"], arrays["feedback"]["initial_calibration"])

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from jaxrm.errors import UserError
+from jaxrm.errors import UserError, flag, option
 from jaxrm.ops import token_rewards
 
 SCALAR_KINDS = ("scalar", "scalar_length_residual")
@@ -20,8 +20,9 @@ def check_kind(kind: str, field: str) -> None:
     own = all(part.isidentifier() for part in (*module.split("."), function))
     if kind not in token_rewards.KINDS and not own:
         raise UserError(
-            f"{field} is {kind!r}; use one of {', '.join(token_rewards.KINDS)}, or one's own, package.module:function, "
-            "e.g. --config.reward.kind=literal"
+            f"{option(field)} is {kind!r}; use one of {', '.join(token_rewards.KINDS)}, or one's own, "
+            f"package.module:function, "
+            f"e.g. {flag('reward.kind')}=literal"
         )
 
 
@@ -58,34 +59,35 @@ class RewardConfig:
     calibration_responses: int = 256
 
     def __post_init__(self) -> None:
-        check_kind(self.kind, "config.reward.kind")
+        check_kind(self.kind, "reward.kind")
         if self.model is not None and self.function is not None:
             raise UserError(
-                f"config.reward has both model {self.model!r} and function {self.function!r}; rewards come from one "
-                "of them, e.g. --config.reward.function=None"
+                f"{option('reward')} has both model {self.model!r} and function {self.function!r}; rewards come "
+                f"from one "
+                f"of them, e.g. {flag('reward.function')}=None"
             )
         if self.function is not None and self.kind not in SCALAR_KINDS:
             raise UserError(
-                f"config.reward.kind is {self.kind!r}, but a function rewards the whole response; "
-                "use --config.reward.kind=scalar"
+                f"{option('reward.kind')} is {self.kind!r}, but a function rewards the whole response; "
+                f"use {flag('reward.kind')}=scalar"
             )
         if self.scale != "unit" and not 0 < self.scale < float("inf"):
             raise UserError(
-                f"config.reward.scale is {self.scale}; it must be unit or a finite number above 0, "
-                "e.g. --config.reward.scale=unit"
+                f"{option('reward.scale')} is {self.scale}; it must be unit or a finite number above 0, "
+                f"e.g. {flag('reward.scale')}=unit"
             )
         if self.center not in ("running", "fixed", "none"):
             raise UserError(
-                f"config.reward.center is {self.center!r}; use running, fixed or none, "
-                "e.g. --config.reward.center=running"
+                f"{option('reward.center')} is {self.center!r}; use running, fixed or none, "
+                f"e.g. {flag('reward.center')}=running"
             )
         if not 0 <= self.center_momentum < 1:
             raise UserError(
-                f"config.reward.center_momentum is {self.center_momentum}; it must be at least 0 and below 1, "
-                "e.g. --config.reward.center_momentum=0.9"
+                f"{option('reward.center_momentum')} is {self.center_momentum}; it must be at least 0 and below 1, "
+                f"e.g. {flag('reward.center_momentum')}=0.9"
             )
         if self.calibration_responses < 2:
             raise UserError(
-                f"config.reward.calibration_responses is {self.calibration_responses}; it must be at least 2, "
-                "e.g. --config.reward.calibration_responses=256"
+                f"{option('reward.calibration_responses')} is {self.calibration_responses}; it must be at least 2, "
+                f"e.g. {flag('reward.calibration_responses')}=256"
             )

@@ -26,14 +26,14 @@ class Networks:
       policy: what the policy's parameters belong to: ``decoder``, or a `jaxrm.models.heads.ActorCritic`.
       critic: of a `jaxrm.models.heads.ScalarModel`; None where the trunk is shared.
       temperature: of sampling; it divides the logits of every log-prob.
-      row_multiple: see `jaxrm.algorithms.scoring.response_hidden`.
+      pad_to_multiple_of: see `jaxrm.algorithms.scoring.response_hidden`.
     """
 
     decoder: nnx.GraphDef
     policy: nnx.GraphDef
     critic: nnx.GraphDef | None
     temperature: float = 1.0
-    row_multiple: int = 1
+    pad_to_multiple_of: int = 1
 
     @property
     def is_shared(self) -> bool:
@@ -53,10 +53,10 @@ class Networks:
         """Values ``[B, T]`` of a critic with a trunk of its own: of the states before each response token."""
         assert self.critic is not None, "the values of a shared trunk are read with the policy"
         critic = nnx.merge(self.critic, critic_params)
-        return critic.scalar_head(response_hidden(critic.decoder, batch, row_multiple=self.row_multiple))
+        return critic.scalar_head(response_hidden(critic.decoder, batch, pad_to_multiple_of=self.pad_to_multiple_of))
 
 
-class Readings(NamedTuple):
+class TokenLogProbs(NamedTuple):
     """What the models say of a batch of responses; ``[B, T]`` float32, 0 outside the mask.
 
     Attributes:
@@ -170,7 +170,7 @@ def build_reshard(dtype: str, *, params_sharding: Any, batch_sharding: Any, to_p
     )
 
 
-def build_read(
+def build_log_probs(
     networks: Networks,
     *,
     policy_sharding: Any,
@@ -178,8 +178,8 @@ def build_read(
     reference_sharding: Any,
     batch_sharding: Any,
     num_microbatches: int = 1,
-) -> Callable[[Any, Any, Any, ResponseBatch], Readings]:
-    """Jitted ``read(policy_params, critic_params, reference_params, batch) -> Readings``.
+) -> Callable[[Any, Any, Any, ResponseBatch], TokenLogProbs]:
+    """Jitted ``read(policy_params, critic_params, reference_params, batch) -> TokenLogProbs``.
 
     Log-probs come from the forward that the update trains with, not from sampling, so that before the first update
     the ratio of new to old probabilities is 1.
@@ -193,22 +193,22 @@ def build_read(
       num_microbatches: parts that the rows are read in.
     """
 
-    def read(policy_params: Any, critic_params: Any, reference_params: Any, batch: ResponseBatch) -> Readings:
-        def part(batch: ResponseBatch) -> Readings:
+    def read(policy_params: Any, critic_params: Any, reference_params: Any, batch: ResponseBatch) -> TokenLogProbs:
+        def part(batch: ResponseBatch) -> TokenLogProbs:
             decoder, value_head = networks.open_policy(policy_params)
-            hidden = response_hidden(decoder, batch, row_multiple=networks.row_multiple)
+            hidden = response_hidden(decoder, batch, pad_to_multiple_of=networks.pad_to_multiple_of)
             policy = token_statistics(decoder, hidden, batch, temperature=networks.temperature)
             reference = response_statistics(
                 networks.decoder,
                 reference_params,
                 batch,
                 None,
-                row_multiple=networks.row_multiple,
+                pad_to_multiple_of=networks.pad_to_multiple_of,
                 temperature=networks.temperature,
             )
             values = networks.values(critic_params, batch) if value_head is None else value_head(hidden)
-            every = Readings(policy.log_probs, policy.entropy, reference.log_probs, values)
-            return Readings(*(jnp.where(batch.response_mask, x, 0.0) for x in every))
+            every = TokenLogProbs(policy.log_probs, policy.entropy, reference.log_probs, values)
+            return TokenLogProbs(*(jnp.where(batch.response_mask, x, 0.0) for x in every))
 
         return microbatches.in_parts(part, num_microbatches)(batch)
 

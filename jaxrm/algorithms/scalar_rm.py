@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxrm.algorithms.train_step import LossFn
-from jaxrm.errors import UserError
+from jaxrm.errors import UserError, flag, option
 from jaxrm.ops import losses, masking
 from jaxrm.types import ComparisonBatch
 
@@ -30,8 +30,8 @@ class ScalarRMConfig:
         for name in ("margin", "l2"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise UserError(
-                    f"config.scalar_rm.{name} is {getattr(self, name)}; it must be at least 0 and finite, "
-                    f"e.g. --config.scalar_rm.{name}=0.0"
+                    f"{option(f'scalar_rm.{name}')} is {getattr(self, name)}; it must be at least 0 and finite, "
+                    f"e.g. {flag(f'scalar_rm.{name}')}=0.0"
                 )
 
 

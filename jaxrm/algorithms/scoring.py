@@ -15,7 +15,7 @@ from flax import nnx
 
 from jaxrm.algorithms import microbatches
 from jaxrm.algorithms.reward_config import SCALAR_KINDS, SEQ2SEQ_KINDS
-from jaxrm.errors import UserError
+from jaxrm.errors import UserError, flag, option
 from jaxrm.models.transformer import Decoder
 from jaxrm.ops import masking, token_rewards, vocab
 from jaxrm.types import ResponseBatch, TokenRewards
@@ -36,7 +36,7 @@ class Scorer(Protocol):
 
 
 def response_hidden(
-    model: Decoder, batch: ResponseBatch, request: tuple[int, ...] | None = None, *, row_multiple: int = 1
+    model: Decoder, batch: ResponseBatch, request: tuple[int, ...] | None = None, *, pad_to_multiple_of: int = 1
 ) -> jax.Array:
     """Hidden states that each response token is predicted from, by one forward.
 
@@ -45,13 +45,13 @@ def response_hidden(
       batch: prompts x and responses y.
       request: ids that ask for the correction (`jaxrm.data.pairs.correction_request`): the decoder is a seq2seq reward
         model, which reads ``x, y, request`` and then y again, token by token. None: it reads ``x, y``.
-      row_multiple: rows are filled up to a multiple of so many tokens, for kernels with blocks.
+      pad_to_multiple_of: rows are filled up to a multiple of so many tokens, for kernels with blocks.
 
     Returns:
       ``[B, T, D]``; at ``t`` the state of the token before ``y_t``, of which the first is the last one of the prompt
       or of the request. Outside the response mask it means nothing.
     """
-    tokens, mask, start = _rows(batch, request, row_multiple)
+    tokens, mask, start = _rows(batch, request, pad_to_multiple_of)
     hidden = model(tokens, positions=_positions(tokens), segment_ids=mask.astype(jnp.int32))
     steps = jnp.arange(batch.responses.shape[1], dtype=jnp.int32)[None, :]
     predicting = jnp.maximum(start[:, None] - 1 + steps, 0)
@@ -77,7 +77,7 @@ def response_statistics(
     batch: ResponseBatch,
     request: tuple[int, ...] | None,
     *,
-    row_multiple: int = 1,
+    pad_to_multiple_of: int = 1,
     temperature: float = 1.0,
 ) -> vocab.TokenStatistics:
     """What a decoder says of each response token, by one forward.
@@ -89,14 +89,16 @@ def response_statistics(
       response mask they mean nothing.
     """
     model = nnx.merge(graphdef, params)
-    hidden = response_hidden(model, batch, request, row_multiple=row_multiple)
+    hidden = response_hidden(model, batch, request, pad_to_multiple_of=pad_to_multiple_of)
     return token_statistics(model, hidden, batch, temperature=temperature)
 
 
-def response_scores(graphdef: nnx.GraphDef, params: Any, batch: ResponseBatch, *, row_multiple: int = 1) -> jax.Array:
+def response_scores(
+    graphdef: nnx.GraphDef, params: Any, batch: ResponseBatch, *, pad_to_multiple_of: int = 1
+) -> jax.Array:
     """Reward ``[B]`` of a scalar reward model, float32, read from the last token of each response."""
     model = nnx.merge(graphdef, params)
-    tokens, mask, start = _rows(batch, None, row_multiple)
+    tokens, mask, start = _rows(batch, None, pad_to_multiple_of)
     rewards = model(tokens, positions=_positions(tokens), segment_ids=mask.astype(jnp.int32))
     last = jnp.maximum(start + jnp.sum(batch.response_mask, axis=1, dtype=jnp.int32) - 1, 0)
     return jnp.take_along_axis(rewards, last[:, None], axis=1)[:, 0]
@@ -131,10 +133,11 @@ def token_values(
         assert reference_log_probs is not None, "contrast compares with a reference policy"
         return token_rewards.contrast(statistics.log_probs, reference_log_probs, mask)
     if ":" in kind:
-        values = own_kind(kind)(statistics, batch.responses, mask)
+        values = custom_kind(kind)(statistics, batch.responses, mask)
         if getattr(values, "shape", None) != mask.shape:
             raise UserError(
-                f"config.reward.kind is {kind!r}, whose function returned {getattr(values, 'shape', type(values))}; "
+                f"{option('reward.kind')} is {kind!r}, whose function returned "
+                f"{getattr(values, 'shape', type(values))}; "
                 f"required one number for each response token, an array of shape {mask.shape}"
             )
         return jnp.where(mask, values, 0.0).astype(jnp.float32)
@@ -147,7 +150,7 @@ def token_values(
     return token_rewards.prefix(tags, mask)
 
 
-def own_kind(kind: str) -> Callable[[vocab.TokenStatistics, jax.Array, jax.Array], jax.Array]:
+def custom_kind(kind: str) -> Callable[[vocab.TokenStatistics, jax.Array, jax.Array], jax.Array]:
     """The function that a kind of one's own names.
 
     Raises:
@@ -158,14 +161,19 @@ def own_kind(kind: str) -> Callable[[vocab.TokenStatistics, jax.Array, jax.Array
         function = getattr(importlib.import_module(module_name), name)
     except Exception as error:  # whatever the user's module raises
         raise UserError(
-            f"config.reward.kind is {kind!r}, but importing it raised {type(error).__name__}: {error}; required "
-            "package.module:function of a module that python finds from here, e.g. --config.reward.kind=literal"
+            f"{option('reward.kind')} is {kind!r}, but importing it raised {type(error).__name__}: {error}; required "
+            f"package.module:function of a module that python finds from here, e.g. {flag('reward.kind')}=literal"
         ) from error
     return function
 
 
 def seq2seq_scorer(
-    graphdef: nnx.GraphDef, kind: str, *, request: tuple[int, ...], end_ids: tuple[int, ...], row_multiple: int = 1
+    graphdef: nnx.GraphDef,
+    kind: str,
+    *,
+    request: tuple[int, ...],
+    end_ids: tuple[int, ...],
+    pad_to_multiple_of: int = 1,
 ) -> Scorer:
     """Scorer behind which stands a seq2seq reward model.
 
@@ -174,7 +182,7 @@ def seq2seq_scorer(
       kind: one of `SEQ2SEQ_KINDS`.
       request: see `response_statistics`.
       end_ids: tokens that end a response.
-      row_multiple: see `response_statistics`.
+      pad_to_multiple_of: see `response_statistics`.
     """
     assert kind in SEQ2SEQ_KINDS or ":" in kind, kind
 
@@ -184,7 +192,7 @@ def seq2seq_scorer(
         batch: ResponseBatch,
         reference_log_probs: jax.Array | None = None,
     ) -> TokenRewards:
-        statistics = response_statistics(graphdef, params, batch, request, row_multiple=row_multiple)
+        statistics = response_statistics(graphdef, params, batch, request, pad_to_multiple_of=pad_to_multiple_of)
         values = token_values(kind, statistics, batch, reference_log_probs)
         tags = token_rewards.token_tags(batch.responses, statistics.argmax, batch.response_mask)
         return as_token_rewards(calibration, kind, values, tags, batch, end_ids)
@@ -192,7 +200,9 @@ def seq2seq_scorer(
     return score
 
 
-def scalar_scorer(graphdef: nnx.GraphDef, kind: str, *, end_ids: tuple[int, ...], row_multiple: int = 1) -> Scorer:
+def scalar_scorer(
+    graphdef: nnx.GraphDef, kind: str, *, end_ids: tuple[int, ...], pad_to_multiple_of: int = 1
+) -> Scorer:
     """Scorer behind which stands a scalar reward model; arguments as for `seq2seq_scorer`, kind of `SCALAR_KINDS`."""
     assert kind in SCALAR_KINDS, kind
 
@@ -203,7 +213,7 @@ def scalar_scorer(graphdef: nnx.GraphDef, kind: str, *, end_ids: tuple[int, ...]
         reference_log_probs: jax.Array | None = None,
     ) -> TokenRewards:
         del reference_log_probs
-        scores = response_scores(graphdef, params, batch, row_multiple=row_multiple)
+        scores = response_scores(graphdef, params, batch, pad_to_multiple_of=pad_to_multiple_of)
         values = token_rewards.scalar(scores, batch.response_mask)
         return as_token_rewards(calibration, kind, values, batch.response_mask, batch, end_ids)
 
@@ -211,7 +221,7 @@ def scalar_scorer(graphdef: nnx.GraphDef, kind: str, *, end_ids: tuple[int, ...]
 
 
 def seq2seq_diagnostics(
-    graphdef: nnx.GraphDef, *, request: tuple[int, ...], end_ids: tuple[int, ...], row_multiple: int = 1
+    graphdef: nnx.GraphDef, *, request: tuple[int, ...], end_ids: tuple[int, ...], pad_to_multiple_of: int = 1
 ) -> Callable[[Any, ResponseBatch, jax.Array | None], dict[str, dict[str, jax.Array]]]:
     """Function to the diagnostics of every kind of token reward, uncalibrated, from one forward.
 
@@ -222,7 +232,7 @@ def seq2seq_diagnostics(
     def diagnostics(
         params: Any, batch: ResponseBatch, reference_log_probs: jax.Array | None
     ) -> dict[str, dict[str, jax.Array]]:
-        statistics = response_statistics(graphdef, params, batch, request, row_multiple=row_multiple)
+        statistics = response_statistics(graphdef, params, batch, request, pad_to_multiple_of=pad_to_multiple_of)
         tags = token_rewards.token_tags(batch.responses, statistics.argmax, batch.response_mask)
         kinds = [kind for kind in SEQ2SEQ_KINDS if kind != "contrast" or reference_log_probs is not None]
         values = {kind: token_values(kind, statistics, batch, reference_log_probs) for kind in kinds}
@@ -233,10 +243,10 @@ def seq2seq_diagnostics(
 
 
 def scalar_diagnostics(
-    graphdef: nnx.GraphDef, *, end_ids: tuple[int, ...], row_multiple: int = 1
+    graphdef: nnx.GraphDef, *, end_ids: tuple[int, ...], pad_to_multiple_of: int = 1
 ) -> Callable[[Any, ResponseBatch, jax.Array | None], dict[str, dict[str, jax.Array]]]:
     """As `seq2seq_diagnostics` for a scalar reward model, whose kind ``scalar`` alone needs no calibration."""
-    score = scalar_scorer(graphdef, "scalar", end_ids=end_ids, row_multiple=row_multiple)
+    score = scalar_scorer(graphdef, "scalar", end_ids=end_ids, pad_to_multiple_of=pad_to_multiple_of)
 
     def diagnostics(
         params: Any, batch: ResponseBatch, reference_log_probs: jax.Array | None

@@ -15,7 +15,7 @@ import numpy as np
 
 from jaxrm.algorithms.state import TrainState
 from jaxrm.data.loader import BatchIterator
-from jaxrm.errors import UserError
+from jaxrm.errors import UserError, flag, option
 from jaxrm.runtime.checkpoint import Checkpoints
 from jaxrm.runtime.preemption import StopRequest, agree
 
@@ -145,9 +145,10 @@ def restore(
     progress = checkpoints.progress(latest)
     if progress["data"] != data_fingerprint:
         raise UserError(
-            f"config.data.path no longer gives the examples that {checkpoints.folder / str(latest)} was trained on, so "
+            f"{option('data.path')} no longer gives the examples that {checkpoints.folder / str(latest)} was "
+            f"trained on, so "
             "its position in them means nothing; give the same data and tokenizer, or put the run aside with "
-            "--config.on_existing=restart"
+            f"{flag('on_existing')}=restart"
         )
     arrays = checkpoints.restore(latest, {"params": abstract.params, "opt_state": abstract.opt_state})
     loader.set_state(progress["loader"])
@@ -167,5 +168,5 @@ def _check_finite(step: int, metrics: dict[str, float], checkpoints: Checkpoints
         )
         raise UserError(
             f"step {step}: {' and '.join(bad)} is not finite, so the run stopped before saving it; {where}; "
-            "try a lower --config.optimizer.lr or more --config.optimizer.warmup"
+            f"try a lower {flag('optimizer.lr')} or more {flag('optimizer.warmup')}"
         )

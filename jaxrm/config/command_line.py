@@ -27,7 +27,7 @@ from ml_collections import ConfigDict
 from jaxrm.config import dicts
 from jaxrm.config import fields as config_fields
 from jaxrm.config.files import load_config_file
-from jaxrm.errors import UserError
+from jaxrm.errors import UserError, naming
 
 Config = TypeVar("Config")
 
@@ -61,7 +61,7 @@ def run(
         config_class_of: for a command whose config has more than one form: the frozen dataclass of what the config
             file gave; `config_class` is that of the form that most files have.
         flag_of_field: for a command without ``--config``, which flag of its own stands for which field of the
-            config, ``{"config.data.path": "input"}``, since messages name fields.
+            config, ``{"data.path": "--input"}``, since messages name fields.
         argv: the command line, program name first; ``sys.argv`` by default.
     """
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax and others explain themselves through it
@@ -87,12 +87,10 @@ def run(
             if loaded is None and values.config is not None:
                 loaded = _Loaded(values.config, *load_config_file(values.config, config_class))
             config = _read(loaded, overrides, config_class, config_required)
-        return main(config, values) or 0  # type: ignore[arg-type]  # None only where it is not required
+        with naming(flag_of_field or {}):
+            return main(config, values) or 0  # type: ignore[arg-type]  # None only where it is not required
     except UserError as error:
-        message = str(error)
-        for field, flag in (flag_of_field or {}).items():
-            message = re.sub(rf"(--)?\b{re.escape(field)}\b", f"--{flag}", message)
-        return _say(f"error: {message}", EXIT_USER_ERROR)
+        return _say(f"error: {error}", EXIT_USER_ERROR)
     except KeyboardInterrupt:
         return _say("interrupted", EXIT_INTERRUPTED)
 

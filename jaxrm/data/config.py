@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from jaxrm.errors import UserError
+from jaxrm.errors import UserError, flag, option
 
 SCHEMAS = (
     "auto",
@@ -73,4 +73,6 @@ class DataConfig:
 
 
 def _wrong(field: str, found: object, required: str, example: object) -> UserError:
-    return UserError(f"config.data.{field} is {found!r}, but must be {required}; e.g. --config.data.{field}={example}")
+    return UserError(
+        f"{option(f'data.{field}')} is {found!r}, but must be {required}; e.g. {flag(f'data.{field}')}={example}"
+    )

@@ -11,7 +11,7 @@ from jaxrm.data.config import DataConfig
 from jaxrm.data.readers import ReadReport
 from jaxrm.data.records import DemonstrationRecord, Message
 from jaxrm.data.templates import Piece, bos_id, cut_dialogue, encode_texts
-from jaxrm.errors import UserError
+from jaxrm.errors import UserError, flag, option
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -151,10 +151,10 @@ def tokenize_demonstrations(
             elif config.too_long == "error":
                 raise UserError(
                     f"{record.source}: the response has {response} tokens, but a row has {config.max_length}; "
-                    f"e.g. --config.data.max_length={response + 1}, or --config.data.too_long=drop"
+                    f"e.g. {flag('data.max_length')}={response + 1}, or {flag('data.too_long')}=drop"
                 )
             else:
-                report.add_bad(f"response longer than config.data.max_length {config.max_length}", record.source)
+                report.add_bad(f"response longer than {option('data.max_length')} {config.max_length}", record.source)
         if progress:
             progress(min(start + _CHUNK, len(records)), len(records))
     report.used = len(examples)

@@ -9,7 +9,7 @@ import numpy as np
 from jaxrm.data.config import DataConfig
 from jaxrm.data.examples import TokenExample
 from jaxrm.data.packing import Row, build_row, pack
-from jaxrm.errors import UserError
+from jaxrm.errors import UserError, flag, option
 
 if TYPE_CHECKING:
     import grain
@@ -52,10 +52,10 @@ def build_loader(
     rows = _assign_rows(examples, config)
     if len(rows) < config.batch_size:
         largest = len(rows) // batch_unit * batch_unit
-        ways = [f"e.g. --config.data.batch_size={largest}"] if largest else []
-        ways += ["a smaller --config.data.max_length"] if config.packing else []
+        ways = [f"e.g. {flag('data.batch_size')}={largest}"] if largest else []
+        ways += [f"a smaller {flag('data.max_length')}"] if config.packing else []
         raise UserError(
-            f"config.data.batch_size is {config.batch_size}, but the {len(examples)} examples of "
+            f"{option('data.batch_size')} is {config.batch_size}, but the {len(examples)} examples of "
             f"{config.path!r} make only {len(rows)} rows of {config.max_length} tokens; give more data"
             + (f", or use {' or '.join(ways)}" if ways else "")
         )
@@ -178,8 +178,8 @@ def _share(config: DataConfig, process_index: int, process_count: int) -> slice:
     assert 0 <= process_index < process_count
     if config.batch_size % process_count:
         raise UserError(
-            f"config.data.batch_size is {config.batch_size}, but there are {process_count} processes; use a "
-            f"multiple, e.g. --config.data.batch_size={-(-config.batch_size // process_count) * process_count}"
+            f"{option('data.batch_size')} is {config.batch_size}, but there are {process_count} processes; use a "
+            f"multiple, e.g. {flag('data.batch_size')}={-(-config.batch_size // process_count) * process_count}"
         )
     local = config.batch_size // process_count
     return slice(process_index * local, (process_index + 1) * local)

@@ -19,7 +19,7 @@ from jaxrm.data.examples import ComparisonExample, MappingExample, Progress, enc
 from jaxrm.data.readers import ReadReport
 from jaxrm.data.records import Message, PreferenceRecord, Record
 from jaxrm.data.templates import Piece, cut_dialogue, encode_response
-from jaxrm.errors import UserError
+from jaxrm.errors import UserError, flag, option
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -49,20 +49,22 @@ class MappingConfig:
         for field in ("correction_weight", "identity_weight"):
             value = getattr(self, field)
             if not (value > 0 and math.isfinite(value)):
-                hint = ", or to train without the identity mapping --config.mapping.identity=False"
+                hint = f", or to train without the identity mapping {flag('mapping.identity')}=False"
                 raise UserError(
-                    f"config.mapping.{field} is {value}, but must be a number above 0; e.g. "
-                    f"--config.mapping.{field}=1.0{hint if field == 'identity_weight' else ''}"
+                    f"{option(f'mapping.{field}')} is {value}, but must be a number above 0; e.g. "
+                    f"{flag(f'mapping.{field}')}=1.0{hint if field == 'identity_weight' else ''}"
                 )
         if self.identity_warmup_steps < 0:
             raise UserError(
-                f"config.mapping.identity_warmup_steps is {self.identity_warmup_steps}, but must be at least 0; e.g. "
-                "--config.mapping.identity_warmup_steps=0"
+                f"{option('mapping.identity_warmup_steps')} is {self.identity_warmup_steps}, but must be at least "
+                f"0; e.g. "
+                f"{flag('mapping.identity_warmup_steps')}=0"
             )
         if self.identity_warmup_steps and not self.identity:
             raise UserError(
-                f"config.mapping.identity_warmup_steps is {self.identity_warmup_steps}, but config.mapping.identity "
-                "is False; use --config.mapping.identity=True or --config.mapping.identity_warmup_steps=0"
+                f"{option('mapping.identity_warmup_steps')} is {self.identity_warmup_steps}, but "
+                f"{option('mapping.identity')} "
+                f"is False; use {flag('mapping.identity')}=True or {flag('mapping.identity_warmup_steps')}=0"
             )
 
 
@@ -116,7 +118,7 @@ def tokenize_pairs(
                 raise UserError(
                     f"{record.source}: a record without a chosen and a rejected response, but training learns "
                     "from pairs; give records with prompt, chosen and rejected, or name the schema, e.g. "
-                    "--config.data.schema=preference"
+                    f"{flag('data.schema')}=preference"
                 )
             if not (record.chosen.strip() and record.rejected.strip()):
                 report.add_bad("a response is empty", record.source)
@@ -312,6 +314,6 @@ def _add_too_long(what: str, needed: int, pair: TokenPair, config: DataConfig, r
     if config.too_long == "error":
         raise UserError(
             f"{pair.source}: {what} and one token of the prompt take {needed} tokens, but a row has "
-            f"{config.max_length}; e.g. --config.data.max_length={needed}, or --config.data.too_long=drop"
+            f"{config.max_length}; e.g. {flag('data.max_length')}={needed}, or {flag('data.too_long')}=drop"
         )
-    report.add_bad(f"{what} longer than config.data.max_length {config.max_length}", pair.source)
+    report.add_bad(f"{what} longer than {option('data.max_length')} {config.max_length}", pair.source)

@@ -10,7 +10,7 @@ from jaxrm.data.packing import Row
 from jaxrm.data.readers import ReadReport
 from jaxrm.data.records import Message, Record
 from jaxrm.data.templates import encode_prompt
-from jaxrm.errors import UserError
+from jaxrm.errors import UserError, option
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -87,7 +87,7 @@ def tokenize_prompts(
 
 def too_long(room: int) -> str:
     """Reason for which a prompt of more than ``room`` tokens is bad."""
-    return f"prompt longer than the {room} tokens that config.data.max_length leaves beside a response"
+    return f"prompt longer than the {room} tokens that {option('data.max_length')} leaves beside a response"
 
 
 def left_padded(row: Row) -> tuple[np.ndarray, np.ndarray]:

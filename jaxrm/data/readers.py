@@ -16,7 +16,7 @@ from typing import Any
 from jaxrm.data.config import DataConfig
 from jaxrm.data.records import Record
 from jaxrm.data.schemas import BadRecordError, describe_schemas, parse, recognise
-from jaxrm.errors import UserError
+from jaxrm.errors import UserError, flag, option
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet", ".json")
 _SAMPLE = 100  # rows from which the schema is recognised
@@ -72,9 +72,9 @@ class ReadReport:
         if not self.used:
             raise UserError(f"{path}: {bad} of {self.total} records are unusable and none is left; {often}; mend them")
         raise UserError(
-            f"{path}: {bad} of {self.total} records are unusable, more than config.data.max_bad_share "
+            f"{path}: {bad} of {self.total} records are unusable, more than {option('data.max_bad_share')} "
             f"{max_bad_share:g}; {often}; mend them, or e.g. "
-            f"--config.data.max_bad_share={min(1.0, bad / self.total + 0.01):.2f}"
+            f"{flag('data.max_bad_share')}={min(1.0, bad / self.total + 0.01):.2f}"
         )
 
     def rows(self) -> list[tuple[str, int, str]]:
@@ -99,9 +99,9 @@ def read_records(config: DataConfig, *, held_out: bool = False) -> tuple[list[Re
         usable record.
     """
     separate = config.eval_path is not None or config.eval_split is not None
-    field, path, split = "config.data.path", config.path, config.split
+    field, path, split = "data.path", config.path, config.split
     if held_out and separate:
-        field = field if config.eval_path is None else "config.data.eval_path"
+        field = field if config.eval_path is None else "data.eval_path"
         path, split = config.eval_path or path, config.eval_split or split
     limit = config.max_eval_records if held_out else config.max_records
     rows = _rows(path, split, field)
@@ -129,8 +129,8 @@ def read_records(config: DataConfig, *, held_out: bool = False) -> tuple[list[Re
     if not records:
         side = "held-out " if held_out else ""
         raise UserError(
-            f"{field} {path!r} has no usable {side}records ({report.total} read); give more data"
-            + (" or e.g. --config.data.eval_share=0.2" if report.other_side and held_out else "")
+            f"{option(field)} {path!r} has no usable {side}records ({report.total} read); give more data"
+            + (f" or e.g. {flag('data.eval_share')}=0.2" if report.other_side and held_out else "")
         )
     return records, report
 
@@ -150,14 +150,16 @@ def _recognise_most(rows: list[Row], path: str, field: str) -> str:
         return votes.most_common(1)[0][0] if votes else "preference"
     fields = ", ".join(repr(str(name)[:40]) for name in list(with_fields[0])[:20]) or "none"
     raise UserError(
-        f"{field} {path!r} has no known schema: its fields are {fields}; required is one of "
+        f"{option(field)} {path!r} has no known schema: its fields are {fields}; required is one of "
         f"{describe_schemas()}; rename the fields"
     )
 
 
 def _rows(path: str, split: str, field: str) -> Iterator[Row]:
     if not path:
-        raise UserError(f"{field} is empty; name a file, a folder or a data set, e.g. --{field}=task:safety")
+        raise UserError(
+            f"{option(field)} is empty; name a file, a folder or a data set, e.g. {flag(field)}=task:safety"
+        )
     place = Path(path).expanduser()
     if place.is_dir():
         for file in _files(place, split):
@@ -168,8 +170,8 @@ def _rows(path: str, split: str, field: str) -> Iterator[Row]:
         yield from _hub_rows(path, split, field)
     else:
         raise UserError(
-            f"{field} is {path!r}, which is no file, folder or data set (org/name); check the spelling, "
-            f"e.g. --{field}=pairs.jsonl"
+            f"{option(field)} is {path!r}, which is no file, folder or data set (org/name); check the spelling, "
+            f"e.g. {flag(field)}=pairs.jsonl"
         )
 
 
@@ -183,7 +185,7 @@ def _files(folder: Path, split: str) -> list[Path]:
     if named or (found and split == DataConfig.split):
         return named or found
     files = ", ".join(file.name for file in found[:10]) or "no file that ends in " + ", ".join(SUFFIXES)
-    raise UserError(f"{folder}: there is no file of split {split!r}, but {files}; e.g. --config.data.split=train")
+    raise UserError(f"{folder}: there is no file of split {split!r}, but {files}; e.g. {flag('data.split')}=train")
 
 
 def _file_rows(file: Path, name: str) -> Iterator[Row]:
@@ -248,9 +250,9 @@ def _hub_rows(path: str, split: str, field: str) -> Iterator[Row]:
     except Exception as error:  # datasets raises whatever its storage, parsers and the network raise
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
         raise UserError(
-            f"{field} {path!r} is no file or folder here, and as a data set of the hub (split {split!r}) it "
+            f"{option(field)} {path!r} is no file or folder here, and as a data set of the hub (split {split!r}) it "
             f"could not be had: {reason}; check the name and the network, or give a file, "
-            f"e.g. --{field}=pairs.jsonl"
+            f"e.g. {flag(field)}=pairs.jsonl"
         ) from error
     for index, row in enumerate(rows):
         yield f"{place}[{split}]:{index}", row

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from jaxrm.errors import UserError
+from jaxrm.errors import UserError, flag
 
 ROLES = ("system", "user", "assistant")
 
@@ -66,5 +66,5 @@ def as_demonstration(record: Record) -> DemonstrationRecord:
         return DemonstrationRecord((*record.prompt, Message("assistant", record.chosen)), record.source)
     raise UserError(
         f"{record.source}: a prompt without a response, but training imitates responses; give records with e.g. "
-        "prompt and response, or name the schema, e.g. --config.data.schema=messages"
+        f"prompt and response, or name the schema, e.g. {flag('data.schema')}=messages"
     )

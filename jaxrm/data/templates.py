@@ -16,7 +16,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from jaxrm.data.records import Message
-from jaxrm.errors import UserError
+from jaxrm.errors import UserError, flag, option
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -223,14 +223,14 @@ def _layout(tokenizer: "PreTrainedTokenizerBase", template: str) -> _Layout:
     if template == "auto":
         if not tokenizer.chat_template:
             raise UserError(
-                "config.data.template is 'auto', but the tokenizer has no chat template; name one of "
-                f"{', '.join(TEMPLATES)}, e.g. --config.data.template=hh"
+                f"{option('data.template')} is 'auto', but the tokenizer has no chat template; name one of "
+                f"{', '.join(TEMPLATES)}, e.g. {flag('data.template')}=hh"
             )
         return _measure(tokenizer, template, tokenizer.get_chat_template())
     if template not in TEMPLATES:
         raise UserError(
-            f"config.data.template is {template!r}; use auto or one of {', '.join(TEMPLATES)}, "
-            "e.g. --config.data.template=auto"
+            f"{option('data.template')} is {template!r}; use auto or one of {', '.join(TEMPLATES)}, "
+            f"e.g. {flag('data.template')}=auto"
         )
     return _measure(tokenizer, template, TEMPLATES[template])
 
@@ -243,8 +243,9 @@ def _measure(tokenizer: "PreTrainedTokenizerBase", template: str, jinja: str) ->
         missing = [t for t in _NEEDED_TOKENS.get(template, ()) if t not in tokenizer.get_vocab()]
         if missing:
             raise UserError(
-                f"config.data.template is {template!r}, but the tokenizer has no token {missing[0]!r}; use auto, hh "
-                "or plain, e.g. --config.data.template=hh"
+                f"{option('data.template')} is {template!r}, but the tokenizer has no token {missing[0]!r}; use "
+                f"auto, hh "
+                f"or plain, e.g. {flag('data.template')}=hh"
             )
         adds_bos = tokenizer("x")["input_ids"][:1] == [tokenizer.bos_token_id]
         bos = bos if adds_bos else ""
@@ -275,5 +276,5 @@ def _measure(tokenizer: "PreTrainedTokenizerBase", template: str, jinja: str) ->
 def _endless() -> UserError:
     return UserError(
         "the tokenizer has no end-of-sequence token, so a response could not end; give one that has, e.g. "
-        "--config.data.tokenizer=org/name, or a chat template that ends a turn, e.g. --config.data.template=chatml"
+        f"{flag('data.tokenizer')}=org/name, or a chat template that ends a turn, e.g. {flag('data.template')}=chatml"
     )

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jaxrm.data.tokenizer_conversion import from_gguf, from_sentencepiece
-from jaxrm.errors import UserError
+from jaxrm.errors import UserError, flag
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -39,7 +39,7 @@ def load_tokenizer(path: str) -> "PreTrainedTokenizerBase":
         if place.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path):
             raise UserError(
                 f"tokenizer {path!r} is neither a folder, a .gguf file nor a hub name; "
-                "e.g. --config.data.tokenizer=org/name"
+                f"e.g. {flag('data.tokenizer')}=org/name"
             )
         return _from_transformers(path)
     except UserError:
@@ -48,7 +48,7 @@ def load_tokenizer(path: str) -> "PreTrainedTokenizerBase":
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
         raise UserError(
             f"tokenizer {path!r} could not be loaded: {reason}; give a folder with tokenizer.json or "
-            "tokenizer.model, a .gguf file, or a hub name, e.g. --config.data.tokenizer=org/name"
+            f"tokenizer.model, a .gguf file, or a hub name, e.g. {flag('data.tokenizer')}=org/name"
         ) from error
 
 
@@ -160,7 +160,7 @@ def _from_folder(folder: Path) -> "PreTrainedTokenizerBase":
     found = f"{len(gguf_files)} .gguf files: {names}" if gguf_files else "no tokenizer file"
     raise UserError(
         f"{folder} has {found}; required is one of {', '.join(_FILES[:2])}, or exactly one .gguf file; "
-        "name one, e.g. --config.data.tokenizer=folder/model.gguf"
+        f"name one, e.g. {flag('data.tokenizer')}=folder/model.gguf"
     )
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jaxrm.errors import UserError
+from jaxrm.errors import UserError, flag
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -195,7 +195,7 @@ def _byte_level_backend(vocabulary: _Vocabulary, merges: Sequence[str], pre_toke
     if pre_tokenizer not in _BYTE_LEVEL_SPLITS:
         raise UserError(
             f"{file} splits text in a way that is not known here ({pre_tokenizer!r}); take the tokenizer from the "
-            "hub or a folder with tokenizer.json, e.g. --config.data.tokenizer=org/name"
+            f"hub or a folder with tokenizer.json, e.g. {flag('data.tokenizer')}=org/name"
         )
     ids = {piece: index for index, piece in enumerate(vocabulary.pieces)}
     backend = Tokenizer(

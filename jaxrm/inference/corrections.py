@@ -13,10 +13,10 @@ from jaxrm.data.pairs import TokenPair, cut_prompt
 from jaxrm.data.prompts import transcript
 from jaxrm.data.records import PreferenceRecord
 from jaxrm.data.templates import bos_id, end_ids
-from jaxrm.errors import UserError
+from jaxrm.errors import UserError, flag, option
 from jaxrm.evaluation.corrections import CorrectionQuality, correction_quality
-from jaxrm.inference.sampler import Responder
-from jaxrm.inference.sharded_model import OpenedModel
+from jaxrm.inference.sampler import Sampler
+from jaxrm.inference.sharded_model import ShardedModel
 from jaxrm.models.config import ModelConfig
 from jaxrm.models.generate import SamplingConfig
 from jaxrm.runtime.progress import Progress, print_table
@@ -40,7 +40,7 @@ class Corrector:
       max_new_tokens: longest correction.
     """
 
-    model: OpenedModel
+    model: ShardedModel
     params: Any
     tokenizer: "PreTrainedTokenizerBase"
     template: str
@@ -56,9 +56,9 @@ class Corrector:
           UserError: where the model cannot read a response and the longest correction.
         """
         sources = [f"responses[{i}]" for i in range(len(responses))]
-        check_room(self.model.config, self.request, self.max_new_tokens, responses, sources, field="max_new_tokens")
+        check_room(self.model.config, self.request, self.max_new_tokens, responses, sources, field="--max_new_tokens")
         sampling = SamplingConfig(max_new_tokens=self.max_new_tokens, temperature=0.0)
-        responder = Responder(self.model, self.params, self.tokenizer, self.template, sampling)
+        responder = Sampler(self.model, self.params, self.tokenizer, self.template, sampling)
         first_id = bos_id(self.tokenizer, self.template)
         rows = []
         for prompt, response in zip(prompts, responses, strict=True):
@@ -113,10 +113,10 @@ def check_room(
         return
     most = model.max_position - 1 - len(request) - len(responses[longest])
     if max_new_tokens > most:
-        flag = field if field.startswith("--") else f"--{field}"
-        advice = f"e.g. {flag}={most}" if most >= 1 else "give shorter responses"
+        advice = f"e.g. {flag(field)}={most}" if most >= 1 else "give shorter responses"
         raise UserError(
-            f"{field} is {max_new_tokens}, but the model reads {model.max_position} tokens: a token of the prompt, "
+            f"{option(field)} is {max_new_tokens}, but the model reads {model.max_position} tokens: a token of the "
+            f"prompt, "
             f"{len(responses[longest])} of the longest response ({sources[longest]}) and {len(request)} that ask for "
             f"its correction leave {max(most, 0)}; {advice}"
         )
@@ -129,16 +129,17 @@ def check_judge(judge: str | None, records: Sequence[PreferenceRecord] = ()) -> 
     if judge.removeprefix(tasks.PREFIX) not in tasks.TASKS:
         known = ", ".join(f"{tasks.PREFIX}{task}" for task in tasks.TASKS)
         raise UserError(
-            f"config.evaluation.judge is {judge!r}; there is a judge for {known}; "
-            f"e.g. --config.evaluation.judge={tasks.PREFIX}{tasks.TASKS[0]}, or =None"
+            f"{option('evaluation.judge')} is {judge!r}; there is a judge for {known}; "
+            f"e.g. {flag('evaluation.judge')}={tasks.PREFIX}{tasks.TASKS[0]}, or =None"
         )
     for record in records:
         try:
             judge_response(judge, record, record.chosen)
         except UserError as error:
             raise UserError(
-                f"config.evaluation.judge is {judge!r}, but {record.source} has no prompt of that task; judge nothing, "
-                f"--config.evaluation.judge=None, or give the task's data, e.g. --config.data.path={judge}"
+                f"{option('evaluation.judge')} is {judge!r}, but {record.source} has no prompt of that task; judge "
+                f"nothing, "
+                f"{flag('evaluation.judge')}=None, or give the task's data, e.g. {flag('data.path')}={judge}"
             ) from error
 
 

@@ -12,9 +12,9 @@ from jax.sharding import Mesh
 
 from jaxrm.config import dicts
 from jaxrm.data.tokenizer import load_tokenizer, save_tokenizer
-from jaxrm.errors import UserError
+from jaxrm.errors import UserError, option
 from jaxrm.experiment import Experiment
-from jaxrm.inference.sharded_model import OpenedModel, check_tokenizer, open_model, open_scalar_model
+from jaxrm.inference.sharded_model import ShardedModel, check_tokenizer, shard_model, shard_scalar_model
 from jaxrm.inference.weights import LANGUAGE_MODELS, REWARD_MODELS, RunCheckpoint, find_checkpoint, is_run
 from jaxrm.models import build
 from jaxrm.models.build import ModelSource
@@ -38,14 +38,14 @@ class Trained:
       name: where it came from, for people.
     """
 
-    model: OpenedModel
+    model: ShardedModel
     params: Any
     tokenizer: "PreTrainedTokenizerBase"
     template: str
     name: str
 
 
-def keep_model(config: ModelConfig, tokenizer: "PreTrainedTokenizerBase", folder: RunFolder) -> None:
+def save_shape_and_tokenizer(config: ModelConfig, tokenizer: "PreTrainedTokenizerBase", folder: RunFolder) -> None:
     """Save shape and tokenizer in the run's folder, once and whole, so that it can be read without its sources."""
     if not folder.model.exists():
         write_json_atomically(folder.model, dicts.as_dict(config))
@@ -68,7 +68,7 @@ def open_checkpoint(path: str, mesh: Mesh | None, dtype: str | None = None) -> T
       UserError: where there is no run, no such checkpoint, or no language model in it.
     """
     found = find_checkpoint(path, algorithms=LANGUAGE_MODELS)
-    model = open_model(as_trained(found, dtype), mesh or _spread(found.shape), found.shape)
+    model = shard_model(as_trained(found, dtype), mesh or _spread(found.shape), found.shape)
     params = found.restore(model.shapes, model.shardings)
     tokenizer = load_tokenizer(str(found.folder.tokenizer))
     return Trained(model, params, tokenizer, found.config.data.template, found.name)
@@ -107,7 +107,7 @@ def open_reward_model(
     """
     found = find_checkpoint(path, field, REWARD_MODELS)
     is_seq2seq = found.config.algorithm == "seq2seq_rm"
-    open_one = open_model if is_seq2seq else open_scalar_model
+    open_one = shard_model if is_seq2seq else shard_scalar_model
     source = dataclasses.replace(as_trained(found, dtype), attention=attention)
     model = open_one(source, mesh or _spread(found.shape), found.shape)
     params = found.restore(model.shapes, model.shardings)
@@ -129,11 +129,12 @@ def open_weights(source: ModelSource, tokenizer_path: str | None, template: str,
     assert source.path is not None
     if is_run(source.path):
         raise UserError(
-            f"config.model.path is {source.path!r}, the folder of a run; required are published weights, so give it as "
+            f"{option('model.path')} is {source.path!r}, the folder of a run; required are published weights, so "
+            f"give it as "
             f"--checkpoint={source.path}"
         )
     shape = build.read_shape(source)
-    model = open_model(source, mesh or _spread(shape), shape)
+    model = shard_model(source, mesh or _spread(shape), shape)
     path = tokenizer_path or source.path
     tokenizer = load_tokenizer(path)
     check_tokenizer(tokenizer, path, source, model.config)

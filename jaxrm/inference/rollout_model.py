@@ -5,14 +5,14 @@ from jax.sharding import Mesh
 from jaxrm.algorithms import rollout
 from jaxrm.algorithms.rollout import Respond
 from jaxrm.experiment import Experiment
-from jaxrm.inference import sharded_model as setup
-from jaxrm.inference.sharded_model import OpenedModel
+from jaxrm.inference import sharded_model
+from jaxrm.inference.sharded_model import ShardedModel
 from jaxrm.models.generate import SamplingConfig
 from jaxrm.sharding import partition
-from jaxrm.sharding.mesh import check_batch, relaid
+from jaxrm.sharding.mesh import check_batch, reshape_mesh
 
 
-def open_answering(config: Experiment, mesh: Mesh, policy: OpenedModel) -> OpenedModel:
+def shard_rollout_model(config: Experiment, mesh: Mesh, policy: ShardedModel) -> ShardedModel:
     """The policy as it lies while it answers: on ``config.rollout.mesh``, where that is another mesh than its own.
 
     Nothing is allocated.
@@ -25,43 +25,43 @@ def open_answering(config: Experiment, mesh: Mesh, policy: OpenedModel) -> Opene
     Raises:
       UserError: where model or batch do not fit ``config.rollout.mesh``.
     """
-    field = "config.rollout.mesh"
+    field = "rollout.mesh"
     if config.rollout.mesh is None:
         return policy
-    other = relaid(mesh, config.rollout.mesh, field)
-    check_batch(other, "config.data.batch_size", config.data.batch_size, mesh_field=field)
+    other = reshape_mesh(mesh, config.rollout.mesh, field)
+    check_batch(other, "data.batch_size", config.data.batch_size, mesh_field=field)
     if other.shape == mesh.shape:
         return policy
-    return setup.open_model(config.model, other, policy.config, field=field)
+    return sharded_model.shard_model(config.model, other, policy.config, field=field)
 
 
-def build_respond(
-    policy: OpenedModel, answering: OpenedModel, *, dtype: str, sampling: SamplingConfig, end_ids: tuple[int, ...]
+def build_sampler(
+    policy: ShardedModel, rollout_model: ShardedModel, *, dtype: str, sampling: SamplingConfig, end_ids: tuple[int, ...]
 ) -> Respond:
     """The programs by which a policy answers.
 
     Args:
       policy: the decoder as it lies in training.
-      answering: from `open_answering`.
+      rollout_model: from `shard_rollout_model`.
       dtype: compute dtype.
       sampling: see `jaxrm.models.generate.generate`.
       end_ids: ids that end a response.
     """
-    rows = partition.batch_sharding(answering.mesh)
+    rows = partition.batch_sharding(rollout_model.mesh)
     draw = rollout.build_draw(
-        answering.graphdef,
+        rollout_model.graphdef,
         sampling=sampling,
         end_ids=end_ids,
-        params_sharding=answering.shardings,
+        params_sharding=rollout_model.shardings,
         batch_sharding=rows,
     )
-    if answering is policy:
+    if rollout_model is policy:
         return Respond(draw)
     reshard = rollout.build_reshard(
         dtype,
         params_sharding=policy.shardings,
         batch_sharding=partition.batch_sharding(policy.mesh),
-        to_params=answering.shardings,
+        to_params=rollout_model.shardings,
         to_batch=rows,
     )
     return Respond(draw, reshard)

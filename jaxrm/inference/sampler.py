@@ -8,8 +8,8 @@ import numpy as np
 
 from jaxrm.data import templates
 from jaxrm.data.records import Message
-from jaxrm.errors import UserError
-from jaxrm.inference.sharded_model import OpenedModel
+from jaxrm.errors import UserError, flag, option
+from jaxrm.inference.sharded_model import ShardedModel
 from jaxrm.models.config import ModelConfig
 from jaxrm.models.generate import SamplingConfig, generate
 
@@ -33,8 +33,9 @@ def prompt_room(model: ModelConfig, sampling: SamplingConfig, field: str) -> int
     room = model.max_position - sampling.max_new_tokens
     if room < 1:
         raise UserError(
-            f"{field} is {sampling.max_new_tokens}, but the model reads {model.max_position} tokens, prompt and "
-            f"response together; e.g. --{field}={max(model.max_position // 4, 1)}"
+            f"{option(field)} is {sampling.max_new_tokens}, but the model reads {model.max_position} tokens, prompt "
+            f"and "
+            f"response together; e.g. {flag(field)}={max(model.max_position // 4, 1)}"
         )
     return room
 
@@ -52,7 +53,7 @@ def answerable(
             yield prompt
 
 
-class Responder:
+class Sampler:
     """Answers prompts with a model.
 
     Prompts are padded to whole buckets of 64 tokens and a power of two of rows, so that few shapes are compiled.
@@ -67,7 +68,7 @@ class Responder:
 
     def __init__(
         self,
-        model: OpenedModel,
+        model: ShardedModel,
         params: Any,
         tokenizer: "PreTrainedTokenizerBase",
         template: str,
@@ -83,7 +84,7 @@ class Responder:
         Raises:
           UserError: the template refuses one, or the model cannot read it whole.
         """
-        room = prompt_room(self._model.config, self._sampling, "max_new_tokens")
+        room = prompt_room(self._model.config, self._sampling, "--max_new_tokens")
         encoded = [templates.encode_prompt(self._tokenizer, prompt, self._template) for prompt in prompts]
         for number, ids in enumerate(encoded, 1):
             if len(ids) > room:
@@ -111,7 +112,7 @@ class Responder:
         """
         if not prompts:
             return []
-        room = prompt_room(self._model.config, self._sampling, "max_new_tokens")
+        room = prompt_room(self._model.config, self._sampling, "--max_new_tokens")
         longest = max(len(prompt) for prompt in prompts)
         width = min(-(-longest // _LENGTH_BUCKET) * _LENGTH_BUCKET, room)
         height = 1 << (len(prompts) - 1).bit_length()

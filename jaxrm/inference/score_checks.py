@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from jaxrm.algorithms import reward_config
 from jaxrm.data.pairs import correction_request
 from jaxrm.data.tokenizer import load_tokenizer, vocabulary_conflict
-from jaxrm.errors import UserError
+from jaxrm.errors import UserError, option
 from jaxrm.inference.corrections import check_room
 from jaxrm.inference.load import TrainedRewardModel
-from jaxrm.inference.token_scores import Scorable
+from jaxrm.inference.token_scores import EncodedRecord
 from jaxrm.inference.weights import RunCheckpoint, is_run
 from jaxrm.ops import token_rewards
 
@@ -36,9 +36,10 @@ def choose_kind(run: RunCheckpoint, kind: str | None, configured: str | None) ->
         recorded = run.config.reward.kind
         return recorded if recorded in kinds else kinds[0]
     if chosen not in kinds:
-        field, sort = "config.reward.kind" if kind is None else "--kind", "seq2seq" if is_seq2seq else "scalar"
+        field, sort = "reward.kind" if kind is None else "--kind", "seq2seq" if is_seq2seq else "scalar"
         raise UserError(
-            f"{field} is {chosen!r}, but {run.name} is a {sort} reward model, whose kinds are {', '.join(kinds)}; "
+            f"{option(field)} is {chosen!r}, but {run.name} is a {sort} reward model, whose kinds are "
+            f"{', '.join(kinds)}; "
             f"e.g. --kind={kinds[0]}"
         )
     return chosen
@@ -59,7 +60,7 @@ def check_reference(reference: RunCheckpoint, run: RunCheckpoint) -> None:
         )
 
 
-def check_corrections(model: TrainedRewardModel, tasks: Sequence[Scorable], max_new_tokens: int) -> None:
+def check_corrections(model: TrainedRewardModel, tasks: Sequence[EncodedRecord], max_new_tokens: int) -> None:
     """Refuse corrections of up to so many tokens where the model cannot write them behind every response."""
     request = correction_request(model.tokenizer, model.template, model.config.mapping.instruction)
     responses = [ids for task in tasks for _, _, ids in task.responses]

@@ -19,7 +19,7 @@ from jaxrm.algorithms.state import TrainState
 from jaxrm.data import tasks
 from jaxrm.data.config import DataConfig
 from jaxrm.data.tokenizer import load_tokenizer, vocabulary_conflict
-from jaxrm.errors import UserError
+from jaxrm.errors import UserError, flag, option
 from jaxrm.inference import weights
 from jaxrm.models import attention, build
 from jaxrm.models.build import ModelSource
@@ -33,7 +33,7 @@ Batch = TypeVar("Batch")
 
 
 @dataclass(frozen=True)
-class OpenedModel:
+class ShardedModel:
     """A model and where its parameters lie, before any of them exists.
 
     Attributes:
@@ -51,9 +51,9 @@ class OpenedModel:
     shardings: Any
 
 
-def open_model(
-    source: ModelSource, mesh: Mesh, config: ModelConfig | None = None, *, field: str = "config.mesh"
-) -> OpenedModel:
+def shard_model(
+    source: ModelSource, mesh: Mesh, config: ModelConfig | None = None, *, field: str = "mesh"
+) -> ShardedModel:
     """Lay a model over the devices; nothing is allocated.
 
     Args:
@@ -68,13 +68,13 @@ def open_model(
     return _open(build.abstract_decoder, source, mesh, config, field)
 
 
-def open_scalar_model(source: ModelSource, mesh: Mesh, config: ModelConfig | None = None) -> OpenedModel:
-    """Lay a decoder with a scalar head over the devices; arguments and errors as for `open_model`."""
+def shard_scalar_model(source: ModelSource, mesh: Mesh, config: ModelConfig | None = None) -> ShardedModel:
+    """Lay a decoder with a scalar head over the devices; arguments and errors as for `shard_model`."""
     return _open(build.abstract_scalar_model, source, mesh, config)
 
 
-def open_actor_critic(source: ModelSource, mesh: Mesh, config: ModelConfig | None = None) -> OpenedModel:
-    """Lay a decoder with both heads over the devices; arguments and errors as for `open_model`."""
+def shard_actor_critic(source: ModelSource, mesh: Mesh, config: ModelConfig | None = None) -> ShardedModel:
+    """Lay a decoder with both heads over the devices; arguments and errors as for `shard_model`."""
     return _open(build.abstract_actor_critic, source, mesh, config)
 
 
@@ -83,8 +83,8 @@ def _open(
     source: ModelSource,
     mesh: Mesh,
     config: ModelConfig | None,
-    field: str = "config.mesh",
-) -> OpenedModel:
+    field: str = "mesh",
+) -> ShardedModel:
     config = config or weights.read_shape(source)
     platform = mesh.devices.flat[0].platform
     attend = attention.choose(source.attention, platform, np.dtype(source.dtype))
@@ -94,11 +94,11 @@ def _open(
     constrain = partition.activation_constraint(mesh)
     graphdef, shapes, axes = abstract(config, source, attend=attend, constrain=constrain)
     shardings = partition.parameter_shardings(shapes, axes, mesh, field=field)
-    return OpenedModel(config, mesh, graphdef, shapes, shardings)
+    return ShardedModel(config, mesh, graphdef, shapes, shardings)
 
 
 def state_shardings(
-    model: OpenedModel, optimizer: optax.GradientTransformation, mesh: Mesh, *, offload: bool = False
+    model: ShardedModel, optimizer: optax.GradientTransformation, mesh: Mesh, *, offload: bool = False
 ) -> TrainState:
     """Where each array of a training state lies: a moment like its parameter, step and key on every device.
 
@@ -143,8 +143,8 @@ def _task_split(data: DataConfig) -> str:
     split = data.eval_split or "heldout"
     if split not in tasks.SPLITS:
         raise UserError(
-            f"config.data.eval_split is {split!r}; {data.path} has {', '.join(tasks.SPLITS)}, "
-            "e.g. --config.data.eval_split=heldout"
+            f"{option('data.eval_split')} is {split!r}; {data.path} has {', '.join(tasks.SPLITS)}, "
+            f"e.g. {flag('data.eval_split')}=heldout"
         )
     return split
 
@@ -154,8 +154,9 @@ def tokenizer_path(data: DataConfig, source: ModelSource) -> str:
     path = data.tokenizer or weights.tokenizer_of(source)
     if path is None:
         raise UserError(
-            "config.data.tokenizer is None and there are no weights to find it beside; give a hub name, a folder or "
-            "a GGUF file, e.g. --config.data.tokenizer=google/gemma-2b"
+            f"{option('data.tokenizer')} is None and there are no weights to find it beside; give a hub name, a "
+            f"folder or "
+            f"a GGUF file, e.g. {flag('data.tokenizer')}=google/gemma-2b"
         )
     return path
 
@@ -181,7 +182,7 @@ def check_tokenizer(tokenizer: "PreTrainedTokenizerBase", path: str, source: Mod
         if conflict is not None:
             raise UserError(
                 f"the tokenizer {path} is not that of the weights {source.path}: {conflict}; use their own, "
-                f"--config.data.tokenizer={own}"
+                f"{flag('data.tokenizer')}={own}"
             )
     build.check_vocabulary(config, len(tokenizer), path)
 
@@ -207,13 +208,13 @@ def in_compute_dtype(params: Any, dtype: str) -> Any:
     return jax.tree_util.tree_map_with_path(one, params)
 
 
-def row_multiple(mesh: Mesh) -> int:
+def pad_to_multiple_of(mesh: Mesh) -> int:
     """What the width of rows that are put together on the devices is a multiple of: the blocks of their kernels, and
     the devices that share a row's tokens."""
     return math.lcm(1 if mesh.devices.flat[0].platform == "cpu" else 128, mesh.shape["context"])
 
 
-def batch_placer(mesh: Mesh, batch_type: type[Batch]) -> Callable[[dict[str, np.ndarray]], Batch]:
+def to_devices(mesh: Mesh, batch_type: type[Batch]) -> Callable[[dict[str, np.ndarray]], Batch]:
     """Function that puts this process's rows ``[local_B, T]`` on its devices as part of a whole batch of that type."""
     sharding = partition.batch_sharding(mesh)
 

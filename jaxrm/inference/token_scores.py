@@ -16,11 +16,11 @@ from jaxrm.data.readers import ReadReport
 from jaxrm.data.records import DemonstrationRecord, Message, PreferenceRecord, Record
 from jaxrm.data.tokenizer import token_texts
 from jaxrm.errors import UserError
-from jaxrm.inference import sharded_model as setup
+from jaxrm.inference import sharded_model
 from jaxrm.inference.corrections import Corrector
 from jaxrm.inference.load import Trained, TrainedRewardModel
 from jaxrm.inference.response_batches import response_batches
-from jaxrm.inference.sharded_model import OpenedModel
+from jaxrm.inference.sharded_model import ShardedModel
 from jaxrm.ops import token_rewards
 from jaxrm.runtime.progress import Progress
 from jaxrm.sharding import partition
@@ -28,7 +28,7 @@ from jaxrm.types import ResponseBatch
 
 
 @dataclass(frozen=True)
-class Scorable:
+class EncodedRecord:
     """One record to score: a prompt and its responses, as text and as tokens.
 
     Attributes:
@@ -45,7 +45,7 @@ class Scorable:
 
 
 @dataclass(frozen=True)
-class ScoredResponse:
+class TokenScores:
     """What a reward model says of one response of T tokens.
 
     Attributes:
@@ -59,7 +59,7 @@ class ScoredResponse:
 
 def encode(
     records: Sequence[Record], model: TrainedRewardModel, report: ReadReport, *, reference: Trained | None = None
-) -> list[Scorable]:
+) -> list[EncodedRecord]:
     """Records as tokens; prompts are cut on the left where they must be, and what cannot be scored is reported.
 
     Args:
@@ -106,21 +106,21 @@ def encode(
             continue
         report.cut_prompts += len(prompt) > room
         ids = cut_prompt(np.array(prompt, np.int32), room, first_id)
-        tasks.append(Scorable(record.source, record.prompt, ids, responses))
+        tasks.append(EncodedRecord(record.source, record.prompt, ids, responses))
     report.used = len(tasks)
     return tasks
 
 
 def score(
     model: TrainedRewardModel,
-    tasks: Sequence[Scorable],
+    tasks: Sequence[EncodedRecord],
     kind: str,
     *,
     mesh: Mesh,
     rows: int,
     reference: Trained | None = None,
     show_progress: bool = True,
-) -> list[list[ScoredResponse]]:
+) -> list[list[TokenScores]]:
     """Token rewards of every response of every task, before calibration.
 
     Args:
@@ -146,7 +146,7 @@ def score(
     )
     plain = token_rewards.uncalibrated()
     log_probs = None if reference is None else policy_log_probs(reference.model, reference.params, mesh)
-    scored: list[ScoredResponse] = [ScoredResponse(np.zeros(0, np.float32), None)] * len(responses)
+    scored: list[TokenScores] = [TokenScores(np.zeros(0, np.float32), None)] * len(responses)
     V, done = model.model.config.vocab_size, 0
     with Progress("score", len(responses), unit="responses", enabled=show_progress) as progress:
         for batch, indices in response_batches(prompts, responses, rows, mesh, vocab_size=V):
@@ -161,7 +161,7 @@ def score(
                         "no finite number: its parameters are spoiled; give an earlier checkpoint, e.g. "
                         "--checkpoint=RUN_DIR/checkpoints/best"
                     )
-                scored[i] = ScoredResponse(values[row, :length], tags[row, :length] if model.is_seq2seq else None)
+                scored[i] = TokenScores(values[row, :length], tags[row, :length] if model.is_seq2seq else None)
             done += len(indices)
             progress.update(done)
     if kind == "scalar_length_residual":
@@ -171,7 +171,7 @@ def score(
 
 
 def correct(
-    model: TrainedRewardModel, tasks: Sequence[Scorable], *, max_new_tokens: int, show_progress: bool = True
+    model: TrainedRewardModel, tasks: Sequence[EncodedRecord], *, max_new_tokens: int, show_progress: bool = True
 ) -> list[list[np.ndarray]]:
     """Token ids of the greedy correction of every response of every task."""
     request = tuple(correction_request(model.tokenizer, model.template, model.config.mapping.instruction))
@@ -184,8 +184,8 @@ def correct(
 
 def as_record(
     model: TrainedRewardModel,
-    task: Scorable,
-    scored: Sequence[ScoredResponse],
+    task: EncodedRecord,
+    scored: Sequence[TokenScores],
     corrections: Sequence[np.ndarray] | None,
     kind: str,
 ) -> dict[str, Any]:
@@ -232,29 +232,29 @@ def as_record(
 
 def _scorer(model: TrainedRewardModel, kind: str, mesh: Mesh) -> scoring.Scorer:
     """The reward model as a source of token rewards like any other."""
-    graphdef, multiple = model.model.graphdef, setup.row_multiple(mesh)
+    graphdef, multiple = model.model.graphdef, sharded_model.pad_to_multiple_of(mesh)
     ends = tuple(sorted(templates.end_ids(model.tokenizer, model.template)))
     if not model.is_seq2seq:
-        return scoring.scalar_scorer(graphdef, kind, end_ids=ends, row_multiple=multiple)
+        return scoring.scalar_scorer(graphdef, kind, end_ids=ends, pad_to_multiple_of=multiple)
     request = tuple(correction_request(model.tokenizer, model.template, model.config.mapping.instruction))
-    return scoring.seq2seq_scorer(graphdef, kind, request=request, end_ids=ends, row_multiple=multiple)
+    return scoring.seq2seq_scorer(graphdef, kind, request=request, end_ids=ends, pad_to_multiple_of=multiple)
 
 
 def policy_log_probs(
-    model: OpenedModel, params: Any, mesh: Mesh, *, whole: bool = False
+    model: ShardedModel, params: Any, mesh: Mesh, *, whole: bool = False
 ) -> Callable[[ResponseBatch], jax.Array]:
     """Function to the log-probs ``[B, T]`` that a policy gives to responses: by rows, or ``whole`` on every device."""
-    multiple, rows = setup.row_multiple(mesh), partition.batch_sharding(mesh)
+    multiple, rows = sharded_model.pad_to_multiple_of(mesh), partition.batch_sharding(mesh)
 
     def log_probs(params: Any, batch: ResponseBatch) -> jax.Array:
-        return scoring.response_statistics(model.graphdef, params, batch, None, row_multiple=multiple).log_probs
+        return scoring.response_statistics(model.graphdef, params, batch, None, pad_to_multiple_of=multiple).log_probs
 
     out = NamedSharding(mesh, PartitionSpec()) if whole else rows
     jitted = jax.jit(log_probs, in_shardings=(model.shardings, rows), out_shardings=out)
     return lambda batch: jitted(params, batch)
 
 
-def _without_length(scored: Sequence[ScoredResponse]) -> list[ScoredResponse]:
+def _without_length(scored: Sequence[TokenScores]) -> list[TokenScores]:
     """The scores, on the last token of each response, less the linear effect of length."""
     T = max(len(response.values) for response in scored)
     values, mask = np.zeros((len(scored), T), np.float32), np.zeros((len(scored), T), bool)
@@ -264,4 +264,4 @@ def _without_length(scored: Sequence[ScoredResponse]) -> list[ScoredResponse]:
     arrays = jnp.asarray(values), jnp.asarray(mask)
     fitted = token_rewards.calibrate(kind, *arrays, scale=1.0, center="none")
     rewards = np.asarray(token_rewards.apply(fitted, kind, *arrays))
-    return [ScoredResponse(rewards[row][mask[row]], None) for row in range(len(scored))]
+    return [TokenScores(rewards[row][mask[row]], None) for row in range(len(scored))]

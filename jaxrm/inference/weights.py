@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 from jaxrm.config import dicts
-from jaxrm.errors import UserError
+from jaxrm.errors import UserError, flag, option
 from jaxrm.experiment import Experiment
 from jaxrm.models import build
 from jaxrm.models.build import ModelSource
@@ -72,26 +72,26 @@ def find_checkpoint(path: str, field: str = "--checkpoint", algorithms: tuple[st
       UserError: where there is no run, no such checkpoint, or a model of another kind.
     """
     run, wanted = _split(path)
-    flag = field if field.startswith("--") else f"--{field}"
     folder = RunFolder(run, resumed=True, message="", is_writer=False)
-    instead = f"give the folder of a run, e.g. {flag}=runs/quickstart/sft"
+    instead = f"give the folder of a run, e.g. {flag(field)}=runs/quickstart/sft"
     if (run / "pipeline.json").is_file():
         stages = ", ".join(sorted(found.parent.name for found in run.glob("*/run.json")))
         raise UserError(
-            f"{field} is {path!r}, the folder of a pipeline; give one of its stages: {flag}={path}/STAGE, "
+            f"{option(field)} is {path!r}, the folder of a pipeline; give one of its stages: "
+            f"{flag(field)}={path}/STAGE, "
             f"with STAGE one of {stages}"
         )
     if not (run / "run.json").is_file():
-        raise UserError(f"{field} is {path!r}, but {run} has no run.json; {instead}")
+        raise UserError(f"{option(field)} is {path!r}, but {run} has no run.json; {instead}")
     config = dicts.from_config_dict(Experiment, _read_json(run / "run.json", path, field)["config"])
     if algorithms and config.algorithm not in algorithms:
         raise UserError(
-            f"{field} is {path!r}, a run of {config.algorithm}; required a model of {' or '.join(algorithms)}; "
-            f"give such a run, e.g. {flag}={_EXAMPLES[algorithms[0]]}"
+            f"{option(field)} is {path!r}, a run of {config.algorithm}; required a model of {' or '.join(algorithms)}; "
+            f"give such a run, e.g. {flag(field)}={_EXAMPLES[algorithms[0]]}"
         )
     missing = [file.name for file in (folder.model, folder.tokenizer) if not file.exists()]
     if missing:
-        raise UserError(f"{field} is {path!r}, but {run} has no {' and no '.join(missing)}; {instead}")
+        raise UserError(f"{option(field)} is {path!r}, but {run} has no {' and no '.join(missing)}; {instead}")
     described = _read_json(folder.model, path, field)
     checkpoints = Checkpoints(folder.checkpoints, read_only=True)
     step = _choose(checkpoints, wanted, path, field)
@@ -104,7 +104,7 @@ def _read_json(file: Path, path: str, field: str) -> dict[str, Any]:
         found = json.loads(file.read_text(encoding="utf-8"))
         return dict(found) if file.name == "model.json" else {"config": dict(found["config"])}
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{field} is {path!r}, whose {file.name} is damaged ({error})") from error
+        raise UserError(f"{option(field)} is {path!r}, whose {file.name} is damaged ({error})") from error
 
 
 def is_run(path: str | None) -> bool:
@@ -131,7 +131,7 @@ def check_weights(config: ModelConfig, source: ModelSource) -> None:
         build.check_weights(config, source)
 
 
-def first_params(config: ModelConfig, source: ModelSource, key: jax.Array, shapes: Any, shardings: Any) -> Any:
+def load_or_init_params(config: ModelConfig, source: ModelSource, key: jax.Array, shapes: Any, shardings: Any) -> Any:
     """First parameters of a decoder, float32, each made where it lies: read from ``source.path``, or drawn."""
     if is_run(source.path):
         return _of_run(source).restore(shapes, shardings)
@@ -142,7 +142,7 @@ def identity_of(path: str) -> str:
     """Which checkpoint exactly, by when its run was started too, since a folder may come to hold another run."""
     if not is_run(path):
         return path
-    found = find_checkpoint(path, "config.model.path")
+    found = find_checkpoint(path, "model.path")
     launches = json.loads((found.folder.path / "run.json").read_text(encoding="utf-8")).get("launches") or [{}]
     return f"{found.name}, of {launches[0].get('started')}"
 
@@ -167,13 +167,13 @@ def _split(path: str) -> tuple[Path, str]:
 
 def _of_run(source: ModelSource) -> RunCheckpoint:
     assert source.path is not None
-    return find_checkpoint(source.path, "config.model.path", LANGUAGE_MODELS)
+    return find_checkpoint(source.path, "model.path", LANGUAGE_MODELS)
 
 
 def _choose(checkpoints: Checkpoints, wanted: str, path: str, field: str) -> int:
     steps = checkpoints.steps()
     if not steps:
-        raise UserError(f"{field} is {path!r}, which has no checkpoint yet; wait for one, or give another run")
+        raise UserError(f"{option(field)} is {path!r}, which has no checkpoint yet; wait for one, or give another run")
     if wanted == "latest":
         return steps[-1]
     best = checkpoints.best_step()
@@ -182,4 +182,4 @@ def _choose(checkpoints: Checkpoints, wanted: str, path: str, field: str) -> int
     if wanted.isdecimal() and int(wanted) in steps:
         return int(wanted)
     known = ", ".join(str(step) for step in steps)
-    raise UserError(f"{field} is {path!r}, but the checkpoints of that run are {known}, and best")
+    raise UserError(f"{option(field)} is {path!r}, but the checkpoints of that run are {known}, and best")

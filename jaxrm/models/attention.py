@@ -11,7 +11,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from jaxrm.errors import UserError
+from jaxrm.errors import UserError, flag, option
 from jaxrm.models import blockwise
 
 KERNELS = ("auto", "xla", "cudnn", "splash")
@@ -61,20 +61,21 @@ def choose(kernel: str, platform: str, dtype: jnp.dtype) -> Attend:
       UserError: for an unknown name, a kernel of another platform, or cuDNN in 32 bits.
     """
     if kernel not in KERNELS:
-        raise UserError(f"config.model.attention is {kernel!r}; use one of {', '.join(KERNELS)}")
+        raise UserError(f"{option('model.attention')} is {kernel!r}; use one of {', '.join(KERNELS)}")
     sixteen_bits = jnp.dtype(dtype).itemsize == 2
     if kernel == "auto":
         kernel = {"tpu": "splash", "gpu": "cudnn" if sixteen_bits else "xla"}.get(platform, "xla")
     home = {"cudnn": "gpu", "splash": "tpu"}.get(kernel, platform)
     if platform != home:
         raise UserError(
-            f"config.model.attention is {kernel!r}, which runs on {home.upper()}, but the devices are of platform "
-            f"{platform}; use --config.model.attention=auto"
+            f"{option('model.attention')} is {kernel!r}, which runs on {home.upper()}, but the devices are of platform "
+            f"{platform}; use {flag('model.attention')}=auto"
         )
     if kernel == "cudnn" and not sixteen_bits:
         raise UserError(
-            f"config.model.attention is 'cudnn', which needs 16 bits, but config.model.dtype is {jnp.dtype(dtype)}; "
-            "use --config.model.dtype=bfloat16 or --config.model.attention=xla"
+            f"{option('model.attention')} is 'cudnn', which needs 16 bits, but {option('model.dtype')} is "
+            f"{jnp.dtype(dtype)}; "
+            f"use {flag('model.dtype')}=bfloat16 or {flag('model.attention')}=xla"
         )
     return {"xla": xla, "cudnn": cudnn, "splash": splash}[kernel]
 

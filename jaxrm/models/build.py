@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxrm.errors import UserError
+from jaxrm.errors import UserError, flag, option
 from jaxrm.models import attention, hub, layers
 from jaxrm.models.config import ModelConfig, preset
 from jaxrm.models.heads import ActorCritic, ScalarHead, ScalarModel
@@ -39,13 +39,13 @@ class ModelSource:
         for field, allowed in (("dtype", DTYPES), ("remat", REMAT_POLICIES), ("attention", attention.KERNELS)):
             if getattr(self, field) not in allowed:
                 raise UserError(
-                    f"config.model.{field} is {getattr(self, field)!r}; use one of {', '.join(allowed)}, "
-                    f"e.g. --config.model.{field}={allowed[0]}"
+                    f"{option(f'model.{field}')} is {getattr(self, field)!r}; use one of {', '.join(allowed)}, "
+                    f"e.g. {flag(f'model.{field}')}={allowed[0]}"
                 )
         if self.path is not None and self.preset is not None:
             raise UserError(
-                f"config.model has both path {self.path!r} and preset {self.preset!r}; give weights or a shape, "
-                "e.g. --config.model.preset=None"
+                f"{option('model')} has both path {self.path!r} and preset {self.preset!r}; give weights or a shape, "
+                f"e.g. {flag('model.preset')}=None"
             )
 
 
@@ -60,8 +60,8 @@ def read_shape(source: ModelSource) -> ModelConfig:
     if source.preset is not None:
         return preset(source.preset)
     raise UserError(
-        "config.model has neither path nor preset; give weights, e.g. --config.model.path=google/gemma-2b, "
-        "or a shape with random parameters, e.g. --config.model.preset=tiny"
+        f"{option('model')} has neither path nor preset; give weights, e.g. {flag('model.path')}=google/gemma-2b, "
+        f"or a shape with random parameters, e.g. {flag('model.preset')}=tiny"
     )
 
 
@@ -76,7 +76,7 @@ def check_vocabulary(config: ModelConfig, num_tokens: int, tokenizer: str) -> No
     if num_tokens > config.vocab_size:
         raise UserError(
             f"the tokenizer {tokenizer} has {num_tokens} tokens, but the model's vocabulary holds "
-            f"{config.vocab_size}; use the tokenizer that belongs to the model (--config.data.tokenizer=...) or a "
+            f"{config.vocab_size}; use the tokenizer that belongs to the model ({flag('data.tokenizer')}=...) or a "
             "model with a larger vocabulary"
         )
 
@@ -91,8 +91,8 @@ def check_length(config: ModelConfig, field: str, length: int) -> None:
     """
     if length > config.max_position:
         raise UserError(
-            f"{field} is {length}, but the model reads at most {config.max_position} tokens; "
-            f"e.g. --{field}={config.max_position}"
+            f"{option(field)} is {length}, but the model reads at most {config.max_position} tokens; "
+            f"e.g. {flag(field)}={config.max_position}"
         )
 
 

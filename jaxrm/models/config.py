@@ -4,7 +4,7 @@ import difflib
 from dataclasses import dataclass
 from typing import Any
 
-from jaxrm.errors import UserError
+from jaxrm.errors import UserError, flag, option
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text")
 ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
@@ -233,7 +233,7 @@ def preset(name: str) -> ModelConfig:
         near = difflib.get_close_matches(name.lower(), PRESETS, n=3, cutoff=0.4)
         meant = f"did you mean {' or '.join(near)}? " if near else ""
         raise UserError(
-            f"config.model.preset is {name!r}, which is no preset; {meant}known are {', '.join(sorted(PRESETS))}; "
-            f"e.g. --config.model.preset={near[0] if near else 'tiny'}"
+            f"{option('model.preset')} is {name!r}, which is no preset; {meant}known are {', '.join(sorted(PRESETS))}; "
+            f"e.g. {flag('model.preset')}={near[0] if near else 'tiny'}"
         )
     return config

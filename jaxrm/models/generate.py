@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxrm.errors import UserError
+from jaxrm.errors import UserError, flag, option
 from jaxrm.models import cache as cache_lib
 from jaxrm.models.transformer import positions_from_mask
 
@@ -91,8 +91,8 @@ def generate(
     model = nnx.merge(graphdef, params)
     positions = positions_from_mask(prompt_mask)
     hidden, past = model.prefill(prompts, positions=positions, segment_ids=prompt_mask.astype(jnp.int32), size=P + T)
-    layers = model.unstack()
-    head = model.held_head()
+    layers = model.unstack_layers()
+    head = model.decode_head()
     ends = jnp.asarray(end_ids, jnp.int32)
 
     def draw(hidden: jax.Array, t: jax.Array) -> jax.Array:
@@ -184,6 +184,8 @@ def check_on_policy(sampling: SamplingConfig, field: str) -> None:
     ):
         if not good:
             raise UserError(
-                f"{field}.{name} is {getattr(sampling, name)}, with which tokens are not drawn from the policy whose "
-                f"log-probs are trained; it must be {required}, e.g. --{field}.{name}={getattr(SamplingConfig, name)}"
+                f"{option(f'{field}.{name}')} is {getattr(sampling, name)}, with which tokens are not drawn from "
+                f"the policy whose "
+                f"log-probs are trained; it must be {required}, e.g. "
+                f"{flag(f'{field}.{name}')}={getattr(SamplingConfig, name)}"
             )

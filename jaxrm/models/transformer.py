@@ -80,7 +80,7 @@ class Decoder(nnx.Module):
         values = tuple(self.constrain(x, _VALUES) for x in past.values)
         return hidden, dataclasses.replace(past, keys=keys, values=values)
 
-    def unstack(self) -> tuple[layers.Layer, ...]:
+    def unstack_layers(self) -> tuple[layers.Layer, ...]:
         """The layers one by one, for `decode`; outside the decoding loop, which then reads each in place.
 
         Their weights are as the loop reads them at every token: in the compute dtype and turned.
@@ -97,8 +97,8 @@ class Decoder(nnx.Module):
 
         return tuple(one_layer(i) for i in range(self.config.num_layers))
 
-    def held_head(self) -> jax.Array:
-        """Output embedding ``[V, D]`` for the `logits` of a decoding loop; as `unstack`."""
+    def decode_head(self) -> jax.Array:
+        """Output embedding ``[V, D]`` for the `logits` of a decoding loop; as `unstack_layers`."""
         return self.head_embedding.astype(self.dtype)
 
     def decode(
@@ -108,7 +108,7 @@ class Decoder(nnx.Module):
 
         Args:
           tokens: ``[B, 1]`` int token ids.
-          unstacked: from `unstack`.
+          unstacked: from `unstack_layers`.
           past: the tokens before it.
         """
         config = self.config
@@ -145,7 +145,7 @@ class Decoder(nnx.Module):
 
         Args:
           hidden: ``[..., D]``.
-          head: from `held_head`, in a loop.
+          head: from `decode_head`, in a loop.
         """
         head = (self.head_embedding if head is None else head).astype(hidden.dtype)
         logits = jnp.einsum("...d,vd->...v", hidden, head, preferred_element_type=jnp.float32)

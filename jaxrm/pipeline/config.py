@@ -23,7 +23,7 @@ from ml_collections import ConfigDict
 
 from jaxrm.config import dicts
 from jaxrm.config.fields import WHOLE
-from jaxrm.errors import UserError
+from jaxrm.errors import UserError, flag, option
 from jaxrm.experiment import Experiment
 from jaxrm.runtime.run_folder import OnExisting
 
@@ -53,13 +53,15 @@ class Pipeline:
         for name in self.stages:
             if name not in names:
                 near = difflib.get_close_matches(name, names, n=1)
-                advice = f"did you mean {near[0]}?" if near else f"e.g. --config.stages={every}"
-                raise UserError(f"config.stages has {name!r}, but the stages are {', '.join(names)}; {advice}")
+                advice = f"did you mean {near[0]}?" if near else f"e.g. {flag('stages')}={every}"
+                raise UserError(f"{option('stages')} has {name!r}, but the stages are {', '.join(names)}; {advice}")
         if not self.stages or len(set(self.stages)) < len(self.stages):
             found = "names a stage twice" if self.stages else "is empty"
-            raise UserError(f"config.stages {found}; required each stage to run, once, e.g. --config.stages={every}")
+            raise UserError(
+                f"{option('stages')} {found}; required each stage to run, once, e.g. {flag('stages')}={every}"
+            )
         if self.seed is not None and not 0 <= self.seed < 2**32:
-            raise UserError(f"config.seed is {self.seed}; it must be from 0 to {2**32 - 1}, e.g. --config.seed=0")
+            raise UserError(f"{option('seed')} is {self.seed}; it must be from 0 to {2**32 - 1}, e.g. {flag('seed')}=0")
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ class Stage:
     @property
     def where(self) -> str:
         """Dotted name of its section."""
-        return f"config.{self.name}"
+        return f"{option(self.name)}"
 
 
 def pipeline(
@@ -98,7 +100,7 @@ def pipeline(
         if name in own or hasattr(ConfigDict, name):
             raise UserError(f"pipeline() has a stage called {name}, which means something else; call it otherwise")
         if isinstance(stage, ConfigDict) and "stages" not in stage:
-            stage = dicts.from_config_dict(Experiment, stage, f"config.{name}", root=f"config.{name}")
+            stage = dicts.from_config_dict(Experiment, stage, f"{option(name)}", root=f"{option(name)}")
         if not isinstance(stage, Experiment):
             raise UserError(f"the stage {name} of pipeline() is {type(stage).__name__}; required Experiment")
         values[name] = stage
@@ -140,7 +142,7 @@ def resolve(config: Pipeline) -> dict[str, Stage]:
             needs[where] = other
             return os.path.expanduser(folders[other]) + slash + rest  # noqa: PTH111  # as it is written, beside that
 
-        where = f"config.{name}"
+        where = f"{option(name)}"
         changed = {"run_dir": folders[name]} | ({} if config.seed is None else {"seed": config.seed})
         filled = dataclasses.replace(_filled(stage, where, folder_of), **changed)
         stages[name] = Stage(name, filled, needs)
@@ -167,19 +169,19 @@ def _filled(value: Any, where: str, folder_of: Callable[[str, str], str]) -> Any
     return folder_of(value, where) if isinstance(value, str) and value.startswith(PREFIX) else value
 
 
-def _check_reference(config: Pipeline, name: str, other: str, found: str, flag: str) -> None:
+def _check_reference(config: Pipeline, name: str, other: str, found: str, typed: str) -> None:
     """Refuse a reference of the stage `name` to one that is not there, or that runs no earlier."""
     names = [known for known in stage_names(config) if known != name]
     if other == name:
         raise UserError(
-            f"{found}, the stage itself; refer to another one" + f", e.g. {flag.format(names[0])}" * bool(names)
+            f"{found}, the stage itself; refer to another one" + f", e.g. {typed.format(names[0])}" * bool(names)
         )
     if other not in names:
         near = difflib.get_close_matches(other, names, n=1)
-        advice = f"did you mean {flag.format(near[0])}?" if near else "the stages are " + ", ".join((*names, name))
+        advice = f"did you mean {typed.format(near[0])}?" if near else "the stages are " + ", ".join((*names, name))
         raise UserError(f"{found}, but there is no stage {other!r}; {advice}")
     running = list(config.stages)
     if name in running and other in running[running.index(name) :]:
         running.remove(other)
         running.insert(running.index(name), other)
-        raise UserError(f"{found}, which runs after {name}; put it first, e.g. --config.stages={','.join(running)}")
+        raise UserError(f"{found}, which runs after {name}; put it first, e.g. {flag('stages')}={','.join(running)}")

@@ -15,9 +15,8 @@ from typing import Any
 import jax
 
 from jaxrm.config import dicts
-from jaxrm.config.fields import relocated
-from jaxrm.errors import UserError
-from jaxrm.experiment import MAY_DIFFER, Experiment
+from jaxrm.errors import UserError, flag, naming, option
+from jaxrm.experiment import RESUMABLE_FIELDS, Experiment
 from jaxrm.pipeline import report as pipeline_report
 from jaxrm.pipeline.config import Pipeline, Stage, resolve
 from jaxrm.runtime.progress import format_seconds
@@ -97,12 +96,13 @@ def _run_stage(
     missing = [folder for folder in (path, *path.parents) if not folder.exists()]
     keep()
     try:
-        status = run_stage(stage.experiment)
+        with naming({"": stage.where}):
+            status = run_stage(stage.experiment)
         state = "running" if status else "done"
     except UserError as error:
         if is_writer:
             _remove_if_empty(missing)
-        raise UserError(f"stage {name}: {relocated(str(error), stage.where)}") from error
+        raise UserError(f"stage {name}: {error}") from error
     finally:
         if path.exists():
             keep()
@@ -111,7 +111,7 @@ def _run_stage(
 
 def _restarted(config: Pipeline, stage: Stage) -> list[str]:
     """The fields by which the stage would start anew at each launch."""
-    given = {"config.on_existing": config.on_existing, f"{stage.where}.on_existing": stage.experiment.on_existing}
+    given = {"on_existing": config.on_existing, f"{stage.where}.on_existing": stage.experiment.on_existing}
     return [field for field, on_existing in given.items() if on_existing == "restart"]
 
 
@@ -151,7 +151,9 @@ def _open(path: Path, config: Pipeline, stages: Mapping[str, Stage], is_writer: 
     if refused is not None:
         raise refused
     if outcome < 0:
-        raise UserError(f"config.run_dir is {config.run_dir!r}, which the first process refused; its message says why")
+        raise UserError(
+            f"{option('run_dir')} is {config.run_dir!r}, which the first process refused; its message says why"
+        )
     return records, {name for i, name in enumerate(stages) if outcome >> i & 1}
 
 
@@ -164,8 +166,9 @@ def _records(path: Path, config: Pipeline) -> Records:
         return {}
     if _RECORD not in names and "run.json" not in names:
         raise UserError(
-            f"config.run_dir is {run_dir!r}, which is no pipeline but holds {names[0]!r}; required an empty or a new "
-            f"folder, e.g. --config.run_dir={run_dir.rstrip('/')}-2"
+            f"{option('run_dir')} is {run_dir!r}, which is no pipeline but holds {names[0]!r}; required an empty or "
+            f"a new "
+            f"folder, e.g. {flag('run_dir')}={run_dir.rstrip('/')}-2"
         )
     what = "a pipeline" if _RECORD in names else "a single run"
     if config.on_existing == "error" or (config.on_existing == "resume" and _RECORD not in names):
@@ -194,11 +197,14 @@ def _done(config: Pipeline, stages: Mapping[str, Stage], records: Records) -> se
             exists = False  # it goes aside with the pipeline
         elif name in config.stages:
             try:
-                check_run(run_dir, dicts.as_dict(stage.experiment), on_existing=on_existing, may_differ=MAY_DIFFER)
+                with naming({"": stage.where}):
+                    check_run(
+                        run_dir, dicts.as_dict(stage.experiment), on_existing=on_existing, may_differ=RESUMABLE_FIELDS
+                    )
             except UserError as error:
-                message = relocated(str(error), stage.where)
+                message = str(error)
                 if f"--{stage.where}.on_existing=restart" in message:
-                    message += "; --config.on_existing=restart starts the whole pipeline anew"
+                    message += f"; {flag('on_existing')}=restart starts the whole pipeline anew"
                 raise UserError(message) from error
         if not exists or (name in config.stages and on_existing == "restart"):
             anew.add(name)
@@ -212,13 +218,14 @@ def _done(config: Pipeline, stages: Mapping[str, Stage], records: Records) -> se
                 running = ",".join(known for known in stages if known in (needed, *config.stages))
                 raise UserError(
                     f"{field} refers to the stage {needed}, which is not done in {stages[needed].experiment.run_dir} "
-                    f"and not among those to run; e.g. --config.stages={running}"
+                    f"and not among those to run; e.g. {flag('stages')}={running}"
                 )
             if needed in anew and needed in config.stages and name not in anew:
                 raise UserError(
-                    f"config.{name}.on_existing is {stages[name].experiment.on_existing!r}, but its run is built on "
-                    f"{needed}, which starts anew; use --config.{name}.on_existing=restart to start it anew too; "
-                    "--config.on_existing=restart starts the whole pipeline anew"
+                    f"{option(f'{name}.on_existing')} is {stages[name].experiment.on_existing!r}, but its run is "
+                    f"built on "
+                    f"{needed}, which starts anew; use {flag(f'{name}.on_existing')}=restart to start it anew too; "
+                    f"{flag('on_existing')}=restart starts the whole pipeline anew"
                 )
     return done
 

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from jaxrm.algorithms.state import TrainState
-from jaxrm.errors import UserError
+from jaxrm.errors import UserError, flag
 from jaxrm.experiment import Experiment
 from jaxrm.planning.flops import matmul_flops
-from jaxrm.planning.programs import Program, Programs, device_bytes, programs_of
-from jaxrm.planning.topology import GIB, Topology, islands
+from jaxrm.planning.programs import Program, Programs, device_bytes, stage_programs
+from jaxrm.planning.topology import GIB, Topology, device_groups
 from jaxrm.planning.traffic import Traffic, traffic
 from jaxrm.runtime.hardware import peak_flops
 from jaxrm.runtime.progress import Progress
@@ -163,7 +163,9 @@ class Plan:
         return found
 
 
-def planned(config: Experiment, topology: Topology, *, show_progress: bool = False, until_misfit: bool = False) -> Plan:
+def plan_stage(
+    config: Experiment, topology: Topology, *, show_progress: bool = False, until_misfit: bool = False
+) -> Plan:
     """Compile every program of a stage.
 
     Args:
@@ -176,8 +178,8 @@ def planned(config: Experiment, topology: Topology, *, show_progress: bool = Fal
       UserError: where the stage has no plan, or does not fit the mesh.
     """
     mesh = build_mesh(config.mesh, topology.devices)
-    found = programs_of(config, mesh)
-    island_of = islands(list(mesh.devices.flat))
+    found = stage_programs(config, mesh)
+    island_of = device_groups(list(mesh.devices.flat))
     peak = peak_flops(topology.kind, config.model.dtype)
     peak = None if peak is None or topology.chip is None else peak * topology.chip.share * len(topology.devices)
     plans: list[ProgramPlan] = []
@@ -224,7 +226,7 @@ def _plan(
             raise
         raise UserError(
             f"{program.name} takes its attention from cuDNN, which is not here ({error}); pip install 'jax[cuda13]', "
-            "or plan without it, --config.model.attention=xla"
+            f"or plan without it, {flag('model.attention')}=xla"
         ) from error
     beside, needed, peak, text = whole.beside(program), None, None, ""
     try:

@@ -19,10 +19,10 @@ from jaxrm.algorithms.optimizer import build_optimizer
 from jaxrm.algorithms.ppo_state import PPOBatch
 from jaxrm.algorithms.reward_config import SCALAR_KINDS
 from jaxrm.algorithms.state import create
-from jaxrm.errors import UserError
+from jaxrm.errors import UserError, option
 from jaxrm.experiment import Experiment
-from jaxrm.inference import sharded_model as setup
-from jaxrm.inference.sharded_model import OpenedModel
+from jaxrm.inference import sharded_model
+from jaxrm.inference.sharded_model import ShardedModel
 from jaxrm.models import build
 from jaxrm.models.config import ModelConfig
 from jaxrm.models.flops import forward_flops, training_flops_per_token
@@ -93,22 +93,24 @@ def device_bytes(tree: Any) -> float:
     return float(sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * _item_bytes(leaf.dtype) for leaf in leaves))
 
 
-def programs_of(config: Experiment, mesh: Mesh) -> Programs:
+def stage_programs(config: Experiment, mesh: Mesh) -> Programs:
     """The programs of a stage on a mesh, whose devices need not exist; nothing is allocated, no weights are read.
 
     Raises:
       UserError: for an algorithm that has no plan, or a model or batch that does not fit the mesh.
     """
     if config.algorithm not in PLANNED:
-        raise UserError(f"config.algorithm is {config.algorithm!r}; what can be planned is {', '.join(PLANNED)}")
-    check_batch(mesh, "config.data.batch_size", config.data.batch_size, config.num_microbatches)
-    decoder = setup.open_model(config.model, mesh)
-    build.check_length(decoder.config, "config.data.max_length", config.data.max_length)
+        raise UserError(
+            f"{option('algorithm')} is {config.algorithm!r}; what can be planned is {', '.join(PLANNED)}"
+        )
+    check_batch(mesh, "data.batch_size", config.data.batch_size, config.num_microbatches)
+    decoder = sharded_model.shard_model(config.model, mesh)
+    build.check_length(decoder.config, "data.max_length", config.data.max_length)
     return _ppo(config, mesh, decoder) if config.algorithm == "ppo" else _supervised(config, mesh, decoder)
 
 
-def _supervised(config: Experiment, mesh: Mesh, decoder: OpenedModel) -> Programs:
-    check_row_length(mesh, "config.data.max_length", config.data.max_length)
+def _supervised(config: Experiment, mesh: Mesh, decoder: ShardedModel) -> Programs:
+    check_row_length(mesh, "data.max_length", config.data.max_length)
     model = decoder
     batch_type: type = TokenBatch
     loss_fn: train_step.LossFn
@@ -122,12 +124,12 @@ def _supervised(config: Experiment, mesh: Mesh, decoder: OpenedModel) -> Program
             identity_weight=config.mapping.identity_weight if config.mapping.identity else 0.0,
         )
     elif config.algorithm == "scalar_rm":
-        model = setup.open_scalar_model(config.model, mesh, decoder.config)
+        model = sharded_model.shard_scalar_model(config.model, mesh, decoder.config)
         batch_type, loss_fn = ComparisonBatch, scalar_rm.scalar_rm_loss(model.graphdef, config.scalar_rm)
     else:
         batch_type, loss_fn = dpo.DPOBatch, dpo.policy_loss(model.graphdef, config.dpo)
     optimizer = build_optimizer(config.optimizer, config.num_steps or 1000)
-    sharding = setup.state_shardings(model, optimizer, mesh, offload=config.optimizer.offload)
+    sharding = sharded_model.state_shardings(model, optimizer, mesh, offload=config.optimizer.offload)
     step = train_step.build_train_step(
         loss_fn,
         optimizer,
@@ -146,13 +148,13 @@ def _supervised(config: Experiment, mesh: Mesh, decoder: OpenedModel) -> Program
     return Programs((program,), {"state": state}, _count(model), decoder.config)
 
 
-def _ppo(config: Experiment, mesh: Mesh, decoder: OpenedModel) -> Programs:
-    critic = None if config.ppo.shared_trunk else setup.open_scalar_model(config.model, mesh, decoder.config)
+def _ppo(config: Experiment, mesh: Mesh, decoder: ShardedModel) -> Programs:
+    critic = None if config.ppo.shared_trunk else sharded_model.shard_scalar_model(config.model, mesh, decoder.config)
     learner = open_learner(config, mesh, decoder, critic, num_steps=config.num_steps or 1000, end_ids=(0,))
     programs, state = learner.programs(_no_reward), learner.abstract
     new, rows, parts = config.rollout.sampling.max_new_tokens, config.data.batch_size, config.ppo.num_minibatches
     width = config.data.max_length - new
-    of_rows, answering_rows = partition.batch_sharding(mesh), partition.batch_sharding(learner.answering.mesh)
+    of_rows, answering_rows = partition.batch_sharding(mesh), partition.batch_sharding(learner.rollout_model.mesh)
 
     def array(shape: tuple[int, ...], dtype: Any, sharding: Any = of_rows) -> Any:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
@@ -163,7 +165,9 @@ def _ppo(config: Experiment, mesh: Mesh, decoder: OpenedModel) -> Programs:
     frozen = _in_dtype(with_shardings(decoder.shapes, decoder.shardings), config.model.dtype)
     params = learner.networks.decoder_params(state.policy.params)
     key = jax.eval_shape(lambda: jax.random.key(0))
-    key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=NamedSharding(learner.answering.mesh, PartitionSpec()))
+    key = jax.ShapeDtypeStruct(
+        key.shape, key.dtype, sharding=NamedSharding(learner.rollout_model.mesh, PartitionSpec())
+    )
     critic_params = None if state.critic is None else state.critic.params
     share, updates = rows // parts, parts * config.ppo.num_epochs
     rollout = Rollout(responses(share), *(array((share, new), jnp.float32) for _ in range(5)))
@@ -174,22 +178,22 @@ def _ppo(config: Experiment, mesh: Mesh, decoder: OpenedModel) -> Programs:
     forward = functools.partial(forward_flops, decoder.config)
     of_words = forward(width + new, predicted=new)
     of_values = 0.0 if state.critic is None else forward(width + new, predicted=new, scalar_head=True)
-    respond, found, answering, stays = programs.respond, [], params, params
+    respond, found, rollout_model, stays = programs.respond, [], params, params
     if respond.reshard is not None:
         found.append(Program("reshard", respond.reshard.params, (params,), 0, params, 0.0))
-        answering = with_shardings(jax.eval_shape(respond.reshard.params, params), learner.answering.shardings)
+        rollout_model = with_shardings(jax.eval_shape(respond.reshard.params, params), learner.rollout_model.shardings)
         stays = None  # what answers is a copy, which lives as long as this program
     found += [
         Program(
             "respond",
             respond.draw,
-            (answering, *(array((rows, width), dtype, answering_rows) for dtype in (jnp.int32, jnp.bool_)), key),
+            (rollout_model, *(array((rows, width), dtype, answering_rows) for dtype in (jnp.int32, jnp.bool_)), key),
             rows * (width + new),
             stays,
             rows * of_words,
             while_trips=new - 1,
-            cache=_cache_bytes(decoder.config, rows, width + new, config.model.dtype, learner.answering.mesh),
-            copied=0.0 if respond.reshard is None else device_bytes(answering),
+            cache=_cache_bytes(decoder.config, rows, width + new, config.model.dtype, learner.rollout_model.mesh),
+            copied=0.0 if respond.reshard is None else device_bytes(rollout_model),
         ),
         Program(
             "read",
@@ -254,15 +258,17 @@ def _ppo(config: Experiment, mesh: Mesh, decoder: OpenedModel) -> Programs:
     return Programs(tuple(found), residents, _count(decoder), decoder.config)
 
 
-def _scorer(config: Experiment, mesh: Mesh, decoder: OpenedModel) -> tuple[OpenedModel, Any]:
+def _scorer(config: Experiment, mesh: Mesh, decoder: ShardedModel) -> tuple[ShardedModel, Any]:
     """A reward model of the policy's shape, of the sort that the kind belongs to."""
-    multiple = setup.row_multiple(mesh)
+    multiple = sharded_model.pad_to_multiple_of(mesh)
     if config.reward.kind in SCALAR_KINDS:
-        model = setup.open_scalar_model(config.model, mesh, decoder.config)
-        return model, scoring.scalar_scorer(model.graphdef, config.reward.kind, end_ids=(0,), row_multiple=multiple)
+        model = sharded_model.shard_scalar_model(config.model, mesh, decoder.config)
+        return model, scoring.scalar_scorer(
+            model.graphdef, config.reward.kind, end_ids=(0,), pad_to_multiple_of=multiple
+        )
     request = tuple(range(1, REQUEST + 1))
     return decoder, scoring.seq2seq_scorer(
-        decoder.graphdef, config.reward.kind, request=request, end_ids=(0,), row_multiple=multiple
+        decoder.graphdef, config.reward.kind, request=request, end_ids=(0,), pad_to_multiple_of=multiple
     )
 
 
@@ -298,7 +304,7 @@ def _item_bytes(dtype: Any) -> int:
     return 8 if jnp.issubdtype(dtype, jax.dtypes.prng_key) else jnp.dtype(dtype).itemsize
 
 
-def _count(model: OpenedModel) -> int:
+def _count(model: ShardedModel) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(model.shapes))
 
 

@@ -47,7 +47,7 @@ def print_plan(plan: Plan) -> None:
          f"{program.cost.far_bytes / 2**20:,.0f}", f"{program.cost.memory_bytes / GIB:,.1f}"]
         for program in plan.programs
     ]  # fmt: skip
-    print_table("What a device moves, MiB", ["", *kinds_of(plan), "between islands", "memory, GiB"], traffic)
+    print_table("What a device moves, MiB", ["", *kinds_of(plan), "between device_groups", "memory, GiB"], traffic)
     print(verdict(plan))
 
 

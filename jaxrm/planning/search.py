@@ -10,8 +10,8 @@ import jax.numpy as jnp
 
 from jaxrm.errors import UserError
 from jaxrm.experiment import Experiment
-from jaxrm.planning.cost import Plan, planned
-from jaxrm.planning.programs import Programs, device_bytes, programs_of
+from jaxrm.planning.cost import Plan, plan_stage
+from jaxrm.planning.programs import Programs, device_bytes, stage_programs
 from jaxrm.planning.topology import GIB, Topology
 from jaxrm.runtime.progress import Progress
 from jaxrm.sharding.mesh import AXES, batch_shards, build_mesh
@@ -49,7 +49,7 @@ def nearest_fit(config: Experiment, topology: Topology, *, most: int, show_progr
     tries: list[Try] = []
     with Progress("look for one that fits", most, unit="tries", enabled=show_progress) as progress:
         for change in _room(config, topology, _near(config, topology)):
-            tries.append(Try(change, planned(changed(config, change), topology, until_misfit=True)))
+            tries.append(Try(change, plan_stage(changed(config, change), topology, until_misfit=True)))
             progress.update(len(tries))
             if tries[-1].plan.fits or len(tries) == most:
                 break
@@ -71,7 +71,7 @@ def best_fits(config: Experiment, topology: Topology, *, most: int, show_progres
                 if len(tries) == most:
                     break
                 change = {**mesh_change, "num_microbatches": parts}
-                tries.append(Try(change, planned(changed(config, change), topology, until_misfit=True)))
+                tries.append(Try(change, plan_stage(changed(config, change), topology, until_misfit=True)))
                 progress.update(len(tries))
                 if tries[-1].plan.fits:
                     break
@@ -106,7 +106,7 @@ def _near(config: Experiment, topology: Topology) -> Iterator[dict[str, Any]]:
 def _divides(config: Experiment, topology: Topology) -> bool:
     """Whether model and batch divide over the config's mesh."""
     try:
-        programs_of(config, build_mesh(config.mesh, topology.devices))
+        stage_programs(config, build_mesh(config.mesh, topology.devices))
     except UserError:
         return False
     return True
@@ -123,7 +123,7 @@ def _meshes(config: Experiment, topology: Topology) -> list[dict[str, int]]:
             change = {f"mesh.{axis}": size for axis, size in sizes.items() if size != getattr(config.mesh, axis)}
             tried = changed(config, {**change, "num_microbatches": 1})
             try:
-                programs = programs_of(tried, build_mesh(tried.mesh, topology.devices))
+                programs = stage_programs(tried, build_mesh(tried.mesh, topology.devices))
             except UserError:
                 continue
             found.append((_sent(config, programs, sizes), change))
@@ -145,7 +145,7 @@ def _room(config: Experiment, topology: Topology, changes: Iterable[dict[str, An
     """The changes with which at least what stays on a device has room there."""
     for change in changes:
         tried = changed(config, change)
-        residents = programs_of(tried, build_mesh(tried.mesh, topology.devices)).residents
+        residents = stage_programs(tried, build_mesh(tried.mesh, topology.devices)).residents
         if topology.chip is None or device_bytes(dict(residents)) <= topology.chip.memory * GIB:
             yield change
 

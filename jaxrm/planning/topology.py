@@ -159,10 +159,10 @@ def open_topology(name: str) -> Topology:
     return Topology(name, tuple(found), CHIPS[kind], found[0].device_kind)
 
 
-def islands(devices: Sequence[Any]) -> list[int]:
+def device_groups(devices: Sequence[Any]) -> list[int]:
     """For each device which island it is on: its slice, or where there are no slices, a GPU's host.
 
-    All devices of an island are joined by fast links; between islands is a network.
+    All devices of an island are joined by fast links; between device_groups is a network.
     """
     if devices[0].platform == "tpu":
         return [getattr(device, "slice_index", None) or 0 for device in devices]

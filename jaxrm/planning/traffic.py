@@ -45,7 +45,7 @@ class Traffic:
     Attributes:
       collectives: what reaches it by each kind of collective, on the links between near devices. On a ring of n devices
         that is (n - 1) / n of an array that is gathered, scattered or dealt out, and twice that of one that is summed.
-      far: the same of collectives whose groups lie on several islands (slices of TPUs, hosts of GPUs).
+      far: the same of collectives whose groups lie on several device_groups (slices of TPUs, hosts of GPUs).
       memory: read from and written to the device's memory.
     """
 
@@ -274,7 +274,7 @@ def _result_bytes(shape: str, *, is_start: bool) -> float:
 
 
 def _is_far(rest: str, island_of: Sequence[int]) -> bool:
-    """Whether a group of a collective has devices on several islands."""
+    """Whether a group of a collective has devices on several device_groups."""
     if len(set(island_of)) < 2:
         return False
     return any(

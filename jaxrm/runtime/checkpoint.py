@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from jaxrm.errors import UserError
+from jaxrm.errors import UserError, flag, option
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,8 @@ class CheckpointConfig:
         for field, least in (("every", 1), ("keep", 1), ("keep_best", 0)):
             if getattr(self, field) < least:
                 raise UserError(
-                    f"config.checkpoint.{field} is {getattr(self, field)}; it must be at least {least}, "
-                    f"e.g. --config.checkpoint.{field}={max(least, 1)}"
+                    f"{option(f'checkpoint.{field}')} is {getattr(self, field)}; it must be at least {least}, "
+                    f"e.g. {flag(f'checkpoint.{field}')}={max(least, 1)}"
                 )
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from jaxrm.errors import UserError
+from jaxrm.errors import UserError, flag, option
 from jaxrm.runtime.run_folder import RunFolder, write_json_atomically
 
 PHASES = ("rollout", "reading", "scoring", "update")
@@ -48,12 +48,12 @@ class LoggingConfig:
     def __post_init__(self) -> None:
         if self.every < 1:
             raise UserError(
-                f"config.logging.every is {self.every}; required at least 1 step, e.g. --config.logging.every=10"
+                f"{option('logging.every')} is {self.every}; required at least 1 step, e.g. {flag('logging.every')}=10"
             )
         if self.wandb_project is not None and importlib.util.find_spec("wandb") is None:
             raise UserError(
-                f"config.logging.wandb_project is {self.wandb_project!r}, but wandb is not installed; "
-                "use pip install wandb, or --config.logging.wandb_project=None"
+                f"{option('logging.wandb_project')} is {self.wandb_project!r}, but wandb is not installed; "
+                f"use pip install wandb, or {flag('logging.wandb_project')}=None"
             )
 
 

@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 import jax
 import numpy as np
 
-from jaxrm.errors import UserError
+from jaxrm.errors import UserError, option
 
 EXIT_PROCESS_LOST = 76
 HEARTBEAT_SECONDS = 30  # after which a process that says nothing counts as lost
@@ -144,7 +144,7 @@ def check_agreement(config: Mapping[str, Any]) -> None:
         raise UserError(_disagreement(found, what) + "; install the same commit and requirements on every host")
     sections = sorted(config)
     if found := differing([json.dumps(config[name], sort_keys=True, default=str).encode() for name in sections]):
-        names = [f"config.{name}" for name in sections]
+        names = [f"{option(name)}" for name in sections]
         raise UserError(_disagreement(found, names) + "; start every process with the same --config and overrides")
 
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from jaxrm.config.dicts import differences
-from jaxrm.errors import UserError
+from jaxrm.errors import UserError, flag, option
 from jaxrm.runtime.provenance import describe_devices, git_state, package_versions
 
 OnExisting = Literal["resume", "restart", "error"]
@@ -120,7 +120,7 @@ def open_run(
     if isinstance(opened, UserError):
         raise opened
     if outcome < 0:
-        raise UserError(f"config.run_dir is {run_dir!r}, which the first process refused; its message says why")
+        raise UserError(f"{option('run_dir')} is {run_dir!r}, which the first process refused; its message says why")
     return opened or RunFolder(Path(run_dir).expanduser(), bool(outcome), "", is_writer=False)
 
 
@@ -228,8 +228,8 @@ def check_writable(path: Path, run_dir: str) -> None:
 
 def _unusable(run_dir: str, reason: str) -> UserError:
     return UserError(
-        f"config.run_dir is {run_dir!r}, which cannot be written ({reason}); "
-        "required a folder that can, e.g. --config.run_dir=runs/first"
+        f"{option('run_dir')} is {run_dir!r}, which cannot be written ({reason}); "
+        f"required a folder that can, e.g. {flag('run_dir')}=runs/first"
     )
 
 
@@ -240,9 +240,11 @@ def checked_path(run_dir: str) -> Path:
         UserError: it names none, or one that is not in the file system.
     """
     if not run_dir:
-        raise UserError("config.run_dir is empty; required a folder, e.g. --config.run_dir=runs/first")
+        raise UserError(f"{option('run_dir')} is empty; required a folder, e.g. {flag('run_dir')}=runs/first")
     if "://" in run_dir:
-        raise UserError(f"config.run_dir is {run_dir!r}, a URL; required a folder, such as one that mounts the bucket")
+        raise UserError(
+            f"{option('run_dir')} is {run_dir!r}, a URL; required a folder, such as one that mounts the bucket"
+        )
     return Path(run_dir).expanduser()
 
 
@@ -250,14 +252,14 @@ def _found_run(path: Path, run_dir: str) -> dict[str, Any] | None:
     """The ``run.json`` of the run in the folder; None for a folder that is absent or empty."""
     if not path.exists():
         return None
-    another = f"required an empty or a new folder, e.g. --config.run_dir={_next(run_dir)}"
+    another = f"required an empty or a new folder, e.g. {flag('run_dir')}={_next(run_dir)}"
     if not path.is_dir():
-        raise UserError(f"config.run_dir is {run_dir!r}, which is a file; {another}")
+        raise UserError(f"{option('run_dir')} is {run_dir!r}, which is a file; {another}")
     names = sorted(entry.name for entry in path.iterdir() if entry.name != _UNFINISHED)
     if not names:
         return None
     if "run.json" not in names:
-        raise UserError(f"config.run_dir is {run_dir!r}, which is no run but holds {names[0]!r}; {another}")
+        raise UserError(f"{option('run_dir')} is {run_dir!r}, which is no run but holds {names[0]!r}; {another}")
     try:
         found = json.loads((path / "run.json").read_text(encoding="utf-8"))
         return {"config": dict(found["config"]), "launches": [{**launch} for launch in found["launches"]]}
@@ -267,14 +269,15 @@ def _found_run(path: Path, run_dir: str) -> dict[str, Any] | None:
 
 def _check_same_config(changed: list[tuple[str, Any, Any]], may_differ: frozenset[str], run_dir: str) -> None:
     wrong = [
-        f"config.{name} was {old!r} and is {new!r}"
+        f"{option(name)} was {old!r} and is {new!r}"
         for name, old, new in changed
         if not any(name == free or name.startswith(f"{free}.") for free in may_differ)
     ]
     if wrong:
         more = f", and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
         raise UserError(
-            f"config.run_dir is {run_dir!r}, which holds a run of another config: {', '.join(wrong[:_SHOWN])}{more}; "
+            f"{option('run_dir')} is {run_dir!r}, which holds a run of another config: "
+            f"{', '.join(wrong[:_SHOWN])}{more}; "
             f"{what_to_type(run_dir, ('restart',))}"
         )
 
@@ -282,8 +285,8 @@ def _check_same_config(changed: list[tuple[str, Any, Any]], may_differ: frozense
 def what_to_type(run_dir: str, choices: tuple[str, ...]) -> str:
     """Say what to do about a folder that is taken: the `choices` of ``config.on_existing``, or another folder."""
     meaning = {"resume": "continue it", "restart": "put it aside and start anew"}
-    ways = [f"--config.on_existing={choice} to {meaning[choice]}" for choice in choices]
-    return f"use {', '.join(ways)}, or another folder, e.g. --config.run_dir={_next(run_dir)}"
+    ways = [f"{flag('on_existing')}={choice} to {meaning[choice]}" for choice in choices]
+    return f"use {', '.join(ways)}, or another folder, e.g. {flag('run_dir')}={_next(run_dir)}"
 
 
 def _next(run_dir: str) -> str:

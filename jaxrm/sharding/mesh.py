@@ -8,7 +8,7 @@ import jax
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
-from jaxrm.errors import UserError
+from jaxrm.errors import UserError, flag, option
 
 AXES = ("data", "fsdp", "context", "tensor")
 BATCH_AXES = ("data", "fsdp")
@@ -39,14 +39,15 @@ class MeshConfig:
         for axis, size in sizes.items():
             if size == 0 or size < -1:
                 raise UserError(
-                    f"config.mesh.{axis} is {size}; use a number of devices, or -1 for the rest, "
-                    f"e.g. --config.mesh.{axis}=1"
+                    f"{option(f'mesh.{axis}')} is {size}; use a number of devices, or -1 for the rest, "
+                    f"e.g. {flag(f'mesh.{axis}')}=1"
                 )
         if list(sizes.values()).count(-1) > 1:
             rest = [axis for axis, size in sizes.items() if size == -1]
             raise UserError(
-                f"config.mesh.{rest[0]} is -1, the rest, and so is config.mesh.{rest[1]}, but there is no more than "
-                f"one rest; give all axes but one a number of devices, e.g. --config.mesh.{rest[0]}=1"
+                f"{option(f'mesh.{rest[0]}')} is -1, the rest, and so is {option(f'mesh.{rest[1]}')}, but there is "
+                f"no more than "
+                f"one rest; give all axes but one a number of devices, e.g. {flag(f'mesh.{rest[0]}')}=1"
             )
 
 
@@ -60,7 +61,7 @@ def build_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) 
       UserError: where the sizes do not multiply to the number of devices, or the slices do not divide the data axis.
     """
     devices = jax.devices() if devices is None else list(devices)
-    shape, kinds = _shape(config, len(devices), "config.mesh"), (AxisType.Auto,) * len(AXES)
+    shape, kinds = _shape(config, len(devices), "mesh"), (AxisType.Auto,) * len(AXES)
     slices = len({getattr(device, "slice_index", None) or 0 for device in devices})
     if slices == 1:
         # Axes need not be those of the chips: 8 may be half of a row of 16.
@@ -69,15 +70,16 @@ def build_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) 
         )
     if shape[0] % slices:
         raise UserError(
-            f"config.mesh.data is {shape[0]}, but there are {slices} slices, across which only the data axis goes; use "
-            f"a multiple of {slices}, e.g. --config.mesh.data={slices} --config.mesh.fsdp=-1"
+            f"{option('mesh.data')} is {shape[0]}, but there are {slices} slices, across which only the data axis "
+            f"goes; use "
+            f"a multiple of {slices}, e.g. {flag('mesh.data')}={slices} {flag('mesh.fsdp')}=-1"
         )
     one_slice, across = (shape[0] // slices, *shape[1:]), (slices, *(1 for _ in shape[1:]))
     laid = mesh_utils.create_hybrid_device_mesh(one_slice, across, devices, allow_split_physical_axes=True)
     return Mesh(laid, AXES, axis_types=kinds)
 
 
-def relaid(mesh: Mesh, config: MeshConfig, field: str) -> Mesh:
+def reshape_mesh(mesh: Mesh, config: MeshConfig, field: str) -> Mesh:
     """The devices of ``mesh`` in the same order, along axes of other sizes.
 
     Since the order is the same, one jitted program may take arrays on either of the two and return them on the other.
@@ -101,9 +103,9 @@ def _shape(config: MeshConfig, count: int, field: str) -> tuple[int, ...]:
     if count % known or (-1 not in sizes and known != count):
         named = [(axis, size) for axis, size in zip(AXES, sizes, strict=True) if axis != "context" or size != 1]
         found = " x ".join(f"{axis} {size}" for axis, size in named)
-        good = " ".join(f"--{field}.{axis}={-1 if axis == 'data' else 1}" for axis, _ in named)
+        good = " ".join(f"{flag(f'{field}.{axis}')}={-1 if axis == 'data' else 1}" for axis, _ in named)
         raise UserError(
-            f"{field} is {found}, which does not fit {count} devices; the product must be {count}, e.g. {good}"
+            f"{option(field)} is {found}, which does not fit {count} devices; the product must be {count}, e.g. {good}"
         )
     return tuple(count // known if size == -1 else size for size in sizes)
 
@@ -128,16 +130,16 @@ def batch_share(mesh: Mesh) -> tuple[int, int]:
     parts = sorted({tuple(sorted(shards)) for shards in held.values()})
     if any(len(part) * len(parts) != batch_shards(mesh) for part in parts):
         axes = [axis for axis in ("context", "tensor") if mesh.shape[axis] > 1]
-        sizes = " and ".join(f"config.mesh.{axis} is {mesh.shape[axis]}" for axis in axes)
+        sizes = " and ".join(f"{option(f'mesh.{axis}')} is {mesh.shape[axis]}" for axis in axes)
         raise UserError(
             f"{sizes}, which spreads the rows unevenly over the processes; use a divisor or a multiple of the "
-            f"{mesh.devices.size // len(held)} devices of a process, e.g. --config.mesh.{axes[-1]}=1"
+            f"{mesh.devices.size // len(held)} devices of a process, e.g. {flag(f'mesh.{axes[-1]}')}=1"
         )
     return parts.index(tuple(sorted(held[jax.process_index()]))), len(parts)
 
 
 def check_batch(
-    mesh: Mesh, field: str, batch_size: int, num_microbatches: int = 1, *, mesh_field: str = "config.mesh"
+    mesh: Mesh, field: str, batch_size: int, num_microbatches: int = 1, *, mesh_field: str = "mesh"
 ) -> None:
     """Refuse a batch that does not divide over the mesh and its microbatches; the fields are for the message.
 
@@ -151,11 +153,14 @@ def check_batch(
         microbatches = f" x {num_microbatches} microbatches" if num_microbatches > 1 else ""
         fewer = math.gcd(shards, batch_size // math.gcd(batch_size, num_microbatches))
         split = (
-            f", or give each row to several devices, e.g. --{mesh_field}.tensor={shards // fewer}" if fewer > 1 else ""
+            f", or give each row to several devices, e.g. {flag(f'{mesh_field}.tensor')}={shards // fewer}"
+            if fewer > 1
+            else ""
         )
         raise UserError(
-            f"{field} is {batch_size}, but the data and fsdp axes of {mesh_field} have {shards} devices{microbatches}; "
-            f"use a multiple of {unit}, e.g. --{field}={nearest}{split}"
+            f"{option(field)} is {batch_size}, but the data and fsdp axes of {option(mesh_field)} have {shards} "
+            f"devices{microbatches}; "
+            f"use a multiple of {unit}, e.g. {flag(field)}={nearest}{split}"
         )
 
 
@@ -169,6 +174,7 @@ def check_row_length(mesh: Mesh, field: str, length: int) -> None:
     if length % shards:
         nearest = max(shards, round(length / shards) * shards)
         raise UserError(
-            f"{field} is {length}, but config.mesh.context is {shards} and each of its devices takes as many tokens of "
-            f"a row; use a multiple of {shards}, e.g. --{field}={nearest}"
+            f"{option(field)} is {length}, but {option('mesh.context')} is {shards} and each of its devices takes "
+            f"as many tokens of "
+            f"a row; use a multiple of {shards}, e.g. {flag(field)}={nearest}"
         )

@@ -8,7 +8,7 @@ import jax
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxrm.errors import UserError
+from jaxrm.errors import UserError, flag, option
 from jaxrm.sharding.mesh import BATCH_AXES
 
 HOST_MEMORY = "pinned_host"
@@ -32,7 +32,7 @@ LOGICAL_TO_MESH: dict[str, str | tuple[str, ...] | None] = {
 }
 
 
-def parameter_shardings(shapes: Any, axes: Any, mesh: Mesh, *, field: str = "config.mesh") -> Any:
+def parameter_shardings(shapes: Any, axes: Any, mesh: Mesh, *, field: str = "mesh") -> Any:
     """Sharding of every parameter.
 
     Args:
@@ -68,7 +68,7 @@ def parameter_shardings(shapes: Any, axes: Any, mesh: Mesh, *, field: str = "con
     return jax.tree_util.tree_map_with_path(one, shapes, axes)
 
 
-def check_heads(mesh: Mesh, num_heads: int, *, field: str = "config.mesh") -> None:
+def check_heads(mesh: Mesh, num_heads: int, *, field: str = "mesh") -> None:
     """Refuse a mesh whose tensor and context axes together do not divide the heads of attention.
 
     Raises:
@@ -109,8 +109,9 @@ def check_host_memory(mesh: Mesh, field: str) -> None:
     kinds = [memory.kind for memory in own[0].addressable_memories()]
     if HOST_MEMORY not in kinds:
         raise UserError(
-            f"{field} is True, which needs devices that reach {HOST_MEMORY} memory, but {own[0].device_kind} has "
-            f"{', '.join(kinds)}; use --{field}=False"
+            f"{option(field)} is True, which needs devices that reach {HOST_MEMORY} memory, but "
+            f"{own[0].device_kind} has "
+            f"{', '.join(kinds)}; use {flag(field)}=False"
         )
 
 
@@ -184,7 +185,7 @@ def _devices(mesh: Mesh, axis: str | tuple[str, ...] | None) -> int:
 def _does_not_divide(mesh: Mesh, field: str, axis: str | tuple[str, ...] | None, size: int, what: str) -> UserError:
     """The error for mesh axes that do not divide ``size``; the advice changes the first of them that has to change."""
     names = [name for name in ((axis,) if isinstance(axis, str) else axis or ()) if mesh.shape[name] > 1]
-    found = " and ".join(f"{field}.{name} is {mesh.shape[name]}" for name in names)
+    found = " and ".join(f"{option(f'{field}.{name}')} is {mesh.shape[name]}" for name in names)
     product = f", together {_devices(mesh, axis)}" if len(names) > 1 else ""
     rest = size
     advice: list[str] = []
@@ -193,7 +194,7 @@ def _does_not_divide(mesh: Mesh, field: str, axis: str | tuple[str, ...] | None,
         good = _divisor(rest, devices)
         rest //= good
         if good != devices:
-            advice.append(f"--{field}.{name}={good}")
+            advice.append(f"{flag(f'{field}.{name}')}={good}")
     return UserError(f"{found}{product}, but {what} has size {size}; use a divisor of it, e.g. {' '.join(advice)}")
 
 

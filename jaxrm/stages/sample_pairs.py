@@ -19,11 +19,11 @@ from jaxrm.data.config import DataConfig
 from jaxrm.data.readers import read_records
 from jaxrm.data.records import PreferenceRecord
 from jaxrm.data.tasks.prompts import prompt_field
-from jaxrm.errors import UserError
-from jaxrm.experiment import MAY_DIFFER, Experiment
-from jaxrm.inference import sharded_model as setup
+from jaxrm.errors import UserError, flag, option
+from jaxrm.experiment import RESUMABLE_FIELDS, Experiment
+from jaxrm.inference import sharded_model
 from jaxrm.inference.load import open_checkpoint
-from jaxrm.inference.sampler import Responder, prompt_room
+from jaxrm.inference.sampler import Sampler, prompt_room
 from jaxrm.inference.weights import LANGUAGE_MODELS, find_checkpoint
 from jaxrm.runtime.progress import Progress, print_table
 from jaxrm.runtime.run_folder import check_run, open_run, write_text_atomically
@@ -43,35 +43,37 @@ def run(config: Experiment) -> int:
     """
     if not config.data.path.startswith(tasks.PREFIX):
         raise UserError(
-            f"config.data.path is {config.data.path!r}, but pairs are labelled by the annotator of an embedded task; "
-            f"e.g. --config.data.path={tasks.PREFIX}{tasks.TASKS[0]}"
+            f"{option('data.path')} is {config.data.path!r}, but pairs are labelled by the annotator of an embedded "
+            f"task; "
+            f"e.g. {flag('data.path')}={tasks.PREFIX}{tasks.TASKS[0]}"
         )
     if config.model.path is None:
         raise UserError(
-            "config.model.path is None; pairs are sampled from a policy, so give the folder of a run, "
-            "e.g. --config.model.path=runs/quickstart/sft"
+            f"{option('model.path')} is None; pairs are sampled from a policy, so give the folder of a run, "
+            f"e.g. {flag('model.path')}=runs/quickstart/sft"
         )
     resolved = dicts.as_dict(config)
     if jax.process_count() > 1:
         raise UserError("sampling pairs of an embedded task is the work of one process; run it on one host")
-    check_run(config.run_dir, resolved, on_existing=config.on_existing, may_differ=MAY_DIFFER)
+    check_run(config.run_dir, resolved, on_existing=config.on_existing, may_differ=RESUMABLE_FIELDS)
     task = config.data.path.removeprefix(tasks.PREFIX)
     records = _task_pairs(config.data, config.seed)
     if config.pairs.count > len(records):
         raise UserError(
-            f"config.pairs.count is {config.pairs.count}, but {config.data.path} has {len(records)} prompts for pairs; "
-            f"e.g. --config.pairs.count={len(records)}"
+            f"{option('pairs.count')} is {config.pairs.count}, but {config.data.path} has {len(records)} prompts "
+            f"for pairs; "
+            f"e.g. {flag('pairs.count')}={len(records)}"
         )
     records = records[: config.pairs.count]
     sampling = config.pairs.sampling
-    found = find_checkpoint(config.model.path, "config.model.path", LANGUAGE_MODELS)
-    prompt_room(found.shape, sampling, "config.pairs.sampling.max_new_tokens")
+    found = find_checkpoint(config.model.path, "model.path", LANGUAGE_MODELS)
+    prompt_room(found.shape, sampling, "pairs.sampling.max_new_tokens")
     policy = open_checkpoint(config.model.path, build_mesh(config.mesh), config.model.dtype)
-    folder = open_run(config.run_dir, resolved, on_existing=config.on_existing, may_differ=MAY_DIFFER)
+    folder = open_run(config.run_dir, resolved, on_existing=config.on_existing, may_differ=RESUMABLE_FIELDS)
     print(folder.message)
     target = folder.path / "pairs.jsonl"
     if not target.exists():
-        responder = Responder(policy.model, policy.params, policy.tokenizer, policy.template, sampling)
+        responder = Sampler(policy.model, policy.params, policy.tokenizer, policy.template, sampling)
         _write(target, _sample(config, responder, task, records))
     _print(_read_pairs(str(target)), task, len(records))
     print(f"The pairs are in {target}")
@@ -80,7 +82,7 @@ def run(config: Experiment) -> int:
 
 def _task_pairs(data: DataConfig, seed: int) -> list[PreferenceRecord]:
     """The task's own pairs, for their prompts and for their chosen responses, which are ideal."""
-    with setup.task_files(data, seed, records="pairs") as files:
+    with sharded_model.task_files(data, seed, records="pairs") as files:
         return _read_pairs(files.path)
 
 
@@ -91,7 +93,7 @@ def _read_pairs(path: str) -> list[PreferenceRecord]:
 
 
 def _sample(
-    config: Experiment, responder: Responder, task: str, records: Sequence[PreferenceRecord]
+    config: Experiment, responder: Sampler, task: str, records: Sequence[PreferenceRecord]
 ) -> list[dict[str, Any]]:
     """Pairs of two different responses to each prompt; a prompt whose draws are all the same gives none."""
     settings, key = config.pairs, jax.random.key(config.seed)
@@ -122,8 +124,9 @@ def _sample(
         rows.append({"prompt": prompt_field(record.prompt), "chosen": chosen, "rejected": rejected})
     if not rows:
         raise UserError(
-            f"config.model.path is {config.model.path!r}, whose responses to a prompt are all the same; sample hotter, "
-            "e.g. --config.pairs.sampling.temperature=1.0"
+            f"{option('model.path')} is {config.model.path!r}, whose responses to a prompt are all the same; sample "
+            f"hotter, "
+            f"e.g. {flag('pairs.sampling.temperature')}=1.0"
         )
     return rows
 

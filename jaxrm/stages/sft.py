@@ -10,11 +10,10 @@ from jaxrm.algorithms import sft
 from jaxrm.config import dicts
 from jaxrm.data.loader import build_loader, eval_batches, fingerprint, rows_per_epoch
 from jaxrm.data.tokenizer import load_tokenizer
-from jaxrm.experiment import MAY_DIFFER, Experiment
-from jaxrm.inference import sharded_model as setup
-from jaxrm.inference import weights
-from jaxrm.inference.load import keep_model
-from jaxrm.inference.sampler import Responder, answerable, prompt_room
+from jaxrm.experiment import RESUMABLE_FIELDS, Experiment
+from jaxrm.inference import sharded_model, weights
+from jaxrm.inference.load import save_shape_and_tokenizer
+from jaxrm.inference.sampler import Sampler, answerable, prompt_room
 from jaxrm.models import build
 from jaxrm.runtime.preemption import EXIT_PREEMPTED
 from jaxrm.runtime.progress import print_table
@@ -37,24 +36,24 @@ def run(config: Experiment) -> int:
       UserError: for what the user can mend, before anything is written wherever it can be known by then.
     """
     mesh = build_mesh(config.mesh)
-    check_batch(mesh, "config.data.batch_size", config.data.batch_size, config.num_microbatches)
-    check_row_length(mesh, "config.data.max_length", config.data.max_length)
+    check_batch(mesh, "data.batch_size", config.data.batch_size, config.num_microbatches)
+    check_row_length(mesh, "data.max_length", config.data.max_length)
     if config.optimizer.offload:
-        partition.check_host_memory(mesh, "config.optimizer.offload")
-    model = setup.open_model(config.model, mesh)
-    build.check_length(model.config, "config.data.max_length", config.data.max_length)
+        partition.check_host_memory(mesh, "optimizer.offload")
+    model = sharded_model.shard_model(config.model, mesh)
+    build.check_length(model.config, "data.max_length", config.data.max_length)
     sampling = config.evaluation.sampling
-    room = prompt_room(model.config, sampling, "config.evaluation.sampling.max_new_tokens")
+    room = prompt_room(model.config, sampling, "evaluation.sampling.max_new_tokens")
     resolved = dicts.as_dict(config)
     if jax.process_count() == 1:  # several must refuse together, which only `open_run` sees to
-        check_run(config.run_dir, resolved, on_existing=config.on_existing, may_differ=MAY_DIFFER)
+        check_run(config.run_dir, resolved, on_existing=config.on_existing, may_differ=RESUMABLE_FIELDS)
     is_writer = jax.process_index() == 0
     show = is_writer and config.logging.progress
 
-    with setup.task_files(config.data, config.seed) as data:
-        tokenizer_path = setup.tokenizer_path(data, config.model)
+    with sharded_model.task_files(config.data, config.seed) as data:
+        tokenizer_path = sharded_model.tokenizer_path(data, config.model)
         tokenizer = load_tokenizer(tokenizer_path)
-        setup.check_tokenizer(tokenizer, tokenizer_path, config.model, model.config)
+        sharded_model.check_tokenizer(tokenizer, tokenizer_path, config.model, model.config)
         train = load_demonstrations(data, tokenizer, held_out=False, show_progress=show)
         held_out = load_demonstrations(data, tokenizer, held_out=True, show_progress=show)
 
@@ -77,13 +76,13 @@ def run(config: Experiment) -> int:
         config.run_dir,
         resolved,
         on_existing=config.on_existing,
-        may_differ=MAY_DIFFER,
+        may_differ=RESUMABLE_FIELDS,
         is_writer=is_writer,
         process_count=jax.process_count(),
     )
     if is_writer:
         print(folder.message)
-        keep_model(model.config, tokenizer, folder)
+        save_shape_and_tokenizer(model.config, tokenizer, folder)
         print_table(f"Data in {config.data.path}", ["records", "number", "first at"], train.report.rows())
         print(
             f"{rows:,} rows of {config.data.max_length:,} tokens; {num_steps:,} steps of {config.data.batch_size} rows"
@@ -94,7 +93,9 @@ def run(config: Experiment) -> int:
         config,
         mesh=mesh,
         model=model,
-        first_params=lambda key: weights.first_params(model.config, config.model, key, model.shapes, model.shardings),
+        first_params=lambda key: weights.load_or_init_params(
+            model.config, config.model, key, model.shapes, model.shardings
+        ),
         loss_fn=loss_fn,
         batch_type=TokenBatch,
         loader=loader,
@@ -108,7 +109,7 @@ def run(config: Experiment) -> int:
             print(f"Stopped and saved at step {int(state.step)} of {num_steps}; the same command continues from there.")
         return EXIT_PREEMPTED
 
-    responder = Responder(model, state.params, tokenizer, config.data.template, sampling)
+    responder = Sampler(model, state.params, tokenizer, config.data.template, sampling)
     responses = responder.respond(prompts, jax.random.key(config.seed))
     if is_writer:
         print_held_out(folder)

@@ -15,8 +15,8 @@ from jaxrm.algorithms.train_step import LossFn
 from jaxrm.config import dicts
 from jaxrm.data.loader import BatchIterator
 from jaxrm.experiment import Experiment
-from jaxrm.inference import sharded_model as setup
-from jaxrm.inference.sharded_model import OpenedModel, batch_placer
+from jaxrm.inference import sharded_model
+from jaxrm.inference.sharded_model import ShardedModel, to_devices
 from jaxrm.models import flops
 from jaxrm.runtime.checkpoint import Checkpoints, with_shardings
 from jaxrm.runtime.metrics import open_metrics
@@ -31,7 +31,7 @@ def train(
     config: Experiment,
     *,
     mesh: Mesh,
-    model: OpenedModel,
+    model: ShardedModel,
     first_params: Callable[[jax.Array], Any],
     loss_fn: LossFn,
     batch_type: type,
@@ -46,7 +46,7 @@ def train(
     Args:
       config: the whole config.
       mesh: the devices.
-      model: from `jaxrm.inference.sharded_model.open_model` or `open_scalar_model`.
+      model: from `jaxrm.inference.sharded_model.shard_model` or `shard_scalar_model`.
       first_params: draws or reads the first parameters, given a key.
       loss_fn: what to minimize.
       batch_type: the batch that it takes, of `jaxrm.types`.
@@ -60,7 +60,7 @@ def train(
       The last state, and whether it is that of ``num_steps`` (it is not where the run was asked to stop).
     """
     optimizer = build_optimizer(config.optimizer, num_steps)
-    sharding = setup.state_shardings(model, optimizer, mesh, offload=config.optimizer.offload)
+    sharding = sharded_model.state_shardings(model, optimizer, mesh, offload=config.optimizer.offload)
     _, step_key = jax.random.split(jax.random.key(config.seed))
     checkpoints = Checkpoints(folder.checkpoints, config.checkpoint)
     if checkpoints.steps():
@@ -68,7 +68,7 @@ def train(
         state = supervised.restore(with_shardings(shapes, sharding), checkpoints, loader, data_fingerprint, step_key)
     else:
         start = jax.jit(lambda p, k: create(p, optimizer, k), out_shardings=sharding, donate_argnums=0)
-        state = start(first_params(first_key(config.seed)), step_key)
+        state = start(first_params(init_key(config.seed)), step_key)
 
     first = int(state.step)
     shown = folder.is_writer and config.logging.progress
@@ -90,7 +90,7 @@ def train(
             evaluate=evaluate,
             loader=loader,
             data_fingerprint=data_fingerprint,
-            place=batch_placer(mesh, batch_type),
+            place=to_devices(mesh, batch_type),
             eval_every=config.evaluation.every,
             checkpoints=checkpoints,
             checkpoint_every=config.checkpoint.every,
@@ -111,7 +111,7 @@ def train(
     return state, finished
 
 
-def first_key(seed: int) -> jax.Array:
+def init_key(seed: int) -> jax.Array:
     """Key that the first parameters of a run are drawn with."""
     return jax.random.split(jax.random.key(seed))[0]
 
@@ -123,6 +123,6 @@ def held_out_loss(
     eval_step = evaluation.build_eval_step(
         loss_fn, params_sharding=params_sharding, batch_sharding=partition.batch_sharding(mesh)
     )
-    place: Callable[[dict[str, np.ndarray]], Any] = batch_placer(mesh, batch_type)
+    place: Callable[[dict[str, np.ndarray]], Any] = to_devices(mesh, batch_type)
     placed = [place(batch) for batch in batches]
     return lambda params: evaluation.evaluate(eval_step, params, placed)

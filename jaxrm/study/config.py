@@ -16,7 +16,7 @@ from typing import Literal
 from jaxrm.algorithms.reward_config import SCALAR_KINDS, SEQ2SEQ_KINDS, check_kind
 from jaxrm.config.fields import WHOLE
 from jaxrm.data import tasks
-from jaxrm.errors import UserError
+from jaxrm.errors import UserError, flag, option
 from jaxrm.experiment import Experiment
 from jaxrm.runtime.run_folder import OnExisting
 
@@ -93,9 +93,9 @@ class Study:
                 if one not in known and not (name == "arms" and ":" in one and one.startswith(PPO)):
                     near = difflib.get_close_matches(one, known, n=1)
                     meant = f"; did you mean {near[0]}?" if near else ""
-                    raise UserError(f"config.{name} has {one!r}; there are {', '.join(known)}{meant}")
+                    raise UserError(f"{option(name)} has {one!r}; there are {', '.join(known)}{meant}")
                 if one.startswith(PPO):
-                    check_kind(one.removeprefix(PPO), "config.arms")
+                    check_kind(one.removeprefix(PPO), "arms")
         for name in ("seeds", "selection_seeds"):
             found = getattr(self, name)
             if not found or len(set(found)) < len(found) or min(found) < 0:
@@ -155,4 +155,4 @@ def axes(study: Study, arm: str) -> tuple[tuple[str, tuple[float, ...]], ...]:
 
 
 def _wrong(name: str, found: object, required: str, example: str) -> UserError:
-    return UserError(f"config.{name} is {found!r}; required {required}, e.g. --config.{name}={example}")
+    return UserError(f"{option(name)} is {found!r}; required {required}, e.g. {flag(name)}={example}")

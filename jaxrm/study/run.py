@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxrm.config import dicts
-from jaxrm.errors import UserError
+from jaxrm.errors import UserError, flag, option
 from jaxrm.runtime.metrics import append_row, read_rows
 from jaxrm.runtime.preemption import EXIT_PREEMPTED, catch_signals
 from jaxrm.runtime.progress import format_seconds, format_value
@@ -93,8 +93,8 @@ def _alone(folder: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise UserError(
-                f"config.run_dir is {str(folder)!r}, where this study is running already; wait for it or stop it, "
-                f"or use another folder, e.g. --config.run_dir={folder}-2"
+                f"{option('run_dir')} is {str(folder)!r}, where this study is running already; wait for it or stop it, "
+                f"or use another folder, e.g. {flag('run_dir')}={folder}-2"
             ) from error
         yield
 
@@ -107,8 +107,9 @@ def _open(config: Study) -> Path:
     names = sorted(entry.name for entry in path.iterdir() if entry.name not in _UNFINISHED) if path.exists() else []
     if names and _RECORD not in names and config.on_existing != "restart":
         raise UserError(
-            f"config.run_dir is {config.run_dir!r}, which is no study but holds {names[0]!r}; required an empty or a "
-            f"new folder, e.g. --config.run_dir={config.run_dir.rstrip('/')}-2"
+            f"{option('run_dir')} is {config.run_dir!r}, which is no study but holds {names[0]!r}; required an "
+            f"empty or a "
+            f"new folder, e.g. {flag('run_dir')}={config.run_dir.rstrip('/')}-2"
         )
     if names and config.on_existing == "error":
         raise UserError(f"{config.run_dir} holds a study; {what_to_type(config.run_dir, ('resume', 'restart'))}")
@@ -122,14 +123,15 @@ def _open(config: Study) -> Path:
                 f"{path / _RECORD} cannot be read ({error}); {what_to_type(config.run_dir, ('restart',))}"
             ) from error
         changed = [
-            f"config.{name} was {old!r} and is {new!r}"
+            f"{option(name)} was {old!r} and is {new!r}"
             for name, old, new in dicts.differences(found, resolved)
             if name.split(".")[0] not in _MAY_DIFFER
         ]
         if changed:
             more = f", and {len(changed) - 3} more" if len(changed) > 3 else ""
             raise UserError(
-                f"config.run_dir is {config.run_dir!r}, which holds another study: {', '.join(changed[:3])}{more}; "
+                f"{option('run_dir')} is {config.run_dir!r}, which holds another study: "
+                f"{', '.join(changed[:3])}{more}; "
                 f"{what_to_type(config.run_dir, ('restart',))}"
             )
         print(f"{config.run_dir} holds this study; continuing it")

@@ -13,14 +13,13 @@ from flax import nnx
 from jaxrm.algorithms import ppo, ppo_loss, scoring
 from jaxrm.algorithms.optimizer import OptimizerConfig
 from jaxrm.algorithms.ppo_config import CriticConfig, PPOConfig, RolloutConfig
-from jaxrm.algorithms.ppo_state import Feedback, PPOBatch, restore, saved_arrays, steps_of
+from jaxrm.algorithms.ppo_state import PPOBatch, RewardAndKLState, restore, saved_arrays, steps_of
 from jaxrm.algorithms.reward_config import RewardConfig
-from jaxrm.algorithms.rollout import Readings
+from jaxrm.algorithms.rollout import TokenLogProbs
 from jaxrm.data.config import DataConfig
 from jaxrm.errors import UserError
 from jaxrm.experiment import Experiment
-from jaxrm.inference import sharded_model as setup
-from jaxrm.inference import weights
+from jaxrm.inference import sharded_model, weights
 from jaxrm.models import heads
 from jaxrm.models.build import ModelSource
 from jaxrm.models.config import PRESETS
@@ -50,7 +49,7 @@ def experiment(
     lr=3e-3,
     parts=1,
     ptx=None,
-    answering=None,
+    rollout_model=None,
     **options,
 ):
     sampling = SamplingConfig(max_new_tokens=new_tokens, temperature=temperature)
@@ -62,7 +61,7 @@ def experiment(
         data=DataConfig(path="task:safety", batch_size=batch_size, max_length=P + new_tokens),
         optimizer=OptimizerConfig(lr=lr, schedule="constant", warmup=0.0),
         critic=CriticConfig(optimizer=OptimizerConfig(lr=3 * lr, schedule="constant", warmup=0.0)),
-        rollout=RolloutConfig(sampling=sampling, mesh=answering),
+        rollout=RolloutConfig(sampling=sampling, mesh=rollout_model),
         reward=RewardConfig(kind="scalar", function="task:safety"),
         ppo=PPOConfig(**options),
         ptx=ptx,
@@ -75,27 +74,27 @@ class Setup:
     def __init__(self, config, mesh_config=ONE, reward=None, shape=SMALL):
         self.config = config
         mesh = build_mesh(mesh_config, jax.devices()[: math.prod(dataclasses.astuple(mesh_config))])
-        self.decoder = setup.open_model(config.model, mesh, shape)
-        critic = None if config.ppo.shared_trunk else setup.open_scalar_model(config.model, mesh, shape)
+        self.decoder = sharded_model.shard_model(config.model, mesh, shape)
+        critic = None if config.ppo.shared_trunk else sharded_model.shard_scalar_model(config.model, mesh, shape)
         self.learner = open_learner(
             config, mesh, self.decoder, critic, num_steps=config.num_steps or 100, end_ids=(EOS,)
         )
         self.networks, self.mesh = self.learner.networks, mesh
         self.programs = self.learner.programs(reward or (lambda *_: None))
         self.reference = self.params(0)
-        self.state = self.first_state()
+        self.state = self.init_state()
 
     def params(self, seed):
         key, opened = jax.random.key(seed), self.decoder
-        return weights.first_params(opened.config, self.config.model, key, opened.shapes, opened.shardings)
+        return weights.load_or_init_params(opened.config, self.config.model, key, opened.shapes, opened.shardings)
 
-    def first_state(self, seed=0):
+    def init_state(self, seed=0):
         policy, critic = self.params(seed), None
         if self.learner.critic is None:
             policy = {"decoder": policy, "scalar_head": zero_head(self.learner.policy)}
         else:
             critic = heads.from_decoder_params(self.params(seed + 1), zero_head(self.learner.critic))
-        return self.learner.first_state(policy, critic, KEY)
+        return self.learner.init_state(policy, critic, KEY)
 
     def read(self, batch, state=None):
         state = state or self.state
@@ -110,7 +109,7 @@ def separate(temperature=1.0):
 
 @functools.cache
 def rows_of_16():
-    """What several tests take whole steps with; each starts from its own `Setup.first_state`."""
+    """What several tests take whole steps with; each starts from its own `Setup.init_state`."""
     return Setup(experiment(batch_size=16, lr=1e-3))
 
 
@@ -256,8 +255,8 @@ def made_up(seed=5):
     batch = batch_of(seed)
     mask = np.asarray(batch.response_mask)
     arrays = [np.where(mask, rng.normal(size=(B, T)), 0.0).astype(np.float32) for _ in range(5)]
-    readings = Readings(*map(jnp.asarray, (arrays[0] - 2, np.abs(arrays[1]), arrays[2] - 2, arrays[3])))
-    readings = Readings(*(jnp.where(batch.response_mask, x, 0.0) for x in readings))
+    readings = TokenLogProbs(*map(jnp.asarray, (arrays[0] - 2, np.abs(arrays[1]), arrays[2] - 2, arrays[3])))
+    readings = TokenLogProbs(*(jnp.where(batch.response_mask, x, 0.0) for x in readings))
     return batch, mask, readings, arrays[4]
 
 
@@ -273,7 +272,7 @@ def test_advantages_are_those_of_a_plain_loop(kind):
     rewards = scoring.as_token_rewards(calibration, kind, jnp.asarray(values), batch.response_mask, batch, (EOS,))
     by_hand = np.where(mask, 0.5 * (values - (0.2 if kind == "soft" else 0.0)), 0.0)
     estimate = jax.jit(functools.partial(ppo.estimate, config=config, kind=kind, center_momentum=0.6))
-    rollout, feedback, metrics = estimate(Feedback(calibration, jnp.float32(0.3)), batch, readings, rewards)
+    rollout, feedback, metrics = estimate(RewardAndKLState(calibration, jnp.float32(0.3)), batch, readings, rewards)
 
     log_probs, reference, old = (
         np.asarray(x) for x in (readings.log_probs, readings.reference_log_probs, readings.values)
@@ -294,7 +293,7 @@ def test_advantages_are_those_of_a_plain_loop(kind):
 
 def test_a_response_that_was_cut_off_pays_at_its_last_token():
     batch, mask, readings, _ = made_up()
-    readings = Readings(*(jnp.zeros_like(x) for x in readings))
+    readings = TokenLogProbs(*(jnp.zeros_like(x) for x in readings))
     rewards = rewarded(batch, np.zeros(B))
     config = PPOConfig(missing_end_penalty=0.75, gae_lambda=0.0)
     estimate = jax.jit(functools.partial(ppo.estimate, config=config, kind="scalar", center_momentum=None))
@@ -316,8 +315,8 @@ def test_whitening_and_normalizing_look_at_response_tokens_alone():
     def estimated(**options):
         config = PPOConfig(kl_coef=0.0, gae_lambda=0.0, discount=0.5, **options)
         estimate = jax.jit(functools.partial(ppo.estimate, config=config, kind="margin", center_momentum=None))
-        blank = Readings(*(jnp.zeros_like(x) for x in readings))
-        zero = Feedback(token_rewards.uncalibrated(), jnp.float32(0.0))
+        blank = TokenLogProbs(*(jnp.zeros_like(x) for x in readings))
+        zero = RewardAndKLState(token_rewards.uncalibrated(), jnp.float32(0.0))
         return np.asarray(estimate(zero, batch, blank, rewards)[0].advantages)
 
     np.testing.assert_allclose(estimated(), values, atol=1e-6)
@@ -333,7 +332,7 @@ def test_the_controller_raises_the_penalty_where_the_kl_is_above_its_target():
     apart = readings._replace(reference_log_probs=readings.log_probs - 0.4 * batch.response_mask)
     config = PPOConfig(kl_coef=0.1, kl_target=0.5, kl_horizon=100)
     estimate = jax.jit(functools.partial(ppo.estimate, config=config, kind="scalar", center_momentum=None))
-    feedback = Feedback(token_rewards.uncalibrated(), jnp.float32(0.1))
+    feedback = RewardAndKLState(token_rewards.uncalibrated(), jnp.float32(0.1))
     _, after, metrics = estimate(feedback, batch, apart, rewarded(batch, np.zeros(B)))
     assert metrics["kl"] > 0.6  # more than a fifth above the target, so the step is a fifth of 8 / 100
     assert np.isclose(after.kl_coef, 0.1 * (1 + 0.2 * B / 100))
@@ -378,7 +377,7 @@ def test_the_sft_term_is_its_own_mean_however_the_batch_is_cut(parts):
     loss_fn = ppo_loss.policy_loss(s.networks, config)
     rows = s.learner.shardings.policy.step
     optimizer = optax.sgd(1.0)
-    state = s.first_state().policy
+    state = s.init_state().policy
     before = jax.tree.map(jnp.copy, state.params)
     sgd = dataclasses.replace(state, opt_state=optimizer.init(state.params))
     sharding = dataclasses.replace(s.learner.shardings.policy, opt_state=jax.tree.map(lambda _: rows, sgd.opt_state))
@@ -477,7 +476,7 @@ def fit(
     told, rows = Told(), rows or Rows(s.config, s.mesh)
     checkpoints = Checkpoints(folder, CheckpointConfig(every=every))
     state, finished = ppo.fit(
-        state or s.first_state(),
+        state or s.init_state(),
         config=s.config.ppo,
         num_steps=num_steps,
         networks=s.networks,
@@ -525,8 +524,8 @@ def test_it_learns_to_emit_a_pattern(tmp_path, shared):
 def test_one_device_and_eight_agree(tmp_path):
     """Three steps: the same tokens, and losses, rewards and KL within 1e-4 in float32; eight lie anew to answer."""
     told = {}
-    for name, mesh, answering in (("one", ONE, None), ("eight", EIGHT, MeshConfig())):
-        config = experiment(batch_size=16, parts=2, lr=1e-3, answering=answering)
+    for name, mesh, rollout_model in (("one", ONE, None), ("eight", EIGHT, MeshConfig())):
+        config = experiment(batch_size=16, parts=2, lr=1e-3, rollout_model=rollout_model)
         s = Setup(config, mesh, reward=pattern_reward)
         told[name] = fit(s, tmp_path / name, num_steps=3)[2].steps
     for one, eight in zip(told["one"], told["eight"], strict=True):
@@ -553,7 +552,7 @@ def test_moments_of_both_optimizers_may_lie_with_the_hosts():
     here, found = separate(), []
     rollout, _, _ = rollout_of(here, batch_of())
     for s in (here, away):
-        state = s.first_state(3)
+        state = s.init_state(3)
         of_policy = s.programs.update_policy(state.policy, PPOBatch(rollout))
         of_critic = s.programs.update_critic(state.critic, PPOBatch(rollout))
         kinds = {x.sharding.memory_kind for x in jax.tree.leaves((of_policy[0].opt_state, of_critic[0].opt_state))}
@@ -572,7 +571,7 @@ def test_a_step_is_the_same_where_devices_share_the_tokens_of_a_row(mesh):
     found = []
     for s in (separate(), Setup(experiment(), mesh)):
         rollout, _, metrics = rollout_of(s, batch_of())
-        state = s.first_state(3)
+        state = s.init_state(3)
         _, of_policy = s.programs.update_policy(state.policy, PPOBatch(rollout))
         _, of_critic = s.programs.update_critic(state.critic, PPOBatch(rollout))
         found.append(jax.device_get((rollout, metrics, of_policy, of_critic)))
@@ -581,13 +580,13 @@ def test_a_step_is_the_same_where_devices_share_the_tokens_of_a_row(mesh):
 
 
 @pytest.mark.parametrize(
-    "answering",
+    "rollout_model",
     [MeshConfig(), MeshConfig(tensor=2), MeshConfig(context=2)],
     ids=["whole", "split by heads", "kernels on each device"],
 )
-def test_a_policy_answers_alike_on_another_layout_of_the_same_devices(answering):
+def test_a_policy_answers_alike_on_another_layout_of_the_same_devices(rollout_model):
     """Its copy is whole over what was fsdp, in the compute dtype, and gone after the call; the rows come back."""
-    plain, other = (Setup(experiment(answering=mesh), EIGHT) for mesh in (None, answering))
+    plain, other = (Setup(experiment(rollout_model=mesh), EIGHT) for mesh in (None, rollout_model))
     asked = Rows(plain.config, plain.mesh).place(1)
     respond = other.programs.respond
     before = len(jax.live_arrays())
@@ -598,12 +597,12 @@ def test_a_policy_answers_alike_on_another_layout_of_the_same_devices(answering)
     np.testing.assert_array_equal(batch.response_mask, expected.response_mask)
     assert batch.responses.sharding == expected.responses.sharding
     kernel = respond.reshard.params(other.reference)["layers"]["mlp"]["gate"]["kernel"]
-    shape = (2, 32 // answering.context, 64 // answering.tensor)
+    shape = (2, 32 // rollout_model.context, 64 // rollout_model.tensor)
     assert {shard.data.shape for shard in kernel.addressable_shards} == {shape}
 
 
 def test_a_copy_to_answer_with_is_in_the_compute_dtype():
-    config = experiment(answering=MeshConfig())
+    config = experiment(rollout_model=MeshConfig())
     half = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype="bfloat16"))
     s = Setup(half, EIGHT)
     copy = jax.eval_shape(s.programs.respond.reshard.params, s.decoder.shapes)
@@ -612,16 +611,16 @@ def test_a_copy_to_answer_with_is_in_the_compute_dtype():
 
 
 @pytest.mark.parametrize(
-    ("answering", "batch_size", "words"),
+    ("rollout_model", "batch_size", "words"),
     [
         (MeshConfig(data=3), 8, r"config\.rollout\.mesh is data 3.* 8 devices.*--config\.rollout\.mesh\.data=-1"),
         (MeshConfig(), 12, r"data\.batch_size is 12.* of config\.rollout\.mesh have 8 .*--config\.data\.batch_size=16"),
         (MeshConfig(tensor=8), 8, r"config\.rollout\.mesh\.tensor is 8.*'heads'.*--config\.rollout\.mesh\.tensor=4"),
     ],
 )
-def test_a_layout_to_answer_on_that_does_not_fit_is_an_error(answering, batch_size, words):
+def test_a_layout_to_answer_on_that_does_not_fit_is_an_error(rollout_model, batch_size, words):
     with pytest.raises(UserError, match=words):
-        Setup(experiment(answering=answering, batch_size=batch_size), EIGHT)
+        Setup(experiment(rollout_model=rollout_model, batch_size=batch_size), EIGHT)
 
 
 def test_a_step_that_was_not_finished_leaves_no_trace(tmp_path):
@@ -638,7 +637,7 @@ def test_a_step_that_was_not_finished_leaves_no_trace(tmp_path):
 
     rows = Rows(config, s.mesh)
     _, finished, told, checkpoints = fit(
-        s, tmp_path / "cut", num_steps=4, reward=interrupted, stop=stop, state=s.first_state(), rows=rows
+        s, tmp_path / "cut", num_steps=4, reward=interrupted, stop=stop, state=s.init_state(), rows=rows
     )
     assert not finished and len(told.steps) == 2 and checkpoints.steps() == [2] and rows.at == 2
     fresh = Rows(config, s.mesh)

@@ -71,7 +71,7 @@ def draw(config, seed):
     return jax.tree_util.tree_map_with_path(one, graph(config)[1])
 
 
-statistics = functools.partial(jax.jit, static_argnums=(0, 3), static_argnames="row_multiple")(
+statistics = functools.partial(jax.jit, static_argnums=(0, 3), static_argnames="pad_to_multiple_of")(
     scoring.response_statistics
 )
 
@@ -257,7 +257,7 @@ def test_padding_and_row_multiples_change_nothing(request_ids):
     narrow, wide = small_batch(), small_batch(P=11, T=13, fill=28)
     want = inside(narrow.response_mask, statistics(*model, narrow, request_ids))
     for batch, multiple in ((wide, 1), (narrow, 32), (wide, 7)):
-        got = inside(batch.response_mask, statistics(*model, batch, request_ids, row_multiple=multiple))
+        got = inside(batch.response_mask, statistics(*model, batch, request_ids, pad_to_multiple_of=multiple))
         chex.assert_trees_all_close(got, want, atol=2e-6)
 
 
@@ -275,7 +275,9 @@ def test_rows_are_filled_up_to_the_multiple():
     params = draw(config, 0)
     for multiple in (1, 16, 22):
         seen.clear()
-        jax.eval_shape(lambda m=multiple: scoring.response_statistics(graphdef, params, batch, REQUEST, row_multiple=m))
+        jax.eval_shape(
+            lambda m=multiple: scoring.response_statistics(graphdef, params, batch, REQUEST, pad_to_multiple_of=m)
+        )
         assert set(seen) == {{1: 22, 16: 32, 22: 22}[multiple]}
 
 

@@ -18,7 +18,7 @@ from jaxrm.algorithms.state import create
 from jaxrm.algorithms.train_step import build_train_step
 from jaxrm.data.examples import MappingExample
 from jaxrm.data.packing import build_row, pack
-from jaxrm.inference.sharded_model import open_model, state_shardings
+from jaxrm.inference.sharded_model import shard_model, state_shardings
 from jaxrm.models import build
 from jaxrm.models.build import ModelSource
 from jaxrm.models.config import PRESETS
@@ -225,7 +225,7 @@ class Setup:
 
     def __init__(self, mesh_config, num_microbatches=1):
         mesh = build_mesh(mesh_config, jax.devices()[: math.prod(dataclasses.astuple(mesh_config))])
-        model = open_model(SOURCE, mesh, SMALL)
+        model = shard_model(SOURCE, mesh, SMALL)
         optimizer = build_optimizer(OptimizerConfig(lr=1e-2, b2=0.99), 150)
         sharding = state_shardings(model, optimizer, mesh)
         self.rows = partition.batch_sharding(mesh)

@@ -19,8 +19,8 @@ from jaxrm.algorithms.state import TrainState, create
 from jaxrm.algorithms.train_step import build_train_step
 from jaxrm.config.dicts import differences
 from jaxrm.errors import UserError
-from jaxrm.experiment import MAY_DIFFER, Experiment
-from jaxrm.inference.sharded_model import open_model, row_multiple, state_shardings
+from jaxrm.experiment import RESUMABLE_FIELDS, Experiment
+from jaxrm.inference.sharded_model import pad_to_multiple_of, shard_model, state_shardings
 from jaxrm.models import attention, build
 from jaxrm.models.build import ModelSource
 from jaxrm.models.config import PRESETS
@@ -60,7 +60,7 @@ class Built:
 
     def __init__(self, mesh_config, num_microbatches, optimizer):
         mesh = build_mesh(mesh_config, jax.devices()[: math.prod(dataclasses.astuple(mesh_config))])
-        model = open_model(SOURCE, mesh, SMALL)
+        model = shard_model(SOURCE, mesh, SMALL)
         self.optimizer = build_optimizer(optimizer, 100)
         self.sharding = state_shardings(model, self.optimizer, mesh, offload=optimizer.offload)
         self.rows = partition.batch_sharding(mesh)
@@ -129,7 +129,7 @@ def test_long_rows_take_less_memory_where_devices_share_their_tokens(capfd):
     def compiled(devices):
         mesh = build_mesh(MeshConfig(data=1, context=devices), jax.devices()[:devices])
         one_layer = dataclasses.replace(SMALL, num_layers=1)
-        model, optimizer = open_model(SOURCE, mesh, one_layer), build_optimizer(ADAMW, 100)
+        model, optimizer = shard_model(SOURCE, mesh, one_layer), build_optimizer(ADAMW, 100)
         sharding, rows = state_shardings(model, optimizer, mesh), partition.batch_sharding(mesh)
         step = build_train_step(sft.sft_loss(model.graphdef), optimizer, state_sharding=sharding, batch_sharding=rows)
         state = jax.eval_shape(lambda params: create(params, optimizer, jax.random.key(0)), model.shapes)
@@ -270,7 +270,7 @@ def test_a_run_goes_on_wherever_its_moments_are(tmp_path, written, read):
     )
     np.testing.assert_allclose(elsewhere, continued, rtol=1e-6)
     changed = [name for name, *_ in differences(Experiment(optimizer=written), Experiment(optimizer=read))]
-    assert changed == ["optimizer.offload"] and set(changed) <= MAY_DIFFER
+    assert changed == ["optimizer.offload"] and set(changed) <= RESUMABLE_FIELDS
 
 
 def test_devices_without_host_memory_are_told_so():
@@ -389,7 +389,7 @@ def test_a_mesh_that_does_not_divide_a_parameter_is_an_error():
 def test_a_model_that_a_mesh_does_not_divide_is_an_error(sizes, model, words):
     mesh = build_mesh(MeshConfig(data=1, **sizes))
     with pytest.raises(UserError, match=words):
-        open_model(SOURCE, mesh, dataclasses.replace(SMALL, **model))
+        shard_model(SOURCE, mesh, dataclasses.replace(SMALL, **model))
 
 
 def test_rows_that_the_context_axis_does_not_divide_are_an_error_or_filled_up():
@@ -397,7 +397,7 @@ def test_rows_that_the_context_axis_does_not_divide_are_an_error_or_filled_up():
     check_row_length(mesh, "config.data.max_length", 12)
     with pytest.raises(UserError, match=r"data\.max_length is 1023, .*context is 2.*--config\.data\.max_length=1024"):
         check_row_length(mesh, "config.data.max_length", 1023)
-    assert row_multiple(mesh) == 2 and row_multiple(build_mesh(EIGHT)) == 1
+    assert pad_to_multiple_of(mesh) == 2 and pad_to_multiple_of(build_mesh(EIGHT)) == 1
 
 
 def test_batches_and_meshes_that_do_not_fit_are_errors():

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from jaxrm.inference.sharded_model import open_model
+from jaxrm.inference.sharded_model import shard_model
 from jaxrm.models import build
 from jaxrm.models.build import ModelSource
 from jaxrm.models.config import ModelConfig, preset
@@ -31,7 +31,7 @@ Side = Callable[[], np.ndarray]  # sampled tokens [B, T]
 
 def jaxrm_side(args: argparse.Namespace, prompts: np.ndarray) -> Side:
     source = ModelSource(preset=args.preset, dtype=args.dtype)
-    model = open_model(source, build_mesh(MeshConfig(), jax.devices()[:1]))
+    model = shard_model(source, build_mesh(MeshConfig(), jax.devices()[:1]))
     params = build.init_params(model.config, source, jax.random.key(0), model.shardings)
     sampling = SamplingConfig(max_new_tokens=args.response, temperature=args.temperature)
     key, mask = jax.random.key(0), np.ones_like(prompts, bool)

@@ -20,9 +20,9 @@ from jaxrm.experiment import Experiment
 from jaxrm.models.build import ModelSource
 from jaxrm.models.config import preset
 from jaxrm.models.flops import training_flops_per_token
-from jaxrm.planning.cost import planned
+from jaxrm.planning.cost import plan_stage
 from jaxrm.planning.flops import matmul_flops
-from jaxrm.planning.programs import programs_of
+from jaxrm.planning.programs import stage_programs
 from jaxrm.planning.topology import GIB, Topology
 from jaxrm.runtime.hardware import device_memory
 from jaxrm.sharding.mesh import build_mesh
@@ -62,8 +62,8 @@ def main() -> None:
     )
     device = jax.devices()[0]
     here = Topology("here", tuple(jax.devices()), None, device.device_kind)
-    (predicted,) = planned(config, here).programs
-    (program,) = programs_of(config, build_mesh(config.mesh, here.devices)).programs
+    (predicted,) = plan_stage(config, here).programs
+    (program,) = stage_programs(config, build_mesh(config.mesh, here.devices)).programs
     compiled = program.jitted.trace(*program.arguments).lower().compile()
     before = resident_bytes(peak=False)
     state, batch = (jax.tree.map(materialized, tree) for tree in program.arguments)
@@ -83,7 +83,7 @@ def main() -> None:
     is_scalar = given.algorithm == "scalar_rm"
     asked = training_flops_per_token(shape, given.length, scalar_head=is_scalar) * tokens
     none = dataclasses.replace(config, model=dataclasses.replace(config.model, remat="none"))
-    (kept,) = programs_of(none, build_mesh(config.mesh, here.devices)).programs
+    (kept,) = stage_programs(none, build_mesh(config.mesh, here.devices)).programs
     without_remat = matmul_flops(kept.jitted.trace(*kept.arguments).jaxpr)
     # Computed again rather than kept, whatever remat is: the logits of a loss over words, the scores of attention.
     again = 0 if is_scalar else 2 * shape.hidden_size * shape.vocab_size

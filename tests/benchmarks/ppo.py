@@ -28,8 +28,7 @@ from jaxrm.algorithms.ppo_config import CriticConfig, PPOConfig, RolloutConfig
 from jaxrm.algorithms.reward_config import RewardConfig
 from jaxrm.data.config import DataConfig
 from jaxrm.experiment import Experiment
-from jaxrm.inference import sharded_model as setup
-from jaxrm.inference import weights
+from jaxrm.inference import sharded_model, weights
 from jaxrm.models import heads
 from jaxrm.models.build import ModelSource, init_scalar_head
 from jaxrm.models.config import preset
@@ -99,11 +98,14 @@ def jaxrm_side(arguments, ids):
         optimizer=OptimizerConfig(lr=1e-5),
     )
     mesh = build_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
-    decoder, scalar = setup.open_model(source, mesh, shape), setup.open_scalar_model(source, mesh, shape)
+    decoder, scalar = (
+        sharded_model.shard_model(source, mesh, shape),
+        sharded_model.shard_scalar_model(source, mesh, shape),
+    )
     learner = open_learner(config, mesh, decoder, scalar, num_steps=arguments.steps, end_ids=(end,))
 
     def params(seed):
-        return weights.first_params(shape, source, jax.random.key(seed), decoder.shapes, decoder.shardings)
+        return weights.load_or_init_params(shape, source, jax.random.key(seed), decoder.shapes, decoder.shardings)
 
     head = init_scalar_head(shape, jax.random.key(3), scalar.shardings["scalar_head"])
     reward_params = heads.from_decoder_params(params(1), head)
@@ -113,7 +115,7 @@ def jaxrm_side(arguments, ids):
         batch_sharding=learner.shardings.policy.step,
     )
     programs = learner.programs(lambda calibration, batch, _: score(reward_params, calibration, batch, None))
-    state = learner.first_state(params(0), heads.from_decoder_params(params(2), zero_head(scalar)), jax.random.key(0))
+    state = learner.init_state(params(0), heads.from_decoder_params(params(2), zero_head(scalar)), jax.random.key(0))
     told, compiled = Told(), []
     jax.monitoring.register_event_duration_secs_listener(
         lambda name, _, **__: compiled.append(len(told.rows)) if name.endswith("backend_compile_duration") else None

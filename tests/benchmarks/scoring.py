@@ -21,7 +21,7 @@ import numpy as np
 from flax import nnx
 
 from jaxrm.algorithms import scoring
-from jaxrm.inference.sharded_model import open_model, row_multiple
+from jaxrm.inference.sharded_model import pad_to_multiple_of, shard_model
 from jaxrm.models import build
 from jaxrm.models.build import ModelSource
 from jaxrm.models.generate import SamplingConfig, generate
@@ -45,7 +45,7 @@ def statistics_of_logits(logits: jax.Array, targets: jax.Array) -> tuple[jax.Arr
 
 def sides(graphdef: nnx.GraphDef, request: tuple[int, ...], response: int, multiple: int) -> dict[str, Callable]:
     """Functions of ``(params, batch, rows)``; rows are those that scoring puts together itself."""
-    score = scoring.seq2seq_scorer(graphdef, "literal", request=request, end_ids=(), row_multiple=multiple)
+    score = scoring.seq2seq_scorer(graphdef, "literal", request=request, end_ids=(), pad_to_multiple_of=multiple)
 
     def scored(params: Any, batch: ResponseBatch, rows: jax.Array) -> Any:
         del rows
@@ -88,7 +88,7 @@ def seconds_of(function: Callable[[], Any]) -> float:
 def print_times(args: argparse.Namespace) -> None:
     source = ModelSource(preset=args.preset, dtype=args.dtype)
     mesh = build_mesh(MeshConfig(), jax.devices()[:1])
-    model = open_model(source, mesh)
+    model = shard_model(source, mesh)
     params = build.init_params(model.config, source, jax.random.key(0), model.shardings)
     rng = np.random.default_rng(0)
     lengths = (args.prompt, args.response, REQUEST)
@@ -100,7 +100,7 @@ def print_times(args: argparse.Namespace) -> None:
     context = jnp.concatenate([prompts, responses, asked], axis=1)
     rows = jnp.concatenate([context, responses], axis=1)
 
-    functions = sides(model.graphdef, request, args.response, row_multiple(mesh))
+    functions = sides(model.graphdef, request, args.response, pad_to_multiple_of(mesh))
     jitted = {name: jax.jit(function) for name, function in functions.items()}
     calls = {name: lambda f=function: f(params, batch, rows) for name, function in jitted.items()}
     sampling = SamplingConfig(max_new_tokens=args.response, temperature=0.0)
@@ -135,9 +135,9 @@ def print_memory(args: argparse.Namespace) -> None:
     source = ModelSource(preset=args.preset, dtype=args.dtype)
     mesh = build_mesh(MeshConfig(), jax.devices()[:1])
     config = dataclasses.replace(build.read_shape(source), vocab_size=args.vocab)
-    model = open_model(source, mesh, config)
+    model = shard_model(source, mesh, config)
     request = tuple(range(REQUEST))
-    functions = sides(model.graphdef, request, args.response, row_multiple(mesh))
+    functions = sides(model.graphdef, request, args.response, pad_to_multiple_of(mesh))
     P, T, W = args.prompt, args.response, args.prompt + 2 * args.response + REQUEST
     ids = {length: jax.ShapeDtypeStruct((args.batch, length), jnp.int32) for length in (P, T, W)}
     masks = {length: jax.ShapeDtypeStruct((args.batch, length), bool) for length in (P, T)}

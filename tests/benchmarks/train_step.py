@@ -67,7 +67,7 @@ def run_jaxrm(rows: int, length: int, steps: int, remat: str) -> list[float]:
     from jaxrm.algorithms.optimizer import OptimizerConfig, build_optimizer
     from jaxrm.algorithms.state import create
     from jaxrm.algorithms.train_step import build_train_step
-    from jaxrm.inference.sharded_model import open_model
+    from jaxrm.inference.sharded_model import shard_model
     from jaxrm.models import build
     from jaxrm.models.build import ModelSource
     from jaxrm.sharding.mesh import MeshConfig, build_mesh
@@ -76,7 +76,7 @@ def run_jaxrm(rows: int, length: int, steps: int, remat: str) -> list[float]:
 
     source = ModelSource(preset="smollm2-135m", remat=remat)
     mesh = build_mesh(MeshConfig())
-    model = open_model(source, mesh)
+    model = shard_model(source, mesh)
     optimizer = build_optimizer(OptimizerConfig(), 100)
     params = build.init_params(model.config, source, jax.random.key(0), model.shardings)
     state = jax.jit(lambda p, k: create(p, optimizer, k), donate_argnums=0)(params, jax.random.key(1))

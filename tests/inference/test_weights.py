@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from jaxrm.errors import UserError
-from jaxrm.inference import sharded_model as setup
-from jaxrm.inference import weights
+from jaxrm.inference import sharded_model, weights
 from jaxrm.inference.load import open_checkpoint, open_reward_model
 from jaxrm.inference.weights import LANGUAGE_MODELS, REWARD_MODELS, find_checkpoint
 from jaxrm.models.build import ModelSource
@@ -96,7 +95,7 @@ def test_what_is_not_there_is_refused(runs, path, message):
 def test_a_model_of_another_kind_is_refused(runs, run, algorithms, wanted):
     message = rf"^config.x is '.*{run}', a run of {run}; required a model of {wanted}; .* --config.x=runs/"
     with pytest.raises(UserError, match=message):
-        find_checkpoint(str(runs[0] / run), "config.x", algorithms)
+        find_checkpoint(str(runs[0] / run), "x", algorithms)
 
 
 def test_each_opener_takes_its_own_kinds_of_model(runs, mesh):
@@ -155,8 +154,8 @@ def test_a_model_starts_from_the_parameters_of_a_run_on_any_mesh(make_run, small
     assert weights.tokenizer_of(source) == str(tmp_path / "run" / "tokenizer")
     weights.check_weights(shape, source)
     for devices in (mesh, build_mesh(MeshConfig(2, 2, 2))):
-        model = setup.open_model(source, devices)
-        params = weights.first_params(model.config, source, jax.random.key(0), model.shapes, model.shardings)
+        model = sharded_model.shard_model(source, devices)
+        params = weights.load_or_init_params(model.config, source, jax.random.key(0), model.shapes, model.shardings)
         assert ("head" in params) is not tied
         same(params, saved[4])
         for array, sharding in zip(jax.tree.leaves(params), jax.tree.leaves(model.shardings), strict=True):

@@ -11,7 +11,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 from jaxrm.errors import UserError
-from jaxrm.inference.sharded_model import open_model
+from jaxrm.inference.sharded_model import shard_model
 from jaxrm.models.build import ModelSource
 from jaxrm.models.config import PRESETS
 from jaxrm.models.generate import SamplingConfig, check_on_policy, generate, sample
@@ -108,7 +108,7 @@ def test_eight_devices_sample_as_one():
     make = jax.jit(lambda: nnx.to_pure_dict(nnx.state(Decoder(config, rngs=nnx.Rngs(0)))))
 
     def drawn(devices, mesh):
-        model = open_model(ModelSource(), build_mesh(mesh, devices), config)
+        model = shard_model(ModelSource(), build_mesh(mesh, devices), config)
         given = (jax.device_put(make(), model.shardings), prompts, mask, jax.random.key(0))
         traced = generate.trace(model.graphdef, *given, sampling=sampling, end_ids=(5,))
         constraints = [eqn for eqn in traced.jaxpr.eqns if eqn.primitive.name == "sharding_constraint"]

@@ -111,7 +111,7 @@ def test_cached_decoding_equals_the_full_forward(name):
     @jax.jit
     def decode(params, tokens, cache):
         decoder = nnx.merge(model[0], params)
-        return decoder.decode(tokens, decoder.unstack(), cache)
+        return decoder.decode(tokens, decoder.unstack_layers(), cache)
 
     hidden, cache = prefill(model[1])
     states = [hidden]

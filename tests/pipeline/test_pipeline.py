@@ -12,7 +12,7 @@ import pytest
 from jaxrm import train
 from jaxrm.config import command_line, dicts
 from jaxrm.errors import UserError
-from jaxrm.experiment import MAY_DIFFER, Experiment
+from jaxrm.experiment import RESUMABLE_FIELDS, Experiment
 from jaxrm.pipeline import report as pipeline_report
 from jaxrm.pipeline import run as stages
 from jaxrm.pipeline.config import Pipeline, config_class, pipeline, resolve, stage_names
@@ -92,7 +92,7 @@ def launch(capsys):
                 experiment.run_dir,
                 dicts.as_dict(experiment),
                 on_existing=experiment.on_existing,
-                may_differ=MAY_DIFFER,
+                may_differ=RESUMABLE_FIELDS,
                 command=["train"],
                 devices=DEVICES,
             )

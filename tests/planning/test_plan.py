@@ -22,8 +22,8 @@ from jaxrm.models.flops import training_flops_per_token
 from jaxrm.models.generate import SamplingConfig
 from jaxrm.planning import scaling as plan_scaling
 from jaxrm.planning import search as plan_search
-from jaxrm.planning.cost import planned
-from jaxrm.planning.programs import device_bytes, programs_of
+from jaxrm.planning.cost import plan_stage
+from jaxrm.planning.programs import device_bytes, stage_programs
 from jaxrm.planning.report import print_plan
 from jaxrm.planning.topology import CHIPS, open_topology
 from jaxrm.sharding.mesh import MeshConfig, build_mesh
@@ -53,8 +53,8 @@ def config(algorithm="sft", **more):
 @pytest.mark.parametrize("algorithm", ["sft", "seq2seq_rm", "scalar_rm"])
 def test_flops_agree_with_the_hand_count(here, algorithm):
     one = config(algorithm)
-    (program,) = planned(one, here).programs
-    whole = programs_of(one, build_mesh(one.mesh, here.devices))
+    (program,) = plan_stage(one, here).programs
+    whole = stage_programs(one, build_mesh(one.mesh, here.devices))
     # The hand count takes the causal half of attention, where all of it is computed, as if rows were twice as long. Two
     # things are computed again rather than kept: the scores of attention, and the logits of a loss over words.
     shape, is_scalar = preset("lab-tiny"), algorithm == "scalar_rm"
@@ -66,7 +66,7 @@ def test_flops_agree_with_the_hand_count(here, algorithm):
 
 
 def test_a_plan_of_ppo_has_every_program_and_all_that_stays_on_a_device(here, capsys):
-    found = planned(config("ppo", reward=RewardConfig(kind="soft", model="runs/none")), here)
+    found = plan_stage(config("ppo", reward=RewardConfig(kind="soft", model="runs/none")), here)
     assert [program.name for program in found.programs] == [
         "respond",
         "read",
@@ -88,7 +88,7 @@ def test_the_copy_that_a_policy_answers_with_is_there_beside_that_program_alone(
     one = config("ppo", reward=RewardConfig(kind="scalar", function="task:safety"))
     rollout = dataclasses.replace(one.rollout, mesh=MeshConfig())
     other = dataclasses.replace(one, rollout=rollout)
-    plain, whole = planned(one, here), planned(other, here)
+    plain, whole = plan_stage(one, here), plan_stage(other, here)
     assert [program.name for program in whole.programs][:3] == ["reshard", "respond", "read"]
     assert whole.residents == plain.residents
     reshard, respond, read = whole.programs[:3]
@@ -103,18 +103,20 @@ def test_the_copy_that_a_policy_answers_with_is_there_beside_that_program_alone(
 
 def test_what_is_given_to_a_program_takes_the_room_that_was_counted(here):
     one = config()
-    found = programs_of(one, build_mesh(one.mesh, here.devices))
+    found = stage_programs(one, build_mesh(one.mesh, here.devices))
     (program,) = found.programs
     compiled = program.jitted.trace(*program.arguments).lower().compile()
-    (counted,) = planned(one, here).programs
+    (counted,) = plan_stage(one, here).programs
     given = device_bytes(program.arguments)
     assert counted.parts["parameters"] + counted.parts["optimizer"] == device_bytes(found.residents["state"]) < given
     assert compiled.memory_analysis().argument_size_in_bytes == pytest.approx(given, rel=0.01)
 
 
 def test_sharded_parameters_are_gathered(here):
-    copied = planned(dataclasses.replace(config(), mesh=MeshConfig(data=8)), here).programs[0].cost.collectives
-    sharded = planned(dataclasses.replace(config(), mesh=MeshConfig(data=1, fsdp=8)), here).programs[0].cost.collectives
+    copied = plan_stage(dataclasses.replace(config(), mesh=MeshConfig(data=8)), here).programs[0].cost.collectives
+    sharded = (
+        plan_stage(dataclasses.replace(config(), mesh=MeshConfig(data=1, fsdp=8)), here).programs[0].cost.collectives
+    )
     assert copied.keys() == {"all-reduce"} and sharded["all-gather"] > 0.5 * 360_000 * 4
 
 
@@ -144,9 +146,9 @@ def test_a_missing_compiler_is_answered_with_what_to_install():
 
 def test_what_has_no_plan_is_refused(here):
     with pytest.raises(UserError, match="what can be planned is sft"):
-        planned(config("evaluate"), here)
+        plan_stage(config("evaluate"), here)
     with pytest.raises(UserError, match="does not fit 8 devices"):
-        planned(dataclasses.replace(config(), mesh=MeshConfig(data=3)), here)
+        plan_stage(dataclasses.replace(config(), mesh=MeshConfig(data=3)), here)
 
 
 def test_the_command_writes_the_figures(tmp_path, capsys):
@@ -158,7 +160,7 @@ def test_the_command_writes_the_figures(tmp_path, capsys):
 
 def test_a_program_that_does_not_fit_says_so(here):
     small = dataclasses.replace(here, chip=dataclasses.replace(CHIPS["v5e"], memory=1e-6))
-    found = planned(config(), small)
+    found = plan_stage(config(), small)
     assert not found.fits and found.programs[0].fits is False
 
 
@@ -169,7 +171,7 @@ def with_memory(topology, gib):
 def test_the_nearest_change_that_fits_is_more_microbatches(here):
     one = config()
     whole, halves = (
-        planned(dataclasses.replace(one, num_microbatches=parts), here).programs[0].peak / 2**30 for parts in (1, 2)
+        plan_stage(dataclasses.replace(one, num_microbatches=parts), here).programs[0].peak / 2**30 for parts in (1, 2)
     )
     assert halves < whole
     tries = plan_search.nearest_fit(one, with_memory(here, (whole + halves) / 2), most=4)
@@ -275,7 +277,7 @@ tpu = pytest.mark.skipif(
 @tpu
 def test_a_tpu_that_is_not_there_is_compiled_for():
     topology = open_topology("v5e:2x2")
-    found = planned(dataclasses.replace(config(), mesh=MeshConfig(data=1, fsdp=4)), topology)
+    found = plan_stage(dataclasses.replace(config(), mesh=MeshConfig(data=1, fsdp=4)), topology)
     (program,) = found.programs
     assert found.fits and 0 < program.peak < 2**30 and found.memory == 15.75 * 2**30
     low, high = found.seconds
@@ -290,7 +292,7 @@ def test_between_slices_only_the_gradients_go():
     one = dataclasses.replace(config(), mesh=MeshConfig(data=2, fsdp=4))
     mesh = build_mesh(one.mesh, topology.devices)
     assert [{device.slice_index for device in row.flat} for row in mesh.devices] == [{0}, {1}]
-    (program,) = planned(one, topology).programs
+    (program,) = plan_stage(one, topology).programs
     of_gradients = 360_000 * 4 / 4  # a quarter of them on each device
     assert 0.8 * of_gradients < program.cost.far_bytes < 3 * of_gradients
     with pytest.raises(UserError, match="there are 2 slices"):

@@ -23,7 +23,7 @@ from jaxrm.sharding.mesh import MeshConfig, build_mesh
 from jaxrm.stages import supervised
 from jaxrm.stages.dpo import reference as dpo_pairs
 from jaxrm.stages.dpo import run as dpo
-from jaxrm.stages.dpo.reference import kept_reference
+from jaxrm.stages.dpo.reference import load_or_compute_reference
 
 STEPS = 4
 
@@ -146,7 +146,7 @@ NOTE = {"data": "d", "pairs": 2, "policy": "runs/sft, step 4"}
 
 def keep(file, note=NOTE, value=KEPT, **more):
     asked = []
-    found = kept_reference(
+    found = load_or_compute_reference(
         file, note, lambda: asked.append(1) or value, **{"has_trained": False, "is_writer": True} | more
     )
     return found, bool(asked)

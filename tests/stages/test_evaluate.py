@@ -52,9 +52,9 @@ def test_answers_are_checked_by_field(field, value, word):
 
 
 def test_a_split_that_a_task_has_not_is_named(config):
-    from jaxrm.inference import sharded_model as setup
+    from jaxrm.inference import sharded_model
 
     data = dataclasses.replace(config.data, eval_split="validation")
     has = r"config.data.eval_split is 'validation'; task:safety has train, heldout"
-    with pytest.raises(UserError, match=has), setup.task_files(data, 0, records="prompts"):
+    with pytest.raises(UserError, match=has), sharded_model.task_files(data, 0, records="prompts"):
         pass

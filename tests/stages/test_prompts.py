@@ -13,7 +13,7 @@ from jaxrm.data.templates import encode_prompt
 from jaxrm.data.tokenizer import load_tokenizer
 from jaxrm.errors import UserError
 from jaxrm.sharding.mesh import MeshConfig, build_mesh
-from jaxrm.stages.inputs.prompts import fixed_batches, load_prompts, prompt_loader, prompt_placer, prompt_width
+from jaxrm.stages.inputs.prompts import fixed_batches, load_prompts, prompt_loader, prompt_width, prompts_to_devices
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +105,7 @@ def test_an_epoch_of_the_loader_has_every_prompt_once_whole_and_padded_on_the_le
     prompts = examples(*range(1, 17))
     data = DataConfig(path="f", batch_size=4, max_length=500, packing=True)
     loader, _ = prompt_loader(prompts, data, 16, eight, seed=0, pad_id=0)
-    place = prompt_placer(eight)
+    place = prompts_to_devices(eight)
     rows = []
     for _ in range(4):
         tokens, mask = place(next(loader))
@@ -118,7 +118,7 @@ def test_an_epoch_of_the_loader_has_every_prompt_once_whole_and_padded_on_the_le
 def test_the_order_of_prompts_follows_from_the_seed_and_the_fingerprint_from_the_prompts(one):
     def first(prompts, seed, width=16):
         loader, fingerprint = prompt_loader(prompts, data, width, one, seed=seed, pad_id=0)
-        return [kept(*prompt_placer(one)(next(loader))) for _ in range(3)], fingerprint
+        return [kept(*prompts_to_devices(one)(next(loader))) for _ in range(3)], fingerprint
 
     data, prompts = DataConfig(path="f", batch_size=4), examples(*range(1, 13))
     rows, mark = first(prompts, 0)

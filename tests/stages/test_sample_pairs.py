@@ -82,7 +82,7 @@ def answers(monkeypatch):
 
         opened = types.SimpleNamespace(model=None, params=None, tokenizer=None, template="auto")
         monkeypatch.setattr(sample_pairs, "open_checkpoint", lambda *_: opened)
-        monkeypatch.setattr(sample_pairs, "Responder", Fake)
+        monkeypatch.setattr(sample_pairs, "Sampler", Fake)
         return sizes
 
     return replace

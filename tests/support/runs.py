@@ -11,7 +11,7 @@ from jaxrm.data.config import DataConfig
 from jaxrm.data.tasks import write_task
 from jaxrm.data.tokenizer import load_tokenizer
 from jaxrm.experiment import Experiment
-from jaxrm.inference.load import keep_model
+from jaxrm.inference.load import save_shape_and_tokenizer
 from jaxrm.models import build
 from jaxrm.models.build import ModelSource
 from jaxrm.models.config import PRESETS
@@ -51,7 +51,7 @@ def make_run(task_folder):
             **fields,
         )
         run = open_run(experiment.run_dir, dicts.as_dict(experiment))
-        keep_model(config, tokenizer, run)
+        save_shape_and_tokenizer(config, tokenizer, run)
         abstract = build.abstract_scalar_model if algorithm == "scalar_rm" else build.abstract_decoder
         _, shapes, _ = abstract(config, experiment.model)
         saved = {}

@@ -25,7 +25,7 @@ from typing import TypeVar
 
 from jaxrm.data.records import Message
 from jaxrm.data.tasks.prompts import ForeignPromptError
-from jaxrm.errors import UserError
+from jaxrm.errors import UserError, flag, option
 
 T = TypeVar("T")
 
@@ -140,7 +140,7 @@ def _ask(
         if isinstance(error, ForeignPromptError):
             raise UserError(
                 f"the {who} of task:{name} knows the task's own prompts only, and {asked}{given} has none of them; "
-                f"give it prompts of the task's files, e.g. --config.data.path=task:{name}"
+                f"give it prompts of the task's files, e.g. {flag('data.path')}=task:{name}"
             ) from error
         raise UserError(
             f"the {who} of task:{name} raised {type(error).__name__}: {error}; prompt {asked}{given}"
@@ -170,4 +170,4 @@ def _check_known(name: str) -> None:
         close = difflib.get_close_matches(name, TASKS, n=1)
         meant = f"; did you mean task:{close[0]}?" if close else ""
         known = ", ".join(f"task:{task}" for task in TASKS)
-        raise UserError(f"config.data.path: there is no embedded task {name!r}; there are: {known}{meant}")
+        raise UserError(f"{option('data.path')}: there is no embedded task {name!r}; there are: {known}{meant}")

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from jaxrm.errors import UserError
+from jaxrm.errors import UserError, flag, option
 
 _HUB_NAME = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 _CONFIG_FILES = ["config.json"]
@@ -45,14 +45,14 @@ def locate(path: str, *, config_only: bool = False) -> Path:
         if local.suffix == ".gguf":
             return local
         raise UserError(
-            f"config.model.path is {path!r}, which is a file; give the folder that holds config.json, or a .gguf "
-            f"file, e.g. --config.model.path={local.parent}"
+            f"{option('model.path')} is {path!r}, which is a file; give the folder that holds config.json, or a .gguf "
+            f"file, e.g. {flag('model.path')}={local.parent}"
         )
     if _HUB_NAME.fullmatch(path) and local.suffix not in (".gguf", ".safetensors"):
         return _download(path, _CONFIG_FILES if config_only else _MODEL_FILES)
     raise UserError(
-        f"config.model.path is {path!r}, but there is no model at that place; give a folder with config.json and "
-        "safetensors, a .gguf file, or a hub name, e.g. --config.model.path=google/gemma-2b"
+        f"{option('model.path')} is {path!r}, but there is no model at that place; give a folder with config.json and "
+        f"safetensors, a .gguf file, or a hub name, e.g. {flag('model.path')}=google/gemma-2b"
     )
 
 
@@ -81,8 +81,8 @@ def _download(name: str, patterns: list[str]) -> Path:
     except Exception as error:  # which HTTP client, and so which errors, depends on the hub library's version
         reason = " ".join(str(error).split())[:200]
         raise UserError(
-            f"config.model.path: {name} is neither a folder here nor a model that could be fetched from the hub "
-            f"({reason}); check the name and the network, or give a folder, e.g. --config.model.path=models/gemma-2b"
+            f"{option('model.path')}: {name} is neither a folder here nor a model that could be fetched from the hub "
+            f"({reason}); check the name and the network, or give a folder, e.g. {flag('model.path')}=models/gemma-2b"
         ) from error
     if not (folder / "config.json").is_file():
         raise UserError(f"the hub model {name} has no config.json; choose one with config.json and safetensors")

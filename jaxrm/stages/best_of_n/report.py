@@ -12,7 +12,7 @@ from jaxrm.algorithms.best_of_n import Best, kl_bound
 from jaxrm.data import tasks
 from jaxrm.data.prompts import PromptExample
 from jaxrm.data.tasks.prompts import prompt_field
-from jaxrm.errors import UserError
+from jaxrm.errors import UserError, flag
 from jaxrm.experiment import Experiment
 from jaxrm.runtime.metrics import json_line
 from jaxrm.runtime.progress import print_table
@@ -73,8 +73,8 @@ def write_winners(target: Path, rows: Sequence[Row], config: Experiment) -> None
         longest = config.rollout.sampling.max_new_tokens
         raise UserError(
             f"none of the {len(rows):,} winners has an end token within {longest} tokens, so there is nothing to learn "
-            f"from; give a policy that stops, or longer responses, e.g. --config.rollout.sampling.max_new_tokens="
-            f"{2 * longest}, or keep what was cut off, --config.best_of_n.keep_truncated=True"
+            f"from; give a policy that stops, or longer responses, e.g. {flag('rollout.sampling.max_new_tokens')}="
+            f"{2 * longest}, or keep what was cut off, {flag('best_of_n.keep_truncated')}=True"
         )
     write_text_atomically(target, "".join(json.dumps(_winner(row), ensure_ascii=False) + "\n" for row in kept))
 

@@ -26,12 +26,11 @@ from jaxrm.data.loader import fingerprint
 from jaxrm.data.prompts import PromptExample
 from jaxrm.data.templates import end_ids
 from jaxrm.data.tokenizer import load_tokenizer
-from jaxrm.errors import UserError
-from jaxrm.experiment import MAY_DIFFER, Experiment
-from jaxrm.inference import sharded_model as setup
-from jaxrm.inference import weights
+from jaxrm.errors import UserError, flag, option
+from jaxrm.experiment import RESUMABLE_FIELDS, Experiment
+from jaxrm.inference import sharded_model, weights
 from jaxrm.inference.corrections import check_judge
-from jaxrm.inference.rollout_model import build_respond, open_answering
+from jaxrm.inference.rollout_model import build_sampler, shard_rollout_model
 from jaxrm.inference.sampler import response_text
 from jaxrm.models import build
 from jaxrm.ops.token_rewards import Calibration
@@ -66,32 +65,34 @@ def run(config: Experiment) -> int:
     mesh = build_mesh(config.mesh)
     check(config, mesh)
     resolved = dicts.as_dict(config)
-    opened: dict[str, Any] = {"on_existing": config.on_existing, "may_differ": MAY_DIFFER}
+    opened: dict[str, Any] = {"on_existing": config.on_existing, "may_differ": RESUMABLE_FIELDS}
     if jax.process_count() == 1:  # several must refuse together, which only `open_run` sees to
         check_run(config.run_dir, resolved, **opened)
         if config.on_existing == "resume" and (Path(config.run_dir).expanduser() / WINNERS).exists():
             return _close(open_run(config.run_dir, resolved, **opened), config)
-    policy = setup.open_model(config.model, mesh)
-    answering = open_answering(config, mesh, policy)
-    build.check_length(policy.config, "config.data.max_length", config.data.max_length)
+    policy = sharded_model.shard_model(config.model, mesh)
+    rollout_model = shard_rollout_model(config, mesh, policy)
+    build.check_length(policy.config, "data.max_length", config.data.max_length)
     is_writer = jax.process_index() == 0
     show = is_writer and config.logging.progress
     judge = config.evaluation.judge or (config.data.path if config.data.path.startswith(tasks.PREFIX) else None)
     sampling, rows = config.rollout.sampling, config.data.batch_size
 
-    with setup.task_files(config.data, config.seed, records="prompts") as data:
-        tokenizer_path = setup.tokenizer_path(data, config.model)
+    with sharded_model.task_files(config.data, config.seed, records="prompts") as data:
+        tokenizer_path = sharded_model.tokenizer_path(data, config.model)
         tokenizer = load_tokenizer(tokenizer_path)
-        setup.check_tokenizer(tokenizer, tokenizer_path, config.model, policy.config)
+        sharded_model.check_tokenizer(tokenizer, tokenizer_path, config.model, policy.config)
         load = functools.partial(load_prompts, data, tokenizer, max_new_tokens=sampling.max_new_tokens)
         prompts = load(held_out=False, show_progress=show)
     every = prompts.examples
     asked = every if config.num_steps is None else every[: config.num_steps * rows]
     if judge is not None:
-        check_judgeable(asked, judge, "config.evaluation.judge")
+        check_judgeable(asked, judge, "evaluation.judge")
     ends = tuple(sorted(end_ids(tokenizer, config.data.template)))
     text = functools.partial(response_text, tokenizer, ends)
-    width = prompt_width(every, config.data.max_length - sampling.max_new_tokens, max(16, setup.row_multiple(mesh)))
+    width = prompt_width(
+        every, config.data.max_length - sampling.max_new_tokens, max(16, sharded_model.pad_to_multiple_of(mesh))
+    )
     source, reward_name = open_rewards(config, mesh, tokenizer, every, text)
     weights.check_weights(policy.config, config.model)  # last, since a hub model is fetched for it
     models = (config.model.path, config.reward.model or config.reward.function)
@@ -110,9 +111,9 @@ def run(config: Experiment) -> int:
 
     run_key, _, calibration_key, _ = jax.random.split(jax.random.key(config.seed), 4)  # as those of PPO
     first_key = jax.random.key(config.seed)
-    params = weights.first_params(policy.config, config.model, first_key, policy.shapes, policy.shardings)
-    params = setup.in_compute_dtype(params, config.model.dtype)
-    respond = build_respond(policy, answering, dtype=config.model.dtype, sampling=sampling, end_ids=ends)
+    params = weights.load_or_init_params(policy.config, config.model, first_key, policy.shapes, policy.shardings)
+    params = sharded_model.in_compute_dtype(params, config.model.dtype)
+    respond = build_sampler(policy, rollout_model, dtype=config.model.dtype, sampling=sampling, end_ids=ends)
     score = scorer(config, mesh, policy, params, source)
     done, calibration = _progress(folder, identity, len(asked), rows)
     if calibration is None:
@@ -146,28 +147,29 @@ def check(config: Experiment, mesh: Mesh) -> None:
     """
     if config.model.path is None:
         raise UserError(
-            "config.model.path is None; best-of-n draws from a policy, so give the folder of a run or published "
-            "weights, e.g. --config.model.path=runs/quickstart/sft"
+            f"{option('model.path')} is None; best-of-n draws from a policy, so give the folder of a run or published "
+            f"weights, e.g. {flag('model.path')}=runs/quickstart/sft"
         )
     if config.reward.model is None and config.reward.function is None:
         raise UserError(
-            "config.reward has neither model nor function, so no response is the best; give the run of a reward "
-            "model, e.g. --config.reward.model=runs/quickstart/rm_seq2seq"
+            f"{option('reward')} has neither model nor function, so no response is the best; give the run of a reward "
+            f"model, e.g. {flag('reward.model')}=runs/quickstart/rm_seq2seq"
         )
     n, sampling = config.best_of_n.n, config.rollout.sampling
     if n > 1 and (sampling.temperature == 0 or sampling.top_k == 1):
         name = "temperature" if sampling.temperature == 0 else "top_k"
         raise UserError(
-            f"config.rollout.sampling.{name} is {getattr(sampling, name)}, with which all {n} responses to a prompt "
-            f"are the same; e.g. --config.rollout.sampling.{name}={1.0 if name == 'temperature' else 0}, or "
-            "--config.best_of_n.n=1"
+            f"{option(f'rollout.sampling.{name}')} is {getattr(sampling, name)}, with which all {n} responses to a "
+            f"prompt "
+            f"are the same; e.g. {flag(f'rollout.sampling.{name}')}={1.0 if name == 'temperature' else 0}, or "
+            f"{flag('best_of_n.n')}=1"
         )
-    check_batch(mesh, "config.data.batch_size", config.data.batch_size, config.num_microbatches)
+    check_batch(mesh, "data.batch_size", config.data.batch_size, config.num_microbatches)
     check_judge(config.evaluation.judge)
     if config.reward.function is not None:
         open_function(config.reward.function)
     if weights.is_run(config.model.path):
-        weights.find_checkpoint(config.model.path, "config.model.path", weights.POLICIES)
+        weights.find_checkpoint(config.model.path, "model.path", weights.POLICIES)
 
 
 def _draw(
@@ -228,7 +230,7 @@ def _progress(folder: RunFolder, identity: str, prompts: int, rows: int) -> tupl
             raise UserError(
                 f"prompts, policy or reward model are no longer those that {path} was drawn with "
                 f"({found['identity']}, now {identity}), so it cannot be continued as it was; give the same ones, or "
-                "put the run aside with --config.on_existing=restart"
+                f"put the run aside with {flag('on_existing')}=restart"
             )
         calibration = Calibration(**{name: jnp.float32(x) for name, x in found["calibration"].items()})
     if folder.is_writer:

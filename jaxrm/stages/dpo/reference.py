@@ -16,8 +16,8 @@ from jaxrm.data.examples import ComparisonExample
 from jaxrm.data.loader import eval_batches
 from jaxrm.data.pairs import TokenPair, comparison_examples
 from jaxrm.data.readers import ReadReport
-from jaxrm.errors import UserError
-from jaxrm.inference.sharded_model import OpenedModel, batch_placer
+from jaxrm.errors import UserError, flag, option
+from jaxrm.inference.sharded_model import ShardedModel, to_devices
 from jaxrm.runtime.progress import Progress
 from jaxrm.runtime.run_folder import write_json_atomically
 from jaxrm.sharding import partition
@@ -78,7 +78,7 @@ def with_reference(examples: Sequence[DPOExample], log_probs: np.ndarray) -> lis
 def read_reference(
     examples: Sequence[DPOExample],
     config: DataConfig,
-    model: OpenedModel,
+    model: ShardedModel,
     params: Any,
     mesh: Mesh,
     *,
@@ -113,7 +113,7 @@ def read_reference(
         in_shardings=(model.shardings, partition.batch_sharding(mesh)),
         out_shardings=NamedSharding(mesh, PartitionSpec()),  # whole for every process
     )
-    place: Callable[[dict[str, np.ndarray]], DPOBatch] = batch_placer(mesh, DPOBatch)
+    place: Callable[[dict[str, np.ndarray]], DPOBatch] = to_devices(mesh, DPOBatch)
     found = np.full((len(examples), 2), np.nan, np.float32)
     done = 0
     with Progress("read reference", len(examples), unit="pairs", enabled=show_progress) as progress:
@@ -125,14 +125,14 @@ def read_reference(
     bad = np.flatnonzero(~np.isfinite(found).all(axis=1))
     if len(bad):
         raise UserError(
-            f"config.model.path: the policy gives the responses of {examples[bad[0]].source} a log-prob of "
+            f"{option('model.path')}: the policy gives the responses of {examples[bad[0]].source} a log-prob of "
             f"{found[bad[0]].tolist()}, which is no finite number: its parameters are spoiled; give an earlier "
-            "checkpoint, e.g. --config.model.path=RUN_DIR/checkpoints/best"
+            f"checkpoint, e.g. {flag('model.path')}=RUN_DIR/checkpoints/best"
         )
     return found
 
 
-def kept_reference(
+def load_or_compute_reference(
     file: Path,
     described: dict[str, Any],
     read: Callable[[], np.ndarray],
@@ -166,12 +166,13 @@ def kept_reference(
         if kept is None or not isinstance(known, dict):
             raise UserError(
                 f"{file} is lost or damaged, which holds what the reference policy said before this run began; start "
-                "the run anew, --config.on_existing=restart"
+                f"the run anew, {flag('on_existing')}=restart"
             )
         if known.get("data") != described["data"]:
             raise UserError(
-                f"config.data.path no longer gives the pairs that {file} belongs to; give the same data and tokenizer, "
-                "or put the run aside with --config.on_existing=restart"
+                f"{option('data.path')} no longer gives the pairs that {file} belongs to; give the same data and "
+                f"tokenizer, "
+                f"or put the run aside with {flag('on_existing')}=restart"
             )
         return kept
     found = read()

@@ -15,13 +15,12 @@ from jaxrm.data.loader import build_loader, eval_batches, fingerprint, rows_per_
 from jaxrm.data.records import PreferenceRecord
 from jaxrm.data.templates import bos_id
 from jaxrm.data.tokenizer import load_tokenizer
-from jaxrm.errors import UserError
-from jaxrm.experiment import MAY_DIFFER, Experiment
-from jaxrm.inference import sharded_model as setup
-from jaxrm.inference import weights
+from jaxrm.errors import UserError, flag, option
+from jaxrm.experiment import RESUMABLE_FIELDS, Experiment
+from jaxrm.inference import sharded_model, weights
 from jaxrm.inference.corrections import check_judge, judge_response
-from jaxrm.inference.load import keep_model
-from jaxrm.inference.sampler import Responder, answerable, prompt_room
+from jaxrm.inference.load import save_shape_and_tokenizer
+from jaxrm.inference.sampler import Sampler, answerable, prompt_room
 from jaxrm.models import build
 from jaxrm.runtime.checkpoint import Checkpoints
 from jaxrm.runtime.preemption import EXIT_PREEMPTED
@@ -30,7 +29,7 @@ from jaxrm.runtime.run_folder import check_run, open_run
 from jaxrm.sharding import partition
 from jaxrm.sharding.mesh import batch_shards, batch_share, build_mesh, check_batch, check_row_length
 from jaxrm.stages import supervised
-from jaxrm.stages.dpo.reference import dpo_examples, kept_reference, read_reference, with_reference
+from jaxrm.stages.dpo.reference import dpo_examples, load_or_compute_reference, read_reference, with_reference
 from jaxrm.stages.inputs.preferences import load_preferences
 from jaxrm.stages.report import print_held_out
 
@@ -45,33 +44,34 @@ def run(config: Experiment) -> int:
       UserError: for what the user can mend, before anything is written wherever it can be known by then.
     """
     mesh = build_mesh(config.mesh)
-    check_batch(mesh, "config.data.batch_size", config.data.batch_size, config.num_microbatches)
-    check_row_length(mesh, "config.data.max_length", config.data.max_length)
+    check_batch(mesh, "data.batch_size", config.data.batch_size, config.num_microbatches)
+    check_row_length(mesh, "data.max_length", config.data.max_length)
     if config.optimizer.offload:
-        partition.check_host_memory(mesh, "config.optimizer.offload")
+        partition.check_host_memory(mesh, "optimizer.offload")
     judge = config.evaluation.judge or (config.data.path if config.data.path.startswith(tasks.PREFIX) else None)
     check_judge(config.evaluation.judge)
     if config.model.path is None:
         raise UserError(
-            "config.model.path is None, but DPO goes on from a policy, which is its reference too; give the folder of "
-            "a run or published weights, e.g. --config.model.path=runs/quickstart/sft"
+            f"{option('model.path')} is None, but DPO goes on from a policy, which is its reference too; give the "
+            f"folder of "
+            f"a run or published weights, e.g. {flag('model.path')}=runs/quickstart/sft"
         )
     if weights.is_run(config.model.path):
-        weights.find_checkpoint(config.model.path, "config.model.path", weights.POLICIES)
-    model = setup.open_model(config.model, mesh)
-    build.check_length(model.config, "config.data.max_length", config.data.max_length)
+        weights.find_checkpoint(config.model.path, "model.path", weights.POLICIES)
+    model = sharded_model.shard_model(config.model, mesh)
+    build.check_length(model.config, "data.max_length", config.data.max_length)
     sampling = config.evaluation.sampling
-    room = prompt_room(model.config, sampling, "config.evaluation.sampling.max_new_tokens")
+    room = prompt_room(model.config, sampling, "evaluation.sampling.max_new_tokens")
     resolved = dicts.as_dict(config)
     if jax.process_count() == 1:  # several must refuse together, which only `open_run` sees to
-        check_run(config.run_dir, resolved, on_existing=config.on_existing, may_differ=MAY_DIFFER)
+        check_run(config.run_dir, resolved, on_existing=config.on_existing, may_differ=RESUMABLE_FIELDS)
     is_writer = jax.process_index() == 0
     show = is_writer and config.logging.progress
 
-    with setup.task_files(config.data, config.seed, records="pairs") as data:
-        tokenizer_path = setup.tokenizer_path(data, config.model)
+    with sharded_model.task_files(config.data, config.seed, records="pairs") as data:
+        tokenizer_path = sharded_model.tokenizer_path(data, config.model)
         tokenizer = load_tokenizer(tokenizer_path)
-        setup.check_tokenizer(tokenizer, tokenizer_path, config.model, model.config)
+        sharded_model.check_tokenizer(tokenizer, tokenizer_path, config.model, model.config)
         train = load_preferences(data, tokenizer, held_out=False, show_progress=show)
         held_out = load_preferences(data, tokenizer, held_out=True, show_progress=show)
     first_id = bos_id(tokenizer, config.data.template)
@@ -106,13 +106,13 @@ def run(config: Experiment) -> int:
         config.run_dir,
         resolved,
         on_existing=config.on_existing,
-        may_differ=MAY_DIFFER,
+        may_differ=RESUMABLE_FIELDS,
         is_writer=is_writer,
         process_count=jax.process_count(),
     )
     if is_writer:
         print(folder.message)
-        keep_model(model.config, tokenizer, folder)
+        save_shape_and_tokenizer(model.config, tokenizer, folder)
         for name, report in (
             (f"Pairs in {config.data.path}", train.report.merge(fitted)),
             ("Held-out pairs", held_out.report.merge(held_out_fitted)),
@@ -123,12 +123,12 @@ def run(config: Experiment) -> int:
         )
 
     def first_params(key: jax.Array) -> Any:
-        return weights.first_params(model.config, config.model, key, model.shapes, model.shardings)
+        return weights.load_or_init_params(model.config, config.model, key, model.shapes, model.shardings)
 
     everything = [*examples, *held_out_examples]
     trained = Checkpoints(folder.checkpoints, read_only=True)
     # Its parameters are gone before those of the training are there: no two models are in memory.
-    reference = kept_reference(
+    reference = load_or_compute_reference(
         folder.path / "reference_log_probs.npy",
         {
             "data": fingerprint(everything, config.data),
@@ -139,7 +139,7 @@ def run(config: Experiment) -> int:
             everything,
             config.data,
             model,
-            first_params(supervised.first_key(config.seed)),
+            first_params(supervised.init_key(config.seed)),
             mesh,
             show_progress=show,
         ),
@@ -167,7 +167,7 @@ def run(config: Experiment) -> int:
             print(f"Stopped and saved at step {int(state.step)} of {num_steps}; the same command continues from there.")
         return EXIT_PREEMPTED
 
-    responder = Responder(model, state.params, tokenizer, config.data.template, sampling)
+    responder = Sampler(model, state.params, tokenizer, config.data.template, sampling)
     responses = responder.respond([record.prompt for record in asked], jax.random.key(config.seed))
     if is_writer:
         print_held_out(folder)

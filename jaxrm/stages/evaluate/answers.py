@@ -14,7 +14,7 @@ from jaxrm.algorithms.best_of_n import best_of_n
 from jaxrm.data import tasks
 from jaxrm.data.prompts import PromptExample, transcript
 from jaxrm.data.tokenizer import token_texts
-from jaxrm.inference import sharded_model as setup
+from jaxrm.inference import sharded_model
 from jaxrm.types import ResponseBatch, TokenRewards
 
 Row = dict[str, Any]
@@ -44,7 +44,7 @@ def draw_answers(
     """Answer every prompt.
 
     Args:
-      respond: from `jaxrm.algorithms.rollout.build_respond`.
+      respond: from `jaxrm.algorithms.rollout.build_sampler`.
       score: token rewards of responses, or None.
       params: of the policy.
       batches: prompts ``[B, P]`` and their masks, all of one shape.
@@ -78,12 +78,12 @@ def draw_answers(
 
 def log_ratio(graphdef: Any, mesh: Mesh, temperature: float) -> Callable[[Any, Any, ResponseBatch], jax.Array]:
     """``(params, reference_params, batch) -> [B]``: log-ratio of a response, nats, at the sampling temperature."""
-    multiple = setup.row_multiple(mesh)
+    multiple = sharded_model.pad_to_multiple_of(mesh)
 
     def read(params: Any, reference: Any, batch: ResponseBatch) -> jax.Array:
         ours, theirs = (
             scoring.response_statistics(
-                graphdef, one, batch, None, row_multiple=multiple, temperature=temperature
+                graphdef, one, batch, None, pad_to_multiple_of=multiple, temperature=temperature
             ).log_probs
             for one in (params, reference)
         )

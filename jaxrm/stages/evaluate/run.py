@@ -20,12 +20,11 @@ from jaxrm.data import tasks
 from jaxrm.data.prompts import PromptExample
 from jaxrm.data.templates import end_ids
 from jaxrm.data.tokenizer import load_tokenizer
-from jaxrm.errors import UserError
-from jaxrm.experiment import MAY_DIFFER, Experiment
-from jaxrm.inference import sharded_model as setup
-from jaxrm.inference import weights
+from jaxrm.errors import UserError, flag, option
+from jaxrm.experiment import RESUMABLE_FIELDS, Experiment
+from jaxrm.inference import sharded_model, weights
 from jaxrm.inference.corrections import check_judge
-from jaxrm.inference.rollout_model import build_respond, open_answering
+from jaxrm.inference.rollout_model import build_sampler, shard_rollout_model
 from jaxrm.inference.sampler import response_text
 from jaxrm.models import build
 from jaxrm.runtime.checkpoint import Checkpoints
@@ -53,46 +52,48 @@ def run(config: Experiment) -> int:
     mesh = build_mesh(config.mesh)
     _check(config, mesh)
     resolved = dicts.as_dict(config)
-    check_run(config.run_dir, resolved, on_existing=config.on_existing, may_differ=MAY_DIFFER)
-    policy = setup.open_model(config.model, mesh)
-    answering = open_answering(config, mesh, policy)
-    build.check_length(policy.config, "config.data.max_length", config.data.max_length)
+    check_run(config.run_dir, resolved, on_existing=config.on_existing, may_differ=RESUMABLE_FIELDS)
+    policy = sharded_model.shard_model(config.model, mesh)
+    rollout_model = shard_rollout_model(config, mesh, policy)
+    build.check_length(policy.config, "data.max_length", config.data.max_length)
     judge = config.evaluation.judge or (config.data.path if config.data.path.startswith(tasks.PREFIX) else None)
     sampling, show = config.rollout.sampling, config.logging.progress
 
     asked: dict[str, Sequence[PromptExample]] = {}
     for split in config.answers.splits:
         named = dataclasses.replace(config.data, eval_split=split) if split != "heldout" else config.data
-        with setup.task_files(named, config.seed, records="prompts") as data:
-            path = setup.tokenizer_path(data, config.model)
+        with sharded_model.task_files(named, config.seed, records="prompts") as data:
+            path = sharded_model.tokenizer_path(data, config.model)
             tokenizer = load_tokenizer(path)
             load = functools.partial(load_prompts, data, tokenizer, max_new_tokens=sampling.max_new_tokens)
             asked[split] = load(held_out=True, show_progress=show).examples
             if split == config.answers.splits[0] and _has_rewards(config):
                 to_calibrate = load(held_out=False, show_progress=show).examples
-    setup.check_tokenizer(tokenizer, path, config.model, policy.config)
+    sharded_model.check_tokenizer(tokenizer, path, config.model, policy.config)
     everyone = [example for examples in asked.values() for example in examples]
     if _has_rewards(config):
         everyone += to_calibrate
     if judge is not None:
-        check_judgeable(everyone, judge, "config.evaluation.judge")
+        check_judgeable(everyone, judge, "evaluation.judge")
     ends = tuple(sorted(end_ids(tokenizer, config.data.template)))
     text = functools.partial(response_text, tokenizer, ends)
     room = config.data.max_length - sampling.max_new_tokens
-    width = prompt_width(everyone, room, max(16, setup.row_multiple(mesh)))
+    width = prompt_width(everyone, room, max(16, sharded_model.pad_to_multiple_of(mesh)))
     weights.check_weights(policy.config, config.model)
 
-    folder = open_run(config.run_dir, resolved, on_existing=config.on_existing, may_differ=MAY_DIFFER)
+    folder = open_run(config.run_dir, resolved, on_existing=config.on_existing, may_differ=RESUMABLE_FIELDS)
     print(folder.message)
     target = folder.path / ANSWERS
     _check_asked(folder.path / _ASKED, config, has_answers=target.exists())
     if not target.exists():
-        first = functools.partial(weights.first_params, policy.config, shapes=policy.shapes, shardings=policy.shardings)
+        first = functools.partial(
+            weights.load_or_init_params, policy.config, shapes=policy.shapes, shardings=policy.shardings
+        )
         params, reference = first(config.model, key=jax.random.key(0)), None
         if config.answers.reference is not None:
             of_reference = dataclasses.replace(config.model, path=config.answers.reference)
             reference = first(of_reference, key=jax.random.key(0))
-        respond = functools.partial(build_respond, policy, answering, dtype=config.model.dtype, end_ids=ends)
+        respond = functools.partial(build_sampler, policy, rollout_model, dtype=config.model.dtype, end_ids=ends)
         programs = {"sampled": respond(sampling=sampling)}
         programs["greedy"] = respond(sampling=dataclasses.replace(sampling, temperature=0.0, top_k=0, top_p=1.0))
         calibration_key, key = jax.random.split(jax.random.key(config.seed))
@@ -167,7 +168,7 @@ def _steps(config: Experiment) -> dict[int, str]:
     if not config.answers.along:
         return {}
     assert config.model.path is not None and config.answers.reference is not None
-    latest = weights.find_checkpoint(config.model.path, "config.model.path", weights.POLICIES)
+    latest = weights.find_checkpoint(config.model.path, "model.path", weights.POLICIES)
     checkpoints = Checkpoints(latest.folder.checkpoints, read_only=True)
     steps = checkpoints.steps()
     checkpoints.close()
@@ -176,7 +177,7 @@ def _steps(config: Experiment) -> dict[int, str]:
 
 def _check_asked(file: Path, config: Experiment, *, has_answers: bool) -> None:
     """Refuse answers of what a path named before and names no more; keep what is asked now."""
-    paths = {"config.model.path": config.model.path, "config.reward.model": config.reward.model}
+    paths = {"model.path": config.model.path, "reward.model": config.reward.model}
     asked = {field: weights.identity_of(path) for field, path in paths.items() if path is not None}
     if has_answers and file.exists():
         before = json.loads(file.read_text(encoding="utf-8"))
@@ -184,7 +185,7 @@ def _check_asked(file: Path, config: Experiment, *, has_answers: bool) -> None:
             if before.get(field, now) != now:
                 raise UserError(
                     f"{file.parent} holds the answers for {field} as it was, {before[field]}, which now is {now}; "
-                    "use --config.on_existing=restart to put them aside and ask anew, or another --config.run_dir"
+                    f"use {flag('on_existing')}=restart to put them aside and ask anew, or another {flag('run_dir')}"
                 )
     elif not has_answers:
         write_json_atomically(file, asked)
@@ -198,8 +199,9 @@ def _check(config: Experiment, mesh: Mesh) -> None:
     """What can be said of the config alone."""
     if config.model.path is None:
         raise UserError(
-            "config.model.path is None; give the policy that is to answer, the folder of a run or published weights, "
-            "e.g. --config.model.path=runs/quickstart/sft"
+            f"{option('model.path')} is None; give the policy that is to answer, the folder of a run or published "
+            f"weights, "
+            f"e.g. {flag('model.path')}=runs/quickstart/sft"
         )
     if jax.process_count() > 1:
         raise UserError("evaluating a policy is the work of one process; run it on one host")
@@ -207,25 +209,28 @@ def _check(config: Experiment, mesh: Mesh) -> None:
     for split in config.answers.splits:
         if split not in known:
             raise UserError(
-                f"config.answers.splits has {split!r}; the prompts of {config.data.path} are {', '.join(known)}, "
-                "e.g. --config.answers.splits=heldout"
+                f"{option('answers.splits')} has {split!r}; the prompts of {config.data.path} are {', '.join(known)}, "
+                f"e.g. {flag('answers.splits')}=heldout"
             )
     if config.answers.best_of > 1 and not _has_rewards(config):
         raise UserError(
-            f"config.answers.best_of is {config.answers.best_of}, but config.reward has neither model nor function "
-            "that would say which is best; e.g. --config.reward.model=runs/quickstart/rm_seq2seq"
+            f"{option('answers.best_of')} is {config.answers.best_of}, but {option('reward')} has neither model nor "
+            f"function "
+            f"that would say which is best; e.g. {flag('reward.model')}=runs/quickstart/rm_seq2seq"
         )
     if config.answers.along and (config.answers.reference is None or "sampled" not in config.answers.decodings):
         raise UserError(
-            "config.answers.along is True, which needs a config.answers.reference, where training began, and sampled "
-            "answers; e.g. --config.answers.reference=runs/quickstart/sft"
+            f"{option('answers.along')} is True, which needs a {option('answers.reference')}, where training began, "
+            f"and sampled "
+            f"answers; e.g. {flag('answers.reference')}=runs/quickstart/sft"
         )
     if config.answers.along and not weights.is_run(config.model.path):
         raise UserError(
-            f"config.answers.along is True, but config.model.path is {config.model.path!r}, which is no run and has no "
-            "checkpoints; use --config.answers.along=False"
+            f"{option('answers.along')} is True, but {option('model.path')} is {config.model.path!r}, which is no "
+            f"run and has no "
+            f"checkpoints; use {flag('answers.along')}=False"
         )
-    check_batch(mesh, "config.data.batch_size", config.data.batch_size, config.num_microbatches)
+    check_batch(mesh, "data.batch_size", config.data.batch_size, config.num_microbatches)
     check_judge(config.evaluation.judge)
     if weights.is_run(config.model.path):
-        weights.find_checkpoint(config.model.path, "config.model.path", weights.POLICIES)
+        weights.find_checkpoint(config.model.path, "model.path", weights.POLICIES)

@@ -8,7 +8,7 @@ from jaxrm.data.config import DataConfig
 from jaxrm.data.examples import Example, tokenize_demonstrations
 from jaxrm.data.readers import ReadReport, read_records
 from jaxrm.data.records import DemonstrationRecord, PreferenceRecord, Record, as_demonstration
-from jaxrm.errors import UserError
+from jaxrm.errors import UserError, option
 from jaxrm.runtime.progress import Progress
 
 if TYPE_CHECKING:
@@ -54,6 +54,6 @@ def _as_demonstration(record: Record, data: DataConfig) -> DemonstrationRecord:
     if isinstance(record, DemonstrationRecord):
         return record
     raise UserError(
-        f"config.data.path is {data.path!r}, whose records are prompts without a response (first at "
+        f"{option('data.path')} is {data.path!r}, whose records are prompts without a response (first at "
         f"{record.source}); SFT needs demonstrations (messages, prompt and response) or pairs"
     )

@@ -14,7 +14,7 @@ from jaxrm.data.loader import BatchIterator, build_loader, fingerprint
 from jaxrm.data.packing import Row, build_row
 from jaxrm.data.prompts import PromptExample, left_padded, tokenize_prompts, too_long
 from jaxrm.data.readers import ReadReport, read_records
-from jaxrm.errors import UserError
+from jaxrm.errors import UserError, flag, option
 from jaxrm.runtime.progress import Progress
 from jaxrm.sharding import partition
 from jaxrm.sharding.mesh import batch_shards, batch_share
@@ -61,8 +61,9 @@ def load_prompts(
     room = data.max_length - max_new_tokens
     if room < 1:
         raise UserError(
-            f"config.rollout.sampling.max_new_tokens is {max_new_tokens}, but config.data.max_length, prompt and "
-            f"response together, is {data.max_length}; e.g. --config.data.max_length={2 * max_new_tokens}"
+            f"{option('rollout.sampling.max_new_tokens')} is {max_new_tokens}, but {option('data.max_length')}, "
+            f"prompt and "
+            f"response together, is {data.max_length}; e.g. {flag('data.max_length')}={2 * max_new_tokens}"
         )
     records, report = read_records(data, held_out=held_out)
     label = "tokenize held-out" if held_out else "tokenize"
@@ -75,8 +76,9 @@ def load_prompts(
     if dropped is not None and not examples:
         raise UserError(
             f"{path}: {dropped.count} of {len(records)} prompts are longer than {room} tokens and none is left (first "
-            f"at {dropped.first}); config.data.max_length, prompt and response together, is {data.max_length}, and "
-            f"responses have up to {max_new_tokens}; e.g. --config.data.max_length={data.max_length * 2}"
+            f"at {dropped.first}); {option('data.max_length')}, prompt and response together, is {data.max_length}, "
+            f"and "
+            f"responses have up to {max_new_tokens}; e.g. {flag('data.max_length')}={data.max_length * 2}"
         )
     # That a prompt is long is no fault of its record: only the others count against max_bad_share.
     others = {reason: found for reason, found in tokenized.bad.items() if reason != too_long(room)}
@@ -95,8 +97,8 @@ def check_judgeable(prompts: Sequence[PromptExample], task: str, field: str) -> 
             tasks.judge(task.removeprefix(tasks.PREFIX), prompt.messages, "")
         except UserError as error:
             raise UserError(
-                f"{field} is {task!r}, but {prompt.source} has no prompt of that task; give the task's data, "
-                f"e.g. --config.data.path={task}, or --{field}=None"
+                f"{option(field)} is {task!r}, but {prompt.source} has no prompt of that task; give the task's data, "
+                f"e.g. {flag('data.path')}={task}, or {flag(field)}=None"
             ) from error
 
 
@@ -124,7 +126,7 @@ def prompt_loader(
     return loader, fingerprint(examples, data)[:12]
 
 
-def prompt_placer(mesh: Mesh) -> Callable[[Row], PlacedPrompts]:
+def prompts_to_devices(mesh: Mesh) -> Callable[[Row], PlacedPrompts]:
     """Function that puts this process's rows on its devices, padded on the left."""
     sharding = partition.batch_sharding(mesh)
 

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxrm.algorithms.rollout import Networks, Readings, RewardSource
+from jaxrm.algorithms.rollout import Networks, RewardSource, TokenLogProbs
 from jaxrm.data import tasks
 from jaxrm.data.prompts import PromptExample, transcript
 from jaxrm.data.tokenizer import token_texts
@@ -32,7 +32,7 @@ class PolicyEvaluation:
       examples: the prompts.
       batches: the same on the devices.
       respond: how the policy answers, e.g. a `jaxrm.algorithms.rollout.Respond`.
-      read: from `jaxrm.algorithms.rollout.build_read`.
+      read: from `jaxrm.algorithms.rollout.build_log_probs`.
       reward: source of token rewards.
       networks: what the parameters belong to.
       reference_params: of the frozen SFT policy.
@@ -48,7 +48,7 @@ class PolicyEvaluation:
     examples: Sequence[PromptExample]
     batches: Sequence[PlacedPrompts]
     respond: Callable[..., ResponseBatch]
-    read: Callable[..., Readings]
+    read: Callable[..., TokenLogProbs]
     reward: RewardSource
     networks: Networks
     reference_params: Any
@@ -80,7 +80,7 @@ class PolicyEvaluation:
         """
         whole = _whole(self.mesh)
         decoder_params = self.networks.decoder_params(policy_params)
-        found: list[tuple[ResponseBatch, Readings, TokenRewards]] = []
+        found: list[tuple[ResponseBatch, TokenLogProbs, TokenRewards]] = []
         for number, (prompts, mask) in enumerate(self.batches):
             if stop.requested and jax.process_count() == 1:
                 return None

@@ -12,13 +12,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxrm.algorithms import ppo, ppo_loss, rollout, train_step
 from jaxrm.algorithms.optimizer import build_optimizer
-from jaxrm.algorithms.ppo_state import Feedback, PPOBatch, PPOState
+from jaxrm.algorithms.ppo_state import PPOBatch, PPOState, RewardAndKLState
 from jaxrm.algorithms.rollout import Networks, Respond, RewardSource
 from jaxrm.algorithms.state import TrainState, create
 from jaxrm.experiment import Experiment
 from jaxrm.inference import rollout_model as rollouts
-from jaxrm.inference import sharded_model as setup
-from jaxrm.inference.sharded_model import OpenedModel
+from jaxrm.inference import sharded_model
+from jaxrm.inference.sharded_model import ShardedModel
 from jaxrm.models.generate import SamplingConfig
 from jaxrm.ops import token_rewards
 from jaxrm.runtime.checkpoint import with_shardings
@@ -34,7 +34,7 @@ class Learner:
       mesh: the devices.
       networks: graphs of policy and critic.
       decoder: the policy's decoder, and so the reference.
-      answering: the same while it answers, from `jaxrm.inference.rollout_model.open_answering`.
+      rollout_model: the same while it answers, from `jaxrm.inference.rollout_model.shard_rollout_model`.
       policy: what the policy's parameters belong to: ``decoder``, or both heads on one trunk.
       critic: None where the trunk is shared.
       policy_optimizer: of the policy.
@@ -45,10 +45,10 @@ class Learner:
     config: Experiment
     mesh: Mesh
     networks: Networks
-    decoder: OpenedModel
-    answering: OpenedModel
-    policy: OpenedModel
-    critic: OpenedModel | None
+    decoder: ShardedModel
+    rollout_model: ShardedModel
+    policy: ShardedModel
+    critic: ShardedModel | None
     policy_optimizer: optax.GradientTransformation
     critic_optimizer: optax.GradientTransformation
     end_ids: tuple[int, ...]
@@ -62,7 +62,7 @@ class Learner:
     def shardings(self) -> PPOState:
         """Where each array of the state lies."""
         feedback = jax.tree.map(lambda _: self.copied, _first_feedback(self.config, token_rewards.uncalibrated()))
-        place = functools.partial(setup.state_shardings, mesh=self.mesh)
+        place = functools.partial(sharded_model.state_shardings, mesh=self.mesh)
         policy = place(self.policy, self.policy_optimizer, offload=self.config.optimizer.offload)
         critic = None
         if self.critic is not None:
@@ -81,7 +81,7 @@ class Learner:
         )
         return with_shardings(shapes, self.shardings)
 
-    def first_state(self, policy: Any, critic: Any, key: jax.Array) -> PPOState:
+    def init_state(self, policy: Any, critic: Any, key: jax.Array) -> PPOState:
         """The state before the first step, not calibrated yet; the parameters are donated."""
         shardings = self.shardings
 
@@ -108,8 +108,8 @@ class Learner:
 
     def respond(self, sampling: SamplingConfig) -> Respond:
         """How the policy answers."""
-        return rollouts.build_respond(
-            self.decoder, self.answering, dtype=self.config.model.dtype, sampling=sampling, end_ids=self.end_ids
+        return rollouts.build_sampler(
+            self.decoder, self.rollout_model, dtype=self.config.model.dtype, sampling=sampling, end_ids=self.end_ids
         )
 
     def programs(self, reward: RewardSource) -> ppo.Programs:
@@ -131,7 +131,7 @@ class Learner:
 
         return ppo.Programs(
             respond=self.respond(config.rollout.sampling),
-            read=rollout.build_read(
+            read=rollout.build_log_probs(
                 self.networks,
                 policy_sharding=self.policy.shardings,
                 critic_sharding=None if self.critic is None else self.critic.shardings,
@@ -170,8 +170,8 @@ class Learner:
 def open_learner(
     config: Experiment,
     mesh: Mesh,
-    decoder: OpenedModel,
-    critic: OpenedModel | None,
+    decoder: ShardedModel,
+    critic: ShardedModel | None,
     *,
     num_steps: int,
     end_ids: tuple[int, ...],
@@ -189,21 +189,21 @@ def open_learner(
     Raises:
       UserError: where policy or batch do not fit ``config.rollout.mesh``.
     """
-    policy = decoder if critic is not None else setup.open_actor_critic(config.model, mesh, decoder.config)
+    policy = decoder if critic is not None else sharded_model.shard_actor_critic(config.model, mesh, decoder.config)
     updates = num_steps * config.ppo.num_epochs * config.ppo.num_minibatches
     networks = Networks(
         decoder=decoder.graphdef,
         policy=policy.graphdef,
         critic=None if critic is None else critic.graphdef,
         temperature=config.rollout.sampling.temperature,
-        row_multiple=setup.row_multiple(mesh),
+        pad_to_multiple_of=sharded_model.pad_to_multiple_of(mesh),
     )
     return Learner(
         config,
         mesh,
         networks,
         decoder,
-        rollouts.open_answering(config, mesh, decoder),
+        rollouts.shard_rollout_model(config, mesh, decoder),
         policy,
         critic,
         build_optimizer(config.optimizer, updates),
@@ -212,5 +212,5 @@ def open_learner(
     )
 
 
-def _first_feedback(config: Experiment, calibration: token_rewards.Calibration) -> Feedback:
-    return Feedback(calibration, jnp.asarray(np.float32(config.ppo.kl_coef)))
+def _first_feedback(config: Experiment, calibration: token_rewards.Calibration) -> RewardAndKLState:
+    return RewardAndKLState(calibration, jnp.asarray(np.float32(config.ppo.kl_coef)))

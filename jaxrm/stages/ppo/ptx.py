@@ -7,9 +7,9 @@ from jax.sharding import Mesh
 
 from jaxrm.data.config import DataConfig
 from jaxrm.data.loader import BatchIterator, build_loader, fingerprint
-from jaxrm.errors import UserError
+from jaxrm.errors import naming, option
 from jaxrm.experiment import Experiment
-from jaxrm.inference import sharded_model as setup
+from jaxrm.inference import sharded_model
 from jaxrm.models import build
 from jaxrm.models.config import ModelConfig
 from jaxrm.sharding.mesh import batch_shards, batch_share
@@ -41,10 +41,11 @@ def open_ptx(
     Raises:
       UserError: as SFT does of its ``config.data``.
     """
-    build.check_length(model, "config.ptx.max_length", data.max_length)
+    build.check_length(model, "ptx.max_length", data.max_length)
     part, parts = batch_share(mesh)
-    try:
-        with setup.task_files(dataclasses.replace(data, template=config.data.template), config.seed) as files:
+    # What reads them knows of one data section only, and calls it so.
+    with naming({"data": option("ptx")}):
+        with sharded_model.task_files(dataclasses.replace(data, template=config.data.template), config.seed) as files:
             train = load_demonstrations(files, tokenizer, held_out=False, show_progress=show_progress)
         loader = build_loader(
             train.examples,
@@ -55,6 +56,4 @@ def open_ptx(
             process_count=parts,
             batch_unit=batch_shards(mesh) * config.num_microbatches,
         )
-    except UserError as error:  # which knows of one data section only
-        raise UserError(str(error).replace("config.data.", "config.ptx.")) from error
     return loader, fingerprint(train.examples, files)

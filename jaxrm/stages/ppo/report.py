@@ -4,6 +4,7 @@ import statistics
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from jaxrm.errors import flag
 from jaxrm.runtime import hardware
 from jaxrm.runtime.metrics import PHASES, MetricsWriter, read_rows
 from jaxrm.runtime.progress import Progress, format_value, print_table
@@ -76,26 +77,29 @@ def warnings(seen: list[Mapping[str, float]]) -> dict[str, str]:
             f"the KL to the reference is {now['kl']:.3g} nats a response, three steps running, but the true one cannot "
             "be negative: responses were not drawn from the distribution whose log-probs are taken. Likely causes: "
             "another template or tokenizer than the reference's, attention kernels of different precision in sampling "
-            "and training (--config.model.attention, --config.model.dtype), responses cut before their end token"
+            f"and training ({flag('model.attention')}, {flag('model.dtype')}), responses cut before their end token"
         )
     if now["entropy"] < 0.1 * seen[0]["entropy"]:
         found["entropy"] = (
             f"the entropy fell from {seen[0]['entropy']:.3g} to {now['entropy']:.3g} nats a token: the policy hardly "
-            "explores any more. Likely causes: a learning rate too high (--config.optimizer.lr), a KL penalty too weak "
-            "(--config.ppo.kl_coef), a reward that one fixed answer satisfies"
+            f"explores any more. Likely causes: a learning rate too high ({flag('optimizer.lr')}), a KL penalty too "
+            f"weak "
+            f"({flag('ppo.kl_coef')}), a reward that one fixed answer satisfies"
         )
     earlier = [row["value_loss"] for row in seen[:-1]]
     if len(earlier) >= 5 and now["value_loss"] > 20 * max(statistics.median(earlier), 1e-6):
         found["value loss"] = (
             f"the value loss is {now['value_loss']:.3g}, twenty times its median so far. Likely causes: rewards of "
-            "very different size (--config.reward.scale=unit, --config.ppo.reward_clip), a critic that learns too fast "
-            "(--config.critic.optimizer.lr)"
+            f"very different size ({flag('reward.scale')}=unit, {flag('ppo.reward_clip')}), a critic that learns "
+            f"too fast "
+            f"({flag('critic.optimizer.lr')})"
         )
     if now["ended"] == 0:
         found["truncated"] = (
             f"no response reached its end token within {now['response_length']:.0f} tokens. Likely causes: too short a "
-            "--config.rollout.sampling.max_new_tokens, an SFT policy that never learnt to stop, a reward that pays for "
-            "length (--config.reward.center=running, --config.ppo.missing_end_penalty)"
+            f"{flag('rollout.sampling.max_new_tokens')}, an SFT policy that never learnt to stop, a reward that "
+            f"pays for "
+            f"length ({flag('reward.center')}=running, {flag('ppo.missing_end_penalty')})"
         )
     return found
 

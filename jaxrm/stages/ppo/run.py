@@ -13,12 +13,11 @@ from jaxrm.config import dicts
 from jaxrm.data import tasks
 from jaxrm.data.templates import end_ids
 from jaxrm.data.tokenizer import load_tokenizer
-from jaxrm.errors import UserError
-from jaxrm.experiment import MAY_DIFFER, Experiment
-from jaxrm.inference import sharded_model as setup
-from jaxrm.inference import weights
+from jaxrm.errors import UserError, flag, option
+from jaxrm.experiment import RESUMABLE_FIELDS, Experiment
+from jaxrm.inference import sharded_model, weights
 from jaxrm.inference.corrections import check_judge
-from jaxrm.inference.load import keep_model
+from jaxrm.inference.load import save_shape_and_tokenizer
 from jaxrm.inference.sampler import response_text
 from jaxrm.models import build
 from jaxrm.models.generate import check_on_policy
@@ -35,8 +34,8 @@ from jaxrm.stages.inputs.prompts import (
     fixed_batches,
     load_prompts,
     prompt_loader,
-    prompt_placer,
     prompt_width,
+    prompts_to_devices,
 )
 from jaxrm.stages.ppo.critic import open_critic, zero_head
 from jaxrm.stages.ppo.evaluation import PolicyEvaluation, print_samples
@@ -60,30 +59,30 @@ def run(config: Experiment) -> int:
     """
     mesh = build_mesh(config.mesh)
     sampling = config.rollout.sampling
-    check_on_policy(sampling, "config.rollout.sampling")
+    check_on_policy(sampling, "rollout.sampling")
     _check(config, mesh)
-    policy = setup.open_model(config.model, mesh)
-    build.check_length(policy.config, "config.data.max_length", config.data.max_length)
+    policy = sharded_model.shard_model(config.model, mesh)
+    build.check_length(policy.config, "data.max_length", config.data.max_length)
     resolved = dicts.as_dict(config)
     if jax.process_count() == 1:  # several must refuse together, which only `open_run` sees to
-        check_run(config.run_dir, resolved, on_existing=config.on_existing, may_differ=MAY_DIFFER)
+        check_run(config.run_dir, resolved, on_existing=config.on_existing, may_differ=RESUMABLE_FIELDS)
     is_writer = jax.process_index() == 0
     show = is_writer and config.logging.progress
     judge = config.evaluation.judge or (config.data.path if config.data.path.startswith(tasks.PREFIX) else None)
 
-    with setup.task_files(config.data, config.seed, records="prompts") as data:
-        tokenizer_path = setup.tokenizer_path(data, config.model)
+    with sharded_model.task_files(config.data, config.seed, records="prompts") as data:
+        tokenizer_path = sharded_model.tokenizer_path(data, config.model)
         tokenizer = load_tokenizer(tokenizer_path)
-        setup.check_tokenizer(tokenizer, tokenizer_path, config.model, policy.config)
+        sharded_model.check_tokenizer(tokenizer, tokenizer_path, config.model, policy.config)
         load = functools.partial(load_prompts, data, tokenizer, max_new_tokens=sampling.max_new_tokens)
         train, held_out = (load(held_out=side, show_progress=show) for side in (False, True))
     template = config.data.template
     ends = tuple(sorted(end_ids(tokenizer, template)))
     if judge is not None:
-        check_judgeable(held_out.examples, judge, "config.evaluation.judge")
+        check_judgeable(held_out.examples, judge, "evaluation.judge")
     pad_id = tokenizer.pad_token_id or 0  # never attended to: any id will do
     room = config.data.max_length - sampling.max_new_tokens
-    width = prompt_width([*train.examples, *held_out.examples], room, max(16, setup.row_multiple(mesh)))
+    width = prompt_width([*train.examples, *held_out.examples], room, max(16, sharded_model.pad_to_multiple_of(mesh)))
     prompts, fingerprint = prompt_loader(train.examples, config.data, width, mesh, seed=config.seed, pad_id=pad_id)
     ptx = None
     if config.ptx is not None:
@@ -107,13 +106,13 @@ def run(config: Experiment) -> int:
         config.run_dir,
         resolved,
         on_existing=config.on_existing,
-        may_differ=MAY_DIFFER,
+        may_differ=RESUMABLE_FIELDS,
         is_writer=is_writer,
         process_count=jax.process_count(),
     )
     if is_writer:
         print(folder.message)
-        keep_model(policy.config, tokenizer, folder)
+        save_shape_and_tokenizer(policy.config, tokenizer, folder)
         print_table(f"Prompts in {config.data.path}", ["records", "number", "first at"], train.report.rows())
         print_table("Held-out prompts", ["records", "number", "first at"], held_out.report.rows())
         print(
@@ -123,10 +122,10 @@ def run(config: Experiment) -> int:
         )
 
     def first_decoder() -> Any:
-        key = supervised.first_key(config.seed)
-        return weights.first_params(policy.config, config.model, key, policy.shapes, policy.shardings)
+        key = supervised.init_key(config.seed)
+        return weights.load_or_init_params(policy.config, config.model, key, policy.shapes, policy.shardings)
 
-    reference = setup.in_compute_dtype(first_decoder(), config.model.dtype)
+    reference = sharded_model.in_compute_dtype(first_decoder(), config.model.dtype)
     programs = learner.programs(source)
     run_key, held_out_key, calibration_key, step_key = jax.random.split(jax.random.key(config.seed), 4)
     respond = programs.respond
@@ -159,8 +158,8 @@ def run(config: Experiment) -> int:
         if first_critic is None:
             params = {"decoder": params, "scalar_head": zero_head(learner.policy)}
         else:
-            critic_params = first_critic(supervised.first_key(config.seed))
-        state = learner.first_state(params, critic_params, step_key)
+            critic_params = first_critic(supervised.init_key(config.seed))
+        state = learner.init_state(params, critic_params, step_key)
         draw = functools.partial(programs.respond, learner.networks.decoder_params(state.policy.params))
         score = scorer(config, mesh, policy, reference, source)
         state = learner.calibrated(
@@ -168,7 +167,7 @@ def run(config: Experiment) -> int:
         )
     first = ppo_state.steps_of(state, config.ppo)
     if is_writer:
-        found = jax.device_get(state.first_calibration)
+        found = jax.device_get(state.initial_calibration)
         print(f"Token rewards: scale {found.scale:.4g}, centre {found.center:.4g} (from responses of the SFT policy)")
         remove_rows_after(folder.samples, first or -1)
     every = config.evaluation.every
@@ -190,15 +189,15 @@ def run(config: Experiment) -> int:
             programs=programs,
             reference_params=reference,
             prompts=prompts,
-            place=prompt_placer(mesh),
+            place=prompts_to_devices(mesh),
             ptx=ptx,
-            place_ptx=setup.batch_placer(mesh, TokenBatch),
+            place_ptx=sharded_model.to_devices(mesh, TokenBatch),
             data_fingerprint=identity,
             evaluate=lambda step, state: evaluation(
                 step,
                 state.policy.params,
                 None if state.critic is None else state.critic.params,
-                state.first_calibration,
+                state.initial_calibration,
                 stop,
             ),
             evaluation_owed=first > 0 and first not in evaluated,
@@ -232,48 +231,52 @@ def run(config: Experiment) -> int:
 
 def _check(config: Experiment, mesh: Mesh) -> None:
     """What can be said of the config alone."""
-    field, parts = "config.data.batch_size", config.num_microbatches
+    field, parts = "data.batch_size", config.num_microbatches
     check_batch(mesh, field, config.data.batch_size, parts)
     minibatches = config.ppo.num_minibatches
     unit = batch_shards(mesh) * parts * minibatches
     if config.data.batch_size % unit:
         raise UserError(
-            f"{field} is {config.data.batch_size}, which does not divide into {minibatches} minibatches of {parts} "
-            f"microbatches on {batch_shards(mesh)} devices; use a multiple of {unit}, e.g. --{field}={unit}"
+            f"{option(field)} is {config.data.batch_size}, which does not divide into {minibatches} minibatches of "
+            f"{parts} "
+            f"microbatches on {batch_shards(mesh)} devices; use a multiple of {unit}, e.g. {flag(field)}={unit}"
         )
     if config.ppo.kl_target is not None and config.ppo.kl_horizon < config.data.batch_size:
         raise UserError(
-            f"config.ppo.kl_horizon is {config.ppo.kl_horizon}, less than the {config.data.batch_size} responses of a "
-            "step, for which the controller would leap; e.g. --config.ppo.kl_horizon=10000"
+            f"{option('ppo.kl_horizon')} is {config.ppo.kl_horizon}, less than the {config.data.batch_size} "
+            f"responses of a "
+            f"step, for which the controller would leap; e.g. {flag('ppo.kl_horizon')}=10000"
         )
     for field, optimizer in (
-        ("config.optimizer", config.optimizer),
-        ("config.critic.optimizer", config.critic.optimizer),
+        ("optimizer", config.optimizer),
+        ("critic.optimizer", config.critic.optimizer),
     ):
         if optimizer.offload:
-            partition.check_host_memory(mesh, f"{field}.offload")
+            partition.check_host_memory(mesh, f"{option(f'{field}.offload')}")
     if config.ptx is not None:
-        check_batch(mesh, "config.ptx.batch_size", config.ptx.batch_size, parts)
-        check_row_length(mesh, "config.ptx.max_length", config.ptx.max_length)
+        check_batch(mesh, "ptx.batch_size", config.ptx.batch_size, parts)
+        check_row_length(mesh, "ptx.max_length", config.ptx.max_length)
     check_judge(config.evaluation.judge)
     answer, longest = config.evaluation.sampling.max_new_tokens, config.rollout.sampling.max_new_tokens
     if answer > longest:
         raise UserError(
-            f"config.evaluation.sampling.max_new_tokens is {answer}, but rows have room for responses of "
-            f"config.rollout.sampling.max_new_tokens {longest}; e.g. "
-            f"--config.evaluation.sampling.max_new_tokens={longest}"
+            f"{option('evaluation.sampling.max_new_tokens')} is {answer}, but rows have room for responses of "
+            f"{option('rollout.sampling.max_new_tokens')} {longest}; e.g. "
+            f"{flag('evaluation.sampling.max_new_tokens')}={longest}"
         )
     if config.critic.path is not None and config.ppo.shared_trunk:
         raise UserError(
-            f"config.critic.path is {config.critic.path!r}, but config.ppo.shared_trunk gives the critic the policy's "
-            "trunk; use --config.critic.path=None or --config.ppo.shared_trunk=False"
+            f"{option('critic.path')} is {config.critic.path!r}, but {option('ppo.shared_trunk')} gives the critic "
+            f"the policy's "
+            f"trunk; use {flag('critic.path')}=None or {flag('ppo.shared_trunk')}=False"
         )
     if config.reward.model is None and config.reward.function is None:
         raise UserError(
-            "config.reward has neither model nor function, so there is nothing to learn from; give the run of a reward "
-            "model, e.g. --config.reward.model=runs/quickstart/rm_seq2seq"
+            f"{option('reward')} has neither model nor function, so there is nothing to learn from; give the run of "
+            f"a reward "
+            f"model, e.g. {flag('reward.model')}=runs/quickstart/rm_seq2seq"
         )
     if config.reward.function is not None:
         open_function(config.reward.function)
     if weights.is_run(config.model.path):
-        weights.find_checkpoint(str(config.model.path), "config.model.path", weights.POLICIES)
+        weights.find_checkpoint(str(config.model.path), "model.path", weights.POLICIES)

@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxrm.data.pairs import TokenPair
-from jaxrm.errors import UserError
+from jaxrm.errors import UserError, flag
 from jaxrm.evaluation.ranking import length_correlation, pair_accuracy
 from jaxrm.evaluation.reliability import calibration
 from jaxrm.inference.response_batches import response_batches
@@ -18,7 +18,7 @@ from jaxrm.runtime.progress import print_table
 from jaxrm.sharding import partition
 from jaxrm.types import ResponseBatch
 
-Sides = dict[str, dict[str, np.ndarray]]  # kind -> diagnostic -> [2, N]: chosen, rejected
+PairScores = dict[str, dict[str, np.ndarray]]  # kind -> diagnostic -> [2, N]: chosen, rejected
 
 
 class HeldOutPairs:
@@ -75,7 +75,7 @@ class HeldOutPairs:
             reference.append(jax.make_array_from_callback(array.shape, self._rows, array.__getitem__))
         self._reference = reference
 
-    def reader(self, diagnostics: Callable[..., Any], params_sharding: Any) -> Callable[[Any], Sides]:
+    def reader(self, diagnostics: Callable[..., Any], params_sharding: Any) -> Callable[[Any], PairScores]:
         """Function from parameters to the diagnostics of both sides.
 
         Args:
@@ -84,14 +84,14 @@ class HeldOutPairs:
         """
         step = jax.jit(diagnostics, in_shardings=(params_sharding, self._rows, self._rows), out_shardings=self._copied)
 
-        def read(params: Any) -> Sides:
-            sides: Sides = {}
+        def read(params: Any) -> PairScores:
+            sides: PairScores = {}
             for (batch, indices), reference in zip(self._batches, self._reference, strict=True):
                 for kind, names in jax.device_get(step(params, batch, reference)).items():
                     if not np.isfinite(names["sum"]).all():
                         raise UserError(
                             f"the {kind} rewards of held-out pairs are not finite, so nothing of these parameters was "
-                            "saved; try a lower --config.optimizer.lr, or other weights than --config.model.path"
+                            f"saved; try a lower {flag('optimizer.lr')}, or other weights than {flag('model.path')}"
                         )
                     for name, values in names.items():
                         array = sides.setdefault(kind, {}).setdefault(name, np.zeros(self.lengths.size))
@@ -105,7 +105,7 @@ class HeldOutPairs:
         return read
 
 
-def with_length_residual(sides: Sides) -> Sides:
+def with_length_residual(sides: PairScores) -> PairScores:
     """Add the kind ``scalar_length_residual``: the linear effect of length, fitted on both sides, taken out."""
     scores, lengths = sides["scalar"]["sum"], sides["scalar"]["length"]
     slope, intercept = np.polyfit(lengths.ravel(), scores.ravel(), 1) if np.ptp(lengths) > 0 else (0.0, scores.mean())
@@ -113,7 +113,7 @@ def with_length_residual(sides: Sides) -> Sides:
     return {**sides, "scalar_length_residual": {**sides["scalar"], "sum": residual, "mean": residual / lengths}}
 
 
-def with_centered(sides: Sides, center: str) -> Sides:
+def with_centered(sides: PairScores, center: str) -> PairScores:
     """Add ``centered``, the sum that PPO optimises: tag and soft rewards lose their mean over the pairs' tokens.
 
     Args:
@@ -129,7 +129,7 @@ def with_centered(sides: Sides, center: str) -> Sides:
     return {kind: {**names, "centered": centered(kind, names)} for kind, names in sides.items()}
 
 
-def metrics(sides: Sides, kind: str) -> dict[str, float]:
+def metrics(sides: PairScores, kind: str) -> dict[str, float]:
     """Metrics of one evaluation, for the rows of a run; those with a slash in their names are details.
 
     Args:
@@ -161,7 +161,7 @@ def metrics(sides: Sides, kind: str) -> dict[str, float]:
     return found
 
 
-def print_ranking(sides: Sides, marks: np.ndarray | None = None) -> list[dict[str, Any]]:
+def print_ranking(sides: PairScores, marks: np.ndarray | None = None) -> list[dict[str, Any]]:
     """Print how each kind ranks the pairs; returns the table's numbers.
 
     PPO optimises the sum of token rewards after centring, so the verdict is by that. The residual's correlation with
@@ -218,7 +218,7 @@ def print_ranking(sides: Sides, marks: np.ndarray | None = None) -> list[dict[st
     return numbers
 
 
-def print_divergence(sides: Sides) -> dict[str, dict[str, float]]:
+def print_divergence(sides: PairScores) -> dict[str, dict[str, float]]:
     """Print where a seq2seq reward model begins to disagree with each side; returns the table's numbers."""
     names = next(iter(sides.values()))
     numbers: dict[str, dict[str, float]] = {}
@@ -248,7 +248,7 @@ def print_divergence(sides: Sides) -> dict[str, dict[str, float]]:
     return numbers
 
 
-def print_reliability(sides: Sides) -> dict[str, Any]:
+def print_reliability(sides: PairScores) -> dict[str, Any]:
     """Print how far a scalar reward model's confidence can be believed; returns the table's numbers."""
     found = calibration(sides["scalar"]["sum"][0] - sides["scalar"]["sum"][1])
     print_table(

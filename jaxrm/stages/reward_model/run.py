@@ -11,12 +11,11 @@ from jaxrm.config import dicts
 from jaxrm.data.pairs import correction_request, readable_pairs
 from jaxrm.data.templates import bos_id, end_ids
 from jaxrm.data.tokenizer import load_tokenizer
-from jaxrm.errors import UserError
-from jaxrm.experiment import MAY_DIFFER, Experiment
-from jaxrm.inference import sharded_model as setup
-from jaxrm.inference import weights
+from jaxrm.errors import UserError, flag, option
+from jaxrm.experiment import RESUMABLE_FIELDS, Experiment
+from jaxrm.inference import sharded_model, weights
 from jaxrm.inference.corrections import Corrector, check_judge, check_room, judge_pairs, print_corrections
-from jaxrm.inference.load import keep_model
+from jaxrm.inference.load import save_shape_and_tokenizer
 from jaxrm.inference.token_scores import policy_log_probs
 from jaxrm.models import build, heads
 from jaxrm.runtime.preemption import EXIT_PREEMPTED
@@ -29,7 +28,7 @@ from jaxrm.stages.inputs.preferences import load_preferences, prepare
 from jaxrm.stages.report import print_held_out
 from jaxrm.stages.reward_model.evaluation import (
     HeldOutPairs,
-    Sides,
+    PairScores,
     metrics,
     print_divergence,
     print_ranking,
@@ -51,24 +50,24 @@ def run(config: Experiment) -> int:
     """
     is_seq2seq = config.algorithm == "seq2seq_rm"
     mesh = build_mesh(config.mesh)
-    check_batch(mesh, "config.data.batch_size", config.data.batch_size, config.num_microbatches)
-    check_row_length(mesh, "config.data.max_length", config.data.max_length)
+    check_batch(mesh, "data.batch_size", config.data.batch_size, config.num_microbatches)
+    check_row_length(mesh, "data.max_length", config.data.max_length)
     if config.optimizer.offload:
-        partition.check_host_memory(mesh, "config.optimizer.offload")
+        partition.check_host_memory(mesh, "optimizer.offload")
     check_judge(config.evaluation.judge)
-    decoder = setup.open_model(config.model, mesh)
-    build.check_length(decoder.config, "config.data.max_length", config.data.max_length)
-    model = decoder if is_seq2seq else setup.open_scalar_model(config.model, mesh, decoder.config)
+    decoder = sharded_model.shard_model(config.model, mesh)
+    build.check_length(decoder.config, "data.max_length", config.data.max_length)
+    model = decoder if is_seq2seq else sharded_model.shard_scalar_model(config.model, mesh, decoder.config)
     resolved = dicts.as_dict(config)
     if jax.process_count() == 1:  # several must refuse together, which only `open_run` sees to
-        check_run(config.run_dir, resolved, on_existing=config.on_existing, may_differ=MAY_DIFFER)
+        check_run(config.run_dir, resolved, on_existing=config.on_existing, may_differ=RESUMABLE_FIELDS)
     is_writer = jax.process_index() == 0
     show = is_writer and config.logging.progress
 
-    with setup.task_files(config.data, config.seed, records="pairs") as data:
-        tokenizer_path = setup.tokenizer_path(data, config.model)
+    with sharded_model.task_files(config.data, config.seed, records="pairs") as data:
+        tokenizer_path = sharded_model.tokenizer_path(data, config.model)
         tokenizer = load_tokenizer(tokenizer_path)
-        setup.check_tokenizer(tokenizer, tokenizer_path, config.model, decoder.config)
+        sharded_model.check_tokenizer(tokenizer, tokenizer_path, config.model, decoder.config)
         train = load_preferences(data, tokenizer, held_out=False, show_progress=show)
         held_out = load_preferences(data, tokenizer, held_out=True, show_progress=show)
     template = config.data.template
@@ -93,14 +92,14 @@ def run(config: Experiment) -> int:
         longest,
         [response for pair in corrected for response in (pair.chosen, pair.rejected)],
         [pair.source for pair in corrected for _ in range(2)],
-        field="config.evaluation.sampling.max_new_tokens",
+        field="evaluation.sampling.max_new_tokens",
     )
     num_steps = config.num_steps or math.ceil(config.num_epochs * prepared.rows / config.data.batch_size)
     if config.mapping.identity_warmup_steps >= num_steps and is_seq2seq:
         raise UserError(
-            f"config.mapping.identity_warmup_steps is {config.mapping.identity_warmup_steps}, but the run has "
+            f"{option('mapping.identity_warmup_steps')} is {config.mapping.identity_warmup_steps}, but the run has "
             f"{num_steps} steps in all, so that it would learn no correction; e.g. "
-            f"--config.mapping.identity_warmup_steps={num_steps // 4}"
+            f"{flag('mapping.identity_warmup_steps')}={num_steps // 4}"
         )
     weights.check_weights(decoder.config, config.model)  # last, since a hub model is fetched for it
 
@@ -108,13 +107,13 @@ def run(config: Experiment) -> int:
         config.run_dir,
         resolved,
         on_existing=config.on_existing,
-        may_differ=MAY_DIFFER,
+        may_differ=RESUMABLE_FIELDS,
         is_writer=is_writer,
         process_count=jax.process_count(),
     )
     if is_writer:
         print(folder.message)
-        keep_model(decoder.config, tokenizer, folder)
+        save_shape_and_tokenizer(decoder.config, tokenizer, folder)
         print_table(f"Pairs in {config.data.path}", ["records", "number", "first at"], prepared.report.rows())
         for name, held_out_report in (("", prepared.held_out_report), (", to be ranked", unread)):
             print_table(f"Held-out pairs{name}", ["records", "number", "first at"], held_out_report.rows())
@@ -125,14 +124,14 @@ def run(config: Experiment) -> int:
 
     def first_params(key: jax.Array) -> Any:
         key, head_key = jax.random.split(key)
-        params = weights.first_params(decoder.config, config.model, key, decoder.shapes, decoder.shardings)
+        params = weights.load_or_init_params(decoder.config, config.model, key, decoder.shapes, decoder.shardings)
         if is_seq2seq:
             return params
         head = build.init_scalar_head(decoder.config, head_key, model.shardings["scalar_head"])
         return heads.from_decoder_params(params, head)
 
     pairs = HeldOutPairs(scored, config.data.batch_size, mesh)
-    row_multiple = setup.row_multiple(mesh)
+    pad_to_multiple_of = sharded_model.pad_to_multiple_of(mesh)
     ends = tuple(sorted(end_ids(tokenizer, template)))
     loss_fn: LossFn
     if is_seq2seq:
@@ -142,24 +141,26 @@ def run(config: Experiment) -> int:
             identity_weight=config.mapping.identity_weight if config.mapping.identity else 0.0,
         )
         diagnostics = scoring.seq2seq_diagnostics(
-            model.graphdef, request=request, end_ids=ends, row_multiple=row_multiple
+            model.graphdef, request=request, end_ids=ends, pad_to_multiple_of=pad_to_multiple_of
         )
         if config.model.path is not None:  # the policy that the reward model starts from is its reference
             pairs.keep_reference(
                 folder.path / "reference_log_probs.npy",
-                lambda: policy_log_probs(decoder, first_params(supervised.first_key(config.seed)), mesh, whole=True),
+                lambda: policy_log_probs(decoder, first_params(supervised.init_key(config.seed)), mesh, whole=True),
                 is_writer=is_writer,
             )
     else:
         loss_fn = scalar_rm.scalar_rm_loss(model.graphdef, config.scalar_rm)
-        diagnostics = scoring.scalar_diagnostics(model.graphdef, end_ids=ends, row_multiple=row_multiple)
+        diagnostics = scoring.scalar_diagnostics(model.graphdef, end_ids=ends, pad_to_multiple_of=pad_to_multiple_of)
     batch_type = MappingBatch if is_seq2seq else ComparisonBatch
     held_out_loss = supervised.held_out_loss(loss_fn, batch_type, prepared.eval_batches, mesh, model.shardings)
     read = pairs.reader(diagnostics, model.shardings)
 
-    sides: Sides | None = None  # of the latest evaluation, which is that of the last parameters once they are there
+    sides: PairScores | None = (
+        None  # of the latest evaluation, which is that of the last parameters once they are there
+    )
 
-    def all_kinds(params: Any) -> Sides:
+    def all_kinds(params: Any) -> PairScores:
         found = read(params)
         return with_centered(found if is_seq2seq else with_length_residual(found), config.reward.center)
 

@@ -14,11 +14,11 @@ from jaxrm.algorithms.rollout import RewardSource
 from jaxrm.data import tasks
 from jaxrm.data.prompts import PromptExample
 from jaxrm.data.templates import end_ids
-from jaxrm.errors import UserError
+from jaxrm.errors import UserError, flag
 from jaxrm.experiment import Experiment
-from jaxrm.inference import sharded_model as setup
+from jaxrm.inference import sharded_model
 from jaxrm.inference.load import open_reward_model
-from jaxrm.inference.sharded_model import OpenedModel
+from jaxrm.inference.sharded_model import ShardedModel
 from jaxrm.ops.token_rewards import Calibration, uncalibrated
 from jaxrm.runtime.progress import Progress
 from jaxrm.sharding import partition
@@ -53,7 +53,7 @@ def open_rewards(
     if config.reward.model is None:
         name = str(config.reward.function)
         if name.startswith(tasks.PREFIX):
-            check_judgeable(examples, name, "config.reward.function")
+            check_judgeable(examples, name, "reward.function")
         return function_source(
             name,
             open_function(name),
@@ -64,21 +64,21 @@ def open_rewards(
             mesh=mesh,
         ), name
     model = open_reward_model(
-        config.reward.model, mesh, config.model.dtype, field="config.reward.model", attention=config.model.attention
+        config.reward.model, mesh, config.model.dtype, field="reward.model", attention=config.model.attention
     )
     length, response_length = config.data.max_length, config.rollout.sampling.max_new_tokens
     check_reward_model(model, kind, tokenizer, template, length, response_length)
-    frozen = dataclasses.replace(model, params=setup.in_compute_dtype(model.params, config.model.dtype))
+    frozen = dataclasses.replace(model, params=sharded_model.in_compute_dtype(model.params, config.model.dtype))
     return model_source(frozen, kind, mesh, num_microbatches=config.num_microbatches), model.name
 
 
 def scorer(
-    config: Experiment, mesh: Mesh, policy: OpenedModel, params: Any, source: RewardSource
+    config: Experiment, mesh: Mesh, policy: ShardedModel, params: Any, source: RewardSource
 ) -> Callable[[Calibration, ResponseBatch], TokenRewards]:
     """The source of rewards with the policy that answers as its own reference, which ``contrast`` compares with."""
     if config.reward.kind != "contrast":
         return lambda calibration, batch: source(calibration, batch, jnp.zeros(()))  # which no other kind reads
-    rows, multiple = partition.batch_sharding(mesh), setup.row_multiple(mesh)
+    rows, multiple = partition.batch_sharding(mesh), sharded_model.pad_to_multiple_of(mesh)
 
     def log_probs(params: Any, batch: ResponseBatch) -> jax.Array:
         found = scoring.response_statistics(
@@ -86,7 +86,7 @@ def scorer(
             params,
             batch,
             None,
-            row_multiple=multiple,
+            pad_to_multiple_of=multiple,
             temperature=config.rollout.sampling.temperature or 1.0,
         ).log_probs
         return jnp.where(batch.response_mask, found, 0.0)
@@ -141,5 +141,5 @@ def not_finite(where: str) -> UserError:
     """The error for rewards that are no finite numbers; ``where`` says of what."""
     return UserError(
         f"the rewards of {where} are not finite; the reward model is spoiled, give another, e.g. "
-        "--config.reward.model=RUN_DIR/checkpoints/best"
+        f"{flag('reward.model')}=RUN_DIR/checkpoints/best"
     )

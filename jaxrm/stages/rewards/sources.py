@@ -29,8 +29,8 @@ from jaxrm.data import tasks, templates
 from jaxrm.data.pairs import correction_request
 from jaxrm.data.records import Message
 from jaxrm.data.tokenizer import vocabulary_conflict
-from jaxrm.errors import UserError
-from jaxrm.inference import sharded_model as setup
+from jaxrm.errors import UserError, flag, option
+from jaxrm.inference import sharded_model
 from jaxrm.inference.load import TrainedRewardModel
 from jaxrm.ops import token_rewards
 from jaxrm.sharding import partition
@@ -68,16 +68,17 @@ def check_reward_model(
     if kind not in kinds and not (model.is_seq2seq and ":" in kind):
         sort = "seq2seq" if model.is_seq2seq else "scalar"
         raise UserError(
-            f"config.reward.kind is {kind!r}, but config.reward.model, {model.name}, is a {sort} reward model, whose "
-            f"kinds are {', '.join(kinds)}; e.g. --config.reward.kind={kinds[0]}"
+            f"{option('reward.kind')} is {kind!r}, but {option('reward.model')}, {model.name}, is a {sort} reward "
+            f"model, whose "
+            f"kinds are {', '.join(kinds)}; e.g. {flag('reward.kind')}={kinds[0]}"
         )
     conflict = vocabulary_conflict(model.tokenizer, tokenizer)
     if conflict is None and len(tokenizer) > model.model.config.vocab_size:
         conflict = f"the policy has {len(tokenizer)} tokens and the reward model {model.model.config.vocab_size}"
     if conflict is not None:
         raise UserError(
-            f"config.reward.model is {model.name}, whose vocabulary is not that of the policy: {conflict}; token "
-            "rewards need one vocabulary, so train the reward model from the policy, --config.model.path=POLICY_RUN"
+            f"{option('reward.model')} is {model.name}, whose vocabulary is not that of the policy: {conflict}; token "
+            f"rewards need one vocabulary, so train the reward model from the policy, {flag('model.path')}=POLICY_RUN"
         )
     probe = [Message("user", "a")]
     written = [
@@ -85,11 +86,11 @@ def check_reward_model(
         for tokenizer, name in ((tokenizer, template), (model.tokenizer, model.template))
     ]
     if written[0] != written[1]:
-        mended = f"e.g. --config.data.template={model.template}"
+        mended = f"e.g. {flag('data.template')}={model.template}"
         if template == model.template:  # the tokenizers' own, which are not the same
-            mended = "train the reward model from the policy, --config.model.path=POLICY_RUN"
+            mended = f"train the reward model from the policy, {flag('model.path')}=POLICY_RUN"
         raise UserError(
-            f"config.data.template is {template!r}, but the reward model {model.name} was trained with "
+            f"{option('data.template')} is {template!r}, but the reward model {model.name} was trained with "
             f"{model.template!r}, which writes a prompt differently; {mended}"
         )
     positions, again = model.model.config.max_position, 0
@@ -101,22 +102,22 @@ def check_reward_model(
         if positions - again <= response_length:  # no prompt would be left
             free = positions - again + (response_length if model.is_seq2seq else 0)
             fits = {"rollout.sampling.max_new_tokens": max(free // 4, 1), "data.max_length": max(free // 2, 2)}
-        typed = " and ".join(f"--config.{field}={most}" for field, most in fits.items())
+        typed = " and ".join(f"{flag(field)}={most}" for field, most in fits.items())
         raise UserError(
-            f"config.data.max_length is {length} and responses have up to {response_length} tokens, for which the "
+            f"{option('data.max_length')} is {length} and responses have up to {response_length} tokens, for which the "
             f"reward model {model.name} has to read {length + again} tokens, but it reads {positions}; e.g. {typed}"
         )
 
 
 def model_source(model: TrainedRewardModel, kind: str, mesh: Mesh, *, num_microbatches: int = 1) -> RewardSource:
     """Reward source behind which stands a trained reward model of either sort."""
-    graphdef, multiple = model.model.graphdef, setup.row_multiple(mesh)
+    graphdef, multiple = model.model.graphdef, sharded_model.pad_to_multiple_of(mesh)
     ends = tuple(sorted(templates.end_ids(model.tokenizer, model.template)))
     if model.is_seq2seq:
         request = tuple(correction_request(model.tokenizer, model.template, model.config.mapping.instruction))
-        scorer = scoring.seq2seq_scorer(graphdef, kind, request=request, end_ids=ends, row_multiple=multiple)
+        scorer = scoring.seq2seq_scorer(graphdef, kind, request=request, end_ids=ends, pad_to_multiple_of=multiple)
     else:
-        scorer = scoring.scalar_scorer(graphdef, kind, end_ids=ends, row_multiple=multiple)
+        scorer = scoring.scalar_scorer(graphdef, kind, end_ids=ends, pad_to_multiple_of=multiple)
     rows = partition.batch_sharding(mesh)
     step = scoring.build_score_step(
         scorer,
@@ -144,25 +145,26 @@ def open_function(name: str) -> RewardFunction:
         task = name.removeprefix(tasks.PREFIX)
         if task not in tasks.TASKS:
             known = ", ".join(tasks.PREFIX + known for known in tasks.TASKS)
-            raise UserError(f"config.reward.function is {name!r}; embedded tasks with a judge are {known}")
+            raise UserError(f"{option('reward.function')} is {name!r}; embedded tasks with a judge are {known}")
         return lambda prompts, responses: [
             tasks.judge(task, prompt, response) for prompt, response in zip(prompts, responses, strict=True)
         ]
     module_name, _, function_name = name.partition(":")
-    form = "required package.module:function, e.g. --config.reward.function=my_rewards:score, or task:safety"
+    form = f"required package.module:function, e.g. {flag('reward.function')}=my_rewards:score, or task:safety"
     if not module_name or module_name.startswith(".") or not function_name:
-        raise UserError(f"config.reward.function is {name!r}; {form}")
+        raise UserError(f"{option('reward.function')} is {name!r}; {form}")
     try:
         module = importlib.import_module(module_name)
     except Exception as error:  # whatever the user's module raises
         raise UserError(
-            f"config.reward.function is {name!r}, but importing {module_name} raised {type(error).__name__}: {error}; "
+            f"{option('reward.function')} is {name!r}, but importing {module_name} raised {type(error).__name__}: "
+            f"{error}; "
             f"{form}"
         ) from error
     function = getattr(module, function_name, None)
     if not callable(function):
         raise UserError(
-            f"config.reward.function is {name!r}, but {module_name} has no function {function_name!r}; {form}"
+            f"{option('reward.function')} is {name!r}, but {module_name} has no function {function_name!r}; {form}"
         )
     return function
 
@@ -226,20 +228,21 @@ def _scores(name: str, function: RewardFunction, prompts: list[Sequence[Message]
         at = _first_failure(function, prompts, responses)
         where = "on the whole batch" if at is None else f"on response {at} of the batch, {responses[at][:_SHOWN]!r}"
         raise UserError(
-            f"config.reward.function {name} raised {type(error).__name__}: {error}, {where}; {required}"
+            f"{option('reward.function')} {name} raised {type(error).__name__}: {error}, {where}; {required}"
         ) from error
     if found is None:
         raise UserError(
-            f"config.reward.function {name} returned {_shown(returned)} for {len(responses)} responses; {required}"
+            f"{option('reward.function')} {name} returned {_shown(returned)} for {len(responses)} responses; {required}"
         )
     if len(found) != len(responses):
         raise UserError(
-            f"config.reward.function {name} returned {len(found)} rewards for {len(responses)} responses; {required}"
+            f"{option('reward.function')} {name} returned {len(found)} rewards for {len(responses)} responses; "
+            f"{required}"
         )
     for i, score in enumerate(found):
         if not _is_finite(score):
             raise UserError(
-                f"config.reward.function {name} returned {_shown(score)} for response {i} of the batch, "
+                f"{option('reward.function')} {name} returned {_shown(score)} for response {i} of the batch, "
                 f"{responses[i][:_SHOWN]!r}; {required}"
             )
     return [float(score) for score in found]
