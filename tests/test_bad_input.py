@@ -244,9 +244,8 @@ def test_a_wrong_field_is_named(refuse_train, arguments, message):
          "divisor of it, e.g. --config.mesh.tensor=4"),
     ],
 )  # fmt: skip
-def test_a_batch_or_model_that_the_mesh_does_not_divide_is_refused_with_one_that_it_does(
-    refuse_train, arguments, message
-):
+def test_what_the_mesh_does_not_divide_is_refused(refuse_train, arguments, message):
+    """The message shows a batch, or a model size, that it divides."""
     assert message in refuse_train(*arguments)
 
 
@@ -284,7 +283,8 @@ def test_prompts_alone_are_no_demonstrations(refuse_train):
     assert "whose records are prompts without a response" in message and "prompts.jsonl:" in message
 
 
-def test_bad_records_past_the_share_are_counted_with_the_first_of_the_most_frequent_reason(refuse_train):
+def test_bad_records_past_the_share_are_counted(refuse_train):
+    """The message shows the first record of the most frequent reason."""
     good = Path("records.jsonl").read_text().splitlines()
     bad = ["{", '{"messages": 3}', "{"]
     write_records("mixed.jsonl", [*good[:20], *bad, *good[20:40]])
@@ -306,7 +306,8 @@ def test_examples_that_are_all_too_long_name_the_length(refuse_train):
     assert re.search(r"the response has \d+ tokens, but a row has 4; e\.g\. --config\.data\.max_length=\d+", message)
 
 
-def test_a_batch_larger_than_the_data_is_answered_with_one_that_fits_data_and_mesh(refuse_train):
+def test_a_batch_larger_than_the_data_is_refused(refuse_train):
+    """The message shows one that fits data and mesh."""
     message = refuse_train("--config.data.batch_size=64")
     proposed = int(re.search(r"make only \d+ rows of 48 tokens; .*--config\.data\.batch_size=(\d+)", message)[1])
     assert proposed % 8 == 0 and proposed >= 40
@@ -349,7 +350,7 @@ def test_a_model_that_is_not_there_is_named_by_its_field(refuse_train):
     assert message.startswith("config.model.preset is 'gema-2b', which is no preset; did you mean gemma-2b")
 
 
-def test_a_model_folder_without_config_or_weights_says_what_it_lacks(refuse_train):
+def test_a_model_folder_without_config_or_weights_names_the_lack(refuse_train):
     Path("model/model.safetensors").rename("weights")
     assert "holds no .safetensors files" in refuse_train()
     Path("weights").rename("model/pytorch_model.bin")
@@ -374,7 +375,7 @@ def test_a_model_folder_without_config_or_weights_says_what_it_lacks(refuse_trai
         ({"tie_word_embeddings": False}, "lacks 1 tensor: lm_head.weight"),
     ],
 )
-def test_a_config_json_that_is_wrong_or_of_other_weights_is_named(refuse_train, changes, message):
+def test_a_wrong_config_json_or_one_of_other_weights_is_named(refuse_train, changes, message):
     change_config_json(**changes)
     assert message in refuse_train()
 
@@ -398,7 +399,7 @@ def test_a_config_json_that_is_wrong_or_of_other_weights_is_named(refuse_train, 
     ],
     ids=["missing", "extra", "misshapen", "quantised"],
 )
-def test_tensors_that_do_not_fit_are_named_before_the_run_folder_is_made(
+def test_tensors_that_do_not_fit_are_named_before_any_run_folder(
     refuse_train, refuse_generate, refuse_export, change, message
 ):
     change_tensors(change)
@@ -407,7 +408,7 @@ def test_tensors_that_do_not_fit_are_named_before_the_run_folder_is_made(
     assert message in refuse_export("--weights=model", "--output=exported")
 
 
-def test_weights_that_are_cut_short_are_refused_before_the_run_folder_is_made(refuse_train):
+def test_truncated_weights_are_refused_before_any_run_folder(refuse_train):
     file = Path("model/model.safetensors")
     file.write_bytes(file.read_bytes()[:-100])
     assert "is cut short" in refuse_train()
@@ -439,7 +440,7 @@ def test_a_vocabulary_smaller_than_the_tokenizers_is_refused(refuse_train):
     assert re.match(r"the tokenizer small has \d+ tokens, but the model's vocabulary holds 64; use", message)
 
 
-def test_a_template_that_does_not_exist_or_does_not_fit_is_refused(refuse_train, refuse_generate):
+def test_a_missing_template_or_one_that_does_not_fit_is_refused(refuse_train, refuse_generate):
     message = refuse_train("--config.data.template=vicuna")
     assert message.startswith("config.data.template is 'vicuna'; use auto or one of chatml, ")
     assert "no token '<start_of_turn>'" in refuse_train("--config.data.template=gemma")
@@ -450,7 +451,7 @@ def test_a_template_that_does_not_exist_or_does_not_fit_is_refused(refuse_train,
 # --- run folders
 
 
-def test_a_run_of_another_config_is_refused_before_the_data_are_read(refuse_train, trained, place):
+def test_a_run_of_another_config_is_refused_before_reading_data(refuse_train, trained, place):
     shutil.copytree(trained, place / "run")
     message = refuse_train("--config.optimizer.lr=0.5", "--config.data.path=absent.jsonl")
     assert message.startswith("config.run_dir is 'run', which holds a run of another config: config.")
@@ -518,7 +519,7 @@ def test_generate_refuses(refuse_generate, arguments, message):
     assert message in refuse_generate(*arguments)
 
 
-def test_generate_refuses_a_file_with_one_bad_prompt_before_it_answers_any(refuse_generate):
+def test_generate_refuses_a_bad_prompt_before_answering_any(refuse_generate):
     good = [{"prompt": "how do i wash a lamp ?"}] * 20
     write_records("bad.jsonl", [*good, {"prompt": " "}])
     message = refuse_generate("--weights=model", "--input=bad.jsonl", "--output=out.jsonl")
@@ -567,7 +568,7 @@ def test_export_refuses(refuse_export, arguments, message):
     assert message in refuse_export(*arguments)
 
 
-def test_export_needs_no_number_of_devices_that_divides_the_model(place):
+def test_export_works_on_devices_that_do_not_divide_the_model(place):
     narrow = ModelConfig(**{**TINY.__dict__, "hidden_size": 12})  # of which 8 is no divisor
     export_model("narrow", params_of(narrow), narrow, tokenizer_path="tokenizer")
     argv = ["export", "--weights=narrow", "--output=exported"]

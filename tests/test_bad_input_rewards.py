@@ -228,14 +228,14 @@ def test_a_warm_up_as_long_as_the_run_is_refused(refuse_train):
     assert message.startswith("config.mapping.identity_warmup_steps is 1, but the run has 1 steps in all")
 
 
-def test_a_judge_that_cannot_judge_the_data_is_refused_before_the_training(refuse_train):
+def test_a_judge_of_other_data_is_refused_before_training(refuse_train):
     write_records("foreign.jsonl", [pair(i) for i in range(60)])
     message = refuse_train("--config.data.path=foreign.jsonl", "--config.evaluation.judge=task:safety")
     assert message.startswith("config.evaluation.judge is 'task:safety', but foreign.jsonl:")
     assert "has no prompt of that task" in message and "--config.evaluation.judge=None" in message
 
 
-def test_corrections_that_the_model_has_no_room_for_are_refused_before_the_training(refuse_train):
+def test_corrections_without_room_are_refused_before_training(refuse_train):
     message = refuse_train("--config.evaluation.sampling.max_new_tokens=80")
     assert message.startswith("config.evaluation.sampling.max_new_tokens is 80, but the model reads 96 tokens: a token")
     most = int(message.rpartition("=")[2])
@@ -277,7 +277,8 @@ def test_bad_pairs_past_the_share_are_counted_with_the_first(refuse_train, algor
     ("algorithm", "what"),
     [("seq2seq_rm", "source, request and target"), ("scalar_rm", "the two responses")],
 )
-def test_pairs_too_long_for_a_row_are_counted_or_refused_and_never_cut(refuse_train, algorithm, what):
+def test_pairs_too_long_for_a_row_are_counted_or_refused(refuse_train, algorithm, what):
+    """They are never cut."""
     choice = [f"--config.algorithm={algorithm}", "--config.data.max_length=30"]
     message = refuse_train(*choice)
     assert "and none is left" in message and f"{what} longer than config.data.max_length 30" in message
@@ -286,7 +287,7 @@ def test_pairs_too_long_for_a_row_are_counted_or_refused_and_never_cut(refuse_tr
     assert "--config.data.max_length=" in message and "--config.data.too_long=drop" in message
 
 
-def test_held_out_pairs_that_the_model_cannot_read_twice_are_not_scored_in_part(refuse_train):
+def test_held_out_pairs_that_do_not_fit_twice_are_not_scored(refuse_train):
     """A long rejected response fits the row of a mapping, but not the row that scores it, which has it twice."""
     lopsided = [pair(i, "a", "lamp " * 50) for i in range(20)]
     write_records("held_out.jsonl", [*read_records("pairs.jsonl")[:20], *lopsided])
@@ -296,7 +297,8 @@ def test_held_out_pairs_that_the_model_cannot_read_twice_are_not_scored_in_part(
 
 
 @BOTH
-def test_a_batch_larger_than_the_pairs_is_answered_with_one_that_fits(refuse_train, algorithm):
+def test_a_batch_larger_than_the_pairs_is_refused(refuse_train, algorithm):
+    """The message shows one that fits."""
     message = refuse_train(f"--config.algorithm={algorithm}", "--config.data.batch_size=512")
     assert "config.data.batch_size is 512, but the " in message and "e.g. --config.data.batch_size=" in message
 
@@ -305,7 +307,8 @@ def test_a_batch_larger_than_the_pairs_is_answered_with_one_that_fits(refuse_tra
 
 
 @pytest.mark.parametrize("algorithm", ["sft", "seq2seq_rm", "scalar_rm"])
-def test_a_tokenizer_that_is_not_that_of_the_weights_is_refused_even_of_the_same_size(refuse_train, algorithm):
+def test_a_tokenizer_of_other_weights_is_refused(refuse_train, algorithm):
+    """Even one of the same size."""
     shutil.copytree("tokenizer", "exchanged")
     a, b = exchange_two_words("exchanged")
     message = refuse_train(f"--config.algorithm={algorithm}", "--config.data.tokenizer=exchanged")
@@ -322,7 +325,7 @@ def test_a_vocabulary_smaller_than_the_tokenizers_is_refused(refuse_train, algor
 
 
 @pytest.mark.parametrize("algorithm", ["sft", "seq2seq_rm", "scalar_rm"])
-def test_a_scalar_reward_model_has_no_language_model_to_start_from(refuse_train, algorithm):
+def test_a_scalar_reward_model_is_no_model_to_start_from(refuse_train, algorithm):
     message = refuse_train(f"--config.algorithm={algorithm}", "--config.model.path=scalar_rm")
     assert message.startswith("config.model.path is 'scalar_rm', a run of scalar_rm; required a model of sft or ppo or")
 
@@ -400,7 +403,8 @@ def test_a_reward_model_without_a_checkpoint_yet_is_refused(refuse_score):
     assert refuse_score().startswith("--checkpoint is 'seq2seq_rm', which has no checkpoint yet; wait for one, or ")
 
 
-def test_a_reference_of_another_vocabulary_is_refused_even_of_the_same_size(refuse_score):
+def test_a_reference_of_another_vocabulary_is_refused(refuse_score):
+    """Even one of the same size."""
     shutil.copytree("policy", "other")
     a, b = exchange_two_words("other/tokenizer")
     message = refuse_score("--kind=contrast", "--reference=other")
@@ -429,14 +433,14 @@ def test_a_file_of_which_nothing_is_usable_is_refused(refuse_score):
     )
 
 
-def test_corrections_without_room_are_refused_before_anything_is_scored(refuse_score):
+def test_corrections_without_room_are_refused_before_scoring(refuse_score):
     message = refuse_score()  # --max_new_tokens is 128 by default
     assert message.startswith("--max_new_tokens is 128, but the model reads 96 tokens") and "(pairs.jsonl:" in message
     most = int(message.rpartition("--max_new_tokens=")[2])
     assert f"leave {most};" in refuse_score(f"--max_new_tokens={most + 1}")
 
 
-def test_records_that_cannot_be_scored_are_counted_and_the_rest_is_scored(place, capsys):
+def test_unscorable_records_are_counted_and_the_rest_is_scored(place, capsys):
     good = read_records("pairs.jsonl")[:3]
     bad = ["{", pair(1, rejected="lamp " * 100), pair(2, "a lamp", " a lamp "), pair(3, rejected=" ")]
     write_records("mixed.jsonl", [*good, *bad, {"prompt": "how do i wash a lamp ?", "chosen": "x"}])
@@ -455,7 +459,8 @@ def test_records_that_cannot_be_scored_are_counted_and_the_rest_is_scored(place,
     } <= table
 
 
-def test_a_reward_model_whose_training_diverged_is_refused_and_writes_nothing(place, capsys):
+def test_a_diverged_reward_model_is_refused(place, capsys):
+    """Nothing is written."""
     write_run("diverged", "scalar_rm", load_tokenizer("tokenizer"), value=np.nan)
     before = everything_in(place)
     assert run_score("--checkpoint=diverged", "--input=pairs.jsonl", "--output=scored.jsonl", "--max_records=2") == 2
@@ -465,7 +470,8 @@ def test_a_reward_model_whose_training_diverged_is_refused_and_writes_nothing(pl
     assert everything_in(place) == before
 
 
-def test_help_of_score_says_what_is_required_and_spares_the_fields_of_the_config(capsys):
+def test_help_of_score_lists_what_is_required(capsys):
+    """It leaves out the fields of the config."""
     assert run_score("--help") == 0
     out = capsys.readouterr().out
     assert "usage: python -m jaxrm.… [--config=configs/….py [--config.section.field=value …]] [flags]" in out

@@ -138,19 +138,19 @@ def test_sft_in_several_processes_has_the_losses_of_one(alone: Path, tmp_path: P
 
 
 @pytest.mark.parametrize("count", COUNTS)
-def test_a_reward_model_in_several_processes_has_the_losses_of_one(alone: Path, tmp_path: Path, count: int) -> None:
+def test_a_reward_model_in_several_processes_trains_as_in_one(alone: Path, tmp_path: Path, count: int) -> None:
     run(reward_model(alone), tmp_path / "rm", count)
     same_curve(alone / "rm", tmp_path / "rm", "loss")
 
 
 @pytest.mark.parametrize("count", COUNTS)
-def test_ppo_in_several_processes_has_the_rewards_and_losses_of_one(alone: Path, tmp_path: Path, count: int) -> None:
+def test_ppo_in_several_processes_trains_as_in_one(alone: Path, tmp_path: Path, count: int) -> None:
     run(ppo(alone), tmp_path / "ppo", count)
     for name in ("reward", "policy_loss", "value_loss", "kl"):
         same_curve(alone / "ppo", tmp_path / "ppo", name)
 
 
-def test_when_one_process_is_killed_the_others_stop_and_the_job_continues_exactly(alone: Path, tmp_path: Path) -> None:
+def test_a_killed_process_stops_the_job_which_continues_exactly(alone: Path, tmp_path: Path) -> None:
     killed, in_one = tmp_path / "killed", tmp_path / "in_one"
     job = start(SFT, killed, 4)
     deadline = time.monotonic() + 120
@@ -192,7 +192,7 @@ def test_processes_with_other_code_all_say_so(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
-def test_a_coordinator_that_is_not_there_is_named_after_a_bounded_wait(tmp_path: Path) -> None:
+def test_a_missing_coordinator_is_named_after_a_bounded_wait(tmp_path: Path) -> None:
     port = free_port()
     (nobody, alone) = start([*SFT, "--start_timeout=2"], tmp_path / "run", 2, port)
     stop(nobody)

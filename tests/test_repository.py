@@ -64,7 +64,7 @@ def test_torch_and_tensorflow_are_not_required_at_run_time():
     assert not re.search(r"^(torch|tensorflow|clu)\b", text, re.MULTILINE)
 
 
-def test_the_package_takes_its_dependencies_from_requirements_txt():
+def test_the_package_depends_on_what_requirements_txt_lists():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     assert project["tool"]["setuptools"]["dynamic"]["dependencies"] == {"file": ["requirements.txt"]}
     assert project["project"]["requires-python"] == ">=3.11"
@@ -78,7 +78,8 @@ def test_there_are_modules_to_check():
 
 
 @pytest.mark.parametrize("path", MODULES, ids=relative)
-def test_module_has_a_docstring_and_imports_neither_torch_nor_tensorflow(path):
+def test_module_has_a_docstring_and_imports_no_torch(path):
+    """Nor does it import tensorflow."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     assert ast.get_docstring(tree), f"{relative(path)} has no docstring"
     assert not imported_names(tree) & {"torch", "tensorflow"}
@@ -152,6 +153,17 @@ def test_config_has_a_docstring_with_its_command(path):
     assert command, f"{relative(path)} does not say its command"
     if command[1]:
         assert command[1].partition(":")[0] == relative(path)
+
+
+# --- tests
+
+
+def test_test_names_have_at_most_60_characters():
+    """What a name has no room for goes into the docstring of the test."""
+    for path in sorted((ROOT / "tests").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
+                assert len(node.name) <= 60, f"{relative(path)}: {node.name}"
 
 
 # --- scripts and files

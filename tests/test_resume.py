@@ -218,7 +218,7 @@ def test_other_data_under_the_same_name_are_refused(environment, tmp_path):
     assert len(list((run_dir / "checkpoints").iterdir())) > 0
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_before_saving_it(environment, tmp_path):
+def test_a_loss_that_is_not_finite_stops_the_run_before_a_save(environment, tmp_path):
     run_dir = tmp_path / "run"
     process = launch(
         environment,

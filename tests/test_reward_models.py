@@ -261,7 +261,8 @@ def check_kinds(report, kinds):
         assert -1 <= kind["length_correlation"] <= 1
 
 
-def test_kinds_are_held_against_the_exact_judge_whatever_the_labels_say(capsys):
+def test_kinds_are_compared_with_the_exact_judge(capsys):
+    """Whatever the labels of the pairs say."""
     sums = np.array([[3.0, 1.0, 5.0, 2.0], [2.0, 2.0, 1.0, 4.0]])
     of_kind = dict.fromkeys(("sum", "mean", "centered"), sums) | {"length": np.ones_like(sums)}
     marks = np.array([[0.5, 0.2, 0.1, 0.7], [0.4, 0.9, 0.6, 0.7]])  # the last pair is a tie, and is left out
@@ -403,7 +404,7 @@ def prompt_ids(model, row):
     return encode_prompt(model.tokenizer, [Message(**message)], model.template)
 
 
-def test_every_held_out_pair_is_scored_in_its_order_and_as_it_was_written(runs, scored):
+def test_every_held_out_pair_is_scored_in_order_as_written(runs, scored):
     given = [json.loads(line) for line in runs.held_out.read_text().splitlines()]
     for algorithm in STEPS:
         rows, _ = scored(algorithm)
@@ -458,7 +459,7 @@ def test_scored_pairs_are_ranked_as_the_run_reported(runs, scored, algorithm):
     assert report["kinds"][0]["by_sum"][0] == pytest.approx(accuracy, abs=1e-9)
 
 
-def test_the_judges_gain_is_that_of_the_corrections_that_score_writes(runs, scored):
+def test_the_judges_gain_is_that_of_the_written_corrections(runs, scored):
     rows, _ = scored("seq2seq_rm")
     report = evaluation_of(runs.reward_model("seq2seq_rm"))["corrections"]
     for i, side in enumerate(("chosen", "rejected")):

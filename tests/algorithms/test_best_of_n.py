@@ -41,7 +41,7 @@ def by_token(batch):
     return as_token_rewards(plain, "scalar", values, batch.response_mask, batch, (9,))
 
 
-def test_the_highest_sum_wins_row_by_row_and_the_first_of_equal_ones():
+def test_the_highest_sum_wins_each_row_and_ties_go_to_the_first():
     respond, keys = policy([[5, 2, 7], [6, 2, 1], [6, 1, 7], [3, 2, 2]])
     best = jax.device_get(best_of_n(respond, by_token, 4)("params", PROMPTS, MASK, KEY))
     np.testing.assert_array_equal(best.rewards, [6, 2, 7])
@@ -56,7 +56,8 @@ def test_the_highest_sum_wins_row_by_row_and_the_first_of_equal_ones():
     assert [jax.random.key_data(key).tolist() for key in keys] == [jax.random.key_data(k).tolist() for k in expected]
 
 
-def test_the_best_of_one_is_the_plain_sample_and_of_more_begins_with_it():
+def test_the_best_of_one_is_the_plain_sample():
+    """More draws begin with that sample."""
     drawn = []
     ones = best_of_n(policy([[5, 2, 7]])[0], by_token, 1, drawn=drawn.append)("params", PROMPTS, MASK, KEY)
     many = best_of_n(policy([[5, 2, 7], [6, 1, 8]])[0], by_token, 2, drawn=drawn.append)("params", PROMPTS, MASK, KEY)
@@ -87,7 +88,7 @@ def test_the_reward_of_the_winner_never_falls_with_n():
     np.testing.assert_array_equal(np.array(found), np.maximum.accumulate(draws, axis=0))
 
 
-def test_the_bound_of_the_kl_is_met_where_every_response_is_one_of_many():
+def test_the_kl_bound_is_met_by_many_equally_likely_responses():
     """Best of n of m equally likely responses, all ranked: P(rank k wins) = (k/m)^n - ((k-1)/m)^n."""
     m = 4000
     ranks = np.arange(m + 1) / m

@@ -165,7 +165,7 @@ def with_the_policy_as_reference(pairs):
     return with_reference(pairs, np.stack(sums, axis=1))
 
 
-def test_a_policy_that_is_its_reference_has_a_loss_of_log_2_and_half_of_dpos_gradient():
+def test_a_policy_equal_to_its_reference_has_loss_log_2():
     """There the gradient is -beta / 2 times that of the difference of log-probs (arXiv 2305.18290, section 4)."""
     pairs, (graphdef, params) = with_the_policy_as_reference(random_pairs()), small()
     batch = rows_of(pairs, [[i] for i in range(8)], 24)

@@ -180,7 +180,7 @@ def test_log_probs_are_those_of_the_policy_at_its_temperature(temperature):
     assert all(not np.asarray(x)[outside].any() for x in found)
 
 
-def test_what_is_drawn_at_a_temperature_has_the_log_probs_that_are_read():
+def test_draws_at_a_temperature_have_the_log_probs_of_read():
     """Frequencies of one token over many draws against ``read`` at temperature 0.7."""
     config = experiment(temperature=0.7, batch_size=2048, new_tokens=1)
     s = Setup(config)
@@ -200,7 +200,7 @@ def test_what_is_drawn_at_a_temperature_has_the_log_probs_that_are_read():
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("shared", [False, True])
-def test_before_the_first_update_the_ratio_is_one_and_the_kl_nothing(temperature, shared):
+def test_before_the_first_update_the_ratio_is_1_and_the_kl_0(temperature, shared):
     s = Setup(experiment(temperature=temperature, shared_trunk=shared)) if shared else separate(temperature)
     batch = batch_of(3)
     rollout, _, metrics = rollout_of(s, batch)
@@ -327,7 +327,7 @@ def test_whitening_and_normalizing_look_at_response_tokens_alone():
     assert not whitened[~mask].any()
 
 
-def test_the_controller_raises_the_penalty_where_the_kl_is_above_its_target():
+def test_the_controller_raises_the_penalty_of_a_kl_above_target():
     batch, _, readings, _ = made_up()
     apart = readings._replace(reference_log_probs=readings.log_probs - 0.4 * batch.response_mask)
     config = PPOConfig(kl_coef=0.1, kl_target=0.5, kl_horizon=100)
@@ -394,7 +394,7 @@ def test_the_sft_term_is_its_own_mean_however_the_batch_is_cut(parts):
     jax.tree.map(lambda a, b, g: np.testing.assert_allclose(a - b, g, atol=2e-6), before, moved.params, gradient)
 
 
-def test_a_shared_trunk_adds_both_losses_and_trains_one_optimizer():
+def test_a_shared_trunk_adds_both_losses_under_one_optimizer():
     s = Setup(experiment(shared_trunk=True, value_coef=0.3))
     rollout, _, _ = rollout_of(s, batch_of())
     (total, weight), aux = jax.jit(ppo_loss.policy_loss(s.networks, s.config.ppo))(
@@ -566,7 +566,7 @@ def test_moments_of_both_optimizers_may_lie_with_the_hosts():
     [MeshConfig(data=2, tensor=2, context=2), MeshConfig(data=1, context=4)],
     ids=["with context", "context alone"],
 )
-def test_a_step_is_the_same_where_devices_share_the_tokens_of_a_row(mesh):
+def test_a_step_is_the_same_where_devices_share_a_rows_tokens(mesh):
     """Rows of 11 and responses of 6 tokens do not divide over four: rows are filled up, responses left whole."""
     found = []
     for s in (separate(), Setup(experiment(), mesh)):
@@ -584,7 +584,7 @@ def test_a_step_is_the_same_where_devices_share_the_tokens_of_a_row(mesh):
     [MeshConfig(), MeshConfig(tensor=2), MeshConfig(context=2)],
     ids=["whole", "split by heads", "kernels on each device"],
 )
-def test_a_policy_answers_alike_on_another_layout_of_the_same_devices(rollout_model):
+def test_a_policy_samples_alike_on_another_layout_of_devices(rollout_model):
     """Its copy is whole over what was fsdp, in the compute dtype, and gone after the call; the rows come back."""
     plain, other = (Setup(experiment(rollout_model=mesh), EIGHT) for mesh in (None, rollout_model))
     asked = Rows(plain.config, plain.mesh).place(1)
@@ -674,7 +674,7 @@ def test_an_evaluation_that_was_cut_short_is_owed_and_made_good(tmp_path):
     assert finished and not told.steps and [step for step, _ in told.evaluations] == [2]
 
 
-def test_a_reward_function_that_fails_in_an_evaluation_leaves_the_state_saved(tmp_path):
+def test_a_reward_function_failing_in_evaluation_keeps_the_state(tmp_path):
     def fails(step, state):
         if step:
             raise UserError("config.reward.function my:function raised")
@@ -701,7 +701,7 @@ def test_a_reward_source_that_fails_leaves_the_state_saved(tmp_path):
 
 
 @pytest.mark.parametrize("where", ["reward", "loss"])
-def test_numbers_that_are_not_finite_stop_the_run_before_they_are_saved(tmp_path, where):
+def test_numbers_that_are_not_finite_stop_the_run_before_a_save(tmp_path, where):
     s = rows_of_16()
     if where == "loss":
         config = experiment(batch_size=16, lr=1e30)

@@ -157,7 +157,7 @@ def agreeable_responses(rng, model, prompts, lengths, ends, vocab):
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_one_pass_gives_the_tags_of_greedy_decoding_and_then_forcing(name):
+def test_one_pass_gives_the_tags_of_decoding_and_then_forcing(name):
     """4 shapes x 16 draws of their parameters = 64 models, 20 responses to each: 1,280 models and responses."""
     config = SHAPES[name]
     graphdef, rng = graph(config)[0], np.random.default_rng(sorted(SHAPES).index(name))

@@ -123,7 +123,7 @@ def test_one_device_and_several_give_the_same_losses(mesh, shape):
     assert {s.data.shape for s in kernel.addressable_shards} == {shape}
 
 
-def test_long_rows_take_less_memory_where_devices_share_their_tokens(capfd):
+def test_sharing_the_tokens_of_long_rows_saves_memory(capfd):
     """Tokens are swapped for heads around attention; nothing but parameters is gathered whole on every device."""
 
     def compiled(devices):
@@ -392,7 +392,8 @@ def test_a_model_that_a_mesh_does_not_divide_is_an_error(sizes, model, words):
         shard_model(SOURCE, mesh, dataclasses.replace(SMALL, **model))
 
 
-def test_rows_that_the_context_axis_does_not_divide_are_an_error_or_filled_up():
+def test_rows_that_the_context_axis_does_not_divide_are_padded():
+    """Where they may not be padded, they are an error."""
     mesh = build_mesh(MIXED)
     check_row_length(mesh, "config.data.max_length", 12)
     with pytest.raises(UserError, match=r"data\.max_length is 1023, .*context is 2.*--config\.data\.max_length=1024"):

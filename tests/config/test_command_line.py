@@ -157,7 +157,7 @@ def test_fields_are_overridden_by_their_type(parse, toy):
     assert parse("--config=x.py", "--noconfig.packing", "--config.packing")[0].packing is True
 
 
-def test_an_override_may_stand_before_the_config_file_and_the_last_one_counts(parse):
+def test_overrides_may_precede_the_config_file_the_last_counts(parse):
     arguments = ("--config.num_steps=3", "--config=x.py", "--config.num_steps=4")
     assert parse(*arguments)[0].num_steps == 4
 
@@ -265,7 +265,7 @@ def test_a_broken_config_file_gets_one_line(refuse, text, message):
     assert message in refuse("--config=bad.py")
 
 
-def test_a_config_file_that_is_not_there_gets_one_line_with_the_nearest_name(refuse):
+def test_a_missing_config_file_is_one_line_with_the_nearest_name(refuse):
     Path("configs").mkdir()
     Path("configs/quickstart.py").write_text(CONFIG)
     assert refuse("--config=configs/quick_start.py").endswith("did you mean --config=configs/quickstart.py?")
@@ -278,7 +278,7 @@ def test_a_config_file_that_is_not_there_gets_one_line_with_the_nearest_name(ref
     )
 
 
-def test_overrides_without_a_config_file_are_refused_where_it_is_optional(refuse):
+def test_overrides_without_an_optional_config_file_are_refused(refuse):
     message = refuse("--config.num_steps=3", config_required=False)
     assert message.startswith("--config.num_steps overrides nothing; give its file too")
 

@@ -225,7 +225,7 @@ def test_differences_are_dotted_names_with_both_values():
     assert differences({"x": 1}, {"x": True}) == [("x", 1, True)]
 
 
-def test_a_mistyped_name_finds_the_nearest_and_nonsense_finds_none():
+def test_a_typo_finds_the_nearest_name_and_nonsense_finds_none():
     known = ["config.optimizer.lr", "config.data.batch_size", "config.data.eval_path", "config.seed"]
     assert did_you_mean("config.batch_size", known) == "did you mean config.data.batch_size?"
     assert did_you_mean("config.data.batchsize", known) == "did you mean config.data.batch_size?"

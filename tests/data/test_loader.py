@@ -256,7 +256,7 @@ def test_the_fingerprint_tells_data_and_batching_apart():
 
 
 @pytest.mark.parametrize("num_batches", [0, 1, 9])
-def test_warm_up_gives_so_many_batches_of_the_one_and_then_the_other(loader, num_batches):
+def test_warm_up_gives_n_batches_of_one_kind_and_then_the_other(loader, num_batches):
     mappings, _ = OTHER_KINDS["mappings"]
     identity = [example for example in mappings if not example.is_correction]
     stream = take(warm_up(loader(identity), num_batches, loader(mappings)), 30)

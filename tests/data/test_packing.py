@@ -35,7 +35,7 @@ def test_packing_wastes_little():
     assert sum(lengths) / (512 * len(pack(lengths, 512))) > 0.99
 
 
-def test_packing_agrees_with_the_plain_search_for_the_fullest_row():
+def test_packing_agrees_with_a_plain_search_for_the_fullest_row():
     rng = np.random.default_rng(1)
     for _ in range(50):
         lengths = rng.integers(1, 21, 40).tolist()
@@ -104,6 +104,6 @@ def test_the_two_sides_of_a_comparison_are_segments_of_their_own():
     assert {name: values.tolist() for name, values in row.items()} == expected
 
 
-def test_examples_that_do_not_fit_the_row_are_a_fault_of_the_caller():
+def test_examples_that_do_not_fit_the_row_raise_value_error():
     with pytest.raises(AssertionError, match="fit in the row"):
         build_row([example([5, 6, 7]), example([8, 9])], 4, 0, COLUMNS)

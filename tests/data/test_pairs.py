@@ -124,7 +124,7 @@ def test_a_mapping_is_the_dialogue_that_the_template_writes(model, instruction):
     assert (report.total, report.used, report.bad, report.cut_prompts) == (4, 4, {}, 0)
 
 
-def test_the_request_is_what_the_templates_write_between_two_answers(
+def test_the_request_is_the_template_text_between_two_answers(
     gemma_folder, llama_folder, chatml_tokenizer, llama3_tokenizer, task_tokenizer
 ):
     gemma, llama = load_tokenizer(str(gemma_folder)), load_tokenizer(str(llama_folder))
@@ -187,7 +187,8 @@ def test_pairs_that_teach_nothing_are_dropped_and_counted(chatml_tokenizer):
         tokenize_pairs(records[1:2], chatml_tokenizer, settings())
 
 
-def test_sides_that_a_word_level_tokenizer_cannot_tell_apart_are_equal(task_tokenizer):
+def test_sides_that_become_the_same_tokens_are_equal(task_tokenizer):
+    """A tokenizer of whole lower-case words does not tell "How are you?" from "how are you ?"."""
     records = [record("How are you?", "how are you ?"), record("how", "are")]
     pairs, report = tokenize_pairs(records, task_tokenizer, settings())
     assert (len(pairs), report.bad["both responses are the same"].count) == (1, 1)
@@ -311,7 +312,7 @@ def test_a_pair_that_does_not_fit_is_dropped_whole_and_counted():
     assert len(comparison_examples([long_source], config, first_id=1)[0]) == 1
 
 
-def test_a_pair_that_does_not_fit_is_an_error_where_that_is_wanted():
+def test_a_pair_that_does_not_fit_is_an_error_if_so_configured():
     pair = token_pair(4, 3, 9, "f:8")
     for length in (8, 13):
         config = settings(max_length=length, too_long="error")
@@ -357,7 +358,7 @@ def segments_of(batches):
 
 @pytest.mark.parametrize("packing", [True, False])
 @pytest.mark.parametrize("seed", range(4))
-def test_batches_of_mappings_hold_every_mapping_once_and_cut_only_prompts(seed, packing):
+def test_batches_hold_every_mapping_once_and_cut_only_prompts(seed, packing):
     pairs = random_pairs(seed, 60)
     config = settings(max_length=48, batch_size=4, packing=packing)
     examples, report = mapping_examples(pairs, [8, 9], config, first_id=1)
@@ -394,7 +395,7 @@ def test_batches_of_mappings_hold_every_mapping_once_and_cut_only_prompts(seed, 
 
 @pytest.mark.parametrize("packing", [True, False])
 @pytest.mark.parametrize("seed", range(4))
-def test_offsets_point_at_the_last_tokens_of_both_sides_in_packed_rows(seed, packing):
+def test_offsets_lead_to_the_last_tokens_of_both_packed_sides(seed, packing):
     pairs = random_pairs(seed, 60)
     config = settings(max_length=48, batch_size=4, packing=packing)
     examples, report = comparison_examples(pairs, config, first_id=1)
@@ -464,7 +465,7 @@ def test_real_pairs_become_both_kinds_of_example(shared_data, file, smollm2_toke
     assert sum(int(batch["is_chosen_end"].sum()) for batch in rows["comparison"]) == len(comparisons)
 
 
-def test_pairs_of_the_embedded_task_fit_with_an_empty_instruction(task_tokenizer, tmp_path):
+def test_pairs_of_the_built_in_task_fit_without_an_instruction(task_tokenizer, tmp_path):
     write_task("safety", tmp_path, seed=0)
     config = settings(path=str(tmp_path / "pairs.jsonl"), max_length=128, max_records=300, max_bad_share=0.0)
     records, _ = read_records(config)

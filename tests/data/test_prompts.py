@@ -45,7 +45,7 @@ def batch_of(*rows, width, pad_id=0):
     ],
     ids=["pair", "demonstration", "prompt"],
 )
-def test_a_record_of_any_kind_gives_its_prompt_up_to_the_header_of_the_answer(chatml_tokenizer, as_record, dialogue):
+def test_any_record_gives_its_prompt_up_to_the_answers_header(chatml_tokenizer, as_record, dialogue):
     (example,), report = tokenize_prompts([as_record(dialogue)], chatml_tokenizer, "auto", 100)
     written = "".join(f"<|im_start|>{m.role}\n{m.content}<|im_end|>\n" for m in dialogue) + "<|im_start|>assistant\n"
     assert chatml_tokenizer.decode(example.tokens) == written
@@ -66,7 +66,8 @@ def test_a_prompt_is_dropped_where_it_does_not_fit_and_never_cut(chatml_tokenize
     assert [(reason, found.count, found.first) for reason, found in report.bad.items()] == [(too_long(room), 2, "f:8")]
 
 
-def test_prompts_that_the_template_refuses_are_counted_with_the_first(chatml_tokenizer, monkeypatch):
+def test_prompts_that_the_template_refuses_are_counted(chatml_tokenizer, monkeypatch):
+    """The message shows the first of them."""
     monkeypatch.setattr(chatml_tokenizer, "chat_template", NO_SYSTEM)
     system = Message("system", "please")
     records = [asked("why", "f:1"), prompt(system, *ASKED, source="f:2"), prompt(system, *TALK, source="f:3")]
@@ -91,9 +92,8 @@ def test_prompts_that_the_template_refuses_are_counted_with_the_first(chatml_tok
         ),
     ],
 )
-def test_a_template_that_cannot_work_at_all_is_one_error_and_not_as_many_bad_records(
-    chatml_tokenizer, template, message
-):
+def test_a_template_that_cannot_work_is_one_error(chatml_tokenizer, template, message):
+    """It is not counted as one bad record for each prompt."""
     broken = copy.deepcopy(chatml_tokenizer)
     broken.chat_template = broken.eos_token = None
     with pytest.raises(UserError, match=f"^{message}"):

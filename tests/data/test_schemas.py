@@ -44,7 +44,7 @@ def test_preferences_are_recognised_and_read(schema, fields):
     assert read(fields) == PAIR
 
 
-def test_messages_demonstrations_and_prompts_are_recognised_and_read():
+def test_messages_demonstrations_and_prompts_are_recognized():
     answered = DemonstrationRecord((*ASKED, Message("assistant", "good.")), "f:1")
     assert read({"messages": [USER, GOOD]}) == answered
     parts = {"role": "assistant", "content": [{"type": "text", "text": "go"}, {"type": "text", "text": "od."}]}

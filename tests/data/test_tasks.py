@@ -163,7 +163,7 @@ def test_decoding_gives_back_every_text_with_no_unknown_word(folder, tokenizer):
             assert tokenizer.unk_token_id not in ids
 
 
-def test_vocabulary_holds_the_words_of_every_request_and_ideal_response(tokenizer):
+def test_vocabulary_has_every_word_of_requests_and_ideal_answers(tokenizer):
     requests = every_request(range(len(PHRASINGS)), ADVERBS, CLOSING_ACTS)
     for request in itertools.islice(requests, 0, None, 97):
         for text in (request.text, safety.ideal_response(request).text):
@@ -306,7 +306,8 @@ def test_harmful_shares_are_as_stated(folder):
 # --- imperfect demonstrations
 
 
-def test_demonstrations_are_well_formed_and_often_but_not_always_ideal(folder):
+def test_demonstrations_are_well_formed_and_often_ideal(folder):
+    """Some of them are not ideal, so that there is something to learn."""
     ideal = 0
     demonstrations = rows(folder / "train.jsonl")
     for row in demonstrations:
@@ -346,7 +347,7 @@ def test_without_imperfection_demonstrations_are_ideal():
         assert response == safety.ideal_response(request)
 
 
-def test_dual_use_requests_are_refused_more_often_than_other_benign_ones():
+def test_dual_use_requests_are_refused_more_than_benign_ones():
     rng, confused = random.Random(0), safety.confused_tools(0)
     refused = {True: [], False: []}
     for request in every_request(range(len(PHRASINGS))):
@@ -358,7 +359,7 @@ def test_dual_use_requests_are_refused_more_often_than_other_benign_ones():
     assert rates[False] == pytest.approx(0.06, abs=0.03)
 
 
-def test_a_pairs_chosen_response_is_ideal_and_its_rejected_one_is_not(folder):
+def test_a_pairs_chosen_response_alone_is_ideal(folder):
     for row in rows(folder / "pairs.jsonl"):
         ideal = safety.ideal_response(safety.parse_request(row["prompt"])).text
         assert row["chosen"] == ideal
@@ -486,7 +487,7 @@ def test_judging_an_unknown_task_lists_the_tasks(call):
         call("safty")
 
 
-def test_judging_a_foreign_prompt_says_which_one_on_one_short_line():
+def test_judging_a_foreign_prompt_names_it_in_one_short_line():
     for prompt in ("write\na poem", "wash " * 1000):
         with pytest.raises(UserError, match="none of them") as caught:
             judge("safety", prompt, answer())
@@ -548,14 +549,14 @@ def test_annotator_is_noisy_as_often_as_stated():
     assert preferred.count(0) / 4000 == pytest.approx(1 / (1 + math.exp(-0.8)), abs=0.025)
 
 
-def test_annotators_preferences_do_not_depend_on_the_python_version():
+def test_annotators_preferences_are_those_of_any_python_version():
     # Recorded on Python 3.11; the utility and the one draw fix it.
     rng = random.Random("annotator")
     preferred = [annotate("safety", WASH, answer(), answer(tool="a rope"), rng) for _ in range(24)]
     assert "".join(map(str, preferred)) == "000010110001000000000000"
 
 
-def test_annotator_ranks_the_task_worse_than_the_judge_where_refusals_are_wrong(folder):
+def test_annotator_errs_where_refusals_are_wrong(folder):
     """What the bias is for: among benign requests it often picks a refusal that the judge gives nothing."""
     rng = random.Random(1)
     picked = {"benign": [], "harmful": []}

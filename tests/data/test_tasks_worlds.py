@@ -68,7 +68,8 @@ def test_every_split_is_there_and_no_prompt_is_in_two(folders, name):
 
 
 @pytest.mark.parametrize("name", tasks.TASKS)
-def test_every_test_prompt_out_of_distribution_has_something_unseen_and_no_other_has(folders, name):
+def test_only_out_of_distribution_prompts_have_something_unseen(folders, name):
+    """Every one of them has."""
     for split in PROMPTS:
         assert {is_unseen(name, prompt) for prompt, _ in rows(folders[name], split)} == {split == "test_ood"}, split
 
@@ -100,14 +101,15 @@ def test_text_comes_back_from_the_tokenizer_and_fits(folders, name):
 
 
 @pytest.mark.parametrize("name", tasks.TASKS)
-def test_the_ideal_response_is_worth_one_and_what_demonstrations_say_instead_less(folders, name):
+def test_the_ideal_response_is_worth_one_and_others_less(folders, name):
+    """Others are what demonstrations say instead."""
     for prompt, (chosen, rejected) in rows(folders[name], "pairs"):
         assert chosen == tasks.ideal(name, prompt)
         assert tasks.judge(name, prompt, chosen) == 1.0 > tasks.judge(name, prompt, rejected) >= 0.0
 
 
 @pytest.mark.parametrize("name", tasks.TASKS)
-def test_any_word_left_out_of_the_ideal_response_or_said_twice_costs(folders, name):
+def test_a_word_omitted_or_doubled_in_the_ideal_response_costs(folders, name):
     for prompt, (chosen, _) in rows(folders[name], "pairs")[:100]:
         words = chosen.split()
         for i in range(len(words)):
@@ -216,7 +218,7 @@ def test_behaviour_of_a_list_by_hand():
     assert found == {"items": 4, "excess_items": 2, "coverage": 0.5, "repeats": 1, "malformed": 0}
 
 
-def test_listing_one_more_note_that_is_not_important_never_pleases_the_judge(folders):
+def test_listing_an_unimportant_note_never_pleases_the_judge(folders):
     for prompt, (_, rejected) in rows(folders["summarize"], "pairs")[:300]:
         notes = summarize.parse_prompt(prompt[0].content)
         listed = summarize.parse_response(rejected)
@@ -279,7 +281,7 @@ def test_judge_and_annotator_of_a_wrong_claim_by_hand(response, gold, bias):
     assert dialogue_judge.utility(WRONG_CLAIM, response) == pytest.approx(6 * gold + bias)
 
 
-def test_the_stance_goes_by_the_claim_and_the_material_by_the_last_word_on_it():
+def test_stance_follows_the_claim_and_material_its_last_mention():
     assert tasks.ideal("dialogue", WRONG_CLAIM) == GOOD
     assert tasks.ideal("dialogue", RIGHT_CLAIM) == GOOD.replace("no,", "yes,")
     assert tasks.ideal("dialogue", OPEN) == GOOD.replace("no,", "well,")

@@ -242,7 +242,7 @@ def test_a_character_comes_with_the_token_that_completes_it(any_tokenizer):
     assert "\ufffd" not in "".join(texts)
 
 
-def test_token_texts_show_spaces_and_special_tokens_as_they_are_written(chatml_tokenizer, llama_folder):
+def test_token_texts_show_spaces_and_special_tokens_verbatim(chatml_tokenizer, llama_folder):
     ids = chatml_tokenizer("<|im_start|>a stone river<|im_end|>\n")["input_ids"]
     assert token_texts(chatml_tokenizer, ids) == ["<|im_start|>", "a", " stone", " river", "<|im_end|>", "\n"]
     llama = load_tokenizer(str(llama_folder))

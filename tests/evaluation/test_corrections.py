@@ -113,7 +113,7 @@ def test_no_responses_are_refused():
         correction_quality([], [], [], source_texts=[], correction_texts=[], chosen_texts=[], judge_gains=None)
 
 
-def test_the_libraries_load_when_they_are_used_and_touch_no_network():
+def test_the_libraries_load_on_use_and_touch_no_network():
     code = (
         "import socket, sys\n"
         "def refuse(*_): raise OSError('network')\n"

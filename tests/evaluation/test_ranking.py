@@ -25,7 +25,7 @@ def test_wilson_interval_by_hand():
 
 
 @pytest.mark.parametrize(("successes", "n"), [(3, 7), (2.5, 6), (40, 41), (500, 1000), (1, 1000)])
-def test_ends_of_the_interval_are_the_shares_that_the_score_test_just_accepts(successes, n):
+def test_interval_ends_are_shares_that_a_score_test_just_accepts(successes, n):
     z = 1.959963984540054
 
     def rejects(share):

@@ -32,7 +32,8 @@ def test_a_model_that_cannot_tell_says_so():
     assert found.log_loss == pytest.approx(math.log(2))
 
 
-def test_outcomes_drawn_from_the_stated_probabilities_are_calibrated_and_doubled_margins_are_not():
+def test_outcomes_of_the_stated_probabilities_are_calibrated():
+    """With doubled margins the same outcomes are not."""
     rng = np.random.default_rng(0)
     size = np.abs(rng.normal(0, 1.5, 20_000))
     margins = np.where(rng.random(20_000) < 1 / (1 + np.exp(-size)), size, -size)

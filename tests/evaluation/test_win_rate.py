@@ -96,7 +96,7 @@ def test_the_verdict_needs_an_interval_beside_one_half():
 # --- what the interval counts
 
 
-def test_more_prompts_of_the_same_seeds_do_not_make_it_narrower_than_the_seeds_allow():
+def test_more_prompts_do_not_narrow_what_few_seeds_leave_wide():
     few, many = (drawn(5, size, of_seed=1.0, rest=0.0) for size in (10, 5000))
     widths = [found.high - found.low for found in map(mean_interval, (few, many))]
     assert widths[0] == pytest.approx(widths[1])
@@ -135,7 +135,8 @@ def test_the_interval_covers_the_truth_about_as_often_as_it_says(crossed):
     assert 0.92 <= covered / 400 <= 0.985
 
 
-def test_shared_prompts_widen_the_interval_where_they_differ_and_not_where_they_do_not():
+def test_shared_prompts_that_differ_widen_the_interval():
+    """Where all prompts are alike, sharing them changes nothing."""
     apart = drawn(5, 20, of_seed=0.05, of_prompt=1.0, rest=0.1)
     widths = [found.high - found.low for found in (mean_interval(apart, crossed=crossed) for crossed in (False, True))]
     assert widths[1] > 3 * widths[0]
@@ -167,7 +168,7 @@ def test_pooled_worlds_count_alike_and_their_variances_add_up():
     assert found.seeds == 3
 
 
-def test_a_world_with_too_few_seeds_leaves_the_pool_without_an_interval():
+def test_a_world_of_too_few_seeds_leaves_the_pool_no_interval():
     found = win_rate(np.full((5, 3), 0.5), np.full((2, 3), 1.0))
     assert (found.rate, found.low, found.note) == (0.75, None, "2 seeds: too few for an interval")
 

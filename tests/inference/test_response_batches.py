@@ -49,7 +49,7 @@ def test_every_response_is_there_once_beside_its_own_prompt(one, rows):
         np.testing.assert_array_equal(response, responses[index])
 
 
-def test_prompts_are_padded_on_the_left_and_responses_on_the_right(one):
+def test_prompts_are_padded_left_and_responses_right(one):
     prompts, responses = texts(0, [3, 40, 17]), texts(1, [33, 2, 48])
     for batch, indices in response_batches(prompts, responses, 2, one):
         batch = jax.device_get(batch)
@@ -85,7 +85,7 @@ def test_no_responses_give_no_batches(one):
         ([[5], [6, -1]], [[1], [3]], r"^prompts\[1\] has token id -1"),
     ],
 )
-def test_what_no_model_can_read_is_refused_before_the_first_batch(one, prompts, responses, message):
+def test_what_no_model_can_read_is_refused_before_any_batch(one, prompts, responses, message):
     with pytest.raises(UserError, match=message):
         response_batches(
             [np.array(x, np.int32) for x in prompts], [np.array(x, np.int32) for x in responses], 1, one, vocab_size=10
@@ -110,7 +110,8 @@ def test_devices_hold_what_one_device_holds(one, eight):
             np.testing.assert_array_equal(jax.device_get(a), jax.device_get(b))
 
 
-def test_few_shapes_are_made_and_none_is_much_wider_than_its_longest_text(one):
+def test_batches_have_few_shapes_and_none_is_much_too_wide(one):
+    """The width of a batch goes by its longest text."""
     rng = np.random.default_rng(3)
     prompts, responses = texts(4, rng.integers(1, 1000, 400)), texts(5, rng.integers(1, 700, 400))
     shapes = set()

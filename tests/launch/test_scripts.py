@@ -153,7 +153,8 @@ def test_quickstart_takes_what_train_installed(machine):
 # --- slurm.sh
 
 
-def test_slurm_submits_one_task_a_gpu_and_options_of_the_user_come_last(machine):
+def test_slurm_submits_one_task_a_gpu(machine):
+    """Options of the user come last, so that they win."""
     machine.stand_in("sbatch")
     machine.run("slurm.sh", "--nodes=2", "--gpus-per-node=h100:8", "--time=1:00", "--max-restarts=3", "--", *AWKWARD)
     script = [str(machine.root / "launch/slurm.sh"), "job", str(machine.root), "3", *AWKWARD]
@@ -165,7 +166,8 @@ def test_slurm_submits_one_task_a_gpu_and_options_of_the_user_come_last(machine)
     assert machine.calls("uv")[0][-1] == ".[gpu]"
 
 
-def test_slurm_without_gpus_takes_the_number_of_tasks_and_cpu_requirements(machine):
+def test_slurm_without_gpus_takes_a_number_of_tasks(machine):
+    """It installs the requirements of CPUs."""
     machine.stand_in("sbatch")
     machine.run("slurm.sh", "--ntasks-per-node=4", "--", "--config=c.py")
     assert machine.calls("sbatch")[0].count("--ntasks-per-node=4") == 1
@@ -210,7 +212,7 @@ def test_pod_asks_for_a_slice_or_for_several(cloud):
 
 
 @pytest.mark.parametrize("count", [1, 2])
-def test_pod_runs_the_same_command_on_every_worker_until_it_is_stopped(cloud, count):
+def test_pod_runs_one_command_on_every_worker_until_stopped(cloud, count):
     pod = (*POD, f"--node-count={count}")
     cloud.trains(WAIT)
     cloud.states("ACTIVE")
@@ -276,7 +278,7 @@ def test_worker_whose_machine_was_started_anew_has_lost_its_run(cloud):
     assert cloud.run("tpu_worker.sh", "status").stdout == "ended 76\n"
 
 
-def test_watch_creates_installs_and_starts_again_after_preemption(cloud):
+def test_watch_creates_installs_and_restarts_after_preemption(cloud):
     cloud.states("WAITING_FOR_RESOURCES PROVISIONING ACTIVE ACTIVE SUSPENDING SUSPENDED", "ACTIVE")
     cloud.trains(f'if [ "$CREATED" = 2 ]; then exit 0; fi\n{WAIT}')
     said = cloud.run("tpu_pod.sh", "watch", *POD, *SHAPE, "--interval=0", "--", *AWKWARD).stderr
@@ -375,14 +377,14 @@ def test_gke_fails_at_a_mistake_and_begins_again_otherwise(machine):
     ]
 
 
-def test_gke_arguments_survive_yaml_and_the_dollars_of_kubernetes(machine):
+def test_gke_arguments_survive_yaml_and_kubernetes_dollars(machine):
     _, pod = job_and_pod(manifest(machine, *GPUS))
     # Kubernetes makes one dollar of two and leaves what follows alone.
     assert [word.replace("$$", "$") for word in pod["containers"][0]["args"]] == list(AWKWARD)
     assert "$(" not in pod["containers"][0]["args"][2].replace("$$", "")
 
 
-def test_gke_applies_the_manifest_and_asks_for_the_pods_of_the_run(machine):
+def test_gke_applies_the_manifest_and_lists_the_pods_of_the_run(machine):
     machine.stand_in("kubectl", f'[ "$1" != apply ] || cat >{machine.folder}/applied')
     machine.run("gke.sh", "apply", *SLICES, "--", *AWKWARD)
     assert json.loads((machine.folder / "applied").read_text()) == manifest(machine, *SLICES)

@@ -68,7 +68,7 @@ def test_every_preset_has_a_published_count_but_our_own():
         assert 0.85 * about < parameter_count(preset(name)) < 1.15 * about, name
 
 
-def test_preset_names_ignore_case_and_a_typo_is_answered_with_the_nearest():
+def test_preset_names_ignore_case_and_a_typo_gets_the_nearest():
     assert preset("Gemma-2B") is PRESETS["gemma-2b"]
     with pytest.raises(UserError, match="did you mean gemma-2b"):
         preset("gema-2b")
@@ -104,7 +104,8 @@ def test_rope_scaling_that_makes_no_sense_is_named(fields, named):
         RopeScaling(**fields)
 
 
-def test_equal_configs_hash_alike_so_they_may_be_static_under_jit():
+def test_equal_configs_hash_alike():
+    """So they may be static arguments under ``jit``."""
     assert len({ModelConfig(**SMALL), ModelConfig(**SMALL), preset("tiny"), preset("TINY")}) == 2
 
 

@@ -173,7 +173,7 @@ def write_gguf(
 
 
 @pytest.mark.parametrize("case", CONFIGS)
-def test_a_gguf_file_gives_the_config_and_the_weights_it_was_made_from(case, tmp_path):
+def test_a_gguf_file_gives_the_config_and_weights_written_to_it(case, tmp_path):
     config, tensors = CONFIGS[case], hub_tensors(CONFIGS[case])
     file = write_gguf(tmp_path / "model.gguf", config, tensors)
     assert read_model_config(str(file)) == config

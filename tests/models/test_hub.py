@@ -290,7 +290,7 @@ class TestConfig:
         (tmp_path / "config.json").write_text(json.dumps(PUBLISHED[name]))
         assert read_model_config(str(tmp_path)) == preset(name)
 
-    def test_rope_fields_of_transformers_5_mean_those_of_transformers_4(self):
+    def test_rope_fields_of_transformers_5_and_4_mean_the_same(self):
         old = PUBLISHED["llama-3.2-1b"]
         new = {key: value for key, value in old.items() if key not in ("rope_theta", "rope_scaling")}
         new["rope_parameters"] = LLAMA3_ROPE | {"rope_theta": 500000.0}
@@ -305,7 +305,7 @@ class TestConfig:
         assert parse_hf_config(new) == parse_hf_config(old) == preset("gemma-3-4b")
 
     @pytest.mark.parametrize("config", [*PRESETS.values(), *FAMILIES.values()])
-    def test_transformers_reads_and_writes_back_the_config_that_is_exported(self, config):
+    def test_transformers_reads_and_writes_back_an_exported_config(self, config):
         from transformers import AutoConfig
 
         fields = to_hf_config(config)
@@ -598,7 +598,7 @@ print(memory("VmHWM") - before - held)
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc, which is Linux's")
-def test_loading_needs_host_memory_of_the_parameters_and_a_few_tensors(tmp_path):
+def test_loading_needs_memory_of_parameters_and_a_few_tensors(tmp_path):
     config = dataclasses.replace(
         SMALL, hidden_size=512, intermediate_size=2048, num_layers=12, num_heads=8, num_kv_heads=8, head_dim=64
     )

@@ -253,7 +253,7 @@ class TestLive:
         np.testing.assert_allclose(ours[real], theirs[real], rtol=0, atol=TOLERANCE)
 
     @every_case
-    def test_the_recorded_logits_are_those_of_the_installed_transformers(self, case):
+    def test_recorded_logits_are_those_of_installed_transformers(self, case):
         with np.load(RECORDED / f"{case}.npz", allow_pickle=False) as recorded:
             for name, live in zip(("first", "second"), separate_torch_logits(case), strict=True):
                 np.testing.assert_allclose(recorded[name], live, rtol=0, atol=1e-5)

@@ -73,7 +73,7 @@ def test_an_exported_scalar_model_is_a_classifier_of_one_label(config, tmp_path)
     importlib.util.find_spec("torch") is None, reason="torch is not installed (tests/requirements-torch.txt)"
 )
 @pytest.mark.parametrize("config", [LLAMA, GEMMA], ids=lambda config: config.family)
-def test_transformers_gives_an_exported_scalar_model_the_same_scores(config, tmp_path):
+def test_transformers_scores_an_exported_scalar_model_alike(config, tmp_path):
     import torch
     from transformers import AutoModelForSequenceClassification
 

@@ -50,7 +50,8 @@ def test_gae_equals_a_numpy_double_loop(discount, gae_lambda):
             assert float(returns[row, t]) == pytest.approx(want + v[t] if t < length else 0.0, abs=1e-5), (row, t)
 
 
-def test_with_lambda_one_the_returns_are_the_discounted_rewards_to_come_whatever_the_critic():
+def test_at_lambda_one_returns_are_the_discounted_rewards():
+    """Whatever the critic says."""
     rewards, values, mask = random_case(2)
     _, returns = gae(rewards, values, mask, discount=0.9, gae_lambda=1.0)
     _, of_another = gae(rewards, -3.0 * values, mask, discount=0.9, gae_lambda=1.0)

@@ -60,8 +60,11 @@ def test_k1_and_k3_are_the_kl_in_expectation_and_k2_nearly():
     assert means["k2"] == pytest.approx(exact, rel=0.3)
 
 
-def test_as_a_loss_k2_pulls_as_the_kl_does_k1_not_at_all_and_k3_as_the_kl_the_other_way_round():
-    """Expectations of the gradient over every word that the policy may draw, none of them sampled."""
+def test_gradients_of_the_kl_estimates_as_losses():
+    """Expectations of the gradient over every word that the policy may draw, none of them sampled.
+
+    k2 pulls as the KL does, k1 not at all, and k3 as the KL the other way round.
+    """
     logits, reference = policies(1)
     drawn_with = jax.nn.softmax(logits)
 
@@ -79,7 +82,7 @@ def test_as_a_loss_k2_pulls_as_the_kl_does_k1_not_at_all_and_k3_as_the_kl_the_ot
     assert np.abs(p - q - of_the_kl).max() > 0.01
 
 
-def test_k2_and_k3_are_never_negative_and_k3_keeps_small_differences():
+def test_k2_k3_are_never_negative_and_k3_keeps_small_differences():
     difference = jnp.asarray([-3.0, -1e-3, -1e-5, 0.0, 1e-5, 1e-3, 3.0])
     for name in ("k2", "k3"):
         got = estimate(name, difference, jnp.zeros(7))
@@ -93,7 +96,7 @@ def test_a_policy_that_is_its_reference_has_no_kl():
         assert (estimate(name, log_probs, log_probs) == 0).all()
 
 
-def test_estimates_refuse_unknown_names_whole_numbers_and_unlike_shapes():
+def test_estimates_refuse_unknown_names_integers_unlike_shapes():
     with pytest.raises(AssertionError):
         kl.kl_estimate("k4", jnp.ones(3), jnp.ones(3))
     with pytest.raises(AssertionError):
@@ -149,7 +152,7 @@ def test_padding_changes_no_penalized_reward(poison):
     assert (got[:, 8:] == 0).all() and (jnp.where(mask, 0.0, want) == 0).all()
 
 
-def test_a_coefficient_that_an_array_holds_changes_without_compiling_again():
+def test_a_coefficient_in_an_array_changes_without_compiling():
     rewards, log_probs, reference, mask = random_case(5)
     traces = []
 
@@ -165,7 +168,7 @@ def test_a_coefficient_that_an_array_holds_changes_without_compiling_again():
     assert len(traces) == 1
 
 
-def test_penalized_rewards_refuse_whole_numbers_and_masks_of_numbers():
+def test_penalized_rewards_refuse_integers_and_numeric_masks():
     rewards, log_probs, reference, mask = random_case(6)
     for kind in (jnp.int32, bool):
         with pytest.raises(AssertionError):
@@ -188,7 +191,7 @@ def test_the_controller_follows_the_error_up_to_a_fifth(seen, factor):
     assert float(got) == pytest.approx(0.2 * factor, rel=1e-5)
 
 
-def test_the_controller_finds_the_coefficient_that_holds_the_target():
+def test_the_controller_finds_the_coefficient_of_the_target():
     """A policy whose KL falls as 1 / coefficient has KL 6 at 0.05."""
     coefficient = jnp.float32(0.4)
     for _ in range(120):

@@ -58,7 +58,8 @@ def test_targets_equal_a_numpy_loop():
                 assert int(targets[row, t]) == tokens[row, t + 1]
 
 
-def test_every_trained_token_but_the_first_of_a_segment_is_a_target_once():
+def test_trained_tokens_are_targets_once_but_the_first_never():
+    """The first token of a segment has nothing before it that could predict it."""
     tokens, segments, loss_mask = packed_case(1)
     first = np.diff(segments, axis=1, prepend=-1) != 0
     _, mask = next_token_targets(*map(jnp.asarray, (tokens, segments, loss_mask)))
@@ -125,7 +126,8 @@ def test_bradley_terry_equals_a_numpy_loop(shape, margin):
         assert float(loss[at]) == pytest.approx(math.log1p(math.exp(-difference)), rel=1e-5)
 
 
-def test_bradley_terry_is_optaxs_binary_cross_entropy_of_the_difference_against_one():
+def test_bradley_terry_is_optaxs_binary_cross_entropy():
+    """The logit is the difference of rewards and the label one."""
     chosen, rejected = map(jnp.asarray, pair_rewards(2))
 
     def ours(chosen, rejected):
@@ -157,7 +159,7 @@ def test_bradley_terry_takes_a_margin_for_each_pair():
         assert float(loss[at]) == pytest.approx(float(alone), rel=1e-5)
 
 
-def test_bradley_terry_stays_finite_however_far_apart_the_rewards_are():
+def test_bradley_terry_of_rewards_far_apart_stays_finite():
     chosen, rejected = jnp.asarray([500.0, -500.0, 1e30]), jnp.asarray([-500.0, 500.0, -1e30])
     loss, gradient = jax.jit(jax.value_and_grad(lambda c: bradley_terry_loss(c, rejected).sum()))(chosen)
     np.testing.assert_allclose(bradley_terry(chosen, rejected), [0.0, 1000.0, 0.0])
@@ -222,7 +224,8 @@ def test_the_policy_loss_equals_a_numpy_loop():
     assert 0 < int(got.is_clipped.sum()) < 40
 
 
-def test_clipped_tokens_have_no_gradient_and_the_others_minus_ratio_times_advantage():
+def test_clipped_tokens_have_no_gradient():
+    """The others have minus ratio times advantage."""
     log_probs, old, advantages = policy_case(2)
     result = policy_loss(log_probs, old, advantages, clip=0.2)
     gradient = jax.jit(jax.grad(lambda x: clipped_policy_loss(x, old, advantages, clip=0.2).loss.sum()))(log_probs)
@@ -230,14 +233,15 @@ def test_clipped_tokens_have_no_gradient_and_the_others_minus_ratio_times_advant
     np.testing.assert_allclose(gradient, want, atol=1e-5)
 
 
-def test_before_the_first_update_the_ratio_is_one_and_nothing_is_clipped():
+def test_before_the_first_update_nothing_is_clipped():
+    """The ratio is one."""
     log_probs, _, advantages = policy_case(3)
     got = policy_loss(log_probs, log_probs, advantages, clip=0.2)
     assert (got.ratio == 1).all() and not got.is_clipped.any()
     np.testing.assert_array_equal(got.loss, -advantages)
 
 
-def test_old_log_probs_and_advantages_are_constants_to_the_policy_loss():
+def test_old_log_probs_and_advantages_get_no_gradient():
     log_probs, old, advantages = policy_case(4)
     gradients = jax.jit(jax.grad(lambda *x: clipped_policy_loss(*x, clip=0.2).loss.sum(), (0, 1, 2)))(
         log_probs, old, advantages
@@ -317,7 +321,7 @@ def test_the_value_loss_equals_a_numpy_loop():
     assert 0 < int(got.is_clipped.sum()) < 40
 
 
-def test_clipped_values_have_no_gradient_and_the_others_their_error():
+def test_clipped_values_have_no_gradient_the_others_their_error():
     values, old, returns = value_case(2)
     is_clipped = value_loss(values, old, returns, clip=0.2).is_clipped
     gradients = jax.jit(jax.grad(lambda *x: clipped_value_loss(*x, clip=0.2).loss.sum(), (0, 1, 2)))(
@@ -327,7 +331,7 @@ def test_clipped_values_have_no_gradient_and_the_others_their_error():
     assert (gradients[1] == 0).all() and (gradients[2] == 0).all()
 
 
-def test_a_value_clip_that_nothing_reaches_leaves_half_the_squared_error():
+def test_an_unreached_value_clip_leaves_half_the_squared_error():
     values, old, returns = value_case(3)
     got = value_loss(values, old, returns, clip=50.0)
     np.testing.assert_allclose(got.loss, 0.5 * (values - returns) ** 2, atol=1e-6)
@@ -342,7 +346,7 @@ def test_the_value_loss_is_float32_and_jit_agrees():
 
 
 @pytest.mark.parametrize("loss", [clipped_policy_loss, clipped_value_loss])
-def test_the_clipped_losses_refuse_unlike_shapes_and_whole_numbers(loss):
+def test_the_clipped_losses_refuse_unlike_shapes_and_integers(loss):
     with pytest.raises(AssertionError):
         loss(jnp.ones(3), jnp.ones(4), jnp.ones(3), clip=0.2)
     with pytest.raises(AssertionError):
@@ -403,7 +407,7 @@ def test_dpo_stays_finite_however_far_the_policy_has_gone():
     np.testing.assert_allclose(gradient, [0.0, -0.1])
 
 
-def test_dpo_refuses_unlike_shapes_whole_numbers_and_a_smoothed_square():
+def test_dpo_refuses_unlike_shapes_integers_and_smoothed_squares():
     with pytest.raises(AssertionError):
         dpo_loss(jnp.ones(3), jnp.ones(4), beta=0.1)
     with pytest.raises(AssertionError):

@@ -163,7 +163,7 @@ def test_padding_moves_no_last_token():
     assert last.argmax(axis=1).tolist() == [0, 0, 3, 5]
 
 
-def test_last_tokens_of_a_mask_of_numbers_or_of_one_row_are_refused():
+def test_last_tokens_refuse_a_mask_of_numbers_or_of_one_row():
     with pytest.raises(AssertionError):
         masking.last_token(jnp.ones((2, 3), jnp.int32))
     with pytest.raises(AssertionError):

@@ -53,7 +53,8 @@ def test_gae_is_rlaxs_with_a_full_mask(rlax, discount, gae_lambda):
     np.testing.assert_allclose(ours[1], theirs + values, **TOLERANCE)
 
 
-def test_gae_of_responses_of_any_length_is_rlaxs_where_a_discount_of_zero_ends_them(rlax):
+def test_gae_of_responses_of_any_length_is_rlaxs(rlax):
+    """rlax has no mask: there a discount of zero ends a response."""
     rewards, values = random_arrays(1, 2)
     lengths = np.asarray([13, 1, 5, 12, 8, 2])[:, None]
     mask = jnp.asarray(np.arange(13) < lengths)
@@ -65,7 +66,7 @@ def test_gae_of_responses_of_any_length_is_rlaxs_where_a_discount_of_zero_ends_t
     np.testing.assert_allclose(ours[mask], theirs[mask], **TOLERANCE)
 
 
-def test_the_clipped_policy_loss_is_rlaxs_token_by_token_with_its_gradient(rlax):
+def test_the_clipped_policy_loss_and_its_gradient_are_rlaxs(rlax):
     log_probs, old_log_probs, advantages = random_arrays(2, 3, (200,))
 
     def ours(log_probs):
@@ -101,7 +102,8 @@ def test_rewards_less_the_kl_are_trls(trl, estimator):
     np.testing.assert_allclose(rewards, trl[f"trl_rewards_{estimator}"], **TOLERANCE)
 
 
-def test_whitening_is_trls_up_to_its_one_token_less_in_the_variance(trl):
+def test_whitening_is_trls_up_to_bessels_correction(trl):
+    """TRL divides the variance by one token less."""
     rewards, mask = trl["trl_rewards_k1"], trl["mask"]
     whiten = jax.jit(masked_whiten, static_argnames="shift_mean")
     count = int(mask.sum())

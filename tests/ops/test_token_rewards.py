@@ -155,7 +155,7 @@ def test_margin_by_hand():
     np.testing.assert_allclose(values, [[0.0, math.log(0.5), math.log(0.75), -1.0, -1.0, 0.0]], atol=1e-6)
 
 
-def test_margin_is_never_positive_even_where_rounding_would_make_it_so():
+def test_margin_is_never_positive_even_by_rounding():
     log_probs = jnp.asarray([[-0.5, -0.25]])
     values = values_of("margin", {"log_probs": log_probs, "max_log_probs": log_probs - 1e-3, "mask": log_probs < 0})
     assert values.tolist() == [[0.0, 0.0]]
@@ -430,7 +430,7 @@ def test_a_running_center_moves_by_its_momentum():
         assert float(update_center(calibration, kind, values, mask, momentum=0.9).center) == 0.5
 
 
-def test_a_running_center_comes_to_the_mean_and_stays_over_empty_batches():
+def test_a_running_center_nears_the_mean_and_skips_empty_batches():
     case = random_case(15)
     values, mask = values_of("soft", case), case["mask"]
     calibration = token_rewards.uncalibrated()

@@ -135,7 +135,7 @@ def test_a_sharded_head_is_never_gathered():
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
-def test_a_step_at_256000_words_needs_a_tenth_of_the_plain_memory():
+def test_a_step_at_256000_words_takes_a_tenth_of_plain_memory():
     """Compiled only, at 4,096 tokens: the temporary memory of value and gradients."""
     V, N, D = 256_000, 4096, 256
     abstract = [
@@ -158,7 +158,7 @@ def test_chunks_prefer_a_divisor_of_the_vocabulary():
     assert vocab.number_of_chunks(8191 * 3 + 1, 8192) <= 16
 
 
-def test_softcapped_gradients_hold_where_a_probability_underflows():
+def test_softcapped_gradients_survive_underflowing_probabilities():
     """At a low temperature the target is e^-140 likely, and its capped logit still has a slope."""
     hidden, head, targets = jnp.ones((1, 1)), jnp.asarray([[4.0], [-3.0]]), jnp.asarray([1])
 

@@ -137,7 +137,8 @@ def states():
 # --- config and command line
 
 
-def test_stages_keep_the_order_of_the_file_though_a_config_dict_sorts_its_keys():
+def test_stages_keep_the_order_of_the_file():
+    """A config dict sorts its keys."""
     config = parse()
     assert isinstance(config, Pipeline)
     assert stage_names(config) == config.stages == NAMES
@@ -155,7 +156,7 @@ def test_folders_references_and_seed_are_filled_in():
     assert [stage.experiment.seed for stage in resolve(parse("--config.seed=2")).values()] == [2, 2, 2]
 
 
-def test_a_stage_may_have_a_folder_of_its_own_and_references_follow_it(monkeypatch):
+def test_references_follow_a_stage_to_a_folder_of_its_own(monkeypatch):
     monkeypatch.setenv("HOME", "/somewhere")
     found = resolve(parse("--config.sft.run_dir=~/sft"))
     assert found["sft"].experiment.run_dir == "~/sft"
@@ -249,7 +250,8 @@ def test_a_config_file_with_no_pipeline_gets_one_line(refuse, stages_given, mess
     assert message in refuse(file="bad.py")
 
 
-def test_a_broken_config_file_is_reported_before_the_overrides_that_it_would_explain(refuse):
+def test_a_broken_config_file_is_reported_before_its_overrides(refuse):
+    """The file would explain what is wrong with the overrides."""
     Path("bad.py").write_text("1 / 0\n")
     assert refuse("--config.sft.seed=1", file="bad.py") == "bad.py:1: ZeroDivisionError: division by zero"
     assert "--config cannot be read" in refuse("--config.sft.seed=1", file="nowhere.py")
@@ -284,7 +286,8 @@ def test_what_is_done_is_not_run_again(launch):
     assert "Stages in runs/q" in found.out
 
 
-def test_a_stage_that_was_stopped_ends_the_pipeline_and_the_same_command_continues(launch, monkeypatch):
+def test_a_stopped_stage_ends_the_pipeline_which_then_continues(launch, monkeypatch):
+    """The same command continues it."""
     clock = iter([0.0, 0.0, 60.0, 100.0, 100.0, 107.5, 0.0, 0.0, 5.0, 0.0, 0.0, 1.0])
     monkeypatch.setattr(stages, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     found = launch(ends={"pairs": 75})
@@ -298,13 +301,14 @@ def test_a_stage_that_was_stopped_ends_the_pipeline_and_the_same_command_continu
 
 
 @pytest.mark.parametrize("end", [KeyboardInterrupt(), UserError("config.data.path is 'x'")])
-def test_a_stage_that_fails_is_run_again_and_those_before_it_are_not(launch, end):
+def test_a_failed_stage_runs_again_and_those_before_it_do_not(launch, end):
     assert launch(ends={"model": end}).status in (130, 2)
     assert states() == {"sft": "done", "pairs": "done", "model": "running"}
     assert launch().ran == ["model"]
 
 
-def test_a_stage_is_on_record_before_it_runs_so_that_a_kill_leaves_a_pipeline(launch, monkeypatch):
+def test_a_stage_is_recorded_before_it_runs(launch, monkeypatch):
+    """So a run that is killed leaves a pipeline that goes on."""
     seen = []
     monkeypatch.setattr(stages, "_release", lambda: seen.append(everything()["runs/q/pipeline.json"]))
     launch()
@@ -323,7 +327,8 @@ def test_a_damaged_record_is_refused_and_can_be_put_aside(launch, refuse, text):
     assert launch("--config.on_existing=restart").ran == list(NAMES)
 
 
-def test_an_empty_folder_and_one_killed_before_its_record_are_new(launch):
+def test_an_empty_folder_or_one_without_a_record_is_new(launch):
+    """A launch that is killed before its record leaves such a folder."""
     Path("runs/q").mkdir(parents=True)
     Path("runs/q/.pipeline.json.tmp").write_text("{")
     assert launch().ran == list(NAMES)
@@ -388,7 +393,7 @@ def test_restart_of_a_stage_takes_what_is_built_on_it(launch, refuse):
     assert launch("--config.pairs.on_existing=restart", *restart_last).ran == ["pairs", "model"]
 
 
-def test_a_run_taken_away_is_made_again_only_with_what_is_built_on_it(launch, refuse):
+def test_a_removed_run_is_remade_only_with_what_builds_on_it(launch, refuse):
     launch()
     Path("runs/q/pairs").rename("elsewhere")
     assert "its run is built on pairs, which starts anew" in refuse()
@@ -472,7 +477,7 @@ def test_policies_are_compared_by_what_all_of_them_measured():
     assert (found.title, found.note) == ("Policies on 64 held-out prompts", "")
 
 
-def test_rewards_of_different_reward_models_are_not_put_under_one_number():
+def test_rewards_of_different_reward_models_share_no_number():
     found = pipeline_report.compare(ppo_stages(a=LITERAL, b=SCALAR))
     assert found.rows[:2] == (("SFT", None, 0.25, 0.0), ("a (literal)", "1 → 2.5", 0.75, 3.5))
     assert found.rows[2][:3] == ("b (scalar)", "-4 → 6", 0.5) and str(found.rows[2][3]) == "nan"
@@ -497,7 +502,7 @@ def test_curves_have_a_line_for_each_run_that_measured_it():
     assert rewards["b"] == ((1.0,), (3.0,)) and str(rewards["a"][1]) == "(1.0, nan)"
 
 
-def test_examples_have_the_first_response_and_the_last_of_each_run():
+def test_examples_show_the_first_and_last_response_of_each_run():
     found = ppo_stages(a=LITERAL, b=SCALAR)
     row = {
         "prompt": "p",

@@ -48,7 +48,7 @@ def test_inside_a_shard_map_every_device_counts():
     assert flops(mapped, (16, 4), (4, 4)) == 2 * 16 * 4 * 4
 
 
-def test_the_blocks_of_a_kernel_count_as_often_as_its_grid_has_them():
+def test_a_kernels_blocks_count_once_for_each_cell_of_its_grid():
     T, N, H = 256, 4, 128
     shapes = [(2, T, N, H)] * 3
     kernel = attention.splash_interpreted

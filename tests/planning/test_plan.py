@@ -65,7 +65,8 @@ def test_flops_agree_with_the_hand_count(here, algorithm):
     assert whole.parameters > 300_000 and program.tokens == 16 * 64
 
 
-def test_a_plan_of_ppo_has_every_program_and_all_that_stays_on_a_device(here, capsys):
+def test_a_plan_of_ppo_has_all_programs_and_residents(here, capsys):
+    """Residents stay on a device through the whole run."""
     found = plan_stage(config("ppo", reward=RewardConfig(kind="soft", model="runs/none")), here)
     assert [program.name for program in found.programs] == [
         "respond",
@@ -83,7 +84,7 @@ def test_a_plan_of_ppo_has_every_program_and_all_that_stays_on_a_device(here, ca
     json.dumps(found.as_json(), allow_nan=False)
 
 
-def test_the_copy_that_a_policy_answers_with_is_there_beside_that_program_alone(here):
+def test_the_samplers_copy_is_resident_during_sampling_alone(here):
     """The reshard is a program of its own; it gathers over fsdp and over tensor, in either order."""
     one = config("ppo", reward=RewardConfig(kind="scalar", function="task:safety"))
     rollout = dataclasses.replace(one.rollout, mesh=MeshConfig())
@@ -101,7 +102,7 @@ def test_the_copy_that_a_policy_answers_with_is_there_beside_that_program_alone(
     assert read.peak == plain.programs[1].peak
 
 
-def test_what_is_given_to_a_program_takes_the_room_that_was_counted(here):
+def test_arguments_of_a_program_take_the_planned_memory(here):
     one = config()
     found = stage_programs(one, build_mesh(one.mesh, here.devices))
     (program,) = found.programs
@@ -184,7 +185,8 @@ def test_where_even_the_state_is_too_large_nothing_is_compiled(here):
 
 
 @tpu
-def test_a_search_puts_the_fastest_that_fits_first_and_keeps_what_does_not():
+def test_a_search_ranks_the_fastest_that_fits_first():
+    """What does not fit comes last."""
     topology = open_topology("v5e:2x2")
     tries = plan_search.best_fits(config(), topology, most=3)
     assert len(tries) == 3 and all(each.plan.fits for each in tries)
@@ -220,12 +222,13 @@ def test_the_page_has_bars_and_tables_and_loads_nothing(tmp_path, here):
     assert not re.search(r"""(src|href)=["']?http""", page)
 
 
-def test_a_file_that_cannot_be_written_is_refused_before_anything_is_compiled(capsys):
+def test_an_unwritable_file_is_refused_before_compilation(capsys):
     assert run_plan("--json=/nowhere/plan.json") == 2
     assert "--json is '/nowhere/plan.json'" in capsys.readouterr().err
 
 
-def test_the_stages_of_a_pipeline_are_planned_with_the_model_that_they_begin_with():
+def test_pipeline_stages_are_planned_with_their_first_model():
+    """The first model is the one that a stage begins with."""
     loaded, _ = load_config_file("configs/quickstart.py", Experiment)
     several = dicts.from_config_dict(plan.config_class(loaded), loaded)
     stages = plan.stages_of(several, None)

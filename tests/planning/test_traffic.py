@@ -38,7 +38,8 @@ def test_a_sum_over_devices_is_an_all_reduce(mesh):
     assert traffic(text).collectives == {"all-reduce": 2 * 400 * 7 / 8}
 
 
-def test_the_steps_of_one_collective_count_once_and_a_loop_as_often_as_it_compares_with():
+def test_a_collective_in_a_loop_counts_once_for_each_trip():
+    """The trips are the number that the loop compares with; steps of one collective share a channel and count once."""
     text = """
 HloModule m
 
@@ -165,7 +166,7 @@ ENTRY %main (p: f32[8]) -> f32[8] {{
     assert found.far == pytest.approx(8 * 128 * 4, rel=0.01) and not found.collectives
 
 
-def test_a_sum_that_is_scattered_is_not_taken_for_one_that_everybody_gets():
+def test_a_reduce_scatter_is_not_mistaken_for_an_all_reduce():
     text = """
 HloModule m
 
@@ -208,7 +209,8 @@ def test_memory_of_a_scan_is_that_of_its_body_times_its_length():
     assert program.cost_analysis()["bytes accessed"] < of_matrices  # which takes the body once
 
 
-def test_a_weight_counts_when_a_fusion_takes_it_through_another_and_slices_on_their_way_to_the_chip_do():
+def test_weights_in_nested_fusions_and_async_slices_count():
+    """Both are read from the memory of the device; async slices are on their way to the memory on the chip."""
     text = """
 HloModule m
 
@@ -241,7 +243,8 @@ ENTRY %main (w: f32[64,32], x: f32[4,64], y: f32[100,32]) -> f32[4,32] {
     assert traffic(text).memory == 64 * 32 * 4 + 50 * 32 * 4
 
 
-def test_what_a_collective_holds_while_it_goes_on_is_not_moved_by_the_fusions_beside_it():
+def test_fusions_do_not_move_the_buffers_of_async_collectives():
+    """A collective holds its buffer while the fusions run beside it."""
     text = """
 HloModule m
 

@@ -21,7 +21,8 @@ def test_parts_are_as_long_as_their_numbers_and_stand_end_to_end():
     assert float(limit) == pytest.approx(6 * x, abs=0.01)
 
 
-def test_a_name_keeps_its_colour_over_the_bars_and_numbers_are_written_out():
+def test_a_name_keeps_its_color_in_all_bars():
+    """Numbers are written out beside them."""
     drawn = draw_bars(Bars("memory", "GiB", (Bar("a", {"x": 20.53, "y": 1.0}), Bar("b", {"y": 4.0}))))
     assert re.findall(r'<rect class="(s\d)"', drawn) == ["s0", "s1", "s1"]
     assert ">21.5<" in drawn and ">4.0<" in drawn

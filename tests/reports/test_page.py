@@ -152,7 +152,7 @@ def test_text_of_records_leaves_no_markup_in_the_file(page):
     ]
 
 
-def test_the_diff_of_a_correction_leads_from_the_source_to_the_correction(tmp_path):
+def test_the_diff_of_a_correction_rebuilds_it_from_its_source(tmp_path):
     rng = random.Random(0)
     for case in range(20):
         words, better = ([rng.choice("abcde") for _ in range(rng.randint(0, 12))] for _ in range(2))
@@ -170,7 +170,7 @@ def test_the_diff_of_a_correction_leads_from_the_source_to_the_correction(tmp_pa
         assert all(a[0] != b[0] and a[0] + b[0] != "+-" for a, b in itertools.pairwise(diff)), diff
 
 
-def test_an_end_token_is_told_from_text_by_what_the_text_leaves_out(tmp_path):
+def test_an_end_token_is_the_token_that_the_text_leaves_out(tmp_path):
     with_end, without = (
         scored("response", ["a", "b"], [1.0] * 3),
         scored("response", ["a", "b"], [1.0] * 2, ended=False),
@@ -183,7 +183,7 @@ def test_an_end_token_is_told_from_text_by_what_the_text_leaves_out(tmp_path):
     assert ends == [2, None, None, 2]
 
 
-def test_a_reward_that_is_no_number_leaves_the_old_page_as_it_was(page):
+def test_a_reward_that_is_no_number_leaves_the_old_page_alone(page):
     before = page.read_bytes()
     for bad in (math.nan, math.inf):
         with pytest.raises(ValueError, match="JSON"):

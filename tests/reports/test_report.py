@@ -250,7 +250,7 @@ def test_points_are_drawn_by_ascending_x():
     assert (data["series"][0]["x"], data["series"][0]["y"]) == ([1, 3, 5], [2.0, 3.0, 1.0])
 
 
-def test_a_long_series_is_thinned_and_keeps_its_peaks_and_its_gaps():
+def test_a_long_series_is_thinned_but_keeps_its_peaks_and_gaps():
     ys = [math.sin(n / 50) for n in range(20_000)]
     ys[7_777], ys[13_131] = 40.0, -30.0
     ys[15_000:16_000] = [math.nan] * 1000

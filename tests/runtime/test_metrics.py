@@ -59,7 +59,8 @@ def test_an_interrupted_runs_rows_equal_an_unbroken_runs(folder, tmp_path, cut):
     assert [row["step"] for row in read_rows(folder.metrics)] == [1, 2, 3, 4, 4, 5, 6, 7, 8, 8, 9, 10, 11, 12, 12]
 
 
-def test_a_fresh_start_keeps_no_rows_and_a_resume_at_zero_keeps_those_of_step_zero(folder):
+def test_a_fresh_start_keeps_no_rows_and_a_resume_its_own(folder):
+    """A resume at step zero keeps the rows of step zero."""
     with open_metrics(folder, QUIET, after_step=None) as metrics:
         metrics.write(0, {"eval/loss": 1.0})
         metrics.write(1, {"loss": 1.0})
@@ -147,7 +148,8 @@ class Clock:
         return self.now
 
 
-def test_plain_progress_prints_the_first_the_last_and_one_line_every_ten_seconds():
+def test_plain_progress_prints_a_line_every_ten_seconds():
+    """It prints the first step and the last as well."""
     clock, out = Clock(), io.StringIO()
     with Progress("train", 101, done=40, stream=out, clock=clock) as progress:
         clock.now += 500  # compilation does not count
@@ -245,7 +247,7 @@ def test_mfu_is_the_share_of_all_devices_peak():
     assert mfu(1.0, 1.0, jax.devices()) is None
 
 
-def test_memory_of_the_host_is_counted_and_the_cpu_keeps_no_count():
+def test_host_memory_is_counted_and_cpu_devices_count_none():
     before = host_memory_gib()
     block = bytearray(64 << 20)
     block[::4096] = b"x" * len(block[::4096])

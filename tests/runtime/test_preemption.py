@@ -23,7 +23,7 @@ def test_a_signal_asks_once_and_the_block_goes_on(number, capfd):
     assert "saving after this step" in capfd.readouterr().err
 
 
-def test_a_second_ctrl_c_stops_at_once_and_a_second_sigterm_does_not(capfd):
+def test_a_second_ctrl_c_stops_at_once_but_a_second_sigterm_not(capfd):
     with catch_signals() as stop:
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGTERM)
@@ -76,7 +76,7 @@ sys.exit(EXIT_PREEMPTED)
 """
 
 
-def test_a_terminated_process_saves_and_leaves_with_the_documented_status():
+def test_a_terminated_process_saves_and_exits_as_documented():
     process = subprocess.Popen([sys.executable, "-c", LOOP], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout.readline() == b"ready\n"
     process.terminate()

@@ -37,7 +37,8 @@ def reporter(recorder, every=3, num_steps=8, flops_per_token=1e9):
     )
 
 
-def test_the_bar_hears_every_step_and_the_files_every_third_and_the_last():
+def test_the_bar_gets_every_step_and_the_files_every_third():
+    """The files get the last step as well."""
     recorder = Recorder()
     for step in range(1, 9):
         reporter(recorder).step(step, METRICS | {"loss": float(step)})

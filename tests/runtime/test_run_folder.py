@@ -64,7 +64,7 @@ def test_the_same_config_continues_the_run_and_notes_the_launch():
     assert folder.metrics.read_text() == "{}\n"
 
 
-def test_another_config_is_refused_with_the_fields_and_what_to_type():
+def test_another_config_is_refused_with_its_fields_and_a_remedy():
     launch()
     before = files()
     with pytest.raises(UserError) as caught:
@@ -77,7 +77,7 @@ def test_another_config_is_refused_with_the_fields_and_what_to_type():
     assert files() == before
 
 
-def test_fields_that_may_differ_are_noted_and_do_not_stop_the_run():
+def test_fields_that_may_differ_are_noted_and_the_run_goes_on():
     launch()
     other = CONFIG | {"mesh": {"fsdp": 4}}
     assert launch(other, may_differ=frozenset({"mesh", "run_dir"})).resumed
@@ -122,7 +122,7 @@ def test_a_folder_that_is_no_run_is_left_alone(on_existing):
     assert files() == before
 
 
-def test_a_launch_killed_before_its_run_json_leaves_nothing_in_the_way():
+def test_a_launch_killed_before_run_json_blocks_nothing():
     Path("run").mkdir()
     Path("run/.run.json.tmp").write_text('{"config": {')
     assert not launch().resumed

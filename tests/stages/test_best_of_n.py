@@ -80,9 +80,8 @@ def rows_of(config, name="winners.jsonl"):
     return [json.loads(line) for line in (Path(config.run_dir) / name).read_text().splitlines()]
 
 
-def test_the_winners_have_the_most_distinct_words_and_are_demonstrations_that_sft_learns_from(
-    config, reward, tmp_path, capsys
-):
+def test_winners_have_the_highest_reward_and_train_sft(config, reward, tmp_path, capsys):
+    """The reward counts distinct words; SFT reads the winners as demonstrations."""
     assert best_of_n.run(config) == 0
     printed = capsys.readouterr().out
     rows, winners = rows_of(config, "candidates.jsonl"), rows_of(config)
@@ -148,7 +147,7 @@ def test_a_stopped_run_ends_with_the_same_bytes(config, reward, tmp_path, capsys
     assert capsys.readouterr().out.split("Best of")[1] == told
 
 
-def test_the_batches_are_bounded_by_the_steps_and_a_reward_model_pays(config, tmp_path):
+def test_steps_bound_the_batches_and_a_reward_model_scores_them(config, tmp_path):
     paid = dataclasses.replace(
         config,
         num_steps=1,
@@ -176,7 +175,7 @@ def test_winners_that_were_cut_off_are_no_demonstrations(config):
     assert kept == sum(row["winner"]["ended"] and bool(row["winner"]["response"]) for row in rows) < len(rows)
 
 
-def test_a_conversation_is_written_as_messages_and_a_lone_question_as_text():
+def test_conversations_are_written_as_messages_questions_as_text():
     turns = (Message("user", "a"), Message("assistant", "b"), Message("user", "c"))
     assert prompt_field(turns[:1]) == "a"
     assert prompt_field(turns)[1] == {"role": "assistant", "content": "b"} and len(prompt_field(turns)) == 3
@@ -197,13 +196,13 @@ def test_a_conversation_is_written_as_messages_and_a_lone_question_as_text():
         ({"evaluation": EvaluationConfig(judge="task:safty")}, r"safty"),
     ],
 )
-def test_what_cannot_be_drawn_is_refused_before_anything_is_written(config, tmp_path, changes, message):
+def test_what_cannot_be_sampled_is_refused_before_writing(config, tmp_path, changes, message):
     with pytest.raises(UserError, match=message):
         best_of_n.run(dataclasses.replace(config, **changes))
     assert not (tmp_path / "run").exists()
 
 
-def test_another_policy_in_the_same_folder_does_not_continue_the_run(config, reward, monkeypatch):
+def test_another_policy_in_the_folder_does_not_continue_the_run(config, reward, monkeypatch):
     def die(prompts, responses):
         raise KeyboardInterrupt
 

@@ -91,7 +91,7 @@ def params(folder):
     return jax.tree.leaves(jax.device_get(open_checkpoint(str(folder), mesh).params))
 
 
-def test_training_starts_at_the_reference_and_learns_what_is_preferred(unbroken):
+def test_training_starts_at_the_reference_and_learns_preferences(unbroken):
     first, last = (row for row in rows(unbroken) if "eval_loss" in row and row["step"] in (0, STEPS))
     np.testing.assert_allclose(first["eval_loss"], np.log(2.0), rtol=1e-5)
     np.testing.assert_allclose(first["eval_reward_gap"], 0.0, atol=1e-4)
@@ -103,9 +103,7 @@ def test_the_result_is_a_policy_that_others_start_from(unbroken):
     assert (found.step, found.config.algorithm) == (STEPS, "dpo")
 
 
-def test_a_run_that_was_stopped_and_continued_ends_like_one_that_was_not(
-    unbroken, config, policy, tmp_path, monkeypatch
-):
+def test_a_continued_run_ends_like_one_that_was_not_stopped(unbroken, config, policy, tmp_path, monkeypatch):
     """The reference is read once: what began the run is what it goes on with."""
     read, times = dpo.read_reference, []
     monkeypatch.setattr(dpo, "read_reference", lambda *args, **more: times.append(1) or read(*args, **more))
@@ -152,7 +150,8 @@ def keep(file, note=NOTE, value=KEPT, **more):
     return found, bool(asked)
 
 
-def test_the_reference_is_read_again_only_for_other_pairs_or_another_policy(tmp_path):
+def test_other_pairs_or_another_policy_reread_the_reference(tmp_path):
+    """Nothing else does."""
     file = tmp_path / "reference_log_probs.npy"
     np.testing.assert_array_equal(keep(file)[0], KEPT)
     found, was_read = keep(file, value=None)
@@ -171,7 +170,8 @@ def test_the_reference_is_read_again_only_for_other_pairs_or_another_policy(tmp_
     ]
 
 
-def test_numbers_without_their_note_or_the_other_way_round_are_read_again(tmp_path):
+def test_log_probs_without_their_note_are_computed_again(tmp_path):
+    """So is a note without its log-probs."""
     file = tmp_path / "reference_log_probs.npy"
     for lost in (file, file.with_suffix(".json")):
         keep(file)
@@ -181,7 +181,7 @@ def test_numbers_without_their_note_or_the_other_way_round_are_read_again(tmp_pa
         assert keep(file)[1]
 
 
-def test_a_run_that_has_trained_refuses_to_go_on_without_its_reference_or_with_other_pairs(tmp_path):
+def test_a_trained_run_refuses_a_lost_reference_or_other_pairs(tmp_path):
     file = tmp_path / "reference_log_probs.npy"
     with pytest.raises(UserError, match=r"reference_log_probs.npy is lost or damaged.*--config.on_existing=restart"):
         keep(file, has_trained=True)

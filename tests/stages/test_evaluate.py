@@ -34,7 +34,7 @@ def config(tmp_path):
         ({"answers": AnswersConfig(along=True, reference="sft")}, ("config.answers.along is True", "is no run")),
     ],
 )
-def test_what_cannot_be_evaluated_is_refused_before_anything_is_written(config, tmp_path, changes, words):
+def test_what_cannot_be_evaluated_is_refused_before_writing(config, tmp_path, changes, words):
     with pytest.raises(UserError) as error:
         evaluate.run(dataclasses.replace(config, **changes))
     assert all(word in str(error.value) for word in words), error.value

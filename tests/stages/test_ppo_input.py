@@ -179,7 +179,7 @@ def test_both_a_reward_model_and_a_function_are_refused():
     ],
     ids=["SFT run", "nowhere", "no such step", "pipeline", "other sort", "no such task", "no such module"],
 )
-def test_rewards_that_are_not_there_or_of_another_sort_are_refused(refuse, reward, starts, ends):
+def test_missing_rewards_or_rewards_of_another_sort_are_refused(refuse, reward, starts, ends):
     message = refuse(reward=reward)
     assert message.startswith(starts) and message.endswith(ends), message
 
@@ -255,7 +255,8 @@ def test_a_tokenizer_that_is_not_the_policys_is_refused(refuse):
     assert message.endswith("--config.data.tokenizer=sft/tokenizer")
 
 
-def test_a_policy_whose_vocabulary_is_not_the_reward_models_is_refused(refuse):
+def test_a_policy_of_another_vocabulary_is_refused(refuse):
+    """It needs the vocabulary of its reward model."""
     message = refuse(model={"path": "other_words"})
     assert message.startswith("config.reward.model is seq2seq_rm, step 4, whose vocabulary is not that of the policy: ")
     assert message.endswith("--config.model.path=POLICY_RUN")
@@ -268,7 +269,8 @@ def test_a_policy_whose_vocabulary_is_not_the_reward_models_is_refused(refuse):
     ("sampling", "field", "found"),
     [({"temperature": 0.0}, "temperature", "0.0"), ({"top_k": 5}, "top_k", "5"), ({"top_p": 0.9}, "top_p", "0.9")],
 )
-def test_sampling_that_is_not_the_policys_own_distribution_is_refused(refuse, sampling, field, found):
+def test_sampling_from_another_distribution_is_refused(refuse, sampling, field, found):
+    """PPO needs samples of the policy's own distribution."""
     message = refuse(rollout=RolloutConfig(sampling=SamplingConfig(max_new_tokens=24, **sampling)))
     assert message.startswith(f"config.rollout.sampling.{field} is {found}, with which tokens are not drawn from the ")
     assert f"--config.rollout.sampling.{field}=" in message
@@ -367,7 +369,7 @@ def test_data_that_are_not_there_are_named_by_their_own_field(refuse, path):
         ),
     ],
 )
-def test_a_critic_that_cannot_read_the_policys_responses_is_refused(refuse, path, starts, has):
+def test_a_critic_that_cannot_read_the_responses_is_refused(refuse, path, starts, has):
     message = refuse(critic={"path": path})
     assert message.startswith(starts) and has in message, message
 
@@ -408,7 +410,7 @@ def test_a_critic_of_its_own_beside_a_shared_trunk_is_refused(refuse):
         (RewardConfig, "calibration_responses", 1),
     ],
 )
-def test_a_field_out_of_its_range_is_named_with_a_value_that_would_do(section, field, bad):
+def test_a_field_out_of_range_is_named_with_a_value_in_range(section, field, bad):
     where = f"config.{'ppo' if section is PPOConfig else 'reward'}.{field}"
     with pytest.raises(UserError) as caught:
         section(**{field: bad})

@@ -70,7 +70,7 @@ def test_a_healthy_run_is_not_warned_of():
     ],
     ids=["negative KL", "entropy", "value loss", "truncated"],
 )
-def test_each_warning_comes_alone_with_what_was_found_and_what_to_try(seen, name, words):
+def test_each_warning_comes_alone_with_a_cause_and_a_remedy(seen, name, words):
     found = warnings(seen)
     assert list(found) == [name]
     for word in words:
@@ -139,7 +139,8 @@ def test_a_warning_is_not_repeated_within_twenty_steps(report):
     assert warned(lines) == [1, 21, 41]
 
 
-def test_one_warning_does_not_silence_another_and_one_that_is_over_comes_back_after_twenty_steps(report):
+def test_warnings_do_not_silence_each_other(report):
+    """One that is over comes back after twenty steps."""
     steps = history(30)
     for step in (2, 3, 8, 21, 22):  # counted from 1
         steps[step - 1]["ended"] = 0.0
@@ -168,7 +169,8 @@ def test_an_evaluation_always_has_its_row_and_its_line(report):
 # --- the end
 
 
-def test_the_closing_report_has_both_evaluations_and_the_median_of_each_phase(folder, capsys):
+def test_the_closing_report_has_both_evaluations(folder, capsys):
+    """It has the median of each phase as well."""
     rows = [{"step": 0, "eval_reward": 0.1, "eval_judge": 0.2}]
     for step, factor in enumerate((1.0, 50.0, 3.0), 1):  # the first steps compile
         phases = {f"{phase}_seconds": factor * (i + 1) for i, phase in enumerate(PHASES)}

@@ -61,9 +61,8 @@ def ids(prompts):
         ((3, 17, 9), 100, 2048, 100),
     ],
 )
-def test_the_width_is_that_of_the_longest_prompt_on_a_full_multiple_as_far_as_there_is_room(
-    lengths, room, multiple, width
-):
+def test_the_width_is_the_longest_prompt_rounded_up(lengths, room, multiple, width):
+    """It is rounded up to the multiple as far as there is room."""
     assert prompt_width(examples(*lengths), room, multiple) == width
 
 
@@ -71,7 +70,8 @@ def test_the_width_is_that_of_the_longest_prompt_on_a_full_multiple_as_far_as_th
 
 
 @pytest.mark.parametrize(("count", "rows", "batches"), [(5, 2, 3), (6, 2, 3), (3, 8, 1), (1, 4, 1)])
-def test_every_prompt_is_there_in_its_order_and_the_last_batch_is_filled_from_the_beginning(one, count, rows, batches):
+def test_every_prompt_is_there_in_its_order(one, count, rows, batches):
+    """The last batch is filled from the beginning."""
     prompts = examples(*range(1, count + 1))
     found = fixed_batches(prompts, rows, 8, one)
     assert len(found) == batches and {batch[0].shape for batch in found} == {(rows, 8)}
@@ -89,7 +89,8 @@ def test_fixed_batches_are_padded_on_the_left(one):
     assert tokens[0, :3].tolist() == [0, 0, 0] and tokens[~mask].max() == 0
 
 
-def test_rows_of_fixed_batches_lie_over_data_and_fsdp_and_say_what_one_device_says(one, eight):
+def test_rows_of_fixed_batches_lie_over_data_and_fsdp(one, eight):
+    """They are the rows that one device has."""
     prompts = examples(4, 9, 1, 7, 2, 8)
     for mine, theirs in zip(fixed_batches(prompts, 4, 10, one), fixed_batches(prompts, 4, 10, eight), strict=True):
         for a, b in zip(mine, theirs, strict=True):
@@ -101,7 +102,8 @@ def test_rows_of_fixed_batches_lie_over_data_and_fsdp_and_say_what_one_device_sa
 # --- the loader
 
 
-def test_an_epoch_of_the_loader_has_every_prompt_once_whole_and_padded_on_the_left(eight):
+def test_an_epoch_of_the_loader_has_every_prompt_once(eight):
+    """Each is whole and padded on the left."""
     prompts = examples(*range(1, 17))
     data = DataConfig(path="f", batch_size=4, max_length=500, packing=True)
     loader, _ = prompt_loader(prompts, data, 16, eight, seed=0, pad_id=0)
@@ -115,7 +117,9 @@ def test_an_epoch_of_the_loader_has_every_prompt_once_whole_and_padded_on_the_le
     assert sorted(rows) == sorted(ids(prompts)) and rows != ids(prompts)
 
 
-def test_the_order_of_prompts_follows_from_the_seed_and_the_fingerprint_from_the_prompts(one):
+def test_the_order_of_prompts_follows_from_the_seed(one):
+    """The fingerprint follows from the prompts."""
+
     def first(prompts, seed, width=16):
         loader, fingerprint = prompt_loader(prompts, data, width, one, seed=seed, pad_id=0)
         return [kept(*prompts_to_devices(one)(next(loader))) for _ in range(3)], fingerprint
@@ -167,7 +171,7 @@ def test_prompts_have_what_the_response_leaves_of_a_row(tokenizer, write_prompts
         load(tokenizer, path, max_length=needed + 15, **fits)
 
 
-def test_prompts_that_are_all_too_long_name_the_first_and_the_length_to_type(tokenizer, write_prompts):
+def test_prompts_all_too_long_name_the_first_and_a_length(tokenizer, write_prompts):
     path, train = write_prompts(["wash the lamp " * 30] * 10), write_prompts(["wash the lamp"] * 10, "train.jsonl")
     message = (
         rf"^{path}: 10 of 10 prompts are longer than 32 tokens and none is left \(first at prompts.jsonl:1\); "
@@ -179,7 +183,8 @@ def test_prompts_that_are_all_too_long_name_the_first_and_the_length_to_type(tok
             load(tokenizer, **side)
 
 
-def test_prompts_that_are_too_long_are_dropped_and_counted_however_many(tokenizer, write_prompts):
+def test_prompts_that_are_too_long_are_dropped_and_counted(tokenizer, write_prompts):
+    """However many they are."""
     texts = ["wash the lamp"] * 2 + ["wash the lamp " * 30] * 8
     path = write_prompts(texts)
     found = load(tokenizer, path, eval_path=path, max_bad_share=0.0)

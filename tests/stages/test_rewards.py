@@ -84,7 +84,8 @@ def call(source, batch=BATCH, calibration=None):
 
 
 @pytest.mark.parametrize("mesh", ["one", "eight"])
-def test_a_function_sees_each_response_beside_its_own_prompt_and_its_number_stands_on_the_last_token(mesh, request):
+def test_a_function_gets_each_response_with_its_own_prompt(mesh, request):
+    """Its number stands on the last token of the response."""
     seen = []
 
     def function(prompts, responses):
@@ -110,7 +111,8 @@ def test_a_function_sees_each_response_beside_its_own_prompt_and_its_number_stan
         np.testing.assert_allclose(found.diagnostics[name], np.array(numbers, np.float32), rtol=1e-6, err_msg=name)
 
 
-def test_the_calibration_scales_what_a_function_says_and_takes_off_what_its_length_explains(one):
+def test_calibration_scales_a_functions_rewards(one):
+    """For the residual kind it subtracts what the length explains."""
     calibration = token_rewards.Calibration(*(jnp.float32(x) for x in (2.0, 50.0, 0.5, 1.0)))  # scale, centre, line
     function = lambda prompts, responses: [1.0, 2.0, 3.0, 4.0]  # noqa: E731 - as a user would pass one
     scaled = call(source_of(function, one), calibration=calibration)
@@ -139,7 +141,7 @@ def test_a_function_may_return_any_sequence_of_numbers(one, convert):
     np.testing.assert_array_equal(found.diagnostics["sum"], [0.5, 1, 2, 0])
 
 
-def test_a_function_that_raises_is_named_with_the_first_response_that_it_cannot_take(one):
+def test_a_function_that_raises_is_named_with_the_response(one):
     def function(prompts, responses):
         if any("7 7" in response for response in responses):
             raise ZeroDivisionError("division by nothing")
@@ -245,7 +247,7 @@ def test_a_function_is_found_by_module_and_name(write_module):
         ("1 / 0", "{module}:score", r", but importing {module} raised ZeroDivisionError: division by zero; required"),
     ],
 )
-def test_a_function_that_is_not_there_is_refused_with_what_to_type(write_module, source, name, message):
+def test_a_missing_function_is_refused_with_what_to_type(write_module, source, name, message):
     module = write_module(source)
     name, message = name.replace("{module}", module), message.replace("{module}", module)
     with pytest.raises(UserError, match=rf"^config.reward.function is '{name}'{message}"):
@@ -280,7 +282,7 @@ def check(model, tokenizer, kind=None, template="auto", length=64, response_leng
     check_reward_model(model, kind, tokenizer, template, length, response_length)
 
 
-def test_a_reward_model_of_the_policys_tokenizer_is_taken_with_each_of_its_kinds(models, tokenizer):
+def test_a_reward_model_of_the_same_tokenizer_gives_every_kind(models, tokenizer):
     for kind in SEQ2SEQ_KINDS:
         check(models["seq2seq_rm"], tokenizer, kind)
     for kind in SCALAR_KINDS:
@@ -302,7 +304,8 @@ def test_a_kind_of_the_other_sort_is_refused(models, tokenizer, name, kind, mess
 
 
 @pytest.mark.parametrize("name", ["seq2seq_rm", "scalar_rm"])
-def test_a_reward_model_of_another_vocabulary_is_refused_by_its_first_token(models, task_folder, tmp_path, name):
+def test_a_reward_model_of_another_vocabulary_is_refused(models, task_folder, tmp_path, name):
+    """The message shows the first token that differs."""
     content = json.loads((task_folder / "tokenizer" / "tokenizer.json").read_text())
     vocabulary = content["model"]["vocab"]
     a, b = sorted((word for word in vocabulary if word.isalpha()), key=vocabulary.get)[10:12]
@@ -317,7 +320,8 @@ def test_a_reward_model_of_another_vocabulary_is_refused_by_its_first_token(mode
         check(models[name], load_tokenizer(str(tmp_path)))
 
 
-def test_a_policy_with_more_tokens_than_the_reward_model_embeds_is_refused(models, task_folder):
+def test_a_policy_with_more_tokens_than_the_model_is_refused(models, task_folder):
+    """The reward model has no embedding for them."""
     larger = load_tokenizer(str(task_folder / "tokenizer"))
     larger.add_tokens([f"extra{i}" for i in range(models["scalar_rm"].model.config.vocab_size)])
     message = (
@@ -327,7 +331,8 @@ def test_a_policy_with_more_tokens_than_the_reward_model_embeds_is_refused(model
         check(models["scalar_rm"], larger)
 
 
-def test_a_reward_model_of_another_template_is_refused_with_its_own(models, tokenizer):
+def test_a_reward_model_of_another_template_is_refused(models, tokenizer):
+    """The message shows the template of the reward model."""
     asked = dataclasses.replace(models["scalar_rm"], template="plain")
     with pytest.raises(
         UserError, match=r"^config.data.template is 'hh', but .* trained with 'plain', .*template=plain$"
@@ -335,7 +340,8 @@ def test_a_reward_model_of_another_template_is_refused_with_its_own(models, toke
         check(asked, tokenizer, template="hh")
 
 
-def test_two_tokenizers_whose_own_templates_differ_are_not_told_to_use_their_own(models, task_folder, tokenizer):
+def test_tokenizers_of_unlike_templates_get_no_template_hint(models, task_folder, tokenizer):
+    """It would be no remedy to use their own templates."""
     other = load_tokenizer(str(task_folder / "tokenizer"))
     other.chat_template = "{% for m in messages %}{{ m.role + ' : ' + m.content + eos_token }}{% endfor %}"
     with pytest.raises(
@@ -346,9 +352,8 @@ def test_two_tokenizers_whose_own_templates_differ_are_not_told_to_use_their_own
 
 @pytest.mark.parametrize("name", ["seq2seq_rm", "scalar_rm"])
 @pytest.mark.parametrize(("length", "response_length"), [(300, 16), (300, 250), (1000, 999)])
-def test_rows_that_a_reward_model_cannot_read_are_refused_with_lengths_that_it_can(
-    models, tokenizer, name, length, response_length
-):
+def test_rows_too_long_for_a_reward_model_are_refused(models, tokenizer, name, length, response_length):
+    """The message shows lengths that it can read."""
     with pytest.raises(
         UserError, match=r"^config.data.max_length is \d+ and responses .* but it reads 256; e.g. "
     ) as caught:
@@ -359,7 +364,8 @@ def test_rows_that_a_reward_model_cannot_read_are_refused_with_lengths_that_it_c
     check(models[name], tokenizer, length=fits[0], response_length=fits[1])
 
 
-def test_a_seq2seq_reward_model_needs_room_to_read_the_response_twice(models, tokenizer):
+def test_a_seq2seq_reward_model_needs_room_for_two_responses(models, tokenizer):
+    """It reads the response twice."""
     request = len(correction_request(tokenizer, "auto", models["seq2seq_rm"].config.mapping.instruction))
     length = 256 - request - 40
     check(models["seq2seq_rm"], tokenizer, length=length, response_length=40)
@@ -371,7 +377,7 @@ def test_a_seq2seq_reward_model_needs_room_to_read_the_response_twice(models, to
 
 
 @pytest.mark.parametrize(("name", "kind"), [("seq2seq_rm", "contrast"), ("scalar_rm", "scalar")])
-def test_a_reward_models_source_says_what_scoring_says_of_each_response_alone(models, tokenizer, one, name, kind):
+def test_a_batch_is_scored_as_each_response_alone(models, tokenizer, one, name, kind):
     model, ends = models[name], tuple(sorted(end_ids(tokenizer, "auto")))
     rng = np.random.default_rng(0)
     prompts = [rng.integers(5, 60, n).tolist() for n in (3, 3, 1, 6)]
@@ -406,7 +412,8 @@ def token_rewards_of(values, mask):
 
 
 @pytest.mark.parametrize("kind", ["literal", "margin", "scalar", "scalar_length_residual"])
-def test_calibrated_sums_over_the_calibration_set_have_unit_standard_deviation(one, eight, kind):
+def test_calibrated_sums_have_unit_standard_deviation(one, eight, kind):
+    """Over the calibration set."""
     rng = np.random.default_rng(1)
     lengths = rng.integers(0, 7, 24)  # some responses have no token
     mask = np.arange(6) < lengths[:, None]

@@ -107,7 +107,7 @@ def test_the_prompts_are_the_first_of_the_tasks_pairs(answers, policy_run, task_
     assert [row["prompt"] for row in rows_of(tmp_path)] == expected
 
 
-def test_a_response_is_drawn_again_until_it_differs_and_else_gives_no_pair(answers, policy_run, tmp_path, capsys):
+def test_a_response_is_drawn_until_it_differs_or_gives_no_pair(answers, policy_run, tmp_path, capsys):
     def answer(prompt, draw):
         words = len(prompt.split())
         return "always the same" if words % 3 == 0 else "late" if words % 3 == 1 and draw < 3 else f"draw {draw}"
@@ -128,7 +128,7 @@ def test_an_empty_response_gives_no_pair(answers, policy_run, tmp_path):
         sample_pairs.run(config(tmp_path, policy_run))
 
 
-def test_a_policy_that_always_says_the_same_is_refused_and_leaves_no_file(answers, policy_run, tmp_path):
+def test_a_policy_of_one_response_is_refused_and_leaves_no_file(answers, policy_run, tmp_path):
     sizes = answers(lambda prompt, draw: "no")
     with pytest.raises(UserError, match=r"all the same; sample hotter, e.g. --config.pairs.sampling.temperature=1.0"):
         sample_pairs.run(config(tmp_path, policy_run))
@@ -160,7 +160,7 @@ def test_the_ideal_response_stands_in_for_a_draw(answers, policy_run, tmp_path, 
 
 
 @pytest.mark.parametrize("best", [0, 1])
-def test_a_draw_that_is_ideal_itself_leaves_the_other_one_for_the_pair(answers, policy_run, tmp_path, best):
+def test_an_ideal_draw_is_paired_with_the_other_draw(answers, policy_run, tmp_path, best):
     answers(lambda prompt, draw: ideal(prompt) if draw == best else WRONG)
     sample_pairs.run(config(tmp_path, policy_run, ideal_share=1.0))
     rows = rows_of(tmp_path)
@@ -182,7 +182,7 @@ def test_pairs_and_keys_follow_from_the_seed(answers, policy_run, tmp_path):
     assert first[0] != other[0] and not set(first[1]) & set(other[1])
 
 
-def test_a_second_launch_keeps_the_pairs_and_a_restart_puts_them_aside(answers, policy_run, tmp_path, capsys):
+def test_a_second_launch_keeps_the_pairs_a_restart_moves_them(answers, policy_run, tmp_path, capsys):
     answers(lambda prompt, draw: f"draw {draw}")
     sample_pairs.run(config(tmp_path, policy_run))
     before, told = (tmp_path / "pairs" / "pairs.jsonl").read_bytes(), capsys.readouterr().out.splitlines()
@@ -198,7 +198,7 @@ def test_a_second_launch_keeps_the_pairs_and_a_restart_puts_them_aside(answers, 
     assert all(row["chosen"].startswith("another") for row in rows_of(tmp_path)) and len(sizes) == 1
 
 
-def test_a_launch_that_died_before_the_pairs_were_written_is_continued(answers, policy_run, tmp_path):
+def test_a_launch_that_died_before_writing_pairs_is_continued(answers, policy_run, tmp_path):
     def die(prompt, draw):
         raise KeyboardInterrupt
 
@@ -235,7 +235,7 @@ def test_the_table_is_the_judges_and_not_the_annotators(answers, policy_run, tmp
         ({"max_new_tokens": 256}, r"config.pairs.sampling.max_new_tokens is 256, but the model reads 256 tokens"),
     ],
 )
-def test_what_cannot_be_sampled_is_refused_before_anything_is_written(policy_run, tmp_path, changes, message):
+def test_what_cannot_be_sampled_is_refused_before_writing(policy_run, tmp_path, changes, message):
     arguments = {"run": policy_run} | changes
     with pytest.raises(UserError, match=message):
         sample_pairs.run(config(tmp_path, **arguments))

@@ -116,7 +116,7 @@ def closed(folder, capsys, **more):
 # --- over-optimisation
 
 
-def test_a_value_at_a_kl_is_interpolated_where_the_run_first_comes_there():
+def test_a_value_at_a_kl_is_interpolated_at_its_first_crossing():
     kl, values = [0.0, 1.0, 0.5, 3.0], [10.0, 20.0, 0.0, 50.0]
     assert at_kl(kl, values, 0.0) == 10.0
     assert at_kl(kl, values, 0.75) == 17.5  # not on the way back, nor the second time

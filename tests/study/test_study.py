@@ -51,7 +51,7 @@ def test_a_best_setting_inside_what_was_tried_is_chosen():
     assert tried == 6  # the grid, and one beyond it on each side of the best
 
 
-def test_an_axis_goes_on_while_the_best_lies_at_its_end_and_then_says_so():
+def test_an_axis_grows_while_its_end_is_best_and_then_says_so():
     found, _ = search(lambda beta, lr: beta - abs(math.log(lr)), extensions=2)
     assert found.chosen == at(0.8, 1.0)  # 0.2, 0.4, 0.8: two beyond the grid
     assert found.at_edge
@@ -59,7 +59,7 @@ def test_an_axis_goes_on_while_the_best_lies_at_its_end_and_then_says_so():
     assert choose(GRID, flat, extensions=0).at_edge
 
 
-def test_a_failed_setting_is_not_chosen_though_the_only_other_is_bad():
+def test_a_failed_setting_is_not_chosen_over_a_bad_one():
     scores = dict.fromkeys(choose(GRID, {}, extensions=0).wanted, math.nan) | {at(0.2, 1.0): -5.0}
     assert choose(GRID, scores, extensions=0).chosen == at(0.2, 1.0)
 
@@ -84,7 +84,8 @@ def the_study(**changes):
     return dataclasses.replace(from_config_dict(Study, loaded), **changes)
 
 
-def test_every_run_comes_after_what_it_needs_and_settings_come_before_final_runs():
+def test_every_run_comes_after_what_it_needs():
+    """Settings come before the final runs."""
     study = the_study(worlds=("safety",), arms=("sft", "dpo", "ppo_scalar", "ppo_soft", "rft_seq2seq"))
     runs, choices = plan(study, {})
     names = [run.name for run in runs]
@@ -209,7 +210,8 @@ def test_answers_of_a_policy_that_was_trained_anew_are_refused(smoke, capsys):
         record.write_text(kept)
 
 
-def test_a_run_that_fails_is_recorded_with_its_error_and_the_others_go_on(smoke):
+def test_a_failed_run_is_recorded_and_the_others_go_on(smoke):
+    """The record has its error."""
     folder, _, _, done = smoke
     rows = {row["name"]: row for row in read_rows(folder / "queue.jsonl")}
     failed = {name: row for name, row in rows.items() if row["state"] == "failed"}
@@ -218,7 +220,7 @@ def test_a_run_that_fails_is_recorded_with_its_error_and_the_others_go_on(smoke)
     assert "failed: safety/" in done.stdout and "No module named 'no_such'" in done.stdout
 
 
-def test_what_is_done_is_not_run_again_and_another_study_is_refused(smoke):
+def test_finished_runs_stay_and_another_study_is_refused(smoke):
     folder, arguments, environment, _ = smoke
     before = {row["name"] for row in read_rows(folder / "queue.jsonl") if row["state"] == "done"}
     again = launch(*arguments, "--config.arms=sft,sft_chosen,ppo_my_kinds:doubt", **environment)
