@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, TextIO
 
 from absl import flags
 
+from jaxrm import atomic
 from jaxrm.config import command_line
 from jaxrm.errors import UserError
 
@@ -133,14 +134,8 @@ def _answer_file(
     if output is None:
         write(sys.stdout)
         return
-    target = Path(output).expanduser()
-    part = target.with_name(f".{target.name}.part")
-    try:
-        with part.open("w", encoding="utf-8") as file:
-            write(file)
-        part.replace(target)
-    finally:
-        part.unlink(missing_ok=True)
+    with atomic.open_for_writing(Path(output).expanduser()) as file:
+        write(file)
 
 
 def _forget(dialogue: "list[Message]", responder: "Sampler") -> None:

@@ -60,9 +60,9 @@ def main(config: Experiment | pipeline.Pipeline, given: flags.FlagValues) -> int
         for flag, path in (("json", given.json), ("html", given.html))
         if path is not None
     }
+    from jaxrm import atomic
     from jaxrm.planning import report as plan_report
     from jaxrm.planning.topology import open_topology
-    from jaxrm.runtime.run_folder import write_json_atomically
 
     stages = stages_of(config, given.model)
     if given.weak_scaling:
@@ -74,7 +74,7 @@ def main(config: Experiment | pipeline.Pipeline, given: flags.FlagValues) -> int
             name: plan.as_json() | {"tried": [{"change": each.change, "fits": each.plan.fits} for each in tries]}
             for name, (plan, tries) in found.items()
         }
-        write_json_atomically(outputs["json"], shown if len(shown) > 1 else next(iter(shown.values())))
+        atomic.write_json(outputs["json"], shown if len(shown) > 1 else next(iter(shown.values())))
     if "html" in outputs:
         plan_report.write_page(outputs["html"], found, _typed())
     print("", *plan_report.ASSUMPTIONS, sep="\n")
@@ -135,8 +135,8 @@ def _planned(
 
 def _scaled(stages: dict[str, Experiment], topologies: list["Topology"], outputs: dict[str, Path]) -> int:
     """Plan every stage for every topology and compare them."""
+    from jaxrm import atomic
     from jaxrm.planning import scaling as plan_scaling
-    from jaxrm.runtime.run_folder import write_json_atomically
 
     found = {
         name: plan_scaling.weak_scaling(config, topologies, show_progress=config.logging.progress)
@@ -145,7 +145,7 @@ def _scaled(stages: dict[str, Experiment], topologies: list["Topology"], outputs
     for plans in found.values():
         plan_scaling.print_scaling(plans)
     if "json" in outputs:
-        write_json_atomically(outputs["json"], {name: [p.as_json() for p in plans] for name, plans in found.items()})
+        atomic.write_json(outputs["json"], {name: [p.as_json() for p in plans] for name, plans in found.items()})
     if "html" in outputs:
         plan_scaling.write_page(outputs["html"], found, _typed())
     return 0 if all(plan.fits for plans in found.values() for plan in plans) else 1

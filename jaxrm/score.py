@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
+from jaxrm import atomic
 from jaxrm.config import command_line
 from jaxrm.errors import UserError, option
 from jaxrm.experiment import Experiment
@@ -172,14 +173,9 @@ def _read(given: flags.FlagValues, of_run: "DataConfig") -> "tuple[list[Record],
 
 
 def _write_lines(target: Path, rows: Sequence[dict[str, Any]]) -> None:
-    part = target.with_name(f".{target.name}.part")
-    try:
-        with part.open("w", encoding="utf-8") as file:
-            for row in rows:
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        part.replace(target)
-    finally:
-        part.unlink(missing_ok=True)
+    with atomic.open_for_writing(target) as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
 if __name__ == "__main__":

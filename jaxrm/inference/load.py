@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 from jax.sharding import Mesh
 
+from jaxrm import atomic
 from jaxrm.config import dicts
 from jaxrm.data.tokenizer import load_tokenizer, save_tokenizer
 from jaxrm.errors import UserError, option
@@ -19,7 +20,7 @@ from jaxrm.inference.weights import LANGUAGE_MODELS, REWARD_MODELS, RunCheckpoin
 from jaxrm.models import build
 from jaxrm.models.build import ModelSource
 from jaxrm.models.config import ModelConfig
-from jaxrm.runtime.run_folder import RunFolder, write_json_atomically
+from jaxrm.runtime.run_folder import RunFolder
 from jaxrm.sharding.mesh import MeshConfig, build_mesh
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ class Trained:
 def save_shape_and_tokenizer(config: ModelConfig, tokenizer: "PreTrainedTokenizerBase", folder: RunFolder) -> None:
     """Save shape and tokenizer in the run's folder, once and whole, so that it can be read without its sources."""
     if not folder.model.exists():
-        write_json_atomically(folder.model, dicts.as_dict(config))
+        atomic.write_json(folder.model, dicts.as_dict(config))
     if not folder.tokenizer.exists():
         with tempfile.TemporaryDirectory(prefix=".tokenizer-", dir=folder.path) as name:
             save_tokenizer(tokenizer, Path(name) / "tokenizer")

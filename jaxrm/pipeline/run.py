@@ -14,24 +14,16 @@ from typing import Any
 
 import jax
 
+from jaxrm import atomic
 from jaxrm.config import dicts
 from jaxrm.errors import UserError, flag, naming, option
 from jaxrm.experiment import RESUMABLE_FIELDS, Experiment
 from jaxrm.pipeline import report as pipeline_report
 from jaxrm.pipeline.config import Pipeline, Stage, resolve
 from jaxrm.runtime.progress import format_seconds
-from jaxrm.runtime.run_folder import (
-    check_run,
-    check_writable,
-    checked_path,
-    from_writer,
-    rename_aside,
-    what_to_type,
-    write_json_atomically,
-)
+from jaxrm.runtime.run_folder import check_run, check_writable, checked_path, from_writer, rename_aside, what_to_type
 
 _RECORD = "pipeline.json"
-_UNFINISHED = f".{_RECORD}.tmp"  # all that a launch killed before its pipeline.json leaves behind
 
 Records = dict[str, dict[str, Any]]
 
@@ -91,7 +83,7 @@ def _run_stage(
         records[name] = {"state": state, "seconds": seconds, "config": config}
         if is_writer:
             path.mkdir(parents=True, exist_ok=True)
-            write_json_atomically(path / _RECORD, {"stages": records})
+            atomic.write_json(path / _RECORD, {"stages": records})
 
     missing = [folder for folder in (path, *path.parents) if not folder.exists()]
     keep()
@@ -161,7 +153,9 @@ def _records(path: Path, config: Pipeline) -> Records:
     """What ``pipeline.json`` says; nothing for a folder that is new, or that is to be put aside."""
     run_dir = config.run_dir
     check_writable(path, run_dir)
-    names = sorted(entry.name for entry in path.iterdir() if entry.name != _UNFINISHED) if path.exists() else []
+    names = (
+        sorted(entry.name for entry in path.iterdir() if not atomic.is_unfinished(entry.name)) if path.exists() else []
+    )
     if not names:
         return {}
     if _RECORD not in names and "run.json" not in names:

@@ -100,9 +100,7 @@ def stage_programs(config: Experiment, mesh: Mesh) -> Programs:
       UserError: for an algorithm that has no plan, or a model or batch that does not fit the mesh.
     """
     if config.algorithm not in PLANNED:
-        raise UserError(
-            f"{option('algorithm')} is {config.algorithm!r}; what can be planned is {', '.join(PLANNED)}"
-        )
+        raise UserError(f"{option('algorithm')} is {config.algorithm!r}; what can be planned is {', '.join(PLANNED)}")
     check_batch(mesh, "data.batch_size", config.data.batch_size, config.num_microbatches)
     decoder = sharded_model.shard_model(config.model, mesh)
     build.check_length(decoder.config, "data.max_length", config.data.max_length)

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jaxrm import atomic
 from jaxrm.reports.document import fill
 from jaxrm.reports.document import part as _part
-from jaxrm.runtime.run_folder import write_text_atomically
 
 
 def write_page(
@@ -36,7 +36,7 @@ def write_page(
     content = {"title": title, "about": [list(line) for line in about], "records": [_record(each) for each in records]}
     script = _part("page_tokens.js") + _part("page_records.js") + _part("page_filters.js")
     page = fill(_part("page.html"), title=title, style=_part("page.css"), script=script, content=content)
-    write_text_atomically(Path(path), page)
+    atomic.write_text(Path(path), page)
 
 
 def _record(record: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
 
+from jaxrm import atomic
 from jaxrm.reports.bars import Bar, Bars, draw_bars
 from jaxrm.reports.charts import Curves, Series, draw_chart, number_text, slots
 from jaxrm.reports.document import fill, part
-from jaxrm.runtime.run_folder import write_text_atomically
 
 __all__ = ["Bar", "Bars", "Curves", "Example", "ExampleResponse", "Series", "Shaded", "Table", "write_report"]
 
@@ -128,7 +128,7 @@ def write_report(
         else "",
         examples=_section("examples", "Examples", part("report_examples.html")) if examples else "",
     )
-    write_text_atomically(Path(path), report)
+    atomic.write_text(Path(path), report)
 
 
 def _section(name: str, label: str, content: str) -> str:

@@ -17,8 +17,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from jaxrm import atomic
 from jaxrm.errors import UserError, flag, option
-from jaxrm.runtime.run_folder import RunFolder, write_json_atomically
+from jaxrm.runtime.run_folder import RunFolder
 
 PHASES = ("rollout", "reading", "scoring", "update")
 """Phases of a PPO step, each with its time and speed in the row."""
@@ -164,9 +165,7 @@ def remove_rows_after(path: Path, step: int) -> None:
         return
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
     kept = [line for line, row in zip(lines, read_rows(path), strict=True) if row.get("step", -1) <= step]
-    unfinished = path.with_name(f".{path.name}.tmp")
-    unfinished.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-    unfinished.replace(path)
+    atomic.write_text(path, "".join(f"{line}\n" for line in kept))
 
 
 def json_line(row: Mapping[str, Any]) -> str:
@@ -193,5 +192,5 @@ def _wandb_id(folder: Path) -> str:
     if path.exists():
         return str(json.loads(path.read_text(encoding="utf-8"))["id"])
     run_id = secrets.token_hex(8)
-    write_json_atomically(path, {"id": run_id})
+    atomic.write_json(path, {"id": run_id})
     return run_id

@@ -21,12 +21,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from jaxrm import atomic
 from jaxrm.config.dicts import differences
 from jaxrm.errors import UserError, flag, option
 from jaxrm.runtime.provenance import describe_devices, git_state, package_versions
 
 OnExisting = Literal["resume", "restart", "error"]
-_UNFINISHED = ".run.json.tmp"  # all that a launch killed before its run.json leaves behind
 _SHOWN = 8  # differing fields that a message lists
 
 
@@ -139,28 +139,6 @@ def check_run(
     _look(run_dir, resolved_config, on_existing, may_differ)
 
 
-def write_json_atomically(path: Path, content: Any) -> None:
-    """Write `content` as JSON so that a reader finds the old file or the new one, never a part of either.
-
-    Raises:
-        ValueError: `content` holds NaN or an infinity, which JSON cannot.
-    """
-    write_text_atomically(path, json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
-
-
-def write_text_atomically(path: Path, text: str) -> None:
-    """Write `text` so that a reader finds the old file or the new one, never a part of either; folders are made."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.tmp")
-    try:
-        with unfinished.open("w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-        unfinished.replace(path)
-    except BaseException:
-        unfinished.unlink(missing_ok=True)
-        raise
-
-
 def _open(
     run_dir: str,
     config: Mapping[str, Any],
@@ -184,7 +162,7 @@ def _open(
             message, found = f"{run_dir} is new; the run that was there is now {aside}", None
         path.mkdir(parents=True, exist_ok=True)
         launches = [*found["launches"], launch] if found is not None else [launch]
-        write_json_atomically(path / "run.json", {"config": config, "launches": launches})
+        atomic.write_json(path / "run.json", {"config": config, "launches": launches})
     except OSError as error:
         raise _unusable(run_dir, str(error.strerror)) from error
     return RunFolder(path, found is not None, message)
@@ -255,7 +233,7 @@ def _found_run(path: Path, run_dir: str) -> dict[str, Any] | None:
     another = f"required an empty or a new folder, e.g. {flag('run_dir')}={_next(run_dir)}"
     if not path.is_dir():
         raise UserError(f"{option('run_dir')} is {run_dir!r}, which is a file; {another}")
-    names = sorted(entry.name for entry in path.iterdir() if entry.name != _UNFINISHED)
+    names = sorted(entry.name for entry in path.iterdir() if not atomic.is_unfinished(entry.name))
     if not names:
         return None
     if "run.json" not in names:

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 
+from jaxrm import atomic
 from jaxrm.config import dicts
 from jaxrm.data import tasks
 from jaxrm.data.config import DataConfig
@@ -26,7 +27,7 @@ from jaxrm.inference.load import open_checkpoint
 from jaxrm.inference.sampler import Sampler, prompt_room
 from jaxrm.inference.weights import LANGUAGE_MODELS, find_checkpoint
 from jaxrm.runtime.progress import Progress, print_table
-from jaxrm.runtime.run_folder import check_run, open_run, write_text_atomically
+from jaxrm.runtime.run_folder import check_run, open_run
 from jaxrm.sharding.mesh import build_mesh
 
 _ATTEMPTS = 4  # draws of a second response that differs from the first
@@ -132,7 +133,7 @@ def _sample(
 
 
 def _write(target: Path, rows: Sequence[dict[str, Any]]) -> None:
-    write_text_atomically(target, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    atomic.write_text(target, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def _print(rows: Sequence[PreferenceRecord], task: str, asked: int) -> None:

@@ -15,10 +15,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jaxrm import atomic
 from jaxrm.algorithms.best_of_n import kl_bound
 from jaxrm.data import tasks
 from jaxrm.runtime.metrics import json_line, read_rows
-from jaxrm.runtime.run_folder import write_text_atomically
 from jaxrm.stages.evaluate.run import ALONG, ANSWERS
 from jaxrm.study.config import PPO, Study, axes
 from jaxrm.study.schedule import Run, answers_name, folder_of, policy_name, selection_run, watched
@@ -56,7 +56,7 @@ def collect(study: Study, folder: Path, done: Sequence[Run], choices: Mapping[tu
                         row for row in read_rows(folder / "runs" / answers / ANSWERS) if row["split"] != "selection"
                     ]
                     text = "".join(json_line(row) for row in given)
-                    write_text_atomically(part / world / folder_of(arm) / f"seed{seed}.jsonl", text)
+                    atomic.write_text(part / world / folder_of(arm) / f"seed{seed}.jsonl", text)
                     means = _evaluation(folder / "runs" / answers)
                     for name, of in means.items():
                         split, decoding = name.split(", ")
@@ -79,7 +79,7 @@ def collect(study: Study, folder: Path, done: Sequence[Run], choices: Mapping[tu
                     rows["agreement"] += _agreement(world, seed, rm, folder / "runs" / world / f"seed{seed}" / rm)
     rows["curves"] = _ends_together(rows["curves"])
     for file, found in rows.items():
-        write_text_atomically(part / f"{file}.jsonl", "".join(json_line(row) for row in found))
+        atomic.write_text(part / f"{file}.jsonl", "".join(json_line(row) for row in found))
     shutil.rmtree(results, ignore_errors=True)  # all of it can be made again from the runs
     part.rename(results)
 

@@ -5,12 +5,12 @@ import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
+from jaxrm import atomic
 from jaxrm.evaluation.over_optimization import Path as Along
 from jaxrm.evaluation.over_optimization import mean_path
 from jaxrm.reports.report import Curves, Example, ExampleResponse, Series, Table, write_report
 from jaxrm.runtime.metrics import json_line
 from jaxrm.runtime.progress import format_value, print_table
-from jaxrm.runtime.run_folder import write_text_atomically
 from jaxrm.study import tables as study_tables
 from jaxrm.study.results import Results, in_order, number, read_results
 from jaxrm.study.tables import ALL, WORDS, Comparison
@@ -52,7 +52,7 @@ def close(
     if not matrices and not rest:
         print(f"There are no results in {folder / 'results'} yet.")
     rates, report = folder / "win_rates.jsonl", folder / "report.html"
-    write_text_atomically(rates, "".join(json_line(_row(each)) for each in found))
+    atomic.write_text(rates, "".join(json_line(_row(each)) for each in found))
     write_report(
         report,
         title=f"{folder.name}: what came of it",

@@ -16,12 +16,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from jaxrm import atomic
 from jaxrm.config import dicts
 from jaxrm.errors import UserError, flag, option
 from jaxrm.runtime.metrics import append_row, read_rows
 from jaxrm.runtime.preemption import EXIT_PREEMPTED, catch_signals
 from jaxrm.runtime.progress import format_seconds, format_value
-from jaxrm.runtime.run_folder import check_writable, checked_path, rename_aside, what_to_type, write_json_atomically
+from jaxrm.runtime.run_folder import check_writable, checked_path, rename_aside, what_to_type
 from jaxrm.study import collect as study_collect
 from jaxrm.study import report as study_report
 from jaxrm.study.config import PPO, Study, shrunk
@@ -30,7 +31,7 @@ from jaxrm.study.tuning import Choice
 from jaxrm.study.worker_pool import EXIT_FAILED, Ended, Worker, workers
 
 _RECORD, _QUEUE = "study.json", "queue.jsonl"
-_UNFINISHED = (f".{_RECORD}.tmp", ".lock")  # all that a launch killed before its study.json leaves behind
+_LOCK = ".lock"
 # What may change between launches: which runs there are, and how many at once, but not what any of them is.
 _MAY_DIFFER = (
     "run_dir",
@@ -88,7 +89,7 @@ def _run(config: Study, folder: Path) -> int:
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
     """Refuse to work beside another launch of the same study."""
-    with (folder / ".lock").open("w") as lock:
+    with (folder / _LOCK).open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -104,7 +105,8 @@ def _open(config: Study) -> Path:
     path = checked_path(config.run_dir)
     check_writable(path, config.run_dir)
     resolved = dicts.as_dict(config)
-    names = sorted(entry.name for entry in path.iterdir() if entry.name not in _UNFINISHED) if path.exists() else []
+    entries = [entry.name for entry in path.iterdir()] if path.exists() else []
+    names = sorted(name for name in entries if name != _LOCK and not atomic.is_unfinished(name))
     if names and _RECORD not in names and config.on_existing != "restart":
         raise UserError(
             f"{option('run_dir')} is {config.run_dir!r}, which is no study but holds {names[0]!r}; required an "
@@ -136,7 +138,7 @@ def _open(config: Study) -> Path:
             )
         print(f"{config.run_dir} holds this study; continuing it")
     path.mkdir(parents=True, exist_ok=True)
-    write_json_atomically(path / _RECORD, {"config": resolved})
+    atomic.write_json(path / _RECORD, {"config": resolved})
     return path
 
 

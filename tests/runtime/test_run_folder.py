@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from jaxrm import atomic
 from jaxrm.errors import UserError
-from jaxrm.runtime.run_folder import open_run, write_json_atomically
+from jaxrm.runtime.run_folder import open_run
 
 CONFIG = {"seed": 0, "optimizer": {"lr": 1e-5, "betas": [0.9, 0.95]}, "mesh": {"fsdp": 1}, "run_dir": "run"}
 DEVICES = {"platform": "cpu", "kind": "cpu", "count": 8, "process_count": 1}
@@ -153,10 +154,10 @@ def test_only_the_writer_writes():
 
 def test_json_is_written_whole_or_not_at_all(monkeypatch):
     path = Path("x.json")
-    write_json_atomically(path, {"a": "ü"})
+    atomic.write_json(path, {"a": "ü"})
     assert path.read_text(encoding="utf-8") == '{\n  "a": "ü"\n}\n'
     with pytest.raises(ValueError, match="JSON"):
-        write_json_atomically(path, {"a": 1, "b": float("nan")})
+        atomic.write_json(path, {"a": 1, "b": float("nan")})
     assert json.loads(path.read_text()) == {"a": "ü"}
 
 

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from jaxrm.data.tasks.files import write_text
+from jaxrm import atomic
 
 PAD, BOS, EOS, UNKNOWN = "<pad>", "<bos>", "<eos>", "<unk>"
 USER, ASSISTANT = "<|user|>", "<|assistant|>"
@@ -67,5 +67,5 @@ def write_tokenizer(folder: Path, texts: Iterable[str], *, max_length: int) -> N
         "clean_up_tokenization_spaces": False,
         "chat_template": CHAT_TEMPLATE,
     }
-    write_text(folder / "tokenizer.json", tokenizer.to_str(pretty=True) + "\n")
-    write_text(folder / "tokenizer_config.json", json.dumps(settings, indent=2) + "\n")
+    atomic.write_text(folder / "tokenizer.json", tokenizer.to_str(pretty=True) + "\n")
+    atomic.write_text(folder / "tokenizer_config.json", json.dumps(settings, indent=2) + "\n")

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxrm import atomic
 from jaxrm.algorithms.best_of_n import Best, kl_bound
 from jaxrm.data import tasks
 from jaxrm.data.prompts import PromptExample
@@ -16,7 +17,6 @@ from jaxrm.errors import UserError, flag
 from jaxrm.experiment import Experiment
 from jaxrm.runtime.metrics import json_line
 from jaxrm.runtime.progress import print_table
-from jaxrm.runtime.run_folder import write_text_atomically
 
 Row = dict[str, Any]
 
@@ -76,7 +76,7 @@ def write_winners(target: Path, rows: Sequence[Row], config: Experiment) -> None
             f"from; give a policy that stops, or longer responses, e.g. {flag('rollout.sampling.max_new_tokens')}="
             f"{2 * longest}, or keep what was cut off, {flag('best_of_n.keep_truncated')}=True"
         )
-    write_text_atomically(target, "".join(json.dumps(_winner(row), ensure_ascii=False) + "\n" for row in kept))
+    atomic.write_text(target, "".join(json.dumps(_winner(row), ensure_ascii=False) + "\n" for row in kept))
 
 
 def summary(rows: Sequence[Row], config: Experiment) -> dict[str, Any]:

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jaxrm import atomic
 from jaxrm.algorithms.best_of_n import Respond, Score, best_of_n
 from jaxrm.config import dicts
 from jaxrm.data import tasks
@@ -37,7 +38,7 @@ from jaxrm.ops.token_rewards import Calibration
 from jaxrm.runtime.metrics import read_rows, remove_rows_after
 from jaxrm.runtime.preemption import EXIT_PREEMPTED, StopRequest, agree, catch_signals
 from jaxrm.runtime.progress import Progress, print_table
-from jaxrm.runtime.run_folder import RunFolder, check_run, from_writer, open_run, write_json_atomically
+from jaxrm.runtime.run_folder import RunFolder, check_run, from_writer, open_run
 from jaxrm.sharding.mesh import build_mesh, check_batch
 from jaxrm.stages.best_of_n import report
 from jaxrm.stages.inputs.prompts import check_judgeable, fixed_batches, load_prompts, prompt_width
@@ -121,7 +122,7 @@ def run(config: Experiment) -> int:
         calibration = calibration_of(config, mesh, every, width, draw, score, calibration_key, show)
         if is_writer:
             held = {name: float(x) for name, x in dataclasses.asdict(jax.device_get(calibration)).items()}
-            write_json_atomically(folder.path / _START, {"identity": identity, "calibration": held})
+            atomic.write_json(folder.path / _START, {"identity": identity, "calibration": held})
     if is_writer:
         found = jax.device_get(calibration)
         print(f"Token rewards: scale {found.scale:.4g}, centre {found.center:.4g} (from responses of the policy)")
@@ -257,7 +258,7 @@ def _close(folder: RunFolder, config: Experiment) -> int:
     found = report.summary(rows, config)
     report.print_summary(found, config.rollout.sampling.max_new_tokens)
     if not target.exists():
-        write_json_atomically(folder.path / "evaluation.json", found)
+        atomic.write_json(folder.path / "evaluation.json", found)
         report.write_winners(target, rows, config)
     print(f"The {found['winners']:,} winners are in {target}")
     return 0

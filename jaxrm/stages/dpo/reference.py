@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jaxrm import atomic
 from jaxrm.algorithms.dpo import DPOBatch, pair_log_probs
 from jaxrm.data.config import DataConfig
 from jaxrm.data.examples import ComparisonExample
@@ -19,7 +20,6 @@ from jaxrm.data.readers import ReadReport
 from jaxrm.errors import UserError, flag, option
 from jaxrm.inference.sharded_model import ShardedModel, to_devices
 from jaxrm.runtime.progress import Progress
-from jaxrm.runtime.run_folder import write_json_atomically
 from jaxrm.sharding import partition
 from jaxrm.sharding.mesh import batch_share
 
@@ -177,9 +177,7 @@ def load_or_compute_reference(
         return kept
     found = read()
     if is_writer:
-        part = file.with_name(f".{file.name}.part")
-        with part.open("wb") as opened:
+        with atomic.open_for_writing(file, "wb") as opened:
             np.save(opened, found)
-        part.replace(file)
-        write_json_atomically(note, described)  # last: without it the numbers are read again
+        atomic.write_json(note, described)  # last: without it the numbers are read again
     return found

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from jaxrm import atomic
 from jaxrm.config import dicts
 from jaxrm.data import tasks
 from jaxrm.data.prompts import PromptExample
@@ -30,7 +31,7 @@ from jaxrm.models import build
 from jaxrm.runtime.checkpoint import Checkpoints
 from jaxrm.runtime.metrics import json_line, read_rows
 from jaxrm.runtime.progress import Progress, print_table
-from jaxrm.runtime.run_folder import check_run, open_run, write_json_atomically, write_text_atomically
+from jaxrm.runtime.run_folder import check_run, open_run
 from jaxrm.sharding.mesh import build_mesh, check_batch
 from jaxrm.stages.evaluate.answers import Row, answer_rows, draw_answers, log_ratio, means_of, summary
 from jaxrm.stages.inputs.prompts import check_judgeable, fixed_batches, load_prompts, prompt_width
@@ -148,11 +149,11 @@ def run(config: Experiment) -> int:
                     rows_then = answered(then, first_split, "sampled")
                     means.append({"step": step, **means_of(rows_then, judge)})
                     progress.update(len(found) + number * len(rows_then))
-                write_text_atomically(folder.path / ALONG, "".join(map(json_line, means)))
-        write_text_atomically(target, "".join(map(json_line, found)))
+                atomic.write_text(folder.path / ALONG, "".join(map(json_line, means)))
+        atomic.write_text(target, "".join(map(json_line, found)))
     found = read_rows(target)
     report = summary(found, judge)
-    write_json_atomically(folder.path / "evaluation.json", report)
+    atomic.write_json(folder.path / "evaluation.json", report)
     names = list(dict.fromkeys(name for means in report.values() for name in means))
     print_table(
         f"Answers of {weights.name_of(config.model)}",
@@ -188,7 +189,7 @@ def _check_asked(file: Path, config: Experiment, *, has_answers: bool) -> None:
                     f"use {flag('on_existing')}=restart to put them aside and ask anew, or another {flag('run_dir')}"
                 )
     elif not has_answers:
-        write_json_atomically(file, asked)
+        atomic.write_json(file, asked)
 
 
 def _has_rewards(config: Experiment) -> bool:

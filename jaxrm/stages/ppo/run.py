@@ -7,6 +7,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from jaxrm import atomic
 from jaxrm.algorithms import ppo, ppo_state
 from jaxrm.algorithms.optimizer import learning_rate
 from jaxrm.config import dicts
@@ -25,7 +26,7 @@ from jaxrm.runtime.checkpoint import Checkpoints
 from jaxrm.runtime.metrics import open_metrics, read_rows, remove_rows_after
 from jaxrm.runtime.preemption import EXIT_PREEMPTED, catch_signals
 from jaxrm.runtime.progress import Progress, print_table
-from jaxrm.runtime.run_folder import check_run, open_run, write_json_atomically
+from jaxrm.runtime.run_folder import check_run, open_run
 from jaxrm.sharding import partition
 from jaxrm.sharding.mesh import batch_shards, build_mesh, check_batch, check_row_length
 from jaxrm.stages import supervised
@@ -223,7 +224,7 @@ def run(config: Experiment) -> int:
     if is_writer:
         print_held_out(folder)
         report = closing_report(folder, config.reward.kind, len(held_out.examples))
-        write_json_atomically(folder.path / "evaluation.json", report)
+        atomic.write_json(folder.path / "evaluation.json", report)
         print_samples(folder)
         print(f"The run is in {folder.path}; samples are in {folder.samples}")
     return 0

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jaxrm import atomic
 from jaxrm.data.pairs import TokenPair
 from jaxrm.errors import UserError, flag
 from jaxrm.evaluation.ranking import length_correlation, pair_accuracy
@@ -63,10 +64,8 @@ class HeldOutPairs:
                 found = jax.device_get(log_probs(batch))[: len(indices), :longest]
                 kept[indices, : found.shape[1]] = found
             if is_writer:
-                part = file.with_name(f".{file.name}.part")
-                with part.open("wb") as opened:
+                with atomic.open_for_writing(file, "wb") as opened:
                     np.save(opened, kept)
-                part.replace(file)
         reference = []
         for batch, indices in self._batches:
             array = np.zeros(batch.responses.shape, np.float32)

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 
+from jaxrm import atomic
 from jaxrm.algorithms import scalar_rm, scoring, seq2seq_rm
 from jaxrm.algorithms.train_step import LossFn
 from jaxrm.config import dicts
@@ -20,7 +21,7 @@ from jaxrm.inference.token_scores import policy_log_probs
 from jaxrm.models import build, heads
 from jaxrm.runtime.preemption import EXIT_PREEMPTED
 from jaxrm.runtime.progress import print_table
-from jaxrm.runtime.run_folder import check_run, open_run, write_json_atomically
+from jaxrm.runtime.run_folder import check_run, open_run
 from jaxrm.sharding import partition
 from jaxrm.sharding.mesh import build_mesh, check_batch, check_row_length
 from jaxrm.stages import supervised
@@ -205,6 +206,6 @@ def run(config: Experiment) -> int:
             report["corrections"] = print_corrections(
                 *corrections, held_out.records, judge=judge, samples=config.evaluation.samples
             )
-        write_json_atomically(folder.path / "evaluation.json", report)
+        atomic.write_json(folder.path / "evaluation.json", report)
         print(f"The run is in {folder.path}; these numbers are in {folder.path / 'evaluation.json'}")
     return 0
