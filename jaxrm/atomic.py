@@ -5,11 +5,11 @@ import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 
 @contextmanager
-def open_for_writing(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
+def open_for_writing(path: Path, mode: str = "w") -> Iterator[Any]:
     """Open a file that takes the place of ``path`` at the end, and is removed where the work in between fails.
 
     Args:

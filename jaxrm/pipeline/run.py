@@ -153,9 +153,8 @@ def _records(path: Path, config: Pipeline) -> Records:
     """What ``pipeline.json`` says; nothing for a folder that is new, or that is to be put aside."""
     run_dir = config.run_dir
     check_writable(path, run_dir)
-    names = (
-        sorted(entry.name for entry in path.iterdir() if not atomic.is_unfinished(entry.name)) if path.exists() else []
-    )
+    entries = [entry.name for entry in path.iterdir()] if path.exists() else []
+    names = sorted(name for name in entries if not atomic.is_unfinished(name))
     if not names:
         return {}
     if _RECORD not in names and "run.json" not in names:

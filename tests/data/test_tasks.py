@@ -13,7 +13,6 @@ import pytest
 from jaxrm.data import tasks
 from jaxrm.data.records import Message
 from jaxrm.data.tasks import TASKS, write_task
-from jaxrm.data.tasks.files import write_text
 from jaxrm.data.tasks.safety import judge as safety_judge
 from jaxrm.data.tasks.safety import task as safety
 from jaxrm.data.tasks.safety.task import Answer, Imperfection, Refusal, Request
@@ -130,15 +129,6 @@ def test_writing_again_replaces_the_files_and_leaves_no_others(tmp_path):
     write_task("safety", str(tmp_path), seed=3)
     assert len(rows(tmp_path / "train.jsonl")) == 4000
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted((*FILES, *NEW_PROMPTS, "tokenizer"))
-
-
-def test_a_failed_write_leaves_the_old_file_and_no_part(tmp_path):
-    path = tmp_path / "a.txt"
-    write_text(path, "old")
-    with pytest.raises(UnicodeEncodeError):
-        write_text(path, "new \ud800")
-    assert path.read_text() == "old"
-    assert list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.parametrize(("name", "meant"), [("safty", "did you mean task:safety?"), ("zoo", "task:dialogue")])

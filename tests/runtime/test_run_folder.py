@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from jaxrm import atomic
 from jaxrm.errors import UserError
 from jaxrm.runtime.run_folder import open_run
 
@@ -150,15 +149,6 @@ def test_a_path_that_cannot_be_a_folder_is_refused(run_dir, message):
 def test_only_the_writer_writes():
     assert not launch(is_writer=False).is_writer
     assert files() == {}
-
-
-def test_json_is_written_whole_or_not_at_all(monkeypatch):
-    path = Path("x.json")
-    atomic.write_json(path, {"a": "ü"})
-    assert path.read_text(encoding="utf-8") == '{\n  "a": "ü"\n}\n'
-    with pytest.raises(ValueError, match="JSON"):
-        atomic.write_json(path, {"a": 1, "b": float("nan")})
-    assert json.loads(path.read_text()) == {"a": "ü"}
 
 
 PROCESS = """
