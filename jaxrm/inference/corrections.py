@@ -1,25 +1,20 @@
-"""What a seq2seq reward model writes when it is asked: greedy corrections of responses, and how good they are."""
+"""Greedy corrections of responses by a seq2seq reward model."""
 
-import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
 
-from jaxrm.data import tasks
 from jaxrm.data.pairs import TokenPair, cut_prompt
-from jaxrm.data.prompts import transcript
-from jaxrm.data.records import PreferenceRecord
-from jaxrm.data.templates import bos_id, end_ids
+from jaxrm.data.templates import bos_id
 from jaxrm.errors import UserError, flag, option
-from jaxrm.evaluation.corrections import CorrectionQuality, correction_quality
 from jaxrm.inference.sampler import Sampler
 from jaxrm.inference.sharded_model import ShardedModel
 from jaxrm.models.config import ModelConfig
 from jaxrm.models.generate import SamplingConfig
-from jaxrm.runtime.progress import Progress, print_table
+from jaxrm.runtime.progress import Progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -120,100 +115,3 @@ def check_room(
             f"{len(responses[longest])} of the longest response ({sources[longest]}) and {len(request)} that ask for "
             f"its correction leave {max(most, 0)}; {advice}"
         )
-
-
-def check_judge(judge: str | None, records: Sequence[PreferenceRecord] = ()) -> None:
-    """Refuse ``config.evaluation.judge`` where it names no embedded task, or cannot judge responses to ``records``."""
-    if judge is None:
-        return
-    if judge.removeprefix(tasks.PREFIX) not in tasks.TASKS:
-        known = ", ".join(f"{tasks.PREFIX}{task}" for task in tasks.TASKS)
-        raise UserError(
-            f"{option('evaluation.judge')} is {judge!r}; there is a judge for {known}; "
-            f"e.g. {flag('evaluation.judge')}={tasks.PREFIX}{tasks.TASKS[0]}, or =None"
-        )
-    for record in records:
-        try:
-            judge_response(judge, record, record.chosen)
-        except UserError as error:
-            raise UserError(
-                f"{option('evaluation.judge')} is {judge!r}, but {record.source} has no prompt of that task; judge "
-                f"nothing, "
-                f"{flag('evaluation.judge')}=None, or give the task's data, e.g. {flag('data.path')}={judge}"
-            ) from error
-
-
-def judge_response(judge: str, record: PreferenceRecord, response: str) -> float:
-    """Exact utility of a response to a record's prompt."""
-    return tasks.judge(judge.removeprefix(tasks.PREFIX), record.prompt, response)
-
-
-def judge_pairs(judge: str, records: Sequence[PreferenceRecord]) -> np.ndarray:
-    """Exact utilities ``[2, N]`` of the chosen and the rejected response of each record."""
-    sides = ([getattr(record, side) for record in records] for side in ("chosen", "rejected"))
-    return np.array([[judge_response(judge, *pair) for pair in zip(records, side, strict=True)] for side in sides])
-
-
-def print_corrections(
-    corrector: Corrector,
-    pairs: Sequence[TokenPair],
-    written: Mapping[str, Sequence[np.ndarray]],
-    records: Mapping[str, PreferenceRecord],
-    *,
-    judge: str | None,
-    samples: int,
-) -> dict[str, dict[str, Any]]:
-    """Print how good the corrections of pairs are, and a few of them; returns the table's numbers.
-
-    Args:
-      corrector: the reward model.
-      pairs: held-out pairs.
-      written: from `Corrector.correct_pairs`.
-      records: the pairs as text, by source.
-      judge: embedded task whose judge says what corrections gain, or None.
-      samples: how many corrections of rejected responses to print.
-    """
-    texts = [records[pair.source] for pair in pairs]
-    found: dict[str, CorrectionQuality] = {}
-    for side in ("rejected", "chosen"):
-        sources = [getattr(pair, side) for pair in pairs]
-        before, after = ([corrector.text(tokens) for tokens in side_of] for side_of in (sources, written[side]))
-        gains = None
-        if judge is not None:
-            gains = [
-                judge_response(judge, record, new) - judge_response(judge, record, old)
-                for record, old, new in zip(texts, before, after, strict=True)
-            ]
-        found[side] = correction_quality(
-            sources,
-            written[side],
-            [pair.chosen for pair in pairs],
-            source_texts=before,
-            correction_texts=after,
-            chosen_texts=[corrector.text(pair.chosen) for pair in pairs],
-            judge_gains=gains,
-        )
-    ends = end_ids(corrector.tokenizer, corrector.template)
-    ended = {side: np.mean([len(x) > 0 and int(x[-1]) in ends for x in written[side]]) for side in found}
-    numbers = {side: {**dataclasses.asdict(of), "ended": float(ended[side])} for side, of in found.items()}
-    said = {
-        "ended": "share that ended within the tokens allowed",
-        "changed": "share that differ from their source",
-        "distance_to_source": "edit distance to the source, tokens",
-        "distance_to_chosen": "edit distance to chosen, tokens",
-        "source_to_chosen": "  of the source itself",
-        "rouge_l_to_chosen": "ROUGE-L to chosen",
-        "source_rouge_l": "  of the source itself",
-        "judge_gain": "the judge's gain over the source",
-    }
-    print_table(
-        f"Greedy corrections of {len(pairs)} held-out pairs",
-        ["", "of rejected", "of chosen"],
-        [[text, numbers["rejected"][name], numbers["chosen"][name]] for name, text in said.items()],
-    )
-    for pair, record, correction in list(zip(pairs, texts, written["rejected"], strict=True))[:samples]:
-        print(
-            f"prompt      {transcript(record.prompt)}\nrejected    {corrector.text(pair.rejected)}\n"
-            f"correction  {corrector.text(correction)}\n"
-        )
-    return numbers

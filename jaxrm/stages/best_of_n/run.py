@@ -30,7 +30,6 @@ from jaxrm.data.tokenizer import load_tokenizer
 from jaxrm.errors import UserError, flag, option
 from jaxrm.experiment import RESUMABLE_FIELDS, Experiment
 from jaxrm.inference import sharded_model, weights
-from jaxrm.inference.corrections import check_judge
 from jaxrm.inference.rollout_model import build_sampler, shard_rollout_model
 from jaxrm.inference.sampler import response_text
 from jaxrm.models import build
@@ -42,6 +41,7 @@ from jaxrm.runtime.run_folder import RunFolder, check_run, from_writer, open_run
 from jaxrm.sharding.mesh import build_mesh, check_batch
 from jaxrm.stages.best_of_n import report
 from jaxrm.stages.inputs.prompts import check_judgeable, fixed_batches, load_prompts, prompt_width
+from jaxrm.stages.judge import check_judge
 from jaxrm.stages.rewards.calibration import calibration_of, not_finite, open_rewards, scorer
 from jaxrm.stages.rewards.sources import open_function
 

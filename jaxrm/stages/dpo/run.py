@@ -18,7 +18,6 @@ from jaxrm.data.tokenizer import load_tokenizer
 from jaxrm.errors import UserError, flag, option
 from jaxrm.experiment import RESUMABLE_FIELDS, Experiment
 from jaxrm.inference import sharded_model, weights
-from jaxrm.inference.corrections import check_judge, judge_response
 from jaxrm.inference.load import save_shape_and_tokenizer
 from jaxrm.inference.sampler import Sampler, answerable, prompt_room
 from jaxrm.models import build
@@ -31,6 +30,7 @@ from jaxrm.sharding.mesh import batch_shards, batch_share, build_mesh, check_bat
 from jaxrm.stages import supervised
 from jaxrm.stages.dpo.reference import dpo_examples, load_or_compute_reference, read_reference, with_reference
 from jaxrm.stages.inputs.preferences import load_preferences
+from jaxrm.stages.judge import check_judge, judge_response
 from jaxrm.stages.report import print_held_out
 
 

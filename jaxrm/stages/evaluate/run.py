@@ -24,7 +24,6 @@ from jaxrm.data.tokenizer import load_tokenizer
 from jaxrm.errors import UserError, flag, option
 from jaxrm.experiment import RESUMABLE_FIELDS, Experiment
 from jaxrm.inference import sharded_model, weights
-from jaxrm.inference.corrections import check_judge
 from jaxrm.inference.rollout_model import build_sampler, shard_rollout_model
 from jaxrm.inference.sampler import response_text
 from jaxrm.models import build
@@ -35,6 +34,7 @@ from jaxrm.runtime.run_folder import check_run, open_run
 from jaxrm.sharding.mesh import build_mesh, check_batch
 from jaxrm.stages.evaluate.answers import Row, answer_rows, draw_answers, log_ratio, means_of, summary
 from jaxrm.stages.inputs.prompts import check_judgeable, fixed_batches, load_prompts, prompt_width
+from jaxrm.stages.judge import check_judge
 from jaxrm.stages.rewards.calibration import calibration_of, open_rewards, scorer
 
 ANSWERS, ALONG = "answers.jsonl", "along.jsonl"

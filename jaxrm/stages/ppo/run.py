@@ -17,7 +17,6 @@ from jaxrm.data.tokenizer import load_tokenizer
 from jaxrm.errors import UserError, flag, option
 from jaxrm.experiment import RESUMABLE_FIELDS, Experiment
 from jaxrm.inference import sharded_model, weights
-from jaxrm.inference.corrections import check_judge
 from jaxrm.inference.load import save_shape_and_tokenizer
 from jaxrm.inference.sampler import response_text
 from jaxrm.models import build
@@ -38,6 +37,7 @@ from jaxrm.stages.inputs.prompts import (
     prompt_width,
     prompts_to_devices,
 )
+from jaxrm.stages.judge import check_judge
 from jaxrm.stages.ppo.critic import open_critic, zero_head
 from jaxrm.stages.ppo.evaluation import PolicyEvaluation, print_samples
 from jaxrm.stages.ppo.learner import open_learner

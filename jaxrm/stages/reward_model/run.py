@@ -15,7 +15,7 @@ from jaxrm.data.tokenizer import load_tokenizer
 from jaxrm.errors import UserError, flag, option
 from jaxrm.experiment import RESUMABLE_FIELDS, Experiment
 from jaxrm.inference import sharded_model, weights
-from jaxrm.inference.corrections import Corrector, check_judge, check_room, judge_pairs, print_corrections
+from jaxrm.inference.corrections import Corrector, check_room
 from jaxrm.inference.load import save_shape_and_tokenizer
 from jaxrm.inference.token_scores import policy_log_probs
 from jaxrm.models import build, heads
@@ -26,7 +26,9 @@ from jaxrm.sharding import partition
 from jaxrm.sharding.mesh import build_mesh, check_batch, check_row_length
 from jaxrm.stages import supervised
 from jaxrm.stages.inputs.preferences import load_preferences, prepare
+from jaxrm.stages.judge import check_judge, judge_pairs
 from jaxrm.stages.report import print_held_out
+from jaxrm.stages.reward_model.corrections import print_corrections
 from jaxrm.stages.reward_model.evaluation import (
     HeldOutPairs,
     PairScores,
