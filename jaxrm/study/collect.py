@@ -1,9 +1,9 @@
-"""From the folders of a study's runs to its results.
+"""Collect the results of a study from the folders of its runs.
 
 STUDY/results/
   <world>/<arm>/seed<k>.jsonl   one row per answer to a test prompt
   results.jsonl                 one row per world, arm, seed, split and decoding: means
-  curves.jsonl                  what was measured along the training of the final runs
+  curves.jsonl                  measurements along the training of the final runs
   selection.jsonl               each setting that was tried, with its score
   agreement.jsonl               how each reward model ranks held-out pairs
 """
@@ -11,7 +11,8 @@ STUDY/results/
 import json
 import math
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,111 +22,119 @@ from jaxrm.data import tasks
 from jaxrm.runtime.metrics import json_line, read_rows
 from jaxrm.stages.evaluate.run import ALONG, ANSWERS
 from jaxrm.study.config import PPO, Study, axes
-from jaxrm.study.schedule import Run, answers_name, folder_of, policy_name, selection_run, watched
-from jaxrm.study.tuning import Choice
+from jaxrm.study.schedule import (
+    REWARD_MODELS,
+    Choices,
+    StudyRun,
+    answers_name,
+    evaluates_checkpoints,
+    folder_name,
+    policy_name,
+    selection_run,
+)
+from jaxrm.study.tuning import Choice, Setting
 
-Row = dict[str, Any]
+JsonRow = dict[str, Any]
 
 
-def score_of(folder: Path) -> float | None:
-    """The mean mark of the exact judge on a run's prompts, sampled; None for a run that has none."""
-    return _of(_evaluation(folder), "judge")
+def judge_score(folder: Path) -> float | None:
+    """The mean judge score of a run's sampled answers to the selection prompts; None for a run that has none."""
+    return _selection_mean(_evaluation(folder), "judge")
 
 
-def collect(study: Study, folder: Path, done: Sequence[Run], choices: Mapping[tuple[str, str], Choice]) -> None:
+def collect(study: Study, folder: Path, done: Sequence[StudyRun], choices: Choices) -> None:
     """Write the results of the runs that are done, all anew.
 
     Args:
-      study: from `jaxrm.study.config.shrunk`.
+      study: from `jaxrm.study.config.apply_preset`.
       folder: of the study.
       done: its runs that are done.
-      choices: what came of choosing settings, by world and arm.
+      choices: the state of tuning, by world and arm.
     """
     results, part, names = folder / "results", folder / ".results.part", {run.name for run in done}
     shutil.rmtree(part, ignore_errors=True)
-    rows: dict[str, list[Row]] = {"results": [], "curves": [], "selection": [], "agreement": []}
+    tables: dict[str, list[JsonRow]] = {"results": [], "curves": [], "selection": [], "agreement": []}
     for world in study.worlds:
         for arm in study.arms:
-            rows["selection"] += _selection(study, folder, world, arm, choices[world, arm])
-            chosen = choices[world, arm].chosen
-            for seed in study.seeds if chosen is not None else ():
-                where = {"world": world, "arm": folder_of(arm), "seed": seed}
-                answers = answers_name(world, seed, arm, chosen or ())
-                if answers in names:
-                    given = [
-                        row for row in read_rows(folder / "runs" / answers / ANSWERS) if row["split"] != "selection"
-                    ]
-                    text = "".join(json_line(row) for row in given)
-                    atomic.write_text(part / world / folder_of(arm) / f"seed{seed}.jsonl", text)
-                    means = _evaluation(folder / "runs" / answers)
-                    for name, of in means.items():
-                        split, decoding = name.split(", ")
-                        rows["results"].append(
-                            {**where, **dict(chosen or ()), "split": split, "decoding": decoding, **of}
-                        )
-                    if watched(arm):
-                        rows["curves"] += _along(where, dict(chosen or ()), folder / "runs" / answers)
-                    elif not arm.startswith(PPO) and "selection, sampled" in means:
-                        end = means["selection, sampled"]
-                        if arm.startswith("best_of_n"):
-                            end["kl"] = kl_bound(study.best_of_n.best_of_n.n)
-                        rows["curves"].append(_point(where, dict(chosen or ()), 0, end))
-                policy = policy_name(world, seed, arm, chosen or ())
-                if arm.startswith(PPO) and policy in names:
-                    rows["curves"] += _curve(where, dict(chosen or ()), folder / "runs" / policy)
+            tables["selection"] += _selection_rows(study, folder, world, arm, choices[world, arm])
+            setting = choices[world, arm].chosen
+            for seed in study.seeds if setting is not None else ():
+                final = _FinalRun(study, folder / "runs", world, arm, seed, setting or ())
+                if final.answers in names:
+                    _copy_answers(final, part)
+                    tables["results"] += _mean_rows(final)
+                    tables["curves"] += _answer_points(final)
+                if arm.startswith(PPO) and final.policy in names:
+                    tables["curves"] += _ppo_points(final)
         for seed in study.seeds:
-            for rm in ("rm_scalar", "rm_seq2seq"):
+            for rm in REWARD_MODELS:
                 if f"{world}/seed{seed}/{rm}" in names:
-                    rows["agreement"] += _agreement(world, seed, rm, folder / "runs" / world / f"seed{seed}" / rm)
-    rows["curves"] = _ends_together(rows["curves"])
-    for file, found in rows.items():
-        atomic.write_text(part / f"{file}.jsonl", "".join(json_line(row) for row in found))
-    shutil.rmtree(results, ignore_errors=True)  # all of it can be made again from the runs
+                    tables["agreement"] += _agreement_rows(folder / "runs", world, seed, rm)
+    tables["curves"] = _align_ends(tables["curves"])
+    for name, rows in tables.items():
+        atomic.write_text(part / f"{name}.jsonl", "".join(json_line(row) for row in rows))
+    shutil.rmtree(results, ignore_errors=True)  # safe, since all of it can be made again from the runs
     part.rename(results)
 
 
-def _curve(where: Mapping[str, Any], chosen: Mapping[str, float], run: Path) -> Iterable[Row]:
-    for row in read_rows(run / "metrics.jsonl"):
-        if "eval_judge" in row:
-            behaviours = tasks.BEHAVIOURS[where["world"]]
-            yield {
-                **where,
-                "beta": chosen.get("ppo.kl_coef"),
-                "lr": chosen.get("optimizer.lr"),
-                "step": row["step"],
-                **{name: row[f"eval_{name}"] for name in ("kl", "judge", "reward", "length")},
-                "behaviour": {key: row[f"eval_{key}"] for key in behaviours if f"eval_{key}" in row},
-            }
+@dataclass(frozen=True)
+class _FinalRun:
+    """The final runs of an arm in a world, with one seed."""
+
+    study: Study
+    runs: Path
+    world: str
+    arm: str
+    seed: int
+    setting: Setting
+
+    @property
+    def key(self) -> JsonRow:
+        """The fields that every row of results begins with."""
+        return {"world": self.world, "arm": folder_name(self.arm), "seed": self.seed}
+
+    @property
+    def answers(self) -> str:
+        return answers_name(self.world, self.seed, self.arm, self.setting)
+
+    @property
+    def policy(self) -> str:
+        return policy_name(self.world, self.seed, self.arm, self.setting)
 
 
-def _along(where: Mapping[str, Any], chosen: Mapping[str, float], run: Path) -> Iterable[Row]:
-    return [_point(where, chosen, row["step"], row) for row in read_rows(run / ALONG)]
+def _copy_answers(final: _FinalRun, results: Path) -> None:
+    """Copy the answers to the test prompts; those to the selection prompts are not for reports."""
+    rows = [row for row in read_rows(final.runs / final.answers / ANSWERS) if row["split"] != "selection"]
+    file = results / final.world / folder_name(final.arm) / f"seed{final.seed}.jsonl"
+    atomic.write_text(file, "".join(json_line(row) for row in rows))
 
 
-def _ends_together(rows: Sequence[Row]) -> list[Row]:
-    """The last row of every arm and seed at the last step of the arm, so that ends are compared with ends.
-
-    Data differ in size from seed to seed, and with them the steps of a run.
-    """
-    last: dict[tuple[str, str, int | None], int] = {}
-    for row in rows:
-        for seed in (row["seed"], None):
-            name = row["world"], row["arm"], seed
-            last[name] = max(row["step"], last.get(name, 0))
-
-    def is_end(row: Row) -> bool:
-        return bool(row["step"] == last[row["world"], row["arm"], row["seed"]])
-
-    return [row | {"step": last[row["world"], row["arm"], None]} if is_end(row) else row for row in rows]
+def _mean_rows(final: _FinalRun) -> Iterator[JsonRow]:
+    for name, means in _evaluation(final.runs / final.answers).items():
+        split, decoding = name.split(", ")
+        yield {**final.key, **dict(final.setting), "split": split, "decoding": decoding, **means}
 
 
-def _point(where: Mapping[str, Any], chosen: Mapping[str, float], step: int, means: Mapping[str, float]) -> Row:
-    """What a policy gives that does not watch itself in training; of the best of n the KL is an upper bound."""
-    behaviours = tasks.BEHAVIOURS[where["world"]]
+def _answer_points(final: _FinalRun) -> Iterator[JsonRow]:
+    """Points of a curve that come from answers: of each checkpoint, or of the policy of an arm that trains nothing."""
+    if evaluates_checkpoints(final.arm):
+        for row in read_rows(final.runs / final.answers / ALONG):
+            yield _curve_point(final, row["step"], row)
+        return
+    means = _evaluation(final.runs / final.answers).get("selection, sampled")
+    if means is not None and not final.arm.startswith(PPO):
+        if final.arm.startswith("best_of_n"):
+            means = means | {"kl": kl_bound(final.study.best_of_n.best_of_n.n)}
+        yield _curve_point(final, 0, means)
+
+
+def _curve_point(final: _FinalRun, step: int, means: Mapping[str, float]) -> JsonRow:
+    behaviours = tasks.BEHAVIOURS[final.world]
+    setting = dict(final.setting)
     return {
-        **where,
-        "beta": chosen.get("dpo.beta"),
-        "lr": chosen.get("optimizer.lr"),
+        **final.key,
+        "beta": setting.get("dpo.beta"),
+        "lr": setting.get("optimizer.lr"),
         "step": step,
         "kl": means["kl"],
         "judge": means["judge"],
@@ -135,17 +144,51 @@ def _point(where: Mapping[str, Any], chosen: Mapping[str, float], step: int, mea
     }
 
 
-def _selection(study: Study, folder: Path, world: str, arm: str, choice: Choice) -> Iterable[Row]:
+def _ppo_points(final: _FinalRun) -> Iterator[JsonRow]:
+    """Points of a curve that PPO measured while it trained."""
+    behaviours = tasks.BEHAVIOURS[final.world]
+    setting = dict(final.setting)
+    for row in read_rows(final.runs / final.policy / "metrics.jsonl"):
+        if "eval_judge" in row:
+            yield {
+                **final.key,
+                "beta": setting.get("ppo.kl_coef"),
+                "lr": setting.get("optimizer.lr"),
+                "step": row["step"],
+                **{name: row[f"eval_{name}"] for name in ("kl", "judge", "reward", "length")},
+                "behaviour": {key: row[f"eval_{key}"] for key in behaviours if f"eval_{key}" in row},
+            }
+
+
+def _align_ends(rows: Sequence[JsonRow]) -> list[JsonRow]:
+    """Move the last row of every arm and seed to the last step of the arm, so that ends are compared with ends.
+
+    Data differ in size from seed to seed, and so does the number of steps in a run.
+    """
+    last_of_seed: dict[tuple[str, str, int], int] = {}
+    last_of_arm: dict[tuple[str, str], int] = {}
+    for row in rows:
+        arm, seed = (row["world"], row["arm"]), (row["world"], row["arm"], row["seed"])
+        last_of_seed[seed] = max(row["step"], last_of_seed.get(seed, 0))
+        last_of_arm[arm] = max(row["step"], last_of_arm.get(arm, 0))
+    return [
+        row | {"step": last_of_arm[row["world"], row["arm"]]}
+        if row["step"] == last_of_seed[row["world"], row["arm"], row["seed"]]
+        else row
+        for row in rows
+    ]
+
+
+def _selection_rows(study: Study, folder: Path, world: str, arm: str, choice: Choice) -> Iterator[JsonRow]:
     if not axes(study, arm):
         return
     for setting in choice.scores:
         for seed in study.selection_seeds:
-            run = folder / "runs" / selection_run(study, world, seed, arm, setting).name
-            found = _evaluation(run) if (run / "evaluation.json").exists() else {}
-            score, kl = _of(found, "judge"), _of(found, "kl")
+            evaluation = _evaluation(folder / "runs" / selection_run(study, world, seed, arm, setting).name)
+            score, kl = _selection_mean(evaluation, "judge"), _selection_mean(evaluation, "kl")
             yield {
                 "world": world,
-                "arm": folder_of(arm),
+                "arm": folder_name(arm),
                 "seed": seed,
                 "settings": {name.rsplit(".", 1)[-1]: value for name, value in setting},
                 "score": math.nan if score is None else score,
@@ -155,12 +198,12 @@ def _selection(study: Study, folder: Path, world: str, arm: str, choice: Choice)
             }
 
 
-def _agreement(world: str, seed: int, rm: str, run: Path) -> Iterable[Row]:
-    found = _evaluation(run)
-    for kind in found.get("kinds", []):
-        ways = {"sum": "by_centered", "mean": "by_mean", "judge": "by_judge"}
-        shares = {way: kind[name][0] if name in kind else math.nan for way, name in ways.items()}
-        yield {"world": world, "rm": rm, "seed": seed, "kind": kind["kind"], **shares, "pairs": found["pairs"]}
+def _agreement_rows(runs: Path, world: str, seed: int, rm: str) -> Iterator[JsonRow]:
+    evaluation = _evaluation(runs / world / f"seed{seed}" / rm)
+    fields = {"sum": "by_centered", "mean": "by_mean", "judge": "by_judge"}
+    for kind in evaluation.get("kinds", []):
+        shares = {name: kind[field][0] if field in kind else math.nan for name, field in fields.items()}
+        yield {"world": world, "rm": rm, "seed": seed, "kind": kind["kind"], **shares, "pairs": evaluation["pairs"]}
 
 
 def _evaluation(run: Path) -> dict[str, Any]:
@@ -168,7 +211,7 @@ def _evaluation(run: Path) -> dict[str, Any]:
     return dict(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else {}
 
 
-def _of(evaluation: Mapping[str, Any], name: str) -> float | None:
-    """A mean after training of a PPO run, or of the sampled answers of an evaluation to the selection prompts."""
+def _selection_mean(evaluation: Mapping[str, Any], name: str) -> float | None:
+    """A mean on the selection prompts: after training of a PPO run, or of the sampled answers of an evaluation."""
     means = evaluation.get("after") or evaluation.get("selection, sampled") or {}
     return None if means.get(name) is None else float(means[name])

@@ -1,11 +1,10 @@
 """A study: the same comparison for every arm, in every world, with every seed, as a list of ordinary runs.
 
-An arm is a way to a policy: ``sft`` (where all start), ``sft_chosen``, ``best_of_n_scalar``, ``best_of_n_seq2seq``,
-``rft_scalar``, ``rft_seq2seq``, ``dpo`` and ``ppo_KIND`` for each kind of token reward. Worlds are embedded tasks,
-whose judge is exact. `jaxrm.study.schedule.plan` says which runs there are, given the scores of those that are done:
-settings are chosen for each arm and world alike, on prompts and seeds of their own, and only then do the runs of the
-final seeds start.
-`jaxrm.study.run` runs them.
+A world is an embedded task, a synthetic task whose judge is exact. An arm is a way to train a policy: ``sft`` (where
+all start), ``sft_chosen``, ``best_of_n_scalar``, ``best_of_n_seq2seq``, ``rft_scalar``, ``rft_seq2seq``, ``dpo`` and
+``ppo_KIND`` for each kind of token reward. `jaxrm.study.schedule` lists the runs, given the scores of those that are
+done: settings are chosen alike for each arm and world, on prompts and seeds of their own, and only then do the runs of
+the final seeds start. `jaxrm.study.run` runs them.
 """
 
 import dataclasses
@@ -39,23 +38,23 @@ _SMOKE_ARMS = ("sft", "sft_chosen", "dpo", "ppo_scalar", "ppo_literal")
 class Study:
     """What is compared.
 
-    The stages are templates: `jaxrm.study.schedule.plan` fills in folders, models, data, seeds and what is tuned.
+    The stages are templates: `jaxrm.study.schedule` fills in folders, models, data, seeds and what is tuned.
 
     Attributes:
       run_dir: folder of the study.
       on_existing: a folder that already holds this study is continued (``resume``), put aside and started anew
         (``restart``) or refused (``error``).
-      preset: ``full`` leaves the config as it is; ``smoke`` makes of it one world, two seeds, few arms and few steps.
+      preset: ``full`` leaves the config as it is; ``smoke`` reduces it to one world, two seeds, few arms and few steps.
       size: of the policy: ``tiny`` (0.36 M parameters), ``small`` (6 M) or ``base`` (31 M).
       worlds: embedded tasks.
-      arms: see `ARMS`; the kind of ``ppo_KIND`` may be one's own (see `jaxrm.algorithms.reward_config`).
-      seeds: of the reported runs; each has its own SFT, pairs and reward models.
-      selection_seeds: of the runs that settings are chosen with.
-      kl_coefs: of PPO, ascending: its grid with ``learning_rates``.
+      arms: see `ARMS`; the kind of ``ppo_KIND`` may be a custom one (see `jaxrm.algorithms.reward_config`).
+      seeds: seeds of the final runs; each seed has its own SFT policy, pairs and reward models.
+      selection_seeds: seeds of the runs that settings are chosen with.
+      kl_coefs: KL coefficients of PPO, ascending; with ``learning_rates`` they are its grid.
       learning_rates: of PPO, DPO and of SFT on chosen responses or winners, ascending.
-      dpo_betas: of DPO, ascending: its grid with ``learning_rates``.
-      extensions: how often an axis goes on past an end of the grid, by its own ratio, while the best setting is there.
-      tolerance: marks of the judge that are no further apart count as equal when settings are chosen (see
+      dpo_betas: betas of DPO, ascending; with ``learning_rates`` they are its grid.
+      extensions: most values tried beyond either end of a grid's axis while the best setting lies at that end.
+      tolerance: judge scores that are no further apart count as equal when settings are chosen (see
         `jaxrm.study.tuning.choose`).
       workers: runs at once. None: one for each core, or one on an accelerator.
     """
@@ -113,15 +112,10 @@ class Study:
             raise _wrong("workers", self.workers, "at least 1", "2")
 
 
-def shrunk(study: Study) -> Study:
-    """The study that is run: ``config.preset`` applied."""
+def apply_preset(study: Study) -> Study:
+    """Return the study to run: ``config.preset`` applied."""
     if study.preset == "full":
         return study
-
-    def few(stage: Experiment, steps: int | None) -> Experiment:
-        data = dataclasses.replace(stage.data, max_records=512, max_eval_records=64)
-        return dataclasses.replace(stage, num_steps=steps, data=data)
-
     return dataclasses.replace(
         study,
         worlds=study.worlds[:1],
@@ -132,26 +126,31 @@ def shrunk(study: Study) -> Study:
         learning_rates=study.learning_rates[-1:],
         dpo_betas=study.dpo_betas[:1],
         extensions=0,
-        sft=few(study.sft, 60),
+        sft=_shorten(study.sft, 60),
         pairs=dataclasses.replace(study.pairs, pairs=dataclasses.replace(study.pairs.pairs, count=256)),
-        rm_scalar=few(study.rm_scalar, 8),
-        rm_seq2seq=few(study.rm_seq2seq, 8),
-        imitation=few(study.imitation, 4),
-        dpo=few(study.dpo, 4),
-        best_of_n=few(study.best_of_n, 1),
-        ppo=few(study.ppo, 2),
-        evaluate=few(study.evaluate, None),
+        rm_scalar=_shorten(study.rm_scalar, 8),
+        rm_seq2seq=_shorten(study.rm_seq2seq, 8),
+        imitation=_shorten(study.imitation, 4),
+        dpo=_shorten(study.dpo, 4),
+        best_of_n=_shorten(study.best_of_n, 1),
+        ppo=_shorten(study.ppo, 2),
+        evaluate=_shorten(study.evaluate, None),
     )
 
 
 def axes(study: Study, arm: str) -> tuple[tuple[str, tuple[float, ...]], ...]:
-    """Fields that are tuned for an arm, each with the values of its grid; none where there is nothing to tune."""
+    """The fields that are tuned for an arm, by dotted name, each with the values of its grid."""
     rate = ("optimizer.lr", study.learning_rates)
     if arm.startswith(PPO):
         return (("ppo.kl_coef", study.kl_coefs), rate)
     if arm == "dpo":
         return (("dpo.beta", study.dpo_betas), rate)
     return (rate,) if arm == "sft_chosen" or arm.startswith("rft_") else ()
+
+
+def _shorten(stage: Experiment, num_steps: int | None) -> Experiment:
+    data = dataclasses.replace(stage.data, max_records=512, max_eval_records=64)
+    return dataclasses.replace(stage, num_steps=num_steps, data=data)
 
 
 def _wrong(name: str, found: object, required: str, example: str) -> UserError:

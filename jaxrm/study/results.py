@@ -1,13 +1,4 @@
-"""What a study has found so far, read from its folder.
-
-    STUDY/results/
-      <world>/<arm>/seed<k>.jsonl   one row per answer to a test prompt
-      curves.jsonl                  what was measured along the training of the final runs
-      selection.jsonl               each setting that was tried, with its score
-      agreement.jsonl               how each reward model ranks held-out pairs
-
-Every file may be missing or grow yet.
-"""
+"""Read the results of a study that may be unfinished: any file may be missing. `jaxrm.study.collect` lists them."""
 
 import re
 import zlib
@@ -24,11 +15,14 @@ from jaxrm.study.config import ARMS
 
 SPLITS = ("test", "test_ood")
 DECODINGS = ("sampled", "greedy")
-_SHOWN = {"test": 8, "test_ood": 4}  # prompts of each split whose answers are kept whole, as examples
+_EXAMPLE_PROMPTS = {"test": 8, "test_ood": 4}  # prompts of each split whose answers the report shows
+
+Examples = dict[tuple[str, str, str], dict[str, Mapping[str, Any]]]
+"""Rows of answers by ``(world, split, prompt)`` and arm."""
 
 
-class Cell(NamedTuple):
-    """Which answers: those of an arm in a world, to one split of its prompts, decoded in one way."""
+class AnswerKey(NamedTuple):
+    """Names a set of answers: an arm in a world, one split of its prompts, one way of decoding."""
 
     world: str
     arm: str
@@ -37,11 +31,20 @@ class Cell(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Answers:
-    """The answers of one seed, ``[P]`` each, by ascending index; NaN where something is missing or does not apply."""
+class SeedAnswers:
+    """The measured answers of one seed to ``P`` prompts; NaN where a value is missing or does not apply.
+
+    Attributes:
+      index: ``[P]`` numbers of the prompts, ascending.
+      prompts: ``[P]`` checksums of the prompts.
+      judge: ``[P]`` judge scores.
+      length: ``[P]`` tokens.
+      kl: ``[P]`` KL from the SFT policy, nats a response.
+      behaviour: ``[P]`` of each behaviour by name.
+    """
 
     index: np.ndarray
-    prompts: np.ndarray  # checksums of the prompts
+    prompts: np.ndarray
     judge: np.ndarray
     length: np.ndarray
     kl: np.ndarray
@@ -53,70 +56,72 @@ class Results:
     """A study's results.
 
     Attributes:
-      answers: by cell and seed.
+      answers: by key and seed.
       curves: rows of ``curves.jsonl`` by world and arm and by seed, in the order of their steps.
       selection: rows of ``selection.jsonl``.
       agreement: rows of ``agreement.jsonl``.
-      examples: rows with answers of one seed, by ``(world, split, prompt)`` and arm.
+      examples: rows with the answers of one seed, by ``(world, split, prompt)`` and arm.
     """
 
-    answers: Mapping[Cell, Mapping[int, Answers]]
+    answers: Mapping[AnswerKey, Mapping[int, SeedAnswers]]
     curves: Mapping[tuple[str, str], Mapping[int, Sequence[Mapping[str, Any]]]]
     selection: Sequence[Mapping[str, Any]]
     agreement: Sequence[Mapping[str, Any]]
-    examples: Mapping[tuple[str, str, str], Mapping[str, Mapping[str, Any]]] = field(default_factory=dict)
+    examples: Examples = field(default_factory=dict)
 
     @property
     def worlds(self) -> list[str]:
         """The worlds that have an answer, a curve, a setting or a reward model."""
         rows = (row["world"] for row in [*self.selection, *self.agreement])
-        return sorted(
-            dict.fromkeys([*(cell.world for cell in self.answers), *(world for world, _ in self.curves), *rows])
-        )
+        return sorted({*(key.world for key in self.answers), *(world for world, _ in self.curves), *rows})
 
     @property
     def arms(self) -> list[str]:
         """The arms that have answers, in their order."""
-        return in_order(cell.arm for cell in self.answers)
+        return in_order(key.arm for key in self.answers)
 
     def behaviours(self, world: str) -> list[str]:
-        """What is watched in a world."""
-        found: dict[str, None] = {}
-        for cell, seeds in self.answers.items():
-            if cell.world == world:
+        """The names of the behaviours that are measured in a world."""
+        names: dict[str, None] = {}  # in the order in which they are met
+        for key, seeds in self.answers.items():
+            if key.world == world:
                 for answers in seeds.values():
-                    found.update(dict.fromkeys(answers.behaviour))
-        for (where, _), runs in self.curves.items():
-            if where == world:
-                found.update(dict.fromkeys(key for rows in runs.values() for row in rows for key in row["behaviour"]))
-        return list(found)
+                    names.update(dict.fromkeys(answers.behaviour))
+        for (curve_world, _), runs in self.curves.items():
+            if curve_world == world:
+                names.update(dict.fromkeys(name for rows in runs.values() for row in rows for name in row["behaviour"]))
+        return list(names)
 
-    def pairs(self, cell: Cell, opponent: str) -> list[tuple[Answers, Answers]]:
-        """The answers of an arm and of another one to the same prompts, for each seed that has both."""
-        first, second = self.answers.get(cell, {}), self.answers.get(cell._replace(arm=opponent), {})
-        found = []
+    def pairs(self, key: AnswerKey, opponent: str) -> list[tuple[SeedAnswers, SeedAnswers]]:
+        """The answers of an arm and of an opponent to the same prompts, for each seed that has both.
+
+        Raises:
+          UserError: two answers with the same index belong to different prompts.
+        """
+        first, second = self.answers.get(key, {}), self.answers.get(key._replace(arm=opponent), {})
+        pairs = []
         for seed in sorted(first.keys() & second.keys()):
             a, b = first[seed], second[seed]
             shared = np.intersect1d(a.index, b.index, assume_unique=True)
-            a, b = (_take(side, np.searchsorted(side.index, shared)) for side in (a, b))
+            a, b = (_take(answers, np.searchsorted(answers.index, shared)) for answers in (a, b))
             if (a.prompts != b.prompts).any():
                 raise UserError(
-                    f"{cell.world}, seed {seed}: {cell.arm} and {opponent} were asked different prompts, so that they "
+                    f"{key.world}, seed {seed}: {key.arm} and {opponent} were asked different prompts, so that they "
                     "cannot be compared; the results are of two studies: remove those of one and run it again"
                 )
             if len(shared):
-                found.append((a, b))
-        return found
+                pairs.append((a, b))
+        return pairs
 
 
 def in_order(arms: Iterable[str]) -> list[str]:
     """Arms in the order of `jaxrm.study.config.ARMS`, then others by name."""
-    return sorted(dict.fromkeys(arms), key=lambda arm: (_place(arm), arm))
+    return sorted(set(arms), key=lambda arm: (ARMS.index(arm) if arm in ARMS else len(ARMS), arm))
 
 
-def are_crossed(answers: Sequence[Answers]) -> bool:
-    """Whether every seed was asked the same prompts; else the prompts are nested in the seeds."""
-    return all(np.array_equal(each.prompts, answers[0].prompts) for each in answers)
+def are_crossed(seeds: Sequence[SeedAnswers]) -> bool:
+    """Whether every seed has the same prompts; otherwise the prompts are nested in the seeds."""
+    return all(np.array_equal(answers.prompts, seeds[0].prompts) for answers in seeds)
 
 
 def read_results(folder: Path) -> Results:
@@ -126,23 +131,10 @@ def read_results(folder: Path) -> Results:
       UserError: a row that cannot be read, by file and line.
     """
     results = folder / "results"
-    answers: dict[Cell, dict[int, Answers]] = {}
-    examples: dict[tuple[str, str, str], dict[str, Mapping[str, Any]]] = {}
-    files = [(*found, file) for file in sorted(results.glob("*/*/seed*.jsonl")) if (found := _names(file))]
-    first_seed: dict[str, int] = {}
-    for world, _, seed, _ in files:
-        first_seed[world] = min(seed, first_seed.get(world, seed))
-    for world, arm, seed, file in files:
-        rows = read_rows(file)
-        for (split, decoding), held in _read_answers(rows, file).items():
-            answers.setdefault(Cell(world, arm, split, decoding), {})[seed] = held
-        if seed == first_seed[world]:
-            for row in rows:
-                if row["decoding"] == "sampled" and row["index"] < _SHOWN.get(row["split"], 0):
-                    examples.setdefault((world, row["split"], row["prompt"]), {})[arm] = row
+    answers, examples = _read_all_answers(results)
+    fields = ("world", "arm", "seed", "step", "kl", "judge", "reward", "length", "behaviour")
     curves: dict[tuple[str, str], dict[int, dict[int, Mapping[str, Any]]]] = {}
-    needed = ("world", "arm", "seed", "step", "kl", "judge", "reward", "length", "behaviour")
-    for row in _read(results / "curves.jsonl", needed):
+    for row in _read(results / "curves.jsonl", fields):
         curves.setdefault((row["world"], row["arm"]), {}).setdefault(row["seed"], {})[row["step"]] = row
     return Results(
         answers=answers,
@@ -156,62 +148,76 @@ def read_results(folder: Path) -> Results:
     )
 
 
-def number(value: Any) -> float:
+def as_float(value: Any) -> float:
     """A number of a row as a float; None is NaN."""
     return float("nan") if value is None else float(value)
 
 
-def _names(file: Path) -> tuple[str, str, int] | None:
-    found = re.fullmatch(r"seed(\d+)\.jsonl", file.name)
-    return (file.parent.parent.name, file.parent.name, int(found[1])) if found else None
+def _read_all_answers(results: Path) -> tuple[dict[AnswerKey, dict[int, SeedAnswers]], Examples]:
+    """All answers by key and seed, and those of the first seed of each world that the report shows."""
+    answers: dict[AnswerKey, dict[int, SeedAnswers]] = {}
+    examples: Examples = {}
+    files = [
+        (file.parent.parent.name, file.parent.name, int(match[1]), file)
+        for file in sorted(results.glob("*/*/seed*.jsonl"))
+        if (match := re.fullmatch(r"seed(\d+)\.jsonl", file.name))
+    ]
+    first_seed: dict[str, int] = {}
+    for world, _, seed, _ in files:
+        first_seed[world] = min(seed, first_seed.get(world, seed))
+    for world, arm, seed, file in files:
+        rows = read_rows(file)
+        for (split, decoding), seed_answers in _parse_answers(rows, file).items():
+            answers.setdefault(AnswerKey(world, arm, split, decoding), {})[seed] = seed_answers
+        if seed == first_seed[world]:
+            for row in rows:
+                if row["decoding"] == "sampled" and row["index"] < _EXAMPLE_PROMPTS.get(row["split"], 0):
+                    examples.setdefault((world, row["split"], row["prompt"]), {})[arm] = row
+    return answers, examples
 
 
-def _place(arm: str) -> int:
-    return ARMS.index(arm) if arm in ARMS else len(ARMS)
-
-
-def _read(path: Path, needed: Sequence[str]) -> list[dict[str, Any]]:
+def _read(path: Path, fields: Sequence[str]) -> list[dict[str, Any]]:
     rows = read_rows(path)
     for line, row in enumerate(rows, 1):
-        missing = [name for name in needed if name not in row]
+        missing = [name for name in fields if name not in row]
         if missing:
-            raise UserError(f"{path}:{line} has no {missing[0]!r}; a row has {', '.join(needed)}; remove the line")
+            raise UserError(f"{path}:{line} has no {missing[0]!r}; a row has {', '.join(fields)}; remove the line")
     return rows
 
 
-def _read_answers(rows: Sequence[Mapping[str, Any]], file: Path) -> dict[tuple[str, str], Answers]:
-    """The answers by split and decoding; of two with one index the latest counts."""
-    kept: dict[tuple[str, str], dict[int, Mapping[str, Any]]] = {}
+def _parse_answers(rows: Sequence[Mapping[str, Any]], file: Path) -> dict[tuple[str, str], SeedAnswers]:
+    """The answers by split and decoding; of two with one index the later one counts."""
+    by_index: dict[tuple[str, str], dict[int, Mapping[str, Any]]] = {}
     for line, row in enumerate(rows, 1):
         try:
             float(row["judge"]), float(row["length"]), row["prompt"].encode(), row["behaviour"].items(), row["response"]
-            kept.setdefault((row["split"], row["decoding"]), {})[int(row["index"])] = row
+            by_index.setdefault((row["split"], row["decoding"]), {})[int(row["index"])] = row
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(
                 f"{file}:{line} is no answer: {type(error).__name__} {error}; required split, decoding, index, prompt, "
                 "response, judge, length and behaviour; remove the file, and the study writes it again"
             ) from None
-    return {name: _answers([by_index[index] for index in sorted(by_index)]) for name, by_index in kept.items()}
+    return {name: _to_arrays([indexed[index] for index in sorted(indexed)]) for name, indexed in by_index.items()}
 
 
-def _answers(rows: Sequence[Mapping[str, Any]]) -> Answers:
-    keys = list(dict.fromkeys(key for row in rows for key in row["behaviour"]))
-    return Answers(
+def _to_arrays(rows: Sequence[Mapping[str, Any]]) -> SeedAnswers:
+    behaviours = list(dict.fromkeys(name for row in rows for name in row["behaviour"]))
+    return SeedAnswers(
         index=np.array([int(row["index"]) for row in rows]),
         prompts=np.array([zlib.crc32(row["prompt"].encode()) for row in rows]),
         judge=np.array([float(row["judge"]) for row in rows]),
         length=np.array([float(row["length"]) for row in rows]),
-        kl=np.array([number(row.get("kl")) for row in rows]),
-        behaviour={key: np.array([number(row["behaviour"].get(key)) for row in rows]) for key in keys},
+        kl=np.array([as_float(row.get("kl")) for row in rows]),
+        behaviour={name: np.array([as_float(row["behaviour"].get(name)) for row in rows]) for name in behaviours},
     )
 
 
-def _take(answers: Answers, places: np.ndarray) -> Answers:
-    return Answers(
-        answers.index[places],
-        answers.prompts[places],
-        answers.judge[places],
-        answers.length[places],
-        answers.kl[places],
-        {key: values[places] for key, values in answers.behaviour.items()},
+def _take(answers: SeedAnswers, positions: np.ndarray) -> SeedAnswers:
+    return SeedAnswers(
+        answers.index[positions],
+        answers.prompts[positions],
+        answers.judge[positions],
+        answers.length[positions],
+        answers.kl[positions],
+        {name: values[positions] for name, values in answers.behaviour.items()},
     )

@@ -1,9 +1,14 @@
-"""Running a study: a queue of runs that survives being stopped, several at once, and what they come to.
+"""Run a study: a queue of runs, several at once, which can be stopped at any time and continued.
 
-In ``run_dir`` are ``study.json``, its config; ``queue.jsonl``, one line for each run that ended (the last one of a name
-counts); ``runs/``, the folders of the runs, and ``logs/``, what they printed; ``results/``, see
-`jaxrm.study.collect`; and ``report.html``. What is done is not run again; a run that failed is tried again by
-the next launch.
+The study's folder holds
+
+- ``study.json``: its config;
+- ``queue.jsonl``: one line for each run that ended; the last line of a name counts;
+- ``runs/`` and ``logs/``: the folders of the runs, and what they printed;
+- ``results/``: see `jaxrm.study.collect`;
+- ``win_rates.jsonl`` and ``report.html``.
+
+Runs that are done are not repeated. A run that failed is tried again by the next launch.
 """
 
 import dataclasses
@@ -11,7 +16,7 @@ import fcntl
 import json
 import math
 import queue
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,16 +28,14 @@ from jaxrm.runtime.metrics import append_row, read_rows
 from jaxrm.runtime.preemption import EXIT_PREEMPTED, catch_signals
 from jaxrm.runtime.progress import format_seconds, format_value
 from jaxrm.runtime.run_folder import check_writable, checked_path, rename_aside, what_to_type
-from jaxrm.study import collect as study_collect
-from jaxrm.study import report as study_report
-from jaxrm.study.config import PPO, Study, shrunk
-from jaxrm.study.schedule import Run, folder_of, plan
-from jaxrm.study.tuning import Choice
-from jaxrm.study.worker_pool import EXIT_FAILED, Ended, Worker, workers
+from jaxrm.study.collect import collect, judge_score
+from jaxrm.study.config import PPO, Study, apply_preset
+from jaxrm.study.report import publish
+from jaxrm.study.schedule import Choices, StudyRun, folder_name, schedule
+from jaxrm.study.worker_pool import EXIT_FAILED, Outcome, Worker, open_workers
 
-_RECORD, _QUEUE = "study.json", "queue.jsonl"
-_LOCK = ".lock"
-# What may change between launches: which runs there are, and how many at once, but not what any of them is.
+_RECORD, _QUEUE, _LOCK = "study.json", "queue.jsonl", ".lock"
+# What may change between launches: which runs there are and how many at once, but not what any of them is.
 _MAY_DIFFER = (
     "run_dir",
     "on_existing",
@@ -45,49 +48,69 @@ _MAY_DIFFER = (
     "tolerance",
 )
 
+Records = dict[str, dict[str, Any]]
+"""Rows of ``queue.jsonl`` by the name of the run: ``state``, ``seconds``, and ``score`` or ``error``."""
+
 
 def run(config: Study) -> int:
-    """Run what is left of a study, and say what came of it.
+    """Run what is left of a study, then print its tables and write its report.
 
     Returns:
-      Exit status: 0 when all runs are done, `EXIT_FAILED` when some failed, `EXIT_PREEMPTED` when it was asked to stop.
+      Exit status: 0 when all runs are done, `EXIT_FAILED` when some failed, `EXIT_PREEMPTED` when it was stopped.
 
     Raises:
-      UserError: for a folder that holds another study, and says in what.
+      UserError: the folder holds another study; the message names the differences.
     """
     folder = _open(config)
-    with _alone(folder):
-        return _run(config, folder)
+    with _lock(folder):
+        study = apply_preset(dataclasses.replace(config, run_dir=str(folder)))
+        records = _read_records(folder)
+        status = _run_queue(study, folder, records)
+        _publish(study, folder, records)
+        failed = _print_failures(study, folder, records)
+    return status or failed
 
 
-def _run(config: Study, folder: Path) -> int:
-    study = shrunk(dataclasses.replace(config, run_dir=str(folder)))
+def _read_records(folder: Path) -> Records:
+    """Records of earlier launches, without the runs that failed, so that these are tried again."""
     records = {row["name"]: row for row in read_rows(folder / _QUEUE)}
-    failed_before = [name for name, row in records.items() if row["state"] == "failed"]
-    for name in failed_before:
-        del records[name]
-    if failed_before:
-        print(f"{len(failed_before)} runs failed before and are tried again")
-    status = _work(study, folder, records)
-    runs, choices = _planned(study, records)
-    done = {name for name, row in records.items() if row["state"] == "done"}
-    study_collect.collect(study, folder, [run for run in runs if run.name in done], choices)
-    about = [("Folder", str(folder)), ("Worlds", ", ".join(study.worlds)), ("Policy", f"{study.size}")]
-    about += [("Seeds", f"{len(study.seeds)}, settings chosen with {len(study.selection_seeds)} other")]
-    about += [("Time of all runs", format_seconds(sum(row["seconds"] for row in records.values())))]
-    expected = [(world, folder_of(arm), seed) for world in study.worlds for arm in study.arms for seed in study.seeds]
-    study_report.close(folder, about=about, expected=expected)
+    failed = [name for name, row in records.items() if row["state"] == "failed"]
+    if failed:
+        print(f"{len(failed)} runs failed before and are tried again")
+    return {name: row for name, row in records.items() if name not in failed}
+
+
+def _publish(study: Study, folder: Path, records: Records) -> None:
+    runs, choices = _schedule(study, records)
+    done = [run for run in runs if records.get(run.name, {}).get("state") == "done"]
+    collect(study, folder, done, choices)
+    seconds = sum(row["seconds"] for row in records.values())
+    about = [
+        ("Folder", str(folder)),
+        ("Worlds", ", ".join(study.worlds)),
+        ("Policy", study.size),
+        ("Seeds", f"{len(study.seeds)}, settings chosen with {len(study.selection_seeds)} other"),
+        ("Time of all runs", format_seconds(seconds)),
+    ]
+    expected = [(world, folder_name(arm), seed) for world in study.worlds for arm in study.arms for seed in study.seeds]
+    publish(folder, about=about, expected=expected)
+
+
+def _print_failures(study: Study, folder: Path, records: Records) -> int:
+    """Print the runs that failed; return `EXIT_FAILED`, or 0 where there are none."""
     failed = [row for row in records.values() if row["state"] == "failed"]
     for row in failed:
-        print(f"failed: {row['name']}: {row['error']} (what it printed: {_log(folder, row['name'])})")
-    if failed:
-        skipped = [run.name for run in runs if run.name not in records]
-        print(f"{len(failed)} runs failed, {len(skipped)} could not start for it; the same command tries them again")
-    return status or (EXIT_FAILED if failed else 0)
+        print(f"failed: {row['name']}: {row['error']} (its output: {_log(folder, row['name'])})")
+    if not failed:
+        return 0
+    runs, _ = _schedule(study, records)
+    blocked = sum(run.name not in records for run in runs)
+    print(f"{len(failed)} runs failed, and {blocked} that need them could not start; the same command tries them again")
+    return EXIT_FAILED
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[None]:
+def _lock(folder: Path) -> Iterator[None]:
     """Refuse to work beside another launch of the same study."""
     with (folder / _LOCK).open("w") as lock:
         try:
@@ -101,130 +124,138 @@ def _alone(folder: Path) -> Iterator[None]:
 
 
 def _open(config: Study) -> Path:
-    """The folder of the study, with its record; refuses that of another study."""
-    path = checked_path(config.run_dir)
-    check_writable(path, config.run_dir)
+    """Make the folder of the study and write its record; refuse the folder of another study."""
+    path, run_dir = checked_path(config.run_dir), config.run_dir
+    check_writable(path, run_dir)
     resolved = dicts.as_dict(config)
     entries = [entry.name for entry in path.iterdir()] if path.exists() else []
     names = sorted(name for name in entries if name != _LOCK and not atomic.is_unfinished(name))
     if names and _RECORD not in names and config.on_existing != "restart":
         raise UserError(
-            f"{option('run_dir')} is {config.run_dir!r}, which is no study but holds {names[0]!r}; required an "
-            f"empty or a "
-            f"new folder, e.g. {flag('run_dir')}={config.run_dir.rstrip('/')}-2"
+            f"{option('run_dir')} is {run_dir!r}, which is no study but holds {names[0]!r}; required an empty or a new "
+            f"folder, e.g. {flag('run_dir')}={run_dir.rstrip('/')}-2"
         )
     if names and config.on_existing == "error":
-        raise UserError(f"{config.run_dir} holds a study; {what_to_type(config.run_dir, ('resume', 'restart'))}")
+        raise UserError(f"{run_dir} holds a study; {what_to_type(run_dir, ('resume', 'restart'))}")
     if names and config.on_existing == "restart":
-        print(f"{config.run_dir} is new; what was there is now {rename_aside(path)}")
+        print(f"{run_dir} is new; what was there is now {rename_aside(path)}")
     elif names:
-        try:
-            found = json.loads((path / _RECORD).read_text(encoding="utf-8"))["config"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f"{path / _RECORD} cannot be read ({error}); {what_to_type(config.run_dir, ('restart',))}"
-            ) from error
-        changed = [
-            f"{option(name)} was {old!r} and is {new!r}"
-            for name, old, new in dicts.differences(found, resolved)
-            if name.split(".")[0] not in _MAY_DIFFER
-        ]
-        if changed:
-            more = f", and {len(changed) - 3} more" if len(changed) > 3 else ""
-            raise UserError(
-                f"{option('run_dir')} is {config.run_dir!r}, which holds another study: "
-                f"{', '.join(changed[:3])}{more}; "
-                f"{what_to_type(config.run_dir, ('restart',))}"
-            )
-        print(f"{config.run_dir} holds this study; continuing it")
+        _check_same_study(path / _RECORD, run_dir, resolved)
+        print(f"{run_dir} holds this study; continuing it")
     path.mkdir(parents=True, exist_ok=True)
     atomic.write_json(path / _RECORD, {"config": resolved})
     return path
 
 
-def _work(study: Study, folder: Path, records: dict[str, dict[str, Any]]) -> int:
-    """Keep the workers busy until nothing is left that can start; 0, or `EXIT_PREEMPTED`."""
-    ended: queue.Queue[Ended] = queue.Queue()
+def _check_same_study(record: Path, run_dir: str, resolved: Mapping[str, Any]) -> None:
+    """Refuse to continue a study whose config differs in more than which runs there are."""
+    try:
+        previous = json.loads(record.read_text(encoding="utf-8"))["config"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{record} cannot be read ({error}); {what_to_type(run_dir, ('restart',))}") from error
+    changes = [
+        f"{option(name)} was {old!r} and is {new!r}"
+        for name, old, new in dicts.differences(previous, resolved)
+        if name.split(".")[0] not in _MAY_DIFFER
+    ]
+    if changes:
+        more = f", and {len(changes) - 3} more" if len(changes) > 3 else ""
+        raise UserError(
+            f"{option('run_dir')} is {run_dir!r}, which holds another study: {', '.join(changes[:3])}{more}; "
+            f"{what_to_type(run_dir, ('restart',))}"
+        )
+
+
+def _run_queue(study: Study, folder: Path, records: Records) -> int:
+    """Keep the workers busy until no run can start; return 0, or `EXIT_PREEMPTED` when the study was stopped."""
+    outcomes: queue.Queue[Outcome] = queue.Queue()
     busy: dict[Worker, str] = {}
-    with catch_signals() as stop, workers(study.workers, folder, ended) as every:
-        idle = list(every)
+    with catch_signals() as stop, open_workers(study.workers, folder, outcomes) as workers:
+        idle = list(workers)
         while True:
-            runs, _ = _planned(study, records)
-            waiting = [
-                run
-                for run in runs
-                if run.name not in records
-                and run.name not in busy.values()
-                and all(records.get(name, {}).get("state") == "done" for name in run.needs)
-            ]
-            while idle and waiting and not stop.requested:
-                worker, next_run = idle.pop(), waiting.pop(0)
+            runs, _ = _schedule(study, records)
+            ready = _ready(runs, records, busy.values())
+            while idle and ready and not stop.requested:
+                worker, next_run = idle.pop(), ready.pop(0)
                 worker.start(next_run, _log(folder, next_run.name))
                 busy[worker] = next_run.name
             if not busy:
-                return EXIT_PREEMPTED if waiting else 0
+                return EXIT_PREEMPTED if ready else 0
             if stop.requested:
                 for worker in busy:
                     worker.stop()
             try:
-                one = ended.get(timeout=0.5)
+                outcome = outcomes.get(timeout=0.5)  # so that a signal is seen while the runs go on
             except queue.Empty:
                 continue
-            name = busy.pop(one.worker)
-            idle.append(one.worker)
-            if one.status == EXIT_PREEMPTED:
-                continue
-            row = {"name": name, "state": "failed" if one.status else "done", "seconds": round(one.seconds, 1)}
-            if one.status:
-                row["error"] = one.error
-            else:
-                score = study_collect.score_of(folder / "runs" / name)
-                row |= {} if score is None else {"score": score}
-            append_row(folder / _QUEUE, row)
-            records[name] = row
-            print(_line(study, row, *_planned(study, records), records, len(every)), flush=True)
+            name = busy.pop(outcome.worker)
+            idle.append(outcome.worker)
+            if outcome.status != EXIT_PREEMPTED:
+                records[name] = _record(folder, name, outcome)
+                append_row(folder / _QUEUE, records[name])
+                print(_progress_line(study, records, name, len(workers)), flush=True)
 
 
-def _planned(study: Study, records: Mapping[str, Mapping[str, Any]]) -> tuple[list[Run], dict[tuple[str, str], Choice]]:
-    """The plan, in which what cannot run, since something that it needs failed, has failed too."""
+def _ready(runs: Iterable[StudyRun], records: Records, running: Iterable[str]) -> list[StudyRun]:
+    """The runs that can start now: all that they need is done."""
+    started = {*records, *running}
+    done = {name for name, row in records.items() if row["state"] == "done"}
+    return [run for run in runs if run.name not in started and done.issuperset(run.needs)]
+
+
+def _record(folder: Path, name: str, outcome: Outcome) -> dict[str, Any]:
+    """The row of ``queue.jsonl`` for a run that ended."""
+    row: dict[str, Any] = {
+        "name": name,
+        "state": "failed" if outcome.status else "done",
+        "seconds": round(outcome.seconds, 1),
+    }
+    if outcome.status:
+        return row | {"error": outcome.error}
+    score = judge_score(folder / "runs" / name)
+    return row if score is None else row | {"score": score}
+
+
+def _schedule(study: Study, records: Records) -> tuple[list[StudyRun], Choices]:
+    """The schedule, in which a run whose needs failed counts as failed too."""
     scores = {name: float(row["score"]) for name, row in records.items() if row.get("score") is not None}
-    lost = {name for name, row in records.items() if row["state"] == "failed"}
+    failed = {name for name, row in records.items() if row["state"] == "failed"}
     while True:
-        runs, choices = plan(study, scores | dict.fromkeys(lost, math.nan))
-        more = {run.name for run in runs if lost & set(run.needs)} - lost
-        if not more:
+        runs, choices = schedule(study, scores | dict.fromkeys(failed, math.nan))
+        blocked = {run.name for run in runs if failed & set(run.needs)} - failed
+        if not blocked:
             return runs, choices
-        lost |= more
+        failed |= blocked
 
 
-def _line(
-    study: Study,
-    row: Mapping[str, Any],
-    runs: Sequence[Run],
-    choices: Mapping[tuple[str, str], Choice],
-    records: Mapping[str, Mapping[str, Any]],
-    worker_count: int,
-) -> str:
-    """One line for a run that ended: how far the study is, what it was, and how long the rest may take."""
-    # Of arms whose settings are not chosen yet the final runs are unknown, but not how many there will be.
-    open_arms = [arm for (_, arm), choice in choices.items() if choice.wanted]
-    left = [run.name for run in runs if run.name not in records]
-    left += [name for arm in open_arms for _ in study.seeds for name in (f"//{arm}", "//answers")]
-    spent: dict[str, list[float]] = {}
-    for each in records.values():
-        spent.setdefault(_sort(each["name"]), []).append(each["seconds"])
-    every = [seconds for of_sort in spent.values() for seconds in of_sort]
-    known = {sort: sum(seconds) / len(seconds) for sort, seconds in spent.items()}
-    rest = sum(known.get(_sort(name), sum(every) / len(every)) for name in left) / worker_count
-    said = f" · judge {format_value(row['score'])}" if row.get("score") is not None else ""
-    said += f" · failed: {row['error']}" if row["state"] == "failed" else ""
-    about = f" · about {format_seconds(rest)} left" if left else ""
-    total = len(records) + len(left)
-    return f"{len(records):,}/{total:,} {row['name']} in {format_seconds(row['seconds'])}{said}{about}"
+def _progress_line(study: Study, records: Records, name: str, worker_count: int) -> str:
+    """One line for a run that ended: how far the study is, how the run ended, and how long the rest may take."""
+    runs, choices = _schedule(study, records)
+    remaining = [run.name for run in runs if run.name not in records]
+    # The final runs of an arm whose setting is not chosen yet are unknown, but their number is known.
+    untuned = [arm for (_, arm), choice in choices.items() if choice.wanted]
+    remaining += [path for arm in untuned for _ in study.seeds for path in (f"//{arm}", "//answers")]
+    row, total = records[name], len(records) + len(remaining)
+    line = f"{len(records):,}/{total:,} {name} in {format_seconds(row['seconds'])}"
+    line += f" · judge {format_value(row['score'])}" if row.get("score") is not None else ""
+    line += f" · failed: {row['error']}" if row["state"] == "failed" else ""
+    if remaining:
+        line += f" · about {format_seconds(_estimate_seconds(remaining, records) / worker_count)} left"
+    return line
+
+
+def _estimate_seconds(names: Iterable[str], records: Records) -> float:
+    """Seconds that runs may take, by the mean of the finished runs of their sort, or of all."""
+    seconds_of: dict[str, list[float]] = {}
+    for row in records.values():
+        seconds_of.setdefault(_sort(row["name"]), []).append(row["seconds"])
+    means = {sort: sum(seconds) / len(seconds) for sort, seconds in seconds_of.items()}
+    overall = sum(row["seconds"] for row in records.values()) / len(records)
+    return sum(means.get(_sort(name), overall) for name in names)
 
 
 def _sort(name: str) -> str:
-    """What takes about as long as what: all answers, all runs of PPO, and so on."""
+    """A sort of runs that take about as long as each other: all answers, all runs of PPO, and so on."""
     parts = name.split("/")[2:]
     if "answers" in parts:
         return "answers"

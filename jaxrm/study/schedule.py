@@ -1,26 +1,32 @@
-"""The runs of a study, each an ordinary experiment, and which of them there are, given what is known by now."""
+"""The runs of a study: ordinary experiments, and which of them are known, given the scores so far."""
 
 import dataclasses
 import itertools
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from jaxrm.algorithms.reward_config import SCALAR_KINDS, RewardConfig
 from jaxrm.data import tasks
-from jaxrm.experiment import Experiment
+from jaxrm.experiment import AnswersConfig, Experiment
 from jaxrm.models.build import ModelSource
 from jaxrm.study.config import PPO, SIZES, Study, axes
 from jaxrm.study.tuning import Choice, Setting, choose, setting_name
 
+Choices = dict[tuple[str, str], Choice]
+"""The state of tuning, by world and arm."""
+
+REWARD_MODELS = ("rm_scalar", "rm_seq2seq")
+_NEVER = 1_000_000  # steps between evaluations of a run that needs none but the last
+
 
 @dataclass(frozen=True)
-class Run:
+class StudyRun:
     """One run of a study.
 
     Attributes:
-      name: ``WORLD/seedK/WHAT``, and so its folder.
+      name: ``WORLD/seedK/WHAT``, which is its folder too.
       experiment: its config.
       needs: names of the runs that come first.
     """
@@ -30,226 +36,257 @@ class Run:
     needs: tuple[str, ...] = ()
 
 
-def plan(study: Study, scores: Mapping[str, float]) -> tuple[list[Run], dict[tuple[str, str], Choice]]:
-    """The runs of a study that are known by now, each after those that it needs, and the choices of settings.
+def schedule(study: Study, scores: Mapping[str, float]) -> tuple[list[StudyRun], Choices]:
+    """List the runs of a study that are known so far.
+
+    The final runs of an arm are known once its setting is chosen. That takes the scores of its selection runs.
 
     Args:
-      study: from `shrunk`.
-      scores: mean mark of the exact judge on the selection prompts, by name, of the runs that are done; NaN for
-        those that failed.
+      study: from `jaxrm.study.config.apply_preset`.
+      scores: mean judge score on the selection prompts by name of a finished run; NaN for a failed one.
+
+    Returns:
+      The runs, each after those that it needs, and the state of tuning by world and arm.
     """
-    runs: dict[str, Run] = {}
-    choices: dict[tuple[str, str], Choice] = {}
-
-    def add(run: Run) -> None:
-        runs.setdefault(run.name, run)
-
-    for world in study.worlds:
-        for arm in study.arms:
-            choice = _choice(study, world, arm, scores)
-            choices[world, arm] = choice
-            tried = (*choice.scores, *choice.wanted) if axes(study, arm) else ()
-            for setting, seed in itertools.product(tried, study.selection_seeds):
-                for run in _to_select(study, world, seed, arm, setting):
-                    add(run)
-    for seed, world in itertools.product(study.seeds, study.worlds):  # so that what there is so far is balanced
-        for run in base(study, world, seed):
-            add(run)
+    choices = {(world, arm): _choose_setting(study, world, arm, scores) for world in study.worlds for arm in study.arms}
+    runs: list[StudyRun] = []
+    for (world, arm), choice in choices.items():
+        settings = (*choice.scores, *choice.wanted) if axes(study, arm) else ()
+        for setting, seed in itertools.product(settings, study.selection_seeds):
+            runs += _selection_runs(_Site(study, world, seed), arm, setting)
+    # Seeds outside, worlds inside, so that a study that is stopped early has every world alike.
+    for seed, world in itertools.product(study.seeds, study.worlds):
+        site = _Site(study, world, seed)
+        runs += shared_runs(study, world, seed)
         for arm in study.arms:
             chosen = choices[world, arm].chosen
             if chosen is not None:
-                for run in _to_report(study, world, seed, arm, chosen):
-                    add(run)
-    return list(runs.values()), choices
+                runs += _final_runs(site, arm, chosen)
+    by_name: dict[str, StudyRun] = {}
+    for run in runs:
+        by_name.setdefault(run.name, run)
+    return list(by_name.values()), choices
 
 
-def base(study: Study, world: str, seed: int) -> list[Run]:
-    """What every arm of a world and seed starts from: SFT policy, pairs, both reward models."""
-    at, task = f"{world}/seed{seed}/", f"{tasks.PREFIX}{world}"
-    policy = dataclasses.replace(study.sft.model, path=None, preset=SIZES[study.size])
-    found = [_run(study, at + "sft", study.sft, seed, task, policy)]
-    start = _from(study, at + "sft", study.sft.model)
-    found.append(_run(study, at + "pairs", study.pairs, seed, task, start, needs=(at + "sft",)))
-    for name in ("rm_scalar", "rm_seq2seq"):
-        template = _changed(getattr(study, name), "evaluation.judge", task)
-        data = f"{_folder(study, at + 'pairs')}/pairs.jsonl"
-        found.append(_run(study, at + name, template, seed, data, start, needs=(at + "pairs",)))
-    return found
+def shared_runs(study: Study, world: str, seed: int) -> list[StudyRun]:
+    """What every arm of a world and seed starts from: SFT policy, pairs and both reward models."""
+    site = _Site(study, world, seed)
+    untrained = dataclasses.replace(study.sft.model, path=None, preset=SIZES[study.size])
+    policy = site.model("sft")
+    runs = [
+        site.run("sft", study.sft, site.task, untrained),
+        site.run("pairs", study.pairs, site.task, policy, needs=("sft",)),
+    ]
+    for name in REWARD_MODELS:
+        template = _with_changes(getattr(study, name), {"evaluation.judge": site.task})
+        runs.append(site.run(name, template, f"{site.folder('pairs')}/pairs.jsonl", policy, needs=("pairs",)))
+    return runs
 
 
-def _choice(study: Study, world: str, arm: str, scores: Mapping[str, float]) -> Choice:
-    """The state of choosing; settings are found by going on from the grid as long as their scores are known."""
-    grid = axes(study, arm)
-    if not grid:
-        return Choice({}, ())
-    known: dict[Setting, float] = {}
-    while True:
-        found = choose(grid, known, extensions=study.extensions, tolerance=study.tolerance)
-        if not found.wanted:
-            return found
-        fresh = {}
-        for setting in found.wanted:
-            names = [selection_run(study, world, seed, arm, setting).name for seed in study.selection_seeds]
-            if all(name in scores for name in names):
-                fresh[setting] = sum(scores[name] for name in names) / len(names)
-        if len(fresh) < len(found.wanted):
-            return dataclasses.replace(found, scores=known)
-        known |= fresh
-
-
-def selection_run(study: Study, world: str, seed: int, arm: str, setting: Setting) -> Run:
+def selection_run(study: Study, world: str, seed: int, arm: str, setting: Setting) -> StudyRun:
     """The run whose score counts for a setting."""
-    return _to_select(study, world, seed, arm, setting)[-1]
+    return _selection_runs(_Site(study, world, seed), arm, setting)[-1]
 
 
-def policy_name(world: str, seed: int, arm: str, setting: Setting, *, final: bool = True) -> str:
-    """The run that trains an arm's policy."""
-    return f"{world}/seed{seed}/{'' if final else 'select/'}{folder_of(arm)}/{setting_name(setting)}"
+def policy_name(world: str, seed: int, arm: str, setting: Setting) -> str:
+    """The final run that trains an arm's policy."""
+    return f"{world}/seed{seed}/{_policy_path(arm, setting, is_final=True)}"
 
 
 def answers_name(world: str, seed: int, arm: str, setting: Setting) -> str:
     """The run in which an arm's policy answers the test prompts."""
-    return f"{world}/seed{seed}/answers/{folder_of(arm)}/{setting_name(setting)}"
+    return f"{world}/seed{seed}/answers/{folder_name(arm)}/{setting_name(setting)}"
 
 
-def folder_of(arm: str) -> str:
+def folder_name(arm: str) -> str:
     """An arm as the name of a folder, and in the results."""
     return arm.replace(":", "-")
 
 
-@dataclass(frozen=True)
-class _Policy:
-    """How an arm answers: with which policy, or the best of how many responses of it, by which reward."""
+def evaluates_checkpoints(arm: str) -> bool:
+    """Whether the checkpoints of an arm's final run are evaluated afterwards.
 
-    runs: tuple[Run, ...]
-    name: str
-    reward: RewardConfig
-    best_of: int = 1
-
-
-def _to_select(study: Study, world: str, seed: int, arm: str, setting: Setting) -> list[Run]:
-    """The runs that give a setting its score, which is that of the last one."""
-    policy = _policy(study, world, seed, arm, setting, final=False)
-    found = [*base(study, world, seed), *policy.runs]
-    if arm.startswith(PPO):  # which answers the selection prompts itself
-        return found
-    name = f"{policy.name}/answers"
-    return [*found, _answers(study, world, seed, arm, policy, name, ("selection",), ("sampled",))]
-
-
-def _to_report(study: Study, world: str, seed: int, arm: str, setting: Setting) -> list[Run]:
-    """The runs that train an arm's policy, if it trains one, and let it answer the test prompts.
-
-    It answers the selection prompts too, on which the policies of PPO are watched in training.
+    PPO evaluates its policy while it trains, and the other arms train nothing.
     """
-    policy = _policy(study, world, seed, arm, setting, final=True)
-    name, decodings = answers_name(world, seed, arm, setting), ("sampled", "greedy")[: 1 + (policy.best_of == 1)]
-    splits = ("selection", "test", "test_ood")
-    return [*policy.runs, _answers(study, world, seed, arm, policy, name, splits, decodings, along=watched(arm))]
-
-
-def _policy(study: Study, world: str, seed: int, arm: str, setting: Setting, *, final: bool) -> _Policy:
-    at, task = f"{world}/seed{seed}/", f"{tasks.PREFIX}{world}"
-    name = policy_name(world, seed, arm, setting, final=final)
-    start, pairs = _from(study, at + "sft", study.sft.model), f"{_folder(study, at + 'pairs')}/pairs.jsonl"
-    if arm == "sft":
-        return _Policy((), at + "sft", study.evaluate.reward)
-    if arm in ("sft_chosen", "dpo"):
-        template = study.dpo if arm == "dpo" else study.imitation
-        run = _run(study, name, _kept(template, final), seed, pairs, start, setting, (at + "pairs",))
-        return _Policy((run,), name, study.evaluate.reward)
-    if arm.startswith(PPO):
-        kind = arm.removeprefix(PPO)
-        rm = at + ("rm_scalar" if kind in SCALAR_KINDS else "rm_seq2seq")
-        template = _changed(study.ppo, "reward.kind", kind, "reward.model", _folder(study, rm))
-        template = _changed(template, "critic.path", _folder(study, at + "rm_scalar"), "data.eval_split", "selection")
-        if not final:  # of the way there nothing is looked at
-            template = _changed(template, "evaluation.every", 1_000_000)
-        run = _run(study, name, template, seed, task, start, setting, (at + "rm_scalar", rm))
-        return _Policy((run,), name, run.experiment.reward)
-    sort = arm.removeprefix("rft_").removeprefix("best_of_n_")
-    kind, rm = "scalar" if sort == "scalar" else study.best_of_n.reward.kind, f"{at}rm_{sort}"
-    template = _changed(study.best_of_n, "reward.kind", kind, "reward.model", _folder(study, rm))
-    if arm.startswith("best_of_n_"):
-        return _Policy((), at + "sft", template.reward, template.best_of_n.n)
-    winners = f"{at}winners_{sort}"
-    draw = _run(study, winners, template, seed, task, start, (), (at + "sft", rm))
-    data = f"{_folder(study, winners)}/winners.jsonl"
-    run = _run(study, name, _kept(study.imitation, final), seed, data, start, setting, (winners,))
-    return _Policy((draw, run), name, study.evaluate.reward)
-
-
-def watched(arm: str) -> bool:
-    """Whether an arm's checkpoints are asked on the way; PPO watches itself, and the others train nothing."""
     return arm in ("sft_chosen", "dpo") or arm.startswith("rft_")
 
 
-def _kept(template: Experiment, final: bool) -> Experiment:
-    """With the checkpoints of the way kept, where they are asked."""
-    return _changed(template, "checkpoint.every", 12, "checkpoint.keep", 8) if final else template
+@dataclass(frozen=True)
+class _Site:
+    """One seed in one world: the names, folders and common fields of its runs."""
+
+    study: Study
+    world: str
+    seed: int
+
+    @property
+    def task(self) -> str:
+        return f"{tasks.PREFIX}{self.world}"
+
+    def name(self, path: str) -> str:
+        return f"{self.world}/seed{self.seed}/{path}"
+
+    def folder(self, path: str) -> str:
+        return f"{self.study.run_dir.rstrip('/')}/runs/{self.name(path)}"
+
+    def model(self, path: str) -> ModelSource:
+        """The model that another run of this site trained."""
+        return dataclasses.replace(self.study.sft.model, preset=None, path=self.folder(path))
+
+    def run(
+        self,
+        path: str,
+        template: Experiment,
+        data: str,
+        model: ModelSource,
+        setting: Setting = (),
+        needs: tuple[str, ...] = (),
+    ) -> StudyRun:
+        """A run of this site: a template of the study with its data, model, setting, seed and folder."""
+        tuned = _with_changes(template, {"data.path": data, **dict(setting)})
+        experiment = dataclasses.replace(tuned, seed=self.seed, run_dir=self.folder(path), model=model)
+        return StudyRun(self.name(path), experiment, tuple(self.name(need) for need in dict.fromkeys(needs)))
 
 
-def _answers(
-    study: Study,
-    world: str,
-    seed: int,
-    arm: str,
-    policy: _Policy,
-    name: str,
-    splits: tuple[str, ...],
-    decodings: tuple[str, ...],
-    *,
-    along: bool = False,
-) -> Run:
-    """The run in which a policy answers prompts."""
-    at = f"{world}/seed{seed}/"
+@dataclass(frozen=True)
+class _ArmPolicy:
+    """How an arm answers prompts.
+
+    Attributes:
+      runs: those that train its policy, beyond the shared ones.
+      path: of the run that holds the policy.
+      reward: measured on its answers, or chooses among them.
+      reward_path: of the run that holds the reward model, if there is one.
+      best_of: answers to a prompt of which the best is taken.
+    """
+
+    runs: tuple[StudyRun, ...]
+    path: str
+    reward: RewardConfig
+    reward_path: str | None = None
+    best_of: int = 1
+
+
+def _choose_setting(study: Study, world: str, arm: str, scores: Mapping[str, float]) -> Choice:
+    """Tune an arm as far as the scores go: the grid first, then what lies beyond it."""
+    grid = axes(study, arm)
+    if not grid:
+        return Choice({}, ())
+    setting_scores: dict[Setting, float] = {}
+    while True:
+        choice = choose(grid, setting_scores, extensions=study.extensions, tolerance=study.tolerance)
+        if not choice.wanted:
+            return choice
+        new_scores = {}
+        for setting in choice.wanted:
+            names = [selection_run(study, world, seed, arm, setting).name for seed in study.selection_seeds]
+            if all(name in scores for name in names):
+                new_scores[setting] = sum(scores[name] for name in names) / len(names)
+        if len(new_scores) < len(choice.wanted):
+            return dataclasses.replace(choice, scores=setting_scores)
+        setting_scores |= new_scores
+
+
+def _selection_runs(site: _Site, arm: str, setting: Setting) -> list[StudyRun]:
+    """The runs that give a setting its score, which is that of the last one."""
+    policy = _arm_policy(site, arm, setting, is_final=False)
+    runs = [*shared_runs(site.study, site.world, site.seed), *policy.runs]
+    if arm.startswith(PPO):  # its own evaluation is on the selection prompts
+        return runs
+    answers = dataclasses.replace(site.study.evaluate.answers, splits=("selection",), decodings=("sampled",))
+    return [*runs, _evaluation_run(site, arm, policy, f"{policy.path}/answers", answers)]
+
+
+def _final_runs(site: _Site, arm: str, setting: Setting) -> list[StudyRun]:
+    """The runs that train an arm's policy, if it trains one, and let it answer the test prompts.
+
+    It answers the selection prompts too, on which PPO evaluates its policies while they train.
+    """
+    policy = _arm_policy(site, arm, setting, is_final=True)
     answers = dataclasses.replace(
-        study.evaluate.answers,
-        splits=splits,
-        decodings=decodings,
-        best_of=policy.best_of,
-        draw=zlib.crc32(arm.encode()),
-        reference=_folder(study, at + "sft"),
-        along=along,
+        site.study.evaluate.answers,
+        splits=("selection", "test", "test_ood"),
+        decodings=("sampled", "greedy") if policy.best_of == 1 else ("sampled",),
+        along=evaluates_checkpoints(arm),
     )
-    template = dataclasses.replace(study.evaluate, answers=answers, reward=policy.reward)
-    needs: tuple[str, ...] = (at + "sft", policy.name)
-    if policy.reward.model is not None:
-        needs = (*needs, at + policy.reward.model.rsplit("/", 1)[-1])
-    model = _from(study, policy.name, study.sft.model)
-    return _run(study, name, template, seed, f"{tasks.PREFIX}{world}", model, (), needs)
+    path = f"answers/{folder_name(arm)}/{setting_name(setting)}"
+    return [*policy.runs, _evaluation_run(site, arm, policy, path, answers)]
 
 
-def _run(
-    study: Study,
-    name: str,
-    template: Experiment,
-    seed: int,
-    data: str,
-    model: ModelSource,
-    setting: Setting = (),
-    needs: tuple[str, ...] = (),
-) -> Run:
-    changed = _changed(template, "data.path", data, *itertools.chain.from_iterable(setting))
-    experiment = dataclasses.replace(changed, seed=seed, run_dir=_folder(study, name), model=model)
-    return Run(name, experiment, tuple(dict.fromkeys(needs)))
+def _arm_policy(site: _Site, arm: str, setting: Setting, *, is_final: bool) -> _ArmPolicy:
+    """An arm's policy, trained with a setting."""
+    study, path = site.study, _policy_path(arm, setting, is_final)
+    if arm == "sft":
+        return _ArmPolicy((), "sft", study.evaluate.reward)
+    if arm in ("sft_chosen", "dpo"):
+        template = _keep_checkpoints(study.dpo if arm == "dpo" else study.imitation, is_final)
+        pairs = f"{site.folder('pairs')}/pairs.jsonl"
+        run = site.run(path, template, pairs, site.model("sft"), setting, ("pairs",))
+        return _ArmPolicy((run,), path, study.evaluate.reward)
+    if arm.startswith(PPO):
+        return _ppo_policy(site, arm, setting, is_final)
+    return _best_of_n_policy(site, arm, setting, is_final)
 
 
-def _changed(tree: Any, *fields_and_values: Any) -> Any:
+def _ppo_policy(site: _Site, arm: str, setting: Setting, is_final: bool) -> _ArmPolicy:
+    kind, path = arm.removeprefix(PPO), _policy_path(arm, setting, is_final)
+    reward_path = "rm_scalar" if kind in SCALAR_KINDS else "rm_seq2seq"
+    changes: dict[str, Any] = {
+        "reward.kind": kind,
+        "reward.model": site.folder(reward_path),
+        "critic.path": site.folder("rm_scalar"),
+        "data.eval_split": "selection",
+    }
+    if not is_final:
+        changes["evaluation.every"] = _NEVER
+    template = _with_changes(site.study.ppo, changes)
+    run = site.run(path, template, site.task, site.model("sft"), setting, ("rm_scalar", reward_path))
+    return _ArmPolicy((run,), path, run.experiment.reward, reward_path)
+
+
+def _best_of_n_policy(site: _Site, arm: str, setting: Setting, is_final: bool) -> _ArmPolicy:
+    """The best of n answers of the SFT policy, or a policy fine-tuned on such winners (``rft_…``)."""
+    study, path = site.study, _policy_path(arm, setting, is_final)
+    source = arm.removeprefix("rft_").removeprefix("best_of_n_")
+    reward_path = f"rm_{source}"
+    kind = "scalar" if source == "scalar" else study.best_of_n.reward.kind
+    template = _with_changes(study.best_of_n, {"reward.kind": kind, "reward.model": site.folder(reward_path)})
+    if arm.startswith("best_of_n_"):
+        return _ArmPolicy((), "sft", template.reward, reward_path, template.best_of_n.n)
+    winners = f"winners_{source}"
+    draw = site.run(winners, template, site.task, site.model("sft"), needs=("sft", reward_path))
+    data = f"{site.folder(winners)}/winners.jsonl"
+    imitation = _keep_checkpoints(study.imitation, is_final)
+    run = site.run(path, imitation, data, site.model("sft"), setting, (winners,))
+    return _ArmPolicy((draw, run), path, study.evaluate.reward)
+
+
+def _evaluation_run(site: _Site, arm: str, policy: _ArmPolicy, path: str, answers: AnswersConfig) -> StudyRun:
+    """The run in which a policy answers prompts."""
+    answers = dataclasses.replace(
+        answers,
+        best_of=policy.best_of,
+        draw=zlib.crc32(arm.encode()),  # arms that are compared must not share their random numbers
+        reference=site.folder("sft"),
+    )
+    template = dataclasses.replace(site.study.evaluate, answers=answers, reward=policy.reward)
+    needs = ("sft", policy.path, *((policy.reward_path,) if policy.reward_path else ()))
+    return site.run(path, template, site.task, site.model(policy.path), needs=needs)
+
+
+def _policy_path(arm: str, setting: Setting, is_final: bool) -> str:
+    return f"{'' if is_final else 'select/'}{folder_name(arm)}/{setting_name(setting)}"
+
+
+def _keep_checkpoints(template: Experiment, is_final: bool) -> Experiment:
+    """Keep the checkpoints of a final run, which are evaluated afterwards."""
+    return _with_changes(template, {"checkpoint.every": 12, "checkpoint.keep": 8}) if is_final else template
+
+
+def _with_changes(tree: Any, changes: Mapping[str, Any]) -> Any:
     """The tree with some of its fields, by dotted name, at other values."""
-    for dotted, value in _pairs(fields_and_values):
+    for dotted, value in changes.items():
         name, _, rest = dotted.partition(".")
-        tree = dataclasses.replace(tree, **{name: _changed(getattr(tree, name), rest, value) if rest else value})
+        inner = _with_changes(getattr(tree, name), {rest: value}) if rest else value
+        tree = dataclasses.replace(tree, **{name: inner})
     return tree
-
-
-def _pairs(flat: Sequence[Any]) -> Iterator[tuple[Any, Any]]:
-    return zip(flat[::2], flat[1::2], strict=True)
-
-
-def _folder(study: Study, name: str) -> str:
-    return f"{study.run_dir.rstrip('/')}/runs/{name}"
-
-
-def _from(study: Study, name: str, like: ModelSource) -> ModelSource:
-    return dataclasses.replace(like, preset=None, path=_folder(study, name))

@@ -1,10 +1,10 @@
-"""A worker of a study: a process that is given runs, one after another, and says how each ended.
+"""A worker of a study: a process that executes runs, one after another.
 
     python -m jaxrm.study.worker [CORE]
 
-A line of its input is a run, ``{"experiment": {...}, "log": "PATH"}``; the line that answers it is ``{"status": 0}``,
-or ``{"status": 2, "error": "..."}``. What the run prints goes to its log. Programs are compiled once for all workers:
-the study names a folder for them in the environment.
+Each input line is a run, ``{"experiment": {...}, "log": "PATH"}``. Each output line is its outcome, ``{"status": 0}``
+or ``{"status": 2, "error": "..."}``. What the run prints goes to its log. The workers share a compilation cache: the
+study names its folder in their environment.
 """
 
 import contextlib
@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -23,26 +24,26 @@ from jaxrm.errors import UserError
 
 
 def main(arguments: list[str]) -> int:
-    """Answer every line of the input."""
+    """Execute every run of the standard input."""
     if arguments and hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, {int(arguments[0])})  # before the first array, which makes the threads
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what a library prints between runs is no answer
+        os.sched_setaffinity(0, {int(arguments[0])})  # before JAX makes its threads, which inherit it
+    threading.Thread(target=_exit_with_parent, args=(os.getppid(),), daemon=True).start()
+    outcomes = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # libraries that print between two runs must not write among the outcomes
     for line in sys.stdin:
-        answers.write(json.dumps(_answer(json.loads(line))) + "\n")
-        answers.flush()
+        outcomes.write(json.dumps(_execute(json.loads(line))) + "\n")
+        outcomes.flush()
     return 0
 
 
-def _end_with(study: int) -> None:
-    """End this process when that of the study is gone, lest it work on beside the next one."""
-    while os.getppid() == study:
+def _exit_with_parent(parent: int) -> None:
+    """End this process when the study has ended, so that it does not work beside the next launch."""
+    while os.getppid() == parent:
         time.sleep(1.0)
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def _answer(task: dict[str, Any]) -> dict[str, Any]:
+def _execute(task: dict[str, Any]) -> dict[str, Any]:
     log = Path(task["log"])
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("a", encoding="utf-8", buffering=1) as file, _output_to(file):
@@ -51,7 +52,7 @@ def _answer(task: dict[str, Any]) -> dict[str, Any]:
         except UserError as error:
             print(f"jaxrm: {error}")
             return {"status": 2, "error": str(error)}
-        except Exception as error:  # recorded by the study, which goes on with the others
+        except Exception as error:  # recorded by the study, which continues with the other runs
             traceback.print_exc(file=file)
             return {"status": 1, "error": f"{type(error).__name__}: {error}"}
 
@@ -74,9 +75,9 @@ def _run(experiment: dict[str, Any]) -> int:
 
 
 @contextlib.contextmanager
-def _output_to(file: IO[str]) -> Any:
-    """Everything that is written to the standard output and error, by libraries too, to a file."""
-    kept = os.dup(1), os.dup(2)
+def _output_to(file: IO[str]) -> Iterator[None]:
+    """Redirect standard output and error to a file, also where a library writes to the descriptors."""
+    originals = os.dup(1), os.dup(2)
     sys.stdout.flush()
     os.dup2(file.fileno(), 1)
     os.dup2(file.fileno(), 2)
@@ -84,9 +85,9 @@ def _output_to(file: IO[str]) -> Any:
         with contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
             yield
     finally:
-        for number, fd in enumerate(kept, 1):
-            os.dup2(fd, number)
-            os.close(fd)
+        for number, original in enumerate(originals, 1):
+            os.dup2(original, number)
+            os.close(original)
 
 
 if __name__ == "__main__":

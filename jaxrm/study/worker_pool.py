@@ -1,4 +1,4 @@
-"""Processes that run the runs of a study, each on a core of its own; in one runs `jaxrm.study.worker`."""
+"""The worker processes of a study, each on a core of its own; `jaxrm.study.worker` is what they execute."""
 
 import json
 import os
@@ -15,14 +15,21 @@ from pathlib import Path
 
 from jaxrm.config import dicts
 from jaxrm.runtime.preemption import EXIT_PREEMPTED
-from jaxrm.study.schedule import Run
+from jaxrm.study.schedule import StudyRun
 
 EXIT_FAILED = 1
 
 
 @dataclass(frozen=True)
-class Ended:
-    """How a run ended: exit status, what was wrong, and seconds."""
+class Outcome:
+    """How a run ended.
+
+    Attributes:
+      worker: that executed it.
+      status: exit status, 0 for done.
+      error: one line, where the status is not 0.
+      seconds: wall-clock time.
+    """
 
     worker: "Worker"
     status: int
@@ -31,43 +38,43 @@ class Ended:
 
 
 class Worker:
-    """A process that runs one run at a time, started with its first one, and anew when it has died.
+    """A process that executes one run at a time. It starts with its first run, and again after it has died.
 
     Args:
-      core: that it keeps to, or None.
-      folder: of the study: compiled programs, which all workers share, and what a worker says outside of runs.
-      ended: where it tells of runs that ended.
+      core: the core that it is bound to, or None.
+      folder: of the study; it holds the shared compilation cache and the workers' log.
+      outcomes: receives the outcome of each run.
     """
 
-    def __init__(self, core: int | None, folder: Path, ended: "queue.Queue[Ended]") -> None:
-        self._core, self._folder, self._ended = core, folder.resolve(), ended
+    def __init__(self, core: int | None, folder: Path, outcomes: "queue.Queue[Outcome]") -> None:
+        self._core, self._folder, self._outcomes = core, folder.resolve(), outcomes
         self._process: subprocess.Popen[str] | None = None
-        self._asked_to_stop = False
+        self._is_stopping = False
 
-    def start(self, run: Run, log: Path) -> None:
-        """Hand it a run, whose output goes to ``log``."""
+    def start(self, run: StudyRun, log: Path) -> None:
+        """Start a run whose output goes to ``log``."""
         if self._process is None or self._process.poll() is not None:
             self._process = self._launch()
         task = json.dumps({"experiment": dicts.as_dict(run.experiment), "log": str(log)})
-        threading.Thread(target=self._wait, args=(self._process, task), daemon=True).start()
+        threading.Thread(target=self._execute, args=(self._process, task), daemon=True).start()
 
     def stop(self) -> None:
-        """Ask it to save what it is doing and to go."""
-        self._asked_to_stop = True
+        """Let the current run save its state and end the process."""
+        self._is_stopping = True
         if self._process is not None and self._process.poll() is None:
             self._process.send_signal(signal.SIGTERM)
 
     def close(self) -> None:
-        """End it; what it is doing is saved first."""
+        """Stop, and wait for the end of the process."""
         self.stop()
         if self._process is not None:
             self._process.wait()
 
     def _launch(self) -> "subprocess.Popen[str]":
         command = [sys.executable, "-m", "jaxrm.study.worker"]
-        says = self._folder / "logs" / "workers.log"
-        says.parent.mkdir(parents=True, exist_ok=True)
-        with says.open("a", encoding="utf-8") as errors:
+        log = self._folder / "logs" / "workers.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("a", encoding="utf-8") as errors:
             return subprocess.Popen(
                 command + ([] if self._core is None else [str(self._core)]),
                 stdin=subprocess.PIPE,
@@ -75,7 +82,7 @@ class Worker:
                 stderr=errors,
                 text=True,
                 encoding="utf-8",
-                start_new_session=True,  # so that Ctrl-C reaches the study alone, which passes it on
+                start_new_session=True,  # so that Ctrl-C reaches only the study, which passes it on
                 env={
                     **os.environ,
                     "JAX_COMPILATION_CACHE_DIR": str(self._folder / "compiled"),
@@ -84,30 +91,30 @@ class Worker:
                 },
             )
 
-    def _wait(self, process: "subprocess.Popen[str]", task: str) -> None:
+    def _execute(self, process: "subprocess.Popen[str]", task: str) -> None:
         started = time.monotonic()
         try:
             assert process.stdin is not None and process.stdout is not None
             process.stdin.write(task + "\n")
             process.stdin.flush()
-            answer = json.loads(process.stdout.readline())
-            status, error = int(answer["status"]), str(answer.get("error", f"exit status {answer['status']}"))
-        except Exception:  # there is no answer, or none that can be read: whatever came of the process, it is no use
-            process.kill() if not self._asked_to_stop else process.terminate()
+            outcome = json.loads(process.stdout.readline())
+            status, error = int(outcome["status"]), str(outcome.get("error", f"exit status {outcome['status']}"))
+        except Exception:  # no line, or none that can be read: the process is of no more use, whatever happened to it
+            process.kill() if not self._is_stopping else process.terminate()
             code = process.wait()
-            status = EXIT_PREEMPTED if self._asked_to_stop else EXIT_FAILED
+            status = EXIT_PREEMPTED if self._is_stopping else EXIT_FAILED
             error = f"its process died with exit status {code}" + (" (out of memory?)" if code == -9 else "")
-        self._ended.put(Ended(self, status, error, time.monotonic() - started))
+        self._outcomes.put(Outcome(self, status, error, time.monotonic() - started))
 
 
 @contextmanager
-def workers(count: int | None, folder: Path, ended: "queue.Queue[Ended]") -> Iterator[list[Worker]]:
-    """The workers of a study; they end with the block.
+def open_workers(count: int | None, folder: Path, outcomes: "queue.Queue[Outcome]") -> Iterator[list[Worker]]:
+    """Open the workers of a study, which end with the block.
 
     Args:
-      count: how many. None: one for each core, or one on an accelerator.
+      count: of workers. None: one for each core, or one on an accelerator.
       folder: of the study.
-      ended: where they tell of runs that ended.
+      outcomes: receives the outcome of each run.
     """
     available = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     on_accelerator = _on_accelerator()
@@ -115,20 +122,20 @@ def workers(count: int | None, folder: Path, ended: "queue.Queue[Ended]") -> Ite
     cores: Sequence[int | None] = [None] * count
     if 1 < count <= len(available) and not on_accelerator:
         cores = available[:count]
-    made = [Worker(core, folder, ended) for core in cores]
+    workers = [Worker(core, folder, outcomes) for core in cores]
     try:
-        yield made
+        yield workers
     finally:
-        for worker in made:
+        for worker in workers:
             worker.stop()
-        for worker in made:
+        for worker in workers:
             worker.close()
 
 
 def _on_accelerator() -> bool:
-    """Whether jax runs on one; asked in a process of its own, since asking takes hold of it."""
+    """Whether JAX runs on an accelerator; a process of its own finds out, since JAX would take hold of the device."""
     if os.environ.get("JAX_PLATFORMS") == "cpu":
         return False
-    asked = [sys.executable, "-c", "import jax; print(jax.default_backend())"]
-    found = subprocess.run(asked, capture_output=True, text=True, check=False)
-    return found.stdout.strip() not in ("cpu", "")
+    command = [sys.executable, "-c", "import jax; print(jax.default_backend())"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    return result.stdout.strip() not in ("cpu", "")

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from jaxrm.errors import UserError
-from jaxrm.evaluation.over_optimization import Path, at_kl, mean_path, reach
+from jaxrm.evaluation.over_optimization import TrainingCurve, at_kl, mean_curve, reach
 from jaxrm.runtime.metrics import read_rows
-from jaxrm.study import report as study_report
-from jaxrm.study import tables as study_tables
-from jaxrm.study.results import Cell, in_order, read_results
+from jaxrm.study import report
+from jaxrm.study.results import AnswerKey, in_order, read_results
+from jaxrm.study.win_rates import win_rates
 
 SKILL = {
     "sft": 0.55,
@@ -109,7 +109,7 @@ def study(tmp_path_factory):
 
 
 def closed(folder, capsys, **more):
-    study_report.close(folder, about=[("Folder", "lab")], **more)
+    report.publish(folder, about=[("Folder", "lab")], **more)
     return capsys.readouterr().out, read_rows(folder / "win_rates.jsonl"), (folder / "report.html").read_text()
 
 
@@ -132,7 +132,7 @@ def test_what_every_run_reaches_is_the_least_of_their_largest():
 
 
 def test_a_mean_path_has_the_steps_of_all_runs():
-    found = mean_path([Path([0, 5, 10], [0, 1, 2], [1, 2, 3]), Path([0, 10], [0, 4], [3, np.nan])])
+    found = mean_curve([TrainingCurve([0, 5, 10], [0, 1, 2], [1, 2, 3]), TrainingCurve([0, 10], [0, 4], [3, np.nan])])
     assert found == ([0, 10], [0, 3], [2, 3])
 
 
@@ -150,7 +150,7 @@ def test_answers_are_compared_at_the_prompts_that_both_have(tmp_path):
     write(tmp_path / "results/w/a/seed0.jsonl", [answer(3, judge=0.9), answer(1, judge=0.1), answer(2, judge=0.5)])
     write(tmp_path / "results/w/sft/seed0.jsonl", [answer(1, judge=0.2), answer(3, judge=0.3), answer(7, judge=0.4)])
     write(tmp_path / "results/w/sft/seed1.jsonl", [answer(1)])
-    ((a, b),) = read_results(tmp_path).pairs(Cell("w", "a", "test", "sampled"), "sft")
+    ((a, b),) = read_results(tmp_path).pairs(AnswerKey("w", "a", "test", "sampled"), "sft")
     assert (a.index.tolist(), a.judge.tolist(), b.judge.tolist()) == ([1, 3], [0.1, 0.9], [0.2, 0.3])
 
 
@@ -185,7 +185,7 @@ def test_win_rates_by_hand(tmp_path, capsys):
 
 def test_a_study_is_told_in_tables_that_fit_the_console(study, capsys):
     out, rows, page = closed(study, capsys)
-    assert max(map(len, out.splitlines()[:-1])) <= study_report.WIDTH
+    assert max(map(len, out.splitlines()[:-1])) <= report.CONSOLE_WIDTH
     for title in (
         "all worlds: win rate against …, in distribution, sampled",
         "safety: win rate against …, out of distribution, sampled",
@@ -244,6 +244,6 @@ def test_what_seeds_share_in_their_prompts_widens_the_interval(tmp_path):
             write(tmp_path / folder / f"results/w/dpo/seed{seed}.jsonl", rows)
             rows = [answer(n, prompt=prompt, judge=0.5) for n, prompt in enumerate(prompts)]
             write(tmp_path / folder / f"results/w/sft/seed{seed}.jsonl", rows)
-    shared, nested = (study_tables.comparisons(read_results(tmp_path / name))[0].found for name in ("shared", "nested"))
+    shared, nested = (win_rates(read_results(tmp_path / name))[0].rate for name in ("shared", "nested"))
     assert (shared.rate, nested.rate) == pytest.approx((0.625, 0.625))
     assert shared.high - shared.low > 1.5 * (nested.high - nested.low)

@@ -18,7 +18,7 @@ from jaxrm.experiment import Experiment
 from jaxrm.runtime.metrics import read_rows
 from jaxrm.stages.evaluate import run as evaluate
 from jaxrm.study.config import Study
-from jaxrm.study.schedule import answers_name, plan
+from jaxrm.study.schedule import answers_name, schedule
 from jaxrm.study.tuning import choose, setting_name
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -87,7 +87,7 @@ def the_study(**changes):
 def test_every_run_comes_after_what_it_needs():
     """Settings come before the final runs."""
     study = the_study(worlds=("safety",), arms=("sft", "dpo", "ppo_scalar", "ppo_soft", "rft_seq2seq"))
-    runs, choices = plan(study, {})
+    runs, choices = schedule(study, {})
     names = [run.name for run in runs]
     assert len(set(names)) == len(names)
     for number, run in enumerate(runs):
@@ -96,7 +96,7 @@ def test_every_run_comes_after_what_it_needs():
     assert not any("/answers/ppo" in run.name for run in runs)
     scores = {name: 0.5 for name in names if "/select/" in name}
     for _ in range(4):
-        runs, choices = plan(study, scores)
+        runs, choices = schedule(study, scores)
         scores |= {run.name: 0.5 for run in runs if "/select/" in run.name}
     final = [run for run in runs if "/answers/" in run.name]
     for arm in study.arms:
@@ -109,7 +109,7 @@ def test_every_run_comes_after_what_it_needs():
 
 def test_all_arms_of_ppo_differ_in_the_reward_alone():
     study = the_study(worlds=("safety",), arms=("ppo_scalar", "ppo_soft", "ppo_my_kinds:doubt"))
-    runs, _ = plan(study, {})
+    runs, _ = schedule(study, {})
     by_arm = {}
     for run in runs:
         match = re.search(r"select/(ppo_[^/]+)/(.*)$", run.name)
