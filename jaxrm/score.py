@@ -74,12 +74,13 @@ def main(config: Experiment | None, given: flags.FlagValues) -> int:
     from jaxrm.inference import token_scores as scored
     from jaxrm.inference.load import open_checkpoint, open_reward_model
     from jaxrm.inference.weights import LANGUAGE_MODELS, REWARD_MODELS, find_checkpoint
+    from jaxrm.ops.token_rewards import find_kind
     from jaxrm.runtime.progress import print_table
     from jaxrm.sharding.mesh import MeshConfig, build_mesh
 
     run = find_checkpoint(given.checkpoint, "--checkpoint", REWARD_MODELS)
     kind = score_checks.choose_kind(run, given.kind, None if config is None else config.reward.kind)
-    if (kind == "contrast") != (given.reference is not None):
+    if find_kind(kind).needs_reference != (given.reference is not None):
         raise UserError(
             f"the kind is {kind}, and --reference is {given.reference}; contrast compares with a reference policy and "
             "the other kinds with none, so give both, e.g. --kind=contrast --reference=runs/quickstart/sft, or neither"

@@ -21,6 +21,7 @@ from jaxrm.inference.sharded_model import shard_model, shard_scalar_model
 from jaxrm.models.build import ModelSource
 from jaxrm.models.config import preset
 from jaxrm.models.generate import check_on_policy
+from jaxrm.ops.token_rewards import KINDS
 from jaxrm.pipeline.config import resolve
 from jaxrm.sharding.mesh import MeshConfig, build_mesh, check_batch
 from jaxrm.stages.ppo.learner import open_learner
@@ -125,7 +126,7 @@ def check_a_step_of_ppo(config, shape, mesh):
     readings = jax.eval_shape(programs.read, state.policy.params, state.critic.params, decoder.shapes, batch)
     score = functools.partial(as_token_rewards, end_ids=(1,))
     values, tags = (jax.ShapeDtypeStruct((B, T), dtype) for dtype in ("float32", "bool"))
-    kind = config.reward.kind
+    kind = KINDS[config.reward.kind]
     rewards = jax.eval_shape(
         lambda calibration, values, tags, batch: score(calibration, kind, values, tags, batch),
         state.initial_calibration,

@@ -15,7 +15,7 @@ from flax import nnx
 
 from jaxrm import score, train
 from jaxrm.algorithms.optimizer import OptimizerConfig
-from jaxrm.algorithms.reward_config import SEQ2SEQ_KINDS, RewardConfig
+from jaxrm.algorithms.reward_config import RewardConfig
 from jaxrm.config import command_line
 from jaxrm.data import tasks
 from jaxrm.data.config import DataConfig
@@ -28,6 +28,7 @@ from jaxrm.inference.load import open_checkpoint, open_reward_model
 from jaxrm.models import config as models
 from jaxrm.models.build import ModelSource
 from jaxrm.models.generate import SamplingConfig
+from jaxrm.ops.token_rewards import names_for
 from jaxrm.runtime.checkpoint import CheckpointConfig
 from jaxrm.runtime.metrics import LoggingConfig, read_rows
 from jaxrm.sharding.mesh import MeshConfig, build_mesh
@@ -281,7 +282,7 @@ def test_the_report_of_a_seq2seq_reward_model_has_every_number(runs):
     assert report.keys() == {"step", "pairs", "kinds", "divergence", "corrections"}
     held_out = runs.held_out.read_text().count("\n")
     assert (report["step"], report["pairs"]) == (STEPS["seq2seq_rm"], held_out)
-    check_kinds(report, SEQ2SEQ_KINDS)
+    check_kinds(report, names_for("seq2seq"))
     for side in ("chosen", "rejected"):
         found = report["divergence"][side]
         assert 0 <= found["first_disagreement_token"] <= found["length"] <= LONGEST + 1

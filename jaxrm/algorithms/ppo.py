@@ -30,7 +30,8 @@ from jaxrm.algorithms.state import TrainState
 from jaxrm.algorithms.train_step import Metrics
 from jaxrm.data.loader import BatchIterator
 from jaxrm.errors import UserError, flag
-from jaxrm.ops import advantages, kl, masking, token_rewards
+from jaxrm.ops import advantages, kl, masking, reward_scaling
+from jaxrm.ops.token_rewards import Kind
 from jaxrm.runtime.checkpoint import Checkpoints
 from jaxrm.runtime.preemption import StopRequest, agree
 from jaxrm.types import ResponseBatch, Rollout, TokenBatch, TokenRewards
@@ -43,7 +44,7 @@ def estimate(
     rewards: TokenRewards,
     *,
     config: PPOConfig,
-    kind: str,
+    kind: Kind,
     center_momentum: float | None,
 ) -> tuple[Rollout, RewardAndKLState, Metrics]:
     """From token rewards to advantages, and to the feedback of the next step.
@@ -107,7 +108,7 @@ def estimate(
 
     calibration, kl_coef = feedback.calibration, feedback.kl_coef
     if center_momentum is not None:
-        calibration = token_rewards.update_center(calibration, kind, rewards.values, mask, momentum=center_momentum)
+        calibration = reward_scaling.update_center(calibration, kind, rewards.values, mask, momentum=center_momentum)
     if config.kl_target is not None:
         kl_coef = kl.next_coefficient(
             kl_coef,

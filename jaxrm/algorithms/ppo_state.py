@@ -11,7 +11,7 @@ from jaxrm.algorithms.rollout import Networks
 from jaxrm.algorithms.state import TrainState
 from jaxrm.data.loader import BatchIterator
 from jaxrm.errors import UserError, flag
-from jaxrm.ops import token_rewards
+from jaxrm.ops import reward_scaling
 from jaxrm.runtime.checkpoint import Checkpoints
 from jaxrm.types import Rollout, TokenBatch
 
@@ -26,7 +26,7 @@ class RewardAndKLState:
       kl_coef: ``[]`` float32, beta.
     """
 
-    calibration: token_rewards.Calibration
+    calibration: reward_scaling.Calibration
     kl_coef: jax.Array
 
 
@@ -45,7 +45,7 @@ class PPOState:
     policy: TrainState
     critic: TrainState | None
     feedback: RewardAndKLState
-    initial_calibration: token_rewards.Calibration
+    initial_calibration: reward_scaling.Calibration
 
 
 @jax.tree_util.register_dataclass

@@ -6,9 +6,6 @@ from typing import Literal
 from jaxrm.errors import UserError, flag, option
 from jaxrm.ops import token_rewards
 
-SCALAR_KINDS = ("scalar", "scalar_length_residual")
-SEQ2SEQ_KINDS = tuple(kind for kind in token_rewards.KINDS if kind not in SCALAR_KINDS)
-
 
 def check_kind(kind: str, field: str) -> None:
     """Refuse what is no kind of token reward; ``field`` names what gave it. One's own is not imported for it.
@@ -36,7 +33,7 @@ class RewardConfig:
     Attributes:
       kind: one of `jaxrm.ops.token_rewards.KINDS`; ``literal`` is the paper's, ``scalar`` and
         ``scalar_length_residual`` belong to a scalar reward model, or to a function, and the others to a seq2seq one.
-        One's own is ``package.module:function``, see `jaxrm.algorithms.scoring.token_values`.
+        One's own is ``package.module:function``, see `jaxrm.ops.token_rewards.reward_kind`.
       model: folder of the reward model's run, for PPO.
       function: in place of a reward model, for rewards that can be verified: ``package.module:name`` of a Python
         function ``(prompts, responses) -> rewards`` (see `jaxrm.stages.rewards.sources`), or the exact judge of an
@@ -66,7 +63,7 @@ class RewardConfig:
                 f"from one "
                 f"of them, e.g. {flag('reward.function')}=None"
             )
-        if self.function is not None and self.kind not in SCALAR_KINDS:
+        if self.function is not None and self.kind not in token_rewards.names_for("scalar"):
             raise UserError(
                 f"{option('reward.kind')} is {self.kind!r}, but a function rewards the whole response; "
                 f"use {flag('reward.kind')}=scalar"

@@ -13,7 +13,7 @@ from jaxrm.algorithms.scoring import response_hidden, response_statistics, token
 from jaxrm.models.generate import SamplingConfig, generate
 from jaxrm.models.heads import ScalarHead
 from jaxrm.models.transformer import Decoder
-from jaxrm.ops import token_rewards
+from jaxrm.ops import reward_scaling
 from jaxrm.types import ResponseBatch, TokenRewards
 
 
@@ -76,7 +76,7 @@ class RewardSource(Protocol):
     """Where token rewards come from: a reward model of either sort, or a function of text."""
 
     def __call__(
-        self, calibration: token_rewards.Calibration, batch: ResponseBatch, reference_log_probs: jax.Array
+        self, calibration: reward_scaling.Calibration, batch: ResponseBatch, reference_log_probs: jax.Array
     ) -> TokenRewards:
         """Score responses."""
         ...

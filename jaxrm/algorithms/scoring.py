@@ -5,7 +5,6 @@ response, greedy and forced context are the same, and from there on the response
 Figure 2). So one pass over ``template(x, y), y`` gives the greedy token at every place, and with it every tag.
 """
 
-import importlib
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -14,24 +13,24 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxrm.algorithms import microbatches
-from jaxrm.algorithms.reward_config import SCALAR_KINDS, SEQ2SEQ_KINDS
-from jaxrm.errors import UserError, flag, option
 from jaxrm.models.transformer import Decoder
-from jaxrm.ops import masking, token_rewards, vocab
+from jaxrm.ops import masking, reward_scaling, token_rewards, vocab
+from jaxrm.ops.reward_scaling import Calibration
+from jaxrm.ops.token_rewards import Kind, Source
 from jaxrm.types import ResponseBatch, TokenRewards
 
 
 class Scorer(Protocol):
-    """Token rewards of responses; what stands behind it cannot be told from what it returns."""
+    """Token rewards of responses. Every kind and both sorts of reward model have this signature."""
 
     def __call__(
         self,
         params: Any,
-        calibration: token_rewards.Calibration,
+        calibration: Calibration,
         batch: ResponseBatch,
         reference_log_probs: jax.Array | None = None,
     ) -> TokenRewards:
-        """Score a batch; ``reference_log_probs [B, T]`` only where the kind is ``contrast``."""
+        """Score a batch; ``reference_log_probs [B, T]`` only where the kind needs them."""
         ...
 
 
@@ -104,157 +103,84 @@ def response_scores(
     return jnp.take_along_axis(rewards, last[:, None], axis=1)[:, 0]
 
 
-def token_values(
-    kind: str,
-    statistics: vocab.TokenStatistics,
-    batch: ResponseBatch,
-    reference_log_probs: jax.Array | None = None,
-) -> jax.Array:
-    """Values ``u_t [B, T]`` of a kind, float32, before scale and centre.
-
-    A kind of one's own is ``package.module:function``, the name of a Python function
-    ``(statistics, responses [B, T], mask [B, T]) -> values [B, T]`` in jax, for instance::
-
-        def doubt(statistics, responses, mask):
-            return statistics.log_probs - statistics.max_log_prob  # how much less likely than the best token
-
-    Args:
-      kind: one of `SEQ2SEQ_KINDS`, or one's own.
-      statistics: of the seq2seq reward model, from `response_statistics`.
-      batch: the responses.
-      reference_log_probs: ``[B, T]`` of the reference policy, for ``contrast``.
-    """
-    mask = batch.response_mask
-    if kind == "soft":
-        return token_rewards.soft(statistics.log_probs, mask)
-    if kind == "margin":
-        return token_rewards.margin(statistics.log_probs, statistics.max_log_prob, mask)
-    if kind == "contrast":
-        assert reference_log_probs is not None, "contrast compares with a reference policy"
-        return token_rewards.contrast(statistics.log_probs, reference_log_probs, mask)
-    if ":" in kind:
-        values = custom_kind(kind)(statistics, batch.responses, mask)
-        if getattr(values, "shape", None) != mask.shape:
-            raise UserError(
-                f"{option('reward.kind')} is {kind!r}, whose function returned "
-                f"{getattr(values, 'shape', type(values))}; "
-                f"required one number for each response token, an array of shape {mask.shape}"
-            )
-        return jnp.where(mask, values, 0.0).astype(jnp.float32)
-    tags = token_rewards.token_tags(batch.responses, statistics.argmax, mask)
-    if kind == "literal":
-        return token_rewards.literal(tags, mask)
-    if kind == "signed":
-        return token_rewards.signed(tags, mask)
-    assert kind == "prefix", kind
-    return token_rewards.prefix(tags, mask)
-
-
-def custom_kind(kind: str) -> Callable[[vocab.TokenStatistics, jax.Array, jax.Array], jax.Array]:
-    """The function that a kind of one's own names.
-
-    Raises:
-      UserError: where it cannot be imported.
-    """
-    module_name, _, name = kind.partition(":")
-    try:
-        function = getattr(importlib.import_module(module_name), name)
-    except Exception as error:  # whatever the user's module raises
-        raise UserError(
-            f"{option('reward.kind')} is {kind!r}, but importing it raised {type(error).__name__}: {error}; required "
-            f"package.module:function of a module that python finds from here, e.g. {flag('reward.kind')}=literal"
-        ) from error
-    return function
-
-
-def seq2seq_scorer(
+def build_scorer(
+    kind: Kind,
     graphdef: nnx.GraphDef,
-    kind: str,
     *,
     request: tuple[int, ...],
     end_ids: tuple[int, ...],
     pad_to_multiple_of: int = 1,
 ) -> Scorer:
-    """Scorer behind which stands a seq2seq reward model.
+    """Scorer of a reward model: one forward pass, the kind's values, scale and center.
 
     Args:
-      graphdef: of the decoder.
-      kind: one of `SEQ2SEQ_KINDS`.
-      request: see `response_statistics`.
+      kind: of token reward; it says which sort of reward model ``graphdef`` must be.
+      graphdef: of the decoder of a seq2seq reward model, or of a scalar model.
+      request: see `response_statistics`; a scalar reward model does not read it.
       end_ids: tokens that end a response.
-      pad_to_multiple_of: see `response_statistics`.
+      pad_to_multiple_of: see `response_hidden`.
     """
-    assert kind in SEQ2SEQ_KINDS or ":" in kind, kind
+    read = _build_read(kind.needs, graphdef, request, pad_to_multiple_of)
 
     def score(
-        params: Any,
-        calibration: token_rewards.Calibration,
-        batch: ResponseBatch,
-        reference_log_probs: jax.Array | None = None,
+        params: Any, calibration: Calibration, batch: ResponseBatch, reference_log_probs: jax.Array | None = None
     ) -> TokenRewards:
-        statistics = response_statistics(graphdef, params, batch, request, pad_to_multiple_of=pad_to_multiple_of)
-        values = token_values(kind, statistics, batch, reference_log_probs)
-        tags = token_rewards.token_tags(batch.responses, statistics.argmax, batch.response_mask)
+        reading, tags = read(params, batch)
+        values = kind.values(reading, batch.responses, batch.response_mask, reference_log_probs)
         return as_token_rewards(calibration, kind, values, tags, batch, end_ids)
 
     return score
 
 
-def scalar_scorer(
-    graphdef: nnx.GraphDef, kind: str, *, end_ids: tuple[int, ...], pad_to_multiple_of: int = 1
-) -> Scorer:
-    """Scorer behind which stands a scalar reward model; arguments as for `seq2seq_scorer`, kind of `SCALAR_KINDS`."""
-    assert kind in SCALAR_KINDS, kind
-
-    def score(
-        params: Any,
-        calibration: token_rewards.Calibration,
-        batch: ResponseBatch,
-        reference_log_probs: jax.Array | None = None,
-    ) -> TokenRewards:
-        del reference_log_probs
-        scores = response_scores(graphdef, params, batch, pad_to_multiple_of=pad_to_multiple_of)
-        values = token_rewards.scalar(scores, batch.response_mask)
-        return as_token_rewards(calibration, kind, values, batch.response_mask, batch, end_ids)
-
-    return score
-
-
-def seq2seq_diagnostics(
-    graphdef: nnx.GraphDef, *, request: tuple[int, ...], end_ids: tuple[int, ...], pad_to_multiple_of: int = 1
+def build_diagnostics(
+    needs: Source,
+    graphdef: nnx.GraphDef,
+    *,
+    request: tuple[int, ...],
+    end_ids: tuple[int, ...],
+    pad_to_multiple_of: int = 1,
 ) -> Callable[[Any, ResponseBatch, jax.Array | None], dict[str, dict[str, jax.Array]]]:
-    """Function to the diagnostics of every kind of token reward, uncalibrated, from one forward.
+    """Function to the diagnostics of every kind that one reward model can give, uncalibrated, from one forward.
 
-    ``(params, batch, reference_log_probs) -> {kind: {name: [B]}}``; names are those of
-    `jaxrm.types.TokenRewards.diagnostics`. ``contrast`` is left out where there are no reference log-probs.
+    A kind whose length effect must be fitted first is left out, and so is one that needs a reference where there are
+    no reference log-probs. Arguments are those of `build_scorer`.
+
+    Returns:
+      ``(params, batch, reference_log_probs) -> {kind: {name: [B]}}``; names are those of
+      `jaxrm.types.TokenRewards.diagnostics`.
     """
+    read = _build_read(needs, graphdef, request, pad_to_multiple_of)
 
     def diagnostics(
         params: Any, batch: ResponseBatch, reference_log_probs: jax.Array | None
     ) -> dict[str, dict[str, jax.Array]]:
+        reading, tags = read(params, batch)
+        calibration = reward_scaling.uncalibrated()
+        by_kind = {}
+        for name, kind in token_rewards.KINDS.items():
+            lacks_reference = kind.needs_reference and reference_log_probs is None
+            if kind.needs != needs or kind.removes_length or lacks_reference:
+                continue
+            values = kind.values(reading, batch.responses, batch.response_mask, reference_log_probs)
+            by_kind[name] = as_token_rewards(calibration, kind, values, tags, batch, end_ids).diagnostics
+        return by_kind
+
+    return diagnostics
+
+
+def _build_read(
+    needs: Source, graphdef: nnx.GraphDef, request: tuple[int, ...], pad_to_multiple_of: int
+) -> Callable[[Any, ResponseBatch], tuple[Any, jax.Array]]:
+    """``(params, batch) -> reading, tags [B, T]``; see `Kind.values`. A scalar reward model tags every token +."""
+
+    def read_seq2seq(params: Any, batch: ResponseBatch) -> tuple[vocab.TokenStatistics, jax.Array]:
         statistics = response_statistics(graphdef, params, batch, request, pad_to_multiple_of=pad_to_multiple_of)
-        tags = token_rewards.token_tags(batch.responses, statistics.argmax, batch.response_mask)
-        kinds = [kind for kind in SEQ2SEQ_KINDS if kind != "contrast" or reference_log_probs is not None]
-        values = {kind: token_values(kind, statistics, batch, reference_log_probs) for kind in kinds}
-        plain = token_rewards.uncalibrated()
-        return {kind: as_token_rewards(plain, kind, values[kind], tags, batch, end_ids).diagnostics for kind in kinds}
+        return statistics, token_rewards.token_tags(batch.responses, statistics.argmax, batch.response_mask)
 
-    return diagnostics
+    def read_scalar(params: Any, batch: ResponseBatch) -> tuple[jax.Array, jax.Array]:
+        return response_scores(graphdef, params, batch, pad_to_multiple_of=pad_to_multiple_of), batch.response_mask
 
-
-def scalar_diagnostics(
-    graphdef: nnx.GraphDef, *, end_ids: tuple[int, ...], pad_to_multiple_of: int = 1
-) -> Callable[[Any, ResponseBatch, jax.Array | None], dict[str, dict[str, jax.Array]]]:
-    """As `seq2seq_diagnostics` for a scalar reward model, whose kind ``scalar`` alone needs no calibration."""
-    score = scalar_scorer(graphdef, "scalar", end_ids=end_ids, pad_to_multiple_of=pad_to_multiple_of)
-
-    def diagnostics(
-        params: Any, batch: ResponseBatch, reference_log_probs: jax.Array | None
-    ) -> dict[str, dict[str, jax.Array]]:
-        del reference_log_probs
-        return {"scalar": score(params, token_rewards.uncalibrated(), batch).diagnostics}
-
-    return diagnostics
+    return read_seq2seq if needs == "seq2seq" else read_scalar
 
 
 def build_score_step(
@@ -267,9 +193,7 @@ def build_score_step(
 ) -> Callable[..., TokenRewards]:
     """Jitted `Scorer` over a mesh; rows lie as ``batch_sharding`` says, results as ``output_sharding``."""
 
-    def step(
-        params: Any, calibration: token_rewards.Calibration, batch: ResponseBatch, reference: jax.Array | None
-    ) -> TokenRewards:
+    def step(params: Any, calibration: Calibration, batch: ResponseBatch, reference: jax.Array | None) -> TokenRewards:
         return microbatches.in_parts(lambda part: score(params, calibration, *part), num_microbatches)(
             (batch, reference)
         )
@@ -282,16 +206,25 @@ def build_score_step(
 
 
 def as_token_rewards(
-    calibration: token_rewards.Calibration,
-    kind: str,
+    calibration: Calibration,
+    kind: Kind,
     values: jax.Array,
     tags: jax.Array,
     batch: ResponseBatch,
     end_ids: tuple[int, ...],
 ) -> TokenRewards:
-    """Token rewards of values ``u_t [B, T]`` of a kind, with their diagnostics; ``tags [B, T]`` bool."""
+    """Token rewards ``r_t`` of a kind's values, and their diagnostics.
+
+    Args:
+      calibration: scale and center.
+      kind: of token reward.
+      values: ``[B, T]`` float, ``u_t``.
+      tags: ``[B, T]`` bool.
+      batch: the responses.
+      end_ids: tokens that end a response.
+    """
     mask = batch.response_mask
-    rewards = token_rewards.apply(calibration, kind, values, mask)
+    rewards = reward_scaling.apply(calibration, kind, values, mask)
     length = jnp.sum(mask, axis=1, dtype=jnp.float32)
     is_end = mask & jnp.any(batch.responses[..., None] == jnp.asarray(end_ids, jnp.int32)[None, None], axis=-1)
     diagnostics = {

@@ -3,7 +3,6 @@
 import difflib
 from collections.abc import Sequence
 
-from jaxrm.algorithms import reward_config
 from jaxrm.data.pairs import correction_request
 from jaxrm.data.tokenizer import load_tokenizer, vocabulary_conflict
 from jaxrm.errors import UserError, option
@@ -26,7 +25,7 @@ def choose_kind(run: RunCheckpoint, kind: str | None, configured: str | None) ->
       UserError: where it is no kind, or none that this sort of reward model can give.
     """
     is_seq2seq = run.config.algorithm == "seq2seq_rm"
-    kinds = reward_config.SEQ2SEQ_KINDS if is_seq2seq else reward_config.SCALAR_KINDS
+    kinds = token_rewards.names_for("seq2seq" if is_seq2seq else "scalar")
     if kind is not None and kind not in token_rewards.KINDS:
         near = difflib.get_close_matches(kind, kinds, n=1)
         advice = f"did you mean --kind={near[0]}?" if near else f"e.g. --kind={kinds[0]}"

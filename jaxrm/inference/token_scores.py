@@ -21,7 +21,8 @@ from jaxrm.inference.corrections import Corrector
 from jaxrm.inference.load import Trained, TrainedRewardModel
 from jaxrm.inference.response_batches import response_batches
 from jaxrm.inference.sharded_model import ShardedModel
-from jaxrm.ops import token_rewards
+from jaxrm.ops import reward_scaling
+from jaxrm.ops.token_rewards import Kind, find_kind
 from jaxrm.runtime.progress import Progress
 from jaxrm.sharding import partition
 from jaxrm.types import ResponseBatch
@@ -139,12 +140,12 @@ def score(
     responses = [ids for task in tasks for _, _, ids in task.responses]
     sources = [task.source for task in tasks for _ in task.responses]
     step = scoring.build_score_step(
-        _scorer(model, kind, mesh),
+        build_scorer(model, find_kind(kind), mesh),
         params_sharding=model.model.shardings,
         batch_sharding=partition.batch_sharding(mesh),
         output_sharding=NamedSharding(mesh, PartitionSpec()),
     )
-    plain = token_rewards.uncalibrated()
+    plain = reward_scaling.uncalibrated()
     log_probs = None if reference is None else policy_log_probs(reference.model, reference.params, mesh)
     scored: list[TokenScores] = [TokenScores(np.zeros(0, np.float32), None)] * len(responses)
     V, done = model.model.config.vocab_size, 0
@@ -164,8 +165,8 @@ def score(
                 scored[i] = TokenScores(values[row, :length], tags[row, :length] if model.is_seq2seq else None)
             done += len(indices)
             progress.update(done)
-    if kind == "scalar_length_residual":
-        scored = _without_length(scored)
+    if find_kind(kind).removes_length:
+        scored = _without_length(scored, find_kind(kind))
     in_order = iter(scored)
     return [[next(in_order) for _ in task.responses] for task in tasks]
 
@@ -230,14 +231,15 @@ def as_record(
     }
 
 
-def _scorer(model: TrainedRewardModel, kind: str, mesh: Mesh) -> scoring.Scorer:
-    """The reward model as a source of token rewards like any other."""
-    graphdef, multiple = model.model.graphdef, sharded_model.pad_to_multiple_of(mesh)
-    ends = tuple(sorted(templates.end_ids(model.tokenizer, model.template)))
-    if not model.is_seq2seq:
-        return scoring.scalar_scorer(graphdef, kind, end_ids=ends, pad_to_multiple_of=multiple)
-    request = tuple(correction_request(model.tokenizer, model.template, model.config.mapping.instruction))
-    return scoring.seq2seq_scorer(graphdef, kind, request=request, end_ids=ends, pad_to_multiple_of=multiple)
+def build_scorer(model: TrainedRewardModel, kind: Kind, mesh: Mesh) -> scoring.Scorer:
+    """The scorer of a trained reward model, with its own request and end ids."""
+    return scoring.build_scorer(
+        kind,
+        model.model.graphdef,
+        request=tuple(correction_request(model.tokenizer, model.template, model.config.mapping.instruction)),
+        end_ids=tuple(sorted(templates.end_ids(model.tokenizer, model.template))),
+        pad_to_multiple_of=sharded_model.pad_to_multiple_of(mesh),
+    )
 
 
 def policy_log_probs(
@@ -254,14 +256,13 @@ def policy_log_probs(
     return lambda batch: jitted(params, batch)
 
 
-def _without_length(scored: Sequence[TokenScores]) -> list[TokenScores]:
+def _without_length(scored: Sequence[TokenScores], kind: Kind) -> list[TokenScores]:
     """The scores, on the last token of each response, less the linear effect of length."""
     T = max(len(response.values) for response in scored)
     values, mask = np.zeros((len(scored), T), np.float32), np.zeros((len(scored), T), bool)
     for row, response in enumerate(scored):
         values[row, : len(response.values)], mask[row, : len(response.values)] = response.values, True
-    kind = "scalar_length_residual"
     arrays = jnp.asarray(values), jnp.asarray(mask)
-    fitted = token_rewards.calibrate(kind, *arrays, scale=1.0, center="none")
-    rewards = np.asarray(token_rewards.apply(fitted, kind, *arrays))
+    fitted = reward_scaling.calibrate(kind, *arrays, scale=1.0, center="none")
+    rewards = np.asarray(reward_scaling.apply(fitted, kind, *arrays))
     return [TokenScores(rewards[row][mask[row]], None) for row in range(len(scored))]

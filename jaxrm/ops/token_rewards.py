@@ -7,36 +7,30 @@ as its source, one teacher-forced pass gives every tag: up to the first mismatch
 same, and after it the rule itself feeds the response.
 
 Arrays are ``[B, T]`` and indexed by the response token; ``mask`` is the response's, and outside it every output is 0
-whatever the inputs hold there. A response of no token is legal. ``u_t`` is a kind's value (`literal` ... `scalar`),
-and the token reward is ``r_t = a (u_t - c)``: `calibrate` finds the numbers, `apply` uses them.
+whatever the inputs hold there. A response of no token is legal. ``u_t`` is a kind's value (`literal` ... `scalar`);
+`KINDS` has a row for each kind, and `find_kind` also finds one that a user wrote. `jaxrm.ops.reward_scaling` makes
+token rewards ``r_t = a (u_t - c)`` of the values.
 """
 
 import dataclasses
-from typing import Literal
+import functools
+import importlib
+from collections.abc import Callable
+from typing import Any, Literal, TypeVar
 
 import chex
 import jax
 import jax.numpy as jnp
 
-from jaxrm.ops.masking import last_token, masked_mean, masked_sum
+from jaxrm.errors import UserError, flag, option
+from jaxrm.ops.masking import last_token
+from jaxrm.ops.vocab import TokenStatistics
 
-KINDS = ("literal", "signed", "prefix", "soft", "margin", "contrast", "scalar", "scalar_length_residual")
-
-# Tags and soft values pay for every token that is written; the other kinds have a zero of their own.
-CENTERED = ("literal", "signed", "prefix", "soft")
-
-
-def is_centered(kind: str) -> bool:
-    """Whether a kind has a centre taken off; a user's own, ``module:function``, has one as tags have."""
-    return kind in CENTERED or ":" in kind
-
-
-def _is_kind(kind: str) -> bool:
-    return kind in KINDS or ":" in kind
-
-
-# Sums that differ by no more than this share of their size differ by float32 rounding alone.
-_ROUNDING = 1e-5
+Source = Literal["seq2seq", "scalar"]
+# (reading, responses, mask, reference_log_probs) -> u_t
+Values = Callable[[Any, jax.Array, jax.Array, jax.Array | None], jax.Array]
+CustomKind = Callable[[TokenStatistics, jax.Array, jax.Array], jax.Array]
+_Function = TypeVar("_Function", bound=CustomKind)
 
 
 # --- tags
@@ -53,7 +47,7 @@ def token_tags(responses: jax.Array, argmax: jax.Array, mask: jax.Array) -> jax.
     Returns:
       ``[B, T]`` bool: True is +; False is - or padding.
     """
-    _check(mask, responses, argmax, dtype=int)
+    check_arrays(mask, responses, argmax, dtype=int)
     return (responses == argmax) & mask
 
 
@@ -67,7 +61,7 @@ def divergence(tags: jax.Array, mask: jax.Array) -> jax.Array:
     Returns:
       ``[B]`` int32, the index of the first - tag among the response's tokens; its length where there is none.
     """
-    _check(mask, tags, dtype=bool)
+    check_arrays(mask, tags, dtype=bool)
     return jnp.sum(_before_divergence(tags, mask), axis=1, dtype=jnp.int32)
 
 
@@ -84,20 +78,20 @@ def literal(tags: jax.Array, mask: jax.Array) -> jax.Array:
     Returns:
       ``[B, T]`` float32.
     """
-    _check(mask, tags, dtype=bool)
-    return _inside(mask, jnp.where(_before_divergence(tags, mask), 1.0, jnp.where(tags, 0.0, -1.0)))
+    check_arrays(mask, tags, dtype=bool)
+    return inside_mask(mask, jnp.where(_before_divergence(tags, mask), 1.0, jnp.where(tags, 0.0, -1.0)))
 
 
 def signed(tags: jax.Array, mask: jax.Array) -> jax.Array:
     """+1 on + tags and -1 on - tags, wherever they stand (jaxrm choice, an ablation). Shapes as in `literal`."""
-    _check(mask, tags, dtype=bool)
-    return _inside(mask, jnp.where(tags, 1.0, -1.0))
+    check_arrays(mask, tags, dtype=bool)
+    return inside_mask(mask, jnp.where(tags, 1.0, -1.0))
 
 
 def prefix(tags: jax.Array, mask: jax.Array) -> jax.Array:
     """+1 before the divergence and -1 from it on (jaxrm choice, an ablation). Shapes as in `literal`."""
-    _check(mask, tags, dtype=bool)
-    return _inside(mask, jnp.where(_before_divergence(tags, mask), 1.0, -1.0))
+    check_arrays(mask, tags, dtype=bool)
+    return inside_mask(mask, jnp.where(_before_divergence(tags, mask), 1.0, -1.0))
 
 
 def soft(log_probs: jax.Array, mask: jax.Array) -> jax.Array:
@@ -110,8 +104,8 @@ def soft(log_probs: jax.Array, mask: jax.Array) -> jax.Array:
     Returns:
       ``[B, T]`` float32.
     """
-    _check(mask, log_probs, dtype=float)
-    return _inside(mask, jnp.clip(2.0 * jnp.exp(log_probs.astype(jnp.float32)) - 1.0, -1.0, 1.0))
+    check_arrays(mask, log_probs, dtype=float)
+    return inside_mask(mask, jnp.clip(2.0 * jnp.exp(log_probs.astype(jnp.float32)) - 1.0, -1.0, 1.0))
 
 
 def margin(log_probs: jax.Array, max_log_probs: jax.Array, mask: jax.Array) -> jax.Array:
@@ -125,11 +119,11 @@ def margin(log_probs: jax.Array, max_log_probs: jax.Array, mask: jax.Array) -> j
     Returns:
       ``[B, T]`` float32.
     """
-    _check(mask, log_probs, max_log_probs, dtype=float)
-    return _inside(mask, jnp.clip(log_probs.astype(jnp.float32) - max_log_probs.astype(jnp.float32), -1.0, 0.0))
+    check_arrays(mask, log_probs, max_log_probs, dtype=float)
+    return inside_mask(mask, jnp.clip(log_probs.astype(jnp.float32) - max_log_probs.astype(jnp.float32), -1.0, 0.0))
 
 
-def contrast(log_probs: jax.Array, reference_log_probs: jax.Array, mask: jax.Array) -> jax.Array:
+def contrast(log_probs: jax.Array, reference_log_probs: jax.Array | None, mask: jax.Array) -> jax.Array:
     """``clip(log q(y_t | c, y_<t) - log pi_ref(y_t | x, y_<t), -1, 1)`` (jaxrm choice, after RTO, arXiv 2404.18922).
 
     Experimental: it pays for any rare token that the reward model copies from its source.
@@ -142,8 +136,11 @@ def contrast(log_probs: jax.Array, reference_log_probs: jax.Array, mask: jax.Arr
     Returns:
       ``[B, T]`` float32.
     """
-    _check(mask, log_probs, reference_log_probs, dtype=float)
-    return _inside(mask, jnp.clip(log_probs.astype(jnp.float32) - reference_log_probs.astype(jnp.float32), -1.0, 1.0))
+    assert reference_log_probs is not None, "contrast compares with a reference policy"
+    check_arrays(mask, log_probs, reference_log_probs, dtype=float)
+    return inside_mask(
+        mask, jnp.clip(log_probs.astype(jnp.float32) - reference_log_probs.astype(jnp.float32), -1.0, 1.0)
+    )
 
 
 def scalar(scores: jax.Array, mask: jax.Array) -> jax.Array:
@@ -156,147 +153,163 @@ def scalar(scores: jax.Array, mask: jax.Array) -> jax.Array:
     Returns:
       ``[B, T]`` float32.
     """
-    _check(mask)
+    check_arrays(mask)
     chex.assert_shape(scores, (mask.shape[0],))
     chex.assert_type(scores, float)
     return jnp.where(last_token(mask), scores.astype(jnp.float32)[:, None], 0.0)
 
 
-# --- scale and centre
+# --- the table of kinds
 
 
-@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Calibration:
-    """What turns a kind's values into rewards; part of a checkpoint. Every field is a float32 scalar.
+class Kind:
+    """A kind of token reward: where it comes from, how its values are computed, and whether they are centered.
 
     Attributes:
-      scale: ``a``, the size of a reward.
-      center: ``c``, subtracted from each token's value before scaling; for tags and soft values.
-      length_slope: score per response token, taken off a score at its last token; for ``scalar_length_residual``.
-      length_intercept: score of a response of length 0 on the same line.
+      name: as in ``config.reward.kind``.
+      needs: the sort of reward model that it reads. A function of text counts as a scalar one.
+      is_centered: whether the mean value of a token is taken off. Tags and soft values need it, since they pay for
+        every token that is written; the other kinds have a zero of their own.
+      values: ``(reading, responses, mask, reference_log_probs) -> u_t``, all ``[B, T]``, float32. The reading is the
+        `TokenStatistics` of a seq2seq reward model, or the scores ``[B]`` of a scalar one.
+      needs_reference: whether ``values`` reads the reference policy's log-probs ``[B, T]``; else they may be None.
+      removes_length: whether the linear effect of length is taken off the score, on the last response token.
     """
 
-    scale: jax.Array
-    center: jax.Array
-    length_slope: jax.Array
-    length_intercept: jax.Array
+    name: str
+    needs: Source
+    is_centered: bool
+    values: Values
+    needs_reference: bool = False
+    removes_length: bool = False
 
 
-def uncalibrated() -> Calibration:
-    """The calibration that leaves values as they are: scale 1, the rest 0."""
-    zero = jnp.zeros((), jnp.float32)
-    return Calibration(scale=jnp.ones((), jnp.float32), center=zero, length_slope=zero, length_intercept=zero)
+KINDS = {
+    kind.name: kind
+    for kind in (
+        Kind("literal", "seq2seq", True, lambda q, y, mask, _: literal(token_tags(y, q.argmax, mask), mask)),
+        Kind("signed", "seq2seq", True, lambda q, y, mask, _: signed(token_tags(y, q.argmax, mask), mask)),
+        Kind("prefix", "seq2seq", True, lambda q, y, mask, _: prefix(token_tags(y, q.argmax, mask), mask)),
+        Kind("soft", "seq2seq", True, lambda q, y, mask, _: soft(q.log_probs, mask)),
+        Kind("margin", "seq2seq", False, lambda q, y, mask, _: margin(q.log_probs, q.max_log_prob, mask)),
+        Kind(
+            "contrast",
+            "seq2seq",
+            False,
+            lambda q, y, mask, reference: contrast(q.log_probs, reference, mask),
+            needs_reference=True,
+        ),
+        Kind("scalar", "scalar", False, lambda scores, y, mask, _: scalar(scores, mask)),
+        Kind(
+            "scalar_length_residual",
+            "scalar",
+            False,
+            lambda scores, y, mask, _: scalar(scores, mask),
+            removes_length=True,
+        ),
+    )
+}
 
 
-def calibrate(
-    kind: str,
-    values: jax.Array,
+def names_for(needs: Source) -> tuple[str, ...]:
+    """Names of the kinds in the table that one sort of reward model can give, in the table's order."""
+    return tuple(name for name, kind in KINDS.items() if kind.needs == needs)
+
+
+def is_custom(name: str) -> bool:
+    """Whether a name is that of a user's own kind, ``package.module:function``. It reads a seq2seq reward model."""
+    return ":" in name
+
+
+def reward_kind(*, is_centered: bool) -> Callable[[_Function], _Function]:
+    """Marks a function as a reward kind, and says whether its values are centered.
+
+    The function takes the statistics of a seq2seq reward model (`jaxrm.ops.vocab.TokenStatistics`), the responses and
+    their mask, all ``[B, T]``, and returns ``u_t [B, T]``. It is named by ``config.reward.kind=my_kinds:doubt``::
+
+        @jaxrm.reward_kind(is_centered=False)
+        def doubt(statistics, responses, mask):
+            return statistics.log_probs - statistics.max_log_prob  # how much less likely than the best token
+
+    Args:
+      is_centered: True for values that pay for every token that is written, such as tags: their mean is taken off.
+        False for values with a zero of their own.
+    """
+
+    def mark(function: _Function) -> _Function:
+        function.is_centered = is_centered  # type: ignore[attr-defined]
+        return function
+
+    return mark
+
+
+def find_kind(name: str) -> Kind:
+    """The row of a kind; that of a user's own, ``package.module:function``, is made from the function.
+
+    Raises:
+      UserError: where there is no such kind, or the function cannot be imported or does not say whether its values
+        are centered.
+    """
+    if not is_custom(name):
+        if name not in KINDS:
+            raise UserError(
+                option("reward.kind"),
+                repr(name),
+                f"one of {', '.join(KINDS)}, or package.module:function",
+                f"{flag('reward.kind')}=literal",
+            )
+        return KINDS[name]
+    module_name, _, function_name = name.partition(":")
+    try:
+        function = getattr(importlib.import_module(module_name), function_name)
+    except Exception as error:  # whatever the user's module raises
+        raise UserError(
+            f"{option('reward.kind')} is {name!r}, but importing it raised {type(error).__name__}: {error}; required "
+            f"package.module:function of a module that python finds from here, e.g. {flag('reward.kind')}=literal"
+        ) from error
+    is_centered = getattr(function, "is_centered", None)
+    if not isinstance(is_centered, bool):
+        raise UserError(
+            f"{option('reward.kind')} is {name!r}, a function that does not say whether its values are centered; "
+            f"write @jaxrm.reward_kind(is_centered=True) on the line above it, or False where its zero means something"
+        )
+    return Kind(name, "seq2seq", is_centered, functools.partial(_custom_values, name, function))
+
+
+def _custom_values(
+    name: str,
+    function: CustomKind,
+    statistics: TokenStatistics,
+    responses: jax.Array,
     mask: jax.Array,
-    *,
-    scale: float | Literal["unit"],
-    center: Literal["running", "fixed", "none"],
-) -> Calibration:
-    """Numbers for `apply`, from a sample of responses such as the SFT policy's (jaxrm choice).
-
-    Responses of no token are not counted, so rows that pad a batch change nothing.
-
-    Args:
-      kind: one of `KINDS`, or a user's own.
-      values: ``[N, T]`` float, ``u_t`` of this kind.
-      mask: ``[N, T]`` bool.
-      scale: ``a`` itself, or "unit" for the one that gives the responses' sums of rewards a standard deviation of 1.
-        Where all sums are the same, to float32 rounding, it is 1.
-      center: "running" and "fixed" take the mean value of a token here (a running centre then moves on, by
-        `update_center`), "none" takes 0. Only ``literal``, ``signed``, ``prefix`` and ``soft`` have one.
-
-    Returns:
-      The calibration. For ``scalar_length_residual`` it holds the least-squares line of score by length in tokens; a
-      flat one through the mean score where all lengths are the same.
-    """
-    assert _is_kind(kind), kind
-    assert center in ("running", "fixed", "none"), center
-    assert scale == "unit" or scale > 0, scale
-    _check(mask, values, dtype=float)
-    calibration = uncalibrated()
-    if is_centered(kind) and center != "none":
-        calibration = dataclasses.replace(calibration, center=masked_mean(values, mask))
-    if kind == "scalar_length_residual":
-        slope, intercept = _line_by_length(masked_sum(values, mask, axis=1), mask)
-        calibration = dataclasses.replace(calibration, length_slope=slope, length_intercept=intercept)
-    if scale == "unit":
-        factor = _unit_scale(masked_sum(apply(calibration, kind, values, mask), mask, axis=1), values, mask)
-    else:
-        factor = jnp.asarray(scale, jnp.float32)
-    return dataclasses.replace(calibration, scale=factor)
+    reference_log_probs: jax.Array | None,
+) -> jax.Array:
+    """What a user's function returns, as values; it is refused where that is no array of the mask's shape."""
+    del reference_log_probs
+    values = function(statistics, responses, mask)
+    if getattr(values, "shape", None) != mask.shape:
+        raise UserError(
+            f"{option('reward.kind')} is {name!r}, whose function returned "
+            f"{getattr(values, 'shape', type(values))}; "
+            f"required one number for each response token, an array of shape {mask.shape}"
+        )
+    return inside_mask(mask, values)
 
 
-def apply(calibration: Calibration, kind: str, values: jax.Array, mask: jax.Array) -> jax.Array:
-    """Token rewards ``r_t = a (u_t - c)``.
-
-    For ``scalar_length_residual``, ``a (u_t - length_slope T - length_intercept)`` on the last response token, with T
-    the response's length; ``c`` is used by ``literal``, ``signed``, ``prefix`` and ``soft`` alone.
-
-    Args:
-      calibration: from `calibrate`, or `uncalibrated`.
-      kind: one of `KINDS`, or a user's own.
-      values: ``[B, T]`` float, ``u_t`` of this kind.
-      mask: ``[B, T]`` bool.
-
-    Returns:
-      ``[B, T]`` float32.
-    """
-    assert _is_kind(kind), kind
-    _check(mask, values, dtype=float)
-    values = values.astype(jnp.float32)
-    if is_centered(kind):
-        values = values - calibration.center
-    elif kind == "scalar_length_residual":
-        expected = calibration.length_slope * _lengths(mask) + calibration.length_intercept
-        values = values - jnp.where(last_token(mask), expected[:, None], 0.0)
-    return _inside(mask, calibration.scale * values)
+# --- shapes and padding
 
 
-def update_center(
-    calibration: Calibration,
-    kind: str,
-    values: jax.Array,
-    mask: jax.Array,
-    *,
-    momentum: float,
-) -> Calibration:
-    """Moves a running centre: ``c <- momentum c + (1 - momentum) mean(u)`` (jaxrm choice).
-
-    Args:
-      calibration: the present one; its scale stays.
-      kind: one of `KINDS`; one that has no centre changes nothing.
-      values: ``[B, T]`` float, ``u_t`` of this kind; their mean is over the batch's response tokens.
-      mask: ``[B, T]`` bool; an empty one changes nothing.
-      momentum: in [0, 1].
-
-    Returns:
-      The calibration with its centre moved.
-    """
-    assert _is_kind(kind), kind
-    _check(mask, values, dtype=float)
-    if not is_centered(kind):
-        return calibration
-    moved = momentum * calibration.center + (1.0 - momentum) * masked_mean(values, mask)
-    return dataclasses.replace(calibration, center=jnp.where(jnp.any(mask), moved, calibration.center))
-
-
-# --- private
-
-
-def _check(mask: jax.Array, *arrays: jax.Array, dtype: type = float) -> None:
-    """`mask` is ``[B, T]`` bool and the others are of its shape and of the one type."""
+def check_arrays(mask: jax.Array, *arrays: jax.Array, dtype: type = float) -> None:
+    """``mask`` is ``[B, T]`` bool and the others are of its shape and of the one type."""
     chex.assert_rank(mask, 2)
     chex.assert_type(mask, bool)
     chex.assert_equal_shape([mask, *arrays])
     chex.assert_type(arrays, dtype)
 
 
-def _inside(mask: jax.Array, values: jax.Array) -> jax.Array:
+def inside_mask(mask: jax.Array, values: jax.Array) -> jax.Array:
+    """The values as float32, and 0 outside the mask."""
     # Python's numbers alone make a weakly typed array, which would turn bfloat16 beside a bfloat16 one.
     return jnp.where(mask, values, 0.0).astype(jnp.float32)
 
@@ -304,33 +317,3 @@ def _inside(mask: jax.Array, values: jax.Array) -> jax.Array:
 def _before_divergence(tags: jax.Array, mask: jax.Array) -> jax.Array:
     """``[B, T]`` bool, True on the response tokens that no - tag precedes and that are + themselves."""
     return mask & (jnp.cumsum(mask & ~tags, axis=1) == 0)
-
-
-def _lengths(mask: jax.Array) -> jax.Array:
-    return jnp.sum(mask, axis=1, dtype=jnp.float32)
-
-
-def _line_by_length(scores: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Slope and intercept of the least-squares line of ``scores [N]`` by length, over the responses with a token."""
-    lengths = _lengths(mask)
-    counted = lengths > 0
-    mean_length, mean_score = masked_mean(lengths, counted), masked_mean(scores, counted)
-    from_mean = lengths - mean_length
-    covariance = masked_mean(from_mean * (scores - mean_score), counted)
-    variance = masked_mean(jnp.square(from_mean), counted)
-    longest = jnp.max(lengths, where=counted, initial=0.0)
-    shortest = jnp.min(lengths, where=counted, initial=mask.shape[1])
-    # Compared as whole numbers: the variance of equal lengths need not be exactly 0 on every device.
-    varied = longest > shortest
-    slope = jnp.where(varied, covariance / jnp.where(varied, variance, 1.0), 0.0)
-    return slope, mean_score - slope * mean_length
-
-
-def _unit_scale(sums: jax.Array, values: jax.Array, mask: jax.Array) -> jax.Array:
-    """One over the standard deviation of ``sums [N]`` over the responses with a token; 1 where that is rounding."""
-    counted = jnp.any(mask, axis=1)
-    deviation = jnp.sqrt(masked_mean(jnp.square(sums - masked_mean(sums, counted)), counted))
-    size = masked_mean(masked_sum(jnp.abs(values), mask, axis=1), counted)
-    # NaN is no constant: it passes on, so that a sick reward model is seen.
-    constant = deviation <= _ROUNDING * size
-    return 1.0 / jnp.where(constant, 1.0, deviation)

@@ -17,7 +17,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxrm.algorithms import dpo, scalar_rm, scoring, seq2seq_rm, sft, train_step
 from jaxrm.algorithms.optimizer import build_optimizer
 from jaxrm.algorithms.ppo_state import PPOBatch
-from jaxrm.algorithms.reward_config import SCALAR_KINDS
 from jaxrm.algorithms.state import create
 from jaxrm.errors import UserError, option
 from jaxrm.experiment import Experiment
@@ -26,7 +25,8 @@ from jaxrm.inference.sharded_model import ShardedModel
 from jaxrm.models import build
 from jaxrm.models.config import ModelConfig
 from jaxrm.models.flops import forward_flops, training_flops_per_token
-from jaxrm.ops import token_rewards
+from jaxrm.ops import reward_scaling
+from jaxrm.ops.token_rewards import find_kind
 from jaxrm.runtime.checkpoint import with_shardings
 from jaxrm.sharding import partition
 from jaxrm.sharding.mesh import batch_shards, check_batch, check_row_length
@@ -218,11 +218,11 @@ def _ppo(config: Experiment, mesh: Mesh, decoder: ShardedModel) -> Programs:
         )
         calibration = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=learner.copied),
-            jax.eval_shape(token_rewards.uncalibrated),
+            jax.eval_shape(reward_scaling.uncalibrated),
         )
-        reference = array((rows, new), jnp.float32) if config.reward.kind == "contrast" else None
+        reference = array((rows, new), jnp.float32) if find_kind(config.reward.kind).needs_reference else None
         asked = (weights, calibration, responses(rows), reference)
-        is_scalar = config.reward.kind in SCALAR_KINDS
+        is_scalar = find_kind(config.reward.kind).needs == "scalar"
         row = width + new if is_scalar else width + new + REQUEST + new
         of_row = forward(row, predicted=1 if is_scalar else new, scalar_head=is_scalar)
         found.append(Program("score", step, asked, rows * row, weights, rows * of_row))
@@ -256,17 +256,17 @@ def _ppo(config: Experiment, mesh: Mesh, decoder: ShardedModel) -> Programs:
     return Programs(tuple(found), residents, _count(decoder), decoder.config)
 
 
-def _scorer(config: Experiment, mesh: Mesh, decoder: ShardedModel) -> tuple[ShardedModel, Any]:
+def _scorer(config: Experiment, mesh: Mesh, decoder: ShardedModel) -> tuple[ShardedModel, scoring.Scorer]:
     """A reward model of the policy's shape, of the sort that the kind belongs to."""
-    multiple = sharded_model.pad_to_multiple_of(mesh)
-    if config.reward.kind in SCALAR_KINDS:
+    kind, model = find_kind(config.reward.kind), decoder
+    if kind.needs == "scalar":
         model = sharded_model.shard_scalar_model(config.model, mesh, decoder.config)
-        return model, scoring.scalar_scorer(
-            model.graphdef, config.reward.kind, end_ids=(0,), pad_to_multiple_of=multiple
-        )
-    request = tuple(range(1, REQUEST + 1))
-    return decoder, scoring.seq2seq_scorer(
-        decoder.graphdef, config.reward.kind, request=request, end_ids=(0,), pad_to_multiple_of=multiple
+    return model, scoring.build_scorer(
+        kind,
+        model.graphdef,
+        request=tuple(range(1, REQUEST + 1)),
+        end_ids=(0,),
+        pad_to_multiple_of=sharded_model.pad_to_multiple_of(mesh),
     )
 
 

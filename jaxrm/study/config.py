@@ -12,11 +12,12 @@ import difflib
 from dataclasses import dataclass, field
 from typing import Literal
 
-from jaxrm.algorithms.reward_config import SCALAR_KINDS, SEQ2SEQ_KINDS, check_kind
+from jaxrm.algorithms.reward_config import check_kind
 from jaxrm.config.fields import WHOLE
 from jaxrm.data import tasks
 from jaxrm.errors import UserError, flag, option
 from jaxrm.experiment import Experiment
+from jaxrm.ops.token_rewards import is_custom, names_for
 from jaxrm.runtime.run_folder import OnExisting
 
 PPO = "ppo_"
@@ -28,7 +29,7 @@ ARMS = (
     "rft_scalar",
     "rft_seq2seq",
     "dpo",
-    *(f"{PPO}{kind}" for kind in (*SCALAR_KINDS, *SEQ2SEQ_KINDS)),
+    *(f"{PPO}{kind}" for kind in (*names_for("scalar"), *names_for("seq2seq"))),
 )
 SIZES = {"tiny": "lab-tiny", "small": "lab-small", "base": "lab-base"}
 _SMOKE_ARMS = ("sft", "sft_chosen", "dpo", "ppo_scalar", "ppo_literal")
@@ -89,7 +90,7 @@ class Study:
             if not found or len(set(found)) < len(found):
                 raise _wrong(name, ",".join(found), "each one once, at least one", ",".join(known))
             for one in found:
-                if one not in known and not (name == "arms" and ":" in one and one.startswith(PPO)):
+                if one not in known and not (name == "arms" and is_custom(one) and one.startswith(PPO)):
                     near = difflib.get_close_matches(one, known, n=1)
                     meant = f"; did you mean {near[0]}?" if near else ""
                     raise UserError(f"{option(name)} has {one!r}; there are {', '.join(known)}{meant}")

@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from jaxrm.algorithms.reward_config import SCALAR_KINDS, RewardConfig
+from jaxrm.algorithms.reward_config import RewardConfig
 from jaxrm.data import tasks
 from jaxrm.experiment import AnswersConfig, Experiment
 from jaxrm.models.build import ModelSource
+from jaxrm.ops.token_rewards import names_for
 from jaxrm.study.config import PPO, SIZES, Study, axes
 from jaxrm.study.tuning import Choice, Setting, choose, setting_name
 
@@ -230,7 +231,7 @@ def _arm_policy(site: _Site, arm: str, setting: Setting, *, is_final: bool) -> _
 
 def _ppo_policy(site: _Site, arm: str, setting: Setting, is_final: bool) -> _ArmPolicy:
     kind, path = arm.removeprefix(PPO), _policy_path(arm, setting, is_final)
-    reward_path = "rm_scalar" if kind in SCALAR_KINDS else "rm_seq2seq"
+    reward_path = "rm_scalar" if kind in names_for("scalar") else "rm_seq2seq"
     changes: dict[str, Any] = {
         "reward.kind": kind,
         "reward.model": site.folder(reward_path),

@@ -10,7 +10,8 @@ import pytest
 from jaxrm.algorithms.best_of_n import BestOfNConfig, best_of_n, kl_bound
 from jaxrm.algorithms.scoring import as_token_rewards
 from jaxrm.errors import UserError
-from jaxrm.ops import token_rewards
+from jaxrm.ops import reward_scaling, token_rewards
+from jaxrm.ops.token_rewards import KINDS
 from jaxrm.types import ResponseBatch
 
 KEY = jax.random.key(3)
@@ -37,8 +38,8 @@ def policy(draws):
 def by_token(batch):
     """A response is worth its first token."""
     values = token_rewards.scalar(batch.responses[:, 0].astype(jnp.float32), batch.response_mask)
-    plain = token_rewards.uncalibrated()
-    return as_token_rewards(plain, "scalar", values, batch.response_mask, batch, (9,))
+    plain = reward_scaling.uncalibrated()
+    return as_token_rewards(plain, KINDS["scalar"], values, batch.response_mask, batch, (9,))
 
 
 def test_the_highest_sum_wins_each_row_and_ties_go_to_the_first():

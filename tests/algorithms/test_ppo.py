@@ -24,7 +24,8 @@ from jaxrm.models import heads
 from jaxrm.models.build import ModelSource
 from jaxrm.models.config import PRESETS
 from jaxrm.models.generate import SamplingConfig
-from jaxrm.ops import token_rewards
+from jaxrm.ops import reward_scaling, token_rewards
+from jaxrm.ops.token_rewards import KINDS
 from jaxrm.runtime.checkpoint import CheckpointConfig, Checkpoints
 from jaxrm.runtime.preemption import StopRequest
 from jaxrm.sharding.mesh import MeshConfig, build_mesh
@@ -132,7 +133,9 @@ def batch_of(seed=0, *, rows=B, width=P, length=T, fill=EOS):
 def rewarded(batch, scores):
     """Token rewards of ``scores [B]`` as a scalar reward model gives them."""
     values = token_rewards.scalar(jnp.asarray(scores, jnp.float32), batch.response_mask)
-    return scoring.as_token_rewards(token_rewards.uncalibrated(), "scalar", values, batch.response_mask, batch, (EOS,))
+    return scoring.as_token_rewards(
+        reward_scaling.uncalibrated(), KINDS["scalar"], values, batch.response_mask, batch, (EOS,)
+    )
 
 
 def rollout_of(s, batch, scores=None, feedback=None):
@@ -268,10 +271,12 @@ def test_advantages_are_those_of_a_plain_loop(kind):
         values = np.asarray(token_rewards.scalar(jnp.linspace(-0.8, 0.7, B), batch.response_mask))
         assert all(values[b, n - 1] != 0 and not values[b, : n - 1].any() for b, n in enumerate(lengths))
     config = PPOConfig(kl_coef=0.3, reward_clip=0.7, discount=0.9, gae_lambda=0.7)
-    calibration = token_rewards.Calibration(*map(jnp.float32, (0.5, 0.2, 0.0, 0.0)))
-    rewards = scoring.as_token_rewards(calibration, kind, jnp.asarray(values), batch.response_mask, batch, (EOS,))
+    calibration = reward_scaling.Calibration(*map(jnp.float32, (0.5, 0.2, 0.0, 0.0)))
+    rewards = scoring.as_token_rewards(
+        calibration, KINDS[kind], jnp.asarray(values), batch.response_mask, batch, (EOS,)
+    )
     by_hand = np.where(mask, 0.5 * (values - (0.2 if kind == "soft" else 0.0)), 0.0)
-    estimate = jax.jit(functools.partial(ppo.estimate, config=config, kind=kind, center_momentum=0.6))
+    estimate = jax.jit(functools.partial(ppo.estimate, config=config, kind=KINDS[kind], center_momentum=0.6))
     rollout, feedback, metrics = estimate(RewardAndKLState(calibration, jnp.float32(0.3)), batch, readings, rewards)
 
     log_probs, reference, old = (
@@ -296,7 +301,7 @@ def test_a_response_that_was_cut_off_pays_at_its_last_token():
     readings = TokenLogProbs(*(jnp.zeros_like(x) for x in readings))
     rewards = rewarded(batch, np.zeros(B))
     config = PPOConfig(missing_end_penalty=0.75, gae_lambda=0.0)
-    estimate = jax.jit(functools.partial(ppo.estimate, config=config, kind="scalar", center_momentum=None))
+    estimate = jax.jit(functools.partial(ppo.estimate, config=config, kind=KINDS["scalar"], center_momentum=None))
     rollout, _, metrics = estimate(separate().state.feedback, batch, readings, rewards)
     expected = np.zeros((B, T))
     for b, n in enumerate(mask.sum(axis=1)):
@@ -309,14 +314,14 @@ def test_a_response_that_was_cut_off_pays_at_its_last_token():
 def test_whitening_and_normalizing_look_at_response_tokens_alone():
     batch, mask, readings, values = made_up()
     rewards = scoring.as_token_rewards(
-        token_rewards.uncalibrated(), "margin", jnp.asarray(values), batch.response_mask, batch, (EOS,)
+        reward_scaling.uncalibrated(), KINDS["margin"], jnp.asarray(values), batch.response_mask, batch, (EOS,)
     )
 
     def estimated(**options):
         config = PPOConfig(kl_coef=0.0, gae_lambda=0.0, discount=0.5, **options)
-        estimate = jax.jit(functools.partial(ppo.estimate, config=config, kind="margin", center_momentum=None))
+        estimate = jax.jit(functools.partial(ppo.estimate, config=config, kind=KINDS["margin"], center_momentum=None))
         blank = TokenLogProbs(*(jnp.zeros_like(x) for x in readings))
-        zero = RewardAndKLState(token_rewards.uncalibrated(), jnp.float32(0.0))
+        zero = RewardAndKLState(reward_scaling.uncalibrated(), jnp.float32(0.0))
         return np.asarray(estimate(zero, batch, blank, rewards)[0].advantages)
 
     np.testing.assert_allclose(estimated(), values, atol=1e-6)
@@ -331,8 +336,8 @@ def test_the_controller_raises_the_penalty_of_a_kl_above_target():
     batch, _, readings, _ = made_up()
     apart = readings._replace(reference_log_probs=readings.log_probs - 0.4 * batch.response_mask)
     config = PPOConfig(kl_coef=0.1, kl_target=0.5, kl_horizon=100)
-    estimate = jax.jit(functools.partial(ppo.estimate, config=config, kind="scalar", center_momentum=None))
-    feedback = RewardAndKLState(token_rewards.uncalibrated(), jnp.float32(0.1))
+    estimate = jax.jit(functools.partial(ppo.estimate, config=config, kind=KINDS["scalar"], center_momentum=None))
+    feedback = RewardAndKLState(reward_scaling.uncalibrated(), jnp.float32(0.1))
     _, after, metrics = estimate(feedback, batch, apart, rewarded(batch, np.zeros(B)))
     assert metrics["kl"] > 0.6  # more than a fifth above the target, so the step is a fifth of 8 / 100
     assert np.isclose(after.kl_coef, 0.1 * (1 + 0.2 * B / 100))
@@ -456,7 +461,7 @@ def pattern_reward(calibration, batch, reference_log_probs, *, at_end=False):
     values = jnp.pad(0.25 * right, ((0, 0), (0, batch.responses.shape[1] - 4)))
     if at_end:
         values = token_rewards.scalar(values.sum(axis=1), batch.response_mask)
-    return scoring.as_token_rewards(calibration, "margin", values, batch.response_mask, batch, (EOS,))
+    return scoring.as_token_rewards(calibration, KINDS["margin"], values, batch.response_mask, batch, (EOS,))
 
 
 def fit(

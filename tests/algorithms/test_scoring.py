@@ -16,7 +16,8 @@ from jaxrm.errors import UserError
 from jaxrm.models import build
 from jaxrm.models.build import ModelSource
 from jaxrm.models.config import PRESETS
-from jaxrm.ops import token_rewards
+from jaxrm.ops import reward_scaling, token_rewards
+from jaxrm.ops.token_rewards import KINDS, names_for
 from jaxrm.ops.vocab import TokenStatistics
 from jaxrm.sharding import partition
 from jaxrm.sharding.mesh import MeshConfig, build_mesh
@@ -299,28 +300,24 @@ class Scorers:
         if mesh:
             self.shardings = partition.parameter_shardings(shapes, axes, mesh)
             self.scalar_shardings = partition.parameter_shardings(scalar_shapes, scalar_axes, mesh)
-        self.scorers = {kind: self._scorer(kind) for kind in token_rewards.KINDS}
+        self.scorers = {kind: self._scorer(kind) for kind in KINDS}
         self.jitted = {kind: (jax.jit(score), params) for kind, (score, params) in self.scorers.items()}
 
     def _scorer(self, kind):
-        if kind in reward_config.SCALAR_KINDS:
-            return scoring.scalar_scorer(self.scalar, kind, end_ids=ENDS), self.scalar_params
-        return scoring.seq2seq_scorer(self.decoder, kind, request=REQUEST, end_ids=ENDS), self.params
+        is_scalar = KINDS[kind].needs == "scalar"
+        graphdef, params = (self.scalar, self.scalar_params) if is_scalar else (self.decoder, self.params)
+        return scoring.build_scorer(KINDS[kind], graphdef, request=REQUEST, end_ids=ENDS), params
 
     def score(self, kind, batch, calibration=None, reference=None):
         score, params = self.jitted[kind]
         if kind == "contrast" and reference is None:
             reference = jnp.full(batch.responses.shape, -3.0)
-        return score(params, calibration or token_rewards.uncalibrated(), batch, reference)
+        return score(params, calibration or reward_scaling.uncalibrated(), batch, reference)
 
 
 @pytest.fixture(scope="module")
 def scorers():
     return Scorers()
-
-
-def test_kinds_belong_to_one_of_the_two_models():
-    assert sorted(reward_config.SEQ2SEQ_KINDS + reward_config.SCALAR_KINDS) == sorted(token_rewards.KINDS)
 
 
 def test_values_of_each_kind_by_hand():
@@ -342,17 +339,16 @@ def test_values_of_each_kind_by_hand():
         "margin": [0, -1, 0, 0],  # log(.1 / .8) is -2.1
         "contrast": [np.log(1.25), -1, 0, 1],
     }
-    assert set(by_hand) == set(reward_config.SEQ2SEQ_KINDS)
+    assert set(by_hand) == set(names_for("seq2seq"))
     for kind, want in by_hand.items():
-        got = scoring.token_values(kind, found, batch, reference)
+        got = KINDS[kind].values(found, batch.responses, batch.response_mask, reference)
         np.testing.assert_allclose(got[0], [*want, 0], atol=1e-6, err_msg=kind)
 
 
 def test_no_consumer_can_tell_the_scorers_apart(scorers):
     batch = small_batch(vocab=32)
     shapes = {
-        kind: jax.tree.map(lambda x: (x.shape, x.dtype, x.weak_type), scorers.score(kind, batch))
-        for kind in token_rewards.KINDS
+        kind: jax.tree.map(lambda x: (x.shape, x.dtype, x.weak_type), scorers.score(kind, batch)) for kind in KINDS
     }
     for kind, shape in shapes.items():
         assert shape == shapes["literal"], kind
@@ -365,17 +361,17 @@ def test_no_consumer_can_tell_the_scorers_apart(scorers):
     assert set(one.diagnostics.values()) == {((B,), np.dtype("float32"), False)}
 
 
-@pytest.mark.parametrize("kind", token_rewards.KINDS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_diagnostics_are_those_of_the_rewards(scorers, kind):
     """By a loop over responses; a scalar reward model disagrees with no token."""
     batch = small_batch(vocab=32)
-    calibration = token_rewards.Calibration(*(jnp.asarray(x, jnp.float32) for x in (2.0, 0.25, 0.5, -1.0)))
+    calibration = reward_scaling.Calibration(*(jnp.asarray(x, jnp.float32) for x in (2.0, 0.25, 0.5, -1.0)))
     got = jax.device_get(scorers.score(kind, batch, calibration))
     argmax = np.asarray(statistics(scorers.decoder, scorers.params, batch, REQUEST).argmax)
     for b in range(batch.responses.shape[0]):
         n = int(batch.response_mask[b].sum())
         response = np.asarray(batch.responses[b, :n])
-        tags = np.ones(n, bool) if kind in reward_config.SCALAR_KINDS else response == argmax[b, :n]
+        tags = np.ones(n, bool) if kind in names_for("scalar") else response == argmax[b, :n]
         values = got.values[b, :n]
         if kind in ("literal", "signed", "prefix", "soft"):
             rewards = 2.0 * (values - 0.25)
@@ -399,7 +395,7 @@ def test_diagnostics_are_those_of_the_rewards(scorers, kind):
             np.testing.assert_allclose(got.diagnostics[name][b], value, atol=1e-5, err_msg=f"{name} of response {b}")
 
 
-@pytest.mark.parametrize("kind", token_rewards.KINDS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_response_of_no_token_earns_nothing(scorers, kind):
     """Nor does a row without even a prompt, which fills up a batch."""
     batch = batch_of([[3, 4], [], [5, 6], [], [], []], [[7, EOS], [], [], [], [], []], P=5, T=7)
@@ -423,7 +419,7 @@ def test_a_score_is_the_head_on_the_last_response_token(scorers):
         return nnx.merge(scorers.decoder, params)(rows, positions=index, segment_ids=jnp.ones_like(rows))
 
     want = np.asarray(forward(scorers.params))[:, -1] @ np.asarray(scorers.scalar_params["scalar_head"]["kernel"])
-    for kind in reward_config.SCALAR_KINDS:
+    for kind in names_for("scalar"):
         got = scorers.score(kind, batch_of(prompts, responses, P=14, T=15, fill=9))
         np.testing.assert_allclose(got.diagnostics["sum"], want, atol=1e-5)
         at_the_end = np.asarray(got.rewards)[np.arange(4), np.array(lengths) - 1]
@@ -444,21 +440,21 @@ def test_contrast_compares_with_the_policys_own_log_probs(scorers):
 def test_diagnostics_of_all_kinds_are_those_of_their_scorers(scorers):
     batch = small_batch(vocab=32)
     reference = jnp.full(batch.responses.shape, -3.0)
-    of_all = jax.jit(scoring.seq2seq_diagnostics(scorers.decoder, request=REQUEST, end_ids=ENDS))
+    of_all = jax.jit(scoring.build_diagnostics("seq2seq", scorers.decoder, request=REQUEST, end_ids=ENDS))
     found = of_all(scorers.params, batch, reference)
-    assert set(found) == set(reward_config.SEQ2SEQ_KINDS)
+    assert set(found) == set(names_for("seq2seq"))
     for kind, diagnostics in found.items():
         chex.assert_trees_all_close(diagnostics, scorers.score(kind, batch).diagnostics, atol=1e-5)
-    assert set(of_all(scorers.params, batch, None)) == set(reward_config.SEQ2SEQ_KINDS) - {"contrast"}
-    of_scalar = jax.jit(scoring.scalar_diagnostics(scorers.scalar, end_ids=ENDS))
+    assert set(of_all(scorers.params, batch, None)) == set(names_for("seq2seq")) - {"contrast"}
+    of_scalar = jax.jit(scoring.build_diagnostics("scalar", scorers.scalar, request=(), end_ids=ENDS))
     found = of_scalar(scorers.scalar_params, batch, None)
     assert list(found) == ["scalar"]
     chex.assert_trees_all_close(found["scalar"], scorers.score("scalar", batch).diagnostics, atol=1e-6)
 
 
 def test_no_end_token_is_no_end_tag(scorers):
-    score = scoring.scalar_scorer(scorers.scalar, "scalar", end_ids=())
-    got = jax.jit(score)(scorers.scalar_params, token_rewards.uncalibrated(), small_batch(vocab=32))
+    score = scoring.build_scorer(KINDS["scalar"], scorers.scalar, request=(), end_ids=())
+    got = jax.jit(score)(scorers.scalar_params, reward_scaling.uncalibrated(), small_batch(vocab=32))
     assert not np.asarray(got.diagnostics["end_tag"]).any()
 
 
@@ -471,10 +467,10 @@ def test_one_device_and_eight_give_the_same_rewards(scorers, kind):
     mesh = build_mesh(MeshConfig(2, 2, 2))
     eight, rows = Scorers(mesh), partition.batch_sharding(mesh)
     score, params = eight.scorers[kind]
-    sharding = eight.scalar_shardings if kind in reward_config.SCALAR_KINDS else eight.shardings
+    sharding = eight.scalar_shardings if kind in names_for("scalar") else eight.shardings
     copied = NamedSharding(mesh, PartitionSpec())
     step = scoring.build_score_step(score, params_sharding=sharding, batch_sharding=rows, output_sharding=copied)
-    calibration = token_rewards.Calibration(*(jnp.asarray(x, jnp.float32) for x in (2.0, 0.25, 0.5, -1.0)))
+    calibration = reward_scaling.Calibration(*(jnp.asarray(x, jnp.float32) for x in (2.0, 0.25, 0.5, -1.0)))
     reference = jax.device_put(jnp.full(batch.responses.shape, -3.0), rows) if kind == "contrast" else None
     got = step(jax.device_put(params, sharding), calibration, jax.device_put(batch, rows), reference)
     want = scorers.score(kind, batch, calibration)
@@ -491,7 +487,7 @@ def test_no_array_of_responses_by_vocabulary_is_made():
     batch = ResponseBatch(
         **{n: jax.ShapeDtypeStruct(shape, bool if "mask" in n else jnp.int32) for n, shape in ids.items()}
     )
-    score = scoring.seq2seq_scorer(graphdef, "soft", request=REQUEST, end_ids=ENDS)
+    score = scoring.build_scorer(KINDS["soft"], graphdef, request=REQUEST, end_ids=ENDS)
 
     def temporary(function, *arguments):
         return jax.jit(function).lower(*arguments).compile().memory_analysis().temp_size_in_bytes
@@ -504,7 +500,7 @@ def test_no_array_of_responses_by_vocabulary_is_made():
         return log_probs, logits.argmax(axis=-1)
 
     whole = B * T * 256_000 * 4
-    assert temporary(score, shapes, jax.eval_shape(token_rewards.uncalibrated), batch) < whole / 8
+    assert temporary(score, shapes, jax.eval_shape(reward_scaling.uncalibrated), batch) < whole / 8
     assert temporary(with_logits, shapes, batch.responses) >= whole
 
 

@@ -33,6 +33,7 @@ from jaxrm.models import heads
 from jaxrm.models.build import ModelSource, init_scalar_head
 from jaxrm.models.config import preset
 from jaxrm.models.generate import SamplingConfig
+from jaxrm.ops.token_rewards import KINDS
 from jaxrm.runtime.checkpoint import Checkpoints
 from jaxrm.runtime.metrics import PHASES
 from jaxrm.runtime.preemption import StopRequest
@@ -110,7 +111,7 @@ def jaxrm_side(arguments, ids):
     head = init_scalar_head(shape, jax.random.key(3), scalar.shardings["scalar_head"])
     reward_params = heads.from_decoder_params(params(1), head)
     score = scoring.build_score_step(
-        scoring.scalar_scorer(scalar.graphdef, "scalar", end_ids=(end,)),
+        scoring.build_scorer(KINDS["scalar"], scalar.graphdef, request=(), end_ids=(end,)),
         params_sharding=scalar.shardings,
         batch_sharding=learner.shardings.policy.step,
     )

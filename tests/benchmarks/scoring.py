@@ -25,7 +25,8 @@ from jaxrm.inference.sharded_model import pad_to_multiple_of, shard_model
 from jaxrm.models import build
 from jaxrm.models.build import ModelSource
 from jaxrm.models.generate import SamplingConfig, generate
-from jaxrm.ops import token_rewards
+from jaxrm.ops import reward_scaling
+from jaxrm.ops.token_rewards import KINDS
 from jaxrm.sharding.mesh import MeshConfig, build_mesh
 from jaxrm.types import ResponseBatch
 
@@ -45,11 +46,11 @@ def statistics_of_logits(logits: jax.Array, targets: jax.Array) -> tuple[jax.Arr
 
 def sides(graphdef: nnx.GraphDef, request: tuple[int, ...], response: int, multiple: int) -> dict[str, Callable]:
     """Functions of ``(params, batch, rows)``; rows are those that scoring puts together itself."""
-    score = scoring.seq2seq_scorer(graphdef, "literal", request=request, end_ids=(), pad_to_multiple_of=multiple)
+    score = scoring.build_scorer(KINDS["literal"], graphdef, request=request, end_ids=(), pad_to_multiple_of=multiple)
 
     def scored(params: Any, batch: ResponseBatch, rows: jax.Array) -> Any:
         del rows
-        return score(params, token_rewards.uncalibrated(), batch)
+        return score(params, reward_scaling.uncalibrated(), batch)
 
     def hidden_states(params: Any, batch: ResponseBatch, rows: jax.Array) -> Any:
         del batch

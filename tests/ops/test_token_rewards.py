@@ -2,38 +2,53 @@
 
 import functools
 import math
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrm.ops import token_rewards
-from jaxrm.ops.token_rewards import KINDS, Calibration
+from jaxrm.errors import UserError
+from jaxrm.ops import reward_scaling, token_rewards
+from jaxrm.ops.reward_scaling import Calibration
+from jaxrm.ops.token_rewards import KINDS, find_kind, names_for, reward_kind
+from jaxrm.ops.vocab import TokenStatistics
 
 TAG_KINDS = ("literal", "signed", "prefix")
 TOKEN_KINDS = (*TAG_KINDS, "soft", "margin", "contrast")
 CENTERED = ("literal", "signed", "prefix", "soft")
 
 divergence = jax.jit(token_rewards.divergence)
-apply = jax.jit(token_rewards.apply, static_argnames="kind")
-calibrate = jax.jit(token_rewards.calibrate, static_argnames=("kind", "scale", "center"))
-update_center = jax.jit(token_rewards.update_center, static_argnames=("kind", "momentum"))
+
+
+def apply(calibration, kind, values, mask):
+    return _apply(calibration, KINDS[kind], values, mask)
+
+
+def calibrate(kind, values, mask, **options):
+    return _calibrate(KINDS[kind], values, mask, **options)
+
+
+def update_center(calibration, kind, values, mask, *, momentum):
+    return _update_center(calibration, KINDS[kind], values, mask, momentum=momentum)
+
+
+_apply = jax.jit(reward_scaling.apply, static_argnames="kind")
+_calibrate = jax.jit(reward_scaling.calibrate, static_argnames=("kind", "scale", "center"))
+_update_center = jax.jit(reward_scaling.update_center, static_argnames=("kind", "momentum"))
 
 
 @functools.partial(jax.jit, static_argnames="kind")
 def values_of(kind, case):
-    """A kind's values from what a reward model says: the arguments that the kind takes, by name."""
-    mask = case["mask"]
-    if kind in TAG_KINDS:
-        return getattr(token_rewards, kind)(case["tags"], mask)
-    if kind == "soft":
-        return token_rewards.soft(case["log_probs"], mask)
-    if kind == "margin":
-        return token_rewards.margin(case["log_probs"], case["max_log_probs"], mask)
-    if kind == "contrast":
-        return token_rewards.contrast(case["log_probs"], case["reference_log_probs"], mask)
-    return token_rewards.scalar(case["scores"], mask)
+    """A kind's values by its row of the table, from what a reward model says; token 0 is the one that it writes."""
+    mask, reading = case["mask"], case.get("scores")
+    responses = jnp.zeros(mask.shape, jnp.int32)
+    if KINDS[kind].needs == "seq2seq":
+        tags = case.get("tags", mask)
+        argmax = jnp.where(tags, 0, 1)
+        reading = TokenStatistics(case.get("log_probs"), None, argmax, case.get("max_log_probs"))
+    return KINDS[kind].values(reading, responses, mask, case.get("reference_log_probs"))
 
 
 def random_case(seed=0, B=9, T=11):
@@ -245,7 +260,7 @@ def test_the_uncalibrated_reward_is_the_value():
     for kind in KINDS:
         case = random_case(7)
         values = values_of(kind, case)
-        np.testing.assert_array_equal(apply(token_rewards.uncalibrated(), kind, values, case["mask"]), values)
+        np.testing.assert_array_equal(apply(reward_scaling.uncalibrated(), kind, values, case["mask"]), values)
 
 
 def test_rewards_by_hand():
@@ -433,7 +448,7 @@ def test_a_running_center_moves_by_its_momentum():
 def test_a_running_center_nears_the_mean_and_skips_empty_batches():
     case = random_case(15)
     values, mask = values_of("soft", case), case["mask"]
-    calibration = token_rewards.uncalibrated()
+    calibration = reward_scaling.uncalibrated()
     for _ in range(60):
         calibration = update_center(calibration, "soft", values, mask, momentum=0.8)
     assert float(calibration.center) == pytest.approx(np.asarray(values)[np.asarray(mask)].mean(), abs=1e-4)
@@ -456,9 +471,9 @@ def test_jit_agrees(kind):
     with jax.disable_jit():
         np.testing.assert_allclose(values_of(kind, poisoned), jitted, rtol=1e-6)
         values = jnp.where(mask, jitted, jnp.nan)
-        calibration = token_rewards.calibrate(kind, values, mask, scale="unit", center="running")
-        rewards = token_rewards.apply(calibration, kind, values, mask)
-        moved = token_rewards.update_center(calibration, kind, values, mask, momentum=0.5)
+        calibration = reward_scaling.calibrate(KINDS[kind], values, mask, scale="unit", center="running")
+        rewards = reward_scaling.apply(calibration, KINDS[kind], values, mask)
+        moved = reward_scaling.update_center(calibration, KINDS[kind], values, mask, momentum=0.5)
         where = token_rewards.divergence(case["tags"], mask)
     compiled = calibrate(kind, jitted, mask, scale="unit", center="running")
     for a, b in zip(jax.tree.leaves(compiled), jax.tree.leaves(calibration), strict=True):
@@ -482,15 +497,89 @@ def test_arrays_of_another_type_or_shape_are_refused():
         lambda: token_rewards.scalar(log_probs, mask),
         lambda: token_rewards.scalar(jnp.ones(9, jnp.int32), mask),
         lambda: token_rewards.token_tags(log_probs, log_probs, mask),
-        lambda: token_rewards.apply(token_rewards.uncalibrated(), "literal", jnp.ones((9, 11), jnp.int32), mask),
-        lambda: token_rewards.apply(token_rewards.uncalibrated(), "soft ", log_probs, mask),
-        lambda: token_rewards.calibrate("soft", log_probs, mask, scale=0.0, center="none"),
-        lambda: token_rewards.calibrate("soft", log_probs, mask, scale="unit", center="median"),
-        lambda: token_rewards.update_center(token_rewards.uncalibrated(), "hard", log_probs, mask, momentum=0.9),
+        lambda: reward_scaling.apply(
+            reward_scaling.uncalibrated(), KINDS["literal"], jnp.ones((9, 11), jnp.int32), mask
+        ),
+        lambda: reward_scaling.calibrate(KINDS["soft"], log_probs, mask, scale=0.0, center="none"),
+        lambda: reward_scaling.calibrate(KINDS["soft"], log_probs, mask, scale="unit", center="median"),
     ):
         with pytest.raises(AssertionError):
             wrong()
 
 
-def test_there_are_the_kinds_that_a_config_may_name():
-    assert set(KINDS) == {*TOKEN_KINDS, "scalar", "scalar_length_residual"}
+# --- the table
+
+
+def test_kinds_belong_to_one_of_two_sorts_of_reward_model():
+    assert names_for("seq2seq") == TOKEN_KINDS
+    assert names_for("scalar") == ("scalar", "scalar_length_residual")
+    assert [name for name, kind in KINDS.items() if kind.needs_reference] == ["contrast"]
+    assert [find_kind(name).name for name in KINDS] == list(KINDS)
+    with pytest.raises(UserError, match=r"config.reward.kind is 'literally'; it must be one of literal, .*=literal$"):
+        find_kind("literally")
+
+
+@pytest.fixture
+def my_kinds(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "my_kinds.py").write_text(
+        """from jaxrm.ops.token_rewards import reward_kind
+
+@reward_kind(is_centered=True)
+def agreement(statistics, responses, mask):
+    return responses == statistics.argmax
+
+@reward_kind(is_centered=False)
+def doubt(statistics, responses, mask):
+    return statistics.log_probs - statistics.max_log_prob
+
+@reward_kind(is_centered=False)
+def total(statistics, responses, mask):
+    return statistics.log_probs.sum(axis=1)
+
+def silent(statistics, responses, mask):
+    return statistics.log_probs
+"""
+    )
+    yield
+    sys.modules.pop("my_kinds", None)
+
+
+def test_a_users_kind_says_itself_whether_it_is_centered(my_kinds):
+    """By hand: agreement on tokens 1 and 3 of 3; the mean, 2/3, is taken off that kind alone."""
+    mask = jnp.asarray([[True, True, True, False]])
+    responses, argmax = jnp.asarray([[4, 5, 6, 0]]), jnp.asarray([[4, 9, 6, 0]])
+    log_probs = jnp.asarray([[-0.5, -2.0, -1.0, jnp.nan]])
+    reading = TokenStatistics(log_probs, None, argmax, jnp.asarray([[-0.5, -0.25, -1.0, jnp.nan]]))
+    rewards = {}
+    for name in ("my_kinds:agreement", "my_kinds:doubt"):
+        kind = find_kind(name)
+        assert (kind.name, kind.needs, kind.needs_reference) == (name, "seq2seq", False)
+        values = kind.values(reading, responses, mask, None)
+        calibration = reward_scaling.calibrate(kind, values, mask, scale=1.0, center="fixed")
+        rewards[name] = reward_scaling.apply(calibration, kind, values, mask)
+        assert values.dtype == rewards[name].dtype == jnp.float32
+    np.testing.assert_allclose(rewards["my_kinds:agreement"], [[1 / 3, -2 / 3, 1 / 3, 0]], rtol=1e-6)
+    np.testing.assert_allclose(rewards["my_kinds:doubt"], [[0, -1.75, 0, 0]])
+
+
+def test_a_users_kind_that_cannot_be_used_is_refused(my_kinds):
+    line = r"write @jaxrm.reward_kind\(is_centered=True\) on the line above it, or False"
+    with pytest.raises(
+        UserError, match=rf"^config.reward.kind is 'my_kinds:silent', a function that does not .*{line}"
+    ):
+        find_kind("my_kinds:silent")
+    with pytest.raises(UserError, match=r"importing it raised AttributeError: .*'none'"):
+        find_kind("my_kinds:none")
+    mask = jnp.ones((1, 2), bool)
+    reading = TokenStatistics(jnp.zeros((1, 2)), None, jnp.zeros((1, 2), jnp.int32), jnp.zeros((1, 2)))
+    with pytest.raises(UserError, match=r"whose function returned \(1,\); required .* an array of shape \(1, 2\)"):
+        find_kind("my_kinds:total").values(reading, jnp.zeros((1, 2), jnp.int32), mask, None)
+
+
+def test_the_mark_leaves_the_function_as_it_is():
+    @reward_kind(is_centered=True)
+    def own(statistics, responses, mask):
+        return mask
+
+    assert own(None, None, 3) == 3 and own.is_centered is True

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 from jaxrm.algorithms import scoring
-from jaxrm.algorithms.reward_config import SCALAR_KINDS, SEQ2SEQ_KINDS
 from jaxrm.data.pairs import correction_request
 from jaxrm.data.records import Message
 from jaxrm.data.tasks.safety.task import ideal_response, parse_request
@@ -19,7 +18,8 @@ from jaxrm.data.templates import end_ids
 from jaxrm.data.tokenizer import load_tokenizer
 from jaxrm.errors import UserError
 from jaxrm.inference.load import open_reward_model
-from jaxrm.ops import token_rewards
+from jaxrm.ops import reward_scaling
+from jaxrm.ops.token_rewards import KINDS, names_for
 from jaxrm.sharding.mesh import MeshConfig, build_mesh
 from jaxrm.stages.rewards.sources import calibrate, check_reward_model, function_source, model_source, open_function
 from jaxrm.types import ResponseBatch, TokenRewards
@@ -72,11 +72,11 @@ def text_of(ids):
 
 def source_of(function, mesh, kind="scalar", prompts=PROMPTS):
     messages = {np.array(prompt, np.int32).tobytes(): message_of(prompt) for prompt in prompts}
-    return function_source("mine:f", function, kind, messages=messages, text=text_of, end_ids=(END,), mesh=mesh)
+    return function_source("mine:f", function, KINDS[kind], messages=messages, text=text_of, end_ids=(END,), mesh=mesh)
 
 
 def call(source, batch=BATCH, calibration=None):
-    calibration = token_rewards.uncalibrated() if calibration is None else calibration
+    calibration = reward_scaling.uncalibrated() if calibration is None else calibration
     return jax.device_get(source(calibration, batch, None))
 
 
@@ -113,7 +113,7 @@ def test_a_function_gets_each_response_with_its_own_prompt(mesh, request):
 
 def test_calibration_scales_a_functions_rewards(one):
     """For the residual kind it subtracts what the length explains."""
-    calibration = token_rewards.Calibration(*(jnp.float32(x) for x in (2.0, 50.0, 0.5, 1.0)))  # scale, centre, line
+    calibration = reward_scaling.Calibration(*(jnp.float32(x) for x in (2.0, 50.0, 0.5, 1.0)))  # scale, centre, line
     function = lambda prompts, responses: [1.0, 2.0, 3.0, 4.0]  # noqa: E731 - as a user would pass one
     scaled = call(source_of(function, one), calibration=calibration)
     np.testing.assert_allclose(scaled.diagnostics["sum"], [2.0, 4.0, 6.0, 0.0])
@@ -279,13 +279,13 @@ def models(make_run, tmp_path_factory, one):
 
 def check(model, tokenizer, kind=None, template="auto", length=64, response_length=32):
     kind = kind or ("literal" if model.is_seq2seq else "scalar")
-    check_reward_model(model, kind, tokenizer, template, length, response_length)
+    check_reward_model(model, KINDS[kind], tokenizer, template, length, response_length)
 
 
 def test_a_reward_model_of_the_same_tokenizer_gives_every_kind(models, tokenizer):
-    for kind in SEQ2SEQ_KINDS:
+    for kind in names_for("seq2seq"):
         check(models["seq2seq_rm"], tokenizer, kind)
-    for kind in SCALAR_KINDS:
+    for kind in names_for("scalar"):
         check(models["scalar_rm"], tokenizer, kind)
 
 
@@ -383,14 +383,12 @@ def test_a_batch_is_scored_as_each_response_alone(models, tokenizer, one, name, 
     prompts = [rng.integers(5, 60, n).tolist() for n in (3, 3, 1, 6)]
     responses = [[*rng.integers(5, 60, n).tolist(), *ends[: n % 2]] for n in (4, 3, 2, 5)]
     reference = rng.uniform(-4, 0, (4, 8)).astype(np.float32)
-    calibration = dataclasses.replace(token_rewards.uncalibrated(), scale=jnp.float32(1.5), center=jnp.float32(0.2))
-    source = model_source(model, kind, one, num_microbatches=2)
+    calibration = dataclasses.replace(reward_scaling.uncalibrated(), scale=jnp.float32(1.5), center=jnp.float32(0.2))
+    source = model_source(model, KINDS[kind], one, num_microbatches=2)
     found = jax.device_get(source(calibration, respond(prompts, responses, P=8, T=8), reference))
     # The same responses one at a time, without padding.
     request = tuple(correction_request(tokenizer, "auto", model.config.mapping.instruction))
-    seq2seq = {"request": request} if model.is_seq2seq else {}
-    scorer = scoring.seq2seq_scorer if model.is_seq2seq else scoring.scalar_scorer
-    score = jax.jit(scorer(model.model.graphdef, kind, end_ids=ends, **seq2seq))
+    score = jax.jit(scoring.build_scorer(KINDS[kind], model.model.graphdef, request=request, end_ids=ends))
     for row in (0, 1):
         prompt, response = prompts[row], responses[row]
         T = len(response)
@@ -423,7 +421,7 @@ def test_calibrated_sums_have_unit_standard_deviation(one, eight, kind):
     batches = [token_rewards_of(values[i : i + 8], mask[i : i + 8]) for i in (0, 8, 16)]
     assert (lengths == 0).any()
     for mesh in (one, eight):
-        found = calibrate(kind, batches, scale="unit", center="running", mesh=mesh)
+        found = calibrate(KINDS[kind], batches, scale="unit", center="running", mesh=mesh)
         assert found.scale.sharding.is_fully_replicated and set(found.scale.devices()) == set(mesh.devices.flat)
         a, c, slope, intercept = (float(x) for x in jax.tree.leaves(jax.device_get(found)))
         counted = lengths > 0
@@ -442,5 +440,5 @@ def test_calibrated_sums_have_unit_standard_deviation(one, eight, kind):
 
 def test_a_given_scale_and_no_centre_are_taken_as_they_are(one):
     batches = [token_rewards_of(np.array([[1.0, 1.0]]), np.ones((1, 2), bool))]
-    found = jax.device_get(calibrate("literal", batches, scale=0.25, center="none", mesh=one))
+    found = jax.device_get(calibrate(KINDS["literal"], batches, scale=0.25, center="none", mesh=one))
     assert (found.scale, found.center) == (0.25, 0.0)

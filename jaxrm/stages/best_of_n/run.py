@@ -33,7 +33,7 @@ from jaxrm.inference import sharded_model, weights
 from jaxrm.inference.rollout_model import build_sampler, shard_rollout_model
 from jaxrm.inference.sampler import response_text
 from jaxrm.models import build
-from jaxrm.ops.token_rewards import Calibration
+from jaxrm.ops.reward_scaling import Calibration
 from jaxrm.runtime.metrics import read_rows, remove_rows_after
 from jaxrm.runtime.preemption import EXIT_PREEMPTED, StopRequest, agree, catch_signals
 from jaxrm.runtime.progress import Progress, print_table

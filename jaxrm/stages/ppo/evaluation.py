@@ -13,7 +13,7 @@ from jaxrm.algorithms.rollout import Networks, RewardSource, TokenLogProbs
 from jaxrm.data import tasks
 from jaxrm.data.prompts import PromptExample, transcript
 from jaxrm.data.tokenizer import token_texts
-from jaxrm.ops import token_rewards
+from jaxrm.ops import reward_scaling
 from jaxrm.runtime.metrics import append_row, read_rows
 from jaxrm.runtime.preemption import StopRequest
 from jaxrm.runtime.run_folder import RunFolder
@@ -65,7 +65,7 @@ class PolicyEvaluation:
         step: int,
         policy_params: Any,
         critic_params: Any,
-        calibration: token_rewards.Calibration,
+        calibration: reward_scaling.Calibration,
         stop: StopRequest,
     ) -> dict[str, float] | None:
         """Metrics of the policy after ``step`` steps; its samples are added to the run's ``samples.jsonl``.

@@ -20,7 +20,8 @@ from jaxrm.inference import rollout_model as rollouts
 from jaxrm.inference import sharded_model
 from jaxrm.inference.sharded_model import ShardedModel
 from jaxrm.models.generate import SamplingConfig
-from jaxrm.ops import token_rewards
+from jaxrm.ops import reward_scaling
+from jaxrm.ops.token_rewards import find_kind
 from jaxrm.runtime.checkpoint import with_shardings
 from jaxrm.sharding import partition
 
@@ -61,7 +62,7 @@ class Learner:
     @property
     def shardings(self) -> PPOState:
         """Where each array of the state lies."""
-        feedback = jax.tree.map(lambda _: self.copied, _first_feedback(self.config, token_rewards.uncalibrated()))
+        feedback = jax.tree.map(lambda _: self.copied, _first_feedback(self.config, reward_scaling.uncalibrated()))
         place = functools.partial(sharded_model.state_shardings, mesh=self.mesh)
         policy = place(self.policy, self.policy_optimizer, offload=self.config.optimizer.offload)
         critic = None
@@ -76,7 +77,7 @@ class Learner:
             lambda policy, critic, calibration, key: self._create(policy, critic, calibration, key),
             self.policy.shapes,
             None if self.critic is None else self.critic.shapes,
-            token_rewards.uncalibrated(),
+            reward_scaling.uncalibrated(),
             jax.random.key(0),
         )
         return with_shardings(shapes, self.shardings)
@@ -92,7 +93,7 @@ class Learner:
             return made(params, key)
 
         first_feedback = jax.jit(functools.partial(_first_feedback, self.config), out_shardings=shardings.feedback)
-        feedback = first_feedback(token_rewards.uncalibrated())
+        feedback = first_feedback(reward_scaling.uncalibrated())
         return PPOState(
             start(policy, self.policy_optimizer, shardings.policy),
             None if shardings.critic is None else start(critic, self.critic_optimizer, shardings.critic),
@@ -100,7 +101,7 @@ class Learner:
             feedback.calibration,
         )
 
-    def calibrated(self, state: PPOState, calibration: token_rewards.Calibration) -> PPOState:
+    def calibrated(self, state: PPOState, calibration: reward_scaling.Calibration) -> PPOState:
         """The first state with its calibration."""
         feedback = _first_feedback(self.config, calibration)
         feedback, first = jax.device_put((feedback, calibration), self.copied)
@@ -120,7 +121,7 @@ class Learner:
         estimate = functools.partial(
             ppo.estimate,
             config=config.ppo,
-            kind=config.reward.kind,
+            kind=find_kind(config.reward.kind),
             center_momentum=config.reward.center_momentum if running else None,
         )
         build = functools.partial(train_step.build_train_step, batch_sharding=rows, num_microbatches=parts)
@@ -161,7 +162,7 @@ class Learner:
             ),
         )
 
-    def _create(self, policy: Any, critic: Any, calibration: token_rewards.Calibration, key: jax.Array) -> PPOState:
+    def _create(self, policy: Any, critic: Any, calibration: reward_scaling.Calibration, key: jax.Array) -> PPOState:
         made = None if self.critic is None else create(critic, self.critic_optimizer, key)
         feedback = _first_feedback(self.config, calibration)
         return PPOState(create(policy, self.policy_optimizer, key), made, feedback, calibration)
@@ -212,5 +213,5 @@ def open_learner(
     )
 
 
-def _first_feedback(config: Experiment, calibration: token_rewards.Calibration) -> RewardAndKLState:
+def _first_feedback(config: Experiment, calibration: reward_scaling.Calibration) -> RewardAndKLState:
     return RewardAndKLState(calibration, jnp.asarray(np.float32(config.ppo.kl_coef)))

@@ -121,7 +121,7 @@ def with_centered(sides: PairScores, center: str) -> PairScores:
     """
 
     def centered(kind: str, names: dict[str, np.ndarray]) -> np.ndarray:
-        if center == "none" or kind not in token_rewards.CENTERED:
+        if center == "none" or not token_rewards.KINDS[kind].is_centered:
             return names["sum"]
         return names["sum"] - names["length"] * (names["sum"].sum() / names["length"].sum())
 
@@ -152,7 +152,7 @@ def metrics(sides: PairScores, kind: str) -> dict[str, float]:
             found[f"eval_reward_sum/{name}_{side}"] = float(np.mean(of_kind["sum"][i]))
         found[f"eval_pairs/{name}_by_sum"] = pair_accuracy(*of_kind["sum"]).accuracy
         found[f"eval_pairs/{name}_by_centered_sum"] = pair_accuracy(*of_kind["centered"]).accuracy
-        if not name.startswith("scalar"):
+        if token_rewards.KINDS[name].needs == "seq2seq":
             found[f"eval_pairs/{name}_by_mean"] = pair_accuracy(*of_kind["mean"]).accuracy
         correlation = length_correlation(of_kind["sum"].ravel(), of_kind["length"].ravel())
         if correlation is not None:
@@ -178,7 +178,7 @@ def print_ranking(sides: PairScores, marks: np.ndarray | None = None) -> list[di
         found = {name: pair_accuracy(*names[name]) for name in ("centered", "sum", "mean")}
         correlation = length_correlation(names["sum"].ravel(), names["length"].ravel())
         shown = [f"{100 * p.accuracy:.1f} % [{100 * p.low:.1f}, {100 * p.high:.1f}]" for p in found.values()]
-        if kind.startswith("scalar"):  # a score for the whole has no mean over tokens, and no centre
+        if token_rewards.KINDS[kind].needs == "scalar":  # a score for the whole has no mean over tokens, and no centre
             shown = ["–", shown[1], "–"]
         if better is not None and marks is not None:
             ranked = np.take_along_axis(names["centered"], better, axis=0)[:, marks[0] != marks[1]]

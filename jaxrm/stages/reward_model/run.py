@@ -136,15 +136,19 @@ def run(config: Experiment) -> int:
     pairs = HeldOutPairs(scored, config.data.batch_size, mesh)
     pad_to_multiple_of = sharded_model.pad_to_multiple_of(mesh)
     ends = tuple(sorted(end_ids(tokenizer, template)))
+    diagnostics = scoring.build_diagnostics(
+        "seq2seq" if is_seq2seq else "scalar",
+        model.graphdef,
+        request=tuple(request),
+        end_ids=ends,
+        pad_to_multiple_of=pad_to_multiple_of,
+    )
     loss_fn: LossFn
     if is_seq2seq:
         loss_fn = seq2seq_rm.seq2seq_rm_loss(
             model.graphdef,
             correction_weight=config.mapping.correction_weight,
             identity_weight=config.mapping.identity_weight if config.mapping.identity else 0.0,
-        )
-        diagnostics = scoring.seq2seq_diagnostics(
-            model.graphdef, request=request, end_ids=ends, pad_to_multiple_of=pad_to_multiple_of
         )
         if config.model.path is not None:  # the policy that the reward model starts from is its reference
             pairs.keep_reference(
@@ -154,7 +158,6 @@ def run(config: Experiment) -> int:
             )
     else:
         loss_fn = scalar_rm.scalar_rm_loss(model.graphdef, config.scalar_rm)
-        diagnostics = scoring.scalar_diagnostics(model.graphdef, end_ids=ends, pad_to_multiple_of=pad_to_multiple_of)
     batch_type = MappingBatch if is_seq2seq else ComparisonBatch
     held_out_loss = supervised.held_out_loss(loss_fn, batch_type, prepared.eval_batches, mesh, model.shardings)
     read = pairs.reader(diagnostics, model.shardings)

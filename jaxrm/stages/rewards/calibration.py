@@ -19,7 +19,8 @@ from jaxrm.experiment import Experiment
 from jaxrm.inference import sharded_model
 from jaxrm.inference.load import open_reward_model
 from jaxrm.inference.sharded_model import ShardedModel
-from jaxrm.ops.token_rewards import Calibration, uncalibrated
+from jaxrm.ops.reward_scaling import Calibration, uncalibrated
+from jaxrm.ops.token_rewards import find_kind
 from jaxrm.runtime.progress import Progress
 from jaxrm.sharding import partition
 from jaxrm.stages.inputs.prompts import check_judgeable, fixed_batches
@@ -49,7 +50,7 @@ def open_rewards(
     Raises:
       UserError: where there is none, or it cannot score the policy's responses to these prompts.
     """
-    kind, template = config.reward.kind, config.data.template
+    kind, template = find_kind(config.reward.kind), config.data.template
     if config.reward.model is None:
         name = str(config.reward.function)
         if name.startswith(tasks.PREFIX):
@@ -76,7 +77,7 @@ def scorer(
     config: Experiment, mesh: Mesh, policy: ShardedModel, params: Any, source: RewardSource
 ) -> Callable[[Calibration, ResponseBatch], TokenRewards]:
     """The source of rewards with the policy that answers as its own reference, which ``contrast`` compares with."""
-    if config.reward.kind != "contrast":
+    if not find_kind(config.reward.kind).needs_reference:
         return lambda calibration, batch: source(calibration, batch, jnp.zeros(()))  # which no other kind reads
     rows, multiple = partition.batch_sharding(mesh), sharded_model.pad_to_multiple_of(mesh)
 
@@ -129,12 +130,13 @@ def calibration_of(
             rewards.append(score(uncalibrated(), draw(prompts, mask, jax.random.fold_in(key, number))))
             jax.block_until_ready(rewards)
             progress.update((number + 1) * rows)
-    found = calibrate(config.reward.kind, rewards, scale=config.reward.scale, center=config.reward.center, mesh=mesh)
-    if not all(map(math.isfinite, jax.tree.leaves(jax.device_get(found)))):
+    kind = find_kind(config.reward.kind)
+    calibration = calibrate(kind, rewards, scale=config.reward.scale, center=config.reward.center, mesh=mesh)
+    if not all(map(math.isfinite, jax.tree.leaves(jax.device_get(calibration)))):
         raise not_finite("the responses that rewards are calibrated on")
-    if config.reward.scale == "unit" and float(found.scale) == 1.0:
+    if config.reward.scale == "unit" and float(calibration.scale) == 1.0:
         print("warning: all responses of the SFT policy have the same reward, so there is nothing to scale or to learn")
-    return found
+    return calibration
 
 
 def not_finite(where: str) -> UserError:

@@ -23,16 +23,17 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxrm.algorithms import scoring
-from jaxrm.algorithms.reward_config import SCALAR_KINDS, SEQ2SEQ_KINDS
 from jaxrm.algorithms.rollout import RewardSource
 from jaxrm.data import tasks, templates
 from jaxrm.data.pairs import correction_request
 from jaxrm.data.records import Message
 from jaxrm.data.tokenizer import vocabulary_conflict
 from jaxrm.errors import UserError, flag, option
-from jaxrm.inference import sharded_model
 from jaxrm.inference.load import TrainedRewardModel
-from jaxrm.ops import token_rewards
+from jaxrm.inference.token_scores import build_scorer
+from jaxrm.ops import reward_scaling, token_rewards
+from jaxrm.ops.reward_scaling import Calibration
+from jaxrm.ops.token_rewards import Kind, Source
 from jaxrm.sharding import partition
 from jaxrm.types import ResponseBatch, TokenRewards
 
@@ -45,7 +46,7 @@ _SHOWN = 60  # characters of a response or a value that a message quotes
 
 def check_reward_model(
     model: TrainedRewardModel,
-    kind: str,
+    kind: Kind,
     tokenizer: "PreTrainedTokenizerBase",
     template: str,
     length: int,
@@ -64,11 +65,11 @@ def check_reward_model(
     Raises:
       UserError: another vocabulary, another chat template, a kind of the other sort, or too few positions.
     """
-    kinds = SEQ2SEQ_KINDS if model.is_seq2seq else SCALAR_KINDS
-    if kind not in kinds and not (model.is_seq2seq and ":" in kind):
-        sort = "seq2seq" if model.is_seq2seq else "scalar"
+    sort: Source = "seq2seq" if model.is_seq2seq else "scalar"
+    if kind.needs != sort:
+        kinds = token_rewards.names_for(sort)
         raise UserError(
-            f"{option('reward.kind')} is {kind!r}, but {option('reward.model')}, {model.name}, is a {sort} reward "
+            f"{option('reward.kind')} is {kind.name!r}, but {option('reward.model')}, {model.name}, is a {sort} reward "
             f"model, whose "
             f"kinds are {', '.join(kinds)}; e.g. {flag('reward.kind')}={kinds[0]}"
         )
@@ -109,28 +110,19 @@ def check_reward_model(
         )
 
 
-def model_source(model: TrainedRewardModel, kind: str, mesh: Mesh, *, num_microbatches: int = 1) -> RewardSource:
-    """Reward source behind which stands a trained reward model of either sort."""
-    graphdef, multiple = model.model.graphdef, sharded_model.pad_to_multiple_of(mesh)
-    ends = tuple(sorted(templates.end_ids(model.tokenizer, model.template)))
-    if model.is_seq2seq:
-        request = tuple(correction_request(model.tokenizer, model.template, model.config.mapping.instruction))
-        scorer = scoring.seq2seq_scorer(graphdef, kind, request=request, end_ids=ends, pad_to_multiple_of=multiple)
-    else:
-        scorer = scoring.scalar_scorer(graphdef, kind, end_ids=ends, pad_to_multiple_of=multiple)
+def model_source(model: TrainedRewardModel, kind: Kind, mesh: Mesh, *, num_microbatches: int = 1) -> RewardSource:
+    """Reward source of a trained reward model of either sort."""
     rows = partition.batch_sharding(mesh)
     step = scoring.build_score_step(
-        scorer,
+        build_scorer(model, kind, mesh),
         params_sharding=model.model.shardings,
         batch_sharding=rows,
         output_sharding=rows,
         num_microbatches=num_microbatches,
     )
 
-    def source(
-        calibration: token_rewards.Calibration, batch: ResponseBatch, reference_log_probs: jax.Array
-    ) -> TokenRewards:
-        return step(model.params, calibration, batch, reference_log_probs if kind == "contrast" else None)
+    def source(calibration: Calibration, batch: ResponseBatch, reference_log_probs: jax.Array) -> TokenRewards:
+        return step(model.params, calibration, batch, reference_log_probs if kind.needs_reference else None)
 
     return source
 
@@ -172,14 +164,14 @@ def open_function(name: str) -> RewardFunction:
 def function_source(
     name: str,
     function: RewardFunction,
-    kind: str,
+    kind: Kind,
     *,
     messages: Mapping[bytes, Sequence[Message]],
     text: Callable[[np.ndarray], str],
     end_ids: tuple[int, ...],
     mesh: Mesh,
 ) -> RewardSource:
-    """Reward source behind which stands a function of text.
+    """Reward source of a function of text.
 
     Args:
       name: of the function, for messages.
@@ -196,15 +188,13 @@ def function_source(
     rows = partition.batch_sharding(mesh)
     whole = jax.jit(lambda batch: batch, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
-    def as_rewards(calibration: token_rewards.Calibration, batch: ResponseBatch, scores: jax.Array) -> TokenRewards:
+    def as_rewards(calibration: Calibration, batch: ResponseBatch, scores: jax.Array) -> TokenRewards:
         values = token_rewards.scalar(scores, batch.response_mask)
         return scoring.as_token_rewards(calibration, kind, values, batch.response_mask, batch, end_ids)
 
     jitted = jax.jit(as_rewards, in_shardings=(None, rows, rows), out_shardings=rows)
 
-    def source(
-        calibration: token_rewards.Calibration, batch: ResponseBatch, reference_log_probs: jax.Array
-    ) -> TokenRewards:
+    def source(calibration: Calibration, batch: ResponseBatch, reference_log_probs: jax.Array) -> TokenRewards:
         del reference_log_probs
         host = jax.device_get(whole(batch))
         prompts = [
@@ -272,9 +262,7 @@ def _first_failure(function: RewardFunction, prompts: list[Sequence[Message]], r
     return None
 
 
-def calibrate(
-    kind: str, rewards: Sequence[TokenRewards], *, scale: Any, center: Any, mesh: Mesh
-) -> token_rewards.Calibration:
+def calibrate(kind: Kind, rewards: Sequence[TokenRewards], *, scale: Any, center: Any, mesh: Mesh) -> Calibration:
     """Calibration from batches of responses of the SFT policy; the same on every device."""
     copied = NamedSharding(mesh, PartitionSpec())
     whole = jax.jit(
@@ -282,7 +270,7 @@ def calibrate(
     )
     values, mask = whole([(batch.values, batch.mask) for batch in rewards])
     fit = jax.jit(
-        lambda values, mask: token_rewards.calibrate(kind, values, mask, scale=scale, center=center),
+        lambda values, mask: reward_scaling.calibrate(kind, values, mask, scale=scale, center=center),
         out_shardings=copied,
     )
     return fit(values, mask)
