@@ -53,7 +53,7 @@ def main(config: Experiment | pipeline.Pipeline | study.Study, given: flags.Flag
 
 
 def _run(config: Experiment | pipeline.Pipeline | study.Study) -> int:
-    from jaxrm.stages.run import run_stage  # modules of stages may ask JAX for its devices
+    from jaxrm.stages.table import run_stage  # modules of stages may ask JAX for its devices
 
     if isinstance(config, pipeline.Pipeline):
         from jaxrm.pipeline import run as stages

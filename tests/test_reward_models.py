@@ -32,9 +32,12 @@ from jaxrm.ops.token_rewards import names_for
 from jaxrm.runtime.checkpoint import CheckpointConfig
 from jaxrm.runtime.metrics import LoggingConfig, read_rows
 from jaxrm.sharding.mesh import MeshConfig, build_mesh
-from jaxrm.stages import sample_pairs, sft, supervised
+from jaxrm.stages import sample_pairs, sft
+from jaxrm.stages.objective import build_objective
 from jaxrm.stages.reward_model import evaluation as reward_evaluation
 from jaxrm.stages.reward_model import run as reward_model
+from jaxrm.stages.stage import open_stage
+from jaxrm.stages.supervised.train import init_key
 
 SMALL = dataclasses.replace(
     models.PRESETS["tiny"], hidden_size=96, intermediate_size=256, num_layers=2, head_dim=24, max_position=192
@@ -207,23 +210,13 @@ def test_a_checkpoint_opens_on_one_device_and_on_eight(runs, algorithm):
             np.testing.assert_array_equal(a, b)
 
 
-class _Seen(Exception):  # noqa: N818  # no error, a signal
-    """Ends a stage where its training would begin."""
-
-
 @pytest.mark.parametrize("algorithm", STEPS)
-def test_a_reward_model_starts_from_the_policy(runs, monkeypatch, algorithm):
-    def stop(config, *, first_params, **_):
-        raise _Seen(jax.device_get(first_params(supervised.init_key(config.seed))))
-
-    policy_run, _ = runs.sft, runs.pairs  # made before training is cut off
-    monkeypatch.setattr(supervised, "train", stop)
-    config = dataclasses.replace(
-        runs.reward_model_config(algorithm, 8), run_dir=str(runs.folder / f"first-{algorithm}")
-    )
-    with devices(8), pytest.raises(_Seen) as seen:
-        train.main(config, None)
-    first = seen.value.args[0]
+def test_a_reward_model_starts_from_the_policy(runs, algorithm):
+    policy_run = runs.sft
+    config = runs.reward_model_config(algorithm, 8)
+    with open_stage(config, build_mesh(EIGHT), records="pairs") as stage:
+        objective = build_objective(config, stage.model)
+        first = jax.device_get(reward_model.init_params(stage, objective, init_key(config.seed)))
     trunk = first if algorithm == "seq2seq_rm" else first["decoder"]
     policy = jax.device_get(open_checkpoint(str(policy_run), build_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])).params)
     assert jax.tree.structure(trunk) == jax.tree.structure(policy)

@@ -1,13 +1,9 @@
 """What every stage sets up: a model over the devices, the files of an embedded task, batches on the devices."""
 
-import dataclasses
 import math
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import jax
 import numpy as np
@@ -16,7 +12,6 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxrm.algorithms.state import TrainState
-from jaxrm.data import tasks
 from jaxrm.data.config import DataConfig
 from jaxrm.data.tokenizer import load_tokenizer, vocabulary_conflict
 from jaxrm.errors import UserError, flag, option
@@ -107,46 +102,6 @@ def state_shardings(
     copied = NamedSharding(mesh, PartitionSpec())
     moments = partition.optimizer_shardings(optimizer, model.shapes, model.shardings, mesh, offload=offload)
     return TrainState(copied, model.shardings, moments, copied)
-
-
-@contextmanager
-def task_files(
-    data: DataConfig, seed: int, *, records: Literal["demonstrations", "pairs", "prompts"] = "demonstrations"
-) -> Iterator[DataConfig]:
-    """The data section with an embedded task (``task:safety``) replaced by its files, which live as long as this.
-
-    From here on a task is read like any other data: its demonstrations or its prompts, with held-out ones of their
-    own (those of `jaxrm.data.tasks.SPLITS` that ``eval_split`` names, ``heldout`` without it), or its pairs, of which a
-    share is held out. Other sections pass unchanged.
-
-    Raises:
-      UserError: where there is no such task, or no such split.
-    """
-    if not data.path.startswith(tasks.PREFIX):
-        yield data
-        return
-    with tempfile.TemporaryDirectory(prefix="jaxrm-task-") as name:
-        folder = Path(name)
-        tasks.write_task(data.path.removeprefix(tasks.PREFIX), folder, seed=seed)
-        held_out = None if records == "pairs" else str(folder / f"{_task_split(data)}.jsonl")
-        name_of = {"demonstrations": "train.jsonl", "pairs": "pairs.jsonl", "prompts": "prompts.jsonl"}
-        yield dataclasses.replace(
-            data,
-            path=str(folder / name_of[records]),
-            eval_path=held_out if data.eval_path is None else data.eval_path,
-            eval_split=None,
-            tokenizer=str(folder / "tokenizer") if data.tokenizer is None else data.tokenizer,
-        )
-
-
-def _task_split(data: DataConfig) -> str:
-    split = data.eval_split or "heldout"
-    if split not in tasks.SPLITS:
-        raise UserError(
-            f"{option('data.eval_split')} is {split!r}; {data.path} has {', '.join(tasks.SPLITS)}, "
-            f"e.g. {flag('data.eval_split')}=heldout"
-        )
-    return split
 
 
 def tokenizer_path(data: DataConfig, source: ModelSource) -> str:

@@ -1,8 +1,28 @@
-"""What a run says when it is done."""
+"""What a run prints when it opens and when it is complete."""
 
+from collections.abc import Mapping
+
+from jaxrm.data.readers import ReadReport
 from jaxrm.runtime.metrics import read_rows
 from jaxrm.runtime.progress import print_table
 from jaxrm.runtime.run_folder import RunFolder
+from jaxrm.stages.inputs.training_data import TrainingData
+from jaxrm.stages.stage import Stage
+
+
+def print_reading(reports: Mapping[str, ReadReport]) -> None:
+    """A table for each data set: how many records were used, and why others were not."""
+    for title, report in reports.items():
+        print_table(title, ["records", "number", "first at"], report.rows())
+
+
+def print_size(stage: Stage, data: TrainingData) -> None:
+    """One line: rows of an epoch, and steps."""
+    section = stage.config.data
+    print(
+        f"{data.rows_per_epoch:,} rows of {section.max_length:,} tokens; {data.num_steps:,} steps of "
+        f"{section.batch_size} rows"
+    )
 
 
 def print_held_out(folder: RunFolder) -> None:

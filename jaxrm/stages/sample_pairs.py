@@ -22,13 +22,13 @@ from jaxrm.data.records import PreferenceRecord
 from jaxrm.data.tasks.prompts import prompt_field
 from jaxrm.errors import UserError, flag, option
 from jaxrm.experiment import RESUMABLE_FIELDS, Experiment
-from jaxrm.inference import sharded_model
 from jaxrm.inference.load import open_checkpoint
 from jaxrm.inference.sampler import Sampler, prompt_room
 from jaxrm.inference.weights import LANGUAGE_MODELS, find_checkpoint
 from jaxrm.runtime.progress import Progress, print_table
 from jaxrm.runtime.run_folder import check_run, open_run
 from jaxrm.sharding.mesh import build_mesh
+from jaxrm.stages.stage import task_files
 
 _ATTEMPTS = 4  # draws of a second response that differs from the first
 
@@ -83,7 +83,7 @@ def run(config: Experiment) -> int:
 
 def _task_pairs(data: DataConfig, seed: int) -> list[PreferenceRecord]:
     """The task's own pairs, for their prompts and for their chosen responses, which are ideal."""
-    with sharded_model.task_files(data, seed, records="pairs") as files:
+    with task_files(data, seed, records="pairs") as files:
         return _read_pairs(files.path)
 
 

@@ -64,7 +64,7 @@ def _run(experiment: dict[str, Any]) -> int:
 
     from jaxrm.config import dicts
     from jaxrm.experiment import Experiment
-    from jaxrm.stages.run import run_stage
+    from jaxrm.stages.table import run_stage
 
     logging.getLogger("absl").setLevel(logging.ERROR)
     try:

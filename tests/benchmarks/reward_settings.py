@@ -21,7 +21,7 @@ from jaxrm.config import dicts
 from jaxrm.evaluation.win_rate import difference_interval
 from jaxrm.experiment import Experiment
 from jaxrm.runtime.progress import Progress, print_table
-from jaxrm.stages.run import run_stage
+from jaxrm.stages.table import run_stage
 
 
 def main() -> None:

@@ -20,10 +20,10 @@ from jaxrm.runtime.checkpoint import CheckpointConfig
 from jaxrm.runtime.metrics import WALL_CLOCK, LoggingConfig, read_rows
 from jaxrm.runtime.preemption import EXIT_PREEMPTED
 from jaxrm.sharding.mesh import MeshConfig, build_mesh
-from jaxrm.stages import supervised
 from jaxrm.stages.dpo import reference as dpo_pairs
 from jaxrm.stages.dpo import run as dpo
 from jaxrm.stages.dpo.reference import load_or_compute_reference
+from jaxrm.stages.supervised import train as supervised
 
 STEPS = 4
 

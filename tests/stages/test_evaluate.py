@@ -11,6 +11,7 @@ from jaxrm.experiment import AnswersConfig, Experiment
 from jaxrm.models.build import ModelSource
 from jaxrm.models.generate import SamplingConfig
 from jaxrm.stages.evaluate import run as evaluate
+from jaxrm.stages.stage import task_files
 
 
 @pytest.fixture
@@ -52,9 +53,8 @@ def test_answers_are_checked_by_field(field, value, word):
 
 
 def test_a_split_that_a_task_has_not_is_named(config):
-    from jaxrm.inference import sharded_model
 
     data = dataclasses.replace(config.data, eval_split="validation")
     has = r"config.data.eval_split is 'validation'; task:safety has train, heldout"
-    with pytest.raises(UserError, match=has), sharded_model.task_files(data, 0, records="prompts"):
+    with pytest.raises(UserError, match=has), task_files(data, 0, records="prompts"):
         pass

@@ -44,6 +44,7 @@ from jaxrm.stages.inputs.prompts import check_judgeable, fixed_batches, load_pro
 from jaxrm.stages.judge import check_judge
 from jaxrm.stages.rewards.calibration import calibration_of, not_finite, open_rewards, scorer
 from jaxrm.stages.rewards.sources import open_function
+from jaxrm.stages.stage import task_files
 
 WINNERS = "winners.jsonl"
 _CANDIDATES = "candidates.jsonl"
@@ -79,7 +80,7 @@ def run(config: Experiment) -> int:
     judge = config.evaluation.judge or (config.data.path if config.data.path.startswith(tasks.PREFIX) else None)
     sampling, rows = config.rollout.sampling, config.data.batch_size
 
-    with sharded_model.task_files(config.data, config.seed, records="prompts") as data:
+    with task_files(config.data, config.seed, records="prompts") as data:
         tokenizer_path = sharded_model.tokenizer_path(data, config.model)
         tokenizer = load_tokenizer(tokenizer_path)
         sharded_model.check_tokenizer(tokenizer, tokenizer_path, config.model, policy.config)

@@ -36,6 +36,7 @@ from jaxrm.stages.evaluate.answers import Row, answer_rows, draw_answers, log_ra
 from jaxrm.stages.inputs.prompts import check_judgeable, fixed_batches, load_prompts, prompt_width
 from jaxrm.stages.judge import check_judge
 from jaxrm.stages.rewards.calibration import calibration_of, open_rewards, scorer
+from jaxrm.stages.stage import task_files
 
 ANSWERS, ALONG = "answers.jsonl", "along.jsonl"
 _ASKED = "asked.json"  # which policy answered, by which rewards: a folder may come to hold another run
@@ -63,7 +64,7 @@ def run(config: Experiment) -> int:
     asked: dict[str, Sequence[PromptExample]] = {}
     for split in config.answers.splits:
         named = dataclasses.replace(config.data, eval_split=split) if split != "heldout" else config.data
-        with sharded_model.task_files(named, config.seed, records="prompts") as data:
+        with task_files(named, config.seed, records="prompts") as data:
             path = sharded_model.tokenizer_path(data, config.model)
             tokenizer = load_tokenizer(path)
             load = functools.partial(load_prompts, data, tokenizer, max_new_tokens=sampling.max_new_tokens)

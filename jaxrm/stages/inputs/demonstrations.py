@@ -10,6 +10,7 @@ from jaxrm.data.readers import ReadReport, read_records
 from jaxrm.data.records import DemonstrationRecord, PreferenceRecord, Record, as_demonstration
 from jaxrm.errors import UserError, option
 from jaxrm.runtime.progress import Progress
+from jaxrm.stages.stage import Stage
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -30,22 +31,33 @@ class Demonstrations:
     report: ReadReport
 
 
-def load_demonstrations(
+def load_demonstrations(stage: Stage, *, held_out: bool) -> Demonstrations:
+    """Read and tokenize one side of a stage's data; arguments and errors as for `read_demonstrations`."""
+    return read_demonstrations(stage.data, stage.tokenizer, held_out=held_out, show_progress=stage.show_progress)
+
+
+def read_demonstrations(
     data: DataConfig, tokenizer: "PreTrainedTokenizerBase", *, held_out: bool, show_progress: bool
 ) -> Demonstrations:
     """Read and tokenize one side of the split.
 
+    Args:
+      data: where the records are, and how they are written as tokens.
+      tokenizer: of the model.
+      held_out: which side.
+      show_progress: draw a bar.
+
     Raises:
       UserError: where records have no response, or too many are unusable.
     """
-    read, report = read_records(data, held_out=held_out)
-    records = [_as_demonstration(record, data) for record in read]
+    records, report = read_records(data, held_out=held_out)
+    demonstrations = [_as_demonstration(record, data) for record in records]
     label = "tokenize held-out" if held_out else "tokenize"
-    with Progress(label, len(records), unit="records", enabled=show_progress) as progress:
+    with Progress(label, len(demonstrations), unit="records", enabled=show_progress) as progress:
         examples, tokenized = tokenize_demonstrations(
-            records, tokenizer, data, lambda done, total: progress.update(done)
+            demonstrations, tokenizer, data, lambda done, total: progress.update(done)
         )
-    return Demonstrations(records, examples, report.merge(tokenized))
+    return Demonstrations(demonstrations, examples, report.merge(tokenized))
 
 
 def _as_demonstration(record: Record, data: DataConfig) -> DemonstrationRecord:

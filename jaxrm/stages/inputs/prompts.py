@@ -1,4 +1,4 @@
-"""Prompts of a PPO run, on both sides of the held-out split, as batches of one shape."""
+"""Prompts of a stage, on both sides of the held-out split, as batches of one shape."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -18,6 +18,7 @@ from jaxrm.errors import UserError, flag, option
 from jaxrm.runtime.progress import Progress
 from jaxrm.sharding import partition
 from jaxrm.sharding.mesh import batch_shards, batch_share
+from jaxrm.stages.stage import Stage
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -84,6 +85,23 @@ def load_prompts(
     others = {reason: found for reason, found in tokenized.bad.items() if reason != too_long(room)}
     replace(tokenized, bad=others).check(data.max_bad_share, path)
     return Prompts(examples, report.merge(tokenized))
+
+
+def stage_prompts(stage: Stage, *, held_out: bool) -> Prompts:
+    """The prompts of one side of a stage's data, which leave room for a response; errors as for `load_prompts`."""
+    return load_prompts(
+        stage.data,
+        stage.tokenizer,
+        max_new_tokens=stage.config.rollout.sampling.max_new_tokens,
+        held_out=held_out,
+        show_progress=stage.show_progress,
+    )
+
+
+def stage_prompt_length(stage: Stage, examples: Sequence[PromptExample]) -> int:
+    """Tokens that all prompts of a stage are padded to."""
+    room = stage.config.data.max_length - stage.config.rollout.sampling.max_new_tokens
+    return prompt_width(examples, room, max(16, stage.pad_to_multiple_of))
 
 
 def check_judgeable(prompts: Sequence[PromptExample], task: str, field: str) -> None:

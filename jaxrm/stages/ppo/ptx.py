@@ -9,11 +9,11 @@ from jaxrm.data.config import DataConfig
 from jaxrm.data.loader import BatchIterator, build_loader, fingerprint
 from jaxrm.errors import naming, option
 from jaxrm.experiment import Experiment
-from jaxrm.inference import sharded_model
 from jaxrm.models import build
 from jaxrm.models.config import ModelConfig
 from jaxrm.sharding.mesh import batch_shards, batch_share
-from jaxrm.stages.inputs.demonstrations import load_demonstrations
+from jaxrm.stages.inputs.demonstrations import read_demonstrations
+from jaxrm.stages.stage import task_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -45,8 +45,8 @@ def open_ptx(
     part, parts = batch_share(mesh)
     # What reads them knows of one data section only, and calls it so.
     with naming({"data": option("ptx")}):
-        with sharded_model.task_files(dataclasses.replace(data, template=config.data.template), config.seed) as files:
-            train = load_demonstrations(files, tokenizer, held_out=False, show_progress=show_progress)
+        with task_files(dataclasses.replace(data, template=config.data.template), config.seed) as files:
+            train = read_demonstrations(files, tokenizer, held_out=False, show_progress=show_progress)
         loader = build_loader(
             train.examples,
             files,

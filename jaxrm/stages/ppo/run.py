@@ -28,7 +28,6 @@ from jaxrm.runtime.progress import Progress, print_table
 from jaxrm.runtime.run_folder import check_run, open_run
 from jaxrm.sharding import partition
 from jaxrm.sharding.mesh import batch_shards, build_mesh, check_batch, check_row_length
-from jaxrm.stages import supervised
 from jaxrm.stages.inputs.prompts import (
     check_judgeable,
     fixed_batches,
@@ -46,6 +45,8 @@ from jaxrm.stages.ppo.report import PPOReporter, closing_report
 from jaxrm.stages.report import print_held_out
 from jaxrm.stages.rewards.calibration import calibration_of, open_rewards, scorer
 from jaxrm.stages.rewards.sources import open_function
+from jaxrm.stages.stage import task_files
+from jaxrm.stages.supervised.train import init_key
 from jaxrm.types import TokenBatch
 
 
@@ -71,7 +72,7 @@ def run(config: Experiment) -> int:
     show = is_writer and config.logging.progress
     judge = config.evaluation.judge or (config.data.path if config.data.path.startswith(tasks.PREFIX) else None)
 
-    with sharded_model.task_files(config.data, config.seed, records="prompts") as data:
+    with task_files(config.data, config.seed, records="prompts") as data:
         tokenizer_path = sharded_model.tokenizer_path(data, config.model)
         tokenizer = load_tokenizer(tokenizer_path)
         sharded_model.check_tokenizer(tokenizer, tokenizer_path, config.model, policy.config)
@@ -123,7 +124,7 @@ def run(config: Experiment) -> int:
         )
 
     def first_decoder() -> Any:
-        key = supervised.init_key(config.seed)
+        key = init_key(config.seed)
         return weights.load_or_init_params(policy.config, config.model, key, policy.shapes, policy.shardings)
 
     reference = sharded_model.in_compute_dtype(first_decoder(), config.model.dtype)
@@ -159,7 +160,7 @@ def run(config: Experiment) -> int:
         if first_critic is None:
             params = {"decoder": params, "scalar_head": zero_head(learner.policy)}
         else:
-            critic_params = first_critic(supervised.init_key(config.seed))
+            critic_params = first_critic(init_key(config.seed))
         state = learner.init_state(params, critic_params, step_key)
         draw = functools.partial(programs.respond, learner.networks.decoder_params(state.policy.params))
         score = scorer(config, mesh, policy, reference, source)

@@ -1,0 +1,253 @@
+"""What every stage opens: the devices, the model, the tokenizer, the files of its data and the folder of its run.
+
+A stage runs in five phases. `jaxrm.stages.sft` is the shortest example.
+
+1. Its own checks refuse what the config alone shows to be wrong.
+2. `open_stage` opens model and tokenizer. It refuses bad input and writes nothing.
+3. The inputs are read and counted (`jaxrm.stages.inputs`).
+4. `Stage.open_run` makes the run's folder. Nothing is written before it.
+5. The stage trains or samples, and reports.
+"""
+
+import dataclasses
+import functools
+import math
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxrm.config import dicts
+from jaxrm.data import tasks
+from jaxrm.data.config import DataConfig
+from jaxrm.data.templates import bos_id, end_ids
+from jaxrm.data.tokenizer import load_tokenizer
+from jaxrm.errors import UserError, flag, option
+from jaxrm.experiment import RESUMABLE_FIELDS
+from jaxrm.inference import sharded_model, weights
+from jaxrm.inference.load import save_shape_and_tokenizer
+from jaxrm.inference.sampler import response_text
+from jaxrm.inference.sharded_model import ShardedModel
+from jaxrm.models import build
+from jaxrm.runtime.run_folder import RunFolder, check_run, open_run
+from jaxrm.sharding import partition
+from jaxrm.sharding.mesh import batch_shards, batch_share, check_batch, check_row_length
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Records = Literal["demonstrations", "pairs", "prompts"]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage whose model and data have been opened.
+
+    Attributes:
+      config: of the stage.
+      mesh: the devices.
+      model: the decoder of ``config.model``: the policy, or what a reward model starts from.
+      data: the ``data`` section, with the files of an embedded task in place of its name.
+      tokenizer: of the model.
+    """
+
+    config: Any
+    mesh: Mesh
+    model: ShardedModel
+    data: DataConfig
+    tokenizer: "PreTrainedTokenizerBase"
+
+    @property
+    def is_writer(self) -> bool:
+        """Whether this process writes files and prints."""
+        return jax.process_index() == 0
+
+    @property
+    def show_progress(self) -> bool:
+        """Whether this process draws progress bars."""
+        return self.is_writer and self.config.logging.progress
+
+    @property
+    def template(self) -> str:
+        """Chat template that prompts are written with."""
+        return self.config.data.template
+
+    @property
+    def pad_id(self) -> int:
+        """Id that rows are filled up with. It is never attended to and never a target, so any id will do."""
+        return self.tokenizer.pad_token_id or 0
+
+    @functools.cached_property
+    def end_ids(self) -> tuple[int, ...]:
+        """Ids that end a response."""
+        return tuple(sorted(end_ids(self.tokenizer, self.template)))
+
+    @functools.cached_property
+    def bos_id(self) -> int | None:
+        """The template's first id, which stays where a prompt is cut."""
+        return bos_id(self.tokenizer, self.template)
+
+    @property
+    def pad_to_multiple_of(self) -> int:
+        """What the width of rows made on the devices is a multiple of."""
+        return sharded_model.pad_to_multiple_of(self.mesh)
+
+    @property
+    def eval_batching(self) -> dict[str, Any]:
+        """Arguments of `jaxrm.data.loader.eval_batches`: padding, and this process's share of the rows."""
+        share, num_shares = batch_share(self.mesh)
+        return {"pad_id": self.pad_id, "process_index": share, "process_count": num_shares}
+
+    @property
+    def batching(self) -> dict[str, Any]:
+        """Arguments of `jaxrm.data.loader.build_loader`: the same, the seed, and what a batch divides into."""
+        unit = batch_shards(self.mesh) * self.config.num_microbatches
+        return {**self.eval_batching, "seed": self.config.seed, "batch_unit": unit}
+
+    def num_steps(self, rows_per_epoch: int) -> int:
+        """Updates in all: ``config.num_steps``, or what ``config.num_epochs`` passes over the rows come to."""
+        return num_steps(self.config, rows_per_epoch)
+
+    def response_text(self, tokens: np.ndarray) -> str:
+        """Text of a response's ids ``[T]``, without its end token."""
+        return response_text(self.tokenizer, self.end_ids, tokens)
+
+    def init_params(self, key: jax.Array) -> Any:
+        """First parameters of the decoder, float32: read from ``config.model.path``, or drawn with ``key``."""
+        model = self.model
+        return weights.load_or_init_params(model.config, self.config.model, key, model.shapes, model.shardings)
+
+    def open_run(self, *, keeps_model: bool = True) -> RunFolder:
+        """Make or find the folder of the run; the first thing that a stage writes.
+
+        Args:
+          keeps_model: save the model's shape and tokenizer too, so that the run can be read without its sources.
+
+        Raises:
+          UserError: where the weights cannot be read, or the folder holds another run.
+        """
+        weights.check_weights(self.model.config, self.config.model)  # last, since a hub model is fetched for it
+        folder = open_run(
+            self.config.run_dir,
+            dicts.as_dict(self.config),
+            on_existing=self.config.on_existing,
+            may_differ=RESUMABLE_FIELDS,
+            is_writer=self.is_writer,
+            process_count=jax.process_count(),
+        )
+        if self.is_writer:
+            print(folder.message)
+            if keeps_model:
+                save_shape_and_tokenizer(self.model.config, self.tokenizer, folder)
+        return folder
+
+
+@contextmanager
+def open_stage(config: Any, mesh: Mesh, *, records: Records) -> Iterator[Stage]:
+    """Open model, tokenizer and data files of a stage; nothing is written and no weights are read.
+
+    The files of an embedded task live as long as the block.
+
+    Args:
+      config: of the stage.
+      mesh: the devices.
+      records: what the stage reads of an embedded task.
+
+    Raises:
+      UserError: no such model, tokenizer or task; rows longer than the model reads; a folder that holds another run.
+    """
+    model = sharded_model.shard_model(config.model, mesh)
+    build.check_length(model.config, "data.max_length", config.data.max_length)
+    check_run_folder(config)
+    with task_files(config.data, config.seed, records=records) as data:
+        path = sharded_model.tokenizer_path(data, config.model)
+        tokenizer = load_tokenizer(path)
+        sharded_model.check_tokenizer(tokenizer, path, config.model, model.config)
+        yield Stage(config, mesh, model, data, tokenizer)
+
+
+def check_run_folder(config: Any) -> None:
+    """Refuse a folder that holds another run, before any work.
+
+    Several processes must refuse together, which `Stage.open_run` alone sees to.
+    """
+    if jax.process_count() == 1:
+        check_run(config.run_dir, dicts.as_dict(config), on_existing=config.on_existing, may_differ=RESUMABLE_FIELDS)
+
+
+def check_training(config: Any, mesh: Mesh) -> None:
+    """Refuse batches, rows or offloading that do not fit the devices.
+
+    Raises:
+      UserError: naming the field, and a value that fits.
+    """
+    check_batch(mesh, "data.batch_size", config.data.batch_size, config.num_microbatches)
+    check_row_length(mesh, "data.max_length", config.data.max_length)
+    if config.optimizer.offload:
+        partition.check_host_memory(mesh, "optimizer.offload")
+
+
+def check_is_policy(config: Any) -> None:
+    """Refuse a ``config.model.path`` that is the run of something else than a policy.
+
+    Raises:
+      UserError: naming what the run holds.
+    """
+    if weights.is_run(config.model.path):
+        weights.find_checkpoint(config.model.path, "model.path", weights.POLICIES)
+
+
+def judge_of(config: Any) -> str | None:
+    """Embedded task (``task:safety``) whose exact judge scores responses: the one named, or that of the data."""
+    if config.evaluation.judge is not None:
+        return config.evaluation.judge
+    return config.data.path if config.data.path.startswith(tasks.PREFIX) else None
+
+
+def num_steps(config: Any, rows_per_epoch: int) -> int:
+    """Updates in all: ``config.num_steps``, or what ``config.num_epochs`` passes over the rows come to."""
+    return config.num_steps or math.ceil(config.num_epochs * rows_per_epoch / config.data.batch_size)
+
+
+@contextmanager
+def task_files(data: DataConfig, seed: int, *, records: Records = "demonstrations") -> Iterator[DataConfig]:
+    """The data section with an embedded task (``task:safety``) replaced by its files, which live as long as the block.
+
+    From here on a task is read like any other data. Demonstrations and prompts have held-out ones of their own: the
+    split of `jaxrm.data.tasks.SPLITS` that ``eval_split`` names, ``heldout`` without it. Of pairs a share is held out.
+    Other sections pass unchanged.
+
+    Raises:
+      UserError: where there is no such task, or no such split.
+    """
+    if not data.path.startswith(tasks.PREFIX):
+        yield data
+        return
+    with tempfile.TemporaryDirectory(prefix="jaxrm-task-") as name:
+        folder = Path(name)
+        tasks.write_task(data.path.removeprefix(tasks.PREFIX), folder, seed=seed)
+        held_out = None if records == "pairs" else str(folder / f"{_task_split(data)}.jsonl")
+        file_names = {"demonstrations": "train.jsonl", "pairs": "pairs.jsonl", "prompts": "prompts.jsonl"}
+        yield dataclasses.replace(
+            data,
+            path=str(folder / file_names[records]),
+            eval_path=held_out if data.eval_path is None else data.eval_path,
+            eval_split=None,
+            tokenizer=str(folder / "tokenizer") if data.tokenizer is None else data.tokenizer,
+        )
+
+
+def _task_split(data: DataConfig) -> str:
+    split = data.eval_split or "heldout"
+    if split not in tasks.SPLITS:
+        raise UserError(
+            f"{option('data.eval_split')} is {split!r}; {data.path} has {', '.join(tasks.SPLITS)}, "
+            f"e.g. {flag('data.eval_split')}=heldout"
+        )
+    return split

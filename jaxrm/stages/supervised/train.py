@@ -1,0 +1,144 @@
+"""Training an objective in a run's folder: the state, checkpoints, metrics and signals around the host loop."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+from jaxrm.algorithms import eval_step, train_step
+from jaxrm.algorithms.optimizer import build_optimizer, learning_rate
+from jaxrm.algorithms.state import TrainState, create
+from jaxrm.config import dicts
+from jaxrm.inference import sharded_model
+from jaxrm.inference.sharded_model import to_devices
+from jaxrm.models import flops
+from jaxrm.runtime.checkpoint import Checkpoints, with_shardings
+from jaxrm.runtime.metrics import open_metrics
+from jaxrm.runtime.preemption import EXIT_PREEMPTED, catch_signals
+from jaxrm.runtime.progress import Progress
+from jaxrm.runtime.run_folder import RunFolder
+from jaxrm.sharding import partition
+from jaxrm.stages.inputs.training_data import TrainingData
+from jaxrm.stages.objective import Objective
+from jaxrm.stages.stage import Stage
+from jaxrm.stages.supervised import loop
+from jaxrm.stages.supervised.reporter import TrainingReporter
+
+InitParams = Callable[[jax.Array], Any]
+Evaluate = Callable[[Any], dict[str, float]]
+
+
+def train(
+    stage: Stage,
+    folder: RunFolder,
+    objective: Objective,
+    data: TrainingData,
+    *,
+    init_params: InitParams | None = None,
+    evaluate: Evaluate | None = None,
+) -> tuple[TrainState, bool]:
+    """Train in ``folder``, from its latest checkpoint if it has one.
+
+    Args:
+      stage: whose config says how.
+      folder: the opened run.
+      objective: what is minimized, over which parameters.
+      data: batches.
+      init_params: draws or reads the first parameters, given a key; `Stage.init_params` by default.
+      evaluate: held-out metrics of parameters, among them ``eval_loss``; `held_out_loss` by default.
+
+    Returns:
+      The last state, and whether it is that of the last step. It is not where the run was asked to stop.
+    """
+    config, num_steps = stage.config, data.num_steps
+    optimizer = build_optimizer(config.optimizer, num_steps)
+    sharding = sharded_model.state_shardings(objective.model, optimizer, stage.mesh, offload=config.optimizer.offload)
+    checkpoints = Checkpoints(folder.checkpoints, config.checkpoint)
+    state = _init_or_restore(stage, objective, data, optimizer, sharding, checkpoints, init_params or stage.init_params)
+
+    first_step = int(state.step)
+    with (
+        open_metrics(folder, config.logging, after_step=first_step or None, run_config=dicts.as_dict(config)) as writer,
+        Progress("train", num_steps, done=first_step, enabled=stage.show_progress) as progress,
+        catch_signals() as stop,
+    ):
+        training = loop.Training(
+            train_step=train_step.build_train_step(
+                objective.loss_fn,
+                optimizer,
+                state_sharding=sharding,
+                batch_sharding=partition.batch_sharding(stage.mesh),
+                num_microbatches=config.num_microbatches,
+            ),
+            evaluate=evaluate or held_out_loss(stage, objective, data.eval_batches),
+            loader=data.loader,
+            data_fingerprint=data.fingerprint,
+            to_devices=to_devices(stage.mesh, objective.batch_type),
+            num_steps=num_steps,
+            eval_every=config.evaluation.every,
+            checkpoints=checkpoints,
+            checkpoint_every=config.checkpoint.every,
+            reporter=TrainingReporter(
+                writer,
+                progress,
+                every=config.logging.every,
+                num_steps=num_steps,
+                learning_rate=learning_rate(config.optimizer, num_steps),
+                flops_per_token=flops.training_flops_per_token(
+                    objective.model.config, config.data.max_length, scalar_head=objective.has_scalar_head
+                ),
+                dtype=config.model.dtype,
+            ),
+            stop=stop,
+        )
+        state, finished = loop.fit(state, training)
+    checkpoints.close()
+    return state, finished
+
+
+def _init_or_restore(
+    stage: Stage,
+    objective: Objective,
+    data: TrainingData,
+    optimizer: optax.GradientTransformation,
+    sharding: TrainState,
+    checkpoints: Checkpoints,
+    init_params: InitParams,
+) -> TrainState:
+    _, step_key = jax.random.split(jax.random.key(stage.config.seed))
+    if checkpoints.steps():
+        shapes = jax.eval_shape(lambda params: create(params, optimizer, step_key), objective.model.shapes)
+        return loop.restore(with_shardings(shapes, sharding), checkpoints, data.loader, data.fingerprint, step_key)
+    # Donated: the first parameters become the state's, so that they are in memory once.
+    start = jax.jit(lambda p, k: create(p, optimizer, k), out_shardings=sharding, donate_argnums=0)
+    return start(init_params(init_key(stage.config.seed)), step_key)
+
+
+def init_key(seed: int) -> jax.Array:
+    """Key that the first parameters of a run are drawn with."""
+    return jax.random.split(jax.random.key(seed))[0]
+
+
+def held_out_loss(stage: Stage, objective: Objective, batches: Sequence[dict[str, np.ndarray]]) -> Evaluate:
+    """Function from parameters to the mean of the loss and its metrics over held-out batches of this process."""
+    step = eval_step.build_eval_step(
+        objective.loss_fn,
+        params_sharding=objective.model.shardings,
+        batch_sharding=partition.batch_sharding(stage.mesh),
+    )
+    place: Callable[[dict[str, np.ndarray]], Any] = to_devices(stage.mesh, objective.batch_type)
+    placed = [place(batch) for batch in batches]
+    return lambda params: eval_step.evaluate(step, params, placed)
+
+
+def exit_status(stage: Stage, state: TrainState, data: TrainingData, *, finished: bool) -> int:
+    """0 for a run that is complete; else `EXIT_PREEMPTED`, with a line that says where it continues."""
+    if finished:
+        return 0
+    if stage.is_writer:
+        print(
+            f"Stopped and saved at step {int(state.step)} of {data.num_steps}; the same command continues from there."
+        )
+    return EXIT_PREEMPTED
