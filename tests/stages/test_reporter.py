@@ -2,9 +2,9 @@
 
 import jax
 import pytest
-from jaxrm.runtime.reporter import TrainingReporter
 
 from jaxrm.runtime import hardware
+from jaxrm.stages.supervised.reporter import TrainingReporter
 
 METRICS = {"loss": 2.0, "tokens_per_second": 1000.0}
 
