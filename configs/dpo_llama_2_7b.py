@@ -8,27 +8,22 @@ reads every pair once before training. beta is that of the DPO paper, as are its
 2048 tokens; it used RMSprop with 1e-6, and Adam's 5e-7 is jaxrm's choice.
 """
 
-from ml_collections import ConfigDict
-
 from jaxrm.algorithms.dpo import DPOConfig
 from jaxrm.algorithms.optimizer import OptimizerConfig
-from jaxrm.config.dicts import to_config_dict
 from jaxrm.data.config import DataConfig
 from jaxrm.experiment import Experiment
 from jaxrm.models.build import ModelSource
 from jaxrm.sharding.mesh import MeshConfig
 
 
-def get_config() -> ConfigDict:
-    return to_config_dict(
-        Experiment(
-            run_dir="runs/dpo_llama_2_7b",
-            algorithm="dpo",
-            num_epochs=1.0,
-            model=ModelSource(path="runs/sft_llama_2_7b", dtype="bfloat16"),
-            data=DataConfig(path="PKU-Alignment/PKU-SafeRLHF", template="llama2", max_length=2048, batch_size=32),
-            dpo=DPOConfig(beta=0.1),
-            optimizer=OptimizerConfig(lr=5e-7, schedule="linear", warmup=0.1, b1=0.9, b2=0.999, clip_norm=1.0),
-            mesh=MeshConfig(data=1, fsdp=-1),
-        )
+def get_config() -> Experiment:
+    return Experiment(
+        run_dir="runs/dpo_llama_2_7b",
+        algorithm="dpo",
+        num_epochs=1.0,
+        model=ModelSource(path="runs/sft_llama_2_7b", dtype="bfloat16"),
+        data=DataConfig(path="PKU-Alignment/PKU-SafeRLHF", template="llama2", max_length=2048, batch_size=32),
+        dpo=DPOConfig(beta=0.1),
+        optimizer=OptimizerConfig(lr=5e-7, schedule="linear", warmup=0.1, b1=0.9, b2=0.999, clip_norm=1.0),
+        mesh=MeshConfig(data=1, fsdp=-1),
     )

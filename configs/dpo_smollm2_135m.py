@@ -11,11 +11,8 @@ max_records too. The learning rate is jaxrm's choice for a model of this size.
 
 import importlib.util
 
-from ml_collections import ConfigDict
-
 from jaxrm.algorithms.dpo import DPOConfig
 from jaxrm.algorithms.optimizer import OptimizerConfig
-from jaxrm.config.dicts import to_config_dict
 from jaxrm.data.config import DataConfig
 from jaxrm.experiment import EvaluationConfig, Experiment
 from jaxrm.models.build import ModelSource
@@ -24,23 +21,19 @@ from jaxrm.runtime.checkpoint import CheckpointConfig
 from jaxrm.runtime.metrics import LoggingConfig
 
 
-def get_config() -> ConfigDict:
-    return to_config_dict(
-        Experiment(
-            run_dir="runs/dpo_smollm2_135m",
-            algorithm="dpo",
-            num_steps=20,
-            num_epochs=1.0,
-            model=ModelSource(path=weights()),
-            data=DataConfig(
-                path="Anthropic/hh-rlhf", max_length=512, batch_size=8, max_records=200, max_eval_records=16
-            ),
-            dpo=DPOConfig(beta=0.1),
-            optimizer=OptimizerConfig(lr=5e-6, schedule="linear", warmup=0.1, b2=0.999),
-            checkpoint=CheckpointConfig(every=10),
-            evaluation=EvaluationConfig(every=20, samples=1, sampling=SamplingConfig(max_new_tokens=32)),
-            logging=LoggingConfig(every=1),
-        )
+def get_config() -> Experiment:
+    return Experiment(
+        run_dir="runs/dpo_smollm2_135m",
+        algorithm="dpo",
+        num_steps=20,
+        num_epochs=1.0,
+        model=ModelSource(path=weights()),
+        data=DataConfig(path="Anthropic/hh-rlhf", max_length=512, batch_size=8, max_records=200, max_eval_records=16),
+        dpo=DPOConfig(beta=0.1),
+        optimizer=OptimizerConfig(lr=5e-6, schedule="linear", warmup=0.1, b2=0.999),
+        checkpoint=CheckpointConfig(every=10),
+        evaluation=EvaluationConfig(every=20, samples=1, sampling=SamplingConfig(max_new_tokens=32)),
+        logging=LoggingConfig(every=1),
     )
 
 

@@ -6,21 +6,16 @@ Needs: the policy, `configs/sft_tiny.py`; two CPU cores, 2 GB of memory, about a
 is noisy and likes refusals too much.
 """
 
-from ml_collections import ConfigDict
-
-from jaxrm.config.dicts import to_config_dict
 from jaxrm.data.config import DataConfig
 from jaxrm.experiment import Experiment, PairsConfig
 from jaxrm.models.build import ModelSource
 
 
-def get_config() -> ConfigDict:
-    return to_config_dict(
-        Experiment(
-            run_dir="runs/pairs_tiny",
-            algorithm="sample_pairs",
-            model=ModelSource(path="runs/sft_tiny"),
-            data=DataConfig(path="task:safety"),
-            pairs=PairsConfig(count=2000),
-        )
+def get_config() -> Experiment:
+    return Experiment(
+        run_dir="runs/pairs_tiny",
+        algorithm="sample_pairs",
+        model=ModelSource(path="runs/sft_tiny"),
+        data=DataConfig(path="task:safety"),
+        pairs=PairsConfig(count=2000),
     )

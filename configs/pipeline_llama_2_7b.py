@@ -9,8 +9,6 @@ Needs: an account that may download the model (or --config.sft.model.path=FOLDER
 
 from dataclasses import replace
 
-from ml_collections import ConfigDict
-
 from jaxrm.algorithms.optimizer import OptimizerConfig
 from jaxrm.algorithms.ppo_config import RolloutConfig
 from jaxrm.algorithms.reward_config import RewardConfig
@@ -18,14 +16,14 @@ from jaxrm.data.config import DataConfig
 from jaxrm.experiment import EvaluationConfig, Experiment
 from jaxrm.models.build import ModelSource
 from jaxrm.models.generate import SamplingConfig
-from jaxrm.pipeline.config import pipeline
+from jaxrm.pipeline.config import Pipeline, pipeline
 from jaxrm.sharding.mesh import MeshConfig
 
 POLICY = ModelSource(path="stage:sft", dtype="bfloat16")
 SAMPLING = SamplingConfig(max_new_tokens=512)
 
 
-def get_config(data: str = "PKU-Alignment/PKU-SafeRLHF") -> ConfigDict:
+def get_config(data: str = "PKU-Alignment/PKU-SafeRLHF") -> Pipeline:
     """Config of all stages on ``data``, which --config=configs/pipeline_llama_2_7b.py:DATA gives."""
     pairs = DataConfig(path=data, template="llama2", max_length=2048, batch_size=128)
     sft = Experiment(

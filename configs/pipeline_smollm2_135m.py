@@ -11,8 +11,6 @@ so on for each stage. Data: any file or data set of pairs, without one Anthropic
 import importlib.util
 from dataclasses import replace
 
-from ml_collections import ConfigDict
-
 from jaxrm.algorithms.optimizer import OptimizerConfig
 from jaxrm.algorithms.ppo_config import CriticConfig, PPOConfig, RolloutConfig
 from jaxrm.algorithms.reward_config import RewardConfig
@@ -20,7 +18,7 @@ from jaxrm.data.config import DataConfig
 from jaxrm.experiment import EvaluationConfig, Experiment
 from jaxrm.models.build import ModelSource
 from jaxrm.models.generate import SamplingConfig
-from jaxrm.pipeline.config import pipeline
+from jaxrm.pipeline.config import Pipeline, pipeline
 from jaxrm.runtime.checkpoint import CheckpointConfig
 from jaxrm.runtime.metrics import LoggingConfig
 
@@ -28,7 +26,7 @@ POLICY = ModelSource(path="stage:sft")
 SAMPLING = SamplingConfig(max_new_tokens=64)
 
 
-def get_config(data: str = "Anthropic/hh-rlhf") -> ConfigDict:
+def get_config(data: str = "Anthropic/hh-rlhf") -> Pipeline:
     """Config of all stages on ``data``."""
     pairs = DataConfig(path=data, max_length=512, batch_size=8, max_eval_records=32)
     sft = Experiment(

@@ -9,12 +9,9 @@ of the published scripts of the paper's group; batch and length are jaxrm's choi
 --config.reward.kind=scalar --config.reward.model=runs/rm_scalar_gemma_2b --config.run_dir=runs/ppo_scalar_gemma_2b.
 """
 
-from ml_collections import ConfigDict
-
 from jaxrm.algorithms.optimizer import OptimizerConfig
 from jaxrm.algorithms.ppo_config import CriticConfig, PPOConfig, RolloutConfig
 from jaxrm.algorithms.reward_config import RewardConfig
-from jaxrm.config.dicts import to_config_dict
 from jaxrm.data.config import DataConfig
 from jaxrm.experiment import EvaluationConfig, Experiment
 from jaxrm.models.build import ModelSource
@@ -24,23 +21,21 @@ from jaxrm.sharding.mesh import MeshConfig
 DATA = "PKU-Alignment/PKU-SafeRLHF"
 
 
-def get_config() -> ConfigDict:
+def get_config() -> Experiment:
     sampling = SamplingConfig(max_new_tokens=512)
-    return to_config_dict(
-        Experiment(
-            run_dir="runs/ppo_gemma_2b",
-            algorithm="ppo",
-            num_epochs=1.0,
-            # No kind beat the paper's in the lab, and centring is worth most: README, "The lab".
-            reward=RewardConfig(kind="literal", model="runs/rm_seq2seq_gemma_2b"),
-            model=ModelSource(path="runs/sft_gemma_2b", dtype="bfloat16"),
-            data=DataConfig(path=DATA, template="gemma", max_length=1024, batch_size=64, max_eval_records=256),
-            ptx=DataConfig(path=DATA, max_length=1024, batch_size=64),
-            rollout=RolloutConfig(sampling=sampling),
-            ppo=PPOConfig(kl_coef=0.02, clip=0.2, value_clip=5.0, reward_clip=50.0, gae_lambda=0.95, ptx_coef=16.0),
-            critic=CriticConfig(optimizer=OptimizerConfig(lr=5e-6, warmup=0.03, b1=0.9, b2=0.95, clip_norm=1.0)),
-            optimizer=OptimizerConfig(lr=1e-5, schedule="cosine", warmup=0.03, b1=0.9, b2=0.95, clip_norm=1.0),
-            evaluation=EvaluationConfig(every=50, samples=8, sampling=sampling),
-            mesh=MeshConfig(data=1, fsdp=-1),
-        )
+    return Experiment(
+        run_dir="runs/ppo_gemma_2b",
+        algorithm="ppo",
+        num_epochs=1.0,
+        # No kind beat the paper's in the lab, and centring is worth most: README, "The lab".
+        reward=RewardConfig(kind="literal", model="runs/rm_seq2seq_gemma_2b"),
+        model=ModelSource(path="runs/sft_gemma_2b", dtype="bfloat16"),
+        data=DataConfig(path=DATA, template="gemma", max_length=1024, batch_size=64, max_eval_records=256),
+        ptx=DataConfig(path=DATA, max_length=1024, batch_size=64),
+        rollout=RolloutConfig(sampling=sampling),
+        ppo=PPOConfig(kl_coef=0.02, clip=0.2, value_clip=5.0, reward_clip=50.0, gae_lambda=0.95, ptx_coef=16.0),
+        critic=CriticConfig(optimizer=OptimizerConfig(lr=5e-6, warmup=0.03, b1=0.9, b2=0.95, clip_norm=1.0)),
+        optimizer=OptimizerConfig(lr=1e-5, schedule="cosine", warmup=0.03, b1=0.9, b2=0.95, clip_norm=1.0),
+        evaluation=EvaluationConfig(every=50, samples=8, sampling=sampling),
+        mesh=MeshConfig(data=1, fsdp=-1),
     )

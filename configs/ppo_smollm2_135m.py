@@ -12,12 +12,9 @@ and tags then say nothing.
 
 import importlib.util
 
-from ml_collections import ConfigDict
-
 from jaxrm.algorithms.optimizer import OptimizerConfig
 from jaxrm.algorithms.ppo_config import CriticConfig, PPOConfig, RolloutConfig
 from jaxrm.algorithms.reward_config import RewardConfig
-from jaxrm.config.dicts import to_config_dict
 from jaxrm.data.config import DataConfig
 from jaxrm.experiment import EvaluationConfig, Experiment
 from jaxrm.models.build import ModelSource
@@ -26,24 +23,22 @@ from jaxrm.runtime.checkpoint import CheckpointConfig
 from jaxrm.runtime.metrics import LoggingConfig
 
 
-def get_config() -> ConfigDict:
+def get_config() -> Experiment:
     sampling = SamplingConfig(max_new_tokens=64)
-    return to_config_dict(
-        Experiment(
-            run_dir="runs/ppo_smollm2_135m",
-            algorithm="ppo",
-            num_steps=10,
-            reward=RewardConfig(kind="soft", model="runs/rm_seq2seq_smollm2_135m", calibration_responses=32),
-            model=ModelSource(path=weights()),
-            data=DataConfig(path="Anthropic/hh-rlhf", max_length=256, batch_size=8, max_eval_records=16),
-            rollout=RolloutConfig(sampling=sampling),
-            ppo=PPOConfig(kl_coef=0.05),
-            critic=CriticConfig(optimizer=OptimizerConfig(lr=2e-5)),
-            optimizer=OptimizerConfig(lr=1e-5),
-            checkpoint=CheckpointConfig(every=5),
-            evaluation=EvaluationConfig(every=10, sampling=sampling),
-            logging=LoggingConfig(every=1),
-        )
+    return Experiment(
+        run_dir="runs/ppo_smollm2_135m",
+        algorithm="ppo",
+        num_steps=10,
+        reward=RewardConfig(kind="soft", model="runs/rm_seq2seq_smollm2_135m", calibration_responses=32),
+        model=ModelSource(path=weights()),
+        data=DataConfig(path="Anthropic/hh-rlhf", max_length=256, batch_size=8, max_eval_records=16),
+        rollout=RolloutConfig(sampling=sampling),
+        ppo=PPOConfig(kl_coef=0.05),
+        critic=CriticConfig(optimizer=OptimizerConfig(lr=2e-5)),
+        optimizer=OptimizerConfig(lr=1e-5),
+        checkpoint=CheckpointConfig(every=5),
+        evaluation=EvaluationConfig(every=10, sampling=sampling),
+        logging=LoggingConfig(every=1),
     )
 
 

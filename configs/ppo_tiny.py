@@ -7,33 +7,28 @@ memory, about a minute. With a scalar reward model instead:
 --config.reward.kind=scalar --config.reward.model=runs/rm_scalar_tiny --config.run_dir=runs/ppo_scalar_tiny
 """
 
-from ml_collections import ConfigDict
-
 from jaxrm.algorithms.optimizer import OptimizerConfig
 from jaxrm.algorithms.ppo_config import CriticConfig, PPOConfig, RolloutConfig
 from jaxrm.algorithms.reward_config import RewardConfig
-from jaxrm.config.dicts import to_config_dict
 from jaxrm.data.config import DataConfig
 from jaxrm.experiment import EvaluationConfig, Experiment
 from jaxrm.models.build import ModelSource
 from jaxrm.models.generate import SamplingConfig
 
 
-def get_config() -> ConfigDict:
+def get_config() -> Experiment:
     sampling = SamplingConfig(max_new_tokens=40)
-    return to_config_dict(
-        Experiment(
-            run_dir="runs/ppo_tiny",
-            algorithm="ppo",
-            num_steps=50,
-            # No kind beat the paper's in the lab, and centring is worth most: README, "The lab".
-            reward=RewardConfig(kind="literal", model="runs/rm_seq2seq_tiny"),
-            model=ModelSource(path="runs/sft_tiny"),
-            data=DataConfig(path="task:safety", max_length=64, batch_size=64),
-            rollout=RolloutConfig(sampling=sampling),
-            ppo=PPOConfig(kl_coef=0.3),
-            critic=CriticConfig(optimizer=OptimizerConfig(lr=3e-4)),
-            optimizer=OptimizerConfig(lr=1e-4),
-            evaluation=EvaluationConfig(every=25, sampling=sampling),
-        )
+    return Experiment(
+        run_dir="runs/ppo_tiny",
+        algorithm="ppo",
+        num_steps=50,
+        # No kind beat the paper's in the lab, and centring is worth most: README, "The lab".
+        reward=RewardConfig(kind="literal", model="runs/rm_seq2seq_tiny"),
+        model=ModelSource(path="runs/sft_tiny"),
+        data=DataConfig(path="task:safety", max_length=64, batch_size=64),
+        rollout=RolloutConfig(sampling=sampling),
+        ppo=PPOConfig(kl_coef=0.3),
+        critic=CriticConfig(optimizer=OptimizerConfig(lr=3e-4)),
+        optimizer=OptimizerConfig(lr=1e-4),
+        evaluation=EvaluationConfig(every=25, sampling=sampling),
     )

@@ -9,8 +9,6 @@ Needs: two CPU cores, 2 GB of memory, about six minutes. Any field of any stage 
 
 from dataclasses import replace
 
-from ml_collections import ConfigDict
-
 from jaxrm.algorithms.optimizer import OptimizerConfig
 from jaxrm.algorithms.ppo_config import CriticConfig, PPOConfig, RolloutConfig
 from jaxrm.algorithms.reward_config import RewardConfig
@@ -19,14 +17,14 @@ from jaxrm.data.pairs import MappingConfig
 from jaxrm.experiment import EvaluationConfig, Experiment, PairsConfig
 from jaxrm.models.build import ModelSource
 from jaxrm.models.generate import SamplingConfig
-from jaxrm.pipeline.config import pipeline
+from jaxrm.pipeline.config import Pipeline, pipeline
 from jaxrm.runtime.metrics import LoggingConfig
 
 POLICY, PAIRS = ModelSource(path="stage:sft"), "stage:pairs/pairs.jsonl"
 SAMPLING = SamplingConfig(max_new_tokens=40)
 
 
-def get_config() -> ConfigDict:
+def get_config() -> Pipeline:
     sft = Experiment(
         algorithm="sft",
         num_epochs=4.0,

@@ -12,8 +12,6 @@ are jaxrm's choice.
 
 from dataclasses import replace
 
-from ml_collections import ConfigDict
-
 from jaxrm.algorithms.best_of_n import BestOfNConfig
 from jaxrm.algorithms.optimizer import OptimizerConfig
 from jaxrm.algorithms.ppo_config import RolloutConfig
@@ -22,13 +20,13 @@ from jaxrm.data.config import DataConfig
 from jaxrm.experiment import EvaluationConfig, Experiment
 from jaxrm.models.build import ModelSource
 from jaxrm.models.generate import SamplingConfig
-from jaxrm.pipeline.config import pipeline
+from jaxrm.pipeline.config import Pipeline, pipeline
 from jaxrm.sharding.mesh import MeshConfig
 
 POLICY = ModelSource(path="runs/sft_llama_2_7b", dtype="bfloat16")
 
 
-def get_config() -> ConfigDict:
+def get_config() -> Pipeline:
     winners = Experiment(
         algorithm="best_of_n",
         reward=RewardConfig(kind="literal", model="runs/rm_seq2seq_llama_2_7b"),

@@ -11,8 +11,6 @@ tokens that a CPU has time for. Data: prompts of any file or data set, such as A
 
 import importlib.util
 
-from ml_collections import ConfigDict
-
 from jaxrm.algorithms.best_of_n import BestOfNConfig
 from jaxrm.algorithms.optimizer import OptimizerConfig
 from jaxrm.algorithms.ppo_config import RolloutConfig
@@ -21,11 +19,11 @@ from jaxrm.data.config import DataConfig
 from jaxrm.experiment import EvaluationConfig, Experiment
 from jaxrm.models.build import ModelSource
 from jaxrm.models.generate import SamplingConfig
-from jaxrm.pipeline.config import pipeline
+from jaxrm.pipeline.config import Pipeline, pipeline
 from jaxrm.runtime.metrics import LoggingConfig
 
 
-def get_config() -> ConfigDict:
+def get_config() -> Pipeline:
     policy, sampling = ModelSource(path=weights()), SamplingConfig(max_new_tokens=64)
     winners = Experiment(
         algorithm="best_of_n",

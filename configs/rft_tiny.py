@@ -7,8 +7,6 @@ memory, about a minute. With a scalar reward model instead: --config.winners.rew
 --config.winners.reward.model=runs/rm_scalar_tiny --config.run_dir=runs/rft_scalar_tiny
 """
 
-from ml_collections import ConfigDict
-
 from jaxrm.algorithms.best_of_n import BestOfNConfig
 from jaxrm.algorithms.optimizer import OptimizerConfig
 from jaxrm.algorithms.ppo_config import RolloutConfig
@@ -17,12 +15,12 @@ from jaxrm.data.config import DataConfig
 from jaxrm.experiment import EvaluationConfig, Experiment
 from jaxrm.models.build import ModelSource
 from jaxrm.models.generate import SamplingConfig
-from jaxrm.pipeline.config import pipeline
+from jaxrm.pipeline.config import Pipeline, pipeline
 
 POLICY = ModelSource(path="runs/sft_tiny")
 
 
-def get_config() -> ConfigDict:
+def get_config() -> Pipeline:
     winners = Experiment(
         algorithm="best_of_n",
         reward=RewardConfig(kind="soft", model="runs/rm_seq2seq_tiny"),

@@ -7,25 +7,20 @@ parameters, gradients and moments, 40 GB spread over the fsdp axis, and activati
 epochs are those of the published recipe; batch and length are jaxrm's choice.
 """
 
-from ml_collections import ConfigDict
-
 from jaxrm.algorithms.optimizer import OptimizerConfig
-from jaxrm.config.dicts import to_config_dict
 from jaxrm.data.config import DataConfig
 from jaxrm.experiment import Experiment
 from jaxrm.models.build import ModelSource
 from jaxrm.sharding.mesh import MeshConfig
 
 
-def get_config() -> ConfigDict:
-    return to_config_dict(
-        Experiment(
-            run_dir="runs/sft_gemma_2b",
-            algorithm="sft",
-            num_epochs=3.0,
-            model=ModelSource(path="google/gemma-2b", dtype="bfloat16"),
-            data=DataConfig(path="PKU-Alignment/PKU-SafeRLHF", template="gemma", max_length=1024, batch_size=32),
-            optimizer=OptimizerConfig(lr=2e-5, schedule="cosine", warmup=0.03, b1=0.9, b2=0.95, clip_norm=1.0),
-            mesh=MeshConfig(data=1, fsdp=-1),
-        )
+def get_config() -> Experiment:
+    return Experiment(
+        run_dir="runs/sft_gemma_2b",
+        algorithm="sft",
+        num_epochs=3.0,
+        model=ModelSource(path="google/gemma-2b", dtype="bfloat16"),
+        data=DataConfig(path="PKU-Alignment/PKU-SafeRLHF", template="gemma", max_length=1024, batch_size=32),
+        optimizer=OptimizerConfig(lr=2e-5, schedule="cosine", warmup=0.03, b1=0.9, b2=0.95, clip_norm=1.0),
+        mesh=MeshConfig(data=1, fsdp=-1),
     )

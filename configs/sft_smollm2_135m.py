@@ -10,10 +10,7 @@ Anthropic/hh-rlhf.
 
 import importlib.util
 
-from ml_collections import ConfigDict
-
 from jaxrm.algorithms.optimizer import OptimizerConfig
-from jaxrm.config.dicts import to_config_dict
 from jaxrm.data.config import DataConfig
 from jaxrm.experiment import EvaluationConfig, Experiment
 from jaxrm.models.build import ModelSource
@@ -22,19 +19,17 @@ from jaxrm.runtime.checkpoint import CheckpointConfig
 from jaxrm.runtime.metrics import LoggingConfig
 
 
-def get_config() -> ConfigDict:
-    return to_config_dict(
-        Experiment(
-            run_dir="runs/sft_smollm2_135m",
-            algorithm="sft",
-            num_steps=30,
-            model=ModelSource(path=weights()),
-            data=DataConfig(path="Anthropic/hh-rlhf", max_length=512, batch_size=8, max_eval_records=48),
-            optimizer=OptimizerConfig(lr=2e-5, warmup=0.1),
-            checkpoint=CheckpointConfig(every=10),
-            evaluation=EvaluationConfig(every=10, sampling=SamplingConfig(max_new_tokens=48, temperature=0.0)),
-            logging=LoggingConfig(every=1),
-        )
+def get_config() -> Experiment:
+    return Experiment(
+        run_dir="runs/sft_smollm2_135m",
+        algorithm="sft",
+        num_steps=30,
+        model=ModelSource(path=weights()),
+        data=DataConfig(path="Anthropic/hh-rlhf", max_length=512, batch_size=8, max_eval_records=48),
+        optimizer=OptimizerConfig(lr=2e-5, warmup=0.1),
+        checkpoint=CheckpointConfig(every=10),
+        evaluation=EvaluationConfig(every=10, sampling=SamplingConfig(max_new_tokens=48, temperature=0.0)),
+        logging=LoggingConfig(every=1),
     )
 
 

@@ -5,26 +5,21 @@
 Needs: two CPU cores, 2 GB of memory, about a minute. It is the first stage of `configs/quickstart.py`, alone.
 """
 
-from ml_collections import ConfigDict
-
 from jaxrm.algorithms.optimizer import OptimizerConfig
-from jaxrm.config.dicts import to_config_dict
 from jaxrm.data.config import DataConfig
 from jaxrm.experiment import EvaluationConfig, Experiment
 from jaxrm.models.build import ModelSource
 from jaxrm.runtime.checkpoint import CheckpointConfig
 
 
-def get_config() -> ConfigDict:
-    return to_config_dict(
-        Experiment(
-            run_dir="runs/sft_tiny",
-            algorithm="sft",
-            num_epochs=4.0,
-            model=ModelSource(preset="tiny"),
-            data=DataConfig(path="task:safety", max_length=256, batch_size=16),
-            optimizer=OptimizerConfig(lr=2e-3, weight_decay=0.1),
-            checkpoint=CheckpointConfig(every=50),
-            evaluation=EvaluationConfig(every=50),
-        )
+def get_config() -> Experiment:
+    return Experiment(
+        run_dir="runs/sft_tiny",
+        algorithm="sft",
+        num_epochs=4.0,
+        model=ModelSource(preset="tiny"),
+        data=DataConfig(path="task:safety", max_length=256, batch_size=16),
+        optimizer=OptimizerConfig(lr=2e-3, weight_decay=0.1),
+        checkpoint=CheckpointConfig(every=50),
+        evaluation=EvaluationConfig(every=50),
     )

@@ -10,13 +10,10 @@ of a stage: --config.ppo.num_steps=100. A kind of reward of your own: --config.a
 
 from dataclasses import replace
 
-from ml_collections import ConfigDict
-
 from jaxrm.algorithms.best_of_n import BestOfNConfig
 from jaxrm.algorithms.optimizer import OptimizerConfig
 from jaxrm.algorithms.ppo_config import CriticConfig, PPOConfig, RolloutConfig
 from jaxrm.algorithms.reward_config import RewardConfig
-from jaxrm.config.dicts import to_config_dict
 from jaxrm.data.config import DataConfig
 from jaxrm.data.pairs import MappingConfig
 from jaxrm.experiment import EvaluationConfig, Experiment, PairsConfig
@@ -28,7 +25,7 @@ from jaxrm.study.config import Study
 SAMPLING = SamplingConfig(max_new_tokens=28)
 
 
-def get_config() -> ConfigDict:
+def get_config() -> Study:
     sft = Experiment(
         algorithm="sft",
         num_steps=3000,
@@ -59,17 +56,15 @@ def get_config() -> ConfigDict:
         optimizer=OptimizerConfig(lr=1e-3),
         evaluation=EvaluationConfig(every=12, samples=8, sampling=SAMPLING),
     )
-    return to_config_dict(
-        Study(
-            run_dir="runs/study",
-            sft=sft,
-            pairs=replace(sft, algorithm="sample_pairs", pairs=PairsConfig(count=2000, sampling=SAMPLING)),
-            rm_scalar=rm_scalar,
-            rm_seq2seq=replace(rm_scalar, algorithm="seq2seq_rm", mapping=MappingConfig(instruction="")),
-            imitation=replace(sft, num_steps=None, num_epochs=2.0, data=replace(sft.data, batch_size=8)),
-            dpo=replace(sft, algorithm="dpo", num_steps=None, num_epochs=1.0, data=replace(sft.data, batch_size=8)),
-            best_of_n=replace(ppo, algorithm="best_of_n", num_steps=None, best_of_n=BestOfNConfig(n=8)),
-            ppo=ppo,
-            evaluate=replace(ppo, algorithm="evaluate", data=replace(prompts, batch_size=256)),
-        )
+    return Study(
+        run_dir="runs/study",
+        sft=sft,
+        pairs=replace(sft, algorithm="sample_pairs", pairs=PairsConfig(count=2000, sampling=SAMPLING)),
+        rm_scalar=rm_scalar,
+        rm_seq2seq=replace(rm_scalar, algorithm="seq2seq_rm", mapping=MappingConfig(instruction="")),
+        imitation=replace(sft, num_steps=None, num_epochs=2.0, data=replace(sft.data, batch_size=8)),
+        dpo=replace(sft, algorithm="dpo", num_steps=None, num_epochs=1.0, data=replace(sft.data, batch_size=8)),
+        best_of_n=replace(ppo, algorithm="best_of_n", num_steps=None, best_of_n=BestOfNConfig(n=8)),
+        ppo=ppo,
+        evaluate=replace(ppo, algorithm="evaluate", data=replace(prompts, batch_size=256)),
     )

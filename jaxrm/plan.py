@@ -27,12 +27,13 @@ from jaxrm.config import command_line
 from jaxrm.errors import UserError, option
 from jaxrm.experiment import Experiment
 from jaxrm.pipeline import config as pipeline
-from jaxrm.pipeline.config import config_class
 
 if TYPE_CHECKING:
     from jaxrm.planning.cost import Plan
     from jaxrm.planning.search import Try
     from jaxrm.planning.topology import Topology
+
+CONFIG_CLASSES = (Experiment, pipeline.Pipeline)
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -187,4 +188,4 @@ def _of_shape(config: Experiment, model: str | None) -> Experiment:
 
 
 if __name__ == "__main__":
-    sys.exit(command_line.run(main, Experiment, define_flags=define_flags, config_class_of=config_class))
+    sys.exit(command_line.run(main, CONFIG_CLASSES, define_flags=define_flags))

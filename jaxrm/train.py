@@ -16,7 +16,6 @@ import os
 import sys
 
 from absl import flags
-from ml_collections import ConfigDict
 
 from jaxrm.config import command_line, dicts
 from jaxrm.errors import UserError
@@ -24,6 +23,8 @@ from jaxrm.experiment import Experiment
 from jaxrm.pipeline import config as pipeline
 from jaxrm.runtime import processes
 from jaxrm.study import config as study
+
+CONFIG_CLASSES = (Experiment, pipeline.Pipeline, study.Study)
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -44,7 +45,7 @@ def main(config: Experiment | pipeline.Pipeline | study.Study, given: flags.Flag
     if isinstance(config, study.Study):
         raise UserError("a study runs in one process, which starts a worker a core; start it once, without others")
     processes.start(joined, timeout=given.start_timeout)
-    processes.check_agreement(dicts.as_dict(config))
+    processes.check_agreement(dicts.to_dict(config))
     try:
         return _run(config)
     except RuntimeError as error:  # JAX's own errors among them
@@ -66,10 +67,5 @@ def _run(config: Experiment | pipeline.Pipeline | study.Study) -> int:
     return run_stage(config)
 
 
-def config_class(config: ConfigDict) -> type:
-    """The class of what a config file gave: a study, a pipeline or a single stage."""
-    return study.Study if "worlds" in config else pipeline.config_class(config)
-
-
 if __name__ == "__main__":
-    sys.exit(command_line.run(main, Experiment, define_flags=define_flags, config_class_of=config_class))
+    sys.exit(command_line.run(main, CONFIG_CLASSES, define_flags=define_flags))

@@ -66,7 +66,7 @@ def write_run(folder, algorithm, tokenizer, *, shape=TINY, value=None, **fields)
     """The folder of a run with one checkpoint, of small random parameters or of one value; nothing is compiled."""
     fields = {"model": ModelSource(preset="tiny"), "data": DataConfig(path="pairs.jsonl"), **fields}
     experiment = Experiment(run_dir=str(folder), algorithm=algorithm, **fields)
-    run = open_run(experiment.run_dir, dicts.as_dict(experiment))
+    run = open_run(experiment.run_dir, dicts.to_dict(experiment))
     save_shape_and_tokenizer(shape, tokenizer, run)
     abstract = abstract_scalar_model if algorithm == "scalar_rm" else abstract_decoder
     rng = np.random.default_rng(0)

@@ -14,7 +14,6 @@ from jaxrm.algorithms.ppo_config import CriticConfig, PPOConfig
 from jaxrm.algorithms.ppo_state import PPOBatch
 from jaxrm.algorithms.scoring import as_token_rewards
 from jaxrm.algorithms.state import create
-from jaxrm.config.dicts import from_config_dict
 from jaxrm.config.files import load_config_file
 from jaxrm.experiment import Experiment
 from jaxrm.inference.sharded_model import shard_model, shard_scalar_model
@@ -26,7 +25,7 @@ from jaxrm.pipeline.config import resolve
 from jaxrm.sharding.mesh import MeshConfig, build_mesh, check_batch
 from jaxrm.stages.ppo.learner import open_learner
 from jaxrm.study import config as study
-from jaxrm.train import config_class
+from jaxrm.train import CONFIG_CLASSES
 from jaxrm.types import ComparisonBatch, MappingBatch, TokenBatch
 
 CONFIGS = sorted((Path(__file__).resolve().parents[1] / "configs").glob("*.py"))
@@ -46,8 +45,7 @@ UNTRAINED = ("sample_pairs", "best_of_n", "evaluate")
 
 def stages_of(path):
     """Every stage that a config describes, by name; one that describes a single stage has it under its own."""
-    loaded, _ = load_config_file(str(path), Experiment)
-    config = from_config_dict(config_class(loaded), loaded)
+    config, _ = load_config_file(str(path), CONFIG_CLASSES)
     if isinstance(config, Experiment):
         return {path.stem: config}
     if isinstance(config, study.Study):
@@ -158,7 +156,7 @@ def test_reward_models_have_the_published_defaults(path):
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_a_config_says_how_to_run_it(path):
-    _, docstring = load_config_file(str(path), Experiment)
+    _, docstring = load_config_file(str(path), CONFIG_CLASSES)
     assert f"python -m jaxrm.train --config=configs/{path.name}" in docstring and "Needs:" in docstring
     assert len(path.read_text().splitlines()) <= LIMITS.get(path.stem.split("_")[0], 65)
 

@@ -1,14 +1,11 @@
-"""What every command of jaxrm shares: the config file, overrides of its fields, flags, and errors in one
-line.
+"""What every command of jaxrm shares: the config file, overrides of its fields, flags, and errors in one line.
 
     python -m jaxrm.train --config=configs/quickstart.py --config.optimizer.lr=3e-6
 
-The grammar is that of ml_collections' ``config_flags`` on absl flags: ``--config=file.py[:argument]`` names a
-Python file whose ``get_config([argument])`` returns the ``ConfigDict`` form of the config, and
-``--config.section.field=value`` overrides one field (``--noconfig.section.field`` switches off a boolean).
-Here the frozen dataclasses say what a field may hold, so that a value is judged by its field's type, an
-absent section is made by naming one of its fields, ``None`` can be typed, and every mistake is answered in
-one line.
+``--config=file.py[:argument]`` names a Python file whose ``get_config([argument])`` returns the config, a tree of
+frozen dataclasses. ``--config.section.field=value`` overrides one field (``--noconfig.section.field`` switches off a
+boolean). A value is judged by its field's type, an absent section is made by naming one of its fields, ``None`` can be
+typed, and every mistake is answered in one line.
 
 Exit status: what ``main`` returns (0 for None), 2 for a user's mistake, 130 for Ctrl-C.
 """
@@ -22,7 +19,6 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from absl import flags
-from ml_collections import ConfigDict
 
 from jaxrm.config import dicts
 from jaxrm.config import fields as config_fields
@@ -38,11 +34,10 @@ _HELP = {"--help", "-help", "-h", "--helpfull", "--helpshort"}
 
 def run(
     main: Callable[[Config, flags.FlagValues], int | None],
-    config_class: type[Config] | None = None,
+    config_class: type | tuple[type, ...] | None = None,
     *,
     define_flags: Callable[[flags.FlagValues], None] | None = None,
     config_required: bool = True,
-    config_class_of: Callable[[ConfigDict], type[Config]] | None = None,
     flag_of_field: Mapping[str, str] | None = None,
     argv: Sequence[str] | None = None,
 ) -> int:
@@ -54,12 +49,11 @@ def run(
         main: the command. It receives the frozen config (None if there is none) and the parsed flags; what it
             returns is the exit status, None meaning 0. A `UserError` that it raises becomes one line on
             stderr and status 2; any other exception is ours and keeps its traceback.
-        config_class: the frozen dataclass at the top of the config; None for a command without ``--config``.
+        config_class: the frozen dataclass that a config file may give, or several; None for a command without
+            ``--config``.
         define_flags: defines the command's own flags on the values that it is given, as in
             ``flags.DEFINE_string("prompt", None, "the text to answer", flag_values=values)``.
         config_required: whether leaving out ``--config`` is a mistake; if not, `main` receives None.
-        config_class_of: for a command whose config has more than one form: the frozen dataclass of what the config
-            file gave; `config_class` is that of the form that most files have.
         flag_of_field: for a command without ``--config``, which flag of its own stands for which field of the
             config, ``{"data.path": "--input"}``, since messages name fields.
         argv: the command line, program name first; ``sys.argv`` by default.
@@ -72,21 +66,17 @@ def run(
         define_flags(values)
     try:
         wants_help = not _HELP.isdisjoint(arguments)
-        loaded = None
-        if config_class is not None and (wants_help or config_class_of is not None):
-            path = _config_path(arguments)
-            loaded = None if path is None else _Loaded(path, *load_config_file(path, config_class))
-            if loaded is not None and config_class_of is not None:
-                config_class = config_class_of(loaded.config)
+        path = _config_path(arguments) if config_class is not None else None
+        loaded = None if path is None else _Loaded(path, *load_config_file(path, config_class or ()))
         if wants_help:
-            print(_help(main, config_class, values, loaded, config_required))
+            print(_help(main, config_class is not None, values, loaded, config_required))
             return 0
-        overrides = _parse(arguments, config_class, values)
+        overrides = _parse(arguments, config_class is not None, values, loaded)
         config = None
-        if config_class is not None:
-            if loaded is None and values.config is not None:
-                loaded = _Loaded(values.config, *load_config_file(values.config, config_class))
-            config = _read(loaded, overrides, config_class, config_required)
+        if loaded is not None:
+            config = dicts.with_changes(loaded.config, _changes(loaded.config, overrides))
+        elif config_class is not None and config_required:
+            raise UserError("--config is missing; required a config file; e.g. --config=configs/quickstart.py")
         with naming(flag_of_field or {}):
             return main(config, values) or 0  # type: ignore[arg-type]  # None only where it is not required
     except UserError as error:
@@ -124,7 +114,7 @@ class _Loaded(NamedTuple):
     """A config file that has been run: its path, what it gave, and its docstring."""
 
     path: str
-    config: ConfigDict
+    config: Any
     docstring: str | None
 
 
@@ -140,11 +130,13 @@ def _config_path(arguments: list[str]) -> str | None:
     return only_config.config
 
 
-def _parse(arguments: list[str], config_class: type | None, values: flags.FlagValues) -> dict[str, str]:
+def _parse(
+    arguments: list[str], takes_config: bool, values: flags.FlagValues, loaded: _Loaded | None
+) -> dict[str, str]:
     """Parse the whole command line: own flags land in `values`, overrides are returned as text by name."""
     overrides: dict[str, str] = {}
-    names = config_fields.field_names(config_class) if config_class is not None else {}
-    if config_class is not None:
+    names = config_fields.field_names(type(loaded.config)) if loaded is not None else {}
+    if takes_config:
         flags.DEFINE_string("config", None, "the config file", flag_values=values)
     for name, annotation in names.items():
         flags.DEFINE_flag(_Override(name, annotation, overrides), values)
@@ -152,6 +144,9 @@ def _parse(arguments: list[str], config_class: type | None, values: flags.FlagVa
     try:
         rest = values(arguments)[1:]
     except flags.UnrecognizedFlagError as error:
+        if takes_config and loaded is None and error.flagname.startswith(("config.", "noconfig.")):
+            name = error.flagname.split("=")[0]
+            raise UserError(f"--{name} overrides nothing; give its file too, --config=configs/….py") from None
         raise _unknown_flag(error.flagname.split("=")[0], values) from None
     except (flags.Error, ValueError) as error:
         raise _wrong_flag(str(error), values) from None
@@ -200,57 +195,41 @@ class _Override(flags.Flag):
         self._overrides[self.name] = argument
 
 
-def _read(
-    loaded: _Loaded | None, overrides: dict[str, str], config_class: type[Config], required: bool
-) -> Config | None:
-    """The frozen tree of the config file with the overrides in place."""
-    if loaded is None:
-        if required:
-            raise UserError("--config is missing; required a config file; e.g. --config=configs/quickstart.py")
-        if overrides:
-            raise UserError(f"--{next(iter(overrides))} overrides nothing; give its file too, --config=configs/….py")
-        return None
-    config = loaded.config
-    names = config_fields.field_names(config_class)
+def _changes(config: Any, overrides: Mapping[str, str]) -> dict[str, Any]:
+    """What was typed as values of the fields' types, by name without ``config.``."""
+    names = config_fields.field_names(type(config))
+    changes = {}
     for name, text in overrides.items():
-        *sections, last = name.split(".")[1:]
-        holder = config
-        for section in sections:
-            if not isinstance(holder.get(section), ConfigDict):
-                _assign(holder, section, ConfigDict())
-            holder = holder[section]
-        _assign(holder, last, dicts.parse_text(text, names[name], name, example=holder.get(last)))
-    return dicts.from_config_dict(config_class, config)
+        field = name.removeprefix("config.")
+        changes[field] = dicts.parse_text(text, names[name], name, example=_value_of(config, field))
+    return changes
 
 
-def _assign(holder: ConfigDict, name: str, value: Any) -> None:
-    """Assign whatever the file's own value was; `from_config_dict` judges by the field's type."""
-    with holder.ignore_type(), holder.unlocked():
-        holder[name] = value
+def _value_of(config: Any, field: str) -> Any:
+    """The value of a field by dotted name; None where its section is absent."""
+    for name in field.split("."):
+        config = getattr(config, name, None)
+    return config
 
 
 def _help(
-    main: Callable, config_class: type | None, values: flags.FlagValues, loaded: _Loaded | None, config_required: bool
+    main: Callable, takes_config: bool, values: flags.FlagValues, loaded: _Loaded | None, config_required: bool
 ) -> str:
     """Usage, the command's flags, and the fields of the config with the values of the file, if one is given."""
     spec = getattr(sys.modules.get("__main__"), "__spec__", None)
     name = spec.name if spec is not None and spec.name.startswith("jaxrm.") else "jaxrm.…"
-    usage = " --config=configs/….py [--config.section.field=value …]" if config_class is not None else ""
+    usage = " --config=configs/….py [--config.section.field=value …]" if takes_config else ""
     usage = usage if config_required or not usage else f" [{usage.strip()}]"
     lines = [f"usage: python -m {name}{usage}{' [flags]' if len(values) else ''}"]
     lines += ["", *(sys.modules[main.__module__].__doc__ or "").strip().splitlines()]
     if len(values):
         lines += ["", "Flags:"]
         lines += [f"  --{n}={config_fields.as_text(values[n].default)}  {values[n].help}" for n in values]
-    if config_class is None:
+    if not takes_config:
         return "\n".join(lines)
-    if loaded is None and not config_required:
+    if loaded is None:
         return "\n".join([*lines, "", "--config=configs/….py --help lists the fields of the config too."])
-    config, whose = None, "their defaults"
-    if loaded is not None:
-        config = loaded.config
-        lines += ["", f"{loaded.path}:", *(f"  {line}" for line in (loaded.docstring or "").strip().splitlines())]
-        whose = f"the values of {loaded.path}"
-    lines += ["", f"Fields of the config, with {whose}:"]
-    lines += [f"  --{line}" for line in config_fields.describe(config_class, config)]
+    lines += ["", f"{loaded.path}:", *(f"  {line}" for line in (loaded.docstring or "").strip().splitlines())]
+    lines += ["", f"Fields of the config, with the values of {loaded.path}:"]
+    lines += [f"  --{line}" for line in config_fields.describe(type(loaded.config), loaded.config)]
     return "\n".join(lines)

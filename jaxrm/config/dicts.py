@@ -1,8 +1,8 @@
-"""The bridge between frozen dataclasses (inside) and ml_collections' ``ConfigDict`` (at the command line).
+"""Trees of frozen dataclasses: from and to plain dicts, with some fields changed, and compared.
 
-The dataclass alone says what a field may hold: a ``ConfigDict`` and the text of a command line are both
-checked against its annotations, which may be strings (``from __future__ import annotations``).
-`config_fields` says which types a field may have.
+The dataclass alone says what a field may hold: what a JSON file, a config file or the text of a command line gives is
+checked against its annotations, which may be strings (``from __future__ import annotations``). `jaxrm.config.fields`
+says which types a field may have.
 """
 
 import dataclasses
@@ -12,13 +12,12 @@ import typing
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, TypeVar
 
-from ml_collections import ConfigDict, config_dict
-
 from jaxrm.config import fields
 from jaxrm.errors import UserError
 
 Tree = TypeVar("Tree")
 
+_INFINITIES = ("inf", "-inf")  # as `to_dict` writes them
 ABSENT = "(absent)"  # how `differences` shows a field that only the other config has
 _NOTHING = object()
 _BOOLEANS = {
@@ -31,56 +30,33 @@ _BOOLEANS = {
 }  # as absl spells them
 
 
-def to_config_dict(tree: Any) -> ConfigDict:
-    """Return the ``ConfigDict`` form of a tree of frozen dataclasses.
+def from_dict(cls: type[Tree], mapping: Mapping[str, Any], where: str = "config", *, root: str = "config") -> Tree:
+    """Build the frozen tree `cls` from values by field name.
 
-    A section becomes a nested ``ConfigDict``. A field that may be None and is None becomes a placeholder of
-    its type, so that it can be assigned later; an ``int`` in a ``float`` field becomes a ``float``.
-    """
-    values: dict[str, Any] = {}
-    for name, annotation in fields.annotations_of(type(tree)).items():
-        value, kinds = getattr(tree, name), fields.kinds_of(annotation)
-        if fields.is_section(type(value)):
-            values[name] = to_config_dict(value)
-        elif isinstance(value, tuple):
-            values[name] = tuple(to_config_dict(v) if fields.is_section(type(v)) else v for v in value)
-        elif value is None:
-            values[name] = config_dict.placeholder(_placeholder_type(kinds))
-        else:
-            values[name] = float(value) if type(value) is int and kinds[0] is float else value
-    return ConfigDict(values)
-
-
-def from_config_dict(
-    cls: type[Tree], config: Mapping[str, Any] | ConfigDict, where: str = "config", *, root: str = "config"
-) -> Tree:
-    """Rebuild the frozen tree `cls` from its ``ConfigDict`` (or plain dict) form.
-
-    Fields that `config` lacks take their defaults. The sections' own ``__post_init__`` checks run.
+    Fields that `mapping` lacks take their defaults. The sections' own ``__post_init__`` checks run.
 
     Args:
-        cls: a frozen dataclass.
-        config: values by field name; sections are nested mappings.
-        where: the dotted name of `config` in messages.
-        root: the dotted name of the whole config that it belongs to, which checks in ``__post_init__`` call
-            ``config``.
+      cls: a frozen dataclass.
+      mapping: values by field name; sections are nested mappings, or already what they should be. JSON has no
+        infinities, so that the texts ``inf`` and ``-inf`` stand for them.
+      where: the dotted name of `mapping` in messages.
+      root: the dotted name of the whole config that it belongs to, which checks in ``__post_init__`` call
+        ``config``.
 
     Raises:
-        UserError: an unknown field, a value of the wrong type, or a required field that is missing; and
-        whatever
-            the checks in ``__post_init__`` raise.
+      UserError: an unknown field, a value of the wrong type, or a required field that is missing; and whatever
+        the checks in ``__post_init__`` raise.
     """
     annotations = fields.annotations_of(cls)
-    given: dict[str, Any] = {str(name): config[name] for name in config}
-    for name in given:
+    for name in mapping:
         if name not in annotations:
             raise fields.unknown_field(f"{where}.{name}", fields.field_names(cls, where))
     values: dict[str, Any] = {}
     for field in dataclasses.fields(typing.cast(Any, cls)):
         name, annotation = f"{where}.{field.name}", annotations[field.name]
-        if field.name in given:
+        if field.name in mapping:
             inside = name if field.metadata == fields.WHOLE else root
-            values[field.name] = _checked(given[field.name], annotation, name, field.default, root=inside)
+            values[field.name] = _checked(mapping[field.name], annotation, name, field.default, root=inside)
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             advice = fields.advice_for(annotation, name)
             raise UserError(f"{name} is missing; required {fields.type_name(annotation)}; {advice}")
@@ -88,6 +64,38 @@ def from_config_dict(
         return cls(**values)
     except UserError as error:
         raise _placed(error, cls, where, root) from error
+
+
+def checked(tree: Tree, where: str = "config") -> Tree:
+    """The tree with every value checked again and of its field's type: an ``int`` in a ``float`` becomes one.
+
+    Raises:
+      UserError: as `from_dict`.
+    """
+    return from_dict(type(tree), _values(tree), where)
+
+
+def with_changes(tree: Tree, changes: Mapping[str, Any], where: str = "config", *, root: str = "config") -> Tree:
+    """The tree with some of its fields at other values.
+
+    Args:
+      tree: a frozen dataclass.
+      changes: values by dotted name, ``{"optimizer.lr": 1e-5}``. A field of a section that is None makes the section.
+        The last one counts.
+      where: the dotted name of `tree` in messages.
+      root: as in `from_dict`.
+
+    Raises:
+      UserError: as `from_dict`.
+    """
+    values = {field.name: getattr(tree, field.name) for field in dataclasses.fields(typing.cast(Any, tree))}
+    whole = {field.name for field in dataclasses.fields(typing.cast(Any, tree)) if field.metadata == fields.WHOLE}
+    for name, value in _nested(changes).items():
+        section, place = values.get(name), f"{where}.{name}"
+        if isinstance(value, Mapping) and fields.is_section(type(section)):
+            value = with_changes(section, value, place, root=place if name in whole else root)
+        values[name] = value
+    return from_dict(type(tree), values, where, root=root)
 
 
 def parse_text(text: str, annotation: Any, where: str, example: Any = None) -> Any:
@@ -118,7 +126,7 @@ def parse_text(text: str, annotation: Any, where: str, example: Any = None) -> A
     raise fields.wrong_value(text, annotation, where, example)
 
 
-def as_dict(tree: Any) -> dict[str, Any]:
+def to_dict(tree: Any) -> dict[str, Any]:
     """Return the tree as nested dicts that ``json.dumps(…, allow_nan=False)`` takes.
 
     Tuples become lists, and infinities the strings ``inf`` and ``-inf``.
@@ -126,25 +134,39 @@ def as_dict(tree: Any) -> dict[str, Any]:
     return {field.name: _as_json(getattr(tree, field.name)) for field in dataclasses.fields(tree)}
 
 
+as_dict = to_dict  # as it was called; gone once nothing says so
+
+
 def differences(a: Any, b: Any) -> list[tuple[str, Any, Any]]:
     """List the fields in which two configs differ as (dotted name, value in `a`, value in `b`).
 
-    Either may be a tree or the dict that `as_dict` made of one. A field that one of them lacks is `ABSENT`
+    Either may be a tree or the dict that `to_dict` made of one. A field that one of them lacks is `ABSENT`
     there. Names have no ``config.`` in front.
     """
-    left, right = (dict(_flat(t if isinstance(t, Mapping) else as_dict(t))) for t in (a, b))
+    left, right = (dict(_flat(t if isinstance(t, Mapping) else to_dict(t))) for t in (a, b))
     names = [*left, *(name for name in right if name not in left)]
     pairs = [(name, left.get(name, ABSENT), right.get(name, ABSENT)) for name in names]
     return [(name, x, y) for name, x, y in pairs if x != y or isinstance(x, bool) != isinstance(y, bool)]
 
 
-def _placeholder_type(kinds: tuple[Any, ...]) -> type:
-    if len(kinds) != 2:  # more than one type beside None
-        return object
-    kind = typing.get_origin(kinds[0]) or kinds[0]
-    if kind is Literal:
-        return type(typing.get_args(kinds[0])[0])
-    return ConfigDict if fields.is_section(kind) else kind
+def _values(tree: Any) -> dict[str, Any]:
+    """What a section holds, sections in it as dicts."""
+    values = {field.name: getattr(tree, field.name) for field in dataclasses.fields(tree)}
+    return {name: _values(value) if fields.is_section(type(value)) else value for name, value in values.items()}
+
+
+def _nested(changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Changes by dotted name as nested dicts."""
+    nested: dict[str, Any] = {}
+    for dotted, value in changes.items():
+        *sections, last = dotted.split(".")
+        holder = nested
+        for section in sections:
+            if not isinstance(holder.get(section), dict):
+                holder[section] = {}
+            holder = holder[section]
+        holder[last] = value
+    return nested
 
 
 def _checked(value: Any, annotation: Any, where: str, example: Any = None, *, root: str = "config") -> Any:
@@ -153,8 +175,8 @@ def _checked(value: Any, annotation: Any, where: str, example: Any = None, *, ro
         if fields.is_section(kind):
             if isinstance(value, kind):
                 return value
-            if isinstance(value, Mapping | ConfigDict):
-                return from_config_dict(kind, value, where, root=root)
+            if isinstance(value, Mapping):
+                return from_dict(kind, value, where, root=root)
         elif typing.get_origin(kind) is tuple:
             parts = fields.parts_of(kind, len(value)) if isinstance(value, tuple | list) else None
             if parts is not None:
@@ -164,6 +186,8 @@ def _checked(value: Any, annotation: Any, where: str, example: Any = None, *, ro
             if value in typing.get_args(kind):
                 return value
         elif kind is float:
+            if value in _INFINITIES:
+                return float(value)
             if isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value):
                 return float(value)
         else:
@@ -210,7 +234,7 @@ def _read(text: str, kind: Any) -> Any:
 
 def _as_json(value: Any) -> Any:
     if fields.is_section(type(value)):
-        return as_dict(value)
+        return to_dict(value)
     if isinstance(value, tuple):
         return [_as_json(v) for v in value]
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -19,7 +19,7 @@ from jaxrm.errors import UserError
 
 WHOLE = {"holds a whole config": True}
 """``field(metadata=WHOLE)``: the field's section is a config by itself, whose own checks call its fields ``config.…``,
-as a stage of a pipeline is; `config.from_config_dict` names them by their place."""
+as a stage of a pipeline is; `config.from_dict` names them by their place."""
 
 _MISSING = dataclasses.MISSING
 _EXAMPLES = {bool: True, int: 8, float: 0.5}
@@ -163,7 +163,7 @@ def describe(cls: Any, config: Any = None, where: str = "config") -> list[str]:
 
     Args:
         cls: a frozen dataclass.
-        config: an instance of it or its mapping form; None for the defaults.
+        config: an instance of it; None for the defaults.
         where: the dotted name of `cls`.
     """
     lines = []
@@ -171,7 +171,6 @@ def describe(cls: Any, config: Any = None, where: str = "config") -> list[str]:
         value = _value_or_default(cls, config, name)
         section = section_of(annotation)
         if section is None or value is None:
-            shown = "(required)" if value is _MISSING else "" if value is None else as_text(value)
             shown = "(required)" if value is _MISSING else as_text(value)
             lines.append(f"{where}.{name}={shown}  ({type_name(annotation)})")
         if section is not None:
@@ -180,9 +179,7 @@ def describe(cls: Any, config: Any = None, where: str = "config") -> list[str]:
 
 
 def _value_or_default(cls: Any, config: Any, name: str) -> Any:
-    if is_section(type(config)):
+    if config is not None:
         return getattr(config, name)
-    if config is not None and name in config:
-        return config[name]
     field = next(field for field in dataclasses.fields(cls) if field.name == name)
     return field.default_factory() if field.default_factory is not _MISSING else field.default

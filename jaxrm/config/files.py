@@ -1,37 +1,35 @@
 """Reading a config file: a Python file whose ``get_config()`` returns the config."""
 
+import dataclasses
 import difflib
 import inspect
+import re
 import sys
 import traceback
 import types
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ml_collections import ConfigDict
-
-from jaxrm.config.dicts import to_config_dict
+from jaxrm.config import dicts
 from jaxrm.errors import UserError
 
+_GONE = re.compile("ml_collections|to_config_dict")  # what config files of before import
 _PACKAGE = Path(__file__).resolve().parents[1]
 
 
-def load_config_file(name: str, config_class: type) -> tuple[ConfigDict, str | None]:
+def load_config_file(name: str, config_class: type | tuple[type, ...] = object) -> tuple[Any, str | None]:
     """Run a config file and return its config and its docstring.
 
     Args:
-        name: ``path/to/file.py``, or ``path/to/file.py:argument`` for a ``get_config`` that takes an
-        argument. config_class: the dataclass at the top of the config, which ``get_config`` may return as
-        well as its
-            ``ConfigDict`` form.
+      name: ``path/to/file.py``, or ``path/to/file.py:argument`` for a ``get_config`` that takes an argument.
+      config_class: the frozen dataclass that ``get_config`` may return, or several.
 
     Returns:
-        The config in its ``ConfigDict`` form, its fields not yet checked, and the file's docstring.
+      The config with its fields checked, and the file's docstring.
 
     Raises:
-        UserError: no such file, no ``get_config`` in it, an argument too many or too few, a result that is no
-            config, or anything that goes wrong while the file runs, with its line.
+      UserError: no such file, no ``get_config`` in it, an argument too many or too few, a result that is no
+        config, or anything that goes wrong while the file runs, with its line.
     """
     path, colon, argument = name.partition(":")
     if not path:
@@ -54,14 +52,15 @@ def load_config_file(name: str, config_class: type) -> tuple[ConfigDict, str | N
         frames = traceback.extract_tb(error.__traceback__)
         if Path(frames[-1].filename).resolve().is_relative_to(_PACKAGE) and not isinstance(error, SyntaxError):
             raise  # went wrong inside jaxrm: ours, with its traceback
-        raise UserError(f"{_where(error, path)}: {type(error).__name__}: {error}") from error
-    if isinstance(config, config_class):
-        config = to_config_dict(config)
-    if not isinstance(config, Mapping | ConfigDict):
+        advice = "; get_config() returns the config itself" if _GONE.search(str(error)) else ""
+        raise UserError(f"{_where(error, path)}: {type(error).__name__}: {error}{advice}") from error
+    if not isinstance(config, config_class) or not dataclasses.is_dataclass(config):
+        classes = config_class if isinstance(config_class, tuple) else (config_class,)
         raise UserError(
-            f"{path}: get_config() returns {type(config).__name__}; required {config_class.__name__} or its ConfigDict"
+            f"{path}: get_config() returns {type(config).__name__}; required the config itself, "
+            f"return {' or '.join(each.__name__ for each in classes)}(...)"
         )
-    return ConfigDict(config), module.__doc__
+    return dicts.checked(config), module.__doc__
 
 
 def _source(path: str) -> bytes:

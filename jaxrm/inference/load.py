@@ -49,7 +49,7 @@ class Trained:
 def save_shape_and_tokenizer(config: ModelConfig, tokenizer: "PreTrainedTokenizerBase", folder: RunFolder) -> None:
     """Save shape and tokenizer in the run's folder, once and whole, so that it can be read without its sources."""
     if not folder.model.exists():
-        atomic.write_json(folder.model, dicts.as_dict(config))
+        atomic.write_json(folder.model, dicts.to_dict(config))
     if not folder.tokenizer.exists():
         with tempfile.TemporaryDirectory(prefix=".tokenizer-", dir=folder.path) as name:
             save_tokenizer(tokenizer, Path(name) / "tokenizer")

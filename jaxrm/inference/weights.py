@@ -83,7 +83,7 @@ def find_checkpoint(path: str, field: str = "--checkpoint", algorithms: tuple[st
         )
     if not (run / "run.json").is_file():
         raise UserError(f"{option(field)} is {path!r}, but {run} has no run.json; {instead}")
-    config = dicts.from_config_dict(Experiment, _read_json(run / "run.json", path, field)["config"])
+    config = dicts.from_dict(Experiment, _read_json(run / "run.json", path, field)["config"])
     if algorithms and config.algorithm not in algorithms:
         raise UserError(
             f"{option(field)} is {path!r}, a run of {config.algorithm}; required a model of {' or '.join(algorithms)}; "
@@ -96,7 +96,7 @@ def find_checkpoint(path: str, field: str = "--checkpoint", algorithms: tuple[st
     checkpoints = Checkpoints(folder.checkpoints, read_only=True)
     step = _choose(checkpoints, wanted, path, field)
     checkpoints.close()
-    return RunCheckpoint(folder, step, config, dicts.from_config_dict(ModelConfig, described, "model.json"))
+    return RunCheckpoint(folder, step, config, dicts.from_dict(ModelConfig, described, "model.json"))
 
 
 def _read_json(file: Path, path: str, field: str) -> dict[str, Any]:

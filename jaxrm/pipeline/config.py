@@ -19,9 +19,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ml_collections import ConfigDict
-
-from jaxrm.config import dicts
 from jaxrm.config.fields import WHOLE
 from jaxrm.errors import UserError, flag, option
 from jaxrm.experiment import Experiment
@@ -85,8 +82,8 @@ class Stage:
 
 
 def pipeline(
-    run_dir: str, *, seed: int | None = None, on_existing: OnExisting = "resume", **stages: Experiment | ConfigDict
-) -> ConfigDict:
+    run_dir: str, *, seed: int | None = None, on_existing: OnExisting = "resume", **stages: Experiment
+) -> Pipeline:
     """Return the config of a pipeline whose stages run in the order given; for the arguments see `Pipeline`.
 
     Raises:
@@ -97,25 +94,12 @@ def pipeline(
         raise UserError("pipeline() has no stage; give some, e.g. pipeline(run_dir, sft=Experiment(...))")
     values: dict[str, Experiment] = {}
     for name, stage in stages.items():
-        if name in own or hasattr(ConfigDict, name):
+        if name in own:
             raise UserError(f"pipeline() has a stage called {name}, which means something else; call it otherwise")
-        if isinstance(stage, ConfigDict) and "stages" not in stage:
-            stage = dicts.from_config_dict(Experiment, stage, f"{option(name)}", root=f"{option(name)}")
         if not isinstance(stage, Experiment):
             raise UserError(f"the stage {name} of pipeline() is {type(stage).__name__}; required Experiment")
         values[name] = stage
-    made = _class_of(tuple(values))(run_dir=run_dir, seed=seed, on_existing=on_existing, stages=tuple(values), **values)
-    return dicts.to_config_dict(made)
-
-
-def config_class(config: ConfigDict) -> type:
-    """Return the class of what a config file gave: an `Experiment`, or the `Pipeline` with the stages that it has."""
-    if "stages" not in config:
-        return Experiment
-    own = [name.name for name in dataclasses.fields(Pipeline)]
-    found = [name for name in config if name not in own and isinstance(config.get(name), Mapping | ConfigDict)]
-    order = [name for name in config.stages or () if name in found]
-    return _class_of((*order, *(name for name in found if name not in order)))
+    return _class_of(tuple(values))(run_dir=run_dir, seed=seed, on_existing=on_existing, stages=tuple(values), **values)
 
 
 def stage_names(config: Any) -> tuple[str, ...]:

@@ -75,7 +75,7 @@ def _run_stage(
 ) -> int:
     """Run one stage and keep its record, however it ends."""
     name, before = stage.name, records.get(stage.name, {}).get("seconds", 0.0)
-    config = dicts.as_dict(stage.experiment)
+    config = dicts.to_dict(stage.experiment)
     started, state = time.monotonic(), "running"
 
     def keep() -> None:
@@ -192,7 +192,7 @@ def _done(config: Pipeline, stages: Mapping[str, Stage], records: Records) -> se
             try:
                 with naming({"": stage.where}):
                     check_run(
-                        run_dir, dicts.as_dict(stage.experiment), on_existing=on_existing, may_differ=RESUMABLE_FIELDS
+                        run_dir, dicts.to_dict(stage.experiment), on_existing=on_existing, may_differ=RESUMABLE_FIELDS
                     )
             except UserError as error:
                 message = str(error)

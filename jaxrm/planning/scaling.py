@@ -5,11 +5,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jaxrm.config.dicts import with_changes
 from jaxrm.errors import UserError
 from jaxrm.experiment import Experiment
 from jaxrm.planning.cost import Plan, plan_stage
 from jaxrm.planning.report import ASSUMPTIONS
-from jaxrm.planning.search import changed
 from jaxrm.planning.topology import GIB, Topology
 from jaxrm.reports.report import Curves, Series, Table, write_report
 from jaxrm.runtime.progress import Progress, print_table
@@ -52,7 +52,7 @@ def weak_scaling(config: Experiment, topologies: Sequence[Topology], *, show_pro
             change: dict[str, Any] = {"data.batch_size": config.data.batch_size * times}
             if config.ptx is not None:
                 change["ptx.batch_size"] = config.ptx.batch_size * times
-            plans.append(plan_stage(changed(config, change), topology))
+            plans.append(plan_stage(with_changes(config, change), topology))
             progress.update(len(plans))
     return plans
 

@@ -1,6 +1,5 @@
 """Plans that fit: the nearest change to a config that does, and the best mesh for it; both are compiled."""
 
-import dataclasses
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -8,6 +7,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from jaxrm.config.dicts import with_changes
 from jaxrm.errors import UserError
 from jaxrm.experiment import Experiment
 from jaxrm.planning.cost import Plan, plan_stage
@@ -49,7 +49,7 @@ def nearest_fit(config: Experiment, topology: Topology, *, most: int, show_progr
     tries: list[Try] = []
     with Progress("look for one that fits", most, unit="tries", enabled=show_progress) as progress:
         for change in _room(config, topology, _near(config, topology)):
-            tries.append(Try(change, plan_stage(changed(config, change), topology, until_misfit=True)))
+            tries.append(Try(change, plan_stage(with_changes(config, change), topology, until_misfit=True)))
             progress.update(len(tries))
             if tries[-1].plan.fits or len(tries) == most:
                 break
@@ -67,24 +67,15 @@ def best_fits(config: Experiment, topology: Topology, *, most: int, show_progres
     tries: list[Try] = []
     with Progress("search meshes", most, unit="tries", enabled=show_progress) as progress:
         for mesh_change in _room(config, topology, _meshes(config, topology)):
-            for parts in _microbatches(changed(config, mesh_change), topology):
+            for parts in _microbatches(with_changes(config, mesh_change), topology):
                 if len(tries) == most:
                     break
                 change = {**mesh_change, "num_microbatches": parts}
-                tries.append(Try(change, plan_stage(changed(config, change), topology, until_misfit=True)))
+                tries.append(Try(change, plan_stage(with_changes(config, change), topology, until_misfit=True)))
                 progress.update(len(tries))
                 if tries[-1].plan.fits:
                     break
     return sorted(tries, key=lambda each: (not each.plan.fits, each.plan.seconds[1] if each.plan.seconds else math.inf))
-
-
-def changed(config: Any, change: Mapping[str, Any]) -> Any:
-    """The config with fields replaced, named as ``mesh.fsdp``."""
-    for name, value in change.items():
-        field, _, rest = name.partition(".")
-        inner = changed(getattr(config, field), {rest: value}) if rest else value
-        config = dataclasses.replace(config, **{field: inner})
-    return config
 
 
 def _near(config: Experiment, topology: Topology) -> Iterator[dict[str, Any]]:
@@ -96,9 +87,9 @@ def _near(config: Experiment, topology: Topology) -> Iterator[dict[str, Any]]:
                 yield {**remat, "num_microbatches": parts}
     own = dict(build_mesh(config.mesh, topology.devices).shape) if _divides(config, topology) else None
     for mesh in _meshes(config, topology):
-        if dict(build_mesh(changed(config, mesh).mesh, topology.devices).shape) == own:
+        if dict(build_mesh(with_changes(config, mesh).mesh, topology.devices).shape) == own:
             continue
-        several = _microbatches(changed(config, mesh), topology)
+        several = _microbatches(with_changes(config, mesh), topology)
         for parts in dict.fromkeys((several[0], several[-1])):
             yield {**mesh, **remats[-1], "num_microbatches": parts}
 
@@ -121,7 +112,7 @@ def _meshes(config: Experiment, topology: Topology) -> list[dict[str, int]]:
             sizes = {"data": count // tensor // fsdp, "fsdp": fsdp, "tensor": tensor}
             sizes |= {axis: 1 for axis in AXES if axis not in sizes}
             change = {f"mesh.{axis}": size for axis, size in sizes.items() if size != getattr(config.mesh, axis)}
-            tried = changed(config, {**change, "num_microbatches": 1})
+            tried = with_changes(config, {**change, "num_microbatches": 1})
             try:
                 programs = stage_programs(tried, build_mesh(tried.mesh, topology.devices))
             except UserError:
@@ -144,7 +135,7 @@ def _sent(config: Experiment, programs: Programs, sizes: Mapping[str, int]) -> f
 def _room(config: Experiment, topology: Topology, changes: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """The changes with which at least what stays on a device has room there."""
     for change in changes:
-        tried = changed(config, change)
+        tried = with_changes(config, change)
         residents = stage_programs(tried, build_mesh(tried.mesh, topology.devices)).residents
         if topology.chip is None or device_bytes(dict(residents)) <= topology.chip.memory * GIB:
             yield change

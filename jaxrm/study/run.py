@@ -127,7 +127,7 @@ def _open(config: Study) -> Path:
     """Make the folder of the study and write its record; refuse the folder of another study."""
     path, run_dir = checked_path(config.run_dir), config.run_dir
     check_writable(path, run_dir)
-    resolved = dicts.as_dict(config)
+    resolved = dicts.to_dict(config)
     entries = [entry.name for entry in path.iterdir()] if path.exists() else []
     names = sorted(name for name in entries if name != _LOCK and not atomic.is_unfinished(name))
     if names and _RECORD not in names and config.on_existing != "restart":

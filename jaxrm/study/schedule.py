@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jaxrm.algorithms.reward_config import RewardConfig
+from jaxrm.config.dicts import with_changes
 from jaxrm.data import tasks
 from jaxrm.experiment import AnswersConfig, Experiment
 from jaxrm.models.build import ModelSource
@@ -79,7 +80,7 @@ def shared_runs(study: Study, world: str, seed: int) -> list[StudyRun]:
         site.run("pairs", study.pairs, site.task, policy, needs=("sft",)),
     ]
     for name in REWARD_MODELS:
-        template = _with_changes(getattr(study, name), {"evaluation.judge": site.task})
+        template = with_changes(getattr(study, name), {"evaluation.judge": site.task})
         runs.append(site.run(name, template, f"{site.folder('pairs')}/pairs.jsonl", policy, needs=("pairs",)))
     return runs
 
@@ -144,7 +145,7 @@ class _Site:
         needs: tuple[str, ...] = (),
     ) -> StudyRun:
         """A run of this site: a template of the study with its data, model, setting, seed and folder."""
-        tuned = _with_changes(template, {"data.path": data, **dict(setting)})
+        tuned = with_changes(template, {"data.path": data, **dict(setting)})
         experiment = dataclasses.replace(tuned, seed=self.seed, run_dir=self.folder(path), model=model)
         return StudyRun(self.name(path), experiment, tuple(self.name(need) for need in dict.fromkeys(needs)))
 
@@ -240,7 +241,7 @@ def _ppo_policy(site: _Site, arm: str, setting: Setting, is_final: bool) -> _Arm
     }
     if not is_final:
         changes["evaluation.every"] = _NEVER
-    template = _with_changes(site.study.ppo, changes)
+    template = with_changes(site.study.ppo, changes)
     run = site.run(path, template, site.task, site.model("sft"), setting, ("rm_scalar", reward_path))
     return _ArmPolicy((run,), path, run.experiment.reward, reward_path)
 
@@ -251,7 +252,7 @@ def _best_of_n_policy(site: _Site, arm: str, setting: Setting, is_final: bool) -
     source = arm.removeprefix("rft_").removeprefix("best_of_n_")
     reward_path = f"rm_{source}"
     kind = "scalar" if source == "scalar" else study.best_of_n.reward.kind
-    template = _with_changes(study.best_of_n, {"reward.kind": kind, "reward.model": site.folder(reward_path)})
+    template = with_changes(study.best_of_n, {"reward.kind": kind, "reward.model": site.folder(reward_path)})
     if arm.startswith("best_of_n_"):
         return _ArmPolicy((), "sft", template.reward, reward_path, template.best_of_n.n)
     winners = f"winners_{source}"
@@ -281,13 +282,4 @@ def _policy_path(arm: str, setting: Setting, is_final: bool) -> str:
 
 def _keep_checkpoints(template: Experiment, is_final: bool) -> Experiment:
     """Keep the checkpoints of a final run, which are evaluated afterwards."""
-    return _with_changes(template, {"checkpoint.every": 12, "checkpoint.keep": 8}) if is_final else template
-
-
-def _with_changes(tree: Any, changes: Mapping[str, Any]) -> Any:
-    """The tree with some of its fields, by dotted name, at other values."""
-    for dotted, value in changes.items():
-        name, _, rest = dotted.partition(".")
-        inner = _with_changes(getattr(tree, name), {rest: value}) if rest else value
-        tree = dataclasses.replace(tree, **{name: inner})
-    return tree
+    return with_changes(template, {"checkpoint.every": 12, "checkpoint.keep": 8}) if is_final else template

@@ -68,7 +68,7 @@ def _run(experiment: dict[str, Any]) -> int:
 
     logging.getLogger("absl").setLevel(logging.ERROR)
     try:
-        return run_stage(dicts.from_config_dict(Experiment, experiment))
+        return run_stage(dicts.from_dict(Experiment, experiment))
     finally:
         gc.collect()
         jax.clear_caches()

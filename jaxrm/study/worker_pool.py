@@ -55,7 +55,7 @@ class Worker:
         """Start a run whose output goes to ``log``."""
         if self._process is None or self._process.poll() is not None:
             self._process = self._launch()
-        task = json.dumps({"experiment": dicts.as_dict(run.experiment), "log": str(log)})
+        task = json.dumps({"experiment": dicts.to_dict(run.experiment), "log": str(log)})
         threading.Thread(target=self._execute, args=(self._process, task), daemon=True).start()
 
     def stop(self) -> None:

@@ -64,7 +64,7 @@ def main() -> None:
 
 def repeated(study: Path, final: Path, change: str) -> Experiment:
     """A final run of a study with one field of ``config.reward`` changed."""
-    config = dicts.from_config_dict(Experiment, json.loads((final / "run.json").read_text())["config"])
+    config = dicts.from_dict(Experiment, json.loads((final / "run.json").read_text())["config"])
     field, _, text = change.partition("=")
     try:
         value: float | str = float(text)

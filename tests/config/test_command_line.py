@@ -64,6 +64,8 @@ def main(config, flags):
 
 
 if __name__ == "__main__":
+    from toy import Toy  # the class that the config file imports
+
     sys.exit(command_line.run(main, Toy, define_flags=define_flags))
 '''
 
@@ -73,11 +75,10 @@ Takes a second.
 """
 
 from toy import Optimizer, Toy
-from jaxrm.config.dicts import to_config_dict
 
 
 def get_config(size="small"):
-    return to_config_dict(Toy(num_steps=12 if size == "small" else 99, optimizer=Optimizer(lr=0.5)))
+    return Toy(num_steps=12 if size == "small" else 99, optimizer=Optimizer(lr=0.5))
 '''
 
 
@@ -167,9 +168,9 @@ def test_naming_a_field_makes_the_section_that_was_none(parse, toy):
     assert parse("--config=x.py", "--config.judge.every=3", "--config.judge=None")[0].judge is None
 
 
-def test_a_config_file_may_return_the_tree_itself(parse, toy):
-    Path("y.py").write_text("from toy import Toy\ndef get_config():\n    return Toy(num_steps=1)\n")
-    assert parse("--config=y.py", "--config.sizes=")[0] == toy.Toy(1, sizes=())
+def test_ints_of_a_config_file_become_floats_in_float_fields(parse):
+    Path("y.py").write_text("from toy import *\ndef get_config():\n    return Toy(optimizer=Optimizer(lr=1))\n")
+    assert isinstance(parse("--config=y.py", "--config.sizes=")[0].optimizer.lr, float)
 
 
 def test_the_commands_own_flags_are_parsed_beside_the_config(parse):
@@ -243,7 +244,10 @@ def test_a_mistaken_argument_gets_one_line(refuse, arguments, message):
         ("\n1 / 0\n", "bad.py:2: ZeroDivisionError: division by zero"),
         ("import nowhere_at_all\n", "bad.py:1: ModuleNotFoundError: No module named 'nowhere_at_all'"),
         ("x = 3\n", "bad.py: there is no get_config; required a function get_config() that returns the config"),
-        ("def get_config():\n    pass\n", "bad.py: get_config() returns NoneType; required Toy or its ConfigDict"),
+        (
+            "def get_config():\n    pass\n",
+            "get_config() returns NoneType; required the config itself, return Toy(...)",
+        ),
         ("def get_config(size):\n    pass\n", "use --config=bad.py:argument"),
         (
             "from toy import *\ndef get_config():\n    return Toy(\n        num_stepz=3)\n",
@@ -254,10 +258,16 @@ def test_a_mistaken_argument_gets_one_line(refuse, arguments, message):
             "bad.py:3: config.optimizer.lr is 0; required above 0",
         ),
         (
-            "def get_config():\n    return {'optimizer': {'rate': 1}}\n",
-            "config.optimizer.rate is no field of the config",
+            "def get_config():\n    return {'num_steps': 1}\n",
+            "bad.py: get_config() returns dict; required the config",
         ),
-        ("def get_config():\n    return {'num_steps': 'a'}\n", "config.num_steps is 'a'; required int"),
+        ("class Other: pass\ndef get_config():\n    return Other()\n", "bad.py: get_config() returns Other; required"),
+        ("from jaxrm.config.dicts import to_config_dict\n", "; get_config() returns the config itself"),
+        ("from toy import *\ndef get_config():\n    return Toy('a')\n", "config.num_steps is 'a'; required int"),
+        (
+            "from toy import *\ndef get_config():\n    return Toy(optimizer=Optimizer(clip='a'))\n",
+            "config.optimizer.clip is 'a'; required float or None",
+        ),
     ],
 )
 def test_a_broken_config_file_gets_one_line(refuse, text, message):
@@ -273,8 +283,9 @@ def test_a_missing_config_file_is_one_line_with_the_nearest_name(refuse):
     assert "it is a folder" in refuse("--config=configs")
     assert "--config is ''" in refuse("--config=")
     assert "--config is missing; required a config file" in refuse()
+    assert "--config.num_steps overrides nothing; give its file too" in refuse("--config.num_steps=3")
     assert "use --config=plain.py" in (
-        Path("plain.py").write_text("def get_config():\n    return {}\n") and refuse("--config=plain.py:large")
+        Path("plain.py").write_text("def get_config():\n    pass\n") and refuse("--config=plain.py:large")
     )
 
 
@@ -313,16 +324,20 @@ def test_help_lists_flags_and_fields_with_the_values_of_the_file(toy, capsys):
         "usage: python -m",
         "Trains a toy.",
         "--max_tokens=16  tokens at most",
-        "Fields of the config, with their defaults",
-        "--config.num_steps=5  (int)",
+        "--config=configs/….py --help lists the fields of the config too.",
+    ):
+        assert text in out
+    assert command_line.run(toy.main, argv=["t", "--config=x.py", "--prompt=a", "-h"], **options) == 0
+    out = capsys.readouterr().out
+    for text in (
+        "Twelve steps of the toy.",
+        "Fields of the config, with the values of x.py",
+        "--config.num_steps=12  (int)",
         "--config.judge=None  (section Judge or None)",
         "--config.judge.every=10  (int)",
         "--config.sizes=1,2  (tuple of int)",
     ):
         assert text in out
-    assert command_line.run(toy.main, argv=["t", "--config=x.py", "--prompt=a", "-h"], **options) == 0
-    out = capsys.readouterr().out
-    assert "Twelve steps of the toy." in out and "--config.num_steps=12  (int)" in out
 
 
 @pytest.mark.parametrize(

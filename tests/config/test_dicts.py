@@ -1,4 +1,4 @@
-"""The bridge between frozen dataclasses and ConfigDict."""
+"""Trees of frozen dataclasses from and to dicts, changed and compared."""
 
 from __future__ import annotations
 
@@ -7,10 +7,8 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import pytest
-from absl import flags
-from ml_collections import ConfigDict, config_flags
 
-from jaxrm.config.dicts import ABSENT, as_dict, differences, from_config_dict, parse_text, to_config_dict
+from jaxrm.config.dicts import ABSENT, checked, differences, from_dict, parse_text, to_dict, with_changes
 from jaxrm.config.fields import did_you_mean, field_names
 from jaxrm.errors import UserError
 
@@ -60,8 +58,8 @@ FULL = Tree(
 
 
 @pytest.mark.parametrize("tree", [Tree(3), FULL])
-def test_a_tree_survives_the_round_trip_and_can_be_hashed(tree):
-    again = from_config_dict(Tree, to_config_dict(tree))
+def test_a_tree_survives_json_and_can_be_hashed(tree):
+    again = from_dict(Tree, json.loads(json.dumps(to_dict(tree))))
     assert again == tree
     assert hash(again) == hash(tree)
     assert isinstance(again.optimizer, Optimizer)
@@ -69,38 +67,49 @@ def test_a_tree_survives_the_round_trip_and_can_be_hashed(tree):
 
 
 def test_ints_in_float_fields_become_floats():
-    config = to_config_dict(FULL)
-    assert isinstance(config.optimizer.lr, float) and isinstance(config.optimizer.clip, float)
-    plain = {"num_steps": 1, "optimizer": {"lr": 3, "betas": [1, 0]}}
-    optimizer = from_config_dict(Tree, plain).optimizer
-    assert (optimizer.lr, optimizer.betas) == (3.0, (1.0, 0.0))
-    assert [type(x) for x in (optimizer.lr, *optimizer.betas)] == [float, float, float]
+    for optimizer in (
+        checked(Tree(1, Optimizer(lr=3, betas=(1, 0)))).optimizer,
+        from_dict(Tree, {"num_steps": 1, "optimizer": {"lr": 3, "betas": [1, 0]}}).optimizer,
+        with_changes(Tree(1), {"optimizer.lr": 3, "optimizer.betas": (1, 0)}).optimizer,
+    ):
+        assert (optimizer.lr, optimizer.betas) == (3.0, (1.0, 0.0))
+        assert [type(x) for x in (optimizer.lr, *optimizer.betas)] == [float, float, float]
 
 
-def test_fields_that_are_none_are_placeholders_of_their_type():
-    config = to_config_dict(Tree(1)).lock()
-    config.eval_path = "b.jsonl"
-    config.optimizer.clip = 1
-    config.judge = ConfigDict({"every": 4})
-    tree = from_config_dict(Tree, config)
-    assert (tree.eval_path, tree.optimizer.clip, tree.judge) == ("b.jsonl", 1.0, Judge(4))
-    with pytest.raises(TypeError):
-        to_config_dict(Tree(1)).eval_path = 3
+@pytest.mark.parametrize(
+    ("changes", "tree"),
+    [
+        ({}, FULL),
+        ({"num_steps": 8, "optimizer.lr": 0.5}, replace(FULL, num_steps=8, optimizer=replace(FULL.optimizer, lr=0.5))),
+        ({"judge.every": 4}, replace(FULL, judge=Judge(4, ("a", "b")))),
+        ({"judge": None}, replace(FULL, judge=None)),
+        ({"judge.every": 4, "judge": None}, replace(FULL, judge=None)),
+        ({"judge": Judge(9)}, replace(FULL, judge=Judge(9))),
+        ({"length": "auto", "max_records": 5}, replace(FULL, length="auto", max_records=5)),
+    ],
+)
+def test_fields_are_changed_by_dotted_name(changes, tree):
+    assert with_changes(FULL, changes) == tree
+    assert FULL.num_steps == 7
 
 
-def test_the_ordinary_config_flags_override_it():
-    values = flags.FlagValues()
-    argv = [
-        "x",
-        "--config.optimizer.clip=2",
-        "--config.num_steps=9",
-        "--config.eval_path=b",
-        "--noconfig.packing",
-    ]
-    config_flags.DEFINE_config_dict("config", to_config_dict(Tree(1)), flag_values=values, sys_argv=argv)
-    values(argv)
-    tree = from_config_dict(Tree, values.config)
-    assert tree == Tree(9, Optimizer(clip=2.0), eval_path="b", packing=False)
+def test_a_field_of_a_section_that_is_none_makes_the_section():
+    assert with_changes(Tree(1), {"judge.every": 4}) == Tree(1, judge=Judge(4))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"optimizer.rate": 1}, r"config\.optimizer\.rate is no field of the config"),
+        ({"judge.evry": 1}, r"config\.judge\.evry is no field of the config; did you mean config\.judge\.every"),
+        ({"optimizer.lr": 0}, r"config\.optimizer\.lr is 0\.0; required above 0"),
+        ({"num_steps": "x"}, r"config\.num_steps is 'x'; required int"),
+        ({"optimizer": 3}, r"config\.optimizer is 3 \(int\); required section Optimizer"),
+    ],
+)
+def test_a_change_that_does_not_fit_is_refused(changes, message):
+    with pytest.raises(UserError, match=message):
+        with_changes(FULL, changes)
 
 
 @pytest.mark.parametrize(
@@ -146,10 +155,7 @@ def test_the_ordinary_config_flags_override_it():
 )
 def test_what_does_not_fit_is_named_with_what_is_required(config, message):
     with pytest.raises(UserError, match=message):
-        from_config_dict(Tree, config)
-    if "num_steps" in config:
-        with pytest.raises(UserError, match=message):
-            from_config_dict(Tree, ConfigDict(config))
+        from_dict(Tree, config)
 
 
 @pytest.mark.parametrize(
@@ -210,9 +216,10 @@ def test_field_names_reach_into_sections_that_may_be_none():
     assert "config.optimizer" not in names
 
 
-def test_as_dict_is_json_and_differences_sees_through_json():
+def test_infinities_survive_json():
     tree = replace(FULL, optimizer=Optimizer(lr=float("inf")))
-    text = json.dumps(as_dict(tree), allow_nan=False)
+    text = json.dumps(to_dict(tree), allow_nan=False)
+    assert from_dict(Tree, json.loads(text)) == tree
     assert json.loads(text)["optimizer"]["lr"] == "inf"
     assert differences(json.loads(text), tree) == []
 
@@ -247,6 +254,6 @@ def test_a_section_that_stands_elsewhere_is_named_by_its_place(given, field):
     from jaxrm.experiment import Experiment
 
     with pytest.raises(UserError) as error:
-        from_config_dict(Experiment, given)
+        from_dict(Experiment, given)
     message = str(error.value)
     assert message.startswith(f"{field} is") and f"--{field}=" in message

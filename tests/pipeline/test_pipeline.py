@@ -15,7 +15,7 @@ from jaxrm.errors import UserError
 from jaxrm.experiment import RESUMABLE_FIELDS, Experiment
 from jaxrm.pipeline import report as pipeline_report
 from jaxrm.pipeline import run as stages
-from jaxrm.pipeline.config import Pipeline, config_class, pipeline, resolve, stage_names
+from jaxrm.pipeline.config import Pipeline, pipeline, resolve, stage_names
 from jaxrm.runtime.run_folder import open_run
 
 CONFIG = '''"""Three stages that build on each other."""
@@ -23,7 +23,7 @@ CONFIG = '''"""Three stages that build on each other."""
 from jaxrm.data.config import DataConfig
 from jaxrm.experiment import Experiment
 from jaxrm.models.build import ModelSource
-from jaxrm.pipeline import pipeline
+from jaxrm.pipeline.config import pipeline
 
 
 def get_config():
@@ -62,7 +62,7 @@ def place(tmp_path, monkeypatch):
 
 def run_command(main, *arguments, file="three.py"):
     argv = ["train", f"--config={file}", *arguments]
-    return command_line.run(main, Experiment, config_class_of=config_class, argv=argv)
+    return command_line.run(main, (Experiment, Pipeline), argv=argv)
 
 
 def parse(*arguments, file="three.py"):
@@ -90,7 +90,7 @@ def launch(capsys):
                 raise end
             open_run(
                 experiment.run_dir,
-                dicts.as_dict(experiment),
+                dicts.to_dict(experiment),
                 on_existing=experiment.on_existing,
                 may_differ=RESUMABLE_FIELDS,
                 command=["train"],
@@ -240,7 +240,6 @@ def test_a_mistake_gets_one_line_that_names_the_stages_field(refuse, argument, m
         ("", "bad.py:6: pipeline() has no stage"),
         (", sft=3", "bad.py:6: the stage sft of pipeline() is int; required Experiment"),
         (", stages=Experiment()", "has a stage called stages, which means something else"),
-        (", items=Experiment()", "has a stage called items, which means something else"),
         (", sft=Experiment(seed=-1)", "bad.py:6: config.seed is -1"),
     ],
 )
@@ -255,13 +254,7 @@ def test_a_broken_config_file_is_reported_before_its_overrides(refuse):
     Path("bad.py").write_text("1 / 0\n")
     assert refuse("--config.sft.seed=1", file="bad.py") == "bad.py:1: ZeroDivisionError: division by zero"
     assert "--config cannot be read" in refuse("--config.sft.seed=1", file="nowhere.py")
-    assert command_line.run(None, Experiment, config_class_of=config_class, argv=["train", "--config"]) == 2
-
-
-def test_a_stage_may_be_another_files_config_dict():
-    sft = dicts.to_config_dict(Experiment(seed=3))
-    made = pipeline("runs/q", sft=sft, again=Experiment())
-    assert dicts.from_config_dict(config_class(made), made).sft == Experiment(seed=3)
+    assert command_line.run(None, Experiment, argv=["train", "--config"]) == 2
 
 
 # --- running and continuing
@@ -451,7 +444,7 @@ def ppo_stages(**evaluations):
     """PPO stages, done, whose runs hold an evaluation each."""
     made = {"sft": Experiment(algorithm="sft"), **{name: Experiment(algorithm="ppo") for name in evaluations}}
     config = pipeline("runs/q", **made)
-    found = resolve(dicts.from_config_dict(config_class(config), config))
+    found = resolve(config)
     for name, evaluation in evaluations.items():
         folder = Path("runs/q") / name
         folder.mkdir(parents=True)

@@ -203,7 +203,7 @@ def run_plan(*arguments):
     argv = ["plan", "--config=configs/sft_tiny.py", "--config.model.preset=lab-tiny", "--config.data.batch_size=8"]
     argv += [f"--topology={EIGHT}", "--config.logging.progress=False", *arguments]
     return command_line.run(
-        plan.main, Experiment, define_flags=plan.define_flags, config_class_of=plan.config_class, argv=argv
+        plan.main, plan.CONFIG_CLASSES, define_flags=plan.define_flags, argv=argv
     )
 
 
@@ -229,8 +229,7 @@ def test_an_unwritable_file_is_refused_before_compilation(capsys):
 
 def test_pipeline_stages_are_planned_with_their_first_model():
     """The first model is the one that a stage begins with."""
-    loaded, _ = load_config_file("configs/quickstart.py", Experiment)
-    several = dicts.from_config_dict(plan.config_class(loaded), loaded)
+    several, _ = load_config_file("configs/quickstart.py", plan.CONFIG_CLASSES)
     stages = plan.stages_of(several, None)
     assert list(stages) == ["sft", "rm_scalar", "rm_seq2seq", "ppo_scalar", "ppo_seq2seq"]
     assert {stage.model.preset for stage in stages.values()} == {several.sft.model.preset}

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxrm.config.dicts import from_config_dict
+from jaxrm.config.dicts import from_dict
 from jaxrm.config.files import load_config_file
 from jaxrm.errors import UserError
 from jaxrm.experiment import Experiment
@@ -81,7 +81,7 @@ def test_where_every_setting_fails_none_is_chosen():
 
 def the_study(**changes):
     loaded, _ = load_config_file(str(ROOT / "configs/study.py"), Study)
-    return dataclasses.replace(from_config_dict(Study, loaded), **changes)
+    return dataclasses.replace(loaded, **changes)
 
 
 def test_every_run_comes_after_what_it_needs():
@@ -199,7 +199,7 @@ def test_a_small_study_runs_to_its_report(smoke):
 def test_answers_of_a_policy_that_was_trained_anew_are_refused(smoke, capsys):
     folder = smoke[0] / "runs/safety/seed1"
     answers = json.loads((folder / "answers/sft/plain/run.json").read_text())["config"]
-    again = from_config_dict(Experiment, answers)
+    again = from_dict(Experiment, answers)
     assert evaluate.run(again) == 0 and "selection, sampled" in capsys.readouterr().out
     record = folder / "sft/run.json"
     kept = record.read_text()

@@ -50,7 +50,7 @@ def make_run(task_folder):
             data=DataConfig(path="task:safety"),
             **fields,
         )
-        run = open_run(experiment.run_dir, dicts.as_dict(experiment))
+        run = open_run(experiment.run_dir, dicts.to_dict(experiment))
         save_shape_and_tokenizer(config, tokenizer, run)
         abstract = build.abstract_scalar_model if algorithm == "scalar_rm" else build.abstract_decoder
         _, shapes, _ = abstract(config, experiment.model)
