@@ -11,7 +11,7 @@ import pytest
 from jaxrm import plan
 from jaxrm.algorithms.ppo_config import RolloutConfig
 from jaxrm.algorithms.reward_config import RewardConfig
-from jaxrm.config import command_line, dicts
+from jaxrm.config import command_line
 from jaxrm.config.files import load_config_file
 from jaxrm.data.config import DataConfig
 from jaxrm.errors import UserError
@@ -202,9 +202,7 @@ def test_a_search_ranks_the_fastest_that_fits_first():
 def run_plan(*arguments):
     argv = ["plan", "--config=configs/sft_tiny.py", "--config.model.preset=lab-tiny", "--config.data.batch_size=8"]
     argv += [f"--topology={EIGHT}", "--config.logging.progress=False", *arguments]
-    return command_line.run(
-        plan.main, plan.CONFIG_CLASSES, define_flags=plan.define_flags, argv=argv
-    )
+    return command_line.run(plan.main, plan.CONFIG_CLASSES, define_flags=plan.define_flags, argv=argv)
 
 
 def test_a_mesh_that_does_not_divide_is_named_with_one_that_does(here, capsys):
