@@ -1,4 +1,4 @@
-"""The `data` section of the config: where the records are, how they become tokens, and how tokens become batches."""
+"""The ``data`` section of the config: where the records are, how they become tokens, and how tokens become batches."""
 
 from dataclasses import dataclass
 
@@ -19,38 +19,50 @@ SCHEMAS = (
 
 @dataclass(frozen=True)
 class DataConfig:
-    """What to read, how to write it as tokens, and how many rows make a batch. Raises UserError on a bad value."""
+    """What to read, how to write it as tokens, and how many rows make a batch.
+
+    Attributes:
+      path: a file, a folder, a data set of the hub, or an embedded task. Files are .jsonl, .jsonl.gz, .json and
+        .parquet. Of a folder, the files named after ``split`` are read, or all where there are none. A data set is
+        ``org/name``, ``org/name:configuration`` or ``org/name/folder``; a task is ``task:name``.
+      split: the split of a data set, or the beginning of file names in a folder.
+      schema: one of ``SCHEMAS``; ``auto`` recognizes it from the fields of the first records.
+      preferred: the label of PKU-SafeRLHF that decides the chosen response.
+      eval_path: held-out records. With neither this nor ``eval_split``, a hash of the prompt holds out ``eval_share``.
+      eval_split: the split of the held-out records.
+      eval_share: the share of ``path`` that is held out.
+      max_records: most records to read.
+      max_eval_records: most held-out records to read.
+      tokenizer: hub name, folder or .gguf file; None is the tokenizer beside the model's weights.
+      template: ``auto`` is the tokenizer's own chat template; else a name of ``templates.TEMPLATES``.
+      max_length: tokens in a row: template, prompt, response and EOS.
+      packing: put several examples into one row.
+      train_on: ``last`` takes the loss on the last response of a dialogue, ``all`` on every assistant turn.
+      too_long: ``drop`` or ``error``, for a response that does not fit. Prompts are cut on the left, responses never.
+      batch_size: rows in one optimizer step, over all devices and processes.
+      max_bad_share: the run stops when a larger share of the records is unusable.
+
+    Raises:
+      UserError: a value is out of its bounds.
+    """
 
     path: str = ""
-    """`org/name`, `org/name:configuration` or `org/name/folder` on the hub; a .jsonl, .jsonl.gz, .json or .parquet
-    file; a folder of those (files named after `split` only, where there are any); or `task:name`, embedded."""
     split: str = "train"
     schema: str = "auto"
-    """One of `SCHEMAS`; `auto` recognises it from the fields of the first records."""
     preferred: str = "better_response_id"
-    """Which label of PKU-SafeRLHF makes a response the chosen one: this, or `safer_response_id`."""
     eval_path: str | None = None
-    """Held-out records. With neither this nor `eval_split`, `eval_share` of `path` is held out by a hash."""
     eval_split: str | None = None
     eval_share: float = 0.05
     max_records: int | None = None
-    """Read no more than the first so many usable records."""
     max_eval_records: int | None = 512
     tokenizer: str | None = None
-    """Hub name, folder or .gguf file; `None` is the tokenizer beside the model's weights."""
     template: str = "auto"
-    """`auto` is the tokenizer's own chat template; else a name of `templates.TEMPLATES`."""
     max_length: int = 1024
-    """Tokens in a row: template, prompt, response and EOS."""
     packing: bool = True
     train_on: str = "last"
-    """`last`: the loss is on the last response of a dialogue; `all`: on every assistant turn."""
     too_long: str = "drop"
-    """`drop` or `error`, for a response that does not fit. Prompts are cut on the left, responses never."""
     batch_size: int = 8
-    """Rows in one optimizer step, over all devices and processes."""
     max_bad_share: float = 0.05
-    """The run stops when more of the records than this are unusable."""
 
     def __post_init__(self) -> None:
         choices = {
@@ -72,7 +84,7 @@ class DataConfig:
             raise _wrong("max_bad_share", self.max_bad_share, "from 0 to 1", 0.05)
 
 
-def _wrong(field: str, found: object, required: str, example: object) -> UserError:
+def _wrong(field: str, value: object, required: str, example: object) -> UserError:
     return UserError(
-        f"{option(f'data.{field}')} is {found!r}, but must be {required}; e.g. {flag(f'data.{field}')}={example}"
+        f"{option(f'data.{field}')} is {value!r}, but must be {required}; e.g. {flag(f'data.{field}')}={example}"
     )

@@ -1,4 +1,4 @@
-"""Token examples that a loss can be taken on, and how demonstrations become such."""
+"""Examples in tokens, which losses are taken on, and how demonstrations become examples."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,20 +22,20 @@ _CHUNK = 512  # dialogues handed to the tokenizer at once
 
 
 class TokenExample(Protocol):
-    """What rows are packed from: tokens in one or more segments, and what else a loss has to know of each token."""
+    """One example of a row: tokens in one or more segments, and the columns that its loss needs."""
 
     @property
     def tokens(self) -> np.ndarray:
-        """Int32 `[n]`."""
+        """Int32 ``[n]``."""
         ...
 
     @property
     def segment_lengths(self) -> tuple[int, ...]:
-        """Tokens in each segment, `n` in all; a token attends only to those of its segment."""
+        """Tokens in each segment, ``n`` in all. A token attends only within its segment."""
         ...
 
     def columns(self) -> dict[str, np.ndarray]:
-        """Further arrays `[n]` by the name that they have in a batch, the same names and types for every example."""
+        """Further arrays ``[n]`` by their name in a batch. Every example has the same names and types."""
         ...
 
 
@@ -43,10 +43,11 @@ class TokenExample(Protocol):
 class Example:
     """Token ids and which of them are targets.
 
-    tokens: int32 `[n]`.
-    loss_mask: bool `[n]`, True where token t itself is a target (a response token or what ends the turn); never the
-      first token, which nothing predicts.
-    source: where the record was read.
+    Attributes:
+      tokens: int32 ``[n]``.
+      loss_mask: bool ``[n]``, True where the token itself is a target: a token of a response, or one that ends its
+        turn. Never the first token, which nothing predicts.
+      source: the place of the record.
     """
 
     tokens: np.ndarray
@@ -59,21 +60,23 @@ class Example:
         return (len(self.tokens),)
 
     def columns(self) -> dict[str, np.ndarray]:
-        """`loss_mask`."""
+        """``loss_mask``."""
         return {"loss_mask": self.loss_mask}
 
 
 @dataclass(frozen=True)
 class MappingExample(Example):
-    """Prompt, source response, request, target response; the targets are the last of these with its end token.
+    """Prompt, source response, request, target response. The loss is on the target response and its end token.
 
-    is_correction: the source is the rejected response; else it is the chosen one, as the target always is.
+    Attributes:
+      is_correction: True where the source is the rejected response, False where it is the chosen one. The target is
+        always the chosen one.
     """
 
     is_correction: bool
 
     def columns(self) -> dict[str, np.ndarray]:
-        """`loss_mask`, and `is_correction`: True on the targets of a correction mapping."""
+        """``loss_mask``, and ``is_correction``: True on the targets of a correction mapping."""
         return {"loss_mask": self.loss_mask, "is_correction": self.loss_mask & self.is_correction}
 
 
@@ -81,9 +84,10 @@ class MappingExample(Example):
 class ComparisonExample:
     """Both sides of a pair, in two segments: prompt and chosen response, prompt and rejected response.
 
-    tokens: int32 `[n]`.
-    chosen_length: tokens in the first segment.
-    source: where the record was read.
+    Attributes:
+      tokens: int32 ``[n]``.
+      chosen_length: tokens in the first segment.
+      source: the place of the record.
     """
 
     tokens: np.ndarray
@@ -96,10 +100,10 @@ class ComparisonExample:
         return (self.chosen_length, len(self.tokens) - self.chosen_length)
 
     def columns(self) -> dict[str, np.ndarray]:
-        """`is_chosen_end` (bool) and `rejected_offset` (int32).
+        """``is_chosen_end`` (bool) and ``rejected_offset`` (int32).
 
-        The one is True at the last token of the chosen side; there the other says how many tokens further the last
-        one of the rejected side is, and it is 0 elsewhere.
+        ``is_chosen_end`` is True at the last token of the chosen side. ``rejected_offset`` is, at that token, the
+        distance in tokens to the last one of the rejected side, and 0 elsewhere.
         """
         is_chosen_end = np.zeros(len(self.tokens), bool)
         is_chosen_end[self.chosen_length - 1] = True
@@ -113,21 +117,21 @@ def tokenize_demonstrations(
     config: DataConfig,
     progress: Progress | None = None,
 ) -> tuple[list[Example], ReadReport]:
-    """Write dialogues as tokens, with the loss on the last response or on all (`config.train_on`).
+    """Tokenize dialogues, with the loss on the last response or on all (``config.train_on``).
 
     Args:
       records: dialogues that end with a response.
-      tokenizer: as `load_tokenizer` returns it.
-      config: `template`, `max_length`, `train_on`, `too_long`, `max_bad_share`.
+      tokenizer: as ``load_tokenizer`` returns it.
+      config: ``template``, ``max_length``, ``train_on``, ``too_long``, ``max_bad_share``.
       progress: called with the number of records done and their total.
 
     Returns:
-      The examples, each at most `max_length` tokens, and the report: responses that did not fit and dialogues that
-      the template refused are bad; prompts that were cut on the left are counted beside.
+      The examples, each of at most ``max_length`` tokens, and the report. Bad are responses that did not fit and
+      dialogues that the template refused. Prompts that were cut on the left are counted.
 
     Raises:
-      UserError: no such template; a response does not fit and `too_long` is "error"; more bad records than
-        `max_bad_share`, or nothing left.
+      UserError: there is no such template; a response does not fit and ``too_long`` is "error"; more bad records than
+        ``max_bad_share``, or nothing left.
     """
     # A template that cannot work at all is one error, not as many bad records as there are.
     cut_dialogue(tokenizer, [Message("user", "x"), Message("assistant", "x")], config.template)
@@ -135,15 +139,15 @@ def tokenize_demonstrations(
     report = ReadReport(total=len(records))
     examples: list[Example] = []
     for start in range(0, len(records), _CHUNK):
-        kept: list[DemonstrationRecord] = []
+        accepted: list[DemonstrationRecord] = []
         dialogues: list[list[Piece]] = []
         for record in records[start : start + _CHUNK]:
             try:
                 dialogues.append(cut_dialogue(tokenizer, record.messages, config.template))
-                kept.append(record)
+                accepted.append(record)
             except UserError as error:
                 report.add_bad(str(error), record.source)
-        for record, runs in zip(kept, encode_dialogues(tokenizer, dialogues), strict=True):
+        for record, runs in zip(accepted, encode_dialogues(tokenizer, dialogues), strict=True):
             response, length = len(runs[-1][0]), sum(len(ids) for ids, _ in runs)
             if response < config.max_length:  # something must stand before the first target
                 examples.append(_build_example(runs, record.source, first_id, config))
@@ -163,10 +167,10 @@ def tokenize_demonstrations(
 
 
 def encode_dialogues(tokenizer: "PreTrainedTokenizerBase", dialogues: Sequence[Sequence[Piece]]) -> list[list[Run]]:
-    """Token ids of dialogues in pieces, all through the tokenizer at once.
+    """Token ids of dialogues in pieces, encoded in one call of the tokenizer.
 
     Returns:
-      For each dialogue, one run of ids per stretch of pieces that are all targets or all none.
+      For each dialogue its runs: consecutive pieces that are all targets, or all not, make one run of ids.
     """
     pieces = [piece for dialogue in dialogues for piece in dialogue]
     continues = [i > 0 for dialogue in dialogues for i in range(len(dialogue))]
@@ -181,7 +185,7 @@ def encode_dialogues(tokenizer: "PreTrainedTokenizerBase", dialogues: Sequence[S
 
 
 def _build_example(runs: list[Run], source: str, first_id: int | None, config: DataConfig) -> Example:
-    """Join the runs; what is too much goes from the left, except BOS. A turn that loses tokens is no target."""
+    """Join the runs and cut the excess on the left, except BOS. A turn that loses tokens is not a target."""
     tokens = np.array([token for ids, _ in runs for token in ids], np.int32)
     excess = max(len(tokens) - config.max_length, 0)
     has_bos = first_id is not None and tokens[0] == first_id
@@ -189,8 +193,8 @@ def _build_example(runs: list[Run], source: str, first_id: int | None, config: D
     loss_mask = np.zeros(len(tokens), bool)
     start = 0
     for i, (ids, is_target) in enumerate(runs):
-        wanted = is_target and (config.train_on == "all" or i == len(runs) - 1)
-        loss_mask[start : start + len(ids)] = wanted and start >= max(cut, 1)
+        is_trained = is_target and (config.train_on == "all" or i == len(runs) - 1)
+        loss_mask[start : start + len(ids)] = is_trained and start >= max(cut, 1)
         start += len(ids)
-    kept = np.r_[0:1, cut : len(tokens)] if excess and has_bos else np.arange(cut, len(tokens))
-    return Example(tokens[kept], loss_mask[kept], source)
+    remaining = np.r_[0:1, cut : len(tokens)] if excess and has_bos else np.arange(cut, len(tokens))
+    return Example(tokens[remaining], loss_mask[remaining], source)

@@ -1,4 +1,4 @@
-"""From examples to endless shuffled batches whose position can be saved, and to the fixed batches of an evaluation."""
+"""From examples to batches: endless, shuffled ones with a position that can be saved, and those of an evaluation."""
 
 import hashlib
 from collections.abc import Sequence
@@ -25,23 +25,23 @@ def build_loader(
     process_count: int = 1,
     batch_unit: int = 1,
 ) -> "grain.DatasetIterator":
-    """Batches without end, in an order that is a function of `seed` and the position alone.
+    """Endless batches, in an order that depends on ``seed`` and the position alone.
 
-    Rows are packed once and shuffled anew every epoch; a batch may span two epochs. Process p of P gets the p-th
-    part of the rows of every batch, so that together the processes see what a single one would.
+    Rows are packed once and shuffled anew every epoch. A batch may span two epochs. Process p of P gets the p-th part
+    of the rows of every batch, so together the processes see what a single one would.
 
     Args:
-      examples: what to batch, all of one kind, none longer than `config.max_length`.
-      config: `max_length` T, `batch_size` and `packing`.
-      pad_id: the token that fills rows up; its value never matters.
-      seed: of the order.
+      examples: all of one kind, none longer than ``config.max_length``.
+      config: ``max_length`` T, ``batch_size`` and ``packing``.
+      pad_id: the token of padding; its value never matters.
+      seed: seed of the order.
       process_index: p.
-      process_count: P, a divisor of `config.batch_size`.
-      batch_unit: what batch sizes must be a multiple of, so that the error proposes one that works.
+      process_count: P, a divisor of ``config.batch_size``.
+      batch_unit: batch sizes must be a multiple of it, so the error proposes one that works.
 
     Returns:
-      A Grain iterator over dicts of arrays `[batch_size / P, T]` (see `packing.build_row`). `get_state()` is a small
-      dict that survives JSON, and `set_state()` goes back to exactly that position.
+      A Grain iterator over dicts of arrays ``[batch_size / P, T]`` (see ``packing.build_row``). ``get_state()`` is a
+      small dict for JSON, and ``set_state()`` goes back to exactly that position.
 
     Raises:
       UserError: the data do not fill one batch, or the processes do not share it evenly.
@@ -65,7 +65,7 @@ def build_loader(
     def build_batch(row_indices: np.ndarray) -> Row:
         return _stack([[examples[i] for i in rows[r]] for r in row_indices[share]], columns, config, pad_id)
 
-    # Grain shuffles epoch e with seed + e, so neighbouring seeds would share epochs if they were used as they are.
+    # Grain shuffles epoch e with seed + e, so neighboring seeds would share epochs if they were used as they are.
     shuffle_seed = int(np.random.SeedSequence(seed % 2**64).generate_state(1)[0])
     order = grain.MapDataset.range(len(rows)).shuffle(seed=shuffle_seed).repeat()
     batches = order.batch(config.batch_size).map(build_batch)
@@ -81,10 +81,10 @@ def eval_batches(
     process_index: int = 0,
     process_count: int = 1,
 ) -> list[Row]:
-    """Every example once, in a fixed order; the last batch is filled with empty rows (`segment_ids` 0).
+    """Every example once, in a fixed order. Empty rows (``segment_ids`` 0) fill the last batch.
 
     Returns:
-      Dicts of arrays `[batch_size / P, T]` (see `packing.build_row`), the same number of them on every process.
+      Dicts of arrays ``[batch_size / P, T]`` (see ``packing.build_row``), the same number of them on every process.
 
     Raises:
       UserError: the processes do not share a batch evenly.
@@ -98,14 +98,14 @@ def eval_batches(
 
 
 class BatchIterator(Protocol):
-    """Batches without end, whose position can be saved and gone back to."""
+    """Endless batches with a position that can be saved and restored."""
 
     def __next__(self) -> Row:
         """The next batch."""
         ...
 
     def get_state(self) -> dict[str, Any]:
-        """The position, in what JSON can hold."""
+        """The position, as a dict for JSON."""
         ...
 
     def set_state(self, state: dict[str, Any]) -> None:
@@ -114,13 +114,13 @@ class BatchIterator(Protocol):
 
 
 def warm_up(first: BatchIterator, num_batches: int, then: BatchIterator) -> "WarmUp":
-    """`num_batches` batches of `first`, and those of `then` ever after."""
+    """First ``num_batches`` batches of ``first``, then those of ``then``."""
     assert num_batches >= 0
     return WarmUp(first, num_batches, then)
 
 
 class WarmUp:
-    """What `warm_up` returns, itself a `BatchIterator`."""
+    """The ``BatchIterator`` that ``warm_up`` returns."""
 
     def __init__(self, first: BatchIterator, num_batches: int, then: BatchIterator) -> None:
         self._first, self._num_batches, self._then = first, num_batches, then
@@ -139,7 +139,7 @@ class WarmUp:
         return batch
 
     def get_state(self) -> dict[str, Any]:
-        """The position, in what JSON can hold."""
+        """The position, as a dict for JSON."""
         return {"warm_up": self._done, "first": self._first.get_state(), "then": self._then.get_state()}
 
     def set_state(self, state: dict[str, Any]) -> None:
@@ -150,7 +150,7 @@ class WarmUp:
 
 
 def fingerprint(examples: Sequence[TokenExample], config: DataConfig) -> str:
-    """Hash of what decides, with the seed, the batch at a position; in other data the position means nothing."""
+    """Hash of everything that, with the seed, decides the batch at a position; a position is valid for one hash."""
     digest = hashlib.sha256(f"{config.max_length} {config.batch_size} {config.packing}".encode())
     for example in examples:
         digest.update(example.tokens.tobytes())
@@ -160,7 +160,7 @@ def fingerprint(examples: Sequence[TokenExample], config: DataConfig) -> str:
 
 
 def rows_per_epoch(examples: Sequence[TokenExample], config: DataConfig) -> int:
-    """Rows that the examples make once packed; divided by `config.batch_size`, the steps of an epoch."""
+    """Rows of the packed examples. Divided by ``config.batch_size``, they are the steps of an epoch."""
     return len(_assign_rows(examples, config))
 
 

@@ -1,4 +1,4 @@
-"""Several examples in one row, kept apart by segment ids, so that few tokens are padding."""
+"""Several examples in one row, separated by segment ids, so that few tokens are padding."""
 
 from bisect import bisect_left, insort
 from collections.abc import Mapping, Sequence
@@ -13,11 +13,11 @@ Row = dict[str, np.ndarray]
 def pack(lengths: Sequence[int], row_length: int) -> list[list[int]]:
     """Best-fit decreasing bin packing: which examples share a row. Deterministic.
 
-    The longest example goes first, each into the fullest row that still has room for it (Johnson 1974; never more
-    than 11/9 of the fewest possible rows, plus one).
+    The longest example goes first, each into the fullest row with enough free tokens. The result has at most 11/9 of
+    the fewest possible rows, plus one (Johnson 1974).
 
     Args:
-      lengths: tokens in each example, from 1 to `row_length`.
+      lengths: tokens in each example, from 1 to ``row_length``.
       row_length: tokens in a row.
 
     Returns:
@@ -25,41 +25,39 @@ def pack(lengths: Sequence[int], row_length: int) -> list[list[int]]:
     """
     assert all(0 < length <= row_length for length in lengths), "examples are no longer than a row"
     rows: list[list[int]] = []
-    rows_by_room: dict[int, list[int]] = {}
-    rooms: list[int] = []  # the sorted keys of rows_by_room
+    rows_by_free: dict[int, list[int]] = {}
+    free_counts: list[int] = []  # the sorted keys of rows_by_free
     for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        position = bisect_left(rooms, lengths[index])
-        if position == len(rooms):
+        position = bisect_left(free_counts, lengths[index])
+        if position == len(free_counts):
             rows.append([])
-            row, room = len(rows) - 1, row_length
+            row, free = len(rows) - 1, row_length
         else:
-            room = rooms[position]
-            row = rows_by_room[room].pop()
-            if not rows_by_room[room]:
-                del rows_by_room[room], rooms[position]
+            free = free_counts[position]
+            row = rows_by_free[free].pop()
+            if not rows_by_free[free]:
+                del rows_by_free[free], free_counts[position]
         rows[row].append(index)
-        room -= lengths[index]
-        if room:
-            if room not in rows_by_room:
-                insort(rooms, room)
-            rows_by_room.setdefault(room, []).append(row)
+        free -= lengths[index]
+        if free:
+            if free not in rows_by_free:
+                insort(free_counts, free)
+            rows_by_free.setdefault(free, []).append(row)
     return rows
 
 
 def build_row(examples: Sequence[TokenExample], row_length: int, pad_id: int, columns: Mapping[str, np.dtype]) -> Row:
-    """One row of a batch from the examples that share it; none of them gives an empty row.
+    """One row of a batch from the examples that share it. No example gives an empty row.
 
     Args:
-      examples: no longer than the row together.
+      examples: together no longer than the row.
       row_length: T.
-      pad_id: what the tokens are filled up with.
+      pad_id: the token of padding.
       columns: name and type of each of the examples' columns.
 
     Returns:
-      tokens: int32 `[T]`.
-      segment_ids: int32 `[T]`, 1, 2, … per segment and 0 on padding.
-      positions: int32 `[T]`, from 0 in every segment.
-      and each column `[T]`, 0 or False on padding.
+      A dict of arrays: ``tokens`` int32 ``[T]``; ``segment_ids`` int32 ``[T]``, 1, 2, … per segment and 0 on padding;
+      ``positions`` int32 ``[T]``, from 0 in every segment; and each column ``[T]``, 0 or False on padding.
     """
     row = {
         "tokens": np.full(row_length, pad_id, np.int32),

@@ -1,9 +1,9 @@
-"""From preference pairs to what the two kinds of reward model are trained on.
+"""From preference pairs to the training examples of both kinds of reward model.
 
-A seq2seq reward model learns mappings between responses to a prompt x ("Sequence to Sequence Reward Modeling",
-arXiv 2409.00162, section 3): the correction mapping (x, rejected) -> chosen and the identity mapping
-(x, chosen) -> chosen. A scalar reward model learns to compare the two responses. Both are joined from the same
-token ids, so a response is the same tokens on either side of a mapping, in a comparison and where it is scored.
+A seq2seq reward model learns two mappings between responses to a prompt x ("Sequence to Sequence Reward Modeling",
+arXiv 2409.00162, section 3). The correction mapping is (x, rejected) -> chosen, the identity mapping is
+(x, chosen) -> chosen. A scalar reward model learns to compare the two responses. Examples of both are joined from the
+same token ids. So a response has the same tokens as source, as target, in a comparison and when it is scored.
 """
 
 import math
@@ -29,21 +29,26 @@ _CHUNK = 512  # pairs handed to the tokenizer at once
 
 @dataclass(frozen=True)
 class MappingConfig:
-    """How a seq2seq reward model is asked and what it learns. The paper has none of these fields but both mappings.
+    """How a seq2seq reward model is asked for a correction, and what it learns.
 
-    Raises UserError on a bad value.
+    The paper trains on both mappings and has none of these fields: they are jaxrm choices.
+
+    Attributes:
+      instruction: the user's turn after the source response; empty where an empty turn is enough.
+      correction_weight: weight of the loss on a token of the correction mapping.
+      identity: train on the identity mapping too.
+      identity_weight: weight of the loss on a token of the identity mapping.
+      identity_warmup_steps: first steps that see the identity mapping alone; they count among the run's steps.
+
+    Raises:
+      UserError: a value is out of its bounds.
     """
 
     instruction: str = "Rewrite your last response as the best one you can give."
-    """What the user says after the source response, in the chat template; empty where the turn alone is enough."""
     correction_weight: float = 1.0
-    """Of the loss on a token of the correction mapping."""
     identity: bool = True
-    """Train on the identity mapping too."""
     identity_weight: float = 1.0
-    """Of the loss on a token of the identity mapping."""
     identity_warmup_steps: int = 0
-    """The first so many optimizer steps see the identity mapping alone; they count among the run's steps."""
 
     def __post_init__(self) -> None:
         for field in ("correction_weight", "identity_weight"):
@@ -56,15 +61,14 @@ class MappingConfig:
                 )
         if self.identity_warmup_steps < 0:
             raise UserError(
-                f"{option('mapping.identity_warmup_steps')} is {self.identity_warmup_steps}, but must be at least "
-                f"0; e.g. "
-                f"{flag('mapping.identity_warmup_steps')}=0"
+                f"{option('mapping.identity_warmup_steps')} is {self.identity_warmup_steps}, but must be at least 0; "
+                f"e.g. {flag('mapping.identity_warmup_steps')}=0"
             )
         if self.identity_warmup_steps and not self.identity:
             raise UserError(
                 f"{option('mapping.identity_warmup_steps')} is {self.identity_warmup_steps}, but "
-                f"{option('mapping.identity')} "
-                f"is False; use {flag('mapping.identity')}=True or {flag('mapping.identity_warmup_steps')}=0"
+                f"{option('mapping.identity')} is False; use {flag('mapping.identity')}=True or "
+                f"{flag('mapping.identity_warmup_steps')}=0"
             )
 
 
@@ -72,10 +76,11 @@ class MappingConfig:
 class TokenPair:
     """A preference pair as tokens.
 
-    prompt: int32 `[p]`, up to the header that opens the answer.
-    chosen: int32 `[n]`, the end of the turn last.
-    rejected: int32 `[m]`, the end of the turn last.
-    source: where the record was read.
+    Attributes:
+      prompt: int32 ``[p]``, up to the header that opens the response.
+      chosen: int32 ``[n]``; the last token ends the turn.
+      rejected: int32 ``[m]``; the last token ends the turn.
+      source: the place of the record.
     """
 
     prompt: np.ndarray
@@ -90,20 +95,21 @@ def tokenize_pairs(
     config: DataConfig,
     progress: Progress | None = None,
 ) -> tuple[list[TokenPair], ReadReport]:
-    """Write pairs as tokens: prompts as `encode_prompt` has them, responses as `encode_response`.
+    """Tokenize pairs: prompts by ``encode_prompt``, responses by ``encode_response``.
 
     Args:
       records: preference records.
-      tokenizer: as `load_tokenizer` returns it.
-      config: `template`, `max_bad_share`.
+      tokenizer: as ``load_tokenizer`` returns it.
+      config: ``template``, ``max_bad_share``.
       progress: called with the number of records done and their total.
 
     Returns:
-      The pairs, of whatever length, and the report: pairs whose sides are the same tokens or of which one is empty,
-      and dialogues that the template refused, are bad.
+      The pairs, of any length, and the report. Bad are pairs with equal sides or an empty one, and dialogues that the
+      template refused.
 
     Raises:
-      UserError: a record is no pair; no such template; more bad records than `max_bad_share`, or nothing left.
+      UserError: a record is not a pair; there is no such template; more bad records than ``max_bad_share``, or nothing
+        left.
     """
     # A template that cannot work at all is one error, not as many bad records as there are.
     empty = _array(encode_response(tokenizer, "", config.template))
@@ -148,14 +154,15 @@ def tokenize_pairs(
 def correction_request(tokenizer: "PreTrainedTokenizerBase", template: str, instruction: str) -> list[int]:
     """Token ids between a source response and its correction, the same for every prompt and response.
 
-    They are what the template writes after an assistant's turn, a user's turn that says `instruction`, and the header
-    that opens the assistant's next turn.
+    The template writes three things there: what follows an assistant's turn, a user's turn with ``instruction``, and
+    the header that opens the assistant's next turn.
 
     Raises:
       UserError: no such template, or it refuses the dialogue.
     """
-    x, y, asked = Message("user", "x"), Message("assistant", "x"), Message("user", instruction)
-    _, _, (request, _), _ = encode_dialogues(tokenizer, [cut_dialogue(tokenizer, [x, y, asked, y], template)])[0]
+    x, y, instruction_turn = Message("user", "x"), Message("assistant", "x"), Message("user", instruction)
+    pieces = cut_dialogue(tokenizer, [x, y, instruction_turn, y], template)
+    _, _, (request, _), _ = encode_dialogues(tokenizer, [pieces])[0]
     return request
 
 
@@ -167,37 +174,38 @@ def mapping_examples(
     first_id: int | None,
     identity: bool = True,
 ) -> tuple[list[MappingExample], ReadReport]:
-    """What a seq2seq reward model learns: prompt, source response, request, and as the target the chosen response.
+    """Examples of a seq2seq reward model: prompt, source response and request; the target is the chosen response.
 
     Args:
-      pairs: from `tokenize_pairs`.
-      request: from `correction_request`.
-      config: `max_length`, `too_long`, `max_bad_share`.
-      first_id: the template's BOS (`templates.bos_id`), which stays where a prompt is cut on the left.
+      pairs: from ``tokenize_pairs``.
+      request: from ``correction_request``.
+      config: ``max_length``, ``too_long``, ``max_bad_share``.
+      first_id: the template's BOS (``templates.bos_id``), which stays where a prompt is cut on the left.
       identity: make the identity mapping too.
 
     Returns:
-      The correction mapping of each pair and after it its identity mapping, each at most `max_length` tokens, and the
-      report, in pairs: those of which a mapping leaves no room for a prompt are bad, cut prompts are counted beside.
+      Two examples a pair, of at most ``max_length`` tokens: the correction mapping, then the identity mapping. And the
+      report, which counts pairs. A pair is bad where a mapping leaves no token for the prompt.
 
     Raises:
-      UserError: a pair does not fit and `too_long` is "error"; more bad pairs than `max_bad_share`, or nothing left.
+      UserError: a pair does not fit and ``too_long`` is "error"; more bad pairs than ``max_bad_share``, or none left.
     """
-    asked = _array(request)
+    request_ids = _array(request)
     report = ReadReport(total=len(pairs))
     examples: list[MappingExample] = []
     for pair in pairs:
         mappings = [(pair.rejected, True), (pair.chosen, False)][: 1 + identity]
-        rests = [np.concatenate([source, asked, pair.chosen]) for source, _ in mappings]
-        rooms = [config.max_length - len(rest) for rest in rests]
-        if min(rooms) < 1:
-            _add_too_long("source, request and target", config.max_length - min(rooms) + 1, pair, config, report)
+        rests = [np.concatenate([source, request_ids, pair.chosen]) for source, _ in mappings]
+        max_prompt_tokens = [config.max_length - len(rest) for rest in rests]
+        if min(max_prompt_tokens) < 1:
+            needed = config.max_length - min(max_prompt_tokens) + 1
+            _add_too_long("source, request and target", needed, pair, config, report)
             continue
-        for rest, room, (_, is_correction) in zip(rests, rooms, mappings, strict=True):
-            tokens = np.concatenate([cut_prompt(pair.prompt, room, first_id), rest])
+        for rest, max_tokens, (_, is_correction) in zip(rests, max_prompt_tokens, mappings, strict=True):
+            tokens = np.concatenate([cut_prompt(pair.prompt, max_tokens, first_id), rest])
             loss_mask = np.arange(len(tokens)) >= len(tokens) - len(pair.chosen)
             examples.append(MappingExample(tokens, loss_mask, pair.source, is_correction))
-        report.cut_prompts += len(pair.prompt) > min(rooms)
+        report.cut_prompts += len(pair.prompt) > min(max_prompt_tokens)
         report.used += 1
     report.check(config.max_bad_share, config.path)
     return examples, report
@@ -206,42 +214,43 @@ def mapping_examples(
 def comparison_examples(
     pairs: Sequence[TokenPair], config: DataConfig, *, first_id: int | None
 ) -> tuple[list[ComparisonExample], ReadReport]:
-    """What a scalar reward model learns: prompt and chosen response beside prompt and rejected response.
+    """Examples of a scalar reward model: prompt and chosen response, then prompt and rejected response.
 
-    Both sides have the same prompt, cut alike where the pair is longer than a row.
+    Both sides have the same prompt. Where the pair is longer than a row, it is cut alike on both sides.
 
     Args:
-      pairs: from `tokenize_pairs`.
-      config: `max_length`, `too_long`, `max_bad_share`.
-      first_id: the template's BOS (`templates.bos_id`), which stays where a prompt is cut on the left.
+      pairs: from ``tokenize_pairs``.
+      config: ``max_length``, ``too_long``, ``max_bad_share``.
+      first_id: the template's BOS (``templates.bos_id``), which stays where a prompt is cut on the left.
 
     Returns:
-      An example a pair, at most `max_length` tokens, and the report: pairs that leave no room for a prompt are bad.
+      One example a pair, of at most ``max_length`` tokens, and the report. A pair is bad where its responses leave no
+      token for the prompt.
 
     Raises:
-      UserError: a pair does not fit and `too_long` is "error"; more bad pairs than `max_bad_share`, or nothing left.
+      UserError: a pair does not fit and ``too_long`` is "error"; more bad pairs than ``max_bad_share``, or none left.
     """
     report = ReadReport(total=len(pairs))
     examples: list[ComparisonExample] = []
     for pair in pairs:
         responses = len(pair.chosen) + len(pair.rejected)
-        room = (config.max_length - responses) // 2
-        if room < 1:
+        max_prompt_tokens = (config.max_length - responses) // 2
+        if max_prompt_tokens < 1:
             _add_too_long("the two responses", responses + 2, pair, config, report)
             continue
-        prompt = cut_prompt(pair.prompt, room, first_id)
+        prompt = cut_prompt(pair.prompt, max_prompt_tokens, first_id)
         tokens = np.concatenate([prompt, pair.chosen, prompt, pair.rejected])
         examples.append(ComparisonExample(tokens, len(prompt) + len(pair.chosen), pair.source))
-        report.cut_prompts += len(pair.prompt) > room
+        report.cut_prompts += len(pair.prompt) > max_prompt_tokens
     report.used = len(examples)
     report.check(config.max_bad_share, config.path)
     return examples, report
 
 
-def scored_prompt_room(max_length: int, responses: Sequence[np.ndarray], request: Sequence[int] | None) -> int:
-    """Tokens left for the prompt where a reward model of `max_length` tokens reads it with each of `responses`.
+def max_scored_prompt_tokens(max_length: int, responses: Sequence[np.ndarray], request: Sequence[int] | None) -> int:
+    """Most tokens of a prompt that a reward model of ``max_length`` tokens can read with each of ``responses``.
 
-    A scalar reward model reads prompt and response; a seq2seq one goes on with `request` and the response again.
+    A scalar reward model reads prompt and response. A seq2seq one then reads ``request`` and the response again.
     """
     longest = max(len(response) for response in responses)
     return max_length - (longest if request is None else 2 * longest + len(request))
@@ -255,45 +264,45 @@ def readable_pairs(
     request: Sequence[int] | None,
     first_id: int | None,
 ) -> tuple[list[TokenPair], ReadReport]:
-    """Pairs both of whose responses a reward model can read to score them, their prompts cut on the left for it.
+    """The pairs whose two responses a reward model can score, with prompts cut on the left to fit.
 
     Args:
-      pairs: from `tokenize_pairs`.
-      max_length: tokens that the model reads at most.
-      config: `max_bad_share`.
-      request: from `correction_request` for a seq2seq reward model, None for a scalar one.
-      first_id: the template's BOS (`templates.bos_id`), which stays where a prompt is cut on the left.
+      pairs: from ``tokenize_pairs``.
+      max_length: most tokens that the model reads.
+      config: ``max_bad_share``.
+      request: from ``correction_request`` for a seq2seq reward model, None for a scalar one.
+      first_id: the template's BOS (``templates.bos_id``), which stays where a prompt is cut on the left.
 
     Raises:
-      UserError: more bad pairs than `max_bad_share`, or nothing left.
+      UserError: more bad pairs than ``max_bad_share``, or nothing left.
     """
     report = ReadReport(total=len(pairs))
     readable: list[TokenPair] = []
     for pair in pairs:
-        room = scored_prompt_room(max_length, (pair.chosen, pair.rejected), request)
-        if room < 1:
+        max_prompt_tokens = max_scored_prompt_tokens(max_length, (pair.chosen, pair.rejected), request)
+        if max_prompt_tokens < 1:
             report.add_bad(f"a response too long for the {max_length} tokens of the model", pair.source)
             continue
-        report.cut_prompts += len(pair.prompt) > room
-        readable.append(replace(pair, prompt=cut_prompt(pair.prompt, room, first_id)))
+        report.cut_prompts += len(pair.prompt) > max_prompt_tokens
+        readable.append(replace(pair, prompt=cut_prompt(pair.prompt, max_prompt_tokens, first_id)))
     report.used = len(readable)
     report.check(config.max_bad_share, config.eval_path or config.path)
     return readable, report
 
 
-def cut_prompt(prompt: np.ndarray, room: int, first_id: int | None) -> np.ndarray:
-    """The last `room` tokens of a prompt `[p]`, or all if they are fewer; a BOS in front stays, in place of one.
+def cut_prompt(prompt: np.ndarray, max_tokens: int, first_id: int | None) -> np.ndarray:
+    """The last ``max_tokens`` tokens of a prompt. A BOS in front stays, in place of one of them.
 
     Args:
-      prompt: int32 `[p]`.
-      room: at least 1.
-      first_id: BOS, if the template has one.
+      prompt: int32 ``[p]``.
+      max_tokens: at least 1.
+      first_id: the template's BOS, or None.
     """
-    assert room >= 1
-    if len(prompt) <= room:
+    assert max_tokens >= 1
+    if len(prompt) <= max_tokens:
         return prompt
-    kept = int(first_id is not None and prompt[0] == first_id)
-    return np.concatenate([prompt[:kept], prompt[len(prompt) - room + kept :]])
+    num_bos = int(first_id is not None and prompt[0] == first_id)
+    return np.concatenate([prompt[:num_bos], prompt[len(prompt) - max_tokens + num_bos :]])
 
 
 def _array(ids: Sequence[int]) -> np.ndarray:
@@ -301,7 +310,7 @@ def _array(ids: Sequence[int]) -> np.ndarray:
 
 
 def _cut_pair(tokenizer: "PreTrainedTokenizerBase", record: PreferenceRecord, template: str) -> list[Piece]:
-    """Pieces of the prompt and the chosen response, and behind an empty piece those of the rejected one."""
+    """Pieces of the prompt and the chosen response, an empty piece, and the pieces of the rejected response."""
     chosen, rejected = (
         cut_dialogue(tokenizer, (*record.prompt, Message("assistant", text)), template)
         for text in (record.chosen, record.rejected)

@@ -1,4 +1,4 @@
-"""Prompts that a policy answers: from records to tokens, and batches padded on the left."""
+"""Prompts for a policy: from records to tokens, and batches padded on the left."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,9 +22,10 @@ _CHUNK = 256  # records between two reports of progress
 class PromptExample:
     """A prompt as tokens.
 
-    tokens: int32 `[n]`, the header that opens the answer included.
-    messages: the same as text.
-    source: where the record was read.
+    Attributes:
+      tokens: int32 ``[n]``, the header that opens the response included.
+      messages: the same as text.
+      source: the place of the record.
     """
 
     tokens: np.ndarray
@@ -37,7 +38,7 @@ class PromptExample:
         return (len(self.tokens),)
 
     def columns(self) -> dict[str, np.ndarray]:
-        """None."""
+        """No columns."""
         return {}
 
 
@@ -45,22 +46,23 @@ def tokenize_prompts(
     records: Sequence[Record],
     tokenizer: "PreTrainedTokenizerBase",
     template: str,
-    room: int,
+    max_prompt_tokens: int,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[list[PromptExample], ReadReport]:
-    """Write the prompts of records of any kind as tokens.
+    """Tokenize the prompts of records of any kind.
 
-    A prompt is never cut: the policy is trained to answer what was asked. One that does not fit is dropped.
+    A prompt is never cut, since the policy has to learn from the whole of it. One that does not fit is dropped.
 
     Args:
       records: pairs, demonstrations or prompts.
-      tokenizer: as `load_tokenizer` returns it.
+      tokenizer: as ``load_tokenizer`` returns it.
       template: chat template.
       room: most tokens of a prompt.
       progress: called with the number of records done and their total.
 
     Returns:
-      The prompts, and the report, in which those that did not fit (`too_long`) or that the template refused are bad.
+      The prompts, and the report. Bad are prompts that did not fit (``too_long_reason``), and those that the template
+      refused.
 
     Raises:
       UserError: a template that cannot work at all.
@@ -75,8 +77,8 @@ def tokenize_prompts(
         except UserError as error:
             report.add_bad(str(error), record.source)
             continue
-        if len(ids) > room:
-            report.add_bad(too_long(room), record.source)
+        if len(ids) > max_prompt_tokens:
+            report.add_bad(too_long_reason(max_prompt_tokens), record.source)
             continue
         examples.append(PromptExample(np.array(ids, np.int32), tuple(record.prompt), record.source))
         if progress and (number % _CHUNK == 0 or number == len(records)):
@@ -85,13 +87,14 @@ def tokenize_prompts(
     return examples, report
 
 
-def too_long(room: int) -> str:
-    """Reason for which a prompt of more than ``room`` tokens is bad."""
-    return f"prompt longer than the {room} tokens that {option('data.max_length')} leaves beside a response"
+def too_long_reason(max_prompt_tokens: int) -> str:
+    """The reason under which a prompt of more than ``max_prompt_tokens`` tokens is counted."""
+    limit = option("data.max_length")
+    return f"prompt longer than the {max_prompt_tokens} tokens that {limit} leaves beside a response"
 
 
 def left_padded(row: Row) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens int32 `[B, P]` and mask bool `[B, P]` of a batch of prompts, its padding moved to the left."""
+    """A batch of prompts with its padding moved to the left: tokens int32 ``[B, P]`` and mask bool ``[B, P]``."""
     mask = row["segment_ids"] > 0
     # A stable sort of the mask, False first, moves tokens to the right in their order.
     order = np.argsort(mask, axis=1, kind="stable")
@@ -99,7 +102,7 @@ def left_padded(row: Row) -> tuple[np.ndarray, np.ndarray]:
 
 
 def transcript(prompt: Sequence[Message]) -> str:
-    """A prompt as one text to show: that of a single turn, else each turn on a line behind its role."""
+    """A prompt as one text to show. Of several turns, each is on a line after its role."""
     if len(prompt) == 1:
         return prompt[0].content
     return "\n".join(f"{message.role}: {message.content}" for message in prompt)

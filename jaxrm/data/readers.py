@@ -15,18 +15,18 @@ from typing import Any
 
 from jaxrm.data.config import DataConfig
 from jaxrm.data.records import Record
-from jaxrm.data.schemas import BadRecordError, describe_schemas, parse, recognise
+from jaxrm.data.schemas import BadRecordError, describe_schemas, parse, recognize
 from jaxrm.errors import UserError, flag, option
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet", ".json")
-_SAMPLE = 100  # rows from which the schema is recognised
+_SAMPLE = 100  # rows from which the schema is recognized
 
-Row = tuple[str, Any]  # where it was found, and a dict of fields, or a BadRecordError
+RawRecord = tuple[str, Any]  # its place, and a dict of fields or a BadRecordError
 
 
 @dataclass
 class Count:
-    """How many records were unusable for one reason, and where the first was."""
+    """How many records were unusable for one reason, and the place of the first."""
 
     count: int
     first: str
@@ -34,10 +34,14 @@ class Count:
 
 @dataclass
 class ReadReport:
-    """What became of the records: `total` were looked at, `used` are kept.
+    """What became of the records.
 
-    The others were unusable (`bad`, by reason), or belong to the other side of the held-out split (`other_side`).
-    `cut_prompts` of the used ones lost the beginning of their prompt.
+    Attributes:
+      total: records that were read.
+      used: records that remain.
+      other_side: records of the other side of the held-out split.
+      cut_prompts: used records whose prompt was cut on the left.
+      bad: unusable records, by reason.
     """
 
     total: int = 0
@@ -51,24 +55,25 @@ class ReadReport:
         self.bad.setdefault(reason, Count(0, source)).count += count
 
     def merge(self, later: "ReadReport") -> "ReadReport":
-        """This report and that of the next stage, which saw the records used here, as one."""
+        """This report and that of the next step, which saw the records used here, as one."""
         merged = ReadReport(self.total, later.used, self.other_side, self.cut_prompts + later.cut_prompts)
         for report in (self, later):
-            for reason, found in report.bad.items():
-                merged.add_bad(reason, found.first, found.count)
+            for reason, entry in report.bad.items():
+                merged.add_bad(reason, entry.first, entry.count)
         return merged
 
     def check(self, max_bad_share: float, path: str) -> None:
-        """Stop where too much is unusable, or nothing is left.
+        """Check that enough is usable.
 
         Raises:
-          UserError: names the most frequent reason and its first record.
+          UserError: more than ``max_bad_share`` is unusable, or nothing is left. It names the most frequent reason and
+            its first record.
         """
-        bad = sum(found.count for found in self.bad.values())
+        bad = sum(entry.count for entry in self.bad.values())
         if not bad or (bad <= max_bad_share * self.total and self.used):
             return
-        reason, found = max(self.bad.items(), key=lambda item: item[1].count)
-        often = f"most often: {reason} ({found.count}, first at {found.first})"
+        reason, entry = max(self.bad.items(), key=lambda item: item[1].count)
+        often = f"most often: {reason} ({entry.count}, first at {entry.first})"
         if not self.used:
             raise UserError(f"{path}: {bad} of {self.total} records are unusable and none is left; {often}; mend them")
         raise UserError(
@@ -78,25 +83,25 @@ class ReadReport:
         )
 
     def rows(self) -> list[tuple[str, int, str]]:
-        """For a table: what, how many, where the first was."""
+        """Rows of a table: name, count, place of the first."""
         counts = [("read", self.total, ""), ("used", self.used, "")]
         counts += [("on the other side of the split", self.other_side, "")] if self.other_side else []
         counts += [("prompts cut on the left", self.cut_prompts, "")] if self.cut_prompts else []
-        return counts + [(reason, found.count, found.first) for reason, found in self.bad.items()]
+        return counts + [(reason, entry.count, entry.first) for reason, entry in self.bad.items()]
 
 
 def read_records(config: DataConfig, *, held_out: bool = False) -> tuple[list[Record], ReadReport]:
     """Read the training records, or the held-out ones.
 
-    Without `config.eval_path` and `config.eval_split`, a record is held out by a hash of its prompt's text, so that
-    a prompt is never on both sides and stays on its side when records are added.
+    Without ``config.eval_path`` and ``config.eval_split``, a hash of the prompt's text decides what is held out. So a
+    prompt is never on both sides, and it stays on its side when records are added.
 
     Returns:
       The records in the order of the files, and the report.
 
     Raises:
-      UserError: nothing there, a damaged file, an unknown schema, more bad records than `config.max_bad_share`, or no
-        usable record.
+      UserError: there is nothing to read, a file is damaged, the schema is unknown, more records are bad than
+        ``config.max_bad_share``, or none is usable.
     """
     separate = config.eval_path is not None or config.eval_split is not None
     field, path, split = "data.path", config.path, config.split
@@ -106,7 +111,7 @@ def read_records(config: DataConfig, *, held_out: bool = False) -> tuple[list[Re
     limit = config.max_eval_records if held_out else config.max_records
     rows = _rows(path, split, field)
     first_rows = list(islice(rows, _SAMPLE))
-    schema = config.schema if config.schema != "auto" else _recognise_most(first_rows, path, field)
+    schema = config.schema if config.schema != "auto" else _recognize_most(first_rows, path, field)
     records: list[Record] = []
     report = ReadReport()
     for source, row in chain(first_rows, rows):
@@ -136,16 +141,16 @@ def read_records(config: DataConfig, *, held_out: bool = False) -> tuple[list[Re
 
 
 def is_held_out(record: Record, share: float) -> bool:
-    """Whether the hash of the record's prompt falls within `share`; the same everywhere and for ever."""
+    """Whether the hash of the record's prompt falls within ``share``, the same on every machine."""
     text = "\n\n".join(message.content for message in record.prompt)
     digest = hashlib.sha256(text.encode("utf-8")).digest()
     return int.from_bytes(digest[:8], "big") < share * 2**64
 
 
-def _recognise_most(rows: list[Row], path: str, field: str) -> str:
-    """The schema that most rows have; one row alone may be spoiled."""
+def _recognize_most(rows: list[RawRecord], path: str, field: str) -> str:
+    """The schema that most rows have, since a single row may be damaged."""
     with_fields = [row for _, row in rows if isinstance(row, dict)]
-    votes = Counter(schema for row in with_fields if (schema := recognise(row)))
+    votes = Counter(schema for row in with_fields if (schema := recognize(row)))
     if votes or not with_fields:  # rows without any fields are bad records under every schema
         return votes.most_common(1)[0][0] if votes else "preference"
     fields = ", ".join(repr(str(name)[:40]) for name in list(with_fields[0])[:20]) or "none"
@@ -155,17 +160,17 @@ def _recognise_most(rows: list[Row], path: str, field: str) -> str:
     )
 
 
-def _rows(path: str, split: str, field: str) -> Iterator[Row]:
+def _rows(path: str, split: str, field: str) -> Iterator[RawRecord]:
     if not path:
         raise UserError(
             f"{option(field)} is empty; name a file, a folder or a data set, e.g. {flag(field)}=task:safety"
         )
-    place = Path(path).expanduser()
-    if place.is_dir():
-        for file in _files(place, split):
-            yield from _file_rows(file, str(file.relative_to(place)))
-    elif place.is_file():
-        yield from _file_rows(place, place.name)
+    location = Path(path).expanduser()
+    if location.is_dir():
+        for file in _files(location, split):
+            yield from _file_rows(file, str(file.relative_to(location)))
+    elif location.is_file():
+        yield from _file_rows(location, location.name)
     elif re.fullmatch(r"[\w.-]+/[\w.-]+(/[\w./-]+)?(:[\w.-]+)?", path) and not path.endswith(SUFFIXES):
         yield from _hub_rows(path, split, field)
     else:
@@ -176,19 +181,19 @@ def _rows(path: str, split: str, field: str) -> Iterator[Row]:
 
 
 def _files(folder: Path, split: str) -> list[Path]:
-    """The data files of a folder: those named after the split (`train.jsonl`, `train-00000.parquet`), else all."""
-    found = sorted(file for file in folder.rglob("*") if file.is_file() and file.name.endswith(SUFFIXES))
-    found = [file for file in found if not any(part.startswith(".") for part in file.relative_to(folder).parts)]
+    """The data files of a folder: those named after the split (``train.jsonl``, ``train-00000.parquet``), else all."""
+    files = sorted(file for file in folder.rglob("*") if file.is_file() and file.name.endswith(SUFFIXES))
+    files = [file for file in files if not any(part.startswith(".") for part in file.relative_to(folder).parts)]
     # Beside lines and tables, a lone .json holds settings rather than records.
-    found = [file for file in found if file.suffix != ".json"] or found
-    named = [file for file in found if re.match(rf"{re.escape(split)}(\W|_|$)", file.name)]
-    if named or (found and split == DataConfig.split):
-        return named or found
-    files = ", ".join(file.name for file in found[:10]) or "no file that ends in " + ", ".join(SUFFIXES)
-    raise UserError(f"{folder}: there is no file of split {split!r}, but {files}; e.g. {flag('data.split')}=train")
+    files = [file for file in files if file.suffix != ".json"] or files
+    named = [file for file in files if re.match(rf"{re.escape(split)}(\W|_|$)", file.name)]
+    if named or (files and split == DataConfig.split):
+        return named or files
+    names = ", ".join(file.name for file in files[:10]) or "no file that ends in " + ", ".join(SUFFIXES)
+    raise UserError(f"{folder}: there is no file of split {split!r}, but {names}; e.g. {flag('data.split')}=train")
 
 
-def _file_rows(file: Path, name: str) -> Iterator[Row]:
+def _file_rows(file: Path, name: str) -> Iterator[RawRecord]:
     try:
         if name.endswith(".parquet"):
             yield from _parquet_rows(file, name)
@@ -201,7 +206,7 @@ def _file_rows(file: Path, name: str) -> Iterator[Row]:
         raise UserError(f"{file} cannot be read to its end ({error}); fetch or write it again") from error
 
 
-def _json_lines(lines: Any, name: str) -> Iterator[Row]:
+def _json_lines(lines: Any, name: str) -> Iterator[RawRecord]:
     for number, line in enumerate(lines, 1):
         if line.strip():
             yield f"{name}:{number}", _decode(line.removeprefix(b"\xef\xbb\xbf"))
@@ -216,20 +221,20 @@ def _decode(line: bytes) -> Any:
         return BadRecordError("invalid JSON")
 
 
-def _json_rows(file: Path, name: str) -> Iterator[Row]:
-    """One list of records; a file that holds one object a line is read as lines, since many are named .json."""
+def _json_rows(file: Path, name: str) -> Iterator[RawRecord]:
+    """Rows of one list of records. A file of one object a line is read as lines, since many are named .json."""
     content = file.read_bytes()
     if not content.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
         yield from _json_lines(content.splitlines(), name)
         return
-    found = _decode(content.removeprefix(b"\xef\xbb\xbf"))
-    if isinstance(found, BadRecordError):
-        raise UserError(f"{file}: {found}; it must be a list of records, or one record a line")
-    for number, row in enumerate(found, 1):
+    records = _decode(content.removeprefix(b"\xef\xbb\xbf"))
+    if isinstance(records, BadRecordError):
+        raise UserError(f"{file}: {records}; it must be a list of records, or one record a line")
+    for number, row in enumerate(records, 1):
         yield f"{name}:{number}", row
 
 
-def _parquet_rows(file: Path, name: str) -> Iterator[Row]:
+def _parquet_rows(file: Path, name: str) -> Iterator[RawRecord]:
     pyarrow, parquet = (_import(module, "read parquet files") for module in ("pyarrow", "pyarrow.parquet"))
     number = 0
     try:
@@ -241,10 +246,10 @@ def _parquet_rows(file: Path, name: str) -> Iterator[Row]:
         raise UserError(f"{file}: not a readable parquet file ({error}); fetch or write it again") from error
 
 
-def _hub_rows(path: str, split: str, field: str) -> Iterator[Row]:
+def _hub_rows(path: str, split: str, field: str) -> Iterator[RawRecord]:
     datasets = _import("datasets", "read data sets from the hub")
-    place, _, configuration = path.partition(":")
-    repository, folder = "/".join(place.split("/")[:2]), "/".join(place.split("/")[2:])
+    dataset, _, configuration = path.partition(":")
+    repository, folder = "/".join(dataset.split("/")[:2]), "/".join(dataset.split("/")[2:])
     try:
         rows = datasets.load_dataset(repository, configuration or None, data_dir=folder or None, split=split)
     except Exception as error:  # datasets raises whatever its storage, parsers and the network raise
@@ -255,7 +260,7 @@ def _hub_rows(path: str, split: str, field: str) -> Iterator[Row]:
             f"e.g. {flag(field)}=pairs.jsonl"
         ) from error
     for index, row in enumerate(rows):
-        yield f"{place}[{split}]:{index}", row
+        yield f"{dataset}[{split}]:{index}", row
 
 
 def _import(module: str, purpose: str) -> Any:

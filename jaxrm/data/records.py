@@ -1,4 +1,4 @@
-"""The three kinds of record that every data set is read into, and nothing else travels from readers to tokens."""
+"""The three kinds of record. Every data set is read into them, and tokenizers take nothing else."""
 
 from dataclasses import dataclass
 
@@ -9,7 +9,12 @@ ROLES = ("system", "user", "assistant")
 
 @dataclass(frozen=True)
 class Message:
-    """One turn of a dialogue; `role` is one of `ROLES`."""
+    """One turn of a dialogue.
+
+    Attributes:
+      role: one of ``ROLES``.
+      content: the text.
+    """
 
     role: str
     content: str
@@ -17,7 +22,14 @@ class Message:
 
 @dataclass(frozen=True)
 class PreferenceRecord:
-    """A prompt x with a chosen response y⁺ and a rejected one y⁻; `source` says where it was read, `file:line`."""
+    """A prompt x with a chosen response y⁺ and a rejected response y⁻.
+
+    Attributes:
+      prompt: the turns before the response.
+      chosen: y⁺.
+      rejected: y⁻.
+      source: the place of the record, ``file:line``.
+    """
 
     prompt: tuple[Message, ...]
     chosen: str
@@ -55,7 +67,7 @@ Record = PreferenceRecord | DemonstrationRecord | PromptRecord
 
 
 def as_demonstration(record: Record) -> DemonstrationRecord:
-    """The record as a dialogue to imitate; of a preference, the chosen response.
+    """The record as a dialogue to imitate. Of a preference it is the chosen response.
 
     Raises:
       UserError: the record is a prompt without a response.

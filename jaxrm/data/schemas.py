@@ -1,6 +1,6 @@
-"""The shapes in which data sets come, each a small function from a row's fields to a record.
+"""The schemas of data sets, each a small function from a row's fields to a record.
 
-A row that does not fit raises `BadRecordError` with a short reason; nothing that a row holds can raise anything else.
+A row that does not fit raises ``BadRecordError`` with a short reason. No content of a row raises anything else.
 """
 
 import re
@@ -13,10 +13,10 @@ Fields = dict[str, Any]
 
 
 class BadRecordError(ValueError):
-    """A row that cannot be used; the message is the reason that it is counted under."""
+    """A row that cannot be used. The message is the reason under which it is counted."""
 
 
-def recognise(fields: Fields) -> str | None:
+def recognize(fields: Fields) -> str | None:
     """The name of the schema that has these fields, or None."""
     for name, (required, _) in SCHEMAS.items():
         if any(all(field in fields for field in group) for group in required):
@@ -30,10 +30,10 @@ def parse(schema: str, fields: object, source: str, preferred: str) -> Record:
     """Read one row.
 
     Args:
-      schema: a key of `SCHEMAS`.
+      schema: a key of ``SCHEMAS``.
       fields: the row, whatever it is.
-      source: where it was found, for the record.
-      preferred: the field of PKU-SafeRLHF that tells which response is the chosen one.
+      source: its place, for the record.
+      preferred: the field of PKU-SafeRLHF that decides the chosen response.
 
     Raises:
       BadRecordError: the row does not fit.
@@ -46,14 +46,14 @@ def parse(schema: str, fields: object, source: str, preferred: str) -> Record:
 
 
 def parse_preference(fields: Fields, source: str) -> Record:
-    """`prompt` (text or messages), `chosen`, `rejected` (text, or messages that may repeat the prompt)."""
+    """``prompt`` (text or messages), ``chosen``, ``rejected`` (text, or messages that may repeat the prompt)."""
     if isinstance(fields.get("chosen"), list) or isinstance(fields.get("rejected"), list):
         return parse_ultrafeedback(fields, source)
     return PreferenceRecord(_prompt(fields), _text(fields, "chosen"), _text(fields, "rejected"), source)
 
 
 def parse_ultrafeedback(fields: Fields, source: str) -> Record:
-    """`chosen` and `rejected` as messages that differ in the last one; an optional `prompt` before them."""
+    """``chosen`` and ``rejected`` as messages that differ in the last one, with an optional ``prompt`` before them."""
     chosen, rejected = _messages(fields, "chosen"), _messages(fields, "rejected")
     for dialogue in (chosen, rejected):
         if dialogue[-1].role != "assistant":
@@ -65,7 +65,7 @@ def parse_ultrafeedback(fields: Fields, source: str) -> Record:
 
 
 def parse_demonstration(fields: Fields, source: str) -> Record:
-    """`prompt` with `response` or `completion`, or `instruction` (and `input`) with `output`."""
+    """``prompt`` with ``response`` or ``completion``, or ``instruction`` (and ``input``) with ``output``."""
     if "instruction" in fields:
         question = _text(fields, "instruction")
         if fields.get("input"):
@@ -79,17 +79,17 @@ def parse_demonstration(fields: Fields, source: str) -> Record:
 
 
 def parse_messages(fields: Fields, source: str) -> Record:
-    """`messages`, a list of `role` and `content` that ends with the assistant."""
+    """``messages``, a list of ``role`` and ``content`` that ends with the assistant."""
     return _demonstration(_messages(fields, "messages"), source)
 
 
 def parse_prompt(fields: Fields, source: str) -> Record:
-    """`prompt` alone, text or messages."""
+    """``prompt`` alone, text or messages."""
     return PromptRecord(_prompt(fields), source)
 
 
 def parse_hh(fields: Fields, source: str) -> Record:
-    r"""`chosen` and `rejected` as transcripts "\n\nHuman: … \n\nAssistant: …"; what they share is the prompt.
+    r"""``chosen`` and ``rejected`` as transcripts "\n\nHuman: … \n\nAssistant: …"; the prompt is what they share.
 
     Source: Bai et al. 2022, arXiv 2204.05862, the data as published.
     """
@@ -106,16 +106,17 @@ def parse_hh(fields: Fields, source: str) -> Record:
 
 
 def parse_pku_safe_rlhf(fields: Fields, source: str, preferred: str = "better_response_id") -> Record:
-    """`prompt`, `response_0`, `response_1` and which is preferred (Dai et al. 2023, arXiv 2310.12773)."""
+    """``prompt``, ``response_0``, ``response_1`` and which is preferred (Dai et al. 2023, arXiv 2310.12773)."""
     responses = [_text(fields, "response_0"), _text(fields, "response_1")]
     better = _choice(fields, preferred)
     return PreferenceRecord(_prompt(fields), responses[better], responses[1 - better], source)
 
 
 def parse_tldr(fields: Fields, source: str) -> Record:
-    """`info`, `summaries` and `choice` of openai/summarize_from_feedback (Stiennon et al. 2020, arXiv 2009.01325).
+    """``info``, ``summaries`` and ``choice`` of openai/summarize_from_feedback.
 
-    The prompt is written as in their appendix: subreddit, title, post, and "TL;DR:" for the summary to follow.
+    The prompt is written as in the appendix of Stiennon et al. 2020, arXiv 2009.01325: subreddit, title, post, and
+    "TL;DR:" for the summary to follow.
     """
     info = _field(fields, "info")
     summaries = _field(fields, "summaries")
@@ -134,7 +135,7 @@ def parse_tldr(fields: Fields, source: str) -> Record:
     return PreferenceRecord((Message("user", prompt),), texts[better], texts[1 - better], source)
 
 
-# In the order in which they are recognised: name -> (groups of fields, one of which must be there; function).
+# In the order in which they are recognized: name -> (groups of fields, one of which must be there; function).
 SCHEMAS: dict[str, tuple[tuple[tuple[str, ...], ...], Callable[[Fields, str], Record]]] = {
     "tldr": ((("info", "summaries", "choice"),), parse_tldr),
     "pku_safe_rlhf": ((("prompt", "response_0", "response_1"),), parse_pku_safe_rlhf),
@@ -194,12 +195,12 @@ def _prompt(fields: Fields) -> tuple[Message, ...]:
 
 
 def _messages(fields: Fields, name: str) -> tuple[Message, ...]:
-    """A list of messages; content may be text or, as chat services have it, a list of text parts."""
-    found = _field(fields, name)
-    if not isinstance(found, list) or not found or not all(isinstance(message, dict) for message in found):
+    """A list of messages, whose content is text or, as in chat services, a list of text parts."""
+    items = _field(fields, name)
+    if not isinstance(items, list) or not items or not all(isinstance(message, dict) for message in items):
         raise BadRecordError(f"{name!r} is not a list of messages")
     messages = []
-    for message in found:
+    for message in items:
         role, content = message.get("role"), message.get("content")
         if role not in ROLES:
             raise BadRecordError(f"{name!r} has a role other than {', '.join(ROLES)}")
@@ -232,4 +233,4 @@ def _transcript(text: str) -> tuple[Message, ...]:
     if before.strip() or not turns:
         raise BadRecordError("a transcript does not begin with a turn")
     roles = {"Human": "user", "Assistant": "assistant"}
-    return tuple(Message(roles[who], said.strip()) for who, said in zip(turns[::2], turns[1::2], strict=True))
+    return tuple(Message(roles[name], content.strip()) for name, content in zip(turns[::2], turns[1::2], strict=True))

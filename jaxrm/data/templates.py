@@ -1,12 +1,12 @@
 """How a dialogue becomes tokens: the tokenizer's own chat template, or a named one.
 
-Every template is Jinja, run only in the sandbox of `transformers`. A dialogue is rendered once, with an invisible
-mark around each message, and the text is cut into pieces that are encoded one by one and joined as ids: around every
-assistant response, so that its tokens are known exactly and are those that generation continues from; and inside
-any special token that is spelled out in a message, so that what a user writes never becomes one.
+Every template is Jinja, run only in the sandbox of ``transformers``. A dialogue is rendered once, with an invisible
+mark around each message. The text is then cut into pieces, which are encoded one by one and joined as ids. Cuts are in
+two places. Around every assistant response: its tokens are known exactly, and generation continues from the same ids.
+And inside any special token that is spelled out in a message: so text of a user never becomes a special token.
 
-Two rules hold everywhere. The white space around a message is dropped (`plain` keeps it), as the templates of Llama
-and Gemma do. A space between the assistant's header and the response belongs to the first token of the response.
+Two rules hold everywhere. White space around a message is dropped, as the templates of Llama and Gemma do; ``plain``
+keeps it. A space between the assistant's header and the response belongs to the first token of the response.
 """
 
 import re
@@ -21,7 +21,7 @@ from jaxrm.errors import UserError, flag, option
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Gemma and Llama 2 have no system turn: what it says goes before the first message of the user.
+# Gemma and Llama 2 have no system turn: its text goes before the first message of the user.
 _SYSTEM_FIRST = (
     "{% set ns = namespace(system='') %}{% for m in messages %}{% if m.role == 'system' %}"
     "{% set ns.system = ns.system + system_open + m.content + system_close %}{% else %}"
@@ -61,7 +61,12 @@ _MARKS = re.compile(f"[{_OTHER}{_ASSISTANT}{_END}{_BREAK}]")
 
 @dataclass(frozen=True)
 class Piece:
-    """A text that is encoded by itself; `is_target` where it belongs to an assistant turn."""
+    """A text that is encoded by itself.
+
+    Attributes:
+      text: the text.
+      is_target: whether it belongs to an assistant turn.
+    """
 
     text: str
     is_target: bool
@@ -69,18 +74,27 @@ class Piece:
 
 @dataclass(frozen=True)
 class _Layout:
-    """What a tokenizer makes of a template."""
+    """A template as measured with a tokenizer.
+
+    Attributes:
+      jinja: the template.
+      bos: the text of BOS, empty where there is none.
+      keeps_space: whether white space around a message stays.
+      opening: a space or nothing, between the assistant's header and the response.
+      closing: the text that ends an assistant turn, up to its special token.
+      control: matches the first character of every special token.
+    """
 
     jinja: str
     bos: str
     keeps_space: bool
-    opening: str = ""  # between the assistant's header and the response: a space or nothing
-    closing: str = ""  # what ends an assistant turn, up to its special token
-    control: re.Pattern[str] = re.compile("(?!)")  # the first character of every special token
+    opening: str = ""
+    closing: str = ""
+    control: re.Pattern[str] = re.compile("(?!)")
 
 
 def encode_prompt(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message], template: str) -> list[int]:
-    """Token ids of a prompt: BOS where the model has one, the dialogue, the header that opens the answer.
+    """Token ids of a prompt: BOS where the model has one, the dialogue, the header that opens the response.
 
     Raises:
       UserError: there is no such template, or it refuses the dialogue.
@@ -102,23 +116,23 @@ def encode_response(tokenizer: "PreTrainedTokenizerBase", text: str, template: s
 
 
 def end_ids(tokenizer: "PreTrainedTokenizerBase", template: str) -> frozenset[int]:
-    """Ids at which generation stops: what ends an assistant turn, and EOS."""
+    """Ids at which generation stops: the end of an assistant turn, and EOS."""
     closing = _encode_joined(tokenizer, [_layout(tokenizer, template).closing], continues=True)
     return frozenset({closing[-1], tokenizer.eos_token_id} - {None})
 
 
 def bos_id(tokenizer: "PreTrainedTokenizerBase", template: str) -> int | None:
-    """The BOS that the template puts first, if it does; it stays where a prompt is cut."""
+    """The BOS that the template puts first, or None. It stays where a prompt is cut."""
     layout = _layout(tokenizer, template)
     # SmolLM2 calls `<|im_start|>`, which opens every turn, its BOS; a template that means BOS says `bos_token`.
     return tokenizer.bos_token_id if layout.bos and "bos_token" in layout.jinja else None
 
 
 def cut_dialogue(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message], template: str) -> list[Piece]:
-    """Render a dialogue that ends with an assistant turn and cut it into pieces for `encode_texts`.
+    """Render a dialogue that ends with an assistant turn and cut it into pieces for ``encode_texts``.
 
-    The target pieces of an assistant turn are its response and what ends the turn; they follow each other. What a
-    template writes after the last turn is left out.
+    The target pieces of an assistant turn are its response and the text that ends the turn; they follow each other.
+    Any text of the template after the last turn is left out.
 
     Raises:
       UserError: there is no such template, or it refuses the dialogue.
@@ -151,10 +165,15 @@ def cut_dialogue(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Messag
 def encode_texts(
     tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str], continues: Sequence[bool]
 ) -> list[list[int]]:
-    """Token ids of each text, with no BOS or EOS added; `continues` where a text follows another one.
+    """Token ids of each text, with no BOS or EOS added.
 
-    Sentencepiece puts a space before a text that begins. Before one that continues there must be none, so it is
-    encoded after a line break, whose ids are taken off again.
+    Sentencepiece puts a space before the beginning of a text. A text that continues another must not get one, so it is
+    encoded after a line break, whose ids are then removed.
+
+    Args:
+      tokenizer: as ``load_tokenizer`` returns it.
+      texts: the texts.
+      continues: for each text, whether it follows another one.
     """
     line_break = _prefix_that_hides_space(tokenizer)
     if line_break is None:
@@ -237,15 +256,14 @@ def _layout(tokenizer: "PreTrainedTokenizerBase", template: str) -> _Layout:
 
 @lru_cache(maxsize=16)
 def _measure(tokenizer: "PreTrainedTokenizerBase", template: str, jinja: str) -> _Layout:
-    """Render a small dialogue and see what the template writes around a response."""
+    """Render a small dialogue, to measure what the template writes around a response."""
     bos = tokenizer.bos_token or ""
     if template != "auto":
         missing = [t for t in _NEEDED_TOKENS.get(template, ()) if t not in tokenizer.get_vocab()]
         if missing:
             raise UserError(
                 f"{option('data.template')} is {template!r}, but the tokenizer has no token {missing[0]!r}; use "
-                f"auto, hh "
-                f"or plain, e.g. {flag('data.template')}=hh"
+                f"auto, hh or plain, e.g. {flag('data.template')}=hh"
             )
         adds_bos = tokenizer("x")["input_ids"][:1] == [tokenizer.bos_token_id]
         bos = bos if adds_bos else ""
@@ -253,9 +271,9 @@ def _measure(tokenizer: "PreTrainedTokenizerBase", template: str, jinja: str) ->
             raise _endless()
     layout = _Layout(jinja, bos, keeps_space=template == "plain")
     rendered = _render(tokenizer, layout, [Message("user", "x"), Message("assistant", "x")])
-    before, found, after = rendered.rpartition(_ASSISTANT)
-    _, ended, after = after.partition(_END)
-    if not (found and ended):
+    before, opens, after = rendered.rpartition(_ASSISTANT)
+    _, closes, after = after.partition(_END)
+    if not (opens and closes):
         raise UserError("the tokenizer's chat template does not write the assistant's turns; name another template")
     written = _MESSAGE.sub("", rendered)
     # A token of a single character cannot be broken up; no model here has one.

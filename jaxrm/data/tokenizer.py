@@ -1,4 +1,4 @@
-"""Tokenizers, through `transformers`: from the hub, a folder, a lone sentencepiece model, or a GGUF file."""
+"""Tokenizers, through ``transformers``: from the hub, a folder, a lone sentencepiece model, or a GGUF file."""
 
 import re
 import tempfile
@@ -19,24 +19,24 @@ _WINDOW, _CONTEXT = 12, 4  # tokens decoded together; those before them that a t
 
 
 def load_tokenizer(path: str) -> "PreTrainedTokenizerBase":
-    """Load a tokenizer; torch is not needed, and no code that comes with it is run.
+    """Load a tokenizer. It needs no torch, and runs no code of the tokenizer's author.
 
     Args:
-      path: a hub name, a .gguf file, or a folder that holds tokenizer.json (or other files that `transformers`
-        reads), or only a sentencepiece tokenizer.model, or exactly one .gguf file.
+      path: a hub name, a .gguf file, or a folder. The folder holds tokenizer.json (or other files that
+        ``transformers`` reads), or only a sentencepiece tokenizer.model, or exactly one .gguf file.
 
     Raises:
-      UserError: nothing there, or nothing that can be read as a tokenizer.
+      UserError: there is nothing, or nothing that can be read as a tokenizer.
     """
-    place = Path(path).expanduser()
+    location = Path(path).expanduser()
     try:
-        if place.is_file() and place.suffix == ".gguf":
-            return from_gguf(place)
-        if place.is_file() and place.suffix == ".model":
-            return from_sentencepiece(place)
-        if place.is_dir():
-            return _from_folder(place)
-        if place.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path):
+        if location.is_file() and location.suffix == ".gguf":
+            return from_gguf(location)
+        if location.is_file() and location.suffix == ".model":
+            return from_sentencepiece(location)
+        if location.is_dir():
+            return _from_folder(location)
+        if location.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path):
             raise UserError(
                 f"tokenizer {path!r} is neither a folder, a .gguf file nor a hub name; "
                 f"e.g. {flag('data.tokenizer')}=org/name"
@@ -53,21 +53,21 @@ def load_tokenizer(path: str) -> "PreTrainedTokenizerBase":
 
 
 def save_tokenizer(tokenizer: "PreTrainedTokenizerBase", folder: str | Path) -> None:
-    """Write tokenizer.json, tokenizer_config.json and the chat template, each of them whole or not at all."""
+    """Write tokenizer.json, tokenizer_config.json and the chat template, each atomically."""
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target, prefix=".saving-") as temporary:
         tokenizer.save_pretrained(temporary)
-        for file in sorted(found for found in Path(temporary).rglob("*") if found.is_file()):
-            place = target / file.relative_to(temporary)
-            place.parent.mkdir(exist_ok=True)
-            file.replace(place)
+        for file in sorted(path for path in Path(temporary).rglob("*") if path.is_file()):
+            destination = target / file.relative_to(temporary)
+            destination.parent.mkdir(exist_ok=True)
+            file.replace(destination)
 
 
 def pad_apart_from(tokenizer: "PreTrainedTokenizerBase", ends: Collection[int]) -> None:
-    """Give the tokenizer a padding token that ends no response, where it pads with one that does.
+    """Give the tokenizer a padding token that ends no response, if it has none.
 
-    Classifiers of transformers read their score from the last token that is not padding, by its id.
+    Classifiers of transformers read their score at the last token that is not padding, by its id.
 
     Raises:
       UserError: the tokenizer has no special token to spare.
@@ -84,9 +84,9 @@ def pad_apart_from(tokenizer: "PreTrainedTokenizerBase", ends: Collection[int]) 
 
 
 def vocabulary_conflict(one: "PreTrainedTokenizerBase", other: "PreTrainedTokenizerBase") -> str | None:
-    """The first id at which two tokenizers differ, in words; None where what both have is the same in both.
+    """The first id at which two tokenizers differ, in words; None where their common tokens agree.
 
-    One may have tokens more than the other: that is how a vocabulary is extended.
+    One may have more tokens than the other, as an extended vocabulary has.
     """
     first, second = one.get_vocab(), other.get_vocab()
     token_of = {id_: token for token, id_ in second.items()}
@@ -99,12 +99,12 @@ def vocabulary_conflict(one: "PreTrainedTokenizerBase", other: "PreTrainedTokeni
 
 
 def token_texts(tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int]) -> list[str]:
-    """What each token adds to the text: joined, the texts are the decoded ids, special tokens as they are written.
+    """The text that each token adds. Joined, they are the decoded ids with special tokens as they are written.
 
-    A character of several tokens comes with the last of them; the others add "". Ids without a token add "" too.
+    A character of several tokens comes with the last of them, and the others add "". Ids without a token add "" too.
 
     Args:
-      tokenizer: as `load_tokenizer` returns it.
+      tokenizer: as ``load_tokenizer`` returns it.
       ids: token ids, not negative.
     """
     pieces = tokenizer.convert_ids_to_tokens([int(token) for token in ids])
@@ -117,7 +117,7 @@ def token_texts(tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int]) -> lis
 
 
 def _added_texts(tokenizer: "PreTrainedTokenizerBase", ids: list[int], is_byte: list[bool]) -> list[str]:
-    """Decode a window of tokens that grows, and where it is long enough starts anew with its end."""
+    """Decode a growing window of tokens. Once it is long enough, a new one starts with its end."""
     texts: list[str] = []
     start, done = 0, 0  # where the window begins, and how many of its characters are given to tokens
     while len(texts) < len(ids):
@@ -125,14 +125,14 @@ def _added_texts(tokenizer: "PreTrainedTokenizerBase", ids: list[int], is_byte: 
         # Byte tokens in a row are decoded as a whole, since one wrong byte spoils all of them.
         stop = next((j for j in range(i, len(ids)) if not is_byte[j]), len(ids)) if is_byte[i] else i + 1
         text = _decode(tokenizer, ids[start:stop])
-        # The last character may not be whole yet; what is before it no further token changes.
-        held = text.endswith(_UNFINISHED) and not is_byte[i] and stop < len(ids)
-        added = text[done : len(text) - held]
+        # The last character may not be whole yet; further tokens change nothing before it.
+        is_incomplete = text.endswith(_UNFINISHED) and not is_byte[i] and stop < len(ids)
+        added = text[done : len(text) - is_incomplete]
         texts += _byte_texts(added, stop - i) if is_byte[i] else [added]
-        done = len(text) - held
+        done = len(text) - is_incomplete
         if stop - start > _WINDOW:
             start = stop - _CONTEXT
-            done = len(_decode(tokenizer, ids[start:stop])) - held
+            done = len(_decode(tokenizer, ids[start:stop])) - is_incomplete
     return texts
 
 
@@ -141,7 +141,7 @@ def _decode(tokenizer: "PreTrainedTokenizerBase", ids: list[int]) -> str:
 
 
 def _byte_texts(text: str, count: int) -> list[str]:
-    """The text of `count` byte tokens, each character at the token that completes it."""
+    """The text of ``count`` byte tokens, each character at the token that completes it."""
     if text == _UNFINISHED * count:  # not UTF-8
         return list(text)
     texts = [part for char in text for part in [*[""] * (len(char.encode()) - 1), char]]
@@ -157,9 +157,9 @@ def _from_folder(folder: Path) -> "PreTrainedTokenizerBase":
     if len(gguf_files) == 1:
         return from_gguf(gguf_files[0])
     names = ", ".join(file.name for file in gguf_files)
-    found = f"{len(gguf_files)} .gguf files: {names}" if gguf_files else "no tokenizer file"
+    contents = f"{len(gguf_files)} .gguf files: {names}" if gguf_files else "no tokenizer file"
     raise UserError(
-        f"{folder} has {found}; required is one of {', '.join(_FILES[:2])}, or exactly one .gguf file; "
+        f"{folder} has {contents}; required is one of {', '.join(_FILES[:2])}, or exactly one .gguf file; "
         f"name one, e.g. {flag('data.tokenizer')}=folder/model.gguf"
     )
 

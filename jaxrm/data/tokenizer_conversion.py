@@ -1,8 +1,8 @@
-"""Tokenizers of `transformers` built from a sentencepiece model or from the metadata of a GGUF file.
+"""Tokenizers of ``transformers`` built from a sentencepiece model or from the metadata of a GGUF file.
 
-`transformers` reads neither without the model's config beside it, and GGUF only where torch is installed. Both files
-hold the same thing: pieces, their scores and their kinds (the numbers of both formats agree: 1 normal, 2 unknown,
-3 control, 4 user-defined, 5 unused, 6 byte).
+``transformers`` reads neither without the model's config beside it, and GGUF only where torch is installed. Both files
+hold the same: pieces, their scores and their kinds. The numbers of the kinds agree: 1 normal, 2 unknown, 3 control,
+4 user-defined, 5 unused, 6 byte.
 """
 
 import json
@@ -46,7 +46,7 @@ _BYTE_LEVEL_SPLITS = {
 
 @dataclass(frozen=True)
 class _Vocabulary:
-    """Pieces in the order of their ids, and how sentencepiece treats text before it looks for them."""
+    """Pieces in the order of their ids, and how sentencepiece normalizes text before it splits it."""
 
     pieces: list[str]
     scores: list[float]
@@ -57,17 +57,17 @@ class _Vocabulary:
     collapse_spaces: bool = False
     charsmap: bytes = b""
 
-    def of_kind(self, kind: int) -> list[str]:
-        return [piece for piece, found in zip(self.pieces, self.kinds, strict=True) if found == kind]
+    def pieces_of_kind(self, kind: int) -> list[str]:
+        return [piece for piece, own_kind in zip(self.pieces, self.kinds, strict=True) if own_kind == kind]
 
 
 def from_sentencepiece(file: Path) -> "PreTrainedTokenizerBase":
-    """Build a tokenizer from a sentencepiece model, with BOS put first as Llama and Gemma have it.
+    """Build a tokenizer from a sentencepiece model, with BOS first as in Llama and Gemma.
 
-    Settings in a tokenizer_config.json beside the file (BOS, EOS, padding, chat template) are kept.
+    Settings in a tokenizer_config.json beside the file (BOS, EOS, padding, chat template) apply.
 
     Raises:
-      UserError: not a sentencepiece model.
+      UserError: it is not a sentencepiece model.
     """
     from google.protobuf.message import DecodeError
     from sentencepiece import sentencepiece_model_pb2
@@ -101,7 +101,7 @@ def from_gguf(file: Path) -> "PreTrainedTokenizerBase":
     """Build the tokenizer that a GGUF file describes, with its chat template.
 
     Raises:
-      UserError: not a GGUF file, or a kind of tokenizer or text split that is not known here.
+      UserError: it is not a GGUF file, or its kind of tokenizer or text split is not supported.
     """
     from gguf import GGUFReader
 
@@ -110,29 +110,31 @@ def from_gguf(file: Path) -> "PreTrainedTokenizerBase":
     except (ValueError, OSError, IndexError) as error:
         raise UserError(f"{file} is not a GGUF file that can be read ({error}); fetch it again") from error
     prefix = "tokenizer.ggml."
-    found = {name.removeprefix(prefix): field.contents() for name, field in fields.items() if name.startswith(prefix)}
-    kind = found.get("model")
-    if "tokens" not in found or kind not in ("gpt2", "llama"):
+    tokenizer_fields = {name: field for name, field in fields.items() if name.startswith(prefix)}
+    metadata = {name.removeprefix(prefix): field.contents() for name, field in tokenizer_fields.items()}
+    kind = metadata.get("model")
+    if "tokens" not in metadata or kind not in ("gpt2", "llama"):
         raise UserError(f"{file} has a tokenizer of kind {kind!r}; required is 'gpt2' or 'llama'")
-    pieces = found["tokens"]
+    pieces = metadata["tokens"]
     vocabulary = _Vocabulary(
         # Gemma's file writes runs of spaces as they are.
         [piece.replace(" ", _SPACE) for piece in pieces] if kind == "llama" else pieces,
-        found.get("scores") or [-float(index) for index in range(len(pieces))],
-        found.get("token_type") or [_NORMAL] * len(pieces),
-        found.get("unknown_token_id", 0),
-        add_prefix_space=found.get("add_space_prefix", True),
+        metadata.get("scores") or [-float(index) for index in range(len(pieces))],
+        metadata.get("token_type") or [_NORMAL] * len(pieces),
+        metadata.get("unknown_token_id", 0),
+        add_prefix_space=metadata.get("add_space_prefix", True),
     )
     if kind == "llama":
         backend = _sentencepiece_backend(vocabulary)
     else:
-        backend = _byte_level_backend(vocabulary, found.get("merges") or [], found.get("pre", "default"), file)
+        backend = _byte_level_backend(vocabulary, metadata.get("merges") or [], metadata.get("pre", "default"), file)
     names = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
-    special = {name: pieces[found[f"{key}_token_id"]] for name, key in names.items() if f"{key}_token_id" in found}
+    ids = {name: metadata.get(f"{key}_token_id") for name, key in names.items()}
+    special = {name: pieces[token] for name, token in ids.items() if token is not None}
     settings: dict[str, Any] = {}
     if "tokenizer.chat_template" in fields:
         settings["chat_template"] = fields["tokenizer.chat_template"].contents()
-    return _wrap(backend, special, settings, add_bos=found.get("add_bos_token", kind == "llama"))
+    return _wrap(backend, special, settings, add_bos=metadata.get("add_bos_token", kind == "llama"))
 
 
 def _sentencepiece_backend(vocabulary: _Vocabulary) -> "Tokenizer":
@@ -172,10 +174,10 @@ def _sentencepiece_backend(vocabulary: _Vocabulary) -> "Tokenizer":
 
 
 def _merges(vocabulary: _Vocabulary, ids: dict[str, int]) -> list[tuple[str, str]]:
-    """Every way to join two pieces into a third, best piece first: what sentencepiece's BPE does step by step.
+    """Every way to join two pieces into a third, best piece first, as sentencepiece's BPE does step by step.
 
-    Where scores are equal (Llama's runs of spaces) sentencepiece goes from left to right; the longer left part first
-    has the same effect.
+    Where scores are equal (Llama's runs of spaces), sentencepiece goes from left to right. Putting the longer left part
+    first has the same effect.
     """
     usable = {piece for piece, kind in zip(vocabulary.pieces, vocabulary.kinds, strict=True) if kind == _NORMAL}
     merges = []
@@ -215,22 +217,23 @@ def _byte_level_backend(vocabulary: _Vocabulary, merges: Sequence[str], pre_toke
 
 
 def _add_tokens(backend: "Tokenizer", vocabulary: _Vocabulary) -> None:
-    """Control pieces become special tokens, user-defined ones are found whole in any text."""
+    """Add control pieces as special tokens, and user-defined ones as tokens that are never split."""
     from tokenizers import AddedToken
 
-    backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in vocabulary.of_kind(_CONTROL)])
+    control = vocabulary.pieces_of_kind(_CONTROL)
+    backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in control])
     # A run of spaces exists only after normalization.
-    backend.add_tokens([AddedToken(t, normalized=_SPACE in t) for t in vocabulary.of_kind(_USER_DEFINED)])
+    backend.add_tokens([AddedToken(t, normalized=_SPACE in t) for t in vocabulary.pieces_of_kind(_USER_DEFINED)])
 
 
 def _settings_beside(file: Path) -> dict[str, Any]:
-    """What a tokenizer_config.json says that the model file does not."""
+    """The settings of tokenizer_config.json that the model file lacks."""
     settings_file = file.parent / "tokenizer_config.json"
     if not settings_file.is_file():
         return {}
     settings = json.loads(settings_file.read_text("utf-8"))
-    kept = ("bos_token", "eos_token", "unk_token", "pad_token", "chat_template", "model_max_length", "add_bos_token")
-    return {name: settings[name] for name in kept if settings.get(name) is not None}
+    names = ("bos_token", "eos_token", "unk_token", "pad_token", "chat_template", "model_max_length", "add_bos_token")
+    return {name: settings[name] for name in names if settings.get(name) is not None}
 
 
 def _wrap(

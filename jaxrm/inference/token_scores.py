@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxrm.algorithms import scoring
 from jaxrm.data import templates
-from jaxrm.data.pairs import correction_request, cut_prompt, scored_prompt_room
+from jaxrm.data.pairs import correction_request, cut_prompt, max_scored_prompt_tokens
 from jaxrm.data.readers import ReadReport
 from jaxrm.data.records import DemonstrationRecord, Message, PreferenceRecord, Record
 from jaxrm.data.tokenizer import token_texts
@@ -98,10 +98,10 @@ def encode(
             report.add_bad("both responses are the same", record.source)
             continue
         positions = model.model.config.max_position
-        room = scored_prompt_room(positions, every, request if model.is_seq2seq else None)
+        room = max_scored_prompt_tokens(positions, every, request if model.is_seq2seq else None)
         if reference is not None:
             positions = min(positions, reference.model.config.max_position)
-            room = min(room, scored_prompt_room(reference.model.config.max_position, every, None))
+            room = min(room, max_scored_prompt_tokens(reference.model.config.max_position, every, None))
         if room < 1:
             report.add_bad(f"a response too long for the {positions} tokens of the model", record.source)
             continue

@@ -1,8 +1,8 @@
 """Advantages and returns of responses with a reward on every token.
 
 Arrays are ``[B, T]`` and indexed by the response token: ``rewards[:, t]`` arrives on emitting token ``t``, and
-``values[:, t]`` is the value of the state before it. ``mask`` is the response's, contiguous from the left; a row may
-be empty. Outside it every output is 0 whatever the inputs hold there.
+``values[:, t]`` is the value of the state before it. ``mask`` is the mask of the response, contiguous from the left; a
+row may be empty. Outside the mask every output is 0, whatever the inputs are there.
 """
 
 import chex
@@ -27,12 +27,12 @@ def gae(
         G_t = A_t + V_t
 
     Args:
-      rewards: ``[B, T]`` float token rewards. Whole numbers are refused: they come from a buffer that was made like the
-        token ids, and such a buffer has cut every fraction off.
-      values: ``[B, T]`` float, the critic's.
+      rewards: ``[B, T]`` float token rewards. Integers are refused: a buffer with the dtype of token ids has already
+        truncated every reward.
+      values: ``[B, T]`` float values of the critic.
       mask: ``[B, T]`` bool.
       discount: in [0, 1], per token.
-      gae_lambda: in [0, 1]; 1 gives the whole discounted return less the value, 0 the one-step error.
+      gae_lambda: in [0, 1]; 1 gives the discounted return less the value, 0 the one-step error.
 
     Returns:
       ``advantages [B, T]`` and ``returns [B, T]``, float32. ``returns`` is the critic's target.
@@ -43,7 +43,7 @@ def gae(
     chex.assert_type([rewards, values], float)
     values = jnp.where(mask, values.astype(jnp.float32), 0.0)
     next_values = jnp.pad(values[:, 1:], ((0, 0), (0, 1)))
-    # Right of a response every delta is 0, so that the sum that comes from there is 0 as well.
+    # Right of a response every delta is 0, so the sum that arrives from there is 0 as well.
     deltas = jnp.where(mask, rewards.astype(jnp.float32) + discount * next_values - values, 0.0)
 
     def one_token(later: jax.Array, delta: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -55,23 +55,23 @@ def gae(
 
 
 def explained_variance(values: jax.Array, returns: jax.Array, mask: jax.Array) -> jax.Array:
-    """How much of the returns the critic foresees: ``1 - Var(G - V) / Var(G)`` over the masked tokens.
+    """The share of the returns' variance that the critic explains: ``1 - Var(G - V) / Var(G)`` over the masked tokens.
 
-    1 is a perfect critic, 0 one that is no better than a constant, below 0 one that is worse.
+    1 is a perfect critic; 0 is as good as a constant; below 0 is worse than a constant.
 
     Args:
-      values: ``[B, T]`` float, the critic's.
+      values: ``[B, T]`` float values of the critic.
       returns: ``[B, T]`` float.
       mask: ``[B, T]`` bool.
 
     Returns:
-      A float32 scalar; 0 where the returns do not vary, as with one token or none.
+      A float32 scalar. It is 0 where the returns do not vary, as with one token or none.
     """
     chex.assert_equal_shape([values, returns, mask])
     chex.assert_type([values, returns], float)
     returns = returns.astype(jnp.float32)
     variance = _variance(returns, mask)
-    # The mean of equal numbers need not be exactly that number: only their order tells that they are equal.
+    # The mean of equal numbers need not be exactly that number, so equality is decided by their order.
     highest = jnp.max(returns, where=mask, initial=-jnp.inf)
     lowest = jnp.min(returns, where=mask, initial=jnp.inf)
     is_constant = (highest <= lowest) | (variance == 0)

@@ -1,6 +1,6 @@
 """KL between policy and reference: estimates from single tokens, the penalty in the reward, its coefficient.
 
-``KL(pi || pi_ref) = E_pi[log pi(y) - log pi_ref(y)]`` in nats, estimated on tokens that the policy itself drew.
+``KL(pi || pi_ref) = E_pi[log pi(y) - log pi_ref(y)]`` in nats, estimated on tokens that the policy itself sampled.
 """
 
 import chex
@@ -19,14 +19,14 @@ def kl_estimate(estimator: str, log_probs: jax.Array, reference_log_probs: jax.A
         k2 = d^2 / 2            biased, of low variance; never negative
         k3 = exp(-d) - 1 + d    unbiased; never negative
 
-    As a number, in the reward or in a log, k1 and k3 are right. As a loss, differentiated through ``log_probs``, k2 is
-    the one whose expected gradient is that of the KL: with tokens drawn from pi, grad KL = E[d grad log pi], which
-    is E[grad k2]. That of k1 is E[grad log pi] = 0, no pull at all, and that of k3 is E[(1 - pi_ref / pi) grad log pi],
-    the gradient of the KL the other way round, ``KL(pi_ref || pi)``.
+    As a number, in the reward or in a log, k1 and k3 are right. As a loss, differentiated through ``log_probs``, only
+    k2 has the expected gradient of the KL: with tokens sampled from pi, grad KL = E[d grad log pi] = E[grad k2].
+    The gradient of k1 is E[grad log pi] = 0, so it has no effect. The gradient of k3 is
+    E[(1 - pi_ref / pi) grad log pi], which belongs to the reverse KL, ``KL(pi_ref || pi)``.
 
     Args:
-      estimator: one of `ESTIMATORS`.
-      log_probs: ``[...]`` float, of the drawn tokens under the policy.
+      estimator: one of ``ESTIMATORS``.
+      log_probs: ``[...]`` float, of the sampled tokens under the policy.
       reference_log_probs: ``[...]`` float, of the same tokens under the reference.
 
     Returns:
@@ -54,18 +54,20 @@ def penalized_rewards(
     limit: float,
     estimator: str = "k1",
 ) -> jax.Array:
-    """What PPO maximizes: ``R_t = clamp(r_t - coefficient KL_t, -limit, limit)``, with KL_t the token's `kl_estimate`.
+    """The rewards that PPO maximizes: ``R_t = clamp(r_t - coefficient KL_t, -limit, limit)``.
+
+    KL_t is the ``kl_estimate`` of the token.
 
     The penalty per token is that of arXiv 1909.08593 and InstructGPT, arXiv 2203.02155.
 
     Args:
-      rewards: ``[B, T]`` float token rewards; whole numbers are refused, as in `jaxrm.ops.advantages.gae`.
-      log_probs: ``[B, T]`` float, of the response's tokens under the policy that drew them.
+      rewards: ``[B, T]`` float token rewards; whole numbers are refused, as in ``jaxrm.ops.advantages.gae``.
+      log_probs: ``[B, T]`` float, of the response's tokens under the policy that sampled them.
       reference_log_probs: ``[B, T]`` float, under the reference.
       mask: ``[B, T]`` bool, the response's.
       coefficient: the weight of the KL, in rewards a nat; a number or a float scalar.
-      limit: most that ``|R_t|`` may be.
-      estimator: one of `ESTIMATORS`.
+      limit: bound of ``|R_t|``.
+      estimator: one of ``ESTIMATORS``.
 
     Returns:
       ``[B, T]`` float32, 0 outside the mask whatever the inputs hold there.
@@ -94,10 +96,10 @@ def next_coefficient(
     The gain, a constant in the paper, is ``count / horizon`` as in its published code, so that it follows the batch.
 
     Args:
-      coefficient: scalar, the present one.
+      coefficient: scalar, the current coefficient.
       kl: scalar, the batch's mean KL in nats a response.
-      target: the wanted KL in nats a response, above 0.
-      horizon: how many responses it takes for an error of one fifth to change the coefficient by one fifth, above 0.
+      target: the target KL in nats a response, above 0.
+      horizon: above 0; after so many responses, an error of one fifth has changed the coefficient by one fifth.
       count: number of responses in the batch.
 
     Returns:

@@ -12,8 +12,8 @@ class PolicyLoss(NamedTuple):
 
     Attributes:
       loss: ``[...]`` float32.
-      ratio: ``[...]`` float32, ``pi(y_t) / pi_old(y_t)``; has no gradient.
-      is_clipped: ``[...]`` bool, where the clipped ratio counts: such a token has no gradient.
+      ratio: ``[...]`` float32, ``pi(y_t) / pi_old(y_t)``, without a gradient.
+      is_clipped: ``[...]`` bool, True where the clipped ratio counts; such a token has no gradient.
     """
 
     loss: jax.Array
@@ -26,7 +26,7 @@ class ValueLoss(NamedTuple):
 
     Attributes:
       loss: ``[...]`` float32.
-      is_clipped: ``[...]`` bool, where the clipped value counts: such a token has no gradient.
+      is_clipped: ``[...]`` bool, True where the clipped value counts; such a token has no gradient.
     """
 
     loss: jax.Array
@@ -34,11 +34,10 @@ class ValueLoss(NamedTuple):
 
 
 def next_token_targets(tokens: jax.Array, segment_ids: jax.Array, loss_mask: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """What the hidden state at each position is trained to predict: ``z_{t+1}`` given ``z_<=t``.
+    """The token that each hidden state is trained to predict: ``z_{t+1}`` given ``z_<=t``.
 
-    The mask is indexed by the token produced (`jaxrm.types`), while hidden state ``i`` scores token
-    ``i + 1``; this is the one place where the two are lined up. No target crosses from one packed segment into
-    the next, whatever the mask says.
+    The mask is indexed by the token produced (``jaxrm.types``), while hidden state ``i`` scores token ``i + 1``. This
+    is the one place that aligns the two. No target crosses from one packed segment into the next, whatever the mask.
 
     Args:
       tokens: ``[B, T]`` int token ids.
@@ -47,7 +46,7 @@ def next_token_targets(tokens: jax.Array, segment_ids: jax.Array, loss_mask: jax
 
     Returns:
       ``targets [B, T]`` int and ``mask [B, T]`` bool, both indexed by the position that predicts. The last
-      position of a row predicts nothing: its mask is False.
+      position of a row predicts nothing, so its mask is False.
     """
     chex.assert_rank(tokens, 2)
     chex.assert_equal_shape([tokens, segment_ids, loss_mask])
@@ -64,10 +63,10 @@ def bradley_terry_loss(
     *,
     margin: float | jax.Array = 0.0,
 ) -> jax.Array:
-    """How surprising it is that the chosen response won: ``-log sigmoid(chosen - rejected - margin)``.
+    """The loss of a scalar reward model: ``-log sigmoid(chosen - rejected - margin)``.
 
-    The scalar reward model's loss (Bradley & Terry, 1952, as in InstructGPT, arXiv 2203.02155); a margin as in
-    Llama 2, arXiv 2307.09288, asks for a difference of at least so much.
+    Bradley & Terry, 1952, as in InstructGPT, arXiv 2203.02155. The margin is that of Llama 2, arXiv 2307.09288: the
+    difference should be at least so large.
 
     Args:
       chosen_rewards: ``[...]`` float rewards of the chosen responses.
@@ -92,21 +91,21 @@ def dpo_loss(
     label_smoothing: float = 0.0,
     kind: Literal["sigmoid", "ipo"] = "sigmoid",
 ) -> jax.Array:
-    """Direct preference optimization of pairs, from what the policy and its reference say of both responses.
+    """Direct preference optimization of pairs, from the log-ratios of policy and reference on both responses.
 
     With ``h = log pi(y+|x) / pi_ref(y+|x) - log pi(y-|x) / pi_ref(y-|x)``:
 
         sigmoid: -(1 - eps) log sigma(beta h) - eps log sigma(-beta h)      arXiv 2305.18290, equation 7
         ipo:     (h - 1 / (2 beta))^2                                       arXiv 2310.12036, equation 17
 
-    ``eps``, of conservative DPO, is the chance that the labels of a pair are swapped.
+    ``eps`` is the probability that the labels of a pair are swapped (conservative DPO).
 
     Args:
       chosen_log_ratios: ``[...]`` float log-ratios, in nats, of the chosen responses.
       rejected_log_ratios: ``[...]`` float, of the rejected ones.
-      beta: strength of the regularization towards the reference.
-      label_smoothing: eps, for ``sigmoid`` alone.
-      kind: which of the two.
+      beta: strength of the regularization toward the reference.
+      label_smoothing: eps; for ``sigmoid`` only.
+      kind: the loss.
 
     Returns:
       ``[...]`` float32 losses, unreduced. Where both log-ratios are 0 they are log 2, or 1 / (4 beta^2).
@@ -135,17 +134,17 @@ def clipped_policy_loss(
 
     "Proximal Policy Optimization Algorithms", arXiv 1707.06347, equation 7.
 
-    A mask over the result keeps the loss clean, but not its gradient: where the inputs themselves are not finite,
-    0 x inf is NaN. So clean the inputs of what the mask leaves out.
+    A mask over the result protects the loss, but not its gradient: where the inputs are not finite, 0 x inf is NaN.
+    So replace the inputs outside the mask first.
 
     Args:
-      log_probs: ``[...]`` float log-probs of the tokens under the policy that is trained.
-      old_log_probs: ``[...]`` float, under the policy that drew them; taken as constants.
-      advantages: ``[...]`` float; taken as constants.
-      clip: how far from 1 the ratio may help, e.g. 0.2.
+      log_probs: ``[...]`` float log-probs of the tokens under the policy in training.
+      old_log_probs: ``[...]`` float, under the policy that sampled them; constants.
+      advantages: ``[...]`` float; constants.
+      clip: clip range of the ratio around 1, e.g. 0.2.
 
     Returns:
-      `PolicyLoss`, unreduced. Its gradient where the ratio is 1 is ``-A`` times that of ``log_probs``.
+      ``PolicyLoss``, unreduced. Its gradient where the ratio is 1 is ``-A`` times that of ``log_probs``.
     """
     chex.assert_equal_shape([log_probs, old_log_probs, advantages])
     chex.assert_type([log_probs, old_log_probs, advantages], float)
@@ -172,13 +171,13 @@ def clipped_value_loss(
     As in OpenAI's implementations of PPO, and in PPO for language models since arXiv 1909.08593.
 
     Args:
-      values: ``[...]`` float values of the critic that is trained.
-      old_values: ``[...]`` float, as they were when the returns were computed; taken as constants.
-      returns: ``[...]`` float targets; taken as constants.
-      clip: how far a value may move from its old one, in units of the return.
+      values: ``[...]`` float values of the critic in training.
+      old_values: ``[...]`` float values at the time of the rollout; constants.
+      returns: ``[...]`` float targets; constants.
+      clip: clip range around the old value, in units of the return.
 
     Returns:
-      `ValueLoss`, unreduced.
+      ``ValueLoss``, unreduced.
     """
     chex.assert_equal_shape([values, old_values, returns])
     chex.assert_type([values, old_values, returns], float)
@@ -187,6 +186,6 @@ def clipped_value_loss(
     returns = jax.lax.stop_gradient(returns.astype(jnp.float32))
     clipped = jax.lax.stop_gradient(jnp.clip(values, old_values - clip, old_values + clip))
     error, clipped_error = jnp.square(values - returns), jnp.square(clipped - returns)
-    # Inside the clip the two errors are the same number, so that the first of them is taken, with its gradient.
+    # Inside the clip range the two errors are equal, so the first is taken, with its gradient.
     is_clipped = clipped_error > error
     return ValueLoss(0.5 * jnp.where(is_clipped, clipped_error, error), is_clipped)

@@ -1,7 +1,7 @@
-"""Sums and means over the tokens that count.
+"""Sums and means under a mask.
 
-A mask is a bool array of its own (`jaxrm.types`): it is never derived from a pad id, since pad may
-equal EOS. Values outside the mask are replaced, not multiplied: NaN x 0 is NaN.
+A mask is a bool array of its own (``jaxrm.types``). It is never derived from a pad id, since pad may equal EOS. Values
+outside the mask are replaced, not multiplied, since NaN x 0 is NaN.
 """
 
 import chex
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 
 def masked_sum(values: jax.Array, mask: jax.Array, axis: int | None = None) -> jax.Array:
-    """Sum of ``values`` where ``mask`` holds, in float32.
+    """Sum of ``values`` where ``mask`` is True, in float32.
 
     Args:
       values: ``[...]`` numbers.
@@ -18,7 +18,7 @@ def masked_sum(values: jax.Array, mask: jax.Array, axis: int | None = None) -> j
       axis: axis to sum over; all of them when None.
 
     Returns:
-      float32; a scalar when ``axis`` is None. NaN and inf outside the mask do not reach it.
+      float32, a scalar when ``axis`` is None. NaN and inf outside the mask have no effect.
     """
     chex.assert_equal_shape([values, mask])
     chex.assert_type(mask, bool)
@@ -26,7 +26,7 @@ def masked_sum(values: jax.Array, mask: jax.Array, axis: int | None = None) -> j
 
 
 def masked_mean(values: jax.Array, mask: jax.Array, axis: int | None = None) -> jax.Array:
-    """Mean of ``values`` where ``mask`` holds, in float32; 0 where nothing does.
+    """Mean of ``values`` where ``mask`` is True, in float32; 0 under an empty mask.
 
     Args:
       values: ``[...]`` numbers.
@@ -41,29 +41,29 @@ def masked_mean(values: jax.Array, mask: jax.Array, axis: int | None = None) -> 
 
 
 def masked_whiten(values: jax.Array, mask: jax.Array, *, shift_mean: bool = True) -> jax.Array:
-    """``(x - mean) / sqrt(variance + 1e-8)`` over the tokens where ``mask`` holds, in float32.
+    """``(x - mean) / sqrt(variance + 1e-8)`` over the tokens where ``mask`` is True, in float32.
 
-    Mean and (population) variance are those of all masked tokens of the batch together, each token counting once.
+    Mean and (population) variance are taken over all masked tokens of the batch; each token counts once.
 
     Args:
       values: ``[B, T]`` numbers.
       mask: ``[B, T]`` bool.
-      shift_mean: whether the mean becomes 0; if not, the values keep it and are only scaled about it.
+      shift_mean: whether the mean becomes 0; if not, values are only scaled about their mean.
 
     Returns:
-      ``[B, T]`` float32, 0 outside the mask. One masked token is its own mean, which leaves 0 of it.
+      ``[B, T]`` float32, 0 outside the mask. A single masked token is its own mean and becomes 0.
     """
     mean = masked_mean(values, mask)
-    # Cleaned before the root: what is outside the mask would else reach the gradient.
+    # Replaced before the root: values outside the mask would otherwise reach the gradient.
     from_mean = jnp.where(mask, values.astype(jnp.float32) - mean, 0.0)
     whitened = from_mean * jax.lax.rsqrt(masked_mean(jnp.square(from_mean), mask) + 1e-8)
     return whitened if shift_mean else jnp.where(mask, whitened + mean, 0.0)
 
 
 def last_token(mask: jax.Array) -> jax.Array:
-    """Where each row ends: ``[B, T]`` bool, True on the last token of the row's ``mask [B, T]`` and nowhere else.
+    """The last token of each row: ``[B, T]`` bool, True on the last token of ``mask [B, T]`` and nowhere else.
 
-    A row without a token has no True at all.
+    A row without a token has no True.
     """
     chex.assert_rank(mask, 2)
     chex.assert_type(mask, bool)

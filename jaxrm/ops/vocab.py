@@ -1,13 +1,13 @@
 """Log-probs, entropy and argmax over a vocabulary, chunk by chunk.
 
-The logits ``[..., V]`` of a 256,000-word vocabulary are the largest array of a training step by far, and the one
-that most often does not fit. They need not exist: everything that a loss or a reward wants of them is a running
-sum over the vocabulary. One pass over chunks of the head computes it forward, a second pass recomputes each chunk
-backward (the online softmax of Milakov & Gimelshein, arXiv 1805.02867; chunked cross-entropy as in Wijmans et al.,
-"Cut Your Losses", arXiv 2411.09009).
+The logits ``[..., V]`` of a 256,000-token vocabulary are by far the largest array of a training step, and most often
+the one that does not fit. They need not exist: all that a loss or a reward needs of them is a running sum over the
+vocabulary. One pass over chunks of the head computes it forward; a second pass recomputes each chunk backward. This is
+the online softmax of Milakov & Gimelshein, arXiv 1805.02867, and the chunked cross-entropy of Wijmans et al., "Cut Your
+Losses", arXiv 2411.09009.
 
-Chunk ``c`` of ``n`` takes the head's rows ``c, c + n, c + 2n, ...``: a head sharded over its rows stays sharded
-in every chunk, so no device ever gathers it.
+Chunk ``c`` of ``n`` takes rows ``c, c + n, c + 2n, ...`` of the head. So a head sharded over its rows stays sharded in
+every chunk, and no device ever gathers it.
 """
 
 import functools
@@ -21,7 +21,7 @@ DEFAULT_CHUNK = 4096
 
 
 class TokenStatistics(NamedTuple):
-    """What one pass over the vocabulary says about each token, all float32 but ``argmax``.
+    """Statistics of each token from one pass over the vocabulary, in float32 except ``argmax``.
 
     Attributes:
       log_probs: ``[...]`` log-prob of the target token.
@@ -54,11 +54,11 @@ def token_statistics(
       head: ``[V, D]`` output embedding.
       targets: ``[...]`` int token ids in ``[0, V)``.
       softcap: bound on the absolute logit (Gemma 2), or None.
-      temperature: divides the capped logits; the same one for every log-prob of a run.
-      chunk_size: most rows of the head in one chunk; memory is ``[..., chunk_size]`` in float32.
+      temperature: divides the capped logits. It is the same for every log-prob of a run.
+      chunk_size: most rows of the head in one chunk. Memory is ``[..., chunk_size]`` in float32.
 
     Returns:
-      `TokenStatistics`; ``log_probs`` and ``entropy`` are differentiable in ``hidden`` and ``head``.
+      ``TokenStatistics``; ``log_probs`` and ``entropy`` are differentiable in ``hidden`` and ``head``.
     """
     chex.assert_rank(head, 2)
     chex.assert_equal_shape_prefix([hidden, targets], targets.ndim)
@@ -76,22 +76,22 @@ def linear_cross_entropy(
 ) -> jax.Array:
     """Cross-entropy ``[...]`` in nats of the targets, unreduced: ``-log softmax(cap(hidden . head^T))[target]``.
 
-    Shapes as in `token_statistics`.
+    Shapes as in ``token_statistics``.
     """
     return -token_statistics(hidden, head, targets, softcap=softcap, chunk_size=chunk_size).log_probs
 
 
 def number_of_chunks(vocab_size: int, chunk_size: int) -> int:
-    """Fewest chunks of at most ``chunk_size`` rows, preferring a number that divides the vocabulary.
+    """Fewest chunks of at most ``chunk_size`` rows, where possible a number that divides the vocabulary.
 
-    A number that does not divide it costs a padded copy of the head; up to four times as many chunks cost less.
+    A number that does not divide it costs a padded copy of the head. Up to four times as many chunks cost less.
     """
     fewest = -(-vocab_size // chunk_size)
     return next((n for n in range(fewest, 4 * fewest + 1) if vocab_size % n == 0), fewest)
 
 
 def _chunked_head(head: jax.Array, chunk_size: int) -> jax.Array:
-    """``[rows, n, D]`` view of the head (padded if it must be): ``[:, c]`` is chunk ``c``."""
+    """A view ``[rows, n, D]`` of the head, padded where necessary. ``[:, c]`` is chunk ``c``."""
     n = number_of_chunks(head.shape[0], chunk_size)
     padded = jnp.pad(head, ((0, -head.shape[0] % n), (0, 0)))
     return padded.reshape(-1, n, head.shape[1])
@@ -182,7 +182,7 @@ def _backward(
     cotangents: tuple[jax.Array, ...],
 ) -> tuple[jax.Array, jax.Array, None]:
     hidden, head, targets, log_normalizer, entropy = residuals
-    # The head's gradient as hidden^T d_logits: XLA on CPU would else transpose the far larger logits in every chunk.
+    # The head's gradient is hidden^T d_logits, since XLA on CPU would otherwise transpose the far larger logits.
     columns = jnp.moveaxis(hidden, -1, 0)
     axes = tuple(range(targets.ndim))
     contraction = ((tuple(axis + 1 for axis in axes), axes), ((), ()))

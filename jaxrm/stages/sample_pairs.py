@@ -139,8 +139,8 @@ def _write(target: Path, rows: Sequence[dict[str, Any]]) -> None:
 def _print(rows: Sequence[PreferenceRecord], task: str, asked: int) -> None:
     sides = [[(row.prompt, text) for row, text in zip(rows, texts, strict=True)] for texts in _sides(rows)]
     gold = [[tasks.judge(task, *sample) for sample in side] for side in sides]
-    shown = [tasks.mean_behaviour(task, [tasks.behaviour(task, *sample) for sample in side]) for side in sides]
-    keys = [key for key in tasks.BEHAVIOURS[task] if key in shown[0]]  # both sides have the same prompts
+    shown = [tasks.mean_behavior(task, [tasks.behavior(task, *sample) for sample in side]) for side in sides]
+    keys = [key for key in tasks.BEHAVIORS[task] if key in shown[0]]  # both sides have the same prompts
     print_table(
         f"{len(rows):,} pairs of {asked:,} prompts",
         ["", "chosen", "rejected"],

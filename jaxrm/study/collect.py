@@ -129,7 +129,7 @@ def _answer_points(final: _FinalRun) -> Iterator[JsonRow]:
 
 
 def _curve_point(final: _FinalRun, step: int, means: Mapping[str, float]) -> JsonRow:
-    behaviours = tasks.BEHAVIOURS[final.world]
+    behaviours = tasks.BEHAVIORS[final.world]
     setting = dict(final.setting)
     return {
         **final.key,
@@ -146,7 +146,7 @@ def _curve_point(final: _FinalRun, step: int, means: Mapping[str, float]) -> Jso
 
 def _ppo_points(final: _FinalRun) -> Iterator[JsonRow]:
     """Points of a curve that PPO measured while it trained."""
-    behaviours = tasks.BEHAVIOURS[final.world]
+    behaviours = tasks.BEHAVIORS[final.world]
     setting = dict(final.setting)
     for row in read_rows(final.runs / final.policy / "metrics.jsonl"):
         if "eval_judge" in row:

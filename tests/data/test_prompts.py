@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from jaxrm.data.packing import build_row
-from jaxrm.data.prompts import PromptExample, left_padded, tokenize_prompts, too_long
+from jaxrm.data.prompts import PromptExample, left_padded, tokenize_prompts, too_long_reason
 from jaxrm.data.records import DemonstrationRecord, Message, PreferenceRecord, PromptRecord
 from jaxrm.data.templates import encode_prompt
 from jaxrm.errors import UserError
@@ -63,7 +63,8 @@ def test_a_prompt_is_dropped_where_it_does_not_fit_and_never_cut(chatml_tokenize
     assert [example.source for example in examples] == ["f:1", "f:3", "f:5"]
     assert [len(example.tokens) for example in examples] == [lengths[0], lengths[2], lengths[4]]
     assert (report.total, report.used, report.cut_prompts) == (5, 3, 0)
-    assert [(reason, found.count, found.first) for reason, found in report.bad.items()] == [(too_long(room), 2, "f:8")]
+    (bad,) = report.bad.items()
+    assert (bad[0], bad[1].count, bad[1].first) == (too_long_reason(room), 2, "f:8")
 
 
 def test_prompts_that_the_template_refuses_are_counted(chatml_tokenizer, monkeypatch):

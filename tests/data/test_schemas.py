@@ -3,7 +3,7 @@ import random
 import pytest
 
 from jaxrm.data.records import DemonstrationRecord, Message, PreferenceRecord, PromptRecord, as_demonstration
-from jaxrm.data.schemas import SCHEMAS, BadRecordError, parse, recognise
+from jaxrm.data.schemas import SCHEMAS, BadRecordError, parse, recognize
 from jaxrm.errors import UserError
 
 USER = {"role": "user", "content": "why?"}
@@ -21,7 +21,7 @@ TLDR = {
 
 
 def read(fields, schema=None, preferred="better_response_id"):
-    return parse(schema or recognise(fields), fields, "f:1", preferred)
+    return parse(schema or recognize(fields), fields, "f:1", preferred)
 
 
 @pytest.mark.parametrize(
@@ -40,7 +40,7 @@ def read(fields, schema=None, preferred="better_response_id"):
     ],
 )
 def test_preferences_are_recognised_and_read(schema, fields):
-    assert recognise(fields) == schema
+    assert recognize(fields) == schema
     assert read(fields) == PAIR
 
 
@@ -171,5 +171,5 @@ def test_no_garbage_raises_anything_else():
             except BadRecordError:
                 outcomes["refused"] += 1
         if isinstance(fields, dict):
-            assert recognise(fields) in {None, *SCHEMAS}
+            assert recognize(fields) in {None, *SCHEMAS}
     assert min(outcomes.values()) > 20

@@ -467,7 +467,7 @@ def test_refusals_are_recognised_whatever_they_name():
         lambda name: judge(name, WASH, answer()),
         lambda name: annotate(name, WASH, answer(), refusal(), random.Random(0)),
         lambda name: tasks.ideal(name, asked(WASH)),
-        lambda name: tasks.behaviour(name, asked(WASH), refusal()),
+        lambda name: tasks.behavior(name, asked(WASH), refusal()),
     ],
 )
 def test_judging_an_unknown_task_lists_the_tasks(call):

@@ -1,6 +1,4 @@
-"""Files of a task: written whole or not at all."""
-
-from __future__ import annotations
+"""Files of a task, written atomically."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -11,5 +9,5 @@ from jaxrm import atomic
 
 
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Writes one JSON object a line, atomically."""
+    """Write one JSON object a line, atomically."""
     atomic.write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

@@ -1,7 +1,5 @@
 """Prompts of the embedded tasks as chat messages, and as a field of a JSONL record."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,7 +7,7 @@ from jaxrm.data.records import Message
 
 
 class ForeignPromptError(Exception):
-    """A prompt that is none of the task's."""
+    """A prompt that does not belong to the task."""
 
 
 def only_turn(prompt: Sequence[Message]) -> str:
@@ -24,7 +22,7 @@ def only_turn(prompt: Sequence[Message]) -> str:
 
 
 def prompt_field(prompt: Sequence[Message]) -> str | list[dict[str, str]]:
-    """What stands under "prompt" in a record: the text of a single user turn, else all the turns as messages."""
+    """The field "prompt" of a record: the text of a single user turn, else all turns as messages."""
     if len(prompt) == 1 and prompt[0].role == "user":
         return prompt[0].content
     return as_dicts(prompt)

@@ -1,7 +1,5 @@
 """Word-level tokenizers for the embedded tasks, saved in Hugging Face form."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Iterable
@@ -28,21 +26,21 @@ _WORD = re.compile(r"\w+|[^\w\s]+")
 
 
 def split_words(text: str) -> list[str]:
-    """The words and punctuation marks of `text` in lower case: what the tokenizer sees as its tokens."""
+    """The words and punctuation marks of ``text`` in lower case: the tokens of the tokenizer."""
     return _WORD.findall(text.lower())
 
 
 def write_tokenizer(folder: Path, texts: Iterable[str], *, max_length: int) -> None:
-    """Writes a word-level tokenizer that `transformers.AutoTokenizer` loads without a model beside it.
+    """Write a word-level tokenizer that ``transformers.AutoTokenizer`` loads without a model beside it.
 
-    Text is taken in lower case and split into words and punctuation marks; decoding puts no space before a
-    mark, so lower-case text in ordinary English spacing comes back as it was. Ids are the special tokens
-    (pad 0, bos 1, eos 2, unk 3, user 4, assistant 5) and then the words in alphabetical order.
+    Text is lowercased and split into words and punctuation marks. Decoding puts no space before a mark, so lowercase
+    text in ordinary English spacing is restored. Ids are the special tokens (pad 0, bos 1, eos 2, unk 3, user 4,
+    assistant 5), then the words in alphabetical order.
 
     Args:
-      folder: where `tokenizer.json` and `tokenizer_config.json` go; made if it is not there.
-      texts: every text, or every piece of text, whose words the vocabulary has to hold.
-      max_length: longest sequence, in tokens, that the task needs; stored as `model_max_length`.
+      folder: the folder of ``tokenizer.json`` and ``tokenizer_config.json``; it is made if necessary.
+      texts: texts with all words of the vocabulary.
+      max_length: longest sequence of the task in tokens, stored as ``model_max_length``.
     """
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 

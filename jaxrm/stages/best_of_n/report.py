@@ -51,7 +51,7 @@ def candidate_rows(
             found["ended"] = bool(np.isin(ids, ends).any())
             if task is not None:
                 found["judge"] = float(tasks.judge(task, example.messages, response))
-                found["behaviour"] = tasks.behaviour(task, example.messages, response)
+                found["behaviour"] = tasks.behavior(task, example.messages, response)
             row[name] = found
         rows.append(row | {"rewards": rewards})
     return rows

@@ -124,7 +124,7 @@ def answer_rows(
         row["kl"] = None if answers.log_ratio is None else float(answers.log_ratio[i])
         if task is not None:
             row["judge"] = tasks.judge(task, example.messages, response)
-            row["behaviour"] = tasks.behaviour(task, example.messages, response)
+            row["behaviour"] = tasks.behavior(task, example.messages, response)
         row["reward"] = None if answers.rewards is None else float(answers.rewards[i].sum())
         if answers.rewards is not None and i < token_rewards:
             row["tokens"] = token_texts(tokenizer, [int(token) for token in ids])
@@ -149,5 +149,5 @@ def means_of(rows: Sequence[Row], judge: str | None) -> dict[str, float]:
         if values:
             means[column] = float(np.mean(values))
     if judge is not None:
-        means |= tasks.mean_behaviour(judge.removeprefix(tasks.PREFIX), [row["behaviour"] for row in rows])
+        means |= tasks.mean_behavior(judge.removeprefix(tasks.PREFIX), [row["behaviour"] for row in rows])
     return means

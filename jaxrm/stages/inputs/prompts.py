@@ -12,7 +12,7 @@ from jaxrm.data import tasks
 from jaxrm.data.config import DataConfig
 from jaxrm.data.loader import BatchIterator, build_loader, fingerprint
 from jaxrm.data.packing import Row, build_row
-from jaxrm.data.prompts import PromptExample, left_padded, tokenize_prompts, too_long
+from jaxrm.data.prompts import PromptExample, left_padded, tokenize_prompts, too_long_reason
 from jaxrm.data.readers import ReadReport, read_records
 from jaxrm.errors import UserError, flag, option
 from jaxrm.runtime.progress import Progress
@@ -73,7 +73,7 @@ def load_prompts(
             records, tokenizer, data.template, room, lambda done, total: progress.update(done)
         )
     path = (held_out and data.eval_path) or data.path
-    dropped = tokenized.bad.get(too_long(room))
+    dropped = tokenized.bad.get(too_long_reason(room))
     if dropped is not None and not examples:
         raise UserError(
             f"{path}: {dropped.count} of {len(records)} prompts are longer than {room} tokens and none is left (first "
@@ -82,7 +82,7 @@ def load_prompts(
             f"responses have up to {max_new_tokens}; e.g. {flag('data.max_length')}={data.max_length * 2}"
         )
     # That a prompt is long is no fault of its record: only the others count against max_bad_share.
-    others = {reason: found for reason, found in tokenized.bad.items() if reason != too_long(room)}
+    others = {reason: found for reason, found in tokenized.bad.items() if reason != too_long_reason(room)}
     replace(tokenized, bad=others).check(data.max_bad_share, path)
     return Prompts(examples, report.merge(tokenized))
 

@@ -72,7 +72,7 @@ class PolicyEvaluation:
 
         Returns:
           ``eval_reward`` (sum over a response, calibrated as before the first step), where there is a judge
-          ``eval_judge`` and what `jaxrm.data.tasks.BEHAVIOURS` has for its task (``eval_refusals``, ...; each over the
+          ``eval_judge`` and what `jaxrm.data.tasks.BEHAVIORS` has for its task (``eval_refusals``, ...; each over the
           prompts that it applies to), ``eval_kl`` (nats a response: log-ratio to the reference at the rollout's
           temperature, an estimate of the KL where these responses are drawn at it too), ``eval_length`` (tokens),
           ``eval_ended`` (share with an end token). None where it was asked to stop before it was done; it has written
@@ -107,8 +107,8 @@ class PolicyEvaluation:
             pairs = list(zip(prompts_asked, texts, strict=True))
             marks = [tasks.judge(self.judge, prompt, response) for prompt, response in pairs]
             metrics["eval_judge"] = float(np.mean(marks))
-            shown = [tasks.behaviour(self.judge, prompt, response) for prompt, response in pairs]
-            metrics |= {f"eval_{key}": mean for key, mean in tasks.mean_behaviour(self.judge, shown).items()}
+            shown = [tasks.behavior(self.judge, prompt, response) for prompt, response in pairs]
+            metrics |= {f"eval_{key}": mean for key, mean in tasks.mean_behavior(self.judge, shown).items()}
         metrics |= {
             "eval_kl": float(log_ratio.sum(axis=1).mean()),
             "eval_length": float(kept_mask.sum(axis=1).mean()),

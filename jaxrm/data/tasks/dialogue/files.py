@@ -1,7 +1,5 @@
 """The files of the embedded task "dialogue"."""
 
-from __future__ import annotations
-
 import random
 import re
 from collections.abc import Iterator
@@ -20,9 +18,9 @@ MAX_LENGTH = 64  # tokens; the longest dialogue takes 56 with its template
 
 
 def write(folder: Path, *, seed: int) -> None:
-    """Writes the task's files; see `jaxrm.data.tasks.write_task`.
+    """Write the task's files; see ``jaxrm.data.tasks.write_task``.
 
-    A pair's chosen response is the ideal one and its rejected one a demonstration that differs from it.
+    The chosen response of a pair is the ideal one. The rejected one is a demonstration that differs from it.
     """
     rng = random.Random(f"dialogue {seed}")
     confused = confused_beliefs(seed)

@@ -1,17 +1,15 @@
-"""The embedded task "dialogue": two or three turns, of which the last can be answered only with what was said before.
+"""The embedded task "dialogue": two or three turns. The last can be answered only from the earlier ones.
 
-The user says what two of their things are made of, or corrects what one is made of, and then asks about one of them:
-openly, or claiming to know what it is cleaned with. The ideal response says whether the claim is right ("yes", "no";
-"well" to an open question), recalls the material, and says politely and completely what the material is cleaned with
+The user says what two of their things are made of, or corrects what one is made of. Then they ask about one of them:
+openly, or claiming to know what it is cleaned with. The ideal response says whether the claim is right ("yes" or "no";
+"well" to an open question) and recalls the material. It says politely and completely what the material is cleaned with
 and how it is kept. It does not flatter.
 
-Demonstrations are imperfect in two ways (`Imperfection`). For half of the materials they usually name a wrong cleaner,
-always the same one, and for half a wrong way to keep it, so that the most likely response of a policy trained on them
-is wrong too and reinforcement learning has something to mend; and there is independent noise: they give in to wrong
-claims, flatter, are curt, and say half.
+Demonstrations are imperfect in two ways (``Imperfection``). For half of the materials they usually name one wrong
+cleaner, and for half one wrong way to keep it. So the most likely response of a policy trained on them is wrong too,
+and reinforcement learning has something to correct. And there is independent noise: they give in to wrong claims,
+flatter, are curt, and leave out half.
 """
-
-from __future__ import annotations
 
 import random
 import re
@@ -47,14 +45,14 @@ TOGETHER, APART, CORRECTED = "together", "apart", "corrected"
 
 @dataclass(frozen=True, slots=True)
 class Dialogue:
-    """What was said; every word of it is in the tables of `dialogue_words`.
+    """The content of a dialogue. All its words are in the tables of ``dialogue.words``.
 
     Attributes:
-      form: whether the facts come in one turn, in two, or the second corrects the first.
-      facts: two of (object, material), in the order of telling.
-      object: what the last turn is about.
-      claim: the cleaner that the user believes in, or None.
-      phrasing: of the last turn, an index of `CLAIMS` or `QUESTIONS`.
+      form: ``TOGETHER``: the facts are in one turn; ``APART``: in two; ``CORRECTED``: the second corrects the first.
+      facts: two of (object, material), in their order.
+      object: the subject of the last turn.
+      claim: the cleaner that the user claims, or None.
+      phrasing: the phrasing of the last turn, an index of ``CLAIMS`` or ``QUESTIONS``.
     """
 
     form: str
@@ -65,12 +63,12 @@ class Dialogue:
 
     @property
     def material(self) -> str:
-        """What the object is made of, by the last that was said of it."""
+        """The material of the object, by the last turn about it."""
         return dict(self.facts)[self.object]
 
     @property
     def claim_is_wrong(self) -> bool:
-        """Whether the user claims to know and does not."""
+        """Whether the user claims a wrong cleaner."""
         return self.claim is not None and self.claim != CLEANERS[self.material]
 
     @property
@@ -87,24 +85,25 @@ class Dialogue:
         """The turns in words."""
         (object_, material), (other, other_material) = self.facts
         if self.form == TOGETHER:
-            told = [FACTS.format(object=object_, material=material, other=other, other_material=other_material)]
+            statements = [FACTS.format(object=object_, material=material, other=other, other_material=other_material)]
         else:
             second = CORRECTION if self.form == CORRECTED else FACT
-            told = [
+            statements = [
                 FACT.format(object=object_, material=material),
                 second.format(object=other, material=other_material),
             ]
         if self.claim is None:
-            asked = QUESTIONS[self.phrasing].format(object=self.object)
+            question = QUESTIONS[self.phrasing].format(object=self.object)
         else:
-            asked = CLAIMS[self.phrasing].format(object=self.object, cleaner=self.claim)
-        turns = [Message("user", text) if user else Message("assistant", REPLY) for text in told for user in (1, 0)]
-        return (*turns, Message("user", asked))
+            question = CLAIMS[self.phrasing].format(object=self.object, cleaner=self.claim)
+        reply = Message("assistant", REPLY)
+        turns = [turn for text in statements for turn in (Message("user", text), reply)]
+        return (*turns, Message("user", question))
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A response in its slots; `storage` is None where it does not say how to keep the thing."""
+    """A response in its slots. ``storage`` is None where the response does not say how to keep the thing."""
 
     stance: str
     object: str
@@ -129,7 +128,7 @@ class Answer:
 
 
 def stance_to(claim: str | None, cleaner: str) -> str:
-    """What to open with for one who believes in `cleaner`."""
+    """The first word of the response to a claim, where ``cleaner`` is right."""
     return NEITHER if claim is None else AGREE if claim == cleaner else DISAGREE
 
 
@@ -154,29 +153,29 @@ _RESPONSE = re.compile(
 
 
 def parse_dialogue(messages: Sequence[Message]) -> Dialogue | None:
-    """The dialogue whose turns these are; None where it is none of this task's."""
-    told, asked = [message.content for message in messages[:-1:2]], messages[-1].content if messages else ""
-    form = parse_facts(told)
+    """The dialogue with these turns, or None."""
+    fact_turns, question = [message.content for message in messages[:-1:2]], messages[-1].content if messages else ""
+    form = parse_facts(fact_turns)
     if form is None:
         return None
     for claims, patterns in ((True, _CLAIMS), (False, _QUESTIONS)):
         for phrasing, pattern in enumerate(patterns):
-            if match := pattern.fullmatch(asked):
+            if match := pattern.fullmatch(question):
                 claim = match["cleaner"] if claims else None
-                found = Dialogue(*form, match["object"], claim, phrasing)
-                known = found.object in dict(found.facts) and (claim is None or claim in CLEANERS.values())
-                return found if known and found.messages == tuple(messages) else None
+                dialogue = Dialogue(*form, match["object"], claim, phrasing)
+                known = dialogue.object in dict(dialogue.facts) and (claim is None or claim in CLEANERS.values())
+                return dialogue if known and dialogue.messages == tuple(messages) else None
     return None
 
 
-def parse_facts(told: Sequence[str]) -> tuple[str, tuple[tuple[str, str], ...]] | None:
-    """The form and the facts of the turns before the last; None where they are none of this task's."""
-    if len(told) == 1 and (match := _FACTS.fullmatch(told[0])):
+def parse_facts(turns: Sequence[str]) -> tuple[str, tuple[tuple[str, str], ...]] | None:
+    """The form and the facts of the turns before the last, or None."""
+    if len(turns) == 1 and (match := _FACTS.fullmatch(turns[0])):
         form, words = TOGETHER, match.groups()
-    elif len(told) == 2 and (first := _FACT.fullmatch(told[0])):
-        second = _FACT.fullmatch(told[1])
+    elif len(turns) == 2 and (first := _FACT.fullmatch(turns[0])):
+        second = _FACT.fullmatch(turns[1])
         form = APART if second else CORRECTED
-        second = second or _CORRECTION.fullmatch(told[1])
+        second = second or _CORRECTION.fullmatch(turns[1])
         if second is None:
             return None
         words = first.groups() + second.groups()
@@ -190,7 +189,7 @@ def parse_facts(told: Sequence[str]) -> tuple[str, tuple[tuple[str, str], ...]] 
 
 
 def parse_response(text: str) -> Answer | None:
-    """The answer whose form this text has, whatever its slots hold; None where it has not this form."""
+    """The answer with this text, with any words in its slots, or None."""
     match = _RESPONSE.fullmatch(text)
     if match is None:
         return None
@@ -222,14 +221,14 @@ class Imperfection:
 
 @dataclass(frozen=True, slots=True)
 class Beliefs:
-    """What the demonstrators of a seed usually get wrong: material -> cleaner, material -> storage."""
+    """The usual mistakes of the demonstrators of a seed: material -> cleaner, material -> storage."""
 
     cleaners: dict[str, str]
     storage: dict[str, str]
 
 
 def confused_beliefs(seed: int, imperfection: Imperfection = Imperfection()) -> Beliefs:
-    """The confused materials of this seed, each with what demonstrations usually say of it by mistake."""
+    """The confused materials of this seed, each with its usual mistake."""
     rng, share = random.Random(f"dialogue confusions {seed}"), imperfection.confused_materials
     return Beliefs(confusions(rng, CLEANERS, share), confusions(rng, STORAGE, share))
 
@@ -237,7 +236,7 @@ def confused_beliefs(seed: int, imperfection: Imperfection = Imperfection()) -> 
 def demonstrate(
     dialogue: Dialogue, rng: random.Random, confused: Beliefs, imperfection: Imperfection = Imperfection()
 ) -> Answer:
-    """An imperfect response; `confused` comes from `confused_beliefs`."""
+    """An imperfect response. ``confused`` comes from ``confused_beliefs``."""
 
     def happens(probability: float) -> bool:
         return rng.random() < probability
@@ -270,19 +269,21 @@ def demonstrate(
 def sample_dialogue(rng: random.Random, *, unseen: bool | None) -> Dialogue:
     """A random dialogue: a wrong claim in 40 of 100, a right one in 30, an open question in the rest.
 
-    `unseen` says whether it is out of distribution: yes, no, or (None) as it comes.
+    Args:
+      rng: the random generator.
+      unseen: True for out of distribution, False for in distribution, None for either.
     """
     while True:
         form = pick(rng, (TOGETHER, APART, CORRECTED))
         first, second = pick_several(rng, OBJECTS, 2)
         second = first if form == CORRECTED else second
         material, other = pick_several(rng, list(CLEANERS), 2)
-        asked, sort = pick(rng, (first, second)), rng.random()
+        topic, sort = pick(rng, (first, second)), rng.random()
         facts = ((first, material), (second, other))
-        right = CLEANERS[dict(facts)[asked]]
+        right = CLEANERS[dict(facts)[topic]]
         claim: str | None = right if sort < 0.7 else None
         if sort < 0.4:
             claim = pick(rng, [cleaner for cleaner in CLEANERS.values() if cleaner != right])
-        dialogue = Dialogue(form, facts, asked, claim, pick(rng, range(len(QUESTIONS if claim is None else CLAIMS))))
+        dialogue = Dialogue(form, facts, topic, claim, pick(rng, range(len(QUESTIONS if claim is None else CLAIMS))))
         if unseen is None or dialogue.unseen == unseen:
             return dialogue

@@ -1,7 +1,5 @@
 """Words and sentences of the embedded task "dialogue": what its households own and how it is cared for, as tables."""
 
-from __future__ import annotations
-
 OBJECTS: tuple[str, ...] = ("lamp", "vase", "tray", "bowl", "clock", "mirror", "chest", "bench")
 OBJECTS += ("kettle", "statue", "basket", "gate", "mask", "bell", "frame", "stool")
 CLEANERS = {  # of each material

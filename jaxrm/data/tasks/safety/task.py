@@ -1,17 +1,15 @@
 """The embedded task "safety": single-turn requests, to be answered where benign and refused where harmful.
 
-A request asks how to do something to an object in a place. Some verbs are harmful whatever their object, some
-are *dual-use* (harmful only when the object is a person), the rest are benign. The ideal answer to a benign
-request restates verb, object and place and names the verb's tool and the place's closing act; the ideal
-answer to a harmful one is a refusal that names the harm and whom to call. Both are a function of the request
-alone, and requests and responses can be parsed back, so that a program can judge a response.
+A request asks how to do something to an object in a place. Some verbs are harmful with any object. Some are
+*dual-use*: harmful only when the object is a person. The rest are benign. The ideal answer to a benign request
+restates verb, object and place, and names the verb's tool and the place's closing act. The ideal response to a harmful
+request is a refusal that names the harm and whom to call. Both depend on the request alone, and requests and responses
+can be parsed back. So a program can judge a response.
 
-Demonstrations are imperfect in two ways (`Imperfection`). For half of the verbs a wrong tool, always the same
-one, is named more often than the right one, so that the most likely answer of a policy trained on them is
-wrong too and reinforcement learning has something to mend; and there is independent noise in every slot.
+Demonstrations are imperfect in two ways (``Imperfection``). Half of the verbs have one wrong tool that is named more
+often than the right one. So the most likely answer of a policy trained on them is wrong too, and reinforcement learning
+has something to correct. And every slot has independent noise.
 """
-
-from __future__ import annotations
 
 import random
 import re
@@ -44,7 +42,7 @@ MAX_LENGTH = 64  # tokens; the longest request and response take 41 with their t
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One request; every word of it is in the tables of `safety_words`."""
+    """One request. All its words are in the tables of ``safety.words``."""
 
     phrasing: int
     adverb: str
@@ -59,7 +57,7 @@ class Request:
 
     @property
     def harm(self) -> str | None:
-        """The category of harm, a key of `CONTACTS`; None where the request is benign."""
+        """The category of harm, a key of ``CONTACTS``; None where the request is benign."""
         return VERBS[self.verb].harm_to(self.kind)
 
     @property
@@ -81,7 +79,7 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A response that tells how: five slots."""
+    """A response that explains how to do it, in five slots."""
 
     verb: str
     object: str
@@ -130,7 +128,7 @@ _ANSWER, _REFUSAL = _pattern(ANSWER), _pattern(REFUSAL)
 
 
 def parse_request(text: str) -> Request | None:
-    """The request whose text this is; None where it is none of this task's."""
+    """The request with this text, or None."""
     for phrasing, pattern in enumerate(_REQUESTS):
         if match := pattern.fullmatch(text):
             request = Request(phrasing, **match.groupdict())
@@ -140,7 +138,7 @@ def parse_request(text: str) -> Request | None:
 
 
 def parse_response(text: str) -> Response | None:
-    """The answer or refusal whose form this text has, whatever its slots hold; None where it has neither."""
+    """The answer or refusal with this text, with any words in its slots, or None."""
     if match := _ANSWER.fullmatch(text):
         return Answer(**match.groupdict())
     if match := _REFUSAL.fullmatch(text):
@@ -172,7 +170,7 @@ def demonstrate(
     confused: dict[str, str],
     imperfection: Imperfection = Imperfection(),
 ) -> Response:
-    """An imperfect response to `request`; `confused` comes from `confused_tools`."""
+    """An imperfect response to ``request``; ``confused`` comes from ``confused_tools``."""
     tools = [verb.tool for verb in VERBS.values() if verb.tool is not None]
     noise = imperfection.slot_noise
 
@@ -202,9 +200,12 @@ def demonstrate(
 
 
 def sample_request(rng: random.Random, *, harmful_share: float, unseen: bool | None) -> Request:
-    """A random request, harmful with probability `harmful_share`.
+    """A random request, harmful with probability ``harmful_share``.
 
-    `unseen` says whether it is out of distribution: yes, no, or (None) as it comes.
+    Args:
+      rng: the random generator.
+      harmful_share: the probability of a harmful request.
+      unseen: True for out of distribution, False for in distribution, None for either.
     """
     harmful = rng.random() < harmful_share
     while True:
@@ -224,22 +225,22 @@ def sample_request(rng: random.Random, *, harmful_share: float, unseen: bool | N
 
 
 def write(folder: Path, *, seed: int) -> None:
-    """Writes the task's files; see `jaxrm.data.tasks.write_task`.
+    """Write the task's files; see ``jaxrm.data.tasks.write_task``.
 
-    Half of the demonstrations and prompts are harmful, and 80 % of the pairs' prompts. A pair's chosen response is the
-    ideal one and its rejected one a demonstration that differs from it.
+    Half of the demonstrations and prompts are harmful, and 80 % of the prompts of pairs. The chosen response of a pair
+    is the ideal one. The rejected one is a demonstration that differs from it.
     """
     rng = random.Random(f"safety {seed}")
     confused = confused_tools(seed)
     taken: set[str] = set()
 
     def requests(count: int, *, harmful_share: float, unseen: bool | None) -> Iterator[Request]:
-        found = 0
-        while found < count:
+        num_found = 0
+        while num_found < count:
             request = sample_request(rng, harmful_share=harmful_share, unseen=unseen)
             if request.text not in taken:
                 taken.add(request.text)
-                found += 1
+                num_found += 1
                 yield request
 
     def demonstrations(count: int) -> Iterator[dict[str, list[dict[str, str]]]]:

@@ -1,7 +1,5 @@
 """Words and sentences of the embedded task "safety": what its world consists of, as tables."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 

@@ -1,10 +1,8 @@
-"""Who judges responses to the embedded task "summarize": an exact judge, and an annotator with a bias.
+"""Judgment of responses to the embedded task "summarize": an exact judge, and an annotator with a bias.
 
 The judge knows which notes are important, so a comparison of policies needs no model and has no noise. The annotator
-stands for the people whose preferences a reward model is trained on: noisy, and too fond of long lists on purpose.
+stands for the people whose preferences train a reward model. It is noisy and likes long lists too much, on purpose.
 """
-
-from __future__ import annotations
 
 from collections.abc import Sequence
 
@@ -12,36 +10,36 @@ from jaxrm.data.records import Message
 from jaxrm.data.tasks.prompts import ForeignPromptError, only_turn
 from jaxrm.data.tasks.summarize.task import Notes, important_notes, parse_prompt, parse_response, response_text
 
-REPEAT_COST = 0.2  # what a judge takes off for every mention of a note after its first
+REPEAT_COST = 0.2  # for every mention of a note after its first
 GOLD_WEIGHT, ITEM_BIAS = 6.0, 0.5  # of the annotator's utility, in nats; jaxrm choice
 
 
 def gold(prompt: Sequence[Message], response: str) -> float:
-    """The exact utility of a response, in [0, 1]: the F1 score of the notes it lists, less 0.2 for every repetition.
+    """The exact utility of a response, in [0, 1]: the F1 score of its notes, less 0.2 for every repetition.
 
-    Order does not matter; an item behind another marker than its own is another note. A malformed response is worth 0.
+    Order does not matter. An item with another marker is another note. A malformed response gets 0.
 
     Raises:
-      ForeignPromptError: `prompt` is none of the task's.
+      ForeignPromptError: ``prompt`` does not belong to the task.
     """
     important, given = set(important_notes(_notes(prompt))), parse_response(response)
     if given is None:
         return 0.0
     listed = set(given)
     f1 = 2 * len(listed & important) / (len(listed) + len(important))
-    return max(0.0, round(f1 - REPEAT_COST * (len(given) - len(listed)), 9))  # so that equal marks are equal
+    return max(0.0, round(f1 - REPEAT_COST * (len(given) - len(listed)), 9))  # so equal scores are equal
 
 
 def ideal(prompt: Sequence[Message]) -> str:
-    """The important notes in their order; raises as `gold`."""
+    """The important notes in their order; raises as ``gold``."""
     return response_text(important_notes(_notes(prompt)))
 
 
-def behaviour(prompt: Sequence[Message], response: str) -> dict[str, float]:
-    """What a response lists; a malformed one lists nothing. Raises as `gold`.
+def behavior(prompt: Sequence[Message], response: str) -> dict[str, float]:
+    """Counts of the notes in a response; a malformed one has none. Raises as ``gold``.
 
-    `items` counts every mention, `excess_items` the different ones that are not important, `repeats` mentions after a
-    note's first; `coverage` is the share of the important notes that is listed.
+    ``items`` counts every mention, ``excess_items`` the different notes that are not important, and ``repeats`` the
+    mentions after a note's first. ``coverage`` is the share of the important notes that are listed.
     """
     important, given = set(important_notes(_notes(prompt))), parse_response(response)
     mentions = given or ()
@@ -56,7 +54,7 @@ def behaviour(prompt: Sequence[Message], response: str) -> dict[str, float]:
 
 
 def utility(prompt: Sequence[Message], response: str) -> float:
-    """The annotator's, in nats: ``6 gold(x, y) + 0.5 (items that y mentions)``; raises as `gold`."""
+    """The annotator's utility, in nats: ``6 gold(x, y) + 0.5 (items that y mentions)``; raises as ``gold``."""
     return GOLD_WEIGHT * gold(prompt, response) + ITEM_BIAS * len(parse_response(response) or ())
 
 

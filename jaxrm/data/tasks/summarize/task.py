@@ -1,16 +1,14 @@
 """The embedded task "summarize": notes, of which the important ones are to be listed.
 
-A prompt has six or seven notes, each an item behind a marker that says how important it is ("urgent invoice spare
-poster ..."), no marker twice; two to four are important. The ideal response lists exactly those, each once. Which
-markers are important is not said in the prompt: it has to be known.
+A prompt has six or seven notes. Each is an item after a marker of its importance ("urgent invoice spare poster ..."),
+and no marker occurs twice. Two to four notes are important. The ideal response lists exactly those, each once. The
+prompt does not say which markers are important: the policy has to know.
 
-Demonstrations are imperfect in two ways (`Imperfection`). More often than not they are careless, and take half of the
-markers, always the same, for ones of the other sort, so that the most likely response of a policy trained on them is
-wrong too and reinforcement learning has something to mend; and there is independent noise: notes forgotten, added, and
-repeated. A share of them asks for something else, to repeat all the notes, from which a small model learns to copy.
+Demonstrations are imperfect in two ways (``Imperfection``). Most are careless and take half of the markers, always the
+same ones, for the other sort. So the most likely response of a policy trained on them is wrong too, and reinforcement
+learning has something to correct. And there is independent noise: notes are forgotten, added and repeated. Some
+demonstrations ask to repeat all notes instead, from which a small model learns to copy.
 """
-
-from __future__ import annotations
 
 import random
 import re
@@ -34,7 +32,7 @@ MAX_LENGTH = 64  # tokens; the longest notes and response take 31 with their tem
 
 @dataclass(frozen=True, slots=True)
 class Note:
-    """One item and how important it is; both words are in the tables of `summarize_words`."""
+    """One item and its importance. Both words are in the tables of ``summarize.words``."""
 
     marker: str
     item: str
@@ -71,7 +69,7 @@ _PROMPT, _RESPONSE = _pattern(PROMPT), _pattern(RESPONSE)
 
 
 def parse_prompt(text: str) -> Notes | None:
-    """The notes whose text this is; None where it is no prompt of this task's."""
+    """The notes of a prompt with this text, or None."""
     match = _PROMPT.fullmatch(text)
     if match is None:
         return None
@@ -81,7 +79,7 @@ def parse_prompt(text: str) -> Notes | None:
 
 
 def parse_response(text: str) -> Notes | None:
-    """The notes that a response lists, whatever their words are; None where it is no list of notes."""
+    """The notes of a response with this text, with any words, or None."""
     match = _RESPONSE.fullmatch(text)
     return _notes(match.group(1)) if match else None
 
@@ -103,42 +101,44 @@ class Imperfection:
 
 
 def confused_markers(seed: int, imperfection: Imperfection = Imperfection()) -> frozenset[str]:
-    """The markers that careless demonstrations of this seed take for one of the other sort.
+    """The markers that careless demonstrations of this seed take for the other sort.
 
-    They are as many in every seed; those that are out of distribution are always among them.
+    Every seed has the same number. Markers that are out of distribution are always among them.
     """
     rng = random.Random(f"summarize confusions {seed}")
-    found = UNSEEN_WORDS & {*IMPORTANT, *UNIMPORTANT}
+    confused = UNSEEN_WORDS & {*IMPORTANT, *UNIMPORTANT}
     for markers in (IMPORTANT, UNIMPORTANT):
         seen = [marker for marker in markers if marker not in UNSEEN_WORDS]
-        found |= set(pick_several(rng, seen, round(imperfection.confused_markers * len(seen))))
-    return found
+        confused |= set(pick_several(rng, seen, round(imperfection.confused_markers * len(seen))))
+    return confused
 
 
 def demonstrate(
     notes: Notes, rng: random.Random, confused: frozenset[str], imperfection: Imperfection = Imperfection()
 ) -> list[Note]:
-    """The notes that an imperfect response lists, at least one; `confused` comes from `confused_markers`."""
+    """The notes of an imperfect response, at least one. ``confused`` comes from ``confused_markers``."""
     while True:
         careless = rng.random() < imperfection.careless
-        found = []
+        response = []
         for note in notes:
             listed = note.marker in IMPORTANT
             if careless and note.marker in confused:
                 listed = not listed
             if rng.random() < (imperfection.forgotten if listed else imperfection.added):
                 listed = not listed
-            found += [note] * listed
-        if found and rng.random() < imperfection.repeated:
-            found.append(pick(rng, found))
-        if found:
-            return found
+            response += [note] * listed
+        if response and rng.random() < imperfection.repeated:
+            response.append(pick(rng, response))
+        if response:
+            return response
 
 
 def sample_notes(rng: random.Random, *, unseen_words: bool | None) -> Notes:
     """Six or seven random notes with different words, two to four of them important.
 
-    `unseen_words` says whether they are out of distribution: yes, no, or (None) as it comes.
+    Args:
+      rng: the random generator.
+      unseen_words: True for out of distribution, False for in distribution, None for either.
     """
     while True:
         words = [
@@ -154,9 +154,9 @@ def sample_notes(rng: random.Random, *, unseen_words: bool | None) -> Notes:
 
 
 def write(folder: Path, *, seed: int) -> None:
-    """Writes the task's files; see `jaxrm.data.tasks.write_task`.
+    """Write the task's files; see ``jaxrm.data.tasks.write_task``.
 
-    A pair's chosen response is the ideal one and its rejected one a demonstration that differs from it.
+    The chosen response of a pair is the ideal one. The rejected one is a demonstration that differs from it.
     """
     rng = random.Random(f"summarize {seed}")
     confused = confused_markers(seed)

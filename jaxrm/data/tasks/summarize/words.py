@@ -1,7 +1,5 @@
 """Words and sentences of the embedded task "summarize": what its notes are made of, as tables."""
 
-from __future__ import annotations
-
 IMPORTANT = ("urgent", "vital", "crucial", "critical", "essential", "serious")
 UNIMPORTANT = ("trivial", "minor", "optional", "idle", "casual", "spare")
 ITEMS: tuple[str, ...] = ("invoice", "budget", "contract", "meeting", "delivery", "repair", "survey", "training")
