@@ -14,26 +14,23 @@ from typing import Any
 import jax
 
 from jaxrm import atomic
-from jaxrm.config import dicts
 from jaxrm.data import tasks
 from jaxrm.data.config import DataConfig
 from jaxrm.data.readers import read_records
 from jaxrm.data.records import PreferenceRecord
 from jaxrm.data.tasks.prompts import prompt_field
 from jaxrm.errors import UserError, flag, option
-from jaxrm.experiment import RESUMABLE_FIELDS, Experiment
 from jaxrm.inference.load import open_checkpoint
 from jaxrm.inference.sampler import Sampler, prompt_room
 from jaxrm.inference.weights import LANGUAGE_MODELS, find_checkpoint
 from jaxrm.runtime.progress import Progress, print_table
-from jaxrm.runtime.run_folder import check_run, open_run
 from jaxrm.sharding.mesh import build_mesh
-from jaxrm.stages.stage import task_files
+from jaxrm.stages.stage import check_run_folder, open_run_folder, task_files
 
 _ATTEMPTS = 4  # draws of a second response that differs from the first
 
 
-def run(config: Experiment) -> int:
+def run(config: Any) -> int:
     """Write ``pairs.jsonl`` in the run's folder, unless it is there.
 
     Returns:
@@ -42,43 +39,48 @@ def run(config: Experiment) -> int:
     Raises:
       UserError: where there is no embedded task or no policy to sample from.
     """
+    _check(config)
+    check_run_folder(config)
+    task = config.data.path.removeprefix(tasks.PREFIX)
+    records = _prompt_records(config)
+    checkpoint = find_checkpoint(config.model.path, "model.path", LANGUAGE_MODELS)
+    prompt_room(checkpoint.shape, config.pairs.sampling, "pairs.sampling.max_new_tokens")
+    policy = open_checkpoint(config.model.path, build_mesh(config.mesh), config.model.dtype)
+    folder = open_run_folder(config)
+    target = folder.path / "pairs.jsonl"
+    if not target.exists():
+        sampler = Sampler(policy.model, policy.params, policy.tokenizer, policy.template, config.pairs.sampling)
+        _write(target, _sample(config, sampler, task, records))
+    _print(_read_pairs(str(target)), task, len(records))
+    print(f"The pairs are in {target}")
+    return 0
+
+
+def _check(config: Any) -> None:
+    """What the config alone shows to be wrong."""
     if not config.data.path.startswith(tasks.PREFIX):
         raise UserError(
             f"{option('data.path')} is {config.data.path!r}, but pairs are labelled by the annotator of an embedded "
-            f"task; "
-            f"e.g. {flag('data.path')}={tasks.PREFIX}{tasks.TASKS[0]}"
+            f"task; e.g. {flag('data.path')}={tasks.PREFIX}{tasks.TASKS[0]}"
         )
     if config.model.path is None:
         raise UserError(
             f"{option('model.path')} is None; pairs are sampled from a policy, so give the folder of a run, "
             f"e.g. {flag('model.path')}=runs/quickstart/sft"
         )
-    resolved = dicts.as_dict(config)
     if jax.process_count() > 1:
         raise UserError("sampling pairs of an embedded task is the work of one process; run it on one host")
-    check_run(config.run_dir, resolved, on_existing=config.on_existing, may_differ=RESUMABLE_FIELDS)
-    task = config.data.path.removeprefix(tasks.PREFIX)
+
+
+def _prompt_records(config: Any) -> list[PreferenceRecord]:
+    """The task's own pairs, whose prompts are answered and whose chosen responses are ideal."""
     records = _task_pairs(config.data, config.seed)
     if config.pairs.count > len(records):
         raise UserError(
             f"{option('pairs.count')} is {config.pairs.count}, but {config.data.path} has {len(records)} prompts "
-            f"for pairs; "
-            f"e.g. {flag('pairs.count')}={len(records)}"
+            f"for pairs; e.g. {flag('pairs.count')}={len(records)}"
         )
-    records = records[: config.pairs.count]
-    sampling = config.pairs.sampling
-    found = find_checkpoint(config.model.path, "model.path", LANGUAGE_MODELS)
-    prompt_room(found.shape, sampling, "pairs.sampling.max_new_tokens")
-    policy = open_checkpoint(config.model.path, build_mesh(config.mesh), config.model.dtype)
-    folder = open_run(config.run_dir, resolved, on_existing=config.on_existing, may_differ=RESUMABLE_FIELDS)
-    print(folder.message)
-    target = folder.path / "pairs.jsonl"
-    if not target.exists():
-        responder = Sampler(policy.model, policy.params, policy.tokenizer, policy.template, sampling)
-        _write(target, _sample(config, responder, task, records))
-    _print(_read_pairs(str(target)), task, len(records))
-    print(f"The pairs are in {target}")
-    return 0
+    return records[: config.pairs.count]
 
 
 def _task_pairs(data: DataConfig, seed: int) -> list[PreferenceRecord]:
@@ -93,9 +95,7 @@ def _read_pairs(path: str) -> list[PreferenceRecord]:
     return [record for record in records if isinstance(record, PreferenceRecord)]
 
 
-def _sample(
-    config: Experiment, responder: Sampler, task: str, records: Sequence[PreferenceRecord]
-) -> list[dict[str, Any]]:
+def _sample(config: Any, sampler: Sampler, task: str, records: Sequence[PreferenceRecord]) -> list[dict[str, Any]]:
     """Pairs of two different responses to each prompt; a prompt whose draws are all the same gives none."""
     settings, key = config.pairs, jax.random.key(config.seed)
     rng = random.Random(f"pairs {config.seed}")
@@ -106,7 +106,7 @@ def _sample(
     with Progress("sample pairs", len(records), unit="prompts", enabled=show) as progress:
         for number in itertools.count():
             now, waiting = waiting[: settings.batch_size], waiting[settings.batch_size :]
-            responses = responder.respond([records[i].prompt for i in now], jax.random.fold_in(key, number))
+            responses = sampler.respond([records[i].prompt for i in now], jax.random.fold_in(key, number))
             for i, response in zip(now, responses, strict=True):
                 draws[i].append(response)
             waiting += [i for i in dict.fromkeys(now) if 1 < len(draws[i]) <= _ATTEMPTS and len(set(draws[i])) == 1]

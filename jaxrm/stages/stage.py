@@ -133,18 +133,9 @@ class Stage:
           UserError: where the weights cannot be read, or the folder holds another run.
         """
         weights.check_weights(self.model.config, self.config.model)  # last, since a hub model is fetched for it
-        folder = open_run(
-            self.config.run_dir,
-            dicts.as_dict(self.config),
-            on_existing=self.config.on_existing,
-            may_differ=RESUMABLE_FIELDS,
-            is_writer=self.is_writer,
-            process_count=jax.process_count(),
-        )
-        if self.is_writer:
-            print(folder.message)
-            if keeps_model:
-                save_shape_and_tokenizer(self.model.config, self.tokenizer, folder)
+        folder = open_run_folder(self.config)
+        if self.is_writer and keeps_model:
+            save_shape_and_tokenizer(self.model.config, self.tokenizer, folder)
         return folder
 
 
@@ -179,6 +170,21 @@ def check_run_folder(config: Any) -> None:
     """
     if jax.process_count() == 1:
         check_run(config.run_dir, dicts.as_dict(config), on_existing=config.on_existing, may_differ=RESUMABLE_FIELDS)
+
+
+def open_run_folder(config: Any) -> RunFolder:
+    """Make or find the folder of a run, and print what was found there."""
+    folder = open_run(
+        config.run_dir,
+        dicts.as_dict(config),
+        on_existing=config.on_existing,
+        may_differ=RESUMABLE_FIELDS,
+        is_writer=jax.process_index() == 0,
+        process_count=jax.process_count(),
+    )
+    if folder.is_writer:
+        print(folder.message)
+    return folder
 
 
 def check_training(config: Any, mesh: Mesh) -> None:

@@ -20,7 +20,7 @@ from jaxrm import atomic
 from jaxrm.algorithms.best_of_n import kl_bound
 from jaxrm.data import tasks
 from jaxrm.runtime.metrics import json_line, read_rows
-from jaxrm.stages.evaluate.run import ALONG, ANSWERS
+from jaxrm.stages.evaluate.run import ANSWERS, CHECKPOINT_MEANS
 from jaxrm.study.config import PPO, Study, axes
 from jaxrm.study.schedule import (
     REWARD_MODELS,
@@ -118,7 +118,7 @@ def _mean_rows(final: _FinalRun) -> Iterator[JsonRow]:
 def _answer_points(final: _FinalRun) -> Iterator[JsonRow]:
     """Points of a curve that come from answers: of each checkpoint, or of the policy of an arm that trains nothing."""
     if evaluates_checkpoints(final.arm):
-        for row in read_rows(final.runs / final.answers / ALONG):
+        for row in read_rows(final.runs / final.answers / CHECKPOINT_MEANS):
             yield _curve_point(final, row["step"], row)
         return
     means = _evaluation(final.runs / final.answers).get("selection, sampled")

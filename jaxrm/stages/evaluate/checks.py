@@ -1,0 +1,64 @@
+"""What the evaluation stage refuses of a config alone."""
+
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from jaxrm.data import tasks
+from jaxrm.errors import UserError, flag, option
+from jaxrm.inference import weights
+from jaxrm.sharding.mesh import check_batch
+from jaxrm.stages.judge import check_judge
+from jaxrm.stages.stage import check_is_policy
+
+
+def check(config: Any, mesh: Mesh) -> None:
+    """Refuse a config without a policy, with prompts that are not there, or with answers that cannot be measured.
+
+    Raises:
+      UserError: naming the field.
+    """
+    if config.model.path is None:
+        raise UserError(
+            f"{option('model.path')} is None; give the policy that is to answer, the folder of a run or published "
+            f"weights, e.g. {flag('model.path')}=runs/quickstart/sft"
+        )
+    if jax.process_count() > 1:
+        raise UserError("evaluating a policy is the work of one process; run it on one host")
+    known = tasks.SPLITS if config.data.path.startswith(tasks.PREFIX) else ("heldout",)
+    for split in config.answers.splits:
+        if split not in known:
+            raise UserError(
+                f"{option('answers.splits')} has {split!r}; the prompts of {config.data.path} are {', '.join(known)}, "
+                f"e.g. {flag('answers.splits')}=heldout"
+            )
+    if config.answers.best_of > 1 and not has_rewards(config):
+        raise UserError(
+            f"{option('answers.best_of')} is {config.answers.best_of}, but {option('reward')} has neither model nor "
+            f"function that would say which is best; e.g. {flag('reward.model')}=runs/quickstart/rm_seq2seq"
+        )
+    if config.answers.along:
+        _check_checkpoints(config)
+    check_batch(mesh, "data.batch_size", config.data.batch_size, config.num_microbatches)
+    check_judge(config.evaluation.judge)
+    check_is_policy(config)
+
+
+def has_rewards(config: Any) -> bool:
+    """Whether the answers are scored by a reward model or a function."""
+    return config.reward.model is not None or config.reward.function is not None
+
+
+def _check_checkpoints(config: Any) -> None:
+    """Refuse to evaluate checkpoints of what is no run, or without the policy where its training began."""
+    if config.answers.reference is None or "sampled" not in config.answers.decodings:
+        raise UserError(
+            f"{option('answers.along')} is True, which needs a {option('answers.reference')}, where training began, "
+            f"and sampled answers; e.g. {flag('answers.reference')}=runs/quickstart/sft"
+        )
+    if not weights.is_run(config.model.path):
+        raise UserError(
+            f"{option('answers.along')} is True, but {option('model.path')} is {config.model.path!r}, which is no run "
+            f"and has no checkpoints; use {flag('answers.along')}=False"
+        )

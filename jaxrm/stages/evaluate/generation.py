@@ -1,0 +1,148 @@
+"""How a policy answers in the evaluation stage: its programs, the rewards of its answers, the KL to a reference."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+from jaxrm.data.prompts import PromptExample
+from jaxrm.inference import weights
+from jaxrm.inference.rollout_model import build_sampler
+from jaxrm.inference.sharded_model import ShardedModel
+from jaxrm.stages.evaluate.answers import answer_rows, draw_answers, log_ratio
+from jaxrm.stages.evaluate.checks import has_rewards
+from jaxrm.stages.inputs.prompts import fixed_batches
+from jaxrm.stages.rewards.calibration import calibration_of, open_rewards, scorer
+from jaxrm.stages.stage import Stage, judge_of
+from jaxrm.types import ResponseBatch, TokenRewards
+
+Sample = Callable[[Any, jax.Array, jax.Array, jax.Array], ResponseBatch]
+
+
+@dataclass(frozen=True)
+class AnswerGenerator:
+    """A policy that answers, and what its answers are measured with.
+
+    Attributes:
+      stage: the stage.
+      params: of the policy.
+      reference: parameters that the KL is measured to; None measures none.
+      samplers: programs by decoding, ``sampled`` and ``greedy``.
+      score: calibrated token rewards of responses, or None.
+      log_ratio: ``(params, reference, batch) -> [B]`` nats, jitted once for all checkpoints.
+      prompt_length: tokens that prompts are padded to.
+      key: of all answers.
+    """
+
+    stage: Stage
+    params: Any
+    reference: Any
+    samplers: Mapping[str, Sample]
+    score: Callable[[ResponseBatch], TokenRewards] | None
+    log_ratio: Callable[[Any, Any, ResponseBatch], jax.Array]
+    prompt_length: int
+    key: jax.Array
+
+    def load_params(self, path: str) -> Any:
+        """Parameters of other weights of the policy's shape."""
+        return _load_params(self.stage, path)
+
+    def rows(
+        self, params: Any, split: tuple[int, str], examples: Sequence[PromptExample], decoding: str
+    ) -> list[dict[str, Any]]:
+        """A row for each answer.
+
+        Args:
+          params: who answers.
+          split: number and name of the split; the number decides the draws.
+          examples: its prompts.
+          decoding: ``sampled`` or ``greedy``.
+        """
+        config = self.stage.config
+        best_of = config.answers.best_of if decoding == "sampled" else 1
+        # The KL is of plain samples: neither greedy answers nor the best of several are drawn from the policy.
+        has_kl = self.reference is not None and decoding == "sampled" and best_of == 1
+        split_key = jax.random.fold_in(self.key, split[0])
+        answers = draw_answers(
+            self.samplers[decoding],
+            self.score,
+            params,
+            fixed_batches(examples, config.data.batch_size, self.prompt_length, self.stage.mesh),
+            self.stage.mesh,
+            jax.random.fold_in(split_key, config.answers.decodings.index(decoding)),
+            best_of=best_of,
+            read=functools.partial(self.log_ratio, params, self.reference) if has_kl else None,
+        )
+        return answer_rows(
+            split[1],
+            decoding,
+            examples,
+            answers,
+            self.stage.response_text,
+            self.stage.tokenizer,
+            judge_of(config),
+            token_rewards=config.answers.token_rewards,
+        )
+
+
+def open_generator(
+    stage: Stage,
+    rollout_model: ShardedModel,
+    every: Sequence[PromptExample],
+    to_calibrate: Sequence[PromptExample],
+    prompt_length: int,
+) -> AnswerGenerator:
+    """Load the policy and its reference, and calibrate the rewards where there are any.
+
+    Args:
+      stage: the stage.
+      rollout_model: the policy on the mesh that it samples on.
+      every: all prompts that are answered.
+      to_calibrate: prompts whose answers the rewards are calibrated on.
+      prompt_length: tokens that prompts are padded to.
+
+    Raises:
+      UserError: where the rewards cannot score the policy's answers.
+    """
+    config, sampling = stage.config, stage.config.rollout.sampling
+    params = _load_params(stage, config.model.path)
+    reference = None if config.answers.reference is None else _load_params(stage, config.answers.reference)
+    build = functools.partial(
+        build_sampler,
+        stage.model,
+        rollout_model,
+        dtype=config.model.dtype,
+        end_ids=stage.end_ids,
+    )
+    samplers = {
+        "sampled": build(sampling=sampling),
+        "greedy": build(sampling=dataclasses.replace(sampling, temperature=0.0, top_k=0, top_p=1.0)),
+    }
+    calibration_key, key = jax.random.split(jax.random.key(config.seed))
+    score = None
+    if has_rewards(config):
+        source, _ = open_rewards(config, stage.mesh, stage.tokenizer, every, stage.response_text)
+        start = params if reference is None else reference
+        uncalibrated = scorer(config, stage.mesh, stage.model, start, source)
+        calibration = calibration_of(
+            config,
+            stage.mesh,
+            to_calibrate,
+            prompt_length,
+            functools.partial(samplers["sampled"], start),
+            uncalibrated,
+            calibration_key,
+            stage.show_progress,
+        )
+        score = functools.partial(uncalibrated, calibration)
+    key = jax.random.fold_in(key, config.answers.draw)
+    ratio = log_ratio(stage.model.graphdef, stage.mesh, sampling.temperature or 1.0)
+    return AnswerGenerator(stage, params, reference, samplers, score, ratio, prompt_length, key)
+
+
+def _load_params(stage: Stage, path: str) -> Any:
+    model, source = stage.model, dataclasses.replace(stage.config.model, path=path)
+    return weights.load_or_init_params(model.config, source, jax.random.key(0), model.shapes, model.shardings)
