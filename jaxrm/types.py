@@ -88,7 +88,7 @@ class TokenRewards:
 
     Attributes:
       rewards: ``[B, T]`` float32 reward of each response token, 0 outside the mask.
-      values: ``[B, T]`` float32, the same before scale and centre.
+      values: ``[B, T]`` float32, the same before scale and center.
       tags: ``[B, T]`` bool, True on tokens that the reward model would have written too. A scalar one disagrees with
         no token: its tags are all +.
       mask: ``[B, T]`` bool, the response's.

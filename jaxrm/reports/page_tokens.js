@@ -1,4 +1,4 @@
-// What every page with coloured tokens is made of. No string is ever parsed as HTML here.
+// What every page with colored tokens is made of. No string is ever parsed as HTML here.
 "use strict";
 
 const root = document.documentElement;
@@ -19,7 +19,7 @@ addEventListener("securitypolicyviolation", (event) => { root.dataset.blocked = 
 
 const plural = (n, word) => `${n.toLocaleString("en")} ${word}${n === 1 ? "" : "s"}`;
 
-// ---- the colour scale: symmetric about 0; its ends are the size that 98 % of the rewards stay within
+// ---- the color scale: symmetric about 0; its ends are the size that 98 % of the rewards stay within
 
 let limit = 1;
 let digits = 2;
@@ -54,7 +54,7 @@ function drawScale() {
   ramp.style.background = `linear-gradient(to right, ${stops.join(", ")})`;
   const ends = [-limit, limit].map((x) => (clipped ? (x < 0 ? "≤ " : "≥ ") : "") + number(x));
   $("scale").append(ramp, el("span", "", ends[0]), el("span", "", "0"), el("span", "", ends[1]));
-  $("scale").setAttribute("aria-label", `Colour of a token's reward: orange ${ends[0]}, none 0, blue ${ends[1]}`);
+  $("scale").setAttribute("aria-label", `Color of a token's reward: orange ${ends[0]}, none 0, blue ${ends[1]}`);
 }
 
 // ---- tokens

@@ -60,7 +60,7 @@ def _check(config: Any) -> None:
     """What the config alone shows to be wrong."""
     if not config.data.path.startswith(tasks.PREFIX):
         raise UserError(
-            f"{option('data.path')} is {config.data.path!r}, but pairs are labelled by the annotator of an embedded "
+            f"{option('data.path')} is {config.data.path!r}, but pairs are labeled by the annotator of an embedded "
             f"task; e.g. {flag('data.path')}={tasks.PREFIX}{tasks.TASKS[0]}"
         )
     if config.model.path is None:

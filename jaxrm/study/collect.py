@@ -129,7 +129,7 @@ def _answer_points(final: _FinalRun) -> Iterator[JsonRow]:
 
 
 def _curve_point(final: _FinalRun, step: int, means: Mapping[str, float]) -> JsonRow:
-    behaviours = tasks.BEHAVIORS[final.world]
+    behaviors = tasks.BEHAVIORS[final.world]
     setting = dict(final.setting)
     return {
         **final.key,
@@ -140,13 +140,13 @@ def _curve_point(final: _FinalRun, step: int, means: Mapping[str, float]) -> Jso
         "judge": means["judge"],
         "reward": means.get("reward", math.nan),
         "length": means["length"],
-        "behaviour": {key: means[key] for key in behaviours if key in means},
+        "behaviour": {key: means[key] for key in behaviors if key in means},
     }
 
 
 def _ppo_points(final: _FinalRun) -> Iterator[JsonRow]:
     """Points of a curve that PPO measured while it trained."""
-    behaviours = tasks.BEHAVIORS[final.world]
+    behaviors = tasks.BEHAVIORS[final.world]
     setting = dict(final.setting)
     for row in read_rows(final.runs / final.policy / "metrics.jsonl"):
         if "eval_judge" in row:
@@ -156,7 +156,7 @@ def _ppo_points(final: _FinalRun) -> Iterator[JsonRow]:
                 "lr": setting.get("optimizer.lr"),
                 "step": row["step"],
                 **{name: row[f"eval_{name}"] for name in ("kl", "judge", "reward", "length")},
-                "behaviour": {key: row[f"eval_{key}"] for key in behaviours if f"eval_{key}" in row},
+                "behaviour": {key: row[f"eval_{key}"] for key in behaviors if f"eval_{key}" in row},
             }
 
 

@@ -54,7 +54,7 @@ def _equal_kl_table(results: Results, world: str, level: float, reached: Mapping
       level: KL, nats a response.
       reached: the KL that every seed of an arm reached, by arm.
     """
-    measures = ["judge", "length", *results.behaviours(world)]
+    measures = ["judge", "length", *results.behaviors(world)]
     arms = [arm for arm, kl in reached.items() if kl >= level * (1 - 1e-9)]
     means = {
         name: [
@@ -115,5 +115,5 @@ def _at_kl(rows: Sequence[Mapping[str, Any]], name: str, level: float) -> float:
 
 
 def _column(rows: Sequence[Mapping[str, Any]], name: str) -> list[float]:
-    """A quantity along a training run: a field of its rows, or a behaviour."""
+    """A quantity along a training run: a field of its rows, or a behavior."""
     return [as_float(row[name] if name in row else row["behaviour"].get(name)) for row in rows]

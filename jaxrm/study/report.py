@@ -65,7 +65,7 @@ def publish(
 
 
 def _charts(results: Results) -> list[Curves]:
-    """For each world the mean over seeds of each arm: judge, length and key behaviour by KL, and judge by reward."""
+    """For each world the mean over seeds of each arm: judge, length and key behavior by KL, and judge by reward."""
     charts = []
     for world in results.worlds:
         arms = in_order(arm for curve_world, arm in results.curves if curve_world == world)
@@ -87,9 +87,9 @@ def _charts(results: Results) -> list[Curves]:
 
 def _charted(results: Results, world: str) -> list[tuple[str, str]]:
     """The quantities of a world that have a chart, with their units."""
-    behaviours = results.behaviours(world)
+    behaviors = results.behaviors(world)
     key = _KEY_BEHAVIOUR.get(world)
-    key = key if key in behaviours else next(iter(behaviours), None)
+    key = key if key in behaviors else next(iter(behaviors), None)
     return [("judge", "mean judge score"), ("length", "tokens"), *([(key, "mean")] if key else [])]
 
 

@@ -40,7 +40,7 @@ class SeedAnswers:
       judge: ``[P]`` judge scores.
       length: ``[P]`` tokens.
       kl: ``[P]`` KL from the SFT policy, nats a response.
-      behaviour: ``[P]`` of each behaviour by name.
+      behavior: ``[P]`` of each behavior by name.
     """
 
     index: np.ndarray
@@ -48,7 +48,7 @@ class SeedAnswers:
     judge: np.ndarray
     length: np.ndarray
     kl: np.ndarray
-    behaviour: Mapping[str, np.ndarray]
+    behavior: Mapping[str, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -80,13 +80,13 @@ class Results:
         """The arms that have answers, in their order."""
         return in_order(key.arm for key in self.answers)
 
-    def behaviours(self, world: str) -> list[str]:
-        """The names of the behaviours that are measured in a world."""
+    def behaviors(self, world: str) -> list[str]:
+        """The names of the behaviors that are measured in a world."""
         names: dict[str, None] = {}  # in the order in which they are met
         for key, seeds in self.answers.items():
             if key.world == world:
                 for answers in seeds.values():
-                    names.update(dict.fromkeys(answers.behaviour))
+                    names.update(dict.fromkeys(answers.behavior))
         for (curve_world, _), runs in self.curves.items():
             if curve_world == world:
                 names.update(dict.fromkeys(name for rows in runs.values() for row in rows for name in row["behaviour"]))
@@ -201,14 +201,14 @@ def _parse_answers(rows: Sequence[Mapping[str, Any]], file: Path) -> dict[tuple[
 
 
 def _to_arrays(rows: Sequence[Mapping[str, Any]]) -> SeedAnswers:
-    behaviours = list(dict.fromkeys(name for row in rows for name in row["behaviour"]))
+    behaviors = list(dict.fromkeys(name for row in rows for name in row["behaviour"]))
     return SeedAnswers(
         index=np.array([int(row["index"]) for row in rows]),
         prompts=np.array([zlib.crc32(row["prompt"].encode()) for row in rows]),
         judge=np.array([float(row["judge"]) for row in rows]),
         length=np.array([float(row["length"]) for row in rows]),
         kl=np.array([as_float(row.get("kl")) for row in rows]),
-        behaviour={name: np.array([as_float(row["behaviour"].get(name)) for row in rows]) for name in behaviours},
+        behavior={name: np.array([as_float(row["behaviour"].get(name)) for row in rows]) for name in behaviors},
     )
 
 
@@ -219,5 +219,5 @@ def _take(answers: SeedAnswers, positions: np.ndarray) -> SeedAnswers:
         answers.judge[positions],
         answers.length[positions],
         answers.kl[positions],
-        {name: values[positions] for name, values in answers.behaviour.items()},
+        {name: values[positions] for name, values in answers.behavior.items()},
     )

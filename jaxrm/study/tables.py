@@ -42,7 +42,7 @@ def _arm_table(results: Results, keys: Sequence[AnswerKey], wins: Mapping[str, W
     fields = {"judge": "judge", "KL": "kl", "length": "length"}
     means = {
         title: [_answer_mean(results, key, name) for key in keys]
-        for title, name in (fields | {name: name for name in results.behaviours(world)}).items()
+        for title, name in (fields | {name: name for name in results.behaviors(world)}).items()
     }
     cells = {title: mean_cells(column) for title, column in means.items()}
     cells = {title: column for title, column in cells.items() if any(column)}
@@ -52,7 +52,7 @@ def _arm_table(results: Results, keys: Sequence[AnswerKey], wins: Mapping[str, W
         for n, key in enumerate(keys)
     ]
     note = "KL from the SFT policy in nats a response, length in tokens; "
-    note += "each behaviour over the prompts that it applies to. "
+    note += "each behavior over the prompts that it applies to. "
     return Table(
         f"{world}: what the arms do, {SPLIT_NAMES[split]}, sampled",
         ("arm", "judge", f"wins against {BASELINE}", *titles[1:]),
@@ -67,10 +67,10 @@ def _answer_mean(results: Results, key: AnswerKey, name: str) -> Mean:
 
 
 def _answer_values(answers: SeedAnswers, name: str) -> np.ndarray:
-    """``[P]`` values of a field of the answers, or of a behaviour; NaN for one that was not measured."""
+    """``[P]`` values of a field of the answers, or of a behavior; NaN for one that was not measured."""
     if name in ("judge", "kl", "length"):
         return np.asarray(getattr(answers, name))
-    return answers.behaviour.get(name, np.full(len(answers.index), np.nan))
+    return answers.behavior.get(name, np.full(len(answers.index), np.nan))
 
 
 def settings_table(results: Results) -> list[Table]:

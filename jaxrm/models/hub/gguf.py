@@ -2,7 +2,7 @@
 
 Metadata keys follow llama.cpp's specification of the format. Its converter changes two things that are
 undone here: Llama-architecture files hold query and key rows in the order of interleaved rotary pairs, and
-Gemma files hold 1 + w for a norm's w. Quantised tensors are dequantised one at a time.
+Gemma files hold 1 + w for a norm's w. Quantized tensors are dequantized one at a time.
 """
 
 import re
@@ -84,7 +84,7 @@ def gguf_model_config(file: Path) -> ModelConfig:
     """Read the ModelConfig of a GGUF file.
 
     A head is tied when the file has no ``output.weight``. Llama 3's rotary scaling, which such files hold
-    as a tensor of divisors, is recognised from it.
+    as a tensor of divisors, is recognized from it.
 
     Raises:
       UserError: if the architecture, or something that the file asks for, is not supported.
@@ -222,13 +222,13 @@ def _hub_name(name: str, layer_names: dict[str, str]) -> str:
 
 
 def _unreadable(name: str, kind: Any) -> str | None:
-    if _can_dequantise(kind):
+    if _can_dequantize(kind):
         return None
-    return f"{name} has the type {kind.name}, which gguf cannot dequantise; choose a file of another quantisation"
+    return f"{name} has the type {kind.name}, which gguf cannot dequantize; choose a file of another quantization"
 
 
 @cache
-def _can_dequantise(kind: Any) -> bool:
+def _can_dequantize(kind: Any) -> bool:
     from gguf import GGML_QUANT_SIZES
     from gguf.quants import dequantize
 

@@ -41,7 +41,7 @@ def parse_hf_config(values: dict[str, Any], *, where: str = "config.json") -> Mo
     """
     if values.get("quantization_config") is not None:
         raise UserError(
-            f"{where}: quantization_config is set; jaxrm trains unquantised weights: "
+            f"{where}: quantization_config is set; jaxrm trains unquantized weights: "
             "choose the original checkpoint, or a GGUF file of it"
         )
     if values.get("model_type") == "gemma3":

@@ -76,7 +76,7 @@ def _download(name: str, patterns: list[str]) -> Path:
         folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns))
     except GatedRepoError as error:
         raise UserError(
-            f"{name} asks you to accept its licence: do so on its hub page, then run `hf auth login`"
+            f"{name} asks you to accept its license: do so on its hub page, then run `hf auth login`"
         ) from error
     except Exception as error:  # which HTTP client, and so which errors, depends on the hub library's version
         reason = " ".join(str(error).split())[:200]

@@ -88,7 +88,7 @@ def _stored(file: Path, name: str, entry: Any, start: int, size: int) -> StoredT
     if dtype is None:
         unreadable = (
             f"{name} is stored as {entry['dtype']}; jaxrm reads {', '.join(_DTYPES)}: "
-            "choose a checkpoint that is not quantised"
+            "choose a checkpoint that is not quantized"
         )
     return StoredTensor(shape, read, unreadable)
 

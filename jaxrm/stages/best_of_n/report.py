@@ -63,7 +63,7 @@ def lines_of(rows: Iterable[Row]) -> str:
 
 
 def write_winners(target: Path, rows: Sequence[Row], config: Experiment) -> None:
-    """Write the winners as demonstrations, all at once, without those that nothing can be learnt from.
+    """Write the winners as demonstrations, all at once, without those that nothing can be learned from.
 
     Raises:
       UserError: where none is left.

@@ -103,7 +103,7 @@ def answer_rows(
     *,
     token_rewards: int,
 ) -> list[Row]:
-    """A row for each answer: its text, length in tokens, KL in nats, judge's mark, behaviour and reward.
+    """A row for each answer: its text, length in tokens, KL in nats, judge's mark, behavior and reward.
 
     Args:
       split: of the prompts.
@@ -142,7 +142,7 @@ def summary(rows: Sequence[Row], judge: str | None) -> dict[str, dict[str, float
 
 
 def means_of(rows: Sequence[Row], judge: str | None) -> dict[str, float]:
-    """Mean mark, reward, KL, length and behaviour, of what was measured."""
+    """Mean mark, reward, KL, length and behavior, of what was measured."""
     means = {}
     for column in ("judge", "reward", "kl", "length"):
         values = [float(row[column]) for row in rows if row.get(column) is not None]

@@ -29,7 +29,7 @@ def open_critic(
     """The critic's model, the function that makes its first parameters given a key, and where they come from.
 
     The trunk is that of ``config.critic.path``; without it, that of the scalar reward model where rewards come from
-    one, else the policy's. The head starts at 0: until it has learnt, advantages are those of the rewards alone
+    one, else the policy's. The head starts at 0: until it has learned, advantages are those of the rewards alone
     (jaxrm choice).
 
     Args:

@@ -97,7 +97,7 @@ def warnings(seen: list[Mapping[str, float]]) -> dict[str, str]:
     if now["ended"] == 0:
         found["truncated"] = (
             f"no response reached its end token within {now['response_length']:.0f} tokens. Likely causes: too short a "
-            f"{flag('rollout.sampling.max_new_tokens')}, an SFT policy that never learnt to stop, a reward that "
+            f"{flag('rollout.sampling.max_new_tokens')}, an SFT policy that never learned to stop, a reward that "
             f"pays for "
             f"length ({flag('reward.center')}=running, {flag('ppo.missing_end_penalty')})"
         )

@@ -113,7 +113,7 @@ def with_length_residual(sides: PairScores) -> PairScores:
 
 
 def with_centered(sides: PairScores, center: str) -> PairScores:
-    """Add ``centered``, the sum that PPO optimises: tag and soft rewards lose their mean over the pairs' tokens.
+    """Add ``centered``, the sum that PPO optimizes: tag and soft rewards lose their mean over the pairs' tokens.
 
     Args:
       sides: what the reward model says of the pairs.
@@ -133,7 +133,7 @@ def metrics(sides: PairScores, kind: str) -> dict[str, float]:
 
     Args:
       sides: what the reward model says of the pairs.
-      kind: of token reward, whose share of pairs ranked right by its centred sum is ``eval_pair_accuracy``; where
+      kind: of token reward, whose share of pairs ranked right by its centered sum is ``eval_pair_accuracy``; where
         this sort of reward model has no such kind, its first is taken.
     """
     shown = sides.get(kind, next(iter(sides.values())))
@@ -163,13 +163,13 @@ def metrics(sides: PairScores, kind: str) -> dict[str, float]:
 def print_ranking(sides: PairScores, marks: np.ndarray | None = None) -> list[dict[str, Any]]:
     """Print how each kind ranks the pairs; returns the table's numbers.
 
-    PPO optimises the sum of token rewards after centring, so the verdict is by that. The residual's correlation with
+    PPO optimizes the sum of token rewards after centering, so the verdict is by that. The residual's correlation with
     length is 0 by construction, since its line is fitted on these pairs.
 
     Args:
       sides: what the reward model says of the pairs.
-      marks: ``[2, N]`` exact utilities of both responses, or None. With them it is also said how often the centred sum
-        is higher for the response whose mark is higher, whichever was labelled chosen; pairs with equal marks are left
+      marks: ``[2, N]`` exact utilities of both responses, or None. With them it is also said how often the centered sum
+        is higher for the response whose mark is higher, whichever was labeled chosen; pairs with equal marks are left
         out.
     """
     rows, numbers = [], []
@@ -178,7 +178,7 @@ def print_ranking(sides: PairScores, marks: np.ndarray | None = None) -> list[di
         found = {name: pair_accuracy(*names[name]) for name in ("centered", "sum", "mean")}
         correlation = length_correlation(names["sum"].ravel(), names["length"].ravel())
         shown = [f"{100 * p.accuracy:.1f} % [{100 * p.low:.1f}, {100 * p.high:.1f}]" for p in found.values()]
-        if token_rewards.KINDS[kind].needs == "scalar":  # a score for the whole has no mean over tokens, and no centre
+        if token_rewards.KINDS[kind].needs == "scalar":  # a score for the whole has no mean over tokens, and no center
             shown = ["–", shown[1], "–"]
         if better is not None and marks is not None:
             ranked = np.take_along_axis(names["centered"], better, axis=0)[:, marks[0] != marks[1]]
@@ -205,7 +205,7 @@ def print_ranking(sides: PairScores, marks: np.ndarray | None = None) -> list[di
         f"{count} held-out pairs: chosen above rejected, with 95 % intervals",
         [
             "kind",
-            "by centred sum",
+            "by centered sum",
             "by sum",
             "by mean",
             *(["as the judge"] if better is not None else []),
