@@ -1,6 +1,6 @@
 """Causal attention inside segments, by the best kernel of the platform.
 
-Every kernel is a function of the same arguments, an `Attend`: a token sees itself and the tokens before it in its
+Every kernel is a function of the same arguments, an ``Attend``: a token sees itself and the tokens before it in its
 own segment, the last ``window`` of them where there is a window.
 """
 
@@ -53,7 +53,7 @@ def choose(kernel: str, platform: str, dtype: jnp.dtype) -> Attend:
     """The kernel for a platform.
 
     Args:
-      kernel: one of `KERNELS`; ``auto`` takes splash on TPU, cuDNN on GPU in 16 bits, XLA elsewhere.
+      kernel: one of ``KERNELS``; ``auto`` takes splash on TPU, cuDNN on GPU in 16 bits, XLA elsewhere.
       platform: ``cpu``, ``gpu`` or ``tpu``, of the devices that will run it.
       dtype: compute dtype.
 
@@ -101,7 +101,7 @@ def xla(
     softcap: float | None,
     window: int | None,
 ) -> jax.Array:
-    """`Attend` in plain XLA, on any platform."""
+    """``Attend`` in plain XLA, on any platform."""
     return blockwise.attend(query, key, value, segment_ids, scale, softcap, window)
 
 
@@ -115,7 +115,7 @@ def cudnn(
     softcap: float | None,
     window: int | None,
 ) -> jax.Array:
-    """`Attend` by cuDNN's fused attention on GPU; models with a soft-cap take the XLA kernel.
+    """``Attend`` by cuDNN's fused attention on GPU; models with a soft-cap take the XLA kernel.
 
     So do rows of odd length and heads that the GPU's cuDNN has no kernel for, e.g. wider than 128 before Hopper.
     """
@@ -139,7 +139,7 @@ def splash(
     window: int | None,
     interpret: bool = False,
 ) -> jax.Array:
-    """`Attend` by the splash kernel on TPU; rows that do not fill its blocks of 128 take the XLA kernel."""
+    """``Attend`` by the splash kernel on TPU; rows that do not fill its blocks of 128 take the XLA kernel."""
     _, T, N, H = query.shape
     block = next((size for size in _SPLASH_BLOCKS if T % size == 0), None)
     if block is None:
@@ -180,7 +180,7 @@ def cached(
     scale: float,
     softcap: float | None,
 ) -> jax.Array:
-    """Attention of one query a row over its cached keys, laid out as in `jaxrm.models.cache.Cache`.
+    """Attention of one query a row over its cached keys, laid out as in ``jaxrm.models.cache.Cache``.
 
     Args:
       query: ``[B, N, H]``.

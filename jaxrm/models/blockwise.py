@@ -30,7 +30,7 @@ def attend(
     softcap: float | None,
     window: int | None,
 ) -> jax.Array:
-    """Self-attention over whole rows; shapes and arguments as in `jaxrm.models.attention.Attend`."""
+    """Self-attention over whole rows; shapes and arguments as in ``jaxrm.models.attention.Attend``."""
     return _forward(query, key, value, segment_ids, scale, softcap, window)[0]
 
 
@@ -135,7 +135,7 @@ def _scores(
 def _add(total: jax.Array, columns: slice, part: jax.Array) -> jax.Array:
     """``total [B, K, T, H]`` with ``part`` added to ``columns``.
 
-    As a slice: the scatter of ``.at[].add`` under `jax.shard_map` crashes the CPU compiler of JAX 0.11.2.
+    As a slice: the scatter of ``.at[].add`` under ``jax.shard_map`` crashes the CPU compiler of JAX 0.11.2.
     """
     return jax.lax.dynamic_update_slice_in_dim(total, total[:, :, columns] + part, columns.start, axis=2)
 

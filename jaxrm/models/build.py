@@ -1,4 +1,4 @@
-"""From the `model` section of a config to a decoder: its shape, its graph and its first parameters."""
+"""From the ``model`` section of a config to a decoder: its shape, its graph and its first parameters."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -23,7 +23,7 @@ class ModelSource:
 
     Attributes:
       path: published weights: hub name, folder with config.json and safetensors, or GGUF file.
-      preset: shape by public name (`jaxrm.models.config.PRESETS`), with random parameters.
+      preset: shape by public name (``jaxrm.models.config.PRESETS``), with random parameters.
       dtype: compute dtype, ``float32`` or ``bfloat16``; parameters are float32 whatever it is.
       remat: what the backward pass keeps of a layer: ``full`` least, ``dots`` matrix products, ``none`` all.
       attention: ``auto`` (by platform), ``xla``, ``cudnn`` or ``splash``.
@@ -97,7 +97,7 @@ def check_length(config: ModelConfig, field: str, length: int) -> None:
 
 
 def check_weights(config: ModelConfig, source: ModelSource) -> None:
-    """Refuse weights that `init_params` could not read, by their headers; nothing is allocated.
+    """Refuse weights that ``init_params`` could not read, by their headers; nothing is allocated.
 
     Raises:
       UserError: naming the missing, extra, misshapen or unreadable tensors.
@@ -116,7 +116,7 @@ def abstract_decoder(
     """The decoder without memory: its graph, the shapes of its parameters and their logical axes.
 
     Returns:
-      ``graphdef`` (static, for ``nnx.merge(graphdef, params)``), a nested dict of `jax.ShapeDtypeStruct` and the
+      ``graphdef`` (static, for ``nnx.merge(graphdef, params)``), a nested dict of ``jax.ShapeDtypeStruct`` and the
       same dict of tuples of logical axis names.
     """
     return _abstract(lambda: _decoder(config, source, nnx.Rngs(0), attend, constrain))
@@ -129,7 +129,7 @@ def abstract_scalar_model(
     attend: attention.Attend = attention.xla,
     constrain: layers.Constrain = layers.unconstrained,
 ) -> tuple[nnx.GraphDef, Any, Any]:
-    """A `jaxrm.models.heads.ScalarModel` without memory; arguments and returns as `abstract_decoder`."""
+    """A ``jaxrm.models.heads.ScalarModel`` without memory; arguments and returns as ``abstract_decoder``."""
     trunk = replace(config, tie_embeddings=True)  # no language head
 
     def make() -> ScalarModel:
@@ -146,7 +146,7 @@ def abstract_actor_critic(
     attend: attention.Attend = attention.xla,
     constrain: layers.Constrain = layers.unconstrained,
 ) -> tuple[nnx.GraphDef, Any, Any]:
-    """A `jaxrm.models.heads.ActorCritic` without memory; arguments and returns as `abstract_decoder`."""
+    """A ``jaxrm.models.heads.ActorCritic`` without memory; arguments and returns as ``abstract_decoder``."""
 
     def make() -> ActorCritic:
         rngs = nnx.Rngs(0)
@@ -156,7 +156,7 @@ def abstract_actor_critic(
 
 
 def init_scalar_head(config: ModelConfig, key: jax.Array, shardings: Any) -> Any:
-    """First parameters of a `jaxrm.models.heads.ScalarHead`, drawn with ``key``."""
+    """First parameters of a ``jaxrm.models.heads.ScalarHead``, drawn with ``key``."""
 
     def draw(key: jax.Array) -> Any:
         return nnx.to_pure_dict(nnx.state(ScalarHead(config.hidden_size, rngs=nnx.Rngs(params=key))))

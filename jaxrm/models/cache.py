@@ -39,14 +39,14 @@ def from_prompt(keys: jax.Array, values: jax.Array, segment_ids: jax.Array, posi
       positions: ``[B, P]`` int.
       size: slots, at least ``P``.
     """
-    room = size - keys.shape[2]
-    assert room >= 0, (size, keys.shape)
+    padding = size - keys.shape[2]
+    assert padding >= 0, (size, keys.shape)
 
     none = (0, 0)
     return Cache(
-        keys=tuple(jnp.pad(x.transpose(0, 2, 3, 1), (none, none, none, (0, room))) for x in keys),
-        values=tuple(jnp.pad(x.transpose(0, 2, 1, 3), (none, none, (0, room), none)) for x in values),
-        occupied=jnp.pad(segment_ids > 0, ((0, 0), (0, room))),
+        keys=tuple(jnp.pad(x.transpose(0, 2, 3, 1), (none, none, none, (0, padding))) for x in keys),
+        values=tuple(jnp.pad(x.transpose(0, 2, 1, 3), (none, none, (0, padding), none)) for x in values),
+        occupied=jnp.pad(segment_ids > 0, ((0, 0), (0, padding))),
         length=jnp.asarray(keys.shape[2], jnp.int32),
         next_position=jnp.max(jnp.where(segment_ids > 0, positions, -1), axis=1) + 1,
     )

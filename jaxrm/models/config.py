@@ -19,6 +19,13 @@ class RopeScaling:
     the low frequencies by ``factor``, keeps the high ones, and blends between the wavelengths
     ``original_max_position / high_freq_factor`` and ``original_max_position / low_freq_factor``
     (Llama 3 herd of models, arXiv:2407.21783).
+
+    Attributes:
+      kind: ``linear`` or ``llama3``.
+      factor: by which frequencies are divided.
+      low_freq_factor: ``llama3`` alone, as ``high_freq_factor``.
+      high_freq_factor: above ``low_freq_factor``.
+      original_max_position: tokens of the context of pre-training, ``llama3`` alone.
     """
 
     kind: str
@@ -43,8 +50,36 @@ class RopeScaling:
 class ModelConfig:
     """Everything that decides the computation of a decoder; hashable, so it may be static under jit.
 
-    ``family`` is the Hugging Face ``model_type``. Lengths are in tokens. Token ids (BOS, EOS, padding) belong
-    to the tokenizer and are not here.
+    Token ids (BOS, EOS, padding) belong to the tokenizer and are not here.
+
+    Attributes:
+      family: the Hugging Face ``model_type``.
+      vocab_size: ``V``, rows of the embedding table.
+      hidden_size: ``D``.
+      intermediate_size: ``F``, width of the MLP.
+      num_layers: ``L``.
+      num_heads: ``N``, of queries; a multiple of ``num_kv_heads``.
+      num_kv_heads: ``K``, of keys and values.
+      head_dim: ``H``, even.
+      max_position: tokens of the longest row.
+      activation: of the MLP's gate: ``silu``, ``gelu_tanh`` (the tanh approximation) or ``gelu`` (exact).
+      norm_eps: added to the mean square in a norm.
+      unit_offset_norm: Gemma: a norm multiplies by ``1 + scale``.
+      scale_embedding: Gemma: embeddings are multiplied by ``sqrt(hidden_size)``, rounded to the compute dtype.
+      post_norms: Gemma 2 and 3: norms after attention and after the MLP as well.
+      qk_norm: Qwen 3 and Gemma 3: norms of queries and keys of each head, before the rotation.
+      qkv_bias: Qwen 2: biases on queries, keys and values.
+      output_bias: a bias on attention's output.
+      mlp_bias: biases in the MLP.
+      tie_embeddings: the head is the embedding table.
+      query_scale: factor on the logits of attention; None for ``head_dim ** -0.5``.
+      attention_softcap: Gemma 2: bound on the logits of attention, or None.
+      logit_softcap: Gemma 2: bound on the logits of tokens, or None.
+      rope_theta: base of the rotary frequencies.
+      rope_scaling: for contexts longer than those of pre-training, or None.
+      local_rope_theta: Gemma 3: base of the sliding layers, which are not scaled; None for ``rope_theta``.
+      sliding_window: a token sees itself and the ``sliding_window - 1`` tokens before it.
+      layer_is_sliding: one for each layer; ``()`` for none.
 
     Raises:
       UserError: naming the field, where values do not fit together.
@@ -59,24 +94,24 @@ class ModelConfig:
     num_kv_heads: int
     head_dim: int
     max_position: int = 2048
-    activation: str = "silu"  # gate activation: silu, gelu_tanh (the tanh approximation) or gelu (exact)
+    activation: str = "silu"
     norm_eps: float = 1e-6
-    unit_offset_norm: bool = False  # Gemma: a norm multiplies by 1 + scale
-    scale_embedding: bool = False  # Gemma: embeddings times sqrt(hidden_size) rounded to the compute dtype
-    post_norms: bool = False  # Gemma 2 and 3: norms after attention and after the MLP as well
-    qk_norm: bool = False  # Qwen 3 and Gemma 3: per-head norms of queries and keys, before the rotation
+    unit_offset_norm: bool = False
+    scale_embedding: bool = False
+    post_norms: bool = False
+    qk_norm: bool = False
     qkv_bias: bool = False
     output_bias: bool = False
     mlp_bias: bool = False
     tie_embeddings: bool = False
-    query_scale: float | None = None  # None: head_dim ** -0.5
+    query_scale: float | None = None
     attention_softcap: float | None = None
     logit_softcap: float | None = None
     rope_theta: float = 10_000.0
     rope_scaling: RopeScaling | None = None
-    local_rope_theta: float | None = None  # Gemma 3: the sliding layers' own base, without scaling
-    sliding_window: int | None = None  # a token sees itself and the sliding_window - 1 before it
-    layer_is_sliding: tuple[bool, ...] = ()  # one per layer; () = none
+    local_rope_theta: float | None = None
+    sliding_window: int | None = None
+    layer_is_sliding: tuple[bool, ...] = ()
 
     def __post_init__(self) -> None:
         if self.family not in FAMILIES:

@@ -18,8 +18,8 @@ def forward_flops(config: ModelConfig, length: int, *, predicted: int, scalar_he
 def training_flops_per_token(config: ModelConfig, length: int, *, scalar_head: bool = False) -> float:
     """FLOPs of forward and backward for one token: 2 a weight forward, 4 backward, and attention.
 
-    Recomputation under remat is not counted: it is a cost of the method, not work asked for (the MFU of PaLM,
-    Chowdhery et al. 2022, arXiv 2204.02311, appendix B). Arguments as for `forward_flops`.
+    Recomputation under remat is not counted: it is a cost of the method, not of the model (the MFU of PaLM,
+    Chowdhery et al. 2022, arXiv 2204.02311, appendix B). Arguments as for ``forward_flops``.
     """
     return 3.0 * (_layers(config, length) + _head(config, scalar_head))
 
@@ -29,8 +29,8 @@ def _layers(config: ModelConfig, length: int) -> float:
     D, F, H = config.hidden_size, config.intermediate_size, config.head_dim
     weights = config.num_layers * (2 * D * (config.num_heads + config.num_kv_heads) * H + 3 * D * F)
     sliding = sum(config.layer_is_sliding)
-    near = min(config.sliding_window or length, length / 2)
-    seen = (config.num_layers - sliding) * length / 2 + sliding * near
+    window = min(config.sliding_window or length, length / 2)
+    seen = (config.num_layers - sliding) * length / 2 + sliding * window
     return 2.0 * weights + 4.0 * seen * config.num_heads * H
 
 

@@ -73,8 +73,8 @@ def generate(
 ) -> Generation:
     """Sample one response to each prompt; stops early once every row has ended.
 
-    Every device fetches the parameters that others hold (``fsdp``) at every token, unless the compiler happens to
-    move that out of the loop: what answers much had better lie whole, see `jaxrm.algorithms.rollout.Respond`.
+    Under ``fsdp`` every token gathers the parameters from the other devices, unless the compiler moves that out of the
+    loop. For many or long responses use a mesh without ``fsdp``, e.g. ``config.rollout.mesh`` in PPO.
 
     Args:
       graphdef: of the decoder.
@@ -82,7 +82,7 @@ def generate(
       prompts: ``[B, P]`` int32, padded on the left.
       prompt_mask: ``[B, P]`` bool, False on padding.
       key: typed PRNG key. Token ``t`` is drawn with ``fold_in(key, t)``, whatever the length limit.
-      sampling: see `SamplingConfig`.
+      sampling: see ``SamplingConfig``.
       end_ids: ids that end a response.
     """
     chex.assert_equal_shape([prompts, prompt_mask])
@@ -122,7 +122,7 @@ def generate(
         mask = jax.lax.dynamic_update_index_in_dim(carry.mask, carry.alive, carry.t, axis=1)
         return Carry(carry.t + 1, token, carry.alive & ~is_end(token), tokens, mask, carry.past)
 
-    nothing = Carry(
+    empty = Carry(
         jnp.zeros((), jnp.int32),
         jnp.zeros((B,), jnp.int32),
         jnp.ones((B,), bool),
@@ -130,7 +130,7 @@ def generate(
         jnp.zeros((B, T), bool),
         past,
     )
-    end = jax.lax.while_loop(unfinished, one_token, emit(hidden[:, -1], nothing))
+    end = jax.lax.while_loop(unfinished, one_token, emit(hidden[:, -1], empty))
     # Whole on every device, so that any process can read them.
     return Generation(model.constrain(end.tokens, (None, None)), model.constrain(end.mask, (None, None)))
 
@@ -168,7 +168,7 @@ def _pick(logits: jax.Array, merge: Callable[..., jax.Array], choose: Sequence[C
 
 
 def check_on_policy(sampling: SamplingConfig, field: str) -> None:
-    """Refuse sampling whose tokens are not drawn from ``softmax(logits / temperature)``, whose log-probs PPO takes.
+    """Refuse sampling whose tokens are not drawn from ``softmax(logits / temperature)``, whose log-probs PPO computes.
 
     Args:
       sampling: how responses are drawn.

@@ -36,12 +36,12 @@ class ScalarModel(nnx.Module):
     """
 
     def __init__(self, decoder: Decoder, *, rngs: nnx.Rngs):
-        assert decoder.head is None, "a trunk that predicts no token has no use for a language head"
+        assert decoder.head is None, "the trunk of a scalar model has no language head"
         self.decoder = decoder
         self.scalar_head = ScalarHead(decoder.config.hidden_size, rngs=rngs)
 
     def __call__(self, tokens: jax.Array, *, positions: jax.Array, segment_ids: jax.Array) -> jax.Array:
-        """Number ``[B, T]`` at each token, float32; arguments as for `Decoder`."""
+        """Number ``[B, T]`` at each token, float32; arguments as for ``Decoder``."""
         return self.scalar_head(self.decoder(tokens, positions=positions, segment_ids=segment_ids))
 
 
@@ -59,5 +59,5 @@ class ActorCritic(nnx.Module):
 
 
 def from_decoder_params(decoder: Any, head: Any) -> Any:
-    """Parameters of a `ScalarModel` from those of a decoder, without its language head, and of a `ScalarHead`."""
+    """Parameters of a ``ScalarModel`` from those of a decoder, without its language head, and of a ``ScalarHead``."""
     return {"decoder": {name: part for name, part in decoder.items() if name != "head"}, "scalar_head": head}

@@ -27,12 +27,12 @@ Constrain = Callable[[jax.Array, tuple[str | None, ...]], jax.Array]
 
 
 def unconstrained(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
-    """The `Constrain` of a single device."""
+    """The ``Constrain`` of a single device."""
     del axes
     return x
 
 
-def _unchanged(x: jax.Array) -> jax.Array:
+def _identity(x: jax.Array) -> jax.Array:
     return x
 
 
@@ -67,7 +67,7 @@ _project.defvjp(_project_forward, _project_backward)
 class Projection(nnx.Module):
     """Matrix product over the first ``contracted`` axes of the kernel, and a bias over the rest.
 
-    Decoding holds the kernel turned, see `turn`.
+    Decoding uses the kernel transposed, see ``transpose``.
     """
 
     def __init__(
@@ -83,34 +83,34 @@ class Projection(nnx.Module):
     ):
         assert axes[0] == "layers", axes
         self.contracted, self.dtype = contracted, dtype
-        self.turned: tuple[int, ...] | None = None  # the axes of the outputs, once the kernel is turned
+        self.output_shape: tuple[int, ...] | None = None  # set once the kernel is transposed
         self.kernel = nnx.Param(stddev * jax.random.normal(rngs.params(), shape), logical_axes=axes)
-        kept = [i for i in range(len(axes)) if not 1 <= i < 1 + contracted]
-        zeros = jnp.zeros([shape[i] for i in kept])
-        self.bias = nnx.Param(zeros, logical_axes=tuple(axes[i] for i in kept)) if bias else None
+        outputs = [i for i in range(len(axes)) if not 1 <= i < 1 + contracted]
+        zeros = jnp.zeros([shape[i] for i in outputs])
+        self.bias = nnx.Param(zeros, logical_axes=tuple(axes[i] for i in outputs)) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Apply to ``x [B, T, *contracted]``."""
-        if self.turned is None:
+        if self.output_shape is None:
             y = _project(x, self.kernel[...], self.contracted)
         else:
             rows = x.shape[: x.ndim - self.contracted]
             matrix = self.kernel[...].astype(x.dtype)
-            y = jnp.einsum("...i,oi->...o", x.reshape(*rows, -1), matrix).reshape(*rows, *self.turned)
+            y = jnp.einsum("...i,oi->...o", x.reshape(*rows, -1), matrix).reshape(*rows, *self.output_shape)
         if self.bias is None:
             return y
         bias = self.bias[...].astype(self.dtype)
         return y + jnp.expand_dims(bias, tuple(range(y.ndim - bias.ndim)))
 
-    def turn(self) -> None:
-        """Hold the kernel of one layer, without the stack, as a matrix of a row for each output.
+    def transpose(self) -> None:
+        """Store the kernel of one layer, without the stack, as a matrix with a row for each output.
 
         Products of a few rows then read it along its memory: on CPU, at 32 rows, in four fifths of the time. With
         its axes kept apart, XLA there copies the kernel that comes after attention at every token.
         """
-        assert self.turned is None
+        assert self.output_shape is None
         kernel = self.kernel[...]
-        inputs, self.turned = kernel.shape[: self.contracted], kernel.shape[self.contracted :]
+        inputs, self.output_shape = kernel.shape[: self.contracted], kernel.shape[self.contracted :]
         self.kernel.set_value(kernel.reshape(math.prod(inputs), -1).T)
 
 
@@ -150,7 +150,7 @@ class Attention(nnx.Module):
         self.query_norm = RMSNorm(config, stack, H, "head_dim") if config.qk_norm else None
         self.key_norm = RMSNorm(config, stack, H, "head_dim") if config.qk_norm else None
 
-    def read(self, x: jax.Array, rotation: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def qkv(self, x: jax.Array, rotation: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Queries ``[B, T, N, H]``, keys and values ``[B, T, K, H]`` of ``x [B, T, D]``, rotated."""
         query, key, value = self.query(x), self.key(x), self.value(x)
         if self.query_norm is not None and self.key_norm is not None:
@@ -182,10 +182,10 @@ class Layer(nnx.Module):
         self.attention_norm, self.mlp_norm = norm(), norm()
         self.attention = Attention(rngs, config, stack, dtype)
         self.mlp = MLP(rngs, config, stack, dtype)
-        self.post_attention_norm = norm() if config.post_norms else _unchanged
-        self.post_mlp_norm = norm() if config.post_norms else _unchanged
+        self.post_attention_norm = norm() if config.post_norms else _identity
+        self.post_mlp_norm = norm() if config.post_norms else _identity
 
-    def finish(self, x: jax.Array, attended: jax.Array) -> jax.Array:
+    def output_and_mlp(self, x: jax.Array, attended: jax.Array) -> jax.Array:
         """The rest of the layer after attention: ``x [B, T, D]``, ``attended [B, T, N, H]`` -> ``[B, T, D]``."""
         x = x + self.post_attention_norm(self.attention.output(attended))
         return x + self.post_mlp_norm(self.mlp(self.mlp_norm(x)))

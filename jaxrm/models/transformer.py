@@ -1,6 +1,6 @@
 """One decoder for the Llama, Mistral, Qwen and Gemma families.
 
-Single-device code: parameters carry the names of their logical axes, and `jaxrm.sharding.partition` alone maps
+Single-device code: parameters carry the names of their logical axes, and ``jaxrm.sharding.partition`` alone maps
 those to devices. Layers are stacked on a leading axis and scanned, so a model of any depth compiles once; decoding
 alone unrolls them, since a scan would copy the cache of every layer at every token.
 """
@@ -32,7 +32,7 @@ class Decoder(nnx.Module):
       remat: what the backward pass keeps of a layer: ``full`` the output of attention alone, and nothing with cuDNN,
         whose kernel does not name it (least memory); ``dots`` the results of matrix products with weights too;
         ``none`` everything.
-      attend: attention kernel, see `jaxrm.models.attention.choose`.
+      attend: attention kernel, see ``jaxrm.models.attention.choose``.
       constrain: pins activations to devices where a mesh is used.
     """
 
@@ -64,7 +64,7 @@ class Decoder(nnx.Module):
           positions: ``[B, T]`` int, counted inside each segment.
           segment_ids: ``[B, T]`` int, 0 for padding; a token sees only its own segment.
         """
-        return self._read(tokens, positions, segment_ids, keep=False)[0]
+        return self._forward(tokens, positions, segment_ids, return_kv=False)[0]
 
     def prefill(
         self, tokens: jax.Array, *, positions: jax.Array, segment_ids: jax.Array, size: int
@@ -73,17 +73,17 @@ class Decoder(nnx.Module):
 
         Arguments as for a call, with one segment a row and any padding on the left.
         """
-        hidden, kept = self._read(tokens, positions, segment_ids, keep=True)
-        assert kept is not None
-        past = cache.from_prompt(*kept, segment_ids, positions, size)
+        hidden, kv = self._forward(tokens, positions, segment_ids, return_kv=True)
+        assert kv is not None
+        past = cache.from_prompt(*kv, segment_ids, positions, size)
         keys = tuple(self.constrain(x, _KEYS) for x in past.keys)
         values = tuple(self.constrain(x, _VALUES) for x in past.values)
         return hidden, dataclasses.replace(past, keys=keys, values=values)
 
     def unstack_layers(self) -> tuple[layers.Layer, ...]:
-        """The layers one by one, for `decode`; outside the decoding loop, which then reads each in place.
+        """The layers one by one, for ``decode``; outside the decoding loop, which then reads each in place.
 
-        Their weights are as the loop reads them at every token: in the compute dtype and turned.
+        Their weights are as the loop reads them at every token: in the compute dtype and transposed.
         """
         graphdef, stacked = nnx.split(self.layers)
 
@@ -92,13 +92,13 @@ class Decoder(nnx.Module):
             for _, part in nnx.iter_modules(layer):
                 if isinstance(part, layers.Projection):
                     part.kernel.set_value(part.kernel[...].astype(self.dtype))
-                    part.turn()
+                    part.transpose()
             return layer
 
         return tuple(one_layer(i) for i in range(self.config.num_layers))
 
     def decode_head(self) -> jax.Array:
-        """Output embedding ``[V, D]`` for the `logits` of a decoding loop; as `unstack_layers`."""
+        """Output embedding ``[V, D]`` for the ``logits`` of a decoding loop; as ``unstack_layers``."""
         return self.head_embedding.astype(self.dtype)
 
     def decode(
@@ -108,7 +108,7 @@ class Decoder(nnx.Module):
 
         Args:
           tokens: ``[B, 1]`` int token ids.
-          unstacked: from `unstack_layers`.
+          unstacked: from ``unstack_layers``.
           past: the tokens before it.
         """
         config = self.config
@@ -123,7 +123,7 @@ class Decoder(nnx.Module):
         keys, values = list(past.keys), list(past.values)
         for i, layer in enumerate(unstacked):
             is_sliding = bool(config.layer_is_sliding) and config.layer_is_sliding[i]
-            query, key, value = layer.attention.read(layer.attention_norm(x), sliding if is_sliding else full)
+            query, key, value = layer.attention.qkv(layer.attention_norm(x), sliding if is_sliding else full)
             write = functools.partial(jax.lax.dynamic_update_index_in_dim, index=past.length)
             keys[i] = self.constrain(write(keys[i], key[:, 0], axis=3), _KEYS)
             values[i] = self.constrain(write(values[i], value[:, 0], axis=2), _VALUES)
@@ -131,13 +131,13 @@ class Decoder(nnx.Module):
             attended = attention.cached(
                 query[:, 0], keys[i], values[i], mask, scale=self.scale, softcap=config.attention_softcap
             )
-            x = self.constrain(layer.finish(x, attended[:, None]), _HIDDEN)
+            x = self.constrain(layer.output_and_mlp(x, attended[:, None]), _HIDDEN)
         grown = cache.Cache(tuple(keys), tuple(values), occupied, past.length + 1, past.next_position + 1)
         return self.final_norm(x), grown
 
     @property
     def head_embedding(self) -> jax.Array:
-        """Output embedding ``[V, D]`` as the parameters hold it: what `jaxrm.ops.vocab` takes as its head."""
+        """Output embedding ``[V, D]`` as the parameters hold it: what ``jaxrm.ops.vocab`` takes as its head."""
         return (self.head or self.embedder).embedding[...]
 
     def logits(self, hidden: jax.Array, head: jax.Array | None = None) -> jax.Array:
@@ -145,7 +145,7 @@ class Decoder(nnx.Module):
 
         Args:
           hidden: ``[..., D]``.
-          head: from `decode_head`, in a loop.
+          head: from ``decode_head``, in a loop.
         """
         head = (self.head_embedding if head is None else head).astype(hidden.dtype)
         logits = jnp.einsum("...d,vd->...v", hidden, head, preferred_element_type=jnp.float32)
@@ -153,9 +153,9 @@ class Decoder(nnx.Module):
         return logits if cap is None else cap * jnp.tanh(logits / cap)
 
     def _embed(self, tokens: jax.Array) -> jax.Array:
-        # A table split over its columns is looked up column by column for the rows of all those devices; the rows
-        # then go home, tokens by one all-to-all and rows by another. Without the constraints on the way the compiler
-        # copies everything to everyone.
+        # The table's columns are split over fsdp, as the rows of the batch are. So each device looks up its columns for
+        # the rows of all of them, and two all-to-alls return tokens and rows to their own devices. Without the
+        # constraints in between the compiler copies every row to every device.
         x = self.embedder.embedding[...][self.constrain(tokens, ("batch_by_data", None))]
         x = self.constrain(x, ("batch_by_data", None, "embed")).astype(self.dtype)
         x = self.constrain(x, ("batch_by_data", "sequence", "embed_by_fsdp"))
@@ -172,10 +172,10 @@ class Decoder(nnx.Module):
         local = rope.frequencies(config.head_dim, config.local_rope_theta, None)
         return full, rope.rotations(positions, local)
 
-    def _read(
-        self, tokens: jax.Array, positions: jax.Array, segment_ids: jax.Array, *, keep: bool
+    def _forward(
+        self, tokens: jax.Array, positions: jax.Array, segment_ids: jax.Array, *, return_kv: bool
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
-        """Scan the layers over whole rows; with ``keep``, also the keys and values ``[L, B, T, K, H]``."""
+        """Scan the layers over whole rows; with ``return_kv``, also the keys and values ``[L, B, T, K, H]``."""
         config = self.config
         graphdef, stacked = nnx.split(self.layers)
         full, sliding = self._rotations(positions)
@@ -189,14 +189,14 @@ class Decoder(nnx.Module):
             layer = nnx.merge(graphdef, state)
             normed = layer.attention_norm(x)
             if all(flags) or not any(flags):
-                read = layer.attention.read(normed, sliding if flags[0] else full)
-                attended = (attend_near if flags[0] else attend_full)(*read, segment_ids)
+                qkv = layer.attention.qkv(normed, sliding if flags[0] else full)
+                attended = (attend_near if flags[0] else attend_full)(*qkv, segment_ids)
             else:
                 rotation = jax.tree.map(lambda near, far: jnp.where(is_sliding, near, far), sliding, full)
-                read = layer.attention.read(normed, rotation)
-                attended = jax.lax.cond(is_sliding, attend_near, attend_full, *read, segment_ids)
-            x = self.constrain(layer.finish(x, attended), _HIDDEN)
-            return x, read[1:] if keep else None
+                qkv = layer.attention.qkv(normed, rotation)
+                attended = jax.lax.cond(is_sliding, attend_near, attend_full, *qkv, segment_ids)
+            x = self.constrain(layer.output_and_mlp(x, attended), _HIDDEN)
+            return x, qkv[1:] if return_kv else None
 
         if self.remat != "none":
             policies = jax.checkpoint_policies
@@ -204,8 +204,8 @@ class Decoder(nnx.Module):
             if self.remat == "dots":
                 policy = policies.save_from_both_policies(policy, policies.dots_with_no_batch_dims_saveable)
             one_layer = jax.checkpoint(one_layer, policy=policy, prevent_cse=False)
-        x, kept = jax.lax.scan(one_layer, self._embed(tokens), (stacked, jnp.asarray(flags)))
-        return self.final_norm(x), kept
+        x, kv = jax.lax.scan(one_layer, self._embed(tokens), (stacked, jnp.asarray(flags)))
+        return self.final_norm(x), kv
 
 
 def positions_from_mask(mask: jax.Array) -> jax.Array:

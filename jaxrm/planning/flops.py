@@ -16,12 +16,12 @@ from jax.extend.core import ClosedJaxpr, Jaxpr
 def matmul_flops(jaxpr: ClosedJaxpr | Jaxpr, *, while_trips: int = 1) -> float:
     """FLOPs of all matrix products of a traced program, over all devices; two for each multiplication.
 
-    Everything else (norms, softmax, optimizer) is left out, as is usual: it costs memory traffic rather than FLOPs.
+    Everything else (norms, softmax, optimizer) is left out, as is usual: memory traffic dominates its cost.
 
     Args:
       jaxpr: e.g. ``jitted.trace(...).jaxpr``.
-      while_trips: how often the body of a loop runs whose length the program does not know, such as sampling until
-        all responses have ended.
+      while_trips: iterations of a loop whose length depends on the data, such as sampling until all responses have
+        ended.
     """
     total = 0.0
     for equation in (jaxpr.jaxpr if isinstance(jaxpr, ClosedJaxpr) else jaxpr).eqns:

@@ -1,4 +1,4 @@
-"""The text of a compiled program, taken apart: computations, instructions, shapes, groups of devices."""
+"""Parse the text of a compiled program (HLO): computations, instructions, shapes, groups of devices."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Instruction:
       name: of its result.
       shape: of its result, as it is written.
       kind: of operation, such as ``fusion``.
-      operands: names of what it takes.
+      operands: names of its operands.
       rest: the line from its operands on, with its attributes.
       is_root: whether its result is that of the computation.
     """
@@ -42,21 +42,21 @@ _ARRAY = re.compile(r"\b(pred|[suf]\d+|bf16|f8\w+|c64|c128)\[([\d,]*)\](\{[^}]*\
 
 def computations_of(hlo: str) -> Computations:
     """The instructions of each computation by name, those of the program itself under ``ENTRY``."""
-    found: dict[str, dict[str, Instruction]] = {}
-    inside: dict[str, Instruction] = {}
+    computations: dict[str, dict[str, Instruction]] = {}
+    instructions: dict[str, Instruction] = {}
     for line in hlo.splitlines():
         head = re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line)
         if head:
-            inside = found.setdefault("ENTRY" if head[1] else head[2], {})
+            instructions = computations.setdefault("ENTRY" if head[1] else head[2], {})
             continue
         operation = _OPERATION.match(line)
         if operation is not None:
             kind, after = operation["kind"], line[operation.end() :]
             operands = () if kind in ("parameter", "constant") else tuple(_operands(after))
-            inside[operation["name"]] = Instruction(
+            instructions[operation["name"]] = Instruction(
                 operation["name"], operation["shape"], kind, operands, after, operation["root"] is not None
             )
-    return found
+    return computations
 
 
 def _operands(text: str) -> Iterator[str]:
@@ -90,28 +90,28 @@ def array_bytes(shape: str) -> float:
     return sum(size for size, is_here in array_sizes(shape) if is_here)
 
 
-def device_groups(rest: str) -> list[list[int]]:
+def replica_groups(rest: str) -> list[list[int]]:
     """The groups of devices of a collective, in any of the ways in which XLA writes them."""
-    if found := re.search(r"source_target_pairs=\{(.*?)\}\}", rest):
-        return [[int(a), int(b)] for a, b in re.findall(r"(\d+),(\d+)", found[1])]
-    if found := re.search(r"replica_groups=mesh\[(.*?)\](?:\s*,?\s*device_ids=\((.*?)\))?\s*\{(.*?)\}", rest):
-        sizes = {name: int(size) for name, size in re.findall(r"'?([\w\-]+)'?=(\d+)", found[1])}
-        taken = re.findall(r"'([\w\-]+)'", found[3])
-        return _grouped(list(range(math.prod(sizes.values()))), sizes, taken)
-    if found := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", rest):
-        shape, source = ([int(x) for x in found[i].split(",")] for i in (1, 2))
-        order = [int(x) for x in found[3].split(",")] if found[3] else list(range(len(source)))
+    if match := re.search(r"source_target_pairs=\{(.*?)\}\}", rest):
+        return [[int(a), int(b)] for a, b in re.findall(r"(\d+),(\d+)", match[1])]
+    if match := re.search(r"replica_groups=mesh\[(.*?)\](?:\s*,?\s*device_ids=\((.*?)\))?\s*\{(.*?)\}", rest):
+        sizes = {name: int(size) for name, size in re.findall(r"'?([\w\-]+)'?=(\d+)", match[1])}
+        grouped_axes = re.findall(r"'([\w\-]+)'", match[3])
+        return _grouped(list(range(math.prod(sizes.values()))), sizes, grouped_axes)
+    if match := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", rest):
+        shape, source = ([int(x) for x in match[i].split(",")] for i in (1, 2))
+        order = [int(x) for x in match[3].split(",")] if match[3] else list(range(len(source)))
         strides = [math.prod(source[axis + 1 :]) for axis in range(len(source))]
         places = itertools.product(*(range(source[axis]) for axis in order))
         flat = [sum(i * strides[axis] for i, axis in zip(place, order, strict=True)) for place in places]
         return [flat[start : start + shape[-1]] for start in range(0, len(flat), shape[-1])]
-    if found := re.search(r"replica_groups=\{(\{.*?\})\}", rest):
-        return [[int(x) for x in group.split(",") if x] for group in re.findall(r"\{([\d,]*)\}", found[1])]
+    if match := re.search(r"replica_groups=\{(\{.*?\})\}", rest):
+        return [[int(x) for x in group.split(",") if x] for group in re.findall(r"\{([\d,]*)\}", match[1])]
     return []
 
 
-def _grouped(devices: list[int], sizes: Mapping[str, int], taken: Sequence[str]) -> list[list[int]]:
+def _grouped(devices: list[int], sizes: Mapping[str, int], axes: Sequence[str]) -> list[list[int]]:
     groups: dict[tuple[int, ...], list[int]] = defaultdict(list)
     for device, place in zip(devices, itertools.product(*(range(size) for size in sizes.values())), strict=True):
-        groups[tuple(i for i, name in zip(place, sizes, strict=True) if name not in taken)].append(device)
+        groups[tuple(i for i, name in zip(place, sizes, strict=True) if name not in axes)].append(device)
     return list(groups.values())

@@ -1,4 +1,4 @@
-"""Weak scaling on paper: the same work for every device of more and more of them, and what they send each other."""
+"""Weak scaling on paper: the same work for each device on more and more devices, and their communication."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -8,7 +8,8 @@ from typing import Any
 from jaxrm.config.dicts import with_changes
 from jaxrm.errors import UserError
 from jaxrm.experiment import Experiment
-from jaxrm.planning.cost import Plan, plan_stage
+from jaxrm.planning.compile import plan_stage
+from jaxrm.planning.cost import StagePlan
 from jaxrm.planning.report import ASSUMPTIONS
 from jaxrm.planning.topology import GIB, Topology
 from jaxrm.reports.report import Curves, Series, Table, write_report
@@ -22,24 +23,25 @@ COLUMNS = (
     "peak GiB",
     "compute s",
     "memory s",
-    "links GiB",
-    "links s",
-    "network MiB",
-    "network s",
-    "efficiency at best",
-    "one by one",
+    "ICI GiB",
+    "ICI s",
+    "DCN MiB",
+    "DCN s",
+    "efficiency full overlap",
+    "no overlap",
 )
-_BENT = 0.9  # efficiency below which scaling has bent
-_ASSUMED = " ".join(ASSUMPTIONS[1:4]) + " Latency is not in it, so small messages on many devices look too cheap."
+_PARTS = ("compute", "memory", "ICI", "DCN")
+_BEND = 0.9  # efficiency below which scaling has bent (jaxrm choice)
+_NOTE = " ".join(ASSUMPTIONS[1:4]) + " Latency is left out, so small messages on many devices look too cheap."
 
 
-def weak_scaling(config: Experiment, topologies: Sequence[Topology], *, show_progress: bool = False) -> list[Plan]:
+def weak_scaling(config: Experiment, topologies: Sequence[Topology], *, show_progress: bool = False) -> list[StagePlan]:
     """Plans of a config whose batch grows with the devices, from its own batch on the first topology.
 
     Raises:
-      UserError: where a topology has not a multiple of the first one's devices, or the config does not fit its mesh.
+      UserError: the devices of a topology are no multiple of the first one's, or the config does not fit its mesh.
     """
-    plans: list[Plan] = []
+    plans: list[StagePlan] = []
     first = len(topologies[0].devices)
     with Progress("plan", len(topologies), unit="topologies", enabled=show_progress) as progress:
         for topology in topologies:
@@ -47,64 +49,60 @@ def weak_scaling(config: Experiment, topologies: Sequence[Topology], *, show_pro
             if left or not times:
                 raise UserError(
                     f"--topology has {topology.name} with {len(topology.devices)} devices after {topologies[0].name} "
-                    f"with {first}; required multiples of those, so that each device has as many rows"
+                    f"with {first}; use multiples of those, so that each device has as many rows"
                 )
-            change: dict[str, Any] = {"data.batch_size": config.data.batch_size * times}
+            changes: dict[str, Any] = {"data.batch_size": config.data.batch_size * times}
             if config.ptx is not None:
-                change["ptx.batch_size"] = config.ptx.batch_size * times
-            plans.append(plan_stage(with_changes(config, change), topology))
+                changes["ptx.batch_size"] = config.ptx.batch_size * times
+            plans.append(plan_stage(with_changes(config, changes), topology))
             progress.update(len(plans))
     return plans
 
 
-def print_scaling(plans: Sequence[Plan]) -> None:
-    """Print a table of the plans and where they bend."""
+def print_scaling(plans: Sequence[StagePlan]) -> None:
+    """Print a table of the plans, and where scaling bends."""
     rows = [[cell if isinstance(cell, str) else f"{cell:,.4g}" for cell in row] for row in _rows(plans)]
     print_table(f"Weak scaling of {plans[0].algorithm}, figures of a device and a step", list(COLUMNS), rows)
     print(bend(plans))
-    print(_ASSUMED)
+    print(_NOTE)
 
 
-def bend(plans: Sequence[Plan]) -> str:
+def bend(plans: Sequence[StagePlan]) -> str:
     """Where the predicted efficiency falls, in a sentence."""
-    for plan, (_, one_by_one) in zip(plans, _efficiencies(plans), strict=True):
-        if one_by_one < _BENT:
-            first, parts = _totals(plans[0]), _totals(plan)
-            why = max(
-                ("compute", "memory", "links", "network"), key=lambda part: parts[f"{part} s"] - first[f"{part} s"]
-            )
+    for plan, (_, no_overlap) in zip(plans, _efficiencies(plans), strict=True):
+        if no_overlap < _BEND:
+            first, totals = _totals(plans[0]), _totals(plan)
+            cause = max(_PARTS, key=lambda part: totals[f"{part} s"] - first[f"{part} s"])
             return (
-                f"It bends at {plan.topology}: efficiency {one_by_one:.0%} where nothing sent hides behind compute; "
-                f"{why} takes {parts[f'{why} s']:.3g} s there and {first[f'{why} s']:.3g} s on {plans[0].topology}."
+                f"It bends at {plan.topology}: efficiency {no_overlap:.0%} with no overlap; "
+                f"{cause} takes {totals[f'{cause} s']:.3g} s there and {first[f'{cause} s']:.3g} s on "
+                f"{plans[0].topology}."
             )
-    return f"It does not bend: efficiency stays at {_BENT:.0%} or above up to {plans[-1].topology}."
+    return f"It does not bend: efficiency stays at {_BEND:.0%} or above up to {plans[-1].topology}."
 
 
-def write_page(path: Path, found: Mapping[str, Sequence[Plan]], command: str) -> None:
-    """Write the page of the plans of one stage or several, atomically."""
+def write_page(path: Path, plans_of_stages: Mapping[str, Sequence[StagePlan]], command: str) -> None:
+    """Write the page of the plans of one stage or several, whole."""
     tables, curves = [], []
-    for name, plans in found.items():
-        what = name or plans[0].algorithm
-        tables.append(Table(f"{what}: weak scaling", COLUMNS, tuple(_rows(plans)), f"{bend(plans)} {_ASSUMED}"))
+    for name, plans in plans_of_stages.items():
+        title = name or plans[0].algorithm
+        tables.append(Table(f"{title}: weak scaling", COLUMNS, tuple(_rows(plans)), f"{bend(plans)} {_NOTE}"))
         devices = tuple(float(math.prod(plan.mesh.values())) for plan in plans)
         totals, efficiencies = [_totals(plan) for plan in plans], _efficiencies(plans)
-        parts = tuple(
-            Series(part, devices, tuple(total[f"{part} s"] for total in totals))
-            for part in ("compute", "memory", "links", "network")
-        )
+        parts = tuple(Series(part, devices, tuple(total[f"{part} s"] for total in totals)) for part in _PARTS)
         shares = (
-            Series("all at once", devices, tuple(best for best, _ in efficiencies)),
-            Series("one by one", devices, tuple(worst for _, worst in efficiencies)),
+            Series("full overlap", devices, tuple(full for full, _ in efficiencies)),
+            Series("no overlap", devices, tuple(none for _, none in efficiencies)),
         )
-        curves.append(Curves(f"{what}: a step", "devices", "s at full speed", parts))
-        curves.append(Curves(f"{what}: efficiency", "devices", "speed of a device, first topology 1", shares))
+        curves.append(Curves(f"{title}: a step", "devices", "s at full speed", parts))
+        curves.append(Curves(f"{title}: efficiency", "devices", "speed of a device, first topology 1", shares))
     about = [("command", command)]
     write_report(path, title="Weak scaling on paper", about=about, tables=tables, curves=curves, examples=())
 
 
-def _rows(plans: Sequence[Plan]) -> list[tuple[Any, ...]]:
+def _rows(plans: Sequence[StagePlan]) -> list[tuple[Any, ...]]:
     rows = []
-    for plan, (best, worst) in zip(plans, _efficiencies(plans), strict=True):
+    for plan, (full_overlap, no_overlap) in zip(plans, _efficiencies(plans), strict=True):
         totals = _totals(plan)
         rows.append(
             (
@@ -114,28 +112,28 @@ def _rows(plans: Sequence[Plan]) -> list[tuple[Any, ...]]:
                 "yes" if plan.fits else "NO",
                 plan.fullest / GIB,
                 *(totals[name] for name in COLUMNS[5:11]),
-                f"{best:.1%}",
-                f"{worst:.1%}",
+                f"{full_overlap:.1%}",
+                f"{no_overlap:.1%}",
             )
         )
     return rows
 
 
-def _totals(plan: Plan) -> dict[str, float]:
+def _totals(plan: StagePlan) -> dict[str, float]:
     """Sums over the programs of a step, each as often as it runs."""
-    of = [(program.times, program.cost) for program in plan.programs]
+    costs = [(program.times, program.cost) for program in plan.programs]
     return {
-        "compute s": sum(times * (cost.compute_seconds or 0.0) for times, cost in of),
-        "memory s": sum(times * (cost.memory_seconds or 0.0) for times, cost in of),
-        "links GiB": sum(times * sum(cost.collectives.values()) for times, cost in of) / GIB,
-        "links s": sum(times * (cost.link_seconds or 0.0) for times, cost in of),
-        "network MiB": sum(times * cost.far_bytes for times, cost in of) / 2**20,
-        "network s": sum(times * (cost.far_seconds or 0.0) for times, cost in of),
+        "compute s": sum(times * (cost.compute_seconds or 0.0) for times, cost in costs),
+        "memory s": sum(times * (cost.memory_seconds or 0.0) for times, cost in costs),
+        "ICI GiB": sum(times * sum(cost.collectives.values()) for times, cost in costs) / GIB,
+        "ICI s": sum(times * (cost.ici_seconds or 0.0) for times, cost in costs),
+        "DCN MiB": sum(times * cost.dcn_bytes for times, cost in costs) / 2**20,
+        "DCN s": sum(times * (cost.dcn_seconds or 0.0) for times, cost in costs),
     }
 
 
-def _efficiencies(plans: Sequence[Plan]) -> list[tuple[float, float]]:
-    """Speed of a device as a share of that on the first topology, at best and one by one; NaN where it is not known."""
+def _efficiencies(plans: Sequence[StagePlan]) -> list[tuple[float, float]]:
+    """Speed of a device as a share of that on the first topology, with full and no overlap; NaN where unknown."""
     first = plans[0].seconds
     return [
         (float("nan"), float("nan"))

@@ -1,9 +1,9 @@
-"""Devices that are not there: what XLA needs to compile for an accelerator that this machine has not.
+"""Descriptions of devices, which XLA can compile for on a machine without them.
 
 A TPU topology is named by its generation and the chips along each side (``v5e:4x4``), and the number of slices where
 there are several (``v5e:16x16:2``); its compiler comes with ``pip install 'jax[tpu]'``. GPUs are named by hosts and
 what each has (``h100:2x8``, ``h100:8`` for one host); their compiler comes with ``pip install 'jax[cuda13]'`` and wants
-no driver. ``cpu:8`` is that many devices of this machine, to see how arrays are cut.
+no driver. ``cpu:8`` is that many devices of this machine, to see how arrays are split.
 """
 
 from __future__ import annotations
@@ -25,25 +25,25 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Chip:
-    """What one device has, by its maker's data sheet (TPU: docs.cloud.google.com/tpu/docs; GPU: NVIDIA H100 SXM5).
+    """Memory and speeds of one device, by its data sheet (TPU: docs.cloud.google.com/tpu/docs; GPU: NVIDIA H100 SXM5).
 
-    A device of TPU v3 and TPU7x is one of a chip's two cores. So is one of v4 here, since the compiler's topologies
-    know no other; a v4 pod joins the two to one device.
+    A device of TPU v3 and TPU7x is one of a chip's two cores. So is a device of v4 here, as in the compiler's
+    topologies, although JAX on a v4 pod joins the two cores to one device.
 
     Attributes:
-      memory: GiB that programs may use, as the compiler says; on a GPU the three quarters that JAX takes unless it is
-        told otherwise.
+      memory: GiB that programs may use, as the compiler says; on a GPU the three quarters that JAX allocates by
+        default.
       bandwidth: of that memory, bytes/s.
-      link: bytes/s that it can send its neighbours over all links together.
-      far: bytes/s that it can send other slices or hosts over the network; None where that is not known.
-      sides: how a topology of them is written, for messages.
-      share: of the peak that `jaxrm.runtime.hardware.peak_flops` gives for its kind.
+      ici: bytes/s to its neighbors over all ICI links (NVLink on GPUs) together.
+      dcn: bytes/s to other slices or hosts; None where that is unknown.
+      sides: an example of how a topology is written, for messages.
+      share: fraction of ``peak_flops`` of its kind that one device here has.
     """
 
     memory: float
     bandwidth: float
-    link: float
-    far: float | None
+    ici: float
+    dcn: float | None
     sides: str
     share: float = 1.0
 
@@ -58,8 +58,8 @@ CHIPS = {
     "h100": Chip(59.3, 3.35e12, 4.5e11, 5.0e10, "2x8"),
 }
 
-# So that libtpu asks no machine of Google's where it is, and does not complain that it cannot know.
-_QUIET = {
+# Without these libtpu asks a metadata server of Google Cloud where it runs, and warns when there is none.
+_LIBTPU_ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
@@ -69,7 +69,7 @@ _QUIET = {
     "TPU_STDERR_LOG_LEVEL": "3",
 }
 
-# What XLA asks a driver for, had it one: the limits of compute capability 9.0, 132 multiprocessors, 80 GB.
+# What XLA usually reads from the driver: the limits of compute capability 9.0, 132 multiprocessors, 80 GB.
 H100 = """
 gpu_device_info {
   name: "NVIDIA H100 80GB HBM3"
@@ -112,9 +112,9 @@ class Topology:
 
     Attributes:
       name: as it was given.
-      devices: as many as the topology has.
-      chip: what each has; None where that is not known, as on CPU.
-      kind: of the devices, as `jax.Device.device_kind` says it.
+      devices: descriptions of them, for ``jax.sharding.Mesh``.
+      chip: memory and speeds of each; None where these are unknown, as on CPU.
+      kind: ``jax.Device.device_kind`` of the devices.
     """
 
     name: str
@@ -124,13 +124,13 @@ class Topology:
 
 
 def open_topology(name: str) -> Topology:
-    """The devices of a topology; for ``cpu:N`` this has to come before the first array.
+    """The devices of a topology; for ``cpu:N`` call it before JAX makes its first array.
 
     Args:
-      name: e.g. ``v5e:4x4``, ``v5e:16x16:2`` (two slices, joined by a network), ``h100:2x8`` or ``cpu:8``.
+      name: e.g. ``v5e:4x4``, ``v5e:16x16:2`` (two slices, joined by DCN), ``h100:2x8`` or ``cpu:8``.
 
     Raises:
-      UserError: where there is no such topology, or no compiler for it.
+      UserError: there is no such topology, or no compiler for it.
     """
     match = re.fullmatch(r"(\w+):([1-9]\d*(?:x[1-9]\d*)*)(?::([1-9]\d*))?", name)
     if match is None or (match[1] not in CHIPS and match[1] != "cpu"):
@@ -141,61 +141,61 @@ def open_topology(name: str) -> Topology:
         raise UserError(f"--topology is {name!r}, but only TPUs have slices; e.g. --topology={name.rpartition(':')[0]}")
     if kind == "cpu":
         count = math.prod(sides)
-        with contextlib.suppress(RuntimeError):  # devices are open: see below
+        with contextlib.suppress(RuntimeError):  # JAX has started: refused below
             jax.config.update("jax_platforms", "cpu")
             jax.config.update("jax_num_cpu_devices", count)
         if jax.device_count() != count:
             raise UserError(f"--topology is {name!r}, but {jax.device_count()} devices are open already")
         return Topology(name, tuple(jax.devices()), None, "cpu")
-    for variable, value in _QUIET.items():
+    for variable, value in _LIBTPU_ENVIRONMENT.items():
         os.environ.setdefault(variable, value)
     jax.config.update("jax_platforms", "cpu")
     if kind != "h100":
-        found = _tpu(name, f"{kind}:{match[2]}", int(match[3] or 1))
+        devices = _tpu_devices(name, f"{kind}:{match[2]}", int(match[3] or 1))
     elif len(sides) > 2:
         raise UserError(f"--topology is {name!r}; use hosts x GPUs of each, e.g. --topology=h100:2x8")
     else:
-        found = _gpu(name, *(sides if len(sides) == 2 else (1, sides[0])))
-    return Topology(name, tuple(found), CHIPS[kind], found[0].device_kind)
+        devices = _gpu_devices(name, *(sides if len(sides) == 2 else (1, sides[0])))
+    return Topology(name, tuple(devices), CHIPS[kind], devices[0].device_kind)
 
 
-def device_groups(devices: Sequence[Any]) -> list[int]:
-    """For each device which island it is on: its slice, or where there are no slices, a GPU's host.
+def slice_indices(devices: Sequence[Any]) -> list[int]:
+    """The slice of each device; for a GPU its host.
 
-    All devices of an island are joined by fast links; between device_groups is a network.
+    ICI (NVLink) joins the devices of a slice, DCN joins the slices.
     """
     if devices[0].platform == "tpu":
         return [getattr(device, "slice_index", None) or 0 for device in devices]
     return [device.process_index for device in devices]
 
 
-def _tpu(name: str, one_slice: str, num_slices: int) -> Sequence[Any]:
+def _tpu_devices(name: str, one_slice: str, num_slices: int) -> Sequence[Any]:
     from jax.experimental import topologies
 
-    several = {} if num_slices == 1 else {"num_slices": num_slices}
+    slices = {} if num_slices == 1 else {"num_slices": num_slices}
     try:
-        return topologies.get_topology_desc(platform="tpu", topology_name=one_slice, **several).devices
-    except Exception as error:  # of the plugin's own kinds
+        return topologies.get_topology_desc(platform="tpu", topology_name=one_slice, **slices).devices
+    except Exception as error:  # of the plugin's own classes
         raise _not_found(name, error, "jax[tpu]") from error
 
 
-def _gpu(name: str, hosts: int, each: int) -> Sequence[Any]:
+def _gpu_devices(name: str, hosts: int, gpus: int) -> Sequence[Any]:
     from jax.experimental import topologies
 
     try:
         return topologies.get_topology_desc(
-            platform="cuda", topology_name="gpu", topology=f"1x{hosts}x{each}", target_config=H100
+            platform="cuda", topology_name="gpu", topology=f"1x{hosts}x{gpus}", target_config=H100
         ).devices
-    except Exception as error:  # of the plugin's own kinds
+    except Exception as error:  # of the plugin's own classes
         raise _not_found(name, error, "jax[cuda13]") from error
 
 
 def _not_found(name: str, error: Exception, package: str) -> UserError:
-    said = " ".join(str(error).split())
-    if re.search("libtpu|No registered|Unable to find|not implemented", said):
+    reason = " ".join(str(error).split())
+    if re.search("libtpu|No registered|Unable to find|not implemented", reason):
         return UserError(f"--topology is {name!r}, and there is no compiler for it here; pip install '{package}'")
     kind = name.partition(":")[0]
     return UserError(
-        f"--topology is {name!r}, which its compiler does not know ({said[:200]}); e.g. "
+        f"--topology is {name!r}, which its compiler does not know ({reason[:200]}); e.g. "
         f"--topology={kind}:{CHIPS[kind].sides}"
     )

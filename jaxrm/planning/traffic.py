@@ -1,7 +1,7 @@
-"""What a compiled program moves: bytes that devices send each other, and bytes in and out of a device's memory.
+"""Traffic of a compiled program: bytes between devices, and bytes in and out of a device's memory.
 
-Read off the text of the program after XLA's passes, where a loop knows its trip count: XLA's own analysis takes the
-body of a loop once, however often it runs, and a decoder is a loop over its layers.
+Read off the text of the program after XLA's passes, where a loop has its trip count. XLA's own analysis counts the body
+of a loop once, however often it runs, and a decoder is a loop over its layers.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from jaxrm.planning.hlo import (
     array_sizes,
     called_by,
     computations_of,
-    device_groups,
+    replica_groups,
 )
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-# They name what is there already, or count with what they call.
-_FREE: tuple[str, ...] = (
+# Instructions that move nothing themselves: they name existing arrays, or what they call is counted instead.
+_FREE = (
     "parameter",
     "constant",
     "get-tuple-element",
@@ -33,9 +33,14 @@ _FREE: tuple[str, ...] = (
     "while",
     "conditional",
     "call",
+    "after-all",
+    "partition-id",
+    "replica-id",
+    "opt-barrier",
+    "async-start",
 )
-_FREE += ("after-all", "partition-id", "replica-id", "opt-barrier", "async-start")
 _SLICES = ("dynamic-slice", "slice", "gather")
+_MAX_COUNTER_BYTES = 4  # an asynchronous start returns counters of its own besides its arrays
 
 
 @dataclass(frozen=True)
@@ -43,85 +48,100 @@ class Traffic:
     """What one device moves in a run of a program, in bytes.
 
     Attributes:
-      collectives: what reaches it by each kind of collective, on the links between near devices. On a ring of n devices
-        that is (n - 1) / n of an array that is gathered, scattered or dealt out, and twice that of one that is summed.
-      far: the same of collectives whose groups lie on several device_groups (slices of TPUs, hosts of GPUs).
+      collectives: received by each kind of collective over ICI (NVLink on GPUs). On a ring of n devices that is
+        (n - 1) / n of an array that is gathered, scattered or exchanged, and twice that of an array that is summed.
+      dcn: the same of collectives whose groups span slices of TPUs or hosts of GPUs.
       memory: read from and written to the device's memory.
     """
 
     collectives: dict[str, float]
-    far: float
+    dcn: float
     memory: float
 
 
-@dataclass
-class _Count:
-    collectives: dict[tuple[str, str, bool], float] = field(default_factory=lambda: defaultdict(float))
-    memory: float = 0.0
+def traffic(hlo: str, *, while_trips: int = 1, slice_of: Sequence[int] = ()) -> Traffic:
+    """Count the traffic of a program.
 
-
-def traffic(hlo: str, *, while_trips: int = 1, island_of: Sequence[int] = ()) -> Traffic:
-    """Count a program.
-
-    A loop whose trip count is not written beside it runs as often as its condition compares with; TPU programs split a
-    collective into steps that share a channel, which counts once. Arrays that the compiler holds on the chip, or on the
-    host, do not count as memory; of a slice that is read or written inside a fusion only the slice does.
+    Where a loop has no trip count beside it, its condition's constant is taken. TPU programs split a collective into
+    steps that share a channel, which counts once. Arrays that the compiler keeps in on-chip or host memory do not count
+    as memory. Of a slice that is read or written inside a fusion only the slice counts.
 
     Args:
       hlo: text of the compiled program, ``compiled.as_text()``.
-      while_trips: how often a loop runs whose length only the data tell.
-      island_of: for each device, in the order of the program's, which island it is on; none given: all on one.
+      while_trips: iterations of a loop whose length depends on the data.
+      slice_of: the slice of each device, in the order of the program's devices; empty: all on one slice.
     """
-    computations = computations_of(hlo)
-    count = _Count()
-
-    def visit(name: str, times: float, *, is_fused: bool) -> None:
-        instructions = computations.get(name, {})
-        for each in instructions.values():
-            kind = each.kind.removesuffix("-start")
-            sent = _sent(each, name, instructions)
-            if sent is not None:
-                what, size = sent
-                channel = re.search(r"channel_id=(\d+)", each.rest)
-                is_far = each.kind == "recv" or _is_far(each.rest, island_of)
-                key = (what, channel[1] if channel else f"{name} {each.name}", is_far)
-                count.collectives[key] = max(count.collectives[key], times * size)
-            if not is_fused:
-                count.memory += times * _memory_bytes(each, instructions, computations)
-            trips = 1.0
-            if kind == "while":
-                known = re.search(r'known_trip_count"?:\s*\{"?n"?:\s*"?(\d+)', each.rest)
-                trips = float(known[1]) if known else _compared_with(each.rest, computations) or while_trips
-            for called in called_by(each.rest):
-                if called in computations:
-                    visit(
-                        called,
-                        times * trips,
-                        is_fused=is_fused or kind not in ("while", "conditional", "call", "async"),
-                    )
-
-    visit("ENTRY", 1.0, is_fused=False)
-    near: dict[str, float] = defaultdict(float)
-    far = 0.0
-    for (kind, _, is_far), size in count.collectives.items():
-        if is_far:
-            far += size
+    counter = _Counter(computations_of(hlo), while_trips, slice_of)
+    counter.count("ENTRY", 1.0, is_fused=False)
+    ici: dict[str, float] = defaultdict(float)
+    dcn = 0.0
+    for (kind, _, is_dcn), size in counter.collectives.items():
+        if is_dcn:
+            dcn += size
         else:
-            near[kind] += size
-    return Traffic(dict(near), far, count.memory)
+            ici[kind] += size
+    return Traffic(dict(ici), dcn, counter.memory)
 
 
-def _sent(each: Instruction, inside: str, around: Mapping[str, Instruction]) -> tuple[str, float] | None:
-    """The kind of a collective and the bytes that reach a device; None for what is none."""
+@dataclass
+class _Counter:
+    """Sums over the instructions of a program.
+
+    Attributes:
+      computations: of the program.
+      while_trips: iterations of a loop whose length depends on the data.
+      slice_of: the slice of each device.
+      collectives: bytes by kind, channel, and whether they go over DCN.
+      memory: bytes read and written.
+    """
+
+    computations: Computations
+    while_trips: int
+    slice_of: Sequence[int]
+    collectives: dict[tuple[str, str, bool], float] = field(default_factory=lambda: defaultdict(float))
+    memory: float = 0.0
+
+    def count(self, name: str, times: float, *, is_fused: bool) -> None:
+        """Add a computation that runs ``times`` times; the memory of a fused one is that of the fusion."""
+        instructions = self.computations.get(name, {})
+        for each in instructions.values():
+            self._add_collective(each, name, times)
+            if not is_fused:
+                self.memory += times * _memory_bytes(each, instructions, self.computations)
+            kind = each.kind.removesuffix("-start")
+            trips = self._trips(each) if kind == "while" else 1.0
+            is_fusion = kind not in ("while", "conditional", "call", "async")
+            for called in called_by(each.rest):
+                if called in self.computations:
+                    self.count(called, times * trips, is_fused=is_fused or is_fusion)
+
+    def _add_collective(self, each: Instruction, computation: str, times: float) -> None:
+        received = _received_bytes(each, computation, self.computations[computation])
+        if received is None:
+            return
+        kind, size = received
+        channel = re.search(r"channel_id=(\d+)", each.rest)
+        is_dcn = each.kind == "recv" or _spans_slices(each.rest, self.slice_of)
+        key = (kind, channel[1] if channel else f"{computation} {each.name}", is_dcn)
+        # The steps of one collective share its channel, so the largest counts, not their sum.
+        self.collectives[key] = max(self.collectives[key], times * size)
+
+    def _trips(self, loop: Instruction) -> float:
+        known = re.search(r'known_trip_count"?:\s*\{"?n"?:\s*"?(\d+)', loop.rest)
+        return float(known[1]) if known else _trips_of_condition(loop.rest, self.computations) or self.while_trips
+
+
+def _received_bytes(each: Instruction, computation: str, around: Mapping[str, Instruction]) -> tuple[str, float] | None:
+    """The kind of a collective and the bytes that one device receives; None for other instructions."""
     kind = each.kind.removesuffix("-start")
-    if each.kind == "recv" and "megascale" in each.rest:  # between TPU slices, by the hosts
+    if each.kind == "recv" and "megascale" in each.rest:  # between slices of TPUs, over DCN
         return "recv", array_bytes(each.shape)
     if kind not in COLLECTIVES:
         return None
     size = _result_bytes(each.shape, is_start=each.kind.endswith("-start"))
-    devices = max((len(group) for group in device_groups(each.rest)), default=0)
+    devices = max((len(group) for group in replica_groups(each.rest)), default=0)
     share = 1.0 if kind == "collective-permute" or devices < 1 else (devices - 1) / devices
-    if kind == "all-reduce" and inside.startswith("all-reduce-scatter"):  # so TPUs write a reduce-scatter
+    if kind == "all-reduce" and computation.startswith("all-reduce-scatter"):  # a reduce-scatter in TPU programs
         kind = "reduce-scatter"
     elif kind == "all-reduce":
         share *= 2.0
@@ -138,28 +158,36 @@ def _memory_bytes(each: Instruction, around: Mapping[str, Instruction], computat
         return 0.0
     if each.kind == "slice-start":
         return _result_bytes(each.shape, is_start=True)
-    if each.kind.endswith("-start"):  # its result names its operands too
+    if each.kind.endswith("-start"):  # whose result contains its operands
         return array_bytes(each.shape)
     operands = [array_bytes(around[name].shape) if name in around else 0.0 for name in each.operands]
     result = array_bytes(each.shape)
-    if each.kind in _SLICES:  # read from there whatever memory it goes to
+    if each.kind in _SLICES:  # its operand is read from main memory even where the result is on the chip
         return result + (_all_bytes(each.shape) if not operands or operands[0] > 0 else 0.0)
     if each.kind == "dynamic-update-slice":
         return 2 * operands[1]
     if each.kind == "fusion":
-        (body,) = called_by(each.rest)[:1] or ("",)
-        inner = computations.get(body, {})
-        inputs = _inputs(inner)
-        for number, size in enumerate(operands):
-            if number < len(inputs):
-                operands[number] = min(size, _read_bytes(inputs[number], inner, computations))
-        result = min(result, sum(_written_bytes(root, inner) for root in _roots(inner)))
-        if any(other.kind in COLLECTIVES or "AsyncCollective" in other.rest for other in inner.values()):
-            # On TPUs a collective goes on beside fusions, each of which hands its arrays on as they are.
-            given = [array_bytes(around[name].shape) if name in around else 0.0 for name in each.operands]
-            returned = [size for size, is_here in array_sizes(each.shape) if is_here]
-            operands = [0.0 if size in returned else read for size, read in zip(given, operands, strict=True)]
-            result = max(0.0, result - sum(size for size in returned if size in given))
+        return _fusion_bytes(each, operands, around, computations)
+    return sum(operands) + result
+
+
+def _fusion_bytes(
+    each: Instruction, operands: list[float], around: Mapping[str, Instruction], computations: Computations
+) -> float:
+    """Bytes that a fusion reads and writes: of the inputs and outputs of which it uses slices, only these."""
+    (body,) = called_by(each.rest)[:1] or ("",)
+    inner = computations.get(body, {})
+    inputs = _inputs(inner)
+    for number, size in enumerate(operands):
+        if number < len(inputs):
+            operands[number] = min(size, _read_bytes(inputs[number], inner, computations))
+    result = min(array_bytes(each.shape), sum(_written_bytes(root, inner) for root in _roots(inner)))
+    if any(other.kind in COLLECTIVES or "AsyncCollective" in other.rest for other in inner.values()):
+        # On TPUs a collective runs beside fusions, each of which passes its arrays on unchanged.
+        inputs_bytes = [array_bytes(around[name].shape) if name in around else 0.0 for name in each.operands]
+        returned = [size for size, is_here in array_sizes(each.shape) if is_here]
+        operands = [0.0 if size in returned else read for size, read in zip(inputs_bytes, operands, strict=True)]
+        result = max(0.0, result - sum(size for size in returned if size in inputs_bytes))
     return sum(operands) + result
 
 
@@ -168,7 +196,7 @@ def _all_bytes(shape: str) -> float:
 
 
 def _read_bytes(name: str, inner: Mapping[str, Instruction], computations: Computations) -> float:
-    """Bytes of an input that the body of a fusion reads: all, which is infinity here, unless only slices are used."""
+    """Bytes of an input that the body of a fusion reads; infinity, for all of it, unless only slices are used."""
     if inner[name].is_root:
         return math.inf
     total = 0.0
@@ -185,20 +213,18 @@ def _read_bytes(name: str, inner: Mapping[str, Instruction], computations: Compu
                 inputs = _inputs(body)
                 if place >= len(inputs):
                     return math.inf
-                # What comes out of it as it is, is read by those that use it.
-                through = _is_passed_on(inputs[place], body)
-                total += (
-                    _read_bytes(user.name, inner, computations)
-                    if through
-                    else (_read_bytes(inputs[place], body, computations))
-                )
+                # An input that the inner fusion returns unchanged is read by the users of its result.
+                if _is_passed_on(inputs[place], body):
+                    total += _read_bytes(user.name, inner, computations)
+                else:
+                    total += _read_bytes(inputs[place], body, computations)
             elif user.kind != "dynamic-update-slice" or place != 0:
                 return math.inf
     return total
 
 
 def _is_passed_on(name: str, inner: Mapping[str, Instruction]) -> bool:
-    """Whether a body returns its input as it is."""
+    """Whether a body returns its input unchanged."""
     if inner[name].is_root:
         return True
     users = [user for user in inner.values() if name in user.operands]
@@ -206,7 +232,7 @@ def _is_passed_on(name: str, inner: Mapping[str, Instruction]) -> bool:
 
 
 def _written_bytes(root: Instruction, inner: Mapping[str, Instruction]) -> float:
-    """Bytes that the root of a fusion writes: what is put into a larger array is all, since that stays in place."""
+    """Bytes that the root of a fusion writes; of an array that is updated in place, only the update."""
     while root.kind == "bitcast" and root.operands[0] in inner:
         root = inner[root.operands[0]]
     if root.kind == "dynamic-update-slice" and root.operands[1] in inner:
@@ -227,19 +253,19 @@ def _parameter_number(each: Instruction) -> int:
     return int(each.rest.partition(")")[0] or 0)
 
 
-def _compared_with(rest: str, computations: Computations) -> float | None:
-    """How often a loop runs that counts from 0 to a constant; None where its condition asks for more than a counter."""
+def _trips_of_condition(rest: str, computations: Computations) -> float | None:
+    """Iterations of a loop that counts from 0 to a constant; None where its condition has more than a counter."""
     condition = re.search(r"condition=%?([\w.\-]+)", rest)
-    inside = computations.get(condition[1], {}) if condition else {}
-    bounds = list(_constants(inside))
-    asked = [each for each in inside.values() if each.kind not in ("parameter", "constant", "tuple")]
-    only_counts = all(re.match(r"(pred|[su]32)\[\]", each.shape) for each in asked)
-    return float(bounds[0] // _counted_by(rest, asked, computations)) if len(bounds) == 1 and only_counts else None
+    instructions = computations.get(condition[1], {}) if condition else {}
+    bounds = list(_constants(instructions))
+    compared = [each for each in instructions.values() if each.kind not in ("parameter", "constant", "tuple")]
+    only_counts = all(re.match(r"(pred|[su]32)\[\]", each.shape) for each in compared)
+    return float(bounds[0] // _increment(rest, compared, computations)) if len(bounds) == 1 and only_counts else None
 
 
-def _counted_by(rest: str, asked: Sequence[Instruction], computations: Computations) -> int:
-    """What the body adds to the counter: loops that the compiler has unrolled count by more than 1."""
-    counter = [found[1] for each in asked if (found := re.search(r"index=(\d+)", each.rest))]
+def _increment(rest: str, compared: Sequence[Instruction], computations: Computations) -> int:
+    """What the body adds to the counter, which is more than 1 in loops that the compiler has unrolled."""
+    counter = [match[1] for each in compared if (match := re.search(r"index=(\d+)", each.rest))]
     called = re.search(r"body=%?([\w.\-]+)", rest)
     body = computations.get(called[1], {}) if called else {}
     root = next((each for each in body.values() if each.is_root), None)
@@ -261,22 +287,19 @@ def _constants(instructions: Mapping[str, Instruction]) -> Iterator[int]:
             yield int(each.rest.partition(")")[0])
 
 
-_OWN = 4  # bytes of a number that an asynchronous start keeps for itself
-
-
 def _result_bytes(shape: str, *, is_start: bool) -> float:
-    """Bytes of a result; that of an asynchronous start holds its operands first, and numbers of its own at the end."""
+    """Bytes of a result; that of an asynchronous start has its operands first and counters at the end."""
     sizes = [size for size, _ in array_sizes(shape)]
     if is_start and len(sizes) > 1:
-        sizes = [size for size in sizes if size > _OWN] or sizes
+        sizes = [size for size in sizes if size > _MAX_COUNTER_BYTES] or sizes
         sizes = sizes[len(sizes) // 2 :]
     return sum(sizes)
 
 
-def _is_far(rest: str, island_of: Sequence[int]) -> bool:
-    """Whether a group of a collective has devices on several device_groups."""
-    if len(set(island_of)) < 2:
+def _spans_slices(rest: str, slice_of: Sequence[int]) -> bool:
+    """Whether any group of a collective has devices on several slices."""
+    if len(set(slice_of)) < 2:
         return False
     return any(
-        len({island_of[device] for device in group if device < len(island_of)}) > 1 for group in device_groups(rest)
+        len({slice_of[device] for device in group if device < len(slice_of)}) > 1 for group in replica_groups(rest)
     )

@@ -108,8 +108,8 @@ class Checkpoints:
         """Pytrees saved with ``step``, placed as asked, whatever mesh they were saved from.
 
         Args:
-          step: one of `steps`.
-          abstract: by name, pytrees of `jax.ShapeDtypeStruct` with shardings; names left out are not read.
+          step: one of ``steps``.
+          abstract: by name, pytrees of ``jax.ShapeDtypeStruct`` with shardings; names left out are not read.
         """
         trees = {name: self._args.StandardRestore(tree) for name, tree in abstract.items()}
         restored = self._manager.restore(step, args=self._args.Composite(**trees))

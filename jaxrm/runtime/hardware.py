@@ -39,7 +39,7 @@ _PEAK_TFLOPS: dict[str, tuple[float, float]] = {
 
 @dataclass(frozen=True)
 class DeviceMemory:
-    """Memory of the fullest device of this process, in GiB; `limit` is None where it is unknown."""
+    """Memory of the fullest device of this process, in GiB; ``limit`` is None where it is unknown."""
 
     in_use: float
     peak: float
@@ -72,8 +72,8 @@ def peak_flops(device_kind: str, dtype: str = "bfloat16") -> float | None:
     """Return the peak of dense matrix products of one device in FLOP/s; None where it is not known, as on CPU.
 
     Args:
-        device_kind: as ``jax.Device.device_kind`` says it, e.g. "TPU v5 lite" or "NVIDIA H100 80GB HBM3".
-        dtype: what the products are computed in: "bfloat16", "float16" or "float32".
+      device_kind: as ``jax.Device.device_kind`` says it, e.g. "TPU v5 lite" or "NVIDIA H100 80GB HBM3".
+      dtype: what the products are computed in: "bfloat16", "float16" or "float32".
     """
     assert dtype in ("bfloat16", "float16", "float32"), dtype
     words = " ".join(re.findall(r"[a-z0-9]+", device_kind.lower()))
@@ -90,13 +90,13 @@ def mfu(flops: float, seconds: float, devices: Sequence[Any], dtype: str = "bflo
     Recomputation (remat) does not count (Chowdhery et al. 2022, PaLM, appendix B).
 
     Args:
-        flops: floating-point operations of the model in the measured time, over all devices.
-        seconds: the measured time.
-        devices: the ``jax.Device`` objects that took part, those of other processes included.
-        dtype: what the products are computed in.
+      flops: floating-point operations of the model in the measured time, over all devices.
+      seconds: the measured time.
+      devices: the ``jax.Device`` objects that took part, those of other processes included.
+      dtype: what the products are computed in.
 
     Returns:
-        None where the peak of a device is not known.
+      None where the peak of a device is not known.
     """
     peaks = [peak_flops(device.device_kind, dtype) for device in devices]
     if not peaks or None in peaks or seconds <= 0:

@@ -1,6 +1,6 @@
 """What a run measures: rows in ``metrics.jsonl``, and the same numbers in TensorBoard and W&B.
 
-A row is one JSON object a line, ``{"step": 20, "loss": 2.31, …, "time": 1754000000.0}``. The fields of `WALL_CLOCK`
+A row is one JSON object a line, ``{"step": 20, "loss": 2.31, …, "time": 1754000000.0}``. The fields of ``WALL_CLOCK``
 depend on the machine and the moment; all others are a function of config, data and seed, so that a run that was
 interrupted and continued leaves the same rows as one that was not.
 """
@@ -35,10 +35,10 @@ class LoggingConfig:
     """What is written how often.
 
     Attributes:
-        every: steps between two rows; the last step always has one.
-        progress: show a progress bar, or lines where the output is no terminal.
-        tensorboard: write TensorBoard's event files.
-        wandb_project: project of Weights & Biases that the run is sent to; None sends nothing.
+      every: steps between two rows; the last step always has one.
+      progress: show a progress bar, or lines where the output is no terminal.
+      tensorboard: write TensorBoard's event files.
+      wandb_project: project of Weights & Biases that the run is sent to; None sends nothing.
     """
 
     every: int = 10
@@ -59,7 +59,7 @@ class LoggingConfig:
 
 
 class MetricsWriter:
-    """Writes rows of plain floats; `open_metrics` makes one."""
+    """Writes rows of plain floats; ``open_metrics`` makes one."""
 
     def __init__(self, file: Any, tensorboard: Any, wandb_run: Any) -> None:
         self._file, self._tensorboard, self._wandb_run = file, tensorboard, wandb_run
@@ -68,8 +68,8 @@ class MetricsWriter:
         """Write one row; it is in the file when this returns, so write a step's row before its checkpoint.
 
         Args:
-            step: how many optimizer steps have been done.
-            metrics: plain numbers by name, such as ``loss`` or ``eval/loss``; None leaves a field out.
+          step: how many optimizer steps have been done.
+          metrics: plain numbers by name, such as ``loss`` or ``eval/loss``; None leaves a field out.
         """
         row = {name: value for name, value in metrics.items() if value is not None}
         assert "step" not in row and "time" not in row, "the writer sets these"
@@ -105,11 +105,11 @@ def open_metrics(
     """Open the run's metrics to be continued after a step.
 
     Args:
-        folder: the run; only its writer writes.
-        config: what is written.
-        after_step: the step of the state that training starts from: rows of later steps, which an interrupted
-            run leaves behind, are removed. None for a fresh start, which removes all.
-        run_config: what W&B shows as the run's config.
+      folder: the run; only its writer writes.
+      config: what is written.
+      after_step: the step of the state that training starts from: rows of later steps, which an interrupted
+          run leaves behind, are removed. None for a fresh start, which removes all.
+      run_config: what W&B shows as the run's config.
     """
     if not folder.is_writer:
         return MetricsWriter(None, None, None)
@@ -139,7 +139,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     """Return the rows of a JSONL file; a last line that a kill cut short is left out.
 
     Raises:
-        UserError: a line before the last is no JSON object.
+      UserError: a line before the last is no JSON object.
     """
     if not path.exists():
         return []

@@ -1,7 +1,7 @@
 """Stopping a run from outside without losing a step.
 
 A machine that is about to be taken away sends SIGTERM; a person presses Ctrl-C (SIGINT). Both ask the loop to save
-after the step it is in and to leave with `EXIT_PREEMPTED`; the same command again continues. A second Ctrl-C
+after the step it is in and to leave with ``EXIT_PREEMPTED``; the same command again continues. A second Ctrl-C
 stops at once.
 """
 
@@ -20,8 +20,8 @@ class StopRequest:
     """Whether somebody asked this process to stop, and with which signal.
 
     Attributes:
-        requested: becomes True when the first signal arrives, and stays so.
-        signal_name: "SIGTERM", "SIGINT", or None.
+      requested: becomes True when the first signal arrives, and stays so.
+      signal_name: "SIGTERM", "SIGINT", or None.
     """
 
     def __init__(self) -> None:
@@ -65,7 +65,7 @@ def catch_signals() -> Iterator[StopRequest]:
 
 
 def agree(flag: bool) -> bool:
-    """Return whether `flag` is True in any process, the same answer in all; `flag` itself where there is one.
+    """Return whether ``flag`` is True in any process, the same answer in all; ``flag`` itself where there is one.
 
     All processes call it at the same step. It waits for the devices, so ask it every few steps, not in each: machines
     are usually given about 30 seconds after SIGTERM.

@@ -88,7 +88,7 @@ def start(processes: Processes, *, timeout: int = 300) -> None:
     """Join the other processes; comes before anything else asks JAX for its devices.
 
     Args:
-      processes: from `find_processes`.
+      processes: from ``find_processes``.
       timeout: seconds to wait for the others.
 
     Raises:
@@ -122,7 +122,7 @@ def check_agreement(config: Mapping[str, Any]) -> None:
     """Refuse to begin where the processes run different code or configs; every process calls this.
 
     Args:
-      config: as `jaxrm.config.dicts.to_dict` gives it.
+      config: as ``jaxrm.config.dicts.to_dict`` gives it.
 
     Raises:
       UserError: on every process, saying which processes differ from the first, and in which sections.

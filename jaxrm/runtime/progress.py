@@ -19,17 +19,17 @@ class Progress:
                 ...
                 progress.update(step + 1, loss=2.31, tokens_per_second=1200.0)
 
-    The time left is reckoned from the first `update` on, since what comes before it is mostly compilation.
+    The time left is reckoned from the first ``update`` on, since what comes before it is mostly compilation.
 
     Args:
-        label: the phase, in a word or two.
-        total: how many units the whole phase has; None where it is not known.
-        unit: what is counted, in the plural.
-        done: how many of them were done before, in an interrupted run.
-        enabled: False shows nothing, as in all processes but the first.
-        seconds: time between two plain lines.
-        stream: where to write, stderr by default.
-        clock: seconds that never go back.
+      label: the phase, in a word or two.
+      total: how many units the whole phase has; None where it is not known.
+      unit: what is counted, in the plural.
+      done: how many of them were done before, in an interrupted run.
+      enabled: False shows nothing, as in all processes but the first.
+      seconds: time between two plain lines.
+      stream: where to write, stderr by default.
+      clock: seconds that never go back.
     """
 
     def __init__(
@@ -69,8 +69,8 @@ class Progress:
         """Say how many units are done, and what to show beside it.
 
         Args:
-            done: units done so far, from the start of the whole phase.
-            **shown: numbers or words by name; they stay until they are given anew, and None takes one away.
+          done: units done so far, from the start of the whole phase.
+          **shown: numbers or words by name; they stay until they are given anew, and None takes one away.
         """
         if not self._enabled:
             return
@@ -116,10 +116,10 @@ def print_table(
     """Print a table, numbers to the right and words to the left.
 
     Args:
-        title: stands above it.
-        columns: the names of the columns.
-        rows: one sequence a row, as long as `columns`; numbers are formatted by `format_value`.
-        stream: where to write, stdout by default.
+      title: stands above it.
+      columns: the names of the columns.
+      rows: one sequence a row, as long as ``columns``; numbers are formatted by ``format_value``.
+      stream: where to write, stdout by default.
     """
     rows = [list(row) for row in rows]
     assert all(len(row) == len(columns) for row in rows), "a row is as long as the columns"

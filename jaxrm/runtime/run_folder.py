@@ -2,7 +2,7 @@
 
     run_dir/
       run.json        resolved config; one entry per launch: time, command, versions, devices, git commit
-      metrics.jsonl   one row per logged step (`metrics`)
+      metrics.jsonl   one row per logged step (``metrics``)
       samples.jsonl   generated samples
       checkpoints/    whole states
       model.json      shape of the model
@@ -35,10 +35,10 @@ class RunFolder:
     """An opened run.
 
     Attributes:
-        path: the folder.
-        resumed: whether it held this run already.
-        message: what was found there, in words for the console.
-        is_writer: whether this process writes into it.
+      path: the folder.
+      resumed: whether it held this run already.
+      message: what was found there, in words for the console.
+      is_writer: whether this process writes into it.
     """
 
     path: Path
@@ -93,20 +93,20 @@ def open_run(
     Where several processes take part, all call this; the writer decides and the others learn what it decided.
 
     Args:
-        run_dir: the folder; its parents are made.
-        resolved_config: the config as `config.as_dict` gives it.
-        on_existing: what to do with a folder that holds a run: "resume" continues it if the configs agree,
-            "restart" renames it aside to ``run_dir.1``, "error" refuses.
-        may_differ: dotted names (without ``config.``) of fields and sections that may change between launches,
-            such as ``mesh``, since a checkpoint restores on another one.
-        is_writer: whether this process writes; exactly one does.
-        process_count: the number of processes that call this.
-        command: the command line, ``sys.argv`` by default.
-        devices: what ``run.json`` says of the devices; asked of jax by default.
+      run_dir: the folder; its parents are made.
+      resolved_config: the config as ``config.as_dict`` gives it.
+      on_existing: what to do with a folder that holds a run: "resume" continues it if the configs agree,
+          "restart" renames it aside to ``run_dir.1``, "error" refuses.
+      may_differ: dotted names (without ``config.``) of fields and sections that may change between launches,
+          such as ``mesh``, since a checkpoint restores on another one.
+      is_writer: whether this process writes; exactly one does.
+      process_count: the number of processes that call this.
+      command: the command line, ``sys.argv`` by default.
+      devices: what ``run.json`` says of the devices; asked of jax by default.
 
     Raises:
-        UserError: the folder belongs to another config, holds something that is no run, or cannot be written.
-            Nothing has been written then.
+      UserError: the folder belongs to another config, holds something that is no run, or cannot be written.
+          Nothing has been written then.
     """
     opened: RunFolder | UserError | None = None
     if is_writer:
@@ -131,10 +131,10 @@ def check_run(
     on_existing: OnExisting = "resume",
     may_differ: frozenset[str] = frozenset(),
 ) -> None:
-    """Refuse what `open_run` would refuse, before the work that comes ahead of it; writes nothing.
+    """Refuse what ``open_run`` would refuse, before the work that comes ahead of it; writes nothing.
 
     Raises:
-        UserError: as `open_run`.
+      UserError: as ``open_run``.
     """
     _look(run_dir, resolved_config, on_existing, may_differ)
 
@@ -195,7 +195,7 @@ def check_writable(path: Path, run_dir: str) -> None:
     """Refuse a path whose nearest folder that exists is no folder, or takes no files.
 
     Raises:
-        UserError: naming it; `run_dir` is how ``config.run_dir`` spells the path.
+      UserError: naming it; ``run_dir`` is how ``config.run_dir`` spells the path.
     """
     nearest = next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
     if not nearest.is_dir():
@@ -215,7 +215,7 @@ def checked_path(run_dir: str) -> Path:
     """Return the folder that ``config.run_dir`` names.
 
     Raises:
-        UserError: it names none, or one that is not in the file system.
+      UserError: it names none, or one that is not in the file system.
     """
     if not run_dir:
         raise UserError(f"{option('run_dir')} is empty; required a folder, e.g. {flag('run_dir')}=runs/first")
@@ -261,7 +261,7 @@ def _check_same_config(changed: list[tuple[str, Any, Any]], may_differ: frozense
 
 
 def what_to_type(run_dir: str, choices: tuple[str, ...]) -> str:
-    """Say what to do about a folder that is taken: the `choices` of ``config.on_existing``, or another folder."""
+    """Say what to do about a folder that is taken: the ``choices`` of ``config.on_existing``, or another folder."""
     meaning = {"resume": "continue it", "restart": "put it aside and start anew"}
     ways = [f"{flag('on_existing')}={choice} to {meaning[choice]}" for choice in choices]
     return f"use {', '.join(ways)}, or another folder, e.g. {flag('run_dir')}={_next(run_dir)}"
@@ -285,7 +285,7 @@ def rename_aside(path: Path) -> Path:
 
 
 def from_writer(outcome: int, is_writer: bool) -> int:
-    """Return the writer's `outcome`, an int32, in every process."""
+    """Return the writer's ``outcome``, an int32, in every process."""
     import numpy as np
     from jax.experimental import multihost_utils
 

@@ -23,10 +23,9 @@ class MeshConfig:
       fsdp: shards of the parameters, gathered layer by layer; each has its share of the batch too.
       tensor: shards of heads, MLP and vocabulary; the batch is the same on all of them.
       context: shards of long rows: each device holds its tokens of every row, and for attention all tokens of its
-        heads, which two all-to-alls a layer see to (DeepSpeed-Ulysses, arXiv 2309.14509). Parameters are in shards
-        over it as over fsdp; the batch is the same on all of them. ``tensor`` x ``context`` has to divide the heads.
-        A token that is being written is one a row and cannot be shared out: while a policy answers the axis is idle,
-        so let it answer on another layout, ``config.rollout.mesh``.
+        heads, by two all-to-alls a layer (DeepSpeed-Ulysses, arXiv 2309.14509). Parameters are sharded over it as over
+        fsdp; the batch is the same on all of them. ``tensor`` x ``context`` has to divide the heads. The axis is idle
+        during generation, which adds one token a row at a time, so use another mesh there: ``config.rollout.mesh``.
     """
 
     data: int = -1
@@ -54,8 +53,8 @@ class MeshConfig:
 def build_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Mesh with axes data, fsdp, context and tensor over all devices.
 
-    Where the devices are several slices of TPUs the data axis goes across them: it alone needs little of the network
-    between them, one sum of gradients a step.
+    Over several slices of TPUs only the data axis crosses the DCN between them, since it needs the least of it: one
+    sum of gradients a step.
 
     Raises:
       UserError: where the sizes do not multiply to the number of devices, or the slices do not divide the data axis.
@@ -64,7 +63,7 @@ def build_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) 
     shape, kinds = _shape(config, len(devices), "mesh"), (AxisType.Auto,) * len(AXES)
     slices = len({getattr(device, "slice_index", None) or 0 for device in devices})
     if slices == 1:
-        # Axes need not be those of the chips: 8 may be half of a row of 16.
+        # JAX refuses an axis that is a part of a row of chips, such as 8 of 16, unless it is told that it may split.
         return Mesh(
             mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True), AXES, axis_types=kinds
         )
@@ -75,8 +74,8 @@ def build_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) 
             f"a multiple of {slices}, e.g. {flag('mesh.data')}={slices} {flag('mesh.fsdp')}=-1"
         )
     one_slice, across = (shape[0] // slices, *shape[1:]), (slices, *(1 for _ in shape[1:]))
-    laid = mesh_utils.create_hybrid_device_mesh(one_slice, across, devices, allow_split_physical_axes=True)
-    return Mesh(laid, AXES, axis_types=kinds)
+    grid = mesh_utils.create_hybrid_device_mesh(one_slice, across, devices, allow_split_physical_axes=True)
+    return Mesh(grid, AXES, axis_types=kinds)
 
 
 def reshape_mesh(mesh: Mesh, config: MeshConfig, field: str) -> Mesh:
@@ -102,40 +101,42 @@ def _shape(config: MeshConfig, count: int, field: str) -> tuple[int, ...]:
     known = math.prod(size for size in sizes if size != -1)
     if count % known or (-1 not in sizes and known != count):
         named = [(axis, size) for axis, size in zip(AXES, sizes, strict=True) if axis != "context" or size != 1]
-        found = " x ".join(f"{axis} {size}" for axis, size in named)
-        good = " ".join(f"{flag(f'{field}.{axis}')}={-1 if axis == 'data' else 1}" for axis, _ in named)
+        shown = " x ".join(f"{axis} {size}" for axis, size in named)
+        example = " ".join(f"{flag(f'{field}.{axis}')}={-1 if axis == 'data' else 1}" for axis, _ in named)
         raise UserError(
-            f"{option(field)} is {found}, which does not fit {count} devices; the product must be {count}, e.g. {good}"
+            f"{option(field)} is {shown}, which does not fit {count} devices; the product must be {count}, "
+            f"e.g. {example}"
         )
     return tuple(count // known if size == -1 else size for size in sizes)
 
 
 def batch_shards(mesh: Mesh) -> int:
-    """Number of parts that a batch is split into."""
+    """Number of shards that the rows of a batch are split into."""
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
 def batch_share(mesh: Mesh) -> tuple[int, int]:
-    """Which part of the rows of a batch this process supplies, and how many parts there are.
+    """Index of the share of a batch's rows that this process supplies, and the number of shares.
 
     Processes that differ along the context and tensor axes alone supply the same rows.
 
     Raises:
       UserError: where the processes' shares of the rows overlap or differ in size.
     """
-    held: dict[int, set[int]] = {}
+    shards_of: dict[int, set[int]] = {}  # by process
     for shard, devices in enumerate(mesh.devices.reshape(batch_shards(mesh), -1)):
         for device in devices:
-            held.setdefault(device.process_index, set()).add(shard)
-    parts = sorted({tuple(sorted(shards)) for shards in held.values()})
-    if any(len(part) * len(parts) != batch_shards(mesh) for part in parts):
+            shards_of.setdefault(device.process_index, set()).add(shard)
+    # Processes with the same shards supply the same rows, so they count as one share.
+    shares = sorted({tuple(sorted(shards)) for shards in shards_of.values()})
+    if any(len(share) * len(shares) != batch_shards(mesh) for share in shares):
         axes = [axis for axis in ("context", "tensor") if mesh.shape[axis] > 1]
         sizes = " and ".join(f"{option(f'mesh.{axis}')} is {mesh.shape[axis]}" for axis in axes)
         raise UserError(
             f"{sizes}, which spreads the rows unevenly over the processes; use a divisor or a multiple of the "
-            f"{mesh.devices.size // len(held)} devices of a process, e.g. {flag(f'mesh.{axes[-1]}')}=1"
+            f"{mesh.devices.size // len(shards_of)} devices of a process, e.g. {flag(f'mesh.{axes[-1]}')}=1"
         )
-    return parts.index(tuple(sorted(held[jax.process_index()]))), len(parts)
+    return shares.index(tuple(sorted(shards_of[jax.process_index()]))), len(shares)
 
 
 def check_batch(

@@ -12,18 +12,19 @@ from jaxrm.errors import UserError, flag, option
 from jaxrm.sharding.mesh import BATCH_AXES
 
 HOST_MEMORY = "pinned_host"
-_HEADS = ("tensor", "context")  # over which attention's heads lie: those of a device of tensor, shared out over context
+# Axes over which attention's heads are split: first over tensor, as the projections are, then over context.
+_HEADS = ("tensor", "context")
 
 LOGICAL_TO_MESH: dict[str, str | tuple[str, ...] | None] = {
     # activations
     "batch": BATCH_AXES,
-    "batch_by_data": "data",
+    "batch_by_data": "data",  # on the way from the embedding table, see ``Decoder._embed``
     "sequence": "context",
     "embed_by_fsdp": "fsdp",
     # parameters
-    "layers": None,
+    "layers": None,  # a scan slices this axis at every layer, so it stays whole
     "vocab": "tensor",
-    "embed": ("fsdp", "context"),
+    "embed": ("fsdp", "context"),  # every matrix has this axis, so all are split and gathered layer by layer
     "heads": "tensor",
     "kv_heads": "tensor",
     "head_dim": None,
@@ -36,7 +37,7 @@ def parameter_shardings(shapes: Any, axes: Any, mesh: Mesh, *, field: str = "mes
     """Sharding of every parameter.
 
     Args:
-      shapes: pytree of arrays or `jax.ShapeDtypeStruct`.
+      shapes: pytree of arrays or ``jax.ShapeDtypeStruct``.
       axes: the same tree, with the tuple of logical axis names of each.
       mesh: the devices.
       field: that says how they lie, for messages.
@@ -81,21 +82,21 @@ def check_heads(mesh: Mesh, num_heads: int, *, field: str = "mesh") -> None:
 def optimizer_shardings(
     optimizer: optax.GradientTransformation, shapes: Any, shardings: Any, mesh: Mesh, *, offload: bool = False
 ) -> Any:
-    """Sharding of every array of an optimizer's state: a moment lies like its parameter, the rest is copied.
+    """Sharding of every array of an optimizer's state: a moment lies like its parameter, the rest is replicated.
 
     With ``offload`` the moments that lie like their parameters do so in the memory of the hosts, see
-    `check_host_memory`.
+    ``check_host_memory``.
     """
     state = jax.eval_shape(optimizer.init, shapes)
-    copied = NamedSharding(mesh, PartitionSpec())
+    replicated = NamedSharding(mesh, PartitionSpec())
 
     def moment(leaf: Any, shape: Any, sharding: NamedSharding) -> NamedSharding:
-        if leaf.shape != shape.shape:
-            return copied
+        if leaf.shape != shape.shape:  # factored moments and the like are small
+            return replicated
         return sharding.with_memory_kind(HOST_MEMORY) if offload else sharding
 
     return optax.tree_utils.tree_map_params(
-        optimizer, moment, state, shapes, shardings, transform_non_params=lambda _: copied
+        optimizer, moment, state, shapes, shardings, transform_non_params=lambda _: replicated
     )
 
 
@@ -116,7 +117,7 @@ def check_host_memory(mesh: Mesh, field: str) -> None:
 
 
 def on_devices(shardings: Any) -> Any:
-    """The same places in the memory of the devices, for arrays that lie in that of their hosts."""
+    """The shardings with device memory in place of host memory."""
     return jax.tree.map(lambda s: s.with_memory_kind("device") if s.memory_kind == HOST_MEMORY else s, shardings)
 
 
@@ -128,7 +129,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def activation_constraint(mesh: Mesh) -> Callable[[jax.Array, tuple[str | None, ...]], jax.Array]:
     """Function that pins an activation, given the logical name of each of its axes, to the devices of the table.
 
-    An axis that does not divide (a single prompt on eight devices) is left whole.
+    An axis that does not divide (a single prompt on eight devices) is not split.
     """
 
     def constrain(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
@@ -142,11 +143,11 @@ def activation_constraint(mesh: Mesh) -> Callable[[jax.Array, tuple[str | None, 
 def per_device(attend: Callable[..., jax.Array], mesh: Mesh) -> Callable[..., jax.Array]:
     """Run an attention kernel on each device's own rows and heads, for kernels that the compiler cannot split.
 
-    Queries, keys and values come and go with their tokens over context; for the kernel its devices swap tokens for
-    heads, all of its own (DeepSpeed-Ulysses, arXiv 2309.14509, Figure 2).
+    Queries, keys and values are split by tokens over context before and after. For the kernel an all-to-all splits them
+    by heads instead, so that each device has all tokens of its heads (DeepSpeed-Ulysses, arXiv 2309.14509, Figure 2).
 
     Args:
-      attend: as `jaxrm.models.attention.Attend`.
+      attend: as ``jaxrm.models.attention.Attend``.
       mesh: the devices; rows lie over data and fsdp (whole where they do not divide), heads over tensor and context.
     """
     constrain = activation_constraint(mesh)
@@ -155,12 +156,12 @@ def per_device(attend: Callable[..., jax.Array], mesh: Mesh) -> Callable[..., ja
     def sharded(
         query: jax.Array, key: jax.Array, value: jax.Array, segment_ids: jax.Array, **options: Any
     ) -> jax.Array:
-        # Fewer key heads than devices: as many copies as give each device the heads that its queries read.
+        # With fewer key heads than devices, repeat them so that each device has the key heads of its own queries.
         shards = _devices(mesh, _HEADS)
         copies = shards // math.gcd(key.shape[2], shards)
         if copies > 1:
             key, value = (jax.numpy.repeat(x, copies, axis=2) for x in (key, value))
-        # Said before and after, lest the compiler gathers the rows for the projections too, whole on every device.
+        # Pinned before and after: otherwise the compiler gathers whole rows on every device for the projections too.
         query, key, value = (constrain(x, by_token) for x in (query, key, value))
         batch = BATCH_AXES if query.shape[0] % _devices(mesh, BATCH_AXES) == 0 else None
         rows, heads = PartitionSpec(batch), PartitionSpec(batch, None, _HEADS)
@@ -169,7 +170,7 @@ def per_device(attend: Callable[..., jax.Array], mesh: Mesh) -> Callable[..., ja
             mesh=mesh,
             in_specs=(heads, heads, heads, rows),
             out_specs=heads,
-            check_vma=False,
+            check_vma=False,  # Pallas kernels do not say over which axes their results vary
         )
         return constrain(kernel(query, key, value, segment_ids), by_token)
 
@@ -185,17 +186,17 @@ def _devices(mesh: Mesh, axis: str | tuple[str, ...] | None) -> int:
 def _does_not_divide(mesh: Mesh, field: str, axis: str | tuple[str, ...] | None, size: int, what: str) -> UserError:
     """The error for mesh axes that do not divide ``size``; the advice changes the first of them that has to change."""
     names = [name for name in ((axis,) if isinstance(axis, str) else axis or ()) if mesh.shape[name] > 1]
-    found = " and ".join(f"{option(f'{field}.{name}')} is {mesh.shape[name]}" for name in names)
+    sizes = " and ".join(f"{option(f'{field}.{name}')} is {mesh.shape[name]}" for name in names)
     product = f", together {_devices(mesh, axis)}" if len(names) > 1 else ""
     rest = size
     advice: list[str] = []
     for name in reversed(names):  # what is left of the size after one axis is for the next
         devices = mesh.shape[name]
-        good = _divisor(rest, devices)
-        rest //= good
-        if good != devices:
-            advice.append(f"{flag(f'{field}.{name}')}={good}")
-    return UserError(f"{found}{product}, but {what} has size {size}; use a divisor of it, e.g. {' '.join(advice)}")
+        divisor = _divisor(rest, devices)
+        rest //= divisor
+        if divisor != devices:
+            advice.append(f"{flag(f'{field}.{name}')}={divisor}")
+    return UserError(f"{sizes}{product}, but {what} has size {size}; use a divisor of it, e.g. {' '.join(advice)}")
 
 
 def _divisor(size: int, most: int) -> int:

@@ -20,7 +20,7 @@ from jaxrm.experiment import Experiment
 from jaxrm.models.build import ModelSource
 from jaxrm.models.config import preset
 from jaxrm.models.flops import training_flops_per_token
-from jaxrm.planning.cost import plan_stage
+from jaxrm.planning.compile import plan_stage
 from jaxrm.planning.flops import matmul_flops
 from jaxrm.planning.programs import stage_programs
 from jaxrm.planning.topology import GIB, Topology
@@ -29,18 +29,18 @@ from jaxrm.sharding.mesh import build_mesh
 
 
 def resident_bytes(*, peak: bool) -> int:
-    """Of this process, now or at its fullest since `forget_peak`."""
+    """Resident memory of this process, now or at its peak since `forget_peak`."""
     status = Path("/proc/self/status").read_text()
-    found = re.search(rf"{'VmHWM' if peak else 'VmRSS'}:\s*(\d+) kB", status)
-    assert found is not None
-    return int(found[1]) * 1024
+    match = re.search(rf"{'VmHWM' if peak else 'VmRSS'}:\s*(\d+) kB", status)
+    assert match is not None
+    return int(match[1]) * 1024
 
 
 def forget_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
-def materialized(leaf: jax.ShapeDtypeStruct) -> jax.Array:
+def allocate(leaf: jax.ShapeDtypeStruct) -> jax.Array:
     if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         return jax.device_put(jax.random.key(0), leaf.sharding)
     return jax.jit(lambda: jax.numpy.ones(leaf.shape, leaf.dtype), out_shardings=leaf.sharding)()
@@ -54,11 +54,11 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--remat", default="full")
-    given = parser.parse_args()
+    args = parser.parse_args()
     config = Experiment(
-        algorithm=given.algorithm,
-        model=ModelSource(preset=given.preset, dtype=given.dtype, remat=given.remat),
-        data=DataConfig(path="task:safety", max_length=given.length, batch_size=given.rows),
+        algorithm=args.algorithm,
+        model=ModelSource(preset=args.preset, dtype=args.dtype, remat=args.remat),
+        data=DataConfig(path="task:safety", max_length=args.length, batch_size=args.rows),
     )
     device = jax.devices()[0]
     here = Topology("here", tuple(jax.devices()), None, device.device_kind)
@@ -66,7 +66,7 @@ def main() -> None:
     (program,) = stage_programs(config, build_mesh(config.mesh, here.devices)).programs
     compiled = program.jitted.trace(*program.arguments).lower().compile()
     before = resident_bytes(peak=False)
-    state, batch = (jax.tree.map(materialized, tree) for tree in program.arguments)
+    state, batch = (jax.tree.map(allocate, tree) for tree in program.arguments)
     for _ in range(2):
         state, metrics = compiled(state, batch)
         jax.block_until_ready((state, metrics))
@@ -75,22 +75,22 @@ def main() -> None:
     assert np.isfinite(float(metrics["loss"]))
     on_device = device_memory()
     measured = resident_bytes(peak=True) - before if on_device is None else on_device.peak * GIB
-    print(f"{given.algorithm}, {given.preset}, {given.rows} x {given.length}, {given.dtype}, remat {given.remat}, "
+    print(f"{args.algorithm}, {args.preset}, {args.rows} x {args.length}, {args.dtype}, remat {args.remat}, "
           f"{len(jax.devices())} x {device.device_kind}")  # fmt: skip
     print(f"peak memory: predicted {predicted.peak / GIB:.3f} GiB, measured {measured / GIB:.3f}, "
           f"ratio {predicted.peak / measured:.3f}")  # fmt: skip
-    shape, tokens = preset(given.preset), given.rows * given.length
-    is_scalar = given.algorithm == "scalar_rm"
-    asked = training_flops_per_token(shape, given.length, scalar_head=is_scalar) * tokens
+    shape, tokens = preset(args.preset), args.rows * args.length
+    is_scalar = args.algorithm == "scalar_rm"
+    model_flops = training_flops_per_token(shape, args.length, scalar_head=is_scalar) * tokens
     none = dataclasses.replace(config, model=dataclasses.replace(config.model, remat="none"))
-    (kept,) = stage_programs(none, build_mesh(config.mesh, here.devices)).programs
-    without_remat = matmul_flops(kept.jitted.trace(*kept.arguments).jaxpr)
+    (program,) = stage_programs(none, build_mesh(config.mesh, here.devices)).programs
+    without_remat = matmul_flops(program.jitted.trace(*program.arguments).jaxpr)
     # Computed again rather than kept, whatever remat is: the logits of a loss over words, the scores of attention.
     again = 0 if is_scalar else 2 * shape.hidden_size * shape.vocab_size
-    again += shape.num_layers * given.length * shape.num_heads * shape.head_dim
-    by_hand = asked + again * tokens
+    again += shape.num_layers * args.length * shape.num_heads * shape.head_dim
+    by_hand = model_flops + again * tokens
     print(f"FLOPs: {predicted.cost.flops:.4g}; without recomputed layers {without_remat:.4g}, by hand {by_hand:.4g}, "
-          f"ratio {without_remat / by_hand:.3f}; asked for {asked:.4g} of them")  # fmt: skip
+          f"ratio {without_remat / by_hand:.3f}; of the model {model_flops:.4g}")  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -170,5 +170,5 @@ def test_impossible_sampling_is_refused(field):
 def test_sampling_off_the_policy_is_refused(field):
     name = next(iter(field))
     with pytest.raises(UserError, match=rf"config.ppo.sampling.{name} is .* e.g. --config.ppo.sampling.{name}="):
-        check_on_policy(SamplingConfig(**field), "config.ppo.sampling")
-    check_on_policy(SamplingConfig(temperature=0.7), "config.ppo.sampling")
+        check_on_policy(SamplingConfig(**field), "ppo.sampling")
+    check_on_policy(SamplingConfig(temperature=0.7), "ppo.sampling")

@@ -27,8 +27,8 @@ def test_collectives_in_a_loop_count_as_often_as_it_runs(mesh):
     stacked = NamedSharding(mesh, PartitionSpec(None, "data"))
     step = jax.jit(layers, in_shardings=(rows, stacked), out_shardings=rows)
     compiled = step.lower(jax.ShapeDtypeStruct((16, 32), jnp.float32), jax.ShapeDtypeStruct((5, 32, 32), jnp.float32))
-    found = traffic(compiled.compile().as_text()).collectives
-    assert sum(found.values()) == found["all-gather"] == 5 * 32 * 32 * 4 * 7 / 8
+    collectives = traffic(compiled.compile().as_text()).collectives
+    assert sum(collectives.values()) == collectives["all-gather"] == 5 * 32 * 32 * 4 * 7 / 8
 
 
 def test_a_sum_over_devices_is_an_all_reduce(mesh):
@@ -127,7 +127,7 @@ ENTRY %main (p: f32[8]) -> f32[8] {
 
 
 @pytest.mark.parametrize(
-    ("groups", "devices", "is_far"),
+    ("groups", "devices", "is_dcn"),
     [
         ("{{0,1},{2,3},{4,5},{6,7}}", 2, False),
         ("{{0,4},{1,5},{2,6},{3,7}}", 2, True),
@@ -138,7 +138,7 @@ ENTRY %main (p: f32[8]) -> f32[8] {
         ("mesh['data'=2,'fsdp'=4] {'data','fsdp'}", 8, True),
     ],
 )
-def test_a_group_with_devices_of_two_slices_sends_between_them(groups, devices, is_far):
+def test_a_group_with_devices_of_two_slices_sends_between_them(groups, devices, is_dcn):
     text = f"""
 HloModule m
 
@@ -146,13 +146,13 @@ ENTRY %main (p: f32[8]) -> f32[8] {{
   ROOT %r = f32[8]{{0}} all-reduce(%p), channel_id=1, replica_groups={groups}, to_apply=%add
 }}
 """
-    found = traffic(text, island_of=[0, 0, 0, 0, 1, 1, 1, 1])
+    moved = traffic(text, slice_of=[0, 0, 0, 0, 1, 1, 1, 1])
     size = 2 * 32 * (devices - 1) / devices
-    assert (found.far, sum(found.collectives.values())) == ((size, 0.0) if is_far else (0.0, size))
-    assert traffic(text).far == 0.0
+    assert (moved.dcn, sum(moved.collectives.values())) == ((size, 0.0) if is_dcn else (0.0, size))
+    assert traffic(text).dcn == 0.0
 
 
-def test_what_the_hosts_of_tpu_slices_send_each_other_is_far():
+def test_what_the_hosts_of_tpu_slices_send_each_other_is_dcn():
     by_hosts = 'is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime"}'
     text = f"""
 HloModule m
@@ -162,8 +162,8 @@ ENTRY %main (p: f32[8]) -> f32[8] {{
   ROOT %d = (f32[8,128]{{1,0}}, token[]) recv-done(%r), channel_id=3
 }}
 """
-    found = traffic(text)
-    assert found.far == pytest.approx(8 * 128 * 4, rel=0.01) and not found.collectives
+    moved = traffic(text)
+    assert moved.dcn == pytest.approx(8 * 128 * 4, rel=0.01) and not moved.collectives
 
 
 def test_a_reduce_scatter_is_not_mistaken_for_an_all_reduce():
@@ -204,9 +204,9 @@ def test_memory_of_a_scan_is_that_of_its_body_times_its_length():
 
     program = compiled(layers, (8, size), (length, size, size))
     # Each layer reads its own matrix once (slicing it first may copy it), never the whole stack.
-    of_matrices = length * size * size * 4
-    assert of_matrices <= traffic(program.as_text()).memory < 3.3 * of_matrices
-    assert program.cost_analysis()["bytes accessed"] < of_matrices  # which takes the body once
+    matrix_bytes = length * size * size * 4
+    assert matrix_bytes <= traffic(program.as_text()).memory < 3.3 * matrix_bytes
+    assert program.cost_analysis()["bytes accessed"] < matrix_bytes  # which takes the body once
 
 
 def test_weights_in_nested_fusions_and_async_slices_count():

@@ -126,7 +126,7 @@ def test_a_launch_killed_before_run_json_blocks_nothing():
     Path("run").mkdir()
     Path("run/.run.json.tmp").write_text('{"config": {')
     assert not launch().resumed
-    assert [path.name for path in Path("run").iterdir()] == ["run.json"]
+    assert launch().resumed
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"config": {}}', '{"config": 3, "launches": []}'])

@@ -60,7 +60,7 @@ def export_model(
       dtype: ``float32``, ``bfloat16`` or ``float16``; None: that of the parameters.
       max_shard_bytes: tensors are spread over files of at most this many bytes, but for a larger tensor.
       overwrite: replace ``folder`` if it holds an earlier export.
-      scalar_head: ``params`` are those of a `jaxrm.models.heads.ScalarModel`, which becomes a sequence classification
+      scalar_head: ``params`` are those of a ``jaxrm.models.heads.ScalarModel``, which becomes a sequence classification
         model of one label. Such a model reads its score from the last token that is not padding, so the tokenizer must
         not pad with a token that ends responses.
 

@@ -62,7 +62,7 @@ def tensor_table(config: ModelConfig, *, prefix: str = "model.", head: str = "lm
 
 
 def scalar_table(config: ModelConfig) -> list[NamedTensor]:
-    """Every tensor of a sequence classification checkpoint of one label: a `jaxrm.models.heads.ScalarModel`."""
+    """Every tensor of a sequence classification checkpoint of one label: a ``jaxrm.models.heads.ScalarModel``."""
     trunk = tensor_table(replace(config, tie_embeddings=True))
     D = config.hidden_size
     score = NamedTensor(("scalar_head", "kernel"), None, "score.weight", (1, D), (D,), (0,))

@@ -73,7 +73,7 @@ def load_params(path: str, config: ModelConfig, *, shardings: Params | None = No
 
 
 def check_weights(path: str, config: ModelConfig) -> None:
-    """Refuse weights that `load_params` would refuse, by their headers alone: nothing is read or allocated.
+    """Refuse weights that ``load_params`` would refuse, by their headers alone: nothing is read or allocated.
 
     Raises:
       UserError: naming the missing, extra, misshapen or unreadable tensors.

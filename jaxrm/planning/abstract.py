@@ -1,0 +1,96 @@
+"""Programs and arrays without content: shapes, dtypes and shardings, enough to compile for devices elsewhere."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from jaxrm.inference.sharded_model import ShardedModel
+from jaxrm.models.config import ModelConfig
+from jaxrm.sharding import partition
+
+
+@dataclass(frozen=True)
+class Program:
+    """One jitted program.
+
+    Attributes:
+      name: what it does.
+      jitted: a jitted function.
+      arguments: abstract, each with its sharding.
+      tokens: on all devices that it trains on, reads or generates, padding included.
+      resident_arguments: those of its arguments that stay on the devices between programs.
+      model_flops: FLOPs of the model on all devices, without recomputation, counted by hand.
+      while_trips: most iterations of a loop whose length depends on the data; None where there is no such loop.
+      cache_bytes: bytes of the key-value cache on one device.
+      times: how often a step runs it.
+      copied_parameter_bytes: bytes on one device of parameters that exist only while it runs.
+    """
+
+    name: str
+    jitted: Any
+    arguments: tuple[Any, ...]
+    tokens: int
+    resident_arguments: Any
+    model_flops: float
+    while_trips: int | None = None
+    cache_bytes: float = 0.0
+    times: int = 1
+    copied_parameter_bytes: float = 0.0
+
+
+@dataclass(frozen=True)
+class StagePrograms:
+    """The programs of a stage, and what stays on the devices between them.
+
+    Attributes:
+      programs: in the order in which a step runs them.
+      residents: abstract pytrees by name: states, frozen models.
+      parameters: number of parameters of the largest model.
+      shape: of its decoder.
+    """
+
+    programs: tuple[Program, ...]
+    residents: Mapping[str, Any]
+    parameters: int
+    shape: ModelConfig
+
+    def bytes_beside(self, program: Program) -> float:
+        """Bytes on one device of the residents that are no arguments of a program."""
+        return device_bytes(dict(self.residents)) - device_bytes(program.resident_arguments)
+
+
+def device_bytes(tree: Any) -> float:
+    """Bytes of device memory that abstract arrays take on one device; arrays in host memory take none."""
+    leaves = [leaf for leaf in jax.tree.leaves(tree) if leaf.sharding.memory_kind != partition.HOST_MEMORY]
+    return float(sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * _item_bytes(leaf.dtype) for leaf in leaves))
+
+
+def abstract_batch(batch_type: type, rows: int, length: int, mesh: Mesh) -> Any:
+    """An abstract batch: masks are bool, reference log-probs float32, the rest int32, as from the loaders."""
+    sharding = partition.batch_sharding(mesh)
+    dtypes = {"loss_mask": jnp.bool_, "is_correction": jnp.bool_, "is_chosen_end": jnp.bool_}
+    return batch_type(
+        **{
+            field.name: jax.ShapeDtypeStruct(
+                (rows, length),
+                jnp.float32 if field.name.startswith("reference_") else dtypes.get(field.name, jnp.int32),
+                sharding=sharding,
+            )
+            for field in dataclasses.fields(batch_type)
+        }
+    )
+
+
+def count_parameters(model: ShardedModel) -> int:
+    """Number of parameters of a model."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(model.shapes))
+
+
+def _item_bytes(dtype: Any) -> int:
+    return 8 if jnp.issubdtype(dtype, jax.dtypes.prng_key) else jnp.dtype(dtype).itemsize

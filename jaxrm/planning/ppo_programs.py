@@ -1,0 +1,274 @@
+"""The jitted programs of a PPO step with abstract sharded inputs, in the order in which a step runs them."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxrm.algorithms import ppo, scoring
+from jaxrm.algorithms.ppo_state import PPOBatch, PPOState
+from jaxrm.experiment import Experiment
+from jaxrm.inference import sharded_model
+from jaxrm.inference.sharded_model import ShardedModel
+from jaxrm.models.config import ModelConfig
+from jaxrm.models.flops import forward_flops, training_flops_per_token
+from jaxrm.ops import reward_scaling
+from jaxrm.ops.token_rewards import find_kind
+from jaxrm.planning.abstract import Program, StagePrograms, abstract_batch, count_parameters, device_bytes
+from jaxrm.runtime.checkpoint import with_shardings
+from jaxrm.sharding import partition
+from jaxrm.sharding.mesh import batch_shards
+from jaxrm.stages.ppo.learner import Learner, open_learner
+from jaxrm.types import ResponseBatch, Rollout, TokenBatch
+
+# Tokens of the request to a seq2seq reward model for its correction. Its tokenizer is not read, so this is a guess.
+REQUEST_TOKENS = 16
+
+
+@dataclass(frozen=True)
+class PPOStage:
+    """What the programs of a PPO step share.
+
+    Attributes:
+      config: of the stage.
+      mesh: of everything but the rollout.
+      learner: of policy and critic.
+      jitted: the jitted functions of a step.
+      state: abstract, of policy and critic.
+      reference: abstract parameters of the reference, in the compute dtype.
+    """
+
+    config: Experiment
+    mesh: Mesh
+    learner: Learner
+    jitted: ppo.Programs
+    state: PPOState
+    reference: Any
+
+    @property
+    def response_length(self) -> int:
+        """``T``, most tokens of a response."""
+        return self.config.rollout.sampling.max_new_tokens
+
+    @property
+    def prompt_length(self) -> int:
+        """``P``, most tokens of a prompt."""
+        return self.config.data.max_length - self.response_length
+
+    @property
+    def batch_size(self) -> int:
+        """Responses of a step."""
+        return self.config.data.batch_size
+
+    @property
+    def minibatch_size(self) -> int:
+        """Responses of an update."""
+        return self.batch_size // self.config.ppo.num_minibatches
+
+    @property
+    def updates(self) -> int:
+        """Updates of a step."""
+        return self.config.ppo.num_minibatches * self.config.ppo.num_epochs
+
+    @property
+    def policy_params(self) -> Any:
+        """Abstract parameters of the policy's decoder."""
+        return self.learner.networks.decoder_params(self.state.policy.params)
+
+    @property
+    def forward_flops(self) -> Callable[..., float]:
+        """FLOPs of a forward pass over one row."""
+        return functools.partial(forward_flops, self.learner.decoder.config)
+
+    @property
+    def log_prob_flops(self) -> float:
+        """FLOPs of a forward pass for the log-probs of one response."""
+        return self.forward_flops(self.config.data.max_length, predicted=self.response_length)
+
+    @property
+    def value_flops(self) -> float:
+        """FLOPs of a forward pass for the values of one response; 0 where policy and critic share a trunk."""
+        if self.state.critic is None:
+            return 0.0
+        return self.forward_flops(self.config.data.max_length, predicted=self.response_length, scalar_head=True)
+
+    def rows(self, shape: tuple[int, ...], dtype: Any, *, mesh: Mesh | None = None) -> Any:
+        """An abstract array whose first axis is that of the batch, on the stage's mesh or another."""
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=partition.batch_sharding(mesh or self.mesh))
+
+    def responses(self, rows: int) -> ResponseBatch:
+        """An abstract batch of prompts and responses."""
+        lengths = (self.prompt_length, self.response_length)
+        return ResponseBatch(*(self.rows((rows, n), dtype) for n in lengths for dtype in (jnp.int32, jnp.bool_)))
+
+    def rollout(self) -> Rollout:
+        """An abstract minibatch of a rollout."""
+        rows = self.minibatch_size
+        return Rollout(self.responses(rows), *(self.rows((rows, self.response_length), jnp.float32) for _ in range(5)))
+
+
+def build(config: Experiment, mesh: Mesh, decoder: ShardedModel) -> StagePrograms:
+    """The programs of a PPO step."""
+    critic = None if config.ppo.shared_trunk else sharded_model.shard_scalar_model(config.model, mesh, decoder.config)
+    learner = open_learner(config, mesh, decoder, critic, num_steps=config.num_steps or 1000, end_ids=(0,))
+    reference = _in_dtype(with_shardings(decoder.shapes, decoder.shardings), config.model.dtype)
+    stage = PPOStage(config, mesh, learner, learner.programs(_no_reward), learner.abstract, reference)
+    residents = {"policy": stage.state.policy, "reference": reference}
+    programs = [*_rollout(stage), _log_probs(stage)]
+    if stage.state.critic is not None:
+        residents["critic"] = stage.state.critic
+    if config.reward.function is None:
+        model, scorer = _scorer(config, mesh, decoder)
+        residents["reward model"] = _in_dtype(with_shardings(model.shapes, model.shardings), config.model.dtype)
+        programs.append(_scoring(stage, model, scorer, residents["reward model"]))
+    programs.append(_policy_update(stage))
+    if stage.state.critic is not None:
+        programs.append(_critic_update(stage))
+    return StagePrograms(tuple(programs), residents, count_parameters(decoder), decoder.config)
+
+
+def _rollout(stage: PPOStage) -> list[Program]:
+    """Generation, after a copy of the policy to the rollout's mesh where that is another one."""
+    sampler, rollout_model, params = stage.jitted.respond, stage.learner.rollout_model, stage.policy_params
+    programs, resident, copied_bytes = [], params, 0.0
+    if sampler.reshard is not None:
+        programs.append(Program("reshard", sampler.reshard.params, (params,), 0, params, 0.0))
+        params = with_shardings(jax.eval_shape(sampler.reshard.params, params), rollout_model.shardings)
+        resident, copied_bytes = None, device_bytes(params)  # the copy exists only while this program runs
+    rows, length = stage.batch_size, stage.config.data.max_length
+    prompts = [stage.rows((rows, stage.prompt_length), t, mesh=rollout_model.mesh) for t in (jnp.int32, jnp.bool_)]
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=NamedSharding(rollout_model.mesh, PartitionSpec()))
+    programs.append(
+        Program(
+            "rollout",
+            sampler.draw,
+            (params, *prompts, key),
+            rows * length,
+            resident,
+            rows * stage.log_prob_flops,
+            while_trips=stage.response_length - 1,
+            cache_bytes=_cache_bytes(
+                stage.learner.decoder.config, rows, length, stage.config.model.dtype, rollout_model.mesh
+            ),
+            copied_parameter_bytes=copied_bytes,
+        )
+    )
+    return programs
+
+
+def _log_probs(stage: PPOStage) -> Program:
+    """Log-probs of policy and reference, and values of the critic."""
+    critic = None if stage.state.critic is None else stage.state.critic.params
+    models = (stage.state.policy.params, critic, stage.reference)
+    return Program(
+        "log-probs",
+        stage.jitted.read,
+        (*models, stage.responses(stage.batch_size)),
+        stage.batch_size * stage.config.data.max_length,
+        models,
+        stage.batch_size * (2 * stage.log_prob_flops + stage.value_flops),
+    )
+
+
+def _scoring(stage: PPOStage, model: ShardedModel, scorer: scoring.Scorer, weights: Any) -> Program:
+    """Token rewards of a reward model."""
+    config, rows = stage.config, stage.batch_size
+    sharding = partition.batch_sharding(stage.mesh)
+    step = scoring.build_score_step(
+        scorer,
+        params_sharding=model.shardings,
+        batch_sharding=sharding,
+        output_sharding=sharding,
+        num_microbatches=config.num_microbatches,
+    )
+    replicated = NamedSharding(stage.mesh, PartitionSpec())
+    calibration = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated),
+        jax.eval_shape(reward_scaling.uncalibrated),
+    )
+    kind = find_kind(config.reward.kind)
+    reference = stage.rows((rows, stage.response_length), jnp.float32) if kind.needs_reference else None
+    is_scalar = kind.needs == "scalar"
+    length = config.data.max_length
+    if not is_scalar:  # which reads the response, the request, and the correction
+        length += REQUEST_TOKENS + stage.response_length
+    predicted = 1 if is_scalar else stage.response_length
+    return Program(
+        "scoring",
+        step,
+        (weights, calibration, stage.responses(rows), reference),
+        rows * length,
+        weights,
+        rows * stage.forward_flops(length, predicted=predicted, scalar_head=is_scalar),
+    )
+
+
+def _policy_update(stage: PPOStage) -> Program:
+    """One update of the policy on a minibatch, with its share of pre-training texts where there are any (PTX)."""
+    tokens = stage.minibatch_size * stage.config.data.max_length
+    model_flops = 3 * stage.minibatch_size * stage.log_prob_flops
+    batch, ptx = PPOBatch(stage.rollout()), stage.config.ptx
+    if ptx is not None:
+        texts = abstract_batch(TokenBatch, ptx.batch_size, ptx.max_length, stage.mesh)
+        batch = dataclasses.replace(batch, ptx=texts, ptx_weight=stage.rows((ptx.batch_size,), jnp.float32))
+        tokens += ptx.batch_size * ptx.max_length
+        per_token = training_flops_per_token(stage.learner.decoder.config, ptx.max_length)
+        model_flops += ptx.batch_size * ptx.max_length * per_token
+    return Program(
+        "policy update",
+        stage.jitted.update_policy,
+        (stage.state.policy, batch),
+        tokens,
+        stage.state.policy,
+        model_flops,
+        times=stage.updates,
+    )
+
+
+def _critic_update(stage: PPOStage) -> Program:
+    """One update of the critic on a minibatch."""
+    return Program(
+        "critic update",
+        stage.jitted.update_critic,
+        (stage.state.critic, PPOBatch(stage.rollout())),
+        stage.minibatch_size * stage.config.data.max_length,
+        stage.state.critic,
+        3 * stage.minibatch_size * stage.value_flops,
+        times=stage.updates,
+    )
+
+
+def _scorer(config: Experiment, mesh: Mesh, decoder: ShardedModel) -> tuple[ShardedModel, scoring.Scorer]:
+    """A reward model of the policy's shape, of the sort that the kind belongs to."""
+    kind, model = find_kind(config.reward.kind), decoder
+    if kind.needs == "scalar":
+        model = sharded_model.shard_scalar_model(config.model, mesh, decoder.config)
+    return model, scoring.build_scorer(
+        kind,
+        model.graphdef,
+        request=tuple(range(1, REQUEST_TOKENS + 1)),
+        end_ids=(0,),
+        pad_to_multiple_of=sharded_model.pad_to_multiple_of(mesh),
+    )
+
+
+def _cache_bytes(config: ModelConfig, rows: int, length: int, dtype: str, mesh: Mesh) -> float:
+    """Keys and values of every layer, rows over the batch axes and heads over the tensor axis where they divide."""
+    shards = batch_shards(mesh) if rows % batch_shards(mesh) == 0 else 1
+    shards *= mesh.shape["tensor"] if config.num_kv_heads % mesh.shape["tensor"] == 0 else 1
+    size = 2 * config.num_layers * rows * length * config.num_kv_heads * config.head_dim
+    return size * jnp.dtype(dtype).itemsize / shards
+
+
+def _in_dtype(tree: Any, dtype: str) -> Any:
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=leaf.sharding), tree)
+
+
+def _no_reward(calibration: Any, batch: Any, reference_log_probs: Any) -> Any:
+    raise AssertionError("a plan computes no rewards")

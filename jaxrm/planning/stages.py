@@ -1,0 +1,46 @@
+"""The stages of a config that can be planned, with the shape of the model that each begins with."""
+
+import dataclasses
+from collections.abc import Mapping
+
+from jaxrm.errors import UserError, option
+from jaxrm.experiment import Experiment
+from jaxrm.models.build import ModelSource
+from jaxrm.pipeline.config import PREFIX, Pipeline, stage_names
+from jaxrm.planning.programs import PLANNED
+
+
+def planned_stages(config: Experiment | Pipeline, preset: str | None) -> dict[str, Experiment]:
+    """The stages to plan by name; a config of one stage is named "".
+
+    Args:
+      config: of a stage or a pipeline.
+      preset: public name of the model's shape, in place of ``config.model``; None keeps that.
+
+    Raises:
+      UserError: no stage of the pipeline can be planned.
+    """
+    if isinstance(config, Experiment):
+        return {"": _with_preset(config, preset)}
+    stages = {name: stage for name in config.stages if (stage := getattr(config, name)).algorithm in PLANNED}
+    if not stages:
+        raise UserError(f"{option('stages')} has none that can be planned; those are {', '.join(PLANNED)}")
+    models = {name: getattr(config, name).model for name in stage_names(config)}
+    return {
+        name: _with_preset(dataclasses.replace(stage, model=_initial_model(stage.model, models)), preset)
+        for name, stage in stages.items()
+    }
+
+
+def _initial_model(model: ModelSource, models: Mapping[str, ModelSource]) -> ModelSource:
+    """A stage's model, with ``stage:`` paths followed to the weights that the first of those stages begins with."""
+    while model.path is not None and model.path.startswith(PREFIX):
+        source = models[model.path.removeprefix(PREFIX)]
+        model = dataclasses.replace(model, path=source.path, preset=source.preset)
+    return model
+
+
+def _with_preset(config: Experiment, preset: str | None) -> Experiment:
+    if preset is None:
+        return config
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, path=None, preset=preset))
