@@ -164,8 +164,8 @@ def remove_rows_after(path: Path, step: int) -> None:
     if not path.exists():
         return
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
-    kept = [line for line, row in zip(lines, read_rows(path), strict=True) if row.get("step", -1) <= step]
-    atomic.write_text(path, "".join(f"{line}\n" for line in kept))
+    remaining = [line for line, row in zip(lines, read_rows(path), strict=True) if row.get("step", -1) <= step]
+    atomic.write_text(path, "".join(f"{line}\n" for line in remaining))
 
 
 def json_line(row: Mapping[str, Any]) -> str:
@@ -187,7 +187,7 @@ def append_row(path: Path, row: Mapping[str, Any]) -> None:
 
 
 def _wandb_id(folder: Path) -> str:
-    """The id under which W&B continues the run, kept in the folder."""
+    """The id under which W&B continues the run, stored in the folder."""
     path = folder / "wandb.json"
     if path.exists():
         return str(json.loads(path.read_text(encoding="utf-8"))["id"])

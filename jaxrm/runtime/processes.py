@@ -106,11 +106,11 @@ def start(processes: Processes, *, timeout: int = 300) -> None:
             initialization_timeout=left,
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
             shutdown_timeout_seconds=60,
-            # Said in full, so no cluster need be asked; SLURM's would leave a process one of its host's GPUs.
+            # With all three given there is nothing to detect; SLURM's detection would leave a process one GPU.
             cluster_detection_method=None if processes.coordinator is None else "deactivate",
         )
     except (RuntimeError, ValueError) as error:  # JaxRuntimeError is a RuntimeError
-        where = processes.coordinator or "what the cluster says of it"
+        where = processes.coordinator or "the address of the cluster"
         raise UserError(
             f"the {processes.count or ''} processes did not come together at {where} within {timeout} s: "
             f"{' '.join(str(error).split())[:300]}; check that all were started with the same --coordinator and "
@@ -139,19 +139,21 @@ def check_agreement(config: Mapping[str, Any]) -> None:
 
     versions = json.dumps([jax.__version__, sys.version_info[:2]]).encode()
     code = b"".join(path.read_bytes() for path in sorted(_ROOT.rglob("*.py")))
-    if found := differing([versions, code]):
+    if unlike := differing([versions, code]):
         what = ["versions of Python or JAX", "code of jaxrm"]
-        raise UserError(_disagreement(found, what) + "; install the same commit and requirements on every host")
+        raise UserError(_disagreement(unlike, what) + "; install the same commit and requirements on every host")
     sections = sorted(config)
-    if found := differing([json.dumps(config[name], sort_keys=True, default=str).encode() for name in sections]):
+    if unlike := differing([json.dumps(config[name], sort_keys=True, default=str).encode() for name in sections]):
         names = [f"{option(name)}" for name in sections]
-        raise UserError(_disagreement(found, names) + "; start every process with the same --config and overrides")
+        raise UserError(_disagreement(unlike, names) + "; start every process with the same --config and overrides")
 
 
-def _disagreement(found: list[tuple[int, list[int]]], names: list[str]) -> str:
-    said = [f"process {index} has another {' and '.join(names[part] for part in parts)}" for index, parts in found[:4]]
-    more = f" and {len(found) - 4} more differ" if len(found) > 4 else ""
-    return f"the processes disagree: {', '.join(said)}{more} than process 0"
+def _disagreement(unlike: list[tuple[int, list[int]]], names: list[str]) -> str:
+    parts = [
+        f"process {index} has another {' and '.join(names[i] for i in differing)}" for index, differing in unlike[:4]
+    ]
+    more = f" and {len(unlike) - 4} more differ" if len(unlike) > 4 else ""
+    return f"the processes disagree: {', '.join(parts)}{more} than process 0"
 
 
 def leave_if_lost(error: BaseException) -> None:

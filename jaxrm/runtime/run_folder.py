@@ -36,8 +36,8 @@ class RunFolder:
 
     Attributes:
       path: the folder.
-      resumed: whether it held this run already.
-      message: what was found there, in words for the console.
+      resumed: whether the folder had this run before.
+      message: what was in the folder, for the console.
       is_writer: whether this process writes into it.
     """
 
@@ -102,7 +102,7 @@ def open_run(
       is_writer: whether this process writes; exactly one does.
       process_count: the number of processes that call this.
       command: the command line, ``sys.argv`` by default.
-      devices: what ``run.json`` says of the devices; asked of jax by default.
+      devices: what ``run.json`` says of the devices; those of JAX by default.
 
     Raises:
       UserError: the folder belongs to another config, holds something that is no run, or cannot be written.
@@ -147,7 +147,7 @@ def _open(
     command: list[str] | None,
     devices: Mapping[str, Any] | None,
 ) -> RunFolder:
-    path, found, changed, message = _look(run_dir, config, on_existing, may_differ)
+    path, record, changed, message = _look(run_dir, config, on_existing, may_differ)
     launch = {
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": list(sys.argv if command is None else command),
@@ -157,38 +157,38 @@ def _open(
         "git": git_state(),
     }
     try:
-        if found is not None and on_existing == "restart":
+        if record is not None and on_existing == "restart":
             aside = rename_aside(path)
-            message, found = f"{run_dir} is new; the run that was there is now {aside}", None
+            message, record = f"{run_dir} is new; the run that was there is now {aside}", None
         path.mkdir(parents=True, exist_ok=True)
-        launches = [*found["launches"], launch] if found is not None else [launch]
+        launches = [*record["launches"], launch] if record is not None else [launch]
         atomic.write_json(path / "run.json", {"config": config, "launches": launches})
     except OSError as error:
         raise _unusable(run_dir, str(error.strerror)) from error
-    return RunFolder(path, found is not None, message)
+    return RunFolder(path, record is not None, message)
 
 
 def _look(
     run_dir: str, config: Mapping[str, Any], on_existing: OnExisting, may_differ: frozenset[str]
 ) -> tuple[Path, dict[str, Any] | None, list[tuple[str, Any, Any]], str]:
-    """The folder's path, its ``run.json`` if it holds a run, how the configs differ, and what to tell of it."""
+    """The folder's path, its ``run.json`` if it holds a run, how the configs differ, and a message."""
     path = checked_path(run_dir)
     try:
-        found = _found_run(path, run_dir)
+        record = _read_record(path, run_dir)
         check_writable(path, run_dir)
     except OSError as error:
         raise _unusable(run_dir, str(error.strerror)) from error
-    if found is None:
+    if record is None:
         return path, None, [], f"{run_dir} is new"
     changed: list[tuple[str, Any, Any]] = []
-    message = since = f"{run_dir} holds a run started {found['launches'][0]['started']}"
+    message = since = f"{run_dir} holds a run started {record['launches'][0]['started']}"
     if on_existing == "error":
         raise UserError(f"{since}; {what_to_type(run_dir, ('resume', 'restart'))}")
     if on_existing == "resume":
-        changed = differences(found["config"], config)
+        changed = differences(record["config"], config)
         _check_same_config(changed, may_differ, run_dir)
-        message = f"{since}, launched {_times(len(found['launches']))}; continuing it"
-    return path, found, changed, message
+        message = f"{since}, launched {_times(len(record['launches']))}; continuing it"
+    return path, record, changed, message
 
 
 def check_writable(path: Path, run_dir: str) -> None:
@@ -226,7 +226,7 @@ def checked_path(run_dir: str) -> Path:
     return Path(run_dir).expanduser()
 
 
-def _found_run(path: Path, run_dir: str) -> dict[str, Any] | None:
+def _read_record(path: Path, run_dir: str) -> dict[str, Any] | None:
     """The ``run.json`` of the run in the folder; None for a folder that is absent or empty."""
     if not path.exists():
         return None
@@ -239,8 +239,8 @@ def _found_run(path: Path, run_dir: str) -> dict[str, Any] | None:
     if "run.json" not in names:
         raise UserError(f"{option('run_dir')} is {run_dir!r}, which is no run but holds {names[0]!r}; {another}")
     try:
-        found = json.loads((path / "run.json").read_text(encoding="utf-8"))
-        return {"config": dict(found["config"]), "launches": [{**launch} for launch in found["launches"]]}
+        record = json.loads((path / "run.json").read_text(encoding="utf-8"))
+        return {"config": dict(record["config"]), "launches": [{**launch} for launch in record["launches"]]}
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(f"{path / 'run.json'} cannot be read ({error}); {another}") from error
 

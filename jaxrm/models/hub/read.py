@@ -29,10 +29,10 @@ def read_model_config(path: str) -> ModelConfig:
     Raises:
       UserError: if there is no model, or it needs something that jaxrm does not do, naming the field.
     """
-    found = locate(path, config_only=True)
-    if found.is_file():
-        return gguf_model_config(found)
-    return parse_hf_config(read_json(found / "config.json"), where=str(found / "config.json"))
+    source = locate(path, config_only=True)
+    if source.is_file():
+        return gguf_model_config(source)
+    return parse_hf_config(read_json(source / "config.json"), where=str(source / "config.json"))
 
 
 def load_params(path: str, config: ModelConfig, *, shardings: Params | None = None, dtype: Any = jnp.float32) -> Params:
@@ -82,16 +82,16 @@ def check_weights(path: str, config: ModelConfig) -> None:
 
 
 def _open(path: str, config: ModelConfig) -> tuple[list[NamedTensor], dict[str, StoredTensor]]:
-    found = locate(path)
+    source = locate(path)
     stored: dict[str, StoredTensor] = {}
-    if found.is_file():
-        stored = open_gguf(found, config)
+    if source.is_file():
+        stored = open_gguf(source, config)
         table = tensor_table(config)
     else:
-        for file in safetensors_files(found):
+        for file in safetensors_files(source):
             stored |= open_tensors(file)
         table = tensor_table(config, **_naming(stored))
-    _check(table, stored, config, found)
+    _check(table, stored, config, source)
     return table, stored
 
 
@@ -153,26 +153,26 @@ def _naming(stored: dict[str, StoredTensor]) -> dict[str, str]:
     return {"prefix": "model.", "head": "lm_head.weight"}
 
 
-def _check(table: list[NamedTensor], stored: dict[str, StoredTensor], config: ModelConfig, found: Path) -> None:
+def _check(table: list[NamedTensor], stored: dict[str, StoredTensor], config: ModelConfig, source: Path) -> None:
     expected = {tensor.name: tensor for tensor in table}
     missing = [name for name in expected if name not in stored]
     if missing:
-        raise UserError(f"{found} lacks {_listed(missing)}; the model config asks for {len(expected)} tensors")
+        raise UserError(f"{source} lacks {_listed(missing)}; the model config asks for {len(expected)} tensors")
     extra = [name for name in stored if name not in expected and not _is_harmless(name, config)]
     if extra:
         raise UserError(
-            f"{found} holds {_listed(extra)}, which the model config has no place for; "
+            f"{source} holds {_listed(extra)}, which the model config has no place for; "
             "does its config.json belong to these weights?"
         )
     for tensor in table:
         shape = stored[tensor.name].shape
         if shape != tensor.file_shape:
             raise UserError(
-                f"{found}: {tensor.name} has shape {list(shape)}; the model config asks for {list(tensor.file_shape)}"
+                f"{source}: {tensor.name} has shape {list(shape)}; the model config asks for {list(tensor.file_shape)}"
             )
     unreadable = next((problem for tensor in table if (problem := stored[tensor.name].unreadable)), None)
     if unreadable:
-        raise UserError(f"{found}: {unreadable}")
+        raise UserError(f"{source}: {unreadable}")
 
 
 def _is_harmless(name: str, config: ModelConfig) -> bool:

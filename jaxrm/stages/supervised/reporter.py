@@ -58,7 +58,7 @@ class TrainingReporter:
     def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
         """Held-out metrics after ``step`` updates; those with a slash in their names are details for the files."""
         self._writer.write(step, metrics)
-        told = " · ".join(
+        shown = " · ".join(
             f"{name.removeprefix('eval_')} {format_value(x)}" for name, x in metrics.items() if "/" not in name
         )
-        self._progress.print(f"step {step}: held-out {told}")
+        self._progress.print(f"step {step}: held-out {shown}")
