@@ -10,13 +10,13 @@ from typing import Any
 from jaxrm.algorithms.state import TrainState
 from jaxrm.errors import UserError, flag
 from jaxrm.experiment import Experiment
+from jaxrm.models.flops import peak_flops
 from jaxrm.planning.abstract import Program, StagePrograms, device_bytes
 from jaxrm.planning.cost import Cost, ProgramPlan, StagePlan, subtract
 from jaxrm.planning.flops import matmul_flops
 from jaxrm.planning.programs import stage_programs
 from jaxrm.planning.topology import GIB, Topology, slice_indices
 from jaxrm.planning.traffic import traffic
-from jaxrm.runtime.hardware import peak_flops
 from jaxrm.runtime.progress import Progress
 from jaxrm.sharding.mesh import build_mesh
 

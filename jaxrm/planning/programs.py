@@ -6,7 +6,7 @@ The planner compiles what the stages run: the programs come from the builders th
 import jax
 from jax.sharding import Mesh
 
-from jaxrm.algorithms import dpo, scalar_rm, seq2seq_rm, sft, train_step
+from jaxrm.algorithms import train_step
 from jaxrm.algorithms.optimizer import build_optimizer
 from jaxrm.algorithms.state import create
 from jaxrm.errors import UserError, option
@@ -20,7 +20,7 @@ from jaxrm.planning.abstract import Program, StagePrograms, abstract_batch, coun
 from jaxrm.runtime.checkpoint import with_shardings
 from jaxrm.sharding import partition
 from jaxrm.sharding.mesh import check_batch, check_row_length
-from jaxrm.types import ComparisonBatch, MappingBatch, TokenBatch
+from jaxrm.stages.objective import build_objective
 
 PLANNED = ("sft", "seq2seq_rm", "scalar_rm", "dpo", "ppo")
 
@@ -44,38 +44,23 @@ def stage_programs(config: Experiment, mesh: Mesh) -> StagePrograms:
 def _supervised(config: Experiment, mesh: Mesh, decoder: ShardedModel) -> StagePrograms:
     """One program, the training step."""
     check_row_length(mesh, "data.max_length", config.data.max_length)
-    model, batch_type, loss_fn = _objective(config, mesh, decoder)
+    objective = build_objective(config, decoder)
     optimizer = build_optimizer(config.optimizer, config.num_steps or 1000)
-    sharding = sharded_model.state_shardings(model, optimizer, mesh, offload=config.optimizer.offload)
+    sharding = sharded_model.state_shardings(objective.model, optimizer, mesh, offload=config.optimizer.offload)
     step = train_step.build_train_step(
-        loss_fn,
+        objective.loss_fn,
         optimizer,
         state_sharding=sharding,
         batch_sharding=partition.batch_sharding(mesh),
         num_microbatches=config.num_microbatches,
     )
     state = with_shardings(
-        jax.eval_shape(lambda params: create(params, optimizer, jax.random.key(0)), model.shapes), sharding
+        jax.eval_shape(lambda params: create(params, optimizer, jax.random.key(0)), objective.model.shapes), sharding
     )
     rows, length = config.data.batch_size, config.data.max_length
-    batch = abstract_batch(batch_type, rows, length, mesh)
-    is_scalar = config.algorithm == "scalar_rm"
-    model_flops = rows * length * training_flops_per_token(decoder.config, length, scalar_head=is_scalar)
+    batch = abstract_batch(objective.batch_type, rows, length, mesh)
+    model_flops = (
+        rows * length * training_flops_per_token(decoder.config, length, scalar_head=objective.has_scalar_head)
+    )
     program = Program("train step", step, (state, batch), rows * length, state, model_flops)
-    return StagePrograms((program,), {"state": state}, count_parameters(model), decoder.config)
-
-
-def _objective(config: Experiment, mesh: Mesh, decoder: ShardedModel) -> tuple[ShardedModel, type, train_step.LossFn]:
-    """What a stage trains, the type of its batches, and its loss."""
-    if config.algorithm == "sft":
-        return decoder, TokenBatch, sft.sft_loss(decoder.graphdef)
-    if config.algorithm == "seq2seq_rm":
-        identity_weight = config.mapping.identity_weight if config.mapping.identity else 0.0
-        loss_fn = seq2seq_rm.seq2seq_rm_loss(
-            decoder.graphdef, correction_weight=config.mapping.correction_weight, identity_weight=identity_weight
-        )
-        return decoder, MappingBatch, loss_fn
-    if config.algorithm == "scalar_rm":
-        model = sharded_model.shard_scalar_model(config.model, mesh, decoder.config)
-        return model, ComparisonBatch, scalar_rm.scalar_rm_loss(model.graphdef, config.scalar_rm)
-    return decoder, dpo.DPOBatch, dpo.policy_loss(decoder.graphdef, config.dpo)
+    return StagePrograms((program,), {"state": state}, count_parameters(objective.model), decoder.config)

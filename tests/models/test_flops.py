@@ -2,13 +2,14 @@
 
 import dataclasses
 import math
+from types import SimpleNamespace
 
 import jax
 import pytest
 
 from jaxrm.models.build import ModelSource, abstract_decoder
 from jaxrm.models.config import PRESETS, preset
-from jaxrm.models.flops import training_flops_per_token
+from jaxrm.models.flops import mfu, peak_flops, training_flops_per_token
 
 SMALL = dataclasses.replace(
     PRESETS["tiny"], vocab_size=61, hidden_size=32, intermediate_size=48, num_layers=4, num_heads=4, num_kv_heads=2,
@@ -81,3 +82,33 @@ def test_a_scalar_head_saves_the_products_with_the_vocabulary():
     config = preset("smollm2-135m")
     both = [training_flops_per_token(config, 128, scalar_head=scalar) for scalar in (False, True)]
     assert both[0] - both[1] == 6 * config.hidden_size * (config.vocab_size - 1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype", "teraflops"),
+    [
+        ("TPU v4", "bfloat16", 275),
+        ("TPU v5 lite", "bfloat16", 197),
+        ("TPU v5p", "bfloat16", 459),
+        ("TPU v6 lite", "float32", 918),
+        ("NVIDIA A100-SXM4-80GB", "bfloat16", 312),
+        ("NVIDIA A100-SXM4-80GB", "float32", 156),
+        ("NVIDIA H100 80GB HBM3", "bfloat16", 989.4),
+        ("NVIDIA H100 PCIe", "bfloat16", 756),
+        ("NVIDIA L4", "bfloat16", 121),
+        ("NVIDIA L40S", "bfloat16", 362),
+        ("Tesla T4", "float16", 65),
+        ("cpu", "float32", None),
+        ("NVIDIA GH200 480GB", "bfloat16", None),
+    ],
+)
+def test_the_peak_is_the_makers_where_it_is_known(kind, dtype, teraflops):
+    peak = peak_flops(kind, dtype)
+    assert peak is None if teraflops is None else math.isclose(peak, teraflops * 1e12)
+
+
+def test_mfu_is_the_share_of_all_devices_peak():
+    device = SimpleNamespace(device_kind="TPU v4")
+    assert mfu(275e12, 1.0, [device] * 2) == pytest.approx(0.5)
+    assert mfu(275e12, 1.0, [device, SimpleNamespace(device_kind="cpu")]) is None
+    assert mfu(1.0, 1.0, jax.devices()) is None

@@ -7,11 +7,10 @@ import math
 import sys
 from types import SimpleNamespace
 
-import jax
 import pytest
 
 from jaxrm.errors import UserError
-from jaxrm.runtime.hardware import device_memory, host_memory_gib, mfu, peak_flops
+from jaxrm.runtime.hardware import device_memory, host_memory_gib
 from jaxrm.runtime.metrics import WALL_CLOCK, LoggingConfig, append_row, json_line, open_metrics, read_rows
 from jaxrm.runtime.progress import Progress, format_seconds, format_value, print_table
 from jaxrm.runtime.run_folder import RunFolder
@@ -215,36 +214,6 @@ def test_values_are_formatted_to_be_read(value, text):
 )
 def test_durations_are_formatted_to_be_read(seconds, text):
     assert format_seconds(seconds) == text
-
-
-@pytest.mark.parametrize(
-    ("kind", "dtype", "teraflops"),
-    [
-        ("TPU v4", "bfloat16", 275),
-        ("TPU v5 lite", "bfloat16", 197),
-        ("TPU v5p", "bfloat16", 459),
-        ("TPU v6 lite", "float32", 918),
-        ("NVIDIA A100-SXM4-80GB", "bfloat16", 312),
-        ("NVIDIA A100-SXM4-80GB", "float32", 156),
-        ("NVIDIA H100 80GB HBM3", "bfloat16", 989.4),
-        ("NVIDIA H100 PCIe", "bfloat16", 756),
-        ("NVIDIA L4", "bfloat16", 121),
-        ("NVIDIA L40S", "bfloat16", 362),
-        ("Tesla T4", "float16", 65),
-        ("cpu", "float32", None),
-        ("NVIDIA GH200 480GB", "bfloat16", None),
-    ],
-)
-def test_the_peak_is_the_makers_where_it_is_known(kind, dtype, teraflops):
-    peak = peak_flops(kind, dtype)
-    assert peak is None if teraflops is None else math.isclose(peak, teraflops * 1e12)
-
-
-def test_mfu_is_the_share_of_all_devices_peak():
-    device = SimpleNamespace(device_kind="TPU v4")
-    assert mfu(275e12, 1.0, [device] * 2) == pytest.approx(0.5)
-    assert mfu(275e12, 1.0, [device, SimpleNamespace(device_kind="cpu")]) is None
-    assert mfu(1.0, 1.0, jax.devices()) is None
 
 
 def test_host_memory_is_counted_and_cpu_devices_count_none():

@@ -3,6 +3,7 @@
 import jax
 import pytest
 
+from jaxrm.models import flops
 from jaxrm.runtime import hardware
 from jaxrm.stages.supervised.reporter import TrainingReporter
 
@@ -59,7 +60,7 @@ def test_what_is_unknown_is_left_out_of_the_rows(monkeypatch):
 
 def test_mfu_is_the_share_of_the_peak_of_all_devices(monkeypatch):
     """1000 tokens/s at 1 GFLOP each, on eight devices of 0.5 TFLOP/s."""
-    monkeypatch.setattr(hardware, "peak_flops", lambda kind, dtype: 0.5e12)
+    monkeypatch.setattr(flops, "peak_flops", lambda kind, dtype: 0.5e12)
     recorder = Recorder()
     reporter(recorder).step(3, METRICS)
     assert jax.device_count() == 8

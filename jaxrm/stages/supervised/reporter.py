@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 
+from jaxrm.models import flops
 from jaxrm.runtime import hardware
 from jaxrm.runtime.metrics import MetricsWriter
 from jaxrm.runtime.progress import Progress, format_value
@@ -42,7 +43,7 @@ class TrainingReporter:
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
         """Metrics of one training step, with its ``tokens_per_second``."""
         rate = metrics["tokens_per_second"]
-        mfu = hardware.mfu(self._flops_per_token * rate, 1.0, jax.devices(), self._dtype)
+        mfu = flops.mfu(self._flops_per_token * rate, 1.0, jax.devices(), self._dtype)
         host, device = hardware.host_memory_gib(), hardware.device_memory()
         shown = f"{host if device is None else device.peak:.1f} GiB"
         self._progress.update(step, loss=metrics["loss"], tokens_per_second=rate, mfu=mfu, memory=shown)
