@@ -1,7 +1,26 @@
-"""Every test runs on eight fake CPU devices, with rank promotion and warnings as errors."""
+"""Every test runs on eight fake CPU devices, with rank promotion and warnings as errors.
+
+Workers of pytest-xdist have a core each, and everything that is compiled comes from one cache on disk, which the
+processes that tests start share. Both are set before JAX starts.
+"""
 
 import os
 from importlib import metadata
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# One core a worker: XLA makes its threads for the cores that it may use, and two workers with threads for all of them
+# take each other's time.
+_worker = os.environ.get("PYTEST_XDIST_WORKER", "").removeprefix("gw")
+if _worker.isdecimal() and hasattr(os, "sched_setaffinity"):
+    _cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {_cores[int(_worker) % len(_cores)]})
+
+# Kept between launches, in a folder that git ignores; it may be deleted at any time.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".jax_cache" / "tests"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 # Most of the suite's time is XLA's: code that runs for milliseconds is not worth optimizing. The tests that launch real
 # processes compile as users do.
@@ -15,14 +34,18 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
-from pathlib import Path
-
 import jax
 import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+SHARED_DATA = ROOT.parent / "shared" / "data"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests come first, so that no worker begins the longest one when the others are done."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
 
 
 @pytest.fixture(scope="session")
