@@ -15,13 +15,16 @@ from jaxrm.errors import UserError
 
 _GONE = re.compile("ml_collections|to_config_dict")  # what config files of before import
 _PACKAGE = Path(__file__).resolve().parents[1]
+_INSTALLED = _PACKAGE / "configs"  # in a wheel; a checkout has them beside the package
+_CONFIGS = _INSTALLED if _INSTALLED.is_dir() else _PACKAGE.parent / "configs"
 
 
 def load_config_file(name: str, config_class: type | tuple[type, ...] = object) -> tuple[Any, str | None]:
     """Run a config file and return its config and its docstring.
 
     Args:
-      name: ``path/to/file.py``, or ``path/to/file.py:argument`` for a ``get_config`` that takes an argument.
+      name: ``path/to/file.py``, or ``path/to/file.py:argument`` for a ``get_config`` that takes an argument; for a
+        config that comes with jaxrm ``quickstart`` is enough.
       config_class: the frozen dataclass that ``get_config`` may return, or several.
 
     Returns:
@@ -34,6 +37,7 @@ def load_config_file(name: str, config_class: type | tuple[type, ...] = object) 
     path, colon, argument = name.partition(":")
     if not path:
         raise UserError(f"--config is {name!r}; required a Python file; e.g. --config=configs/quickstart.py")
+    path = find_config_file(path)
     module = types.ModuleType("jaxrm_config_file", None)
     sys.modules[module.__name__] = module  # dataclasses of the file look up their string annotations here
     try:
@@ -61,6 +65,31 @@ def load_config_file(name: str, config_class: type | tuple[type, ...] = object) 
             f"return {' or '.join(each.__name__ for each in classes)}(...)"
         )
     return dicts.checked(config), module.__doc__
+
+
+def find_config_file(name: str) -> str:
+    """The path of a config file.
+
+    Args:
+      name: a path, or the bare name of a config that comes with jaxrm, ``quickstart``; a file or folder of that name
+        goes first.
+
+    Returns:
+      The path as it was given, or that of the config in the checkout or in the installed package.
+
+    Raises:
+      UserError: a bare name that is none of these; the message has the nearest ones.
+    """
+    path = Path(name)
+    if path.exists() or path.suffix or path.name != name:
+        return name
+    files = {file.stem: file for file in sorted(_CONFIGS.glob("*.py"))}
+    if name not in files:
+        nearest = difflib.get_close_matches(name, files, n=3, cutoff=0.5)
+        advice = f"did you mean {' or '.join(nearest)}?" if nearest else f"required a Python file or {', '.join(files)}"
+        raise UserError(f"--config is {name!r}, neither a file nor a config that comes with jaxrm; {advice}")
+    file, here = files[name], Path.cwd()
+    return str(file.relative_to(here) if file.is_relative_to(here) else file)
 
 
 def _source(path: str) -> bytes:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxrm.config import command_line
+from jaxrm.config import command_line, files
 from jaxrm.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -287,6 +287,17 @@ def test_a_missing_config_file_is_one_line_with_the_nearest_name(refuse):
     assert "use --config=plain.py" in (
         Path("plain.py").write_text("def get_config():\n    pass\n") and refuse("--config=plain.py:large")
     )
+
+
+def test_a_bare_name_is_a_config_that_comes_with_jaxrm(refuse):
+    """A file of that name goes first; an unknown name gets the near ones."""
+    assert files.find_config_file("quickstart") == str(ROOT / "configs" / "quickstart.py")
+    Path("quickstart").write_text(CONFIG)
+    assert files.find_config_file("quickstart") == "quickstart"
+    message = refuse("--config=sft_tini")
+    assert "--config is 'sft_tini', neither a file nor a config" in message
+    assert "did you mean sft_tiny or " in message
+    assert "required a Python file or dpo_gemma_2b, " in refuse("--config=zzz")
 
 
 def test_overrides_without_an_optional_config_file_are_refused(refuse):
