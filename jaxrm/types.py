@@ -1,8 +1,8 @@
-"""The frozen pytrees that travel, and the time index they share.
+"""The frozen pytrees that pass between floors, and the time index that they share.
 
-Arrays over a row are ``[B, T]`` and indexed by the token itself: ``loss_mask[:, t]`` says whether token ``t`` is a
-trained target, and a log-prob at ``t`` is that of token ``t`` given the tokens before it. Hidden state ``i`` scores
-token ``i + 1``; `jaxrm.ops.losses.next_token_targets` is where the two meet.
+Arrays over a row are ``[B, T]`` and indexed by the token itself. ``loss_mask[:, t]`` is True where token ``t`` is a
+target. A log-prob at ``t`` is that of token ``t`` given the tokens before it. Hidden state ``i`` scores token
+``i + 1``; ``jaxrm.ops.losses.next_token_targets`` aligns the two.
 """
 
 import dataclasses
@@ -34,8 +34,8 @@ class MappingBatch(TokenBatch):
     """Rows of mappings ``prompt, source response, request, target response`` for a seq2seq RM.
 
     Attributes:
-      is_correction: ``[B, T]`` bool, True on the target of a correction mapping, whose source is a rejected response;
-        the other targets are those of identity mappings.
+      is_correction: ``[B, T]`` bool, True on the target of a correction mapping, whose source is a rejected response.
+        The other targets belong to identity mappings.
     """
 
     is_correction: jax.Array
@@ -51,7 +51,7 @@ class ComparisonBatch:
       segment_ids: ``[B, T]`` int32; 1, 2, ... number the sides of a row's pairs, 0 is padding.
       positions: ``[B, T]`` int32, counted from 0 in each segment.
       is_chosen_end: ``[B, T]`` bool, True on the last token of a chosen response.
-      rejected_offset: ``[B, T]`` int32; from there, how many tokens on the last one of the rejected response is.
+      rejected_offset: ``[B, T]`` int32; at those tokens, the distance to the last token of the rejected response.
     """
 
     tokens: jax.Array
@@ -84,17 +84,17 @@ class ResponseBatch:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TokenRewards:
-    """What every source of rewards returns, whatever stands behind it.
+    """Token rewards, as every source of rewards returns them.
 
     Attributes:
       rewards: ``[B, T]`` float32 reward of each response token, 0 outside the mask.
       values: ``[B, T]`` float32, the same before scale and center.
-      tags: ``[B, T]`` bool, True on tokens that the reward model would have written too. A scalar one disagrees with
-        no token: its tags are all +.
-      mask: ``[B, T]`` bool, the response's.
-      diagnostics: ``[B]`` float32 by name, to be logged: ``sum`` and ``mean`` of the rewards, ``length`` in tokens,
+      tags: ``[B, T]`` bool, True on tokens that the reward model would have written too. Those of a scalar reward
+        model are all True.
+      mask: ``[B, T]`` bool, True on response tokens.
+      diagnostics: ``[B]`` float32 by name, for the logs: ``sum`` and ``mean`` of the rewards, ``length`` in tokens,
         ``tag_rate`` (share of + tags), ``divergence`` (index of the first - tag), ``ended`` (1 where the response has
-        an end token, 0 where it was truncated) and ``end_tag`` (1 where that token is tagged +).
+        an end token, 0 where it was truncated) and ``end_tag`` (1 where that token has tag +).
     """
 
     rewards: jax.Array
@@ -107,14 +107,14 @@ class TokenRewards:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Rollout:
-    """Responses of a policy, what each model says of their tokens, and what follows from it.
+    """Responses of a policy with the log-probs, values, advantages and returns of their tokens.
 
     Arrays are ``[B, T]`` float32 and 0 outside the response mask.
 
     Attributes:
       responses: prompts and responses.
-      log_probs: log pi_old(y_t | x, y_<t), recomputed by the forward of the training.
-      reference_log_probs: the same of the reference policy.
+      log_probs: log pi_old(y_t | x, y_<t), recomputed by the training forward.
+      reference_log_probs: log pi_ref(y_t | x, y_<t).
       values: V_old of the state before y_t.
       advantages: A_t.
       returns: G_t = A_t + V_old.
