@@ -5,8 +5,8 @@
 
 Needs: 6 GB of memory. 20 steps of 8 x 512 tokens; for a whole run on an accelerator add --config.num_steps=None
 --config.model.dtype=bfloat16 --config.data.batch_size=64 --config.data.max_records=None. Data: any file or data set of
-pairs, such as Anthropic/hh-rlhf; the reference reads every pair once before the first step, so a bounded run bounds
-max_records too. The learning rate is jaxrm's choice for a model of this size.
+pairs, such as Anthropic/hh-rlhf; reference log-probs of every pair are computed before the first step, so a bounded run
+bounds max_records too. The learning rate is jaxrm's choice for a model of this size.
 """
 
 import importlib.util

@@ -1,9 +1,9 @@
-"""Preference pairs of the embedded task: responses of the SFT policy, labelled by the task's annotator.
+"""Preference pairs of the embedded task: responses of the SFT policy, labeled by the task's annotator.
 
     python -m jaxrm.train --config=configs/pairs_tiny.py
 
-Needs: the policy, `configs/sft_tiny.py`; two CPU cores, 2 GB of memory, about a minute. The annotator
-is noisy and likes refusals too much.
+Needs: the policy, `configs/sft_tiny.py`; two CPU cores, 2 GB of memory, about a minute. The annotator is noisy and
+likes refusals too much.
 """
 
 from jaxrm.data.config import DataConfig

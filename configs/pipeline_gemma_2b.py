@@ -3,8 +3,8 @@
     python -m jaxrm.train --config=configs/pipeline_gemma_2b.py
 
 Needs: an account that may download the model (or --config.sft.model.path=FOLDER) and accelerators with room for PPO
-(see `configs/ppo_gemma_2b.py`): policy, critic, reference and reward model at once. Every stage can be had alone,
---config.stages=sft, and any field of it overridden, --config.ppo_seq2seq.ppo.kl_coef=0.05. Published defaults.
+(see `configs/ppo_gemma_2b.py`): policy, critic, reference and reward model at once. Run a stage alone with
+--config.stages=sft, and override any field of it: --config.ppo_seq2seq.ppo.kl_coef=0.05. Published defaults.
 """
 
 from dataclasses import replace

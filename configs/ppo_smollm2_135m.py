@@ -5,9 +5,9 @@
 Needs: the reward model of `configs/rm_seq2seq_smollm2_135m.py`, 10 GB of memory; a step of 8 responses of up to 64
 tokens takes about half a minute on two CPU cores. On an accelerator add --config.model.dtype=bfloat16
 --config.data.batch_size=128 --config.rollout.sampling.max_new_tokens=256 --config.data.max_length=768
---config.num_steps=500. Data: prompts of any file or data set, such as Anthropic/hh-rlhf. The learning rates are
-jaxrm's choice for a model of this size. soft, because a reward model after as few steps still copies nearly everything,
-and tags then say nothing.
+--config.num_steps=500. Data: prompts of any file or data set, such as Anthropic/hh-rlhf. The learning rates are jaxrm's
+choice for a model of this size. The kind is soft, because a reward model after so few steps still copies nearly
+everything, and its tags carry no information.
 """
 
 import importlib.util

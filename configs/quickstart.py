@@ -3,7 +3,7 @@
     ./launch/quickstart.sh
     python -m jaxrm.train --config=configs/quickstart.py
 
-Needs: two CPU cores, 2 GB of memory, about six minutes. Any field of any stage can be overridden, e.g.
+Needs: two CPU cores, 2 GB of memory, about four minutes. Any field of any stage can be overridden, e.g.
 --config.ppo_seq2seq.reward.kind=soft; each stage's run is in runs/quickstart/STAGE, the page in runs/quickstart.
 """
 

@@ -4,8 +4,8 @@
     python -m jaxrm.train --config=configs/study.py --config.preset=smoke
 
 Needs: two CPU cores, 4 GB of memory, about two hours; the smoke preset takes two minutes. It can be stopped at any
-time; the same command goes on. Parts of it: --config.worlds=safety --config.arms=ppo_scalar,ppo_literal. Other settings
-of a stage: --config.ppo.num_steps=100. A kind of reward of your own: --config.arms=ppo_scalar,ppo_my_kinds:doubt
+time; the same command continues. Parts of it: --config.worlds=safety --config.arms=ppo_scalar,ppo_literal. Other
+settings of a stage: --config.ppo.num_steps=100. Your own kind of reward: --config.arms=ppo_scalar,ppo_my_kinds:doubt
 """
 
 from dataclasses import replace
