@@ -1,6 +1,5 @@
 """The whole of a config: the sections that live beside the code they configure, in one frozen tree."""
 
-import math
 from dataclasses import dataclass, field
 
 from jaxrm.algorithms.best_of_n import BestOfNConfig
@@ -9,9 +8,9 @@ from jaxrm.algorithms.optimizer import OptimizerConfig
 from jaxrm.algorithms.ppo_config import CriticConfig, PPOConfig, RolloutConfig
 from jaxrm.algorithms.reward_config import RewardConfig
 from jaxrm.algorithms.scalar_rm import ScalarRMConfig
+from jaxrm.config.fields import above, at_least, at_most, below, bounded, check, finite, one_of, wrong
 from jaxrm.data.config import DataConfig
 from jaxrm.data.pairs import MappingConfig
-from jaxrm.errors import UserError, flag, option
 from jaxrm.models.build import ModelSource
 from jaxrm.models.generate import SamplingConfig
 from jaxrm.runtime.checkpoint import CheckpointConfig
@@ -51,19 +50,14 @@ class EvaluationConfig:
       judge: embedded task (``task:safety``) whose exact judge says what corrections gain and marks a policy's answers.
     """
 
-    every: int = 100
-    samples: int = 3
-    corrections: int = 64
+    every: int = bounded(100, at_least(1))
+    samples: int = bounded(3, at_least(0))
+    corrections: int = bounded(64, at_least(0))
     judge: str | None = None
     sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(max_new_tokens=64, temperature=0.0))
 
     def __post_init__(self) -> None:
-        for name, least in (("every", 1), ("samples", 0), ("corrections", 0)):
-            if getattr(self, name) < least:
-                raise UserError(
-                    f"{option(f'evaluation.{name}')} is {getattr(self, name)}; it must be at least {least}, "
-                    f"e.g. {flag(f'evaluation.{name}')}={getattr(EvaluationConfig, name)}"
-                )
+        check(self)
 
 
 @dataclass(frozen=True)
@@ -77,23 +71,13 @@ class PairsConfig:
       batch_size: prompts answered at once.
     """
 
-    count: int = 2000
-    ideal_share: float = 0.0
+    count: int = bounded(2000, at_least(1))
+    ideal_share: float = bounded(0.0, at_least(0), at_most(1))
     sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(max_new_tokens=64, temperature=1.0))
-    batch_size: int = 256
+    batch_size: int = bounded(256, at_least(1))
 
     def __post_init__(self) -> None:
-        for name, least in (("count", 1), ("batch_size", 1)):
-            if getattr(self, name) < least:
-                raise UserError(
-                    f"{option(f'pairs.{name}')} is {getattr(self, name)}; it must be at least {least}, "
-                    f"e.g. {flag(f'pairs.{name}')}={getattr(PairsConfig, name)}"
-                )
-        if not 0 <= self.ideal_share <= 1:
-            raise UserError(
-                f"{option('pairs.ideal_share')} is {self.ideal_share}; it must be from 0 to 1, "
-                f"e.g. {flag('pairs.ideal_share')}=0.0"
-            )
+        check(self)
 
 
 @dataclass(frozen=True)
@@ -116,32 +100,20 @@ class AnswersConfig:
 
     splits: tuple[str, ...] = ("heldout",)
     decodings: tuple[str, ...] = ("sampled", "greedy")
-    best_of: int = 1
-    draw: int = 0
+    best_of: int = bounded(1, at_least(1))
+    draw: int = bounded(0, at_least(0))
     reference: str | None = None
     along: bool = False
-    token_rewards: int = 8
+    token_rewards: int = bounded(8, at_least(0))
 
     def __post_init__(self) -> None:
+        check(self)
         for name in ("splits", "decodings"):
-            found = getattr(self, name)
-            if not found or len(set(found)) < len(found):
-                raise UserError(
-                    f"{option(f'answers.{name}')} is {','.join(found)!r}; required each one once, at least one, "
-                    f"e.g. {flag(f'answers.{name}')}={','.join(getattr(AnswersConfig, name))}"
-                )
-        for decoding in self.decodings:
-            if decoding not in ("sampled", "greedy"):
-                raise UserError(
-                    f"{option('answers.decodings')} has {decoding!r}; use sampled, greedy or both, "
-                    f"e.g. {flag('answers.decodings')}=sampled,greedy"
-                )
-        for name, least in (("best_of", 1), ("draw", 0), ("token_rewards", 0)):
-            if getattr(self, name) < least:
-                raise UserError(
-                    f"{option(f'answers.{name}')} is {getattr(self, name)}; it must be at least {least}, "
-                    f"e.g. {flag(f'answers.{name}')}={getattr(AnswersConfig, name)}"
-                )
+            values = getattr(self, name)
+            if not values or len(set(values)) < len(values):
+                raise wrong(self, name, "each one once, at least one", getattr(AnswersConfig, name))
+        if not set(self.decodings) <= {"sampled", "greedy"}:
+            raise wrong(self, "decodings", "sampled, greedy or both", AnswersConfig.decodings)
 
 
 @dataclass(frozen=True)
@@ -161,12 +133,12 @@ class Experiment:
     """
 
     run_dir: str = ""
-    algorithm: str = "sft"
+    algorithm: str = bounded("sft", one_of(*ALGORITHMS))
     on_existing: OnExisting = "resume"
-    seed: int = 0
-    num_steps: int | None = None
-    num_epochs: float = 3.0
-    num_microbatches: int = 1
+    seed: int = bounded(0, at_least(0), below(2**32))
+    num_steps: int | None = bounded(None, at_least(1))
+    num_epochs: float = bounded(3.0, above(0), finite)
+    num_microbatches: int = bounded(1, at_least(1))
     mapping: MappingConfig = field(default_factory=MappingConfig)
     scalar_rm: ScalarRMConfig = field(default_factory=ScalarRMConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
@@ -187,20 +159,4 @@ class Experiment:
     logging: LoggingConfig = field(default_factory=LoggingConfig)
 
     def __post_init__(self) -> None:
-        for name, allowed in (("algorithm", ALGORITHMS), ("on_existing", ("resume", "restart", "error"))):
-            if getattr(self, name) not in allowed:
-                raise UserError(
-                    f"{option(name)} is {getattr(self, name)!r}; use one of {', '.join(allowed)}, "
-                    f"e.g. {flag(name)}={allowed[0]}"
-                )
-        for name in ("num_steps", "num_microbatches"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"{option(name)} is {value}; it must be at least 1, e.g. {flag(name)}=1")
-        if not 0 < self.num_epochs < math.inf:
-            raise UserError(
-                f"{option('num_epochs')} is {self.num_epochs}; it must be above 0 and finite, e.g. "
-                f"{flag('num_epochs')}=3.0"
-            )
-        if not 0 <= self.seed < 2**32:
-            raise UserError(f"{option('seed')} is {self.seed}; it must be from 0 to {2**32 - 1}, e.g. {flag('seed')}=0")
+        check(self)

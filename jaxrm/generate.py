@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, TextIO
 from absl import flags
 
 from jaxrm import atomic
-from jaxrm.config import command_line
+from jaxrm.config import command_line, dicts
 from jaxrm.errors import UserError
 
 FLAG_OF_FIELD = {
@@ -75,7 +75,8 @@ def main(_: None, given: flags.FlagValues) -> int:
     from jaxrm.models.generate import SamplingConfig
     from jaxrm.sharding.mesh import MeshConfig, build_mesh
 
-    sampling = SamplingConfig(given.max_new_tokens, given.temperature, given.top_k, given.top_p)
+    names = ("max_new_tokens", "temperature", "top_k", "top_p")
+    sampling = dicts.from_dict(SamplingConfig, {name: given[name].value for name in names}, "--")
     prompts = None if given.input is None else _read_prompts(given.input)
     mesh = build_mesh(MeshConfig())
     if given.checkpoint is not None:

@@ -194,20 +194,23 @@ BOTH = pytest.mark.parametrize("algorithm", ["seq2seq_rm", "scalar_rm"])
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--config.reward.kind=nonsense"], "config.reward.kind is 'nonsense'; use one of literal, signed, prefix, "),
+        (["--config.reward.kind=nonsense"], "config.reward.kind is 'nonsense'; it must be one of literal, signed, "),
         (["--config.reward.scale=0"], "config.reward.scale is 0.0; it must be unit or a finite number above 0"),
         (["--config.reward.center=moving"], "config.reward.center is 'moving'; required 'running' or 'fixed' or "),
         (["--config.reward.center_momentum=1"], "config.reward.center_momentum is 1.0; it must be at least 0 and "),
-        (["--config.mapping.correction_weight=0"], "config.mapping.correction_weight is 0.0, but must be a number "),
+        (["--config.mapping.correction_weight=0"], "config.mapping.correction_weight is 0.0; it must be above 0"),
         (
             ["--config.mapping.identity_weight=nan"],
             "config.mapping.identity_weight is nan, not a number; required ",
         ),
-        (["--config.mapping.identity_weight=0"], "to train without the identity mapping --config.mapping.identity=F"),
-        (["--config.mapping.identity_warmup_steps=-1"], "config.mapping.identity_warmup_steps is -1, but must be at"),
+        (
+            ["--config.mapping.identity_weight=0"],
+            "above 0 and finite (identity=False leaves the mapping out)",
+        ),
+        (["--config.mapping.identity_warmup_steps=-1"], "config.mapping.identity_warmup_steps is -1; it must be at"),
         (
             ["--config.mapping.identity_warmup_steps=3", "--config.mapping.identity=False"],
-            "config.mapping.identity_warmup_steps is 3, but config.mapping.identity is False; use --config.mapping.",
+            "config.mapping.identity_warmup_steps is 3; it must be 0 where config.mapping.identity is False",
         ),
         (["--config.scalar_rm.margin=-1"], "config.scalar_rm.margin is -1.0; it must be at least 0 and finite"),
         (["--config.scalar_rm.l2=inf"], "config.scalar_rm.l2 is inf; it must be at least 0 and finite"),

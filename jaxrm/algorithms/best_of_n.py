@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxrm.errors import UserError, flag, option
+from jaxrm.config.fields import at_least, bounded, check
 from jaxrm.types import ResponseBatch, TokenRewards
 
 Respond = Callable[[Any, jax.Array, jax.Array, jax.Array], ResponseBatch]
@@ -30,14 +30,11 @@ class BestOfNConfig:
         in the middle of a sentence (jaxrm choice: they are dropped and counted).
     """
 
-    n: int = 16
+    n: int = bounded(16, at_least(1))
     keep_truncated: bool = False
 
     def __post_init__(self) -> None:
-        if self.n < 1:
-            raise UserError(
-                f"{option('best_of_n.n')} is {self.n}; it must be at least 1, e.g. {flag('best_of_n.n')}=16"
-            )
+        check(self)
 
 
 class Best(NamedTuple):

@@ -1,6 +1,5 @@
 """Direct preference optimization: a policy learns from pairs, without a reward model and without sampling."""
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -10,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxrm.algorithms.train_step import LossFn
-from jaxrm.errors import UserError, flag, option
+from jaxrm.config.fields import above, at_least, below, bounded, check, finite, place, wrong
 from jaxrm.ops import losses, masking, vocab
 from jaxrm.types import ComparisonBatch
 
@@ -31,37 +30,15 @@ class DPOConfig:
     """
 
     kind: Literal["sigmoid", "ipo"] = "sigmoid"
-    beta: float = 0.1
-    label_smoothing: float = 0.0
-    sft_coef: float = 0.0
+    beta: float = bounded(0.1, above(0), finite)
+    label_smoothing: float = bounded(0.0, at_least(0), below(0.5), meaning=", where labels say nothing")
+    sft_coef: float = bounded(0.0, at_least(0), finite)
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise UserError(
-                f"{option('dpo.kind')} is {self.kind!r}; use one of {', '.join(KINDS)}, e.g. "
-                f"{flag('dpo.kind')}={KINDS[0]}"
-            )
-        if not 0 < self.beta < math.inf:
-            raise UserError(
-                f"{option('dpo.beta')} is {self.beta}; it must be above 0 and finite, e.g. {flag('dpo.beta')}=0.1"
-            )
-        if not 0 <= self.label_smoothing < 0.5:
-            raise UserError(
-                f"{option('dpo.label_smoothing')} is {self.label_smoothing}; it must be at least 0 and less than "
-                f"0.5, where "
-                f"labels say nothing, e.g. {flag('dpo.label_smoothing')}=0.1"
-            )
+        check(self)
         if self.label_smoothing and self.kind == "ipo":
-            raise UserError(
-                f"{option('dpo.label_smoothing')} is {self.label_smoothing}, but {option('dpo.kind')} is ipo, which "
-                f"has none; "
-                f"use {flag('dpo.label_smoothing')}=0.0 or {flag('dpo.kind')}=sigmoid"
-            )
-        if not 0 <= self.sft_coef < math.inf:
-            raise UserError(
-                f"{option('dpo.sft_coef')} is {self.sft_coef}; it must be at least 0 and finite, e.g. "
-                f"{flag('dpo.sft_coef')}=0.0"
-            )
+            required = f"0.0 where {place(self, 'kind')} is ipo, which has none"
+            raise wrong(self, "label_smoothing", required, 0.0)
 
 
 @jax.tree_util.register_dataclass

@@ -1,6 +1,5 @@
 """The optimizer, from optax."""
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,10 +7,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxrm.errors import UserError, flag, option
+from jaxrm.config.fields import above, at_least, at_most, below, bounded, check, finite, one_of
 
-OPTIMIZERS = ("adamw", "adafactor")
-SCHEDULES = ("cosine", "linear", "constant")
 _DECAYED = ("kernel", "embedding")
 
 
@@ -38,49 +35,21 @@ class OptimizerConfig:
         them over and back; nothing that is learnt changes.
     """
 
-    name: str = "adamw"
-    lr: float = 2e-5
-    schedule: str = "cosine"
-    warmup: float = 0.03
-    final_lr_share: float = 0.0
-    b1: float = 0.9
-    b2: float = 0.95
-    eps: float = 1e-8
-    weight_decay: float = 0.0
-    clip_norm: float | None = 1.0
-    moment_dtype: str = "float32"
+    name: str = bounded("adamw", one_of("adamw", "adafactor"))
+    lr: float = bounded(2e-5, above(0), finite)
+    schedule: str = bounded("cosine", one_of("cosine", "linear", "constant"))
+    warmup: float = bounded(0.03, at_least(0), below(1), meaning=", a share of the steps")
+    final_lr_share: float = bounded(0.0, at_least(0), at_most(1), meaning=", a share of lr")
+    b1: float = bounded(0.9, at_least(0), below(1))
+    b2: float = bounded(0.95, at_least(0), below(1))
+    eps: float = bounded(1e-8, above(0))
+    weight_decay: float = bounded(0.0, at_least(0), finite)
+    clip_norm: float | None = bounded(1.0, above(0), meaning="no clipping")
+    moment_dtype: str = bounded("float32", one_of("float32", "bfloat16"))
     offload: bool = False
 
     def __post_init__(self) -> None:
-        for field, allowed in (
-            ("name", OPTIMIZERS),
-            ("schedule", SCHEDULES),
-            ("moment_dtype", ("float32", "bfloat16")),
-        ):
-            if getattr(self, field) not in allowed:
-                raise UserError(
-                    f"{option(f'optimizer.{field}')} is {getattr(self, field)!r}; use one of {', '.join(allowed)}, "
-                    f"e.g. {flag(f'optimizer.{field}')}={allowed[0]}"
-                )
-        if not 0 <= self.warmup < 1:
-            raise UserError(
-                f"{option('optimizer.warmup')} is {self.warmup}; it is a share of the steps, at least 0 and below 1, "
-                f"e.g. {flag('optimizer.warmup')}=0.03"
-            )
-        for field, good, required in (
-            ("lr", 0 < self.lr < math.inf, "above 0 and finite"),
-            ("final_lr_share", 0 <= self.final_lr_share <= 1, "a share of lr, from 0 to 1"),
-            ("b1", 0 <= self.b1 < 1, "at least 0 and below 1"),
-            ("b2", 0 <= self.b2 < 1, "at least 0 and below 1"),
-            ("eps", self.eps > 0, "above 0"),
-            ("weight_decay", 0 <= self.weight_decay < math.inf, "at least 0"),
-            ("clip_norm", self.clip_norm is None or self.clip_norm > 0, "above 0, or None for no clipping"),
-        ):
-            if not good:
-                raise UserError(
-                    f"{option(f'optimizer.{field}')} is {getattr(self, field)}; it must be {required}, "
-                    f"e.g. {flag(f'optimizer.{field}')}={getattr(OptimizerConfig, field)}"
-                )
+        check(self)
 
 
 def learning_rate(config: OptimizerConfig, num_steps: int) -> optax.Schedule:

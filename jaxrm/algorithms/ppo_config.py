@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from jaxrm.algorithms.optimizer import OptimizerConfig
-from jaxrm.errors import UserError, flag, option
+from jaxrm.config.fields import above, at_least, at_most, below, bounded, check, finite, one_of, place, wrong
 from jaxrm.models.generate import SamplingConfig
 from jaxrm.ops import kl
 from jaxrm.sharding.mesh import MeshConfig
@@ -38,58 +38,30 @@ class PPOConfig:
       value_coef: weight of the value loss where the trunk is shared.
     """
 
-    num_epochs: int = 1
-    num_minibatches: int = 1
-    clip: float = 0.2
-    value_clip: float = 5.0
-    reward_clip: float = 50.0
-    discount: float = 1.0
-    gae_lambda: float = 0.95
-    kl_coef: float = 0.02
-    kl_estimator: str = "k1"
-    kl_target: float | None = None
-    kl_horizon: int = 10_000
-    kl_loss_coef: float = 0.0
-    missing_end_penalty: float = 0.0
+    num_epochs: int = bounded(1, at_least(1))
+    num_minibatches: int = bounded(1, at_least(1))
+    clip: float = bounded(0.2, above(0), below(1))
+    value_clip: float = bounded(5.0, above(0))
+    reward_clip: float = bounded(50.0, above(0))
+    discount: float = bounded(1.0, above(0), at_most(1))
+    gae_lambda: float = bounded(0.95, at_least(0), at_most(1))
+    kl_coef: float = bounded(0.02, at_least(0), finite)
+    kl_estimator: str = bounded("k1", one_of(*kl.ESTIMATORS))
+    kl_target: float | None = bounded(None, above(0), finite, meaning="a fixed kl_coef")
+    kl_horizon: int = bounded(10_000, at_least(1))
+    kl_loss_coef: float = bounded(0.0, at_least(0), finite)
+    missing_end_penalty: float = bounded(0.0, at_least(0), finite)
     whiten_advantages: bool = False
     normalize_rewards: bool = False
-    ptx_coef: float = 16.0
+    ptx_coef: float = bounded(16.0, at_least(0), finite)
     shared_trunk: bool = False
-    value_coef: float = 0.1
+    value_coef: float = bounded(0.1, above(0), finite)
 
     def __post_init__(self) -> None:
-        finite = float("inf")
-        for name, good, required in (
-            ("num_epochs", self.num_epochs >= 1, "at least 1"),
-            ("num_minibatches", self.num_minibatches >= 1, "at least 1"),
-            ("clip", 0 < self.clip < 1, "between 0 and 1"),
-            ("value_clip", self.value_clip > 0, "above 0"),
-            ("reward_clip", self.reward_clip > 0, "above 0"),
-            ("discount", 0 < self.discount <= 1, "above 0 and at most 1"),
-            ("gae_lambda", 0 <= self.gae_lambda <= 1, "from 0 to 1"),
-            ("kl_coef", 0 <= self.kl_coef < finite, "at least 0 and finite"),
-            ("kl_estimator", self.kl_estimator in kl.ESTIMATORS, f"one of {', '.join(kl.ESTIMATORS)}"),
-            (
-                "kl_target",
-                self.kl_target is None or 0 < self.kl_target < finite,
-                "above 0, or None for a fixed kl_coef",
-            ),
-            ("kl_horizon", self.kl_horizon >= 1, "at least 1"),
-            ("kl_loss_coef", 0 <= self.kl_loss_coef < finite, "at least 0 and finite"),
-            ("missing_end_penalty", 0 <= self.missing_end_penalty < finite, "at least 0 and finite"),
-            ("ptx_coef", 0 <= self.ptx_coef < finite, "at least 0 and finite"),
-            ("value_coef", 0 < self.value_coef < finite, "above 0 and finite"),
-        ):
-            if not good:
-                raise UserError(
-                    f"{option(f'ppo.{name}')} is {getattr(self, name)!r}; it must be {required}, "
-                    f"e.g. {flag(f'ppo.{name}')}={getattr(PPOConfig, name)}"
-                )
+        check(self)
         if self.kl_target is not None and self.kl_coef == 0:
-            raise UserError(
-                f"{option('ppo.kl_coef')} is 0, which the controller of {option('ppo.kl_target')} can never raise; "
-                f"e.g. {flag('ppo.kl_coef')}=0.02"
-            )
+            required = f"above 0, since the controller of {place(self, 'kl_target')} can never raise 0"
+            raise wrong(self, "kl_coef", required, 0.02)
 
 
 @dataclass(frozen=True)

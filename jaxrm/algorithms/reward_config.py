@@ -1,14 +1,23 @@
 """The `reward` section of a config: where rewards come from, and how they become token rewards."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
-from jaxrm.errors import UserError, flag, option
+from jaxrm.config.fields import Bound, at_least, below, bounded, check, place, typed, wrong
+from jaxrm.errors import UserError
 from jaxrm.ops import token_rewards
 
+_SCALE = Bound(lambda scale: scale == "unit" or 0 < scale < math.inf, "unit or a finite number above 0", "unit")
 
-def check_kind(kind: str, field: str) -> None:
-    """Refuse what is no kind of token reward; ``field`` names what gave it. One's own is not imported for it.
+
+def check_kind(kind: str, field: str, example: str) -> None:
+    """Refuse what is no kind of token reward. One's own is not imported for it.
+
+    Args:
+      kind: to be checked.
+      field: that gave it, for the message.
+      example: what to type.
 
     Raises:
       UserError: with the kinds that there are.
@@ -16,11 +25,8 @@ def check_kind(kind: str, field: str) -> None:
     module, _, function = kind.partition(":")
     own = all(part.isidentifier() for part in (*module.split("."), function))
     if kind not in token_rewards.KINDS and not own:
-        raise UserError(
-            f"{option(field)} is {kind!r}; use one of {', '.join(token_rewards.KINDS)}, or one's own, "
-            f"package.module:function, "
-            f"e.g. {flag('reward.kind')}=literal"
-        )
+        required = f"one of {', '.join(token_rewards.KINDS)}, or one's own, package.module:function"
+        raise UserError(field, repr(kind), required, example)
 
 
 @dataclass(frozen=True)
@@ -50,41 +56,19 @@ class RewardConfig:
     kind: str = "literal"
     model: str | None = None
     function: str | None = None
-    scale: float | Literal["unit"] = "unit"
+    scale: float | Literal["unit"] = bounded("unit", _SCALE)
     center: Literal["running", "fixed", "none"] = "running"
-    center_momentum: float = 0.9
-    calibration_responses: int = 256
+    center_momentum: float = bounded(0.9, at_least(0), below(1))
+    calibration_responses: int = bounded(256, at_least(2))
 
     def __post_init__(self) -> None:
-        check_kind(self.kind, "reward.kind")
+        check(self)
+        check_kind(self.kind, place(self, "kind"), typed(self, "kind", "literal"))
         if self.model is not None and self.function is not None:
             raise UserError(
-                f"{option('reward')} has both model {self.model!r} and function {self.function!r}; rewards come "
-                f"from one "
-                f"of them, e.g. {flag('reward.function')}=None"
+                f"{place(self)} has both model {self.model!r} and function {self.function!r}; rewards come from one of "
+                f"them, e.g. {typed(self, 'function', None)}"
             )
         if self.function is not None and self.kind not in token_rewards.names_for("scalar"):
-            raise UserError(
-                f"{option('reward.kind')} is {self.kind!r}, but a function rewards the whole response; "
-                f"use {flag('reward.kind')}=scalar"
-            )
-        if self.scale != "unit" and not 0 < self.scale < float("inf"):
-            raise UserError(
-                f"{option('reward.scale')} is {self.scale}; it must be unit or a finite number above 0, "
-                f"e.g. {flag('reward.scale')}=unit"
-            )
-        if self.center not in ("running", "fixed", "none"):
-            raise UserError(
-                f"{option('reward.center')} is {self.center!r}; use running, fixed or none, "
-                f"e.g. {flag('reward.center')}=running"
-            )
-        if not 0 <= self.center_momentum < 1:
-            raise UserError(
-                f"{option('reward.center_momentum')} is {self.center_momentum}; it must be at least 0 and below 1, "
-                f"e.g. {flag('reward.center_momentum')}=0.9"
-            )
-        if self.calibration_responses < 2:
-            raise UserError(
-                f"{option('reward.calibration_responses')} is {self.calibration_responses}; it must be at least 2, "
-                f"e.g. {flag('reward.calibration_responses')}=256"
-            )
+            required = f"of a scalar reward, since {place(self, 'function')} rewards the whole response"
+            raise wrong(self, "kind", required, "scalar")

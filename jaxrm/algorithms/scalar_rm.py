@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxrm.algorithms.train_step import LossFn
-from jaxrm.errors import UserError, flag, option
+from jaxrm.config.fields import at_least, bounded, check, finite
 from jaxrm.ops import losses, masking
 from jaxrm.types import ComparisonBatch
 
@@ -23,16 +23,11 @@ class ScalarRMConfig:
         level.
     """
 
-    margin: float = 0.0
-    l2: float = 0.0
+    margin: float = bounded(0.0, at_least(0), finite)
+    l2: float = bounded(0.0, at_least(0), finite)
 
     def __post_init__(self) -> None:
-        for name in ("margin", "l2"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise UserError(
-                    f"{option(f'scalar_rm.{name}')} is {getattr(self, name)}; it must be at least 0 and finite, "
-                    f"e.g. {flag(f'scalar_rm.{name}')}=0.0"
-                )
+        check(self)
 
 
 def scalar_rm_loss(graphdef: nnx.GraphDef, config: ScalarRMConfig = ScalarRMConfig()) -> LossFn:

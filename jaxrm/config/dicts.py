@@ -7,7 +7,6 @@ says which types a field may have.
 
 import dataclasses
 import math
-import re
 import typing
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, TypeVar
@@ -30,7 +29,7 @@ _BOOLEANS = {
 }  # as absl spells them
 
 
-def from_dict(cls: type[Tree], mapping: Mapping[str, Any], where: str = "config", *, root: str = "config") -> Tree:
+def from_dict(cls: type[Tree], mapping: Mapping[str, Any], where: str = "config") -> Tree:
     """Build the frozen tree `cls` from values by field name.
 
     Fields that `mapping` lacks take their defaults. The sections' own ``__post_init__`` checks run.
@@ -39,9 +38,7 @@ def from_dict(cls: type[Tree], mapping: Mapping[str, Any], where: str = "config"
       cls: a frozen dataclass.
       mapping: values by field name; sections are nested mappings, or already what they should be. JSON has no
         infinities, so that the texts ``inf`` and ``-inf`` stand for them.
-      where: the dotted name of `mapping` in messages.
-      root: the dotted name of the whole config that it belongs to, which checks in ``__post_init__`` call
-        ``config``.
+      where: the dotted name of `mapping` in messages, or ``--`` where each field is a flag of a command.
 
     Raises:
       UserError: an unknown field, a value of the wrong type, or a required field that is missing; and whatever
@@ -53,17 +50,14 @@ def from_dict(cls: type[Tree], mapping: Mapping[str, Any], where: str = "config"
             raise fields.unknown_field(f"{where}.{name}", fields.field_names(cls, where))
     values: dict[str, Any] = {}
     for field in dataclasses.fields(typing.cast(Any, cls)):
-        name, annotation = f"{where}.{field.name}", annotations[field.name]
+        name, annotation = f"{where}{'' if where == '--' else '.'}{field.name}", annotations[field.name]
         if field.name in mapping:
-            inside = name if field.metadata == fields.WHOLE else root
-            values[field.name] = _checked(mapping[field.name], annotation, name, field.default, root=inside)
+            values[field.name] = _checked(mapping[field.name], annotation, name, field.default)
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             advice = fields.advice_for(annotation, name)
             raise UserError(f"{name} is missing; required {fields.type_name(annotation)}; {advice}")
-    try:
+    with fields.placed(cls, where):
         return cls(**values)
-    except UserError as error:
-        raise _placed(error, cls, where, root) from error
 
 
 def checked(tree: Tree, where: str = "config") -> Tree:
@@ -75,7 +69,7 @@ def checked(tree: Tree, where: str = "config") -> Tree:
     return from_dict(type(tree), _values(tree), where)
 
 
-def with_changes(tree: Tree, changes: Mapping[str, Any], where: str = "config", *, root: str = "config") -> Tree:
+def with_changes(tree: Tree, changes: Mapping[str, Any], where: str = "config") -> Tree:
     """The tree with some of its fields at other values.
 
     Args:
@@ -83,19 +77,17 @@ def with_changes(tree: Tree, changes: Mapping[str, Any], where: str = "config", 
       changes: values by dotted name, ``{"optimizer.lr": 1e-5}``. A field of a section that is None makes the section.
         The last one counts.
       where: the dotted name of `tree` in messages.
-      root: as in `from_dict`.
 
     Raises:
       UserError: as `from_dict`.
     """
     values = {field.name: getattr(tree, field.name) for field in dataclasses.fields(typing.cast(Any, tree))}
-    whole = {field.name for field in dataclasses.fields(typing.cast(Any, tree)) if field.metadata == fields.WHOLE}
     for name, value in _nested(changes).items():
-        section, place = values.get(name), f"{where}.{name}"
+        section = values.get(name)
         if isinstance(value, Mapping) and fields.is_section(type(section)):
-            value = with_changes(section, value, place, root=place if name in whole else root)
+            value = with_changes(section, value, f"{where}.{name}")
         values[name] = value
-    return from_dict(type(tree), values, where, root=root)
+    return from_dict(type(tree), values, where)
 
 
 def parse_text(text: str, annotation: Any, where: str, example: Any = None) -> Any:
@@ -169,19 +161,19 @@ def _nested(changes: Mapping[str, Any]) -> dict[str, Any]:
     return nested
 
 
-def _checked(value: Any, annotation: Any, where: str, example: Any = None, *, root: str = "config") -> Any:
+def _checked(value: Any, annotation: Any, where: str, example: Any = None) -> Any:
     """`value` as `annotation` wants it, sections rebuilt; UserError if it is something else."""
     for kind in fields.kinds_of(annotation):
         if fields.is_section(kind):
             if isinstance(value, kind):
                 return value
             if isinstance(value, Mapping):
-                return from_dict(kind, value, where, root=root)
+                return from_dict(kind, value, where)
         elif typing.get_origin(kind) is tuple:
             parts = fields.parts_of(kind, len(value)) if isinstance(value, tuple | list) else None
             if parts is not None:
                 named = [(v, part, f"{where}[{i}]") for i, (v, part) in enumerate(zip(value, parts, strict=True))]
-                return tuple(_checked(*triple, root=root) for triple in named)
+                return tuple(_checked(*triple) for triple in named)
         elif typing.get_origin(kind) is Literal:
             if value in typing.get_args(kind):
                 return value
@@ -195,19 +187,6 @@ def _checked(value: Any, annotation: Any, where: str, example: Any = None, *, ro
             if isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
                 return value
     raise fields.wrong_value(value, annotation, where, example)
-
-
-def _placed(error: UserError, cls: Any, where: str, root: str) -> UserError:
-    """The error of a check with its place: a section that may stand in several places names its fields alone."""
-    message = str(error)
-    field = message.split(" ", 1)[0]
-    named, here = re.match(r"(config(?:\.\w+)+)\.(\w+) ", message), "config" + where.removeprefix(root)
-    if named and named[2] in fields.annotations_of(cls) and named[1] != here:  # as if it stood in its usual place
-        message = re.sub(rf"\b{re.escape(named[1])}\.", f"{here}.", message)
-        return UserError(message if root == "config" else fields.relocated(message, root))
-    if field not in fields.annotations_of(cls):
-        return error if root == "config" else UserError(fields.relocated(message, root))
-    return UserError(re.sub(rf"(^|--){field}\b", rf"\1{where}.{field}", message))
 
 
 def _read(text: str, kind: Any) -> Any:

@@ -4,29 +4,208 @@ A config is a tree of frozen dataclasses, called sections. Its fields are ``bool
 ``str``, ``Literal[...]``, tuples of those or of sections, sections, and ``| None`` of each; nothing else, so
 that every config is hashable and can be written as JSON. Dotted names start with ``config``:
 ``config.optimizer.lr``.
+
+A field says its bounds once, where it is declared, and a section checks them when it is made:
+
+    @dataclass(frozen=True)
+    class OptimizerConfig:
+        lr: float = bounded(2e-5, above(0), finite)
+
+        def __post_init__(self) -> None:
+            check(self)
+
+What is wrong is named as the person knows it: ``OptimizerConfig.lr`` in Python, ``config.critic.optimizer.lr`` in what
+was read from a file or typed (see `placed`).
 """
 
 import dataclasses
 import difflib
+import functools
 import math
-import re
 import types
 import typing
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, Literal, TypeGuard, Union
 
 from jaxrm.errors import UserError
 
-WHOLE = {"holds a whole config": True}
-"""``field(metadata=WHOLE)``: the field's section is a config by itself, whose own checks call its fields ``config.…``,
-as a stage of a pipeline is; `config.from_dict` names them by their place."""
-
 _MISSING = dataclasses.MISSING
+_SYNONYMS = {
+    "lr": ("optimizer.lr",),
+    "learning_rate": ("optimizer.lr",),
+    "weight_decay": ("optimizer.weight_decay",),
+    "wd": ("optimizer.weight_decay",),
+    "warmup_ratio": ("optimizer.warmup",),
+    "warmup_steps": ("optimizer.warmup",),
+    "max_grad_norm": ("optimizer.clip_norm",),
+    "grad_clip": ("optimizer.clip_norm",),
+    "epochs": ("num_epochs",),
+    "num_train_epochs": ("num_epochs",),
+    "steps": ("num_steps",),
+    "max_steps": ("num_steps",),
+    "train_steps": ("num_steps",),
+    "grad_accum": ("num_microbatches",),
+    "gradient_accumulation_steps": ("num_microbatches",),
+    "accumulation_steps": ("num_microbatches",),
+    "batch_size": ("data.batch_size",),
+    "train_batch_size": ("data.batch_size",),
+    "per_device_train_batch_size": ("data.batch_size",),
+    "max_len": ("data.max_length",),
+    "max_length": ("data.max_length",),
+    "seq_len": ("data.max_length",),
+    "max_seq_length": ("data.max_length",),
+    "dataset": ("data.path",),
+    "model_name": ("model.path",),
+    "output_dir": ("run_dir",),
+    "temperature": ("rollout.sampling.temperature", "pairs.sampling.temperature", "evaluation.sampling.temperature"),
+    "max_new_tokens": (
+        "rollout.sampling.max_new_tokens",
+        "pairs.sampling.max_new_tokens",
+        "evaluation.sampling.max_new_tokens",
+    ),
+    "beta": ("ppo.kl_coef", "dpo.beta"),
+    "kl_beta": ("ppo.kl_coef", "dpo.beta"),
+    "kl_coef": ("ppo.kl_coef",),
+    "cliprange": ("ppo.clip",),
+    "clip_range": ("ppo.clip",),
+    "gamma": ("ppo.discount",),
+    "lam": ("ppo.gae_lambda",),
+}  # what others call a field, only used for hints; the first that the config has is meant
+ROOT_CONFIG = {"is_root_config": True}
+"""``field(metadata=ROOT_CONFIG)``: see `is_root_config`."""
+_BOUNDS = "bounds"
+_place: ContextVar[tuple[type, str]] = ContextVar("place", default=(type(None), ""))
 _EXAMPLES = {bool: True, int: 8, float: 0.5}
+
+
+@dataclasses.dataclass(frozen=True)
+class Bound:
+    """What the values of a field are.
+
+    Attributes:
+      holds: whether a value is one of them.
+      required: the same in words, after "it must be".
+      example: one of them.
+    """
+
+    holds: Callable[[Any], bool]
+    required: str
+    example: Any
+
+
+def at_least(least: float) -> Bound:
+    """``least`` or more."""
+    return Bound(lambda value: value >= least, f"at least {least}", least)
+
+
+def at_most(most: float) -> Bound:
+    """``most`` or less."""
+    return Bound(lambda value: value <= most, f"at most {most}", most)
+
+
+def above(limit: float) -> Bound:
+    """More than ``limit``."""
+    return Bound(lambda value: value > limit, f"above {limit}", limit + 1)
+
+
+def below(limit: float) -> Bound:
+    """Less than ``limit``."""
+    return Bound(lambda value: value < limit, f"below {limit}", limit - 1)
+
+
+def one_of(*choices: str) -> Bound:
+    """One of several texts."""
+    return Bound(lambda value: value in choices, f"one of {', '.join(choices)}", choices[0])
+
+
+finite = Bound(math.isfinite, "finite", 1.0)
+
+
+def bounded(default: Any, *bounds: Bound, meaning: str = "") -> Any:
+    """A field of a dataclass with a default and with bounds that `check` looks after.
+
+    Args:
+      default: the default; where it is None, bounds do not concern None.
+      bounds: all of them must hold.
+      meaning: what None or a special value stands for, or what the number is a share of; ends the message.
+    """
+    return dataclasses.field(default=default, metadata={_BOUNDS: (bounds, meaning)})
+
+
+def check(section: Any) -> None:
+    """Refuse a value that is out of its field's bounds; a section's ``__post_init__`` calls it.
+
+    Raises:
+      UserError: naming the field.
+    """
+    annotations = annotations_of(type(section))
+    for field in dataclasses.fields(section):
+        value, annotation = getattr(section, field.name), annotations[field.name]
+        kinds = kinds_of(annotation)
+        choices = [choice for kind in kinds if typing.get_origin(kind) is Literal for choice in typing.get_args(kind)]
+        if len(choices) > 0 and isinstance(value, str) and str not in kinds and value not in choices:
+            raise wrong(section, field.name, type_name(annotation), field.default)
+        bounds, meaning = field.metadata.get(_BOUNDS, ((), ""))
+        if value is None and type(None) in kinds:
+            continue
+        if not all(_holds(bound, value) for bound in bounds):
+            required = " and ".join(bound.required for bound in bounds)
+            required += f", or None{' for ' if meaning else ''}{meaning}" if type(None) in kinds else meaning
+            example = bounds[0].example if field.default is None else field.default
+            raise wrong(section, field.name, required, example)
+
+
+def wrong(section: Any, name: str, required: str, example: Any) -> UserError:
+    """Return the error for a field of a section whose value is not what is ``required``."""
+    value = getattr(section, name)
+    return UserError(place(section, name), repr(value), required, typed(section, name, example))
+
+
+def place(section: Any, name: str = "") -> str:
+    """A section, or a field of it, as the person knows it: ``OptimizerConfig.lr`` or ``config.optimizer.lr``."""
+    cls, where = _place.get()
+    where = where if cls is type(section) else type(section).__name__
+    return f"{where}{'' if where == '--' else '.'}{name}" if name else where
+
+
+def typed(section: Any, name: str, value: Any) -> str:
+    """A value of a field of a section as the person gives it: ``lr=1e-5``, or ``--config.optimizer.lr=1e-5``."""
+    if _place.get()[0] is not type(section):
+        return f"{name}={value!r}"
+    return f"--{place(section, name).removeprefix('--')}={as_text(value)}"
+
+
+@contextmanager
+def placed(cls: type, where: str) -> Iterator[None]:
+    """Name the fields of a section of class ``cls`` by their place while one is made.
+
+    Args:
+      cls: the section's class; sections of other classes are named as in Python.
+      where: the dotted name of the section, or ``--`` where a command has a flag for each of its fields.
+    """
+    token = _place.set((cls, where))
+    try:
+        yield
+    finally:
+        _place.reset(token)
+
+
+def _holds(bound: Bound, value: Any) -> bool:
+    try:
+        return bool(bound.holds(value))
+    except TypeError:  # not even of a type that can be compared
+        return False
 
 
 def annotations_of(cls: Any) -> dict[str, Any]:
     """Return the types of a dataclass's fields by name, with string annotations resolved."""
+    return _annotations_of(cls)
+
+
+@functools.cache
+def _annotations_of(cls: Any) -> dict[str, Any]:
     hints = typing.get_type_hints(cls)
     return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
 
@@ -44,6 +223,11 @@ def field_names(cls: type, where: str = "config") -> dict[str, Any]:
         if section is not None:
             names |= field_names(section, f"{where}.{name}")
     return names
+
+
+def is_root_config(field: dataclasses.Field) -> bool:
+    """Tell whether a field's section is a config by itself, as a stage of a pipeline is."""
+    return bool(field.metadata.get("is_root_config"))
 
 
 def section_of(annotation: Any) -> type | None:
@@ -128,30 +312,35 @@ def unknown_field(name: str, known: Iterable[str]) -> UserError:
     inside = [k for k in known if k.startswith(f"{name}.")]
     if inside:
         return UserError(f"{name} is a section; set its fields, e.g. --{inside[0]}=…")
-    advice = did_you_mean(name, known) or "--help lists the fields"
+    advice = did_you_mean(f"--{name}", [f"--{field}" for field in known]) or "--help lists the fields"
     return UserError(f"{name} is no field of the config; {advice}")
-
-
-def relocated(message: str, where: str) -> str:
-    """Return a message about the fields of a config with the place `where` that this config has in a larger one.
-
-    ``config.optimizer.lr`` in it becomes ``config.sft.optimizer.lr`` where `where` is ``config.sft``.
-    """
-    return re.sub(r"(?<![\w./-])(--(?:no)?)?config\.(?!json\b|py\b)(?=[a-z_])", rf"\g<1>{where}.", message)
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return ``did you mean …?`` with the `known` name nearest to a mistyped `name`, or an empty string.
 
-    In dotted names the last part counts most, so that ``config.lr`` finds ``config.optimizer.lr``.
+    In dotted names the last part counts most, so that ``config.seeed`` finds ``config.sft.seed``. What other libraries
+    call a field is known too: ``config.learning_rate`` finds ``config.optimizer.lr``.
     """
+    known = list(known)
+    for meant in _SYNONYMS.get(name.rsplit(".", 1)[-1].lstrip("-"), ()):
+        places = [place for place in known if place.endswith(f".{meant}")]
+        if places:  # in a section, or a stage of a pipeline, its own field is meant
+            nearest = max(places, key=lambda place: (_shared_parts(name, place), -place.count(".")))
+            return f"did you mean {nearest}?"
     whole = {_without_prefix(k): k for k in known}
-    last = {k: k.rsplit(".", 1)[-1] for k in whole}
+    last_parts = {k: k.rsplit(".", 1)[-1] for k in whole}
     name = _without_prefix(name)
-    near = difflib.get_close_matches(name.rsplit(".", 1)[-1], last.values(), n=1, cutoff=0.7)
-    nearest = difflib.get_close_matches(name, [k for k in whole if last[k] in near], n=1, cutoff=0.0)
-    nearest = nearest or difflib.get_close_matches(name, whole, n=1, cutoff=0.75)
-    return f"did you mean {whole[nearest[0]]}?" if nearest else ""
+    near_parts = difflib.get_close_matches(name.rsplit(".", 1)[-1], last_parts.values(), n=1, cutoff=0.7)
+    close = difflib.get_close_matches(name, [k for k in whole if last_parts[k] in near_parts], n=1, cutoff=0.0)
+    close = close or difflib.get_close_matches(name, whole, n=1, cutoff=0.75)
+    return f"did you mean {whole[close[0]]}?" if close else ""
+
+
+def _shared_parts(a: str, b: str) -> int:
+    """How many parts two dotted names have in common at their beginning."""
+    is_same = [x == y for x, y in zip(a.split("."), b.split("."), strict=False)]
+    return [*is_same, False].index(False)
 
 
 def _without_prefix(name: str) -> str:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from jaxrm.errors import UserError, flag, option
+from jaxrm.config.fields import above, at_least, at_most, below, bounded, check, one_of
 
 SCHEMAS = (
     "auto",
@@ -48,43 +48,21 @@ class DataConfig:
 
     path: str = ""
     split: str = "train"
-    schema: str = "auto"
-    preferred: str = "better_response_id"
+    schema: str = bounded("auto", one_of(*SCHEMAS))
+    preferred: str = bounded("better_response_id", one_of("better_response_id", "safer_response_id"))
     eval_path: str | None = None
     eval_split: str | None = None
-    eval_share: float = 0.05
-    max_records: int | None = None
-    max_eval_records: int | None = 512
+    eval_share: float = bounded(0.05, above(0), below(1))
+    max_records: int | None = bounded(None, at_least(1))
+    max_eval_records: int | None = bounded(512, at_least(1))
     tokenizer: str | None = None
     template: str = "auto"
-    max_length: int = 1024
+    max_length: int = bounded(1024, at_least(2))
     packing: bool = True
-    train_on: str = "last"
-    too_long: str = "drop"
-    batch_size: int = 8
-    max_bad_share: float = 0.05
+    train_on: str = bounded("last", one_of("last", "all"))
+    too_long: str = bounded("drop", one_of("drop", "error"))
+    batch_size: int = bounded(8, at_least(1))
+    max_bad_share: float = bounded(0.05, at_least(0), at_most(1))
 
     def __post_init__(self) -> None:
-        choices = {
-            "schema": SCHEMAS,
-            "preferred": ("better_response_id", "safer_response_id"),
-            "train_on": ("last", "all"),
-            "too_long": ("drop", "error"),
-        }
-        for field, allowed in choices.items():
-            if getattr(self, field) not in allowed:
-                raise _wrong(field, getattr(self, field), "one of " + ", ".join(allowed), allowed[0])
-        for field, least in (("max_length", 2), ("batch_size", 1), ("max_records", 1), ("max_eval_records", 1)):
-            value = getattr(self, field)
-            if value is not None and value < least:
-                raise _wrong(field, value, f"at least {least}", max(least, getattr(DataConfig, field) or least))
-        if not 0 < self.eval_share < 1:
-            raise _wrong("eval_share", self.eval_share, "between 0 and 1", 0.05)
-        if not 0 <= self.max_bad_share <= 1:
-            raise _wrong("max_bad_share", self.max_bad_share, "from 0 to 1", 0.05)
-
-
-def _wrong(field: str, value: object, required: str, example: object) -> UserError:
-    return UserError(
-        f"{option(f'data.{field}')} is {value!r}, but must be {required}; e.g. {flag(f'data.{field}')}={example}"
-    )
+        check(self)

@@ -6,7 +6,6 @@ arXiv 2409.00162, section 3). The correction mapping is (x, rejected) -> chosen,
 same token ids. So a response has the same tokens as source, as target, in a comparison and when it is scored.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from jaxrm.config.fields import above, at_least, bounded, check, finite, place, wrong
 from jaxrm.data.config import DataConfig
 from jaxrm.data.examples import ComparisonExample, MappingExample, Progress, encode_dialogues
 from jaxrm.data.readers import ReadReport
@@ -45,31 +45,16 @@ class MappingConfig:
     """
 
     instruction: str = "Rewrite your last response as the best one you can give."
-    correction_weight: float = 1.0
+    correction_weight: float = bounded(1.0, above(0), finite)
     identity: bool = True
-    identity_weight: float = 1.0
-    identity_warmup_steps: int = 0
+    identity_weight: float = bounded(1.0, above(0), finite, meaning=" (identity=False leaves the mapping out)")
+    identity_warmup_steps: int = bounded(0, at_least(0))
 
     def __post_init__(self) -> None:
-        for field in ("correction_weight", "identity_weight"):
-            value = getattr(self, field)
-            if not (value > 0 and math.isfinite(value)):
-                hint = f", or to train without the identity mapping {flag('mapping.identity')}=False"
-                raise UserError(
-                    f"{option(f'mapping.{field}')} is {value}, but must be a number above 0; e.g. "
-                    f"{flag(f'mapping.{field}')}=1.0{hint if field == 'identity_weight' else ''}"
-                )
-        if self.identity_warmup_steps < 0:
-            raise UserError(
-                f"{option('mapping.identity_warmup_steps')} is {self.identity_warmup_steps}, but must be at least 0; "
-                f"e.g. {flag('mapping.identity_warmup_steps')}=0"
-            )
+        check(self)
         if self.identity_warmup_steps and not self.identity:
-            raise UserError(
-                f"{option('mapping.identity_warmup_steps')} is {self.identity_warmup_steps}, but "
-                f"{option('mapping.identity')} is False; use {flag('mapping.identity')}=True or "
-                f"{flag('mapping.identity_warmup_steps')}=0"
-            )
+            required = f"0 where {place(self, 'identity')} is False"
+            raise wrong(self, "identity_warmup_steps", required, 0)
 
 
 @dataclass(frozen=True)

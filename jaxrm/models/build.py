@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxrm.config.fields import bounded, check, one_of, place, typed
 from jaxrm.errors import UserError, flag, option
 from jaxrm.models import attention, hub, layers
 from jaxrm.models.config import ModelConfig, preset
@@ -31,21 +32,16 @@ class ModelSource:
 
     path: str | None = None
     preset: str | None = None
-    dtype: str = "float32"
-    remat: str = "full"
-    attention: str = "auto"
+    dtype: str = bounded("float32", one_of(*DTYPES))
+    remat: str = bounded("full", one_of(*REMAT_POLICIES))
+    attention: str = bounded("auto", one_of(*attention.KERNELS))
 
     def __post_init__(self) -> None:
-        for field, allowed in (("dtype", DTYPES), ("remat", REMAT_POLICIES), ("attention", attention.KERNELS)):
-            if getattr(self, field) not in allowed:
-                raise UserError(
-                    f"{option(f'model.{field}')} is {getattr(self, field)!r}; use one of {', '.join(allowed)}, "
-                    f"e.g. {flag(f'model.{field}')}={allowed[0]}"
-                )
+        check(self)
         if self.path is not None and self.preset is not None:
             raise UserError(
-                f"{option('model')} has both path {self.path!r} and preset {self.preset!r}; give weights or a shape, "
-                f"e.g. {flag('model.preset')}=None"
+                f"{place(self)} has both path {self.path!r} and preset {self.preset!r}; give weights or a shape, "
+                f"e.g. {typed(self, 'preset', None)}"
             )
 
 

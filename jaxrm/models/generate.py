@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxrm.config.fields import above, at_least, at_most, bounded, check
 from jaxrm.errors import UserError, flag, option
 from jaxrm.models import cache as cache_lib
 from jaxrm.models.transformer import positions_from_mask
@@ -29,23 +30,13 @@ class SamplingConfig:
         arXiv 1904.09751); 1 for all.
     """
 
-    max_new_tokens: int = 128
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
+    max_new_tokens: int = bounded(128, at_least(1))
+    temperature: float = bounded(1.0, at_least(0), meaning=" (0 is greedy)")
+    top_k: int = bounded(0, at_least(0), meaning=" (0 is no limit)")
+    top_p: float = bounded(1.0, above(0), at_most(1))
 
     def __post_init__(self) -> None:
-        for field, good, required in (
-            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
-            ("temperature", self.temperature >= 0, "at least 0 (0 is greedy)"),
-            ("top_k", self.top_k >= 0, "at least 0 (0 is no limit)"),
-            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
-        ):
-            if not good:
-                raise UserError(
-                    f"{field} is {getattr(self, field)}; it must be {required}, "
-                    f"e.g. --{field}={getattr(SamplingConfig, field)}"
-                )
+        check(self)
 
 
 class Generation(NamedTuple):

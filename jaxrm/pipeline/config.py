@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from jaxrm.config.fields import WHOLE
+from jaxrm.config import fields
 from jaxrm.errors import UserError, flag, option
 from jaxrm.experiment import Experiment
 from jaxrm.runtime.run_folder import OnExisting
@@ -40,25 +40,21 @@ class Pipeline:
     """
 
     run_dir: str
-    seed: int | None = None
+    seed: int | None = fields.bounded(None, fields.at_least(0), fields.below(2**32))
     on_existing: OnExisting = "resume"
     stages: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        fields.check(self)
         names = stage_names(type(self))
-        every = ",".join(names)
         for name in self.stages:
             if name not in names:
                 near = difflib.get_close_matches(name, names, n=1)
-                advice = f"did you mean {near[0]}?" if near else f"e.g. {flag('stages')}={every}"
-                raise UserError(f"{option('stages')} has {name!r}, but the stages are {', '.join(names)}; {advice}")
+                advice = f"did you mean {near[0]}?" if near else f"e.g. {fields.typed(self, 'stages', names)}"
+                where = fields.place(self, "stages")
+                raise UserError(f"{where} has {name!r}, but the stages are {', '.join(names)}; {advice}")
         if not self.stages or len(set(self.stages)) < len(self.stages):
-            found = "names a stage twice" if self.stages else "is empty"
-            raise UserError(
-                f"{option('stages')} {found}; required each stage to run, once, e.g. {flag('stages')}={every}"
-            )
-        if self.seed is not None and not 0 <= self.seed < 2**32:
-            raise UserError(f"{option('seed')} is {self.seed}; it must be from 0 to {2**32 - 1}, e.g. {flag('seed')}=0")
+            raise fields.wrong(self, "stages", "each stage to run, once", names)
 
 
 @dataclass(frozen=True)
@@ -104,7 +100,7 @@ def pipeline(
 
 def stage_names(config: Any) -> tuple[str, ...]:
     """Return all the stages of a pipeline, or of the class of one, in the order of its config file."""
-    return tuple(name.name for name in dataclasses.fields(config) if name.metadata == WHOLE)
+    return tuple(name.name for name in dataclasses.fields(config) if fields.is_root_config(name))
 
 
 def resolve(config: Pipeline) -> dict[str, Stage]:
@@ -134,8 +130,8 @@ def resolve(config: Pipeline) -> dict[str, Stage]:
 
 
 def _class_of(names: tuple[str, ...]) -> Any:
-    fields = [(name, Experiment, field(metadata=WHOLE)) for name in names]
-    return dataclasses.make_dataclass("Pipeline", fields, bases=(Pipeline,), frozen=True, kw_only=True)
+    stages = [(name, Experiment, field(metadata=fields.ROOT_CONFIG)) for name in names]
+    return dataclasses.make_dataclass("Pipeline", stages, bases=(Pipeline,), frozen=True, kw_only=True)
 
 
 def _join(run_dir: str, name: str) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from jaxrm.errors import UserError, flag, option
+from jaxrm.config.fields import at_least, bounded, check
 
 
 @dataclass(frozen=True)
@@ -21,17 +21,12 @@ class CheckpointConfig:
         evaluated and saved; for PPO those with the highest held-out reward, which is what a policy may over-optimize.
     """
 
-    every: int = 100
-    keep: int = 1
-    keep_best: int = 1
+    every: int = bounded(100, at_least(1))
+    keep: int = bounded(1, at_least(1))
+    keep_best: int = bounded(1, at_least(0))
 
     def __post_init__(self) -> None:
-        for field, least in (("every", 1), ("keep", 1), ("keep_best", 0)):
-            if getattr(self, field) < least:
-                raise UserError(
-                    f"{option(f'checkpoint.{field}')} is {getattr(self, field)}; it must be at least {least}, "
-                    f"e.g. {flag(f'checkpoint.{field}')}={max(least, 1)}"
-                )
+        check(self)
 
 
 class Checkpoints:

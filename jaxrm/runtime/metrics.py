@@ -18,7 +18,8 @@ from types import TracebackType
 from typing import Any, Self
 
 from jaxrm import atomic
-from jaxrm.errors import UserError, flag, option
+from jaxrm.config.fields import at_least, bounded, check, place, typed
+from jaxrm.errors import UserError
 from jaxrm.runtime.run_folder import RunFolder
 
 PHASES = ("rollout", "reading", "scoring", "update")
@@ -41,20 +42,17 @@ class LoggingConfig:
       wandb_project: project of Weights & Biases that the run is sent to; None sends nothing.
     """
 
-    every: int = 10
+    every: int = bounded(10, at_least(1))
     progress: bool = True
     tensorboard: bool = True
     wandb_project: str | None = None
 
     def __post_init__(self) -> None:
-        if self.every < 1:
-            raise UserError(
-                f"{option('logging.every')} is {self.every}; required at least 1 step, e.g. {flag('logging.every')}=10"
-            )
+        check(self)
         if self.wandb_project is not None and importlib.util.find_spec("wandb") is None:
             raise UserError(
-                f"{option('logging.wandb_project')} is {self.wandb_project!r}, but wandb is not installed; "
-                f"use pip install wandb, or {flag('logging.wandb_project')}=None"
+                f"{place(self, 'wandb_project')} is {self.wandb_project!r}, but wandb is not installed; "
+                f"use pip install wandb, or {typed(self, 'wandb_project', None)}"
             )
 
 

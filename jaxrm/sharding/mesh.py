@@ -8,10 +8,12 @@ import jax
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
+from jaxrm.config.fields import Bound, bounded, check, place, wrong
 from jaxrm.errors import UserError, flag, option
 
 AXES = ("data", "fsdp", "context", "tensor")
 BATCH_AXES = ("data", "fsdp")
+_DEVICES = Bound(lambda size: size == -1 or size >= 1, "a number of devices, or -1 for the rest", 1)
 
 
 @dataclass(frozen=True)
@@ -28,26 +30,17 @@ class MeshConfig:
         during generation, which adds one token a row at a time, so use another mesh there: ``config.rollout.mesh``.
     """
 
-    data: int = -1
-    fsdp: int = 1
-    tensor: int = 1
-    context: int = 1
+    data: int = bounded(-1, _DEVICES)
+    fsdp: int = bounded(1, _DEVICES)
+    tensor: int = bounded(1, _DEVICES)
+    context: int = bounded(1, _DEVICES)
 
     def __post_init__(self) -> None:
-        sizes = {axis: getattr(self, axis) for axis in AXES}
-        for axis, size in sizes.items():
-            if size == 0 or size < -1:
-                raise UserError(
-                    f"{option(f'mesh.{axis}')} is {size}; use a number of devices, or -1 for the rest, "
-                    f"e.g. {flag(f'mesh.{axis}')}=1"
-                )
-        if list(sizes.values()).count(-1) > 1:
-            rest = [axis for axis, size in sizes.items() if size == -1]
-            raise UserError(
-                f"{option(f'mesh.{rest[0]}')} is -1, the rest, and so is {option(f'mesh.{rest[1]}')}, but there is "
-                f"no more than "
-                f"one rest; give all axes but one a number of devices, e.g. {flag(f'mesh.{rest[0]}')}=1"
-            )
+        check(self)
+        rest = [axis for axis in AXES if getattr(self, axis) == -1]
+        if len(rest) > 1:
+            required = f"a number of devices, since {place(self, rest[1])} is -1, the rest, too"
+            raise wrong(self, rest[0], required, 1)
 
 
 def build_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:

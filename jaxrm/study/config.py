@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from jaxrm.algorithms.reward_config import check_kind
-from jaxrm.config.fields import WHOLE
+from jaxrm.config.fields import ROOT_CONFIG, at_least, bounded, check, place, typed, wrong
 from jaxrm.data import tasks
-from jaxrm.errors import UserError, flag, option
+from jaxrm.errors import UserError
 from jaxrm.experiment import Experiment
 from jaxrm.ops.token_rewards import is_custom, names_for
 from jaxrm.runtime.run_folder import OnExisting
@@ -71,46 +71,44 @@ class Study:
     kl_coefs: tuple[float, ...] = (0.05, 0.2)
     learning_rates: tuple[float, ...] = (3e-4, 1e-3)
     dpo_betas: tuple[float, ...] = (0.1, 0.3)
-    extensions: int = 3
+    extensions: int = bounded(3, at_least(0))
     tolerance: float = 0.01
-    workers: int | None = None
-    sft: Experiment = field(default_factory=lambda: Experiment(algorithm="sft"), metadata=WHOLE)
-    pairs: Experiment = field(default_factory=lambda: Experiment(algorithm="sample_pairs"), metadata=WHOLE)
-    rm_scalar: Experiment = field(default_factory=lambda: Experiment(algorithm="scalar_rm"), metadata=WHOLE)
-    rm_seq2seq: Experiment = field(default_factory=lambda: Experiment(algorithm="seq2seq_rm"), metadata=WHOLE)
-    imitation: Experiment = field(default_factory=lambda: Experiment(algorithm="sft"), metadata=WHOLE)
-    dpo: Experiment = field(default_factory=lambda: Experiment(algorithm="dpo"), metadata=WHOLE)
-    best_of_n: Experiment = field(default_factory=lambda: Experiment(algorithm="best_of_n"), metadata=WHOLE)
-    ppo: Experiment = field(default_factory=lambda: Experiment(algorithm="ppo"), metadata=WHOLE)
-    evaluate: Experiment = field(default_factory=lambda: Experiment(algorithm="evaluate"), metadata=WHOLE)
+    workers: int | None = bounded(None, at_least(1))
+    sft: Experiment = field(default_factory=lambda: Experiment(algorithm="sft"), metadata=ROOT_CONFIG)
+    pairs: Experiment = field(default_factory=lambda: Experiment(algorithm="sample_pairs"), metadata=ROOT_CONFIG)
+    rm_scalar: Experiment = field(default_factory=lambda: Experiment(algorithm="scalar_rm"), metadata=ROOT_CONFIG)
+    rm_seq2seq: Experiment = field(default_factory=lambda: Experiment(algorithm="seq2seq_rm"), metadata=ROOT_CONFIG)
+    imitation: Experiment = field(default_factory=lambda: Experiment(algorithm="sft"), metadata=ROOT_CONFIG)
+    dpo: Experiment = field(default_factory=lambda: Experiment(algorithm="dpo"), metadata=ROOT_CONFIG)
+    best_of_n: Experiment = field(default_factory=lambda: Experiment(algorithm="best_of_n"), metadata=ROOT_CONFIG)
+    ppo: Experiment = field(default_factory=lambda: Experiment(algorithm="ppo"), metadata=ROOT_CONFIG)
+    evaluate: Experiment = field(default_factory=lambda: Experiment(algorithm="evaluate"), metadata=ROOT_CONFIG)
 
     def __post_init__(self) -> None:
+        check(self)
         for name, known in (("worlds", tasks.TASKS), ("arms", ARMS)):
-            found = getattr(self, name)
-            if not found or len(set(found)) < len(found):
-                raise _wrong(name, ",".join(found), "each one once, at least one", ",".join(known))
-            for one in found:
-                if one not in known and not (name == "arms" and is_custom(one) and one.startswith(PPO)):
-                    near = difflib.get_close_matches(one, known, n=1)
+            values = getattr(self, name)
+            if not values or len(set(values)) < len(values):
+                raise wrong(self, name, "each one once, at least one", known)
+            for value in values:
+                if value not in known and not (name == "arms" and is_custom(value) and value.startswith(PPO)):
+                    near = difflib.get_close_matches(value, known, n=1)
                     meant = f"; did you mean {near[0]}?" if near else ""
-                    raise UserError(f"{option(name)} has {one!r}; there are {', '.join(known)}{meant}")
-                if one.startswith(PPO):
-                    check_kind(one.removeprefix(PPO), "arms")
+                    raise UserError(f"{place(self, name)} has {value!r}; there are {', '.join(known)}{meant}")
+                if value.startswith(PPO):
+                    check_kind(value.removeprefix(PPO), place(self, "arms"), typed(self, "arms", ("ppo_literal",)))
         for name in ("seeds", "selection_seeds"):
-            found = getattr(self, name)
-            if not found or len(set(found)) < len(found) or min(found) < 0:
-                raise _wrong(name, found, "each once, at least one, none below 0", "1,2,3")
+            values = getattr(self, name)
+            if not values or len(set(values)) < len(values) or min(values) < 0:
+                raise wrong(self, name, "each once, at least one, none below 0", (1, 2, 3))
         both = sorted(set(self.seeds) & set(self.selection_seeds))
         if both:
-            raise _wrong("seeds", self.seeds, f"seeds that settings are not chosen with, not {both[0]}", "1,2,3")
+            required = f"seeds that settings are not chosen with, not {both[0]}"
+            raise wrong(self, "seeds", required, (1, 2, 3))
         for name in ("kl_coefs", "learning_rates", "dpo_betas"):
-            found = getattr(self, name)
-            if not found or list(found) != sorted(set(found)) or found[0] <= 0:
-                raise _wrong(name, found, "numbers above 0, ascending", "0.05,0.2")
-        if self.extensions < 0:
-            raise _wrong("extensions", self.extensions, "at least 0", "2")
-        if self.workers is not None and self.workers < 1:
-            raise _wrong("workers", self.workers, "at least 1", "2")
+            values = getattr(self, name)
+            if not values or list(values) != sorted(set(values)) or values[0] <= 0:
+                raise wrong(self, name, "numbers above 0, ascending", (0.05, 0.2))
 
 
 def apply_preset(study: Study) -> Study:
@@ -152,7 +150,3 @@ def axes(study: Study, arm: str) -> tuple[tuple[str, tuple[float, ...]], ...]:
 def _shorten(stage: Experiment, num_steps: int | None) -> Experiment:
     data = dataclasses.replace(stage.data, max_records=512, max_eval_records=64)
     return dataclasses.replace(stage, num_steps=num_steps, data=data)
-
-
-def _wrong(name: str, found: object, required: str, example: str) -> UserError:
-    return UserError(f"{option(name)} is {found!r}; required {required}, e.g. {flag(name)}={example}")

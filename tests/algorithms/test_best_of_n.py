@@ -101,5 +101,5 @@ def test_the_kl_bound_is_met_by_many_equally_likely_responses():
 
 
 def test_less_than_one_response_is_refused():
-    with pytest.raises(UserError, match=r"config.best_of_n.n is 0; it must be at least 1.*--config.best_of_n.n=16"):
+    with pytest.raises(UserError, match=r"BestOfNConfig.n is 0; it must be at least 1, e.g. n=16"):
         BestOfNConfig(n=0)

@@ -512,16 +512,16 @@ def test_no_array_of_responses_by_vocabulary_is_made():
     [
         (
             {"kind": "literally"},
-            r"config.reward.kind is 'literally'; use one of literal, signed.*--config.reward.kind=",
+            r"RewardConfig.kind is 'literally'; it must be one of literal, signed.*kind=",
         ),
         (
             {"scale": 0.0},
-            r"config.reward.scale is 0.0; it must be unit or a finite number above 0.*--config.reward.scale=unit",
+            r"RewardConfig.scale is 0.0; it must be unit or a finite number above 0.*scale='unit'",
         ),
-        ({"scale": float("nan")}, "config.reward.scale is nan"),
-        ({"scale": float("inf")}, "config.reward.scale is inf"),
-        ({"center_momentum": 1.0}, r"config.reward.center_momentum is 1.0; .*below 1"),
-        ({"center_momentum": -0.1}, "config.reward.center_momentum is -0.1"),
+        ({"scale": float("nan")}, "RewardConfig.scale is nan"),
+        ({"scale": float("inf")}, "RewardConfig.scale is inf"),
+        ({"center_momentum": 1.0}, r"RewardConfig.center_momentum is 1.0; .*below 1"),
+        ({"center_momentum": -0.1}, "RewardConfig.center_momentum is -0.1"),
     ],
 )
 def test_reward_options_that_make_no_sense_are_errors(fields, message):

@@ -20,17 +20,16 @@ from dataclasses import dataclass, field
 from absl import flags
 
 from jaxrm.config import command_line
-from jaxrm.errors import UserError
+from jaxrm.config.fields import above, bounded, check
 
 
 @dataclass(frozen=True)
 class Optimizer:
-    lr: float = 1e-5
+    lr: float = bounded(1e-5, above(0))
     clip: float | None = None
 
     def __post_init__(self):
-        if self.lr <= 0:
-            raise UserError(f"config.optimizer.lr is {self.lr}; required above 0; e.g. --config.optimizer.lr=1e-5")
+        check(self)
 
 
 @dataclass(frozen=True)
@@ -193,13 +192,13 @@ def test_two_command_lines_in_one_process_share_no_flags(parse):
     [
         (
             ["--config.nmu_steps=3"],
-            "config.nmu_steps is no field of the config; did you mean config.num_steps?",
+            "config.nmu_steps is no field of the config; did you mean --config.num_steps?",
         ),
-        (["--config.lr=3"], "config.lr is no field of the config; did you mean config.optimizer.lr?"),
-        (["--noconfig.pakcing"], "config.pakcing is no field of the config; did you mean config.packing?"),
+        (["--config.lr=3"], "config.lr is no field of the config; did you mean --config.optimizer.lr?"),
+        (["--noconfig.pakcing"], "config.pakcing is no field of the config; did you mean --config.packing?"),
         (
             ["--config.judge.evry=3"],
-            "config.judge.evry is no field of the config; did you mean config.judge.every?",
+            "config.judge.evry is no field of the config; did you mean --config.judge.every?",
         ),
         (["--config.zzz=3"], "config.zzz is no field of the config; --help lists the fields"),
         (
@@ -219,7 +218,10 @@ def test_two_command_lines_in_one_process_share_no_flags(parse):
             ["--config.optimizer=adam"],
             "config.optimizer is a section; set its fields, e.g. --config.optimizer.lr=…",
         ),
-        (["--config.optimizer.lr=-1"], "config.optimizer.lr is -1.0; required above 0"),
+        (
+            ["--config.optimizer.lr=-1"],
+            "config.optimizer.lr is -1.0; it must be above 0, e.g. --config.opt",
+        ),
         (["--config.num_steps"], "Missing value for flag --config.num_steps; flags are written --name=value"),
         (["--noconfig.packing=3"], "--noconfig.packing=3 does not take an argument"),
         (["--promt=a"], "--promt is no flag of this command; did you mean --prompt?"),
@@ -255,7 +257,7 @@ def test_a_mistaken_argument_gets_one_line(refuse, arguments, message):
         ),
         (
             "from toy import *\ndef get_config():\n    return Toy(optimizer=Optimizer(lr=0))\n",
-            "bad.py:3: config.optimizer.lr is 0; required above 0",
+            "bad.py:3: Optimizer.lr is 0; it must be above 0, e.g. lr=1e-05",
         ),
         (
             "def get_config():\n    return {'num_steps': 1}\n",
@@ -357,7 +359,7 @@ def test_help_lists_flags_and_fields_with_the_values_of_the_file(toy, capsys):
         (["--config=x.py"], 0, ""),
         (["--config=x.py", "--prompt=status"], 12, ""),
         (["--config=x.py", "--config.lr=3"], 2, "jaxrm: error: config.lr is no field of the config; did you mean "
-         "config.optimizer.lr?\n"),
+         "--config.optimizer.lr?\n"),
         (["--config=x.py", "--prompt=interrupt"], 130, "jaxrm: interrupted\n"),
     ],
 )  # fmt: skip

@@ -9,20 +9,19 @@ from typing import Literal
 import pytest
 
 from jaxrm.config.dicts import ABSENT, checked, differences, from_dict, parse_text, to_dict, with_changes
-from jaxrm.config.fields import did_you_mean, field_names
+from jaxrm.config.fields import above, bounded, check, did_you_mean, field_names
 from jaxrm.errors import UserError
 
 
 @dataclass(frozen=True)
 class Optimizer:
-    lr: float = 1e-5
+    lr: float = bounded(1e-5, above(0))
     betas: tuple[float, float] = (0.9, 0.999)
     kind: Literal["adamw", "adafactor"] = "adamw"
     clip: float | None = None
 
     def __post_init__(self):
-        if self.lr <= 0:
-            raise UserError(f"config.optimizer.lr is {self.lr}; required above 0; --config.optimizer.lr=1e-5")
+        check(self)
 
 
 @dataclass(frozen=True)
@@ -101,8 +100,8 @@ def test_a_field_of_a_section_that_is_none_makes_the_section():
     ("changes", "message"),
     [
         ({"optimizer.rate": 1}, r"config\.optimizer\.rate is no field of the config"),
-        ({"judge.evry": 1}, r"config\.judge\.evry is no field of the config; did you mean config\.judge\.every"),
-        ({"optimizer.lr": 0}, r"config\.optimizer\.lr is 0\.0; required above 0"),
+        ({"judge.evry": 1}, r"config\.judge\.evry is no field of the config; did you mean --config\.judge\.every"),
+        ({"optimizer.lr": 0}, r"config\.optimizer\.lr is 0\.0; it must be above 0"),
         ({"num_steps": "x"}, r"config\.num_steps is 'x'; required int"),
         ({"optimizer": 3}, r"config\.optimizer is 3 \(int\); required section Optimizer"),
     ],
@@ -115,11 +114,11 @@ def test_a_change_that_does_not_fit_is_refused(changes, message):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"num_step": 3}, r"config\.num_step is no field of the config; did you mean config\.num_steps\?"),
-        ({"num_steps": 3, "lr": 1.0}, r"config\.lr is no field .* did you mean config\.optimizer\.lr\?"),
+        ({"num_step": 3}, r"config\.num_step is no field of the config; did you mean --config\.num_steps\?"),
+        ({"num_steps": 3, "lr": 1.0}, r"config\.lr is no field .* did you mean --config\.optimizer\.lr\?"),
         (
             {"num_steps": 3, "optimizer": {"beta": 1}},
-            r"config\.optimizer\.beta is .* config\.optimizer\.betas\?",
+            r"config\.optimizer\.beta is .* --config\.optimizer\.betas\?",
         ),
         ({}, r"config\.num_steps is missing; required int; e\.g\. --config\.num_steps=8"),
         ({"num_steps": "3"}, r"config\.num_steps is '3'; required int"),
@@ -150,7 +149,7 @@ def test_a_change_that_does_not_fit_is_refused(changes, message):
         ),
         ({"num_steps": 1, "optimizer": 3}, r"config\.optimizer is 3 \(int\); required section Optimizer"),
         ({"num_steps": 1, "stages": ({"every": "x"},)}, r"config\.stages\[0\]\.every is 'x'; required int"),
-        ({"num_steps": 1, "optimizer": {"lr": 0}}, r"config\.optimizer\.lr is 0\.0; required above 0"),
+        ({"num_steps": 1, "optimizer": {"lr": 0}}, r"config\.optimizer\.lr is 0\.0; it must be above 0"),
     ],
 )
 def test_what_does_not_fit_is_named_with_what_is_required(config, message):
@@ -233,11 +232,12 @@ def test_differences_are_dotted_names_with_both_values():
 
 
 def test_a_typo_finds_the_nearest_name_and_nonsense_finds_none():
-    known = ["config.optimizer.lr", "config.data.batch_size", "config.data.eval_path", "config.seed"]
-    assert did_you_mean("config.batch_size", known) == "did you mean config.data.batch_size?"
-    assert did_you_mean("config.data.batchsize", known) == "did you mean config.data.batch_size?"
-    assert did_you_mean("config.optimiser.lr", known) == "did you mean config.optimizer.lr?"
-    assert did_you_mean("config.zzzzzz", known) == ""
+    names = ["optimizer.lr", "data.batch_size", "data.eval_path", "seed"]
+    known = [f"--config.{name}" for name in names]
+    assert did_you_mean("--config.batchsize", known) == "did you mean --config.data.batch_size?"
+    assert did_you_mean("--config.data.batchsize", known) == "did you mean --config.data.batch_size?"
+    assert did_you_mean("--config.optimiser.lr", known) == "did you mean --config.optimizer.lr?"
+    assert did_you_mean("--config.zzzzzz", known) == ""
 
 
 @pytest.mark.parametrize(
@@ -248,6 +248,7 @@ def test_a_typo_finds_the_nearest_name_and_nonsense_finds_none():
         ({"ptx": {"path": "x", "batch_size": 0}}, "config.ptx.batch_size"),
         ({"rollout": {"mesh": {"fsdp": 0}}}, "config.rollout.mesh.fsdp"),
         ({"rollout": {"mesh": {"fsdp": -1}}}, "config.rollout.mesh.data"),
+        ({"ppo": {"kl_coef": 0.0, "kl_target": 1.0}}, "config.ppo.kl_coef"),
     ],
 )
 def test_a_section_that_stands_elsewhere_is_named_by_its_place(given, field):
@@ -257,3 +258,62 @@ def test_a_section_that_stands_elsewhere_is_named_by_its_place(given, field):
         from_dict(Experiment, given)
     message = str(error.value)
     assert message.startswith(f"{field} is") and f"--{field}=" in message
+
+
+def test_an_error_of_a_section_made_in_python_names_its_class():
+    """A Python user typed ``OptimizerConfig(lr=-1)``; only the reader of a tree knows where a section stands."""
+    from jaxrm.algorithms.optimizer import OptimizerConfig
+    from jaxrm.algorithms.ppo_config import CriticConfig
+
+    required = "it must be above 0 and finite, e.g. lr=2e-05"
+    with pytest.raises(UserError) as error:
+        OptimizerConfig(lr=-1)
+    assert str(error.value) == f"OptimizerConfig.lr is -1; {required}"
+    assert (error.value.where, error.value.found) == ("OptimizerConfig.lr", "-1")
+    assert (error.value.required, error.value.example) == ("above 0 and finite", "lr=2e-05")
+    with pytest.raises(UserError, match=r"^config\.critic\.optimizer\.lr is .* --config\.critic\.optimizer\.lr="):
+        from_dict(CriticConfig, {"optimizer": {"lr": -1}}, "config.critic")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"lr": "fast"}, "OptimizerConfig.lr is 'fast'; it must be above 0 and finite"),
+        ({"lr": float("nan")}, "OptimizerConfig.lr is nan; it must be above 0 and finite"),
+        ({"b1": 1}, "OptimizerConfig.b1 is 1; it must be at least 0 and below 1, e.g. b1=0.9"),
+        ({"clip_norm": 0}, "OptimizerConfig.clip_norm is 0; it must be above 0, or None for no clipping, e.g. clip"),
+        ({"name": "sgd"}, "OptimizerConfig.name is 'sgd'; it must be one of adamw, adafactor, e.g. name='adamw'"),
+        ({"warmup": 1}, "OptimizerConfig.warmup is 1; it must be at least 0 and below 1, a share of the steps, e.g."),
+    ],
+)
+def test_a_bound_is_said_with_what_is_required(values, message):
+    from jaxrm.algorithms.optimizer import OptimizerConfig
+
+    with pytest.raises(UserError) as error:
+        OptimizerConfig(**values)
+    assert str(error.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("learning_rate", "optimizer.lr"),
+        ("optimizer.learning_rate", "optimizer.lr"),
+        ("critic.learning_rate", "critic.optimizer.lr"),
+        ("sft.optimizer.learning_rate", "sft.optimizer.lr"),
+        ("sft.epochs", "sft.num_epochs"),
+        ("beta", "ppo.kl_coef"),
+        ("kl_beta", "ppo.kl_coef"),
+        ("temperature", "rollout.sampling.temperature"),
+        ("batch_size", "data.batch_size"),
+        ("max_len", "data.max_length"),
+        ("grad_accum", "num_microbatches"),
+        ("max_steps", "num_steps"),
+    ],
+)
+def test_what_others_call_a_field_finds_it(name, meant):
+    fields = ["optimizer.lr", "optimizer.name", "critic.optimizer.lr", "ppo.kl_coef", "data.batch_size", "num_steps"]
+    fields += ["data.max_length", "num_microbatches", "rollout.sampling.temperature", "sft.optimizer.lr"]
+    fields += ["pairs.optimizer.lr", "pairs.num_epochs", "sft.num_epochs"]
+    known = [f"--config.{field}" for field in fields]
+    assert did_you_mean(f"--config.{name}", known) == f"did you mean --config.{meant}?"

@@ -489,12 +489,12 @@ def test_a_comparison_is_the_same_however_its_sides_are_long():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"correction_weight": 0.0}, r"correction_weight is 0.0.*--config.mapping.correction_weight=1.0$"),
+        ({"correction_weight": 0.0}, r"MappingConfig.correction_weight is 0.0.*correction_weight=1.0$"),
         ({"correction_weight": math.nan}, "correction_weight is nan"),
-        ({"identity_weight": -1.0}, r"identity_weight is -1.0.*--config.mapping.identity=False"),
+        ({"identity_weight": -1.0}, r"identity_weight is -1.0.*identity=False"),
         ({"identity_weight": math.inf}, "identity_weight is inf"),
         ({"identity_warmup_steps": -1}, r"identity_warmup_steps is -1.*at least 0"),
-        ({"identity": False, "identity_warmup_steps": 5}, r"is 5, but config.mapping.identity is False; use --config"),
+        ({"identity": False, "identity_warmup_steps": 5}, r"is 5; it must be 0 where MappingConfig.identity is False"),
     ],
 )
 def test_bad_mapping_settings_are_refused(fields, message):

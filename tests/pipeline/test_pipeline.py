@@ -195,28 +195,28 @@ def test_help_lists_the_stages_fields_with_their_values(capsys):
     ("argument", "message"),
     [
         ("--config.sft.optimzer.lr=3", "config.sft.optimzer.lr is no field of the config; did you mean "
-         "config.sft.optimizer.lr?"),
+         "--config.sft.optimizer.lr?"),
         ("--config.stf.num_epochs=3", "config.stf.num_epochs is no field of the config; did you mean "
-         "config.sft.num_epochs?"),
+         "--config.sft.num_epochs?"),
         ("--config.sft.optimizer.lr=x", "config.sft.optimizer.lr is 'x'; required float; e.g. "
          "--config.sft.optimizer.lr=2e-05"),
+        ("--config.sft.optimizer.learning_rate=1", "did you mean --config.sft.optimizer.lr?"),
         ("--config.sft=x", "config.sft is a section; set its fields"),
-        # checks of sections call their fields config.…, as if there were one stage
         ("--config.sft.optimizer.lr=-1", "config.sft.optimizer.lr is -1.0; it must be above 0 and finite, e.g. "
          "--config.sft.optimizer.lr=2e-05"),
         ("--config.pairs.pairs.count=0", "config.pairs.pairs.count is 0; it must be at least 1, e.g. "
          "--config.pairs.pairs.count=2000"),
-        ("--config.model.model.dtype=x", "config.model.model.dtype is 'x'; use one of float32, bfloat16, e.g. "
+        ("--config.model.model.dtype=x", "config.model.model.dtype is 'x'; it must be one of float32, bfloat16, e.g. "
          "--config.model.model.dtype=float32"),
-        ("--config.pairs.algorithm=x", "config.pairs.algorithm is 'x'; use one of "),
+        ("--config.pairs.algorithm=x", "config.pairs.algorithm is 'x'; it must be one of "),
         ("--config.sft.evaluation.sampling.top_p=2", "config.sft.evaluation.sampling.top_p is 2.0"),
-        ("--config.seed=-1", "config.seed is -1; it must be from 0 to 4294967295, e.g. --config.seed=0"),
+        ("--config.seed=-1", "config.seed is -1; it must be at least 0 and below 4294967296, or None, e.g. --"),
         ("--config.stages=sft,pair", "config.stages has 'pair', but the stages are sft, pairs, model; did you mean "
          "pairs?"),
         ("--config.stages=zzz", "the stages are sft, pairs, model; e.g. --config.stages=sft,pairs,model"),
-        ("--config.stages=", "config.stages is empty; required each stage to run, once, e.g. "
+        ("--config.stages=", "config.stages is (); it must be each stage to run, once, e.g. "
          "--config.stages=sft,pairs,model"),
-        ("--config.stages=sft,sft", "config.stages names a stage twice"),
+        ("--config.stages=sft,sft", "config.stages is ('sft', 'sft'); it must be each stage to run, once"),
         ("--config.model.data.path=stage:pair/pairs.jsonl", "config.model.data.path is 'stage:pair/pairs.jsonl', but "
          "there is no stage 'pair'; did you mean --config.model.data.path=stage:pairs/pairs.jsonl?"),
         ("--config.pairs.model.path=stage:zzz", "there is no stage 'zzz'; the stages are sft, model, pairs"),
@@ -240,7 +240,7 @@ def test_a_mistake_gets_one_line_that_names_the_stages_field(refuse, argument, m
         ("", "bad.py:6: pipeline() has no stage"),
         (", sft=3", "bad.py:6: the stage sft of pipeline() is int; required Experiment"),
         (", stages=Experiment()", "has a stage called stages, which means something else"),
-        (", sft=Experiment(seed=-1)", "bad.py:6: config.seed is -1"),
+        (", sft=Experiment(seed=-1)", "bad.py:6: Experiment.seed is -1"),
     ],
 )
 def test_a_config_file_with_no_pipeline_gets_one_line(refuse, stages_given, message):

@@ -112,9 +112,9 @@ def test_tensorboard_gets_the_same_numbers(folder):
 
 def test_logging_that_cannot_work_is_refused_in_the_config():
     if importlib.util.find_spec("wandb") is None:
-        with pytest.raises(UserError, match=r"config\.logging\.wandb_project is 'x', but wandb is not installed"):
+        with pytest.raises(UserError, match=r"LoggingConfig\.wandb_project is 'x', but wandb is not installed"):
             LoggingConfig(wandb_project="x")
-    with pytest.raises(UserError, match=r"config\.logging\.every is 0; required at least 1 step"):
+    with pytest.raises(UserError, match=r"LoggingConfig\.every is 0; it must be at least 1"):
         LoggingConfig(every=0)
 
 

@@ -423,10 +423,10 @@ def test_a_field_out_of_range_is_named_with_a_value_in_range(section, field, bad
 
 def test_fields_that_contradict_each_other_are_refused():
     with pytest.raises(
-        UserError, match=r"^config.ppo.kl_coef is 0, which .*kl_target can never raise; .*kl_coef=0.02$"
+        UserError, match=r"^PPOConfig.kl_coef is 0.*; it must be above 0, since the controller of .*kl_coef=0.02$"
     ):
         PPOConfig(kl_coef=0.0, kl_target=6.0)
     with pytest.raises(
-        UserError, match=r"^config.reward.kind is 'literal', but a function .*--config.reward.kind=scalar$"
+        UserError, match=r"^RewardConfig.kind is 'literal'; it must be of a scalar reward, .*kind='scalar'$"
     ):
         RewardConfig(function="task:safety")
