@@ -12,7 +12,7 @@ from typing import Any, Self, TextIO
 
 
 class Progress:
-    """Shows the progress of one phase, such as training or tokenising.
+    """Shows the progress of one phase, such as training or tokenizing.
 
         with Progress("train", total=1000, unit="steps", done=resumed_at) as progress:
             for step in range(resumed_at, 1000):
