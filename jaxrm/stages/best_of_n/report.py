@@ -34,7 +34,7 @@ def candidate_rows(
     Args:
       number: of the batch, from 0.
       examples: its prompts, without what fills it up.
-      best: what came of it, as NumPy arrays.
+      best: its winners, as NumPy arrays.
       text: a response's ids as text.
       end_ids: ids that end a response.
       task: embedded task whose judge marks the responses, or None.
@@ -47,12 +47,12 @@ def candidate_rows(
         for name, batch, reward in (("winner", best.responses, max(rewards)), ("first", best.first, rewards[0])):
             ids = np.asarray(batch.responses[i][batch.response_mask[i]])
             response = text(ids)
-            found: Row = {"response": response, "reward": reward, "length": len(ids)}
-            found["ended"] = bool(np.isin(ids, ends).any())
+            answer: Row = {"response": response, "reward": reward, "length": len(ids)}
+            answer["ended"] = bool(np.isin(ids, ends).any())
             if task is not None:
-                found["judge"] = float(tasks.judge(task, example.messages, response))
-                found["behaviour"] = tasks.behavior(task, example.messages, response)
-            row[name] = found
+                answer["judge"] = float(tasks.judge(task, example.messages, response))
+                answer["behaviour"] = tasks.behavior(task, example.messages, response)
+            row[name] = answer
         rows.append(row | {"rewards": rewards})
     return rows
 
@@ -68,37 +68,37 @@ def write_winners(target: Path, rows: Sequence[Row], config: Experiment) -> None
     Raises:
       UserError: where none is left.
     """
-    kept = [row for row in rows if _is_kept(row, config)]
-    if not kept:
+    winners = [row for row in rows if _is_kept(row, config)]
+    if not winners:
         longest = config.rollout.sampling.max_new_tokens
         raise UserError(
             f"none of the {len(rows):,} winners has an end token within {longest} tokens, so there is nothing to learn "
             f"from; give a policy that stops, or longer responses, e.g. {flag('rollout.sampling.max_new_tokens')}="
             f"{2 * longest}, or keep what was cut off, {flag('best_of_n.keep_truncated')}=True"
         )
-    atomic.write_text(target, "".join(json.dumps(_winner(row), ensure_ascii=False) + "\n" for row in kept))
+    atomic.write_text(target, "".join(json.dumps(_winner(row), ensure_ascii=False) + "\n" for row in winners))
 
 
 def summary(rows: Sequence[Row], config: Experiment) -> dict[str, Any]:
     """What ``evaluation.json`` holds: means over the prompts for one candidate and for the winner.
 
-    The candidate's reward is the mean of all n; what else is said of it is said of the first one.
+    The candidate's reward is the mean of all n; the other means are of the first one.
     """
     n = config.best_of_n.n
     sides: dict[str, dict[str, float]] = {}
     for name, column in (("candidate", "first"), ("winner", "winner")):
-        found = [row[column] for row in rows]
-        means = {"reward": statistics.fmean(answer["reward"] for answer in found)}
+        answers = [row[column] for row in rows]
+        means = {"reward": statistics.fmean(answer["reward"] for answer in answers)}
         if name == "candidate":
             means["reward"] = statistics.fmean(reward for row in rows for reward in row["rewards"])
-        if all("judge" in answer for answer in found):
-            means["judge"] = statistics.fmean(answer["judge"] for answer in found)
-        keys = dict.fromkeys(key for answer in found for key in answer.get("behaviour", {}))
+        if all("judge" in answer for answer in answers):
+            means["judge"] = statistics.fmean(answer["judge"] for answer in answers)
+        keys = dict.fromkeys(key for answer in answers for key in answer.get("behaviour", {}))
         for key in keys:  # over the prompts that it applies to
-            means[key] = statistics.fmean(a["behaviour"][key] for a in found if key in a.get("behaviour", {}))
-        means["length"] = statistics.fmean(answer["length"] for answer in found)
-        means["ended"] = statistics.fmean(answer["ended"] for answer in found)
-        means["distinct"] = len({answer["response"] for answer in found}) / len(found)
+            means[key] = statistics.fmean(a["behaviour"][key] for a in answers if key in a.get("behaviour", {}))
+        means["length"] = statistics.fmean(answer["length"] for answer in answers)
+        means["ended"] = statistics.fmean(answer["ended"] for answer in answers)
+        means["distinct"] = len({answer["response"] for answer in answers}) / len(answers)
         sides[name] = means
     return {
         "prompts": len(rows),
@@ -112,25 +112,25 @@ def summary(rows: Sequence[Row], config: Experiment) -> dict[str, Any]:
     }
 
 
-def print_summary(found: dict[str, Any], max_new_tokens: int) -> None:
-    """Print what `summary` found."""
-    n, prompts = found["n"], found["prompts"]
+def print_summary(numbers: dict[str, Any], max_new_tokens: int) -> None:
+    """Print what `summary` counted."""
+    n, prompts = numbers["n"], numbers["prompts"]
     columns = ("candidate", "winner")
     print_table(
-        f"Best of {n} by {found['kind']} rewards, {prompts:,} prompts",
+        f"Best of {n} by {numbers['kind']} rewards, {prompts:,} prompts",
         ["mean", *columns],
-        [[_LABELS.get(name, name), *(found[side].get(name) for side in columns)] for name in found["candidate"]],
+        [[_LABELS.get(name, name), *(numbers[side].get(name) for side in columns)] for name in numbers["candidate"]],
     )
     print(
-        f"KL of best-of-{n} to the policy: at most log n - (n - 1)/n = {found['kl_bound']:.3g} nats a response "
+        f"KL of best-of-{n} to the policy: at most log n - (n - 1)/n = {numbers['kl_bound']:.3g} nats a response "
         "(arXiv 2401.01879), a bound and no measurement."
     )
     if n > 1:
         print(
-            f"Another than the first response won in {100 * found['not_the_first']:.1f} % of the prompts; in "
-            f"{100 * found['all_equal']:.1f} % all {n} had the same reward."
+            f"Another than the first response won in {100 * numbers['not_the_first']:.1f} % of the prompts; in "
+            f"{100 * numbers['all_equal']:.1f} % all {n} had the same reward."
         )
-    if dropped := prompts - found["winners"]:
+    if dropped := prompts - numbers["winners"]:
         print(f"{dropped:,} winners are no demonstrations: cut off after {max_new_tokens} tokens, or empty.")
 
 

@@ -105,8 +105,8 @@ def read_reference(
     log_probs = pair_log_probs(model.graphdef)
 
     def ends(params: Any, batch: DPOBatch) -> tuple[jax.Array, ...]:
-        found = log_probs(params, batch)
-        return batch.is_chosen_end, batch.pair, found.chosen, found.rejected
+        sums = log_probs(params, batch)
+        return batch.is_chosen_end, batch.pair, sums.chosen, sums.rejected
 
     step = jax.jit(
         ends,
@@ -114,22 +114,22 @@ def read_reference(
         out_shardings=NamedSharding(mesh, PartitionSpec()),  # whole for every process
     )
     place: Callable[[dict[str, np.ndarray]], DPOBatch] = to_devices(mesh, DPOBatch)
-    found = np.full((len(examples), 2), np.nan, np.float32)
+    reference = np.full((len(examples), 2), np.nan, np.float32)
     done = 0
     with Progress("read reference", len(examples), unit="pairs", enabled=show_progress) as progress:
         for batch in batches:
             is_end, pair, chosen, rejected = jax.device_get(step(params, place(batch)))
-            found[pair[is_end]] = np.stack([chosen[is_end], rejected[is_end]], axis=1)
+            reference[pair[is_end]] = np.stack([chosen[is_end], rejected[is_end]], axis=1)
             done += int(is_end.sum())
             progress.update(done)
-    bad = np.flatnonzero(~np.isfinite(found).all(axis=1))
+    bad = np.flatnonzero(~np.isfinite(reference).all(axis=1))
     if len(bad):
         raise UserError(
             f"{option('model.path')}: the policy gives the responses of {examples[bad[0]].source} a log-prob of "
-            f"{found[bad[0]].tolist()}, which is no finite number: its parameters are spoiled; give an earlier "
+            f"{reference[bad[0]].tolist()}, which is no finite number: its parameters are spoiled; give an earlier "
             f"checkpoint, e.g. {flag('model.path')}=RUN_DIR/checkpoints/best"
         )
-    return found
+    return reference
 
 
 def load_or_compute_reference(
@@ -140,7 +140,7 @@ def load_or_compute_reference(
     has_trained: bool,
     is_writer: bool,
 ) -> np.ndarray:
-    """The reference's log-probs ``[N, 2]``: those kept in ``file``, or read now and kept.
+    """The reference's log-probs ``[N, 2]``: those saved in ``file``, or computed now and saved.
 
     A run that is continued compares with the policy that it began with, whatever ``config.model.path`` holds by then.
 
@@ -157,16 +157,16 @@ def load_or_compute_reference(
     note = file.with_suffix(".json")
     try:
         known = json.loads(note.read_text(encoding="utf-8"))
-        kept = np.load(file, allow_pickle=False)
+        saved = np.load(file, allow_pickle=False)
     except (OSError, ValueError):
-        known, kept = None, None
-    if kept is not None and known == described:
-        return kept
+        known, saved = None, None
+    if saved is not None and known == described:
+        return saved
     if has_trained:
-        if kept is None or not isinstance(known, dict):
+        if saved is None or not isinstance(known, dict):
             raise UserError(
-                f"{file} is lost or damaged, which holds what the reference policy said before this run began; start "
-                f"the run anew, {flag('on_existing')}=restart"
+                f"{file} is lost or damaged, which holds the reference policy's log-probs from before this run began; "
+                f"start the run anew, {flag('on_existing')}=restart"
             )
         if known.get("data") != described["data"]:
             raise UserError(
@@ -174,10 +174,10 @@ def load_or_compute_reference(
                 f"tokenizer, "
                 f"or put the run aside with {flag('on_existing')}=restart"
             )
-        return kept
-    found = read()
+        return saved
+    reference = read()
     if is_writer:
         with atomic.open_for_writing(file, "wb") as opened:
-            np.save(opened, found)
+            np.save(opened, reference)
         atomic.write_json(note, described)  # last: without it the numbers are read again
-    return found
+    return reference

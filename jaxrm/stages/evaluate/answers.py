@@ -56,14 +56,14 @@ def draw_answers(
     whole = jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, PartitionSpec()))
     parts: list[tuple[Any, ...]] = []
     rewards: jax.Array | None
-    for number, (prompts, mask) in enumerate(batches):
-        of_batch = jax.random.fold_in(key, number)
+    for number, (prompts, prompt_mask) in enumerate(batches):
+        batch_key = jax.random.fold_in(key, number)
         if best_of > 1:
             assert score is not None
-            best = best_of_n(respond, score, best_of)(params, prompts, mask, of_batch)
+            best = best_of_n(respond, score, best_of)(params, prompts, prompt_mask, batch_key)
             batch, rewards = best.responses, best.token_rewards.rewards
         else:
-            batch = respond(params, prompts, mask, of_batch)
+            batch = respond(params, prompts, prompt_mask, batch_key)
             rewards = None if score is None else score(batch).rewards
         ratio = None if read is None else read(batch)
         parts.append(jax.device_get(whole((batch.responses, batch.response_mask, rewards, ratio))))
@@ -71,9 +71,9 @@ def draw_answers(
     def joined(column: int) -> np.ndarray | None:
         return None if parts[0][column] is None else np.concatenate([part[column] for part in parts])
 
-    tokens, kept = joined(0), joined(1)
-    assert tokens is not None and kept is not None
-    return Answers(tokens, kept, joined(2), joined(3))
+    tokens, mask = joined(0), joined(1)
+    assert tokens is not None and mask is not None
+    return Answers(tokens, mask, joined(2), joined(3))
 
 
 def log_ratio(graphdef: Any, mesh: Mesh, temperature: float) -> Callable[[Any, Any, ResponseBatch], jax.Array]:
@@ -113,7 +113,7 @@ def answer_rows(
       text: a response's ids as text.
       tokenizer: of the policy.
       judge: embedded task whose judge marks them, or None.
-      token_rewards: of how many answers the single tokens are kept with their rewards.
+      token_rewards: number of answers whose single tokens are saved with their rewards.
     """
     task, rows = None if judge is None else judge.removeprefix(tasks.PREFIX), []
     for i, example in enumerate(examples):  # the last batch is filled up

@@ -82,7 +82,7 @@ def load_prompts(
             f"responses have up to {max_new_tokens}; e.g. {flag('data.max_length')}={data.max_length * 2}"
         )
     # That a prompt is long is no fault of its record: only the others count against max_bad_share.
-    others = {reason: found for reason, found in tokenized.bad.items() if reason != too_long_reason(room)}
+    others = {reason: bad for reason, bad in tokenized.bad.items() if reason != too_long_reason(room)}
     replace(tokenized, bad=others).check(data.max_bad_share, path)
     return Prompts(examples, report.merge(tokenized))
 

@@ -15,6 +15,17 @@ from jaxrm.inference.corrections import Corrector
 from jaxrm.runtime.progress import print_table
 from jaxrm.stages.judge import judge_response
 
+_LABELS = {
+    "ended": "share that ended within the tokens allowed",
+    "changed": "share that differ from their source",
+    "distance_to_source": "edit distance to the source, tokens",
+    "distance_to_chosen": "edit distance to chosen, tokens",
+    "source_to_chosen": "  of the source itself",
+    "rouge_l_to_chosen": "ROUGE-L to chosen",
+    "source_rouge_l": "  of the source itself",
+    "judge_gain": "the judge's gain over the source",
+}
+
 
 def print_corrections(
     corrector: Corrector,
@@ -36,7 +47,7 @@ def print_corrections(
       samples: how many corrections of rejected responses to print.
     """
     texts = [records[pair.source] for pair in pairs]
-    found: dict[str, CorrectionQuality] = {}
+    quality: dict[str, CorrectionQuality] = {}
     for side in ("rejected", "chosen"):
         sources = [getattr(pair, side) for pair in pairs]
         before, after = ([corrector.text(tokens) for tokens in side_of] for side_of in (sources, written[side]))
@@ -46,7 +57,7 @@ def print_corrections(
                 judge_response(judge, record, new) - judge_response(judge, record, old)
                 for record, old, new in zip(texts, before, after, strict=True)
             ]
-        found[side] = correction_quality(
+        quality[side] = correction_quality(
             sources,
             written[side],
             [pair.chosen for pair in pairs],
@@ -56,22 +67,12 @@ def print_corrections(
             judge_gains=gains,
         )
     ends = end_ids(corrector.tokenizer, corrector.template)
-    ended = {side: np.mean([len(x) > 0 and int(x[-1]) in ends for x in written[side]]) for side in found}
-    numbers = {side: {**dataclasses.asdict(of), "ended": float(ended[side])} for side, of in found.items()}
-    said = {
-        "ended": "share that ended within the tokens allowed",
-        "changed": "share that differ from their source",
-        "distance_to_source": "edit distance to the source, tokens",
-        "distance_to_chosen": "edit distance to chosen, tokens",
-        "source_to_chosen": "  of the source itself",
-        "rouge_l_to_chosen": "ROUGE-L to chosen",
-        "source_rouge_l": "  of the source itself",
-        "judge_gain": "the judge's gain over the source",
-    }
+    ended = {side: np.mean([len(x) > 0 and int(x[-1]) in ends for x in written[side]]) for side in quality}
+    numbers = {side: {**dataclasses.asdict(one), "ended": float(ended[side])} for side, one in quality.items()}
     print_table(
         f"Greedy corrections of {len(pairs)} held-out pairs",
         ["", "of rejected", "of chosen"],
-        [[text, numbers["rejected"][name], numbers["chosen"][name]] for name, text in said.items()],
+        [[text, numbers["rejected"][name], numbers["chosen"][name]] for name, text in _LABELS.items()],
     )
     for pair, record, correction in list(zip(pairs, texts, written["rejected"], strict=True))[:samples]:
         print(

@@ -1,4 +1,4 @@
-"""How well a reward model tells the chosen response of held-out pairs from the rejected one."""
+"""How well a reward model ranks the chosen response of held-out pairs above the rejected one."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -46,7 +46,7 @@ class HeldOutPairs:
     ) -> None:
         """Have the log-probs that a reference policy gives to the responses, for the kind ``contrast``.
 
-        They are kept in a file, so that a run that is continued compares with the policy that it began with, and need
+        They are saved in a file, so that a run that is continued compares with the policy that it began with, and need
         not open it again.
 
         Args:
@@ -56,21 +56,21 @@ class HeldOutPairs:
         """
         longest = int(self.lengths.max())
         if file.exists():
-            kept = np.load(file, allow_pickle=False)
+            log_probs = np.load(file, allow_pickle=False)
         else:
-            log_probs = open_policy()
-            kept = np.zeros((self.lengths.size, longest), np.float32)
+            policy = open_policy()
+            log_probs = np.zeros((self.lengths.size, longest), np.float32)
             for batch, indices in self._batches:
-                found = jax.device_get(log_probs(batch))[: len(indices), :longest]
-                kept[indices, : found.shape[1]] = found
+                computed = jax.device_get(policy(batch))[: len(indices), :longest]
+                log_probs[indices, : computed.shape[1]] = computed
             if is_writer:
                 with atomic.open_for_writing(file, "wb") as opened:
-                    np.save(opened, kept)
+                    np.save(opened, log_probs)
         reference = []
         for batch, indices in self._batches:
             array = np.zeros(batch.responses.shape, np.float32)
             width = min(array.shape[1], longest)
-            array[: len(indices), :width] = kept[indices, :width]
+            array[: len(indices), :width] = log_probs[indices, :width]
             reference.append(jax.make_array_from_callback(array.shape, self._rows, array.__getitem__))
         self._reference = reference
 
@@ -116,7 +116,7 @@ def with_centered(sides: PairScores, center: str) -> PairScores:
     """Add ``centered``, the sum that PPO optimizes: tag and soft rewards lose their mean over the pairs' tokens.
 
     Args:
-      sides: what the reward model says of the pairs.
+      sides: scores of both responses of every pair.
       center: as in `jaxrm.algorithms.reward_config.RewardConfig`; with ``none`` nothing is taken off.
     """
 
@@ -132,32 +132,32 @@ def metrics(sides: PairScores, kind: str) -> dict[str, float]:
     """Metrics of one evaluation, for the rows of a run; those with a slash in their names are details.
 
     Args:
-      sides: what the reward model says of the pairs.
+      sides: scores of both responses of every pair.
       kind: of token reward, whose share of pairs ranked right by its centered sum is ``eval_pair_accuracy``; where
         this sort of reward model has no such kind, its first is taken.
     """
     shown = sides.get(kind, next(iter(sides.values())))
-    found = {"eval_pair_accuracy": pair_accuracy(*shown["centered"]).accuracy}
+    numbers = {"eval_pair_accuracy": pair_accuracy(*shown["centered"]).accuracy}
     if "scalar" in sides:
         gap = sides["scalar"]["sum"][0] - sides["scalar"]["sum"][1]
-        found["eval_calibration_error"] = calibration(gap).expected_calibration_error
+        numbers["eval_calibration_error"] = calibration(gap).expected_calibration_error
     else:
         any_kind = next(iter(sides.values()))
         for i, side in enumerate(("chosen", "rejected")):
-            found[f"eval_divergence_{side}"] = float(np.mean(any_kind["divergence"][i] / any_kind["length"][i]))
-            found[f"eval_tag_rate_{side}"] = float(np.mean(any_kind["tag_rate"][i]))
-            found[f"eval_end_tag/{side}"] = float(np.mean(any_kind["end_tag"][i]))
-    for name, of_kind in sides.items():
+            numbers[f"eval_divergence_{side}"] = float(np.mean(any_kind["divergence"][i] / any_kind["length"][i]))
+            numbers[f"eval_tag_rate_{side}"] = float(np.mean(any_kind["tag_rate"][i]))
+            numbers[f"eval_end_tag/{side}"] = float(np.mean(any_kind["end_tag"][i]))
+    for name, scores in sides.items():
         for i, side in enumerate(("chosen", "rejected")):
-            found[f"eval_reward_sum/{name}_{side}"] = float(np.mean(of_kind["sum"][i]))
-        found[f"eval_pairs/{name}_by_sum"] = pair_accuracy(*of_kind["sum"]).accuracy
-        found[f"eval_pairs/{name}_by_centered_sum"] = pair_accuracy(*of_kind["centered"]).accuracy
+            numbers[f"eval_reward_sum/{name}_{side}"] = float(np.mean(scores["sum"][i]))
+        numbers[f"eval_pairs/{name}_by_sum"] = pair_accuracy(*scores["sum"]).accuracy
+        numbers[f"eval_pairs/{name}_by_centered_sum"] = pair_accuracy(*scores["centered"]).accuracy
         if token_rewards.KINDS[name].needs == "seq2seq":
-            found[f"eval_pairs/{name}_by_mean"] = pair_accuracy(*of_kind["mean"]).accuracy
-        correlation = length_correlation(of_kind["sum"].ravel(), of_kind["length"].ravel())
+            numbers[f"eval_pairs/{name}_by_mean"] = pair_accuracy(*scores["mean"]).accuracy
+        correlation = length_correlation(scores["sum"].ravel(), scores["length"].ravel())
         if correlation is not None:
-            found[f"eval_length_correlation/{name}"] = correlation
-    return found
+            numbers[f"eval_length_correlation/{name}"] = correlation
+    return numbers
 
 
 def print_ranking(sides: PairScores, marks: np.ndarray | None = None) -> list[dict[str, Any]]:
@@ -167,37 +167,37 @@ def print_ranking(sides: PairScores, marks: np.ndarray | None = None) -> list[di
     length is 0 by construction, since its line is fitted on these pairs.
 
     Args:
-      sides: what the reward model says of the pairs.
-      marks: ``[2, N]`` exact utilities of both responses, or None. With them it is also said how often the centered sum
-        is higher for the response whose mark is higher, whichever was labeled chosen; pairs with equal marks are left
-        out.
+      sides: scores of both responses of every pair.
+      marks: ``[2, N]`` exact utilities of both responses, or None. With them the table has one more column: how often
+        the centered sum is higher for the response with the higher utility, whichever was labeled chosen. Pairs with
+        equal utilities are left out.
     """
     rows, numbers = [], []
     better = None if marks is None or (marks[0] == marks[1]).all() else np.argsort(-marks, axis=0, kind="stable")
     for kind, names in sides.items():
-        found = {name: pair_accuracy(*names[name]) for name in ("centered", "sum", "mean")}
+        accuracy = {name: pair_accuracy(*names[name]) for name in ("centered", "sum", "mean")}
         correlation = length_correlation(names["sum"].ravel(), names["length"].ravel())
-        shown = [f"{100 * p.accuracy:.1f} % [{100 * p.low:.1f}, {100 * p.high:.1f}]" for p in found.values()]
+        shown = [f"{100 * p.accuracy:.1f} % [{100 * p.low:.1f}, {100 * p.high:.1f}]" for p in accuracy.values()]
         if token_rewards.KINDS[kind].needs == "scalar":  # a score for the whole has no mean over tokens, and no center
             shown = ["–", shown[1], "–"]
         if better is not None and marks is not None:
             ranked = np.take_along_axis(names["centered"], better, axis=0)[:, marks[0] != marks[1]]
-            found["judge"] = pair_accuracy(*ranked)
-            shown.append(f"{100 * found['judge'].accuracy:.1f} %")
+            accuracy["judge"] = pair_accuracy(*ranked)
+            shown.append(f"{100 * accuracy['judge'].accuracy:.1f} %")
         rows.append(
             [
                 kind,
                 *shown,
                 "–" if correlation is None else f"{round(correlation, 2) + 0.0:.2f}",
-                found["centered"].verdict,
+                accuracy["centered"].verdict,
             ]
         )
         numbers.append(
             {
                 "kind": kind,
-                **{f"by_{name}": [p.accuracy, p.low, p.high] for name, p in found.items()},
+                **{f"by_{name}": [p.accuracy, p.low, p.high] for name, p in accuracy.items()},
                 "length_correlation": correlation,
-                "verdict": found["centered"].verdict,
+                "verdict": accuracy["centered"].verdict,
             }
         )
     count = next(iter(sides.values()))["sum"].shape[1]
@@ -231,7 +231,7 @@ def print_divergence(sides: PairScores) -> dict[str, dict[str, float]]:
             "end_tag": float(np.mean(names["end_tag"][i])),
             "length": float(np.mean(length)),
         }
-    said = {
+    labels = {
         "first_disagreement_token": "tokens before the first disagreement",
         "first_disagreement_share": "  as a share of the response",
         "never_disagrees": "share never disagreed with",
@@ -242,23 +242,23 @@ def print_divergence(sides: PairScores) -> dict[str, dict[str, float]]:
     print_table(
         "Where the reward model disagrees",
         ["", "chosen", "rejected"],
-        [[text, numbers["chosen"][name], numbers["rejected"][name]] for name, text in said.items()],
+        [[text, numbers["chosen"][name], numbers["rejected"][name]] for name, text in labels.items()],
     )
     return numbers
 
 
 def print_reliability(sides: PairScores) -> dict[str, Any]:
     """Print how far a scalar reward model's confidence can be believed; returns the table's numbers."""
-    found = calibration(sides["scalar"]["sum"][0] - sides["scalar"]["sum"][1])
+    reliability = calibration(sides["scalar"]["sum"][0] - sides["scalar"]["sum"][1])
     print_table(
-        f"Calibration of the scalar rewards: expected error {found.expected_calibration_error:.3f}, "
-        f"Brier {found.brier:.3f}, log loss {found.log_loss:.3f}",
+        f"Calibration of the scalar rewards: expected error {reliability.expected_calibration_error:.3f}, "
+        f"Brier {reliability.brier:.3f}, log loss {reliability.log_loss:.3f}",
         ["confidence", "share right", "pairs"],
-        found.rows,
+        reliability.rows,
     )
     return {
-        "expected_calibration_error": found.expected_calibration_error,
-        "brier": found.brier,
-        "log_loss": found.log_loss,
-        "rows": [list(row) for row in found.rows],
+        "expected_calibration_error": reliability.expected_calibration_error,
+        "brier": reliability.brier,
+        "log_loss": reliability.log_loss,
+        "rows": [list(row) for row in reliability.rows],
     }

@@ -15,7 +15,7 @@ from jaxrm.inference import sharded_model
 from jaxrm.inference.sharded_model import to_devices
 from jaxrm.models import flops
 from jaxrm.runtime.checkpoint import Checkpoints, with_shardings
-from jaxrm.runtime.metrics import open_metrics
+from jaxrm.runtime.metrics import MetricsWriter, open_metrics
 from jaxrm.runtime.preemption import EXIT_PREEMPTED, catch_signals
 from jaxrm.runtime.progress import Progress
 from jaxrm.runtime.run_folder import RunFolder
@@ -80,22 +80,29 @@ def train(
             eval_every=config.evaluation.every,
             checkpoints=checkpoints,
             checkpoint_every=config.checkpoint.every,
-            reporter=TrainingReporter(
-                writer,
-                progress,
-                every=config.logging.every,
-                num_steps=num_steps,
-                learning_rate=learning_rate(config.optimizer, num_steps),
-                flops_per_token=flops.training_flops_per_token(
-                    objective.model.config, config.data.max_length, scalar_head=objective.has_scalar_head
-                ),
-                dtype=config.model.dtype,
-            ),
+            reporter=_reporter(stage, objective, data, writer, progress),
             stop=stop,
         )
         state, finished = loop.fit(state, training)
     checkpoints.close()
     return state, finished
+
+
+def _reporter(
+    stage: Stage, objective: Objective, data: TrainingData, writer: MetricsWriter, progress: Progress
+) -> TrainingReporter:
+    config = stage.config
+    return TrainingReporter(
+        writer,
+        progress,
+        every=config.logging.every,
+        num_steps=data.num_steps,
+        learning_rate=learning_rate(config.optimizer, data.num_steps),
+        flops_per_token=flops.training_flops_per_token(
+            objective.model.config, config.data.max_length, scalar_head=objective.has_scalar_head
+        ),
+        dtype=config.model.dtype,
+    )
 
 
 def _init_or_restore(
