@@ -74,6 +74,11 @@ def best_fits(config: Experiment, topology: Topology, *, most: int, show_progres
                 progress.update(len(trials))
                 if trials[-1].plan.fits:
                     break
+    return rank(trials)
+
+
+def rank(trials: Iterable[Trial]) -> list[Trial]:
+    """Trials that fit before the others, the fastest first by its time with no overlap."""
     return sorted(trials, key=lambda each: (not each.plan.fits, (each.plan.seconds or (0.0, math.inf))[1]))
 
 

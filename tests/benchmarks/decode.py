@@ -176,11 +176,11 @@ def main() -> None:
     )
     first = min(times["jaxrm"])
     print(f"{'':16}{'seconds':>10}{'median':>10}{'tokens/s':>10}{'jaxrm is faster':>18}")
-    for name, found in times.items():
-        best = min(found)
+    for name, seconds in times.items():
+        best = min(seconds)
         faster = "" if name == "jaxrm" else f"{best / first:.2f} times"
         rate = args.batch * args.response / best
-        print(f"{name:16}{best:10.3f}{np.median(found):10.3f}{rate:10.0f}{faster:>18}")
+        print(f"{name:16}{best:10.3f}{np.median(seconds):10.3f}{rate:10.0f}{faster:>18}")
 
 
 if __name__ == "__main__":

@@ -34,40 +34,41 @@ def test_flops_agree_with_the_hand_count(here, algorithm):
     assert whole.parameters > 300_000 and program.tokens == 16 * 64
 
 
-def test_a_plan_of_ppo_has_all_programs_and_residents(here, capsys):
+PPO = config("ppo", reward=RewardConfig(kind="soft", model="runs/none"))
+
+
+@pytest.fixture(scope="module")
+def ppo_plan(here):
+    return plan_stage(PPO, here)
+
+
+def test_a_plan_of_ppo_has_all_programs_and_residents(ppo_plan, capsys):
     """Residents stay on a device through the whole run."""
-    planned = plan_stage(config("ppo", reward=RewardConfig(kind="soft", model="runs/none")), here)
-    assert [program.name for program in planned.programs] == [
-        "rollout",
-        "log-probs",
-        "scoring",
-        "policy update",
-        "critic update",
-    ]
-    assert planned.residents.keys() == {"policy", "critic", "reference", "reward model"}
-    beside = sum(planned.residents.values())
-    assert all(program.peak >= beside > 0 for program in planned.programs)
-    assert planned.fits and all(program.fits is None for program in planned.programs)
-    print_plan(planned)
+    names = [program.name for program in ppo_plan.programs]
+    assert names == ["rollout", "log-probs", "scoring", "policy update", "critic update"]
+    assert ppo_plan.residents.keys() == {"policy", "critic", "reference", "reward model"}
+    resident_bytes = sum(ppo_plan.residents.values())
+    assert all(program.peak >= resident_bytes > 0 for program in ppo_plan.programs)
+    assert ppo_plan.fits and all(program.fits is None for program in ppo_plan.programs)
+    print_plan(ppo_plan)
     assert "critic update" in capsys.readouterr().out
-    json.dumps(planned.as_json(), allow_nan=False)
+    json.dumps(ppo_plan.as_json(), allow_nan=False)
 
 
-def test_the_samplers_copy_is_resident_during_sampling_alone(here):
+def test_the_samplers_copy_is_resident_during_sampling_alone(here, ppo_plan):
     """The reshard is a program of its own; it gathers over fsdp and over tensor, in either order."""
-    one = config("ppo", reward=RewardConfig(kind="scalar", function="task:safety"))
-    other = with_changes(one, {"rollout.mesh": MeshConfig()})
-    plain, whole = plan_stage(one, here), plan_stage(other, here)
-    assert [program.name for program in whole.programs][:3] == ["reshard", "rollout", "log-probs"]
-    assert whole.residents == plain.residents
-    reshard, rollout, log_probs = whole.programs[:3]
+    plan = plan_stage(with_changes(PPO, {"rollout.mesh": MeshConfig()}), here)
+    assert [program.name for program in plan.programs][:3] == ["reshard", "rollout", "log-probs"]
+    assert plan.residents == ppo_plan.residents
+    reshard, rollout, log_probs = plan.programs[:3]
     gathered_bytes = reshard.cost.collectives["all-gather"]
-    assert 0.7 * 4 * whole.parameters < gathered_bytes < 1.6 * 4 * whole.parameters and reshard.cost.flops == 0
-    assert rollout.cost.collectives.get("all-gather", 0) < 0.05 * plain.programs[0].cost.collectives["all-gather"]
-    resident = plain.programs[0].parts["parameters"]
-    assert rollout.parts["parameters"] == pytest.approx(resident + 4 * whole.parameters, rel=0.01)
+    assert 0.7 * 4 * plan.parameters < gathered_bytes < 1.6 * 4 * plan.parameters and reshard.cost.flops == 0
+    fsdp_rollout, fsdp_log_probs = ppo_plan.programs[:2]
+    assert rollout.cost.collectives.get("all-gather", 0) < 0.05 * fsdp_rollout.cost.collectives["all-gather"]
+    resident = fsdp_rollout.parts["parameters"]
+    assert rollout.parts["parameters"] == pytest.approx(resident + 4 * plan.parameters, rel=0.01)
     assert log_probs.parts["parameters"] == resident
-    assert log_probs.peak == plain.programs[1].peak
+    assert log_probs.peak == fsdp_log_probs.peak
 
 
 def test_arguments_of_a_program_take_the_planned_memory(here):
@@ -102,18 +103,18 @@ def test_what_has_no_plan_is_refused(here):
 
 def test_a_program_that_does_not_fit_says_so(here):
     small = dataclasses.replace(here, chip=dataclasses.replace(CHIPS["v5e"], memory=1e-6))
-    planned = plan_stage(config(), small)
-    assert not planned.fits and planned.programs[0].fits is False
+    plan = plan_stage(config(), small)
+    assert not plan.fits and plan.programs[0].fits is False
 
 
 @tpu
 def test_a_tpu_that_is_not_there_is_compiled_for():
     topology = open_topology("v5e:2x2")
-    planned = plan_stage(dataclasses.replace(config(), mesh=MeshConfig(data=1, fsdp=4)), topology)
-    (program,) = planned.programs
-    assert planned.fits and 0 < program.peak < 2**30 and planned.memory == 15.75 * 2**30
-    low, high = planned.seconds
-    assert 0 < low <= high and 0 < planned.mfu[1] <= planned.mfu[0] < 1
+    plan = plan_stage(dataclasses.replace(config(), mesh=MeshConfig(data=1, fsdp=4)), topology)
+    (program,) = plan.programs
+    assert plan.fits and 0 < program.peak < 2**30 and plan.memory == 15.75 * 2**30
+    low, high = plan.seconds
+    assert 0 < low <= high and 0 < plan.mfu[1] <= plan.mfu[0] < 1
     assert program.cost.dcn_bytes == 0
     assert sum(program.cost.collectives.values()) > 360_000 * 4  # parameters are gathered, gradients scattered
 
