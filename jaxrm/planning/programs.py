@@ -3,6 +3,8 @@
 The planner compiles what the stages run: the programs come from the builders that the stages use.
 """
 
+import importlib
+
 import jax
 from jax.sharding import Mesh
 
@@ -21,8 +23,13 @@ from jaxrm.runtime.checkpoint import with_shardings
 from jaxrm.sharding import partition
 from jaxrm.sharding.mesh import check_batch, check_row_length
 from jaxrm.stages.objective import build_objective
+from jaxrm.stages.table import MODULES
 
-PLANNED = ("sft", "seq2seq_rm", "scalar_rm", "dpo", "ppo")
+
+def plannable_algorithms() -> list[str]:
+    """The algorithms that train: PPO, and those whose module has an ``objective``."""
+    modules = {name: importlib.import_module(module) for name, module in MODULES.items()}
+    return [name for name, module in modules.items() if name == "ppo" or hasattr(module, "objective")]
 
 
 def stage_programs(config: Experiment, mesh: Mesh) -> StagePrograms:
@@ -31,8 +38,9 @@ def stage_programs(config: Experiment, mesh: Mesh) -> StagePrograms:
     Raises:
       UserError: for an algorithm that has no plan, or a model or batch that does not fit the mesh.
     """
-    if config.algorithm not in PLANNED:
-        raise UserError(f"{option('algorithm')} is {config.algorithm!r}; what can be planned is {', '.join(PLANNED)}")
+    if config.algorithm not in plannable_algorithms():
+        known = ", ".join(plannable_algorithms())
+        raise UserError(f"{option('algorithm')} is {config.algorithm!r}; what can be planned is {known}")
     check_batch(mesh, "data.batch_size", config.data.batch_size, config.num_microbatches)
     decoder = sharded_model.shard_model(config.model, mesh)
     build.check_length(decoder.config, "data.max_length", config.data.max_length)

@@ -7,7 +7,7 @@ from jaxrm.errors import UserError, option
 from jaxrm.experiment import Experiment
 from jaxrm.models.build import ModelSource
 from jaxrm.pipeline.config import PREFIX, Pipeline, stage_names
-from jaxrm.planning.programs import PLANNED
+from jaxrm.planning.programs import plannable_algorithms
 
 
 def planned_stages(config: Experiment | Pipeline, preset: str | None) -> dict[str, Experiment]:
@@ -22,9 +22,10 @@ def planned_stages(config: Experiment | Pipeline, preset: str | None) -> dict[st
     """
     if isinstance(config, Experiment):
         return {"": _with_preset(config, preset)}
-    stages = {name: stage for name in config.stages if (stage := getattr(config, name)).algorithm in PLANNED}
+    known = plannable_algorithms()
+    stages = {name: stage for name in config.stages if (stage := getattr(config, name)).algorithm in known}
     if not stages:
-        raise UserError(f"{option('stages')} has none that can be planned; those are {', '.join(PLANNED)}")
+        raise UserError(f"{option('stages')} has none that can be planned; those are {', '.join(known)}")
     models = {name: getattr(config, name).model for name in stage_names(config)}
     return {
         name: _with_preset(dataclasses.replace(stage, model=_initial_model(stage.model, models)), preset)
