@@ -42,6 +42,7 @@ def ppo_plan(here):
     return plan_stage(PPO, here)
 
 
+@pytest.mark.slow
 def test_a_plan_of_ppo_has_all_programs_and_residents(ppo_plan, capsys):
     """Residents stay on a device through the whole run."""
     names = [program.name for program in ppo_plan.programs]
@@ -55,6 +56,7 @@ def test_a_plan_of_ppo_has_all_programs_and_residents(ppo_plan, capsys):
     json.dumps(ppo_plan.as_json(), allow_nan=False)
 
 
+@pytest.mark.slow
 def test_the_samplers_copy_is_resident_during_sampling_alone(here, ppo_plan):
     """The reshard is a program of its own; it gathers over fsdp and over tensor, in either order."""
     plan = plan_stage(with_changes(PPO, {"rollout.mesh": MeshConfig()}), here)
@@ -71,6 +73,7 @@ def test_the_samplers_copy_is_resident_during_sampling_alone(here, ppo_plan):
     assert log_probs.peak == fsdp_log_probs.peak
 
 
+@pytest.mark.slow
 def test_arguments_of_a_program_take_the_planned_memory(here):
     one = config()
     stage = stage_programs(one, build_mesh(one.mesh, here.devices))
@@ -86,6 +89,7 @@ def test_arguments_of_a_program_take_the_planned_memory(here):
     assert compiled.memory_analysis().argument_size_in_bytes == pytest.approx(argument_bytes, rel=0.01)
 
 
+@pytest.mark.slow
 def test_sharded_parameters_are_gathered(here):
     replicated = plan_stage(dataclasses.replace(config(), mesh=MeshConfig(data=8)), here).programs[0].cost.collectives
     sharded = (
@@ -108,6 +112,7 @@ def test_a_program_that_does_not_fit_says_so(here):
 
 
 @tpu
+@pytest.mark.slow
 def test_a_tpu_that_is_not_there_is_compiled_for():
     topology = open_topology("v5e:2x2")
     plan = plan_stage(dataclasses.replace(config(), mesh=MeshConfig(data=1, fsdp=4)), topology)
@@ -120,6 +125,7 @@ def test_a_tpu_that_is_not_there_is_compiled_for():
 
 
 @tpu
+@pytest.mark.slow
 def test_between_slices_only_the_gradients_go():
     topology = open_topology("v5e:2x2:2")
     one = dataclasses.replace(config(), mesh=MeshConfig(data=2, fsdp=4))

@@ -12,6 +12,7 @@ from jaxrm.planning.compile import plan_stage
 from jaxrm.sharding.mesh import MeshConfig
 
 
+@pytest.mark.slow
 def test_weak_scaling_gives_every_device_as_many_rows(here, capsys):
     parts = [
         dataclasses.replace(with_memory(here, 16.0), name=f"cpu:{count}", devices=here.devices[:count])

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 
+import pytest
 from support.planning import config, tpu, with_memory
 
 from jaxrm.planning import search
@@ -10,6 +11,7 @@ from jaxrm.planning.compile import plan_stage
 from jaxrm.planning.topology import open_topology
 
 
+@pytest.mark.slow
 def test_the_nearest_change_that_fits_is_more_microbatches(here):
     one = config()
     whole, halves = (
@@ -38,6 +40,7 @@ def test_trials_that_fit_rank_first_by_their_time(here):
 
 
 @tpu
+@pytest.mark.slow
 def test_a_search_compiles_different_meshes_of_all_devices():
     trials = search.best_fits(config(), open_topology("v5e:2x2"), most=2)
     assert len(trials) == 2 and all(each.plan.fits for each in trials) and search.rank(trials) == trials
