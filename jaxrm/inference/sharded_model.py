@@ -83,10 +83,13 @@ def _open(
     config = config or weights.read_shape(source)
     platform = mesh.devices.flat[0].platform
     attend = attention.choose(source.attention, platform, np.dtype(source.dtype))
-    if attend is not attention.xla or mesh.shape["context"] > 1:  # a kernel that the compiler cannot split as it must
+    # The compiler splits plain XLA attention over rows and heads by itself. It cannot split other kernels, and over the
+    # context axis it would gather whole rows.
+    if attend is not attention.xla or mesh.shape["context"] > 1:
         attend = partition.per_device(attend, mesh)
     partition.check_heads(mesh, config.num_heads, field=field)
     constrain = partition.activation_constraint(mesh)
+    # The graph holds the kernel and the constraints, so the same functions run on any mesh without being told of it.
     graphdef, shapes, axes = abstract(config, source, attend=attend, constrain=constrain)
     shardings = partition.parameter_shardings(shapes, axes, mesh, field=field)
     return ShardedModel(config, mesh, graphdef, shapes, shardings)
@@ -100,6 +103,7 @@ def state_shardings(
     With ``offload`` (``config.optimizer.offload``) moments lie in the memory of the hosts.
     """
     copied = NamedSharding(mesh, PartitionSpec())
+    # Moments are as large as the parameters, so each is split like its own.
     moments = partition.optimizer_shardings(optimizer, model.shapes, model.shardings, mesh, offload=offload)
     return TrainState(copied, model.shardings, moments, copied)
 
@@ -174,6 +178,7 @@ def to_devices(mesh: Mesh, batch_type: type[Batch]) -> Callable[[dict[str, np.nd
     sharding = partition.batch_sharding(mesh)
 
     def place(batch: dict[str, np.ndarray]) -> Batch:
+        # Each process gives its own rows; no process needs the whole batch.
         arrays = {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}
         return batch_type(**arrays)
 
