@@ -14,10 +14,10 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-KEPT = ROOT / "runs" / "fits"
+PLANS = ROOT / "runs" / "fits"
 BEGIN, END = "<!-- fits: written by launch/fits.py -->", "<!-- end of fits -->"
 RM, PPO = "rm_seq2seq", "ppo"
-# model, algorithm, topology, what is changed in the config
+# model, algorithm, topology, changes to the config
 ROWS: list[tuple[str, str, str, tuple[str, ...]]] = [
     ("gemma-2b", RM, "v5e:2x4", ()),
     ("gemma-2b", RM, "v5e:4x4", ()),
@@ -34,12 +34,12 @@ ROWS: list[tuple[str, str, str, tuple[str, ...]]] = [
 ]
 
 
-def planned(model: str, algorithm: str, topology: str, changes: tuple[str, ...]) -> dict:
-    """The plan of a row as `jaxrm.plan` writes it, made now or before."""
+def load_or_make_plan(model: str, algorithm: str, topology: str, changes: tuple[str, ...]) -> dict:
+    """The plan of a row as ``jaxrm.plan`` writes it, made now or before."""
     name = "_".join((model, algorithm, topology, *changes)).replace(":", "_").replace("=", "_")
-    path = KEPT / f"{name}.json"
+    path = PLANS / f"{name}.json"
     if not path.exists():
-        KEPT.mkdir(parents=True, exist_ok=True)
+        PLANS.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, "-m", "jaxrm.plan", f"--config={config_of(model, algorithm)}", f"--model={model}"]
         command += [f"--topology={topology}", f"--json={path}", "--tries=4"]
         command += [f"--config.{change}" for change in changes]
@@ -57,20 +57,20 @@ def config_of(model: str, algorithm: str) -> str:
 
 def row(model: str, algorithm: str, topology: str, changes: tuple[str, ...]) -> str:
     """One row of the table in Markdown."""
-    plan = planned(model, algorithm, topology, changes)
-    full = max(program["peak"] or program["needed"] or float("nan") for program in plan["programs"]) / 2**30
+    plan = load_or_make_plan(model, algorithm, topology, changes)
+    peak = max(program["peak"] or program["needed"] or float("nan") for program in plan["programs"]) / 2**30
     mesh = " × ".join(f"{axis} {size}" for axis, size in plan["mesh"].items() if size > 1)
     fits, speed = "yes", "–"
     if not plan["fits"]:
-        good = [each["change"] for each in plan["tried"] if each["fits"]]
-        typed = " ".join(f"--config.{name}={value}" for name, value in good[0].items()) if good else ""
-        fits = f"no; with `{typed}`" if good else "no"
+        fitting = [each["change"] for each in plan["tried"] if each["fits"]]
+        flags = " ".join(f"--config.{name}={value}" for name, value in fitting[0].items()) if fitting else ""
+        fits = f"no; with `{flags}`" if fitting else "no"
     elif plan["seconds"]:
         tokens = next(program["tokens"] * program["times"] for program in plan["programs"] if program["tokens"])
         speed = f"{tokens / plan['seconds'][1] / 1e3:,.0f}k to {tokens / plan['seconds'][0] / 1e3:,.0f}k"
     command = f"python -m jaxrm.train --config={config_of(model, algorithm)}"
     command += "".join(f" --config.{change}" for change in changes)
-    memory = f"{full:.3g} of {plan['memory'] / 2**30:g}"
+    memory = f"{peak:.3g} of {plan['memory'] / 2**30:g}"
     return f"| {model} | `{algorithm}` | `{topology}` | {mesh} | {fits} | {memory} | {speed} | `{command}` |"
 
 
