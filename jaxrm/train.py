@@ -2,14 +2,14 @@
 
     python -m jaxrm.train --config=configs/quickstart.py --config.seed=1
 
-A stage of a pipeline has its fields under its name: --config.sft.optimizer.lr=1e-4. --config.stages=sft,pairs runs
-some of the stages. What is done is not run again.
+The fields of a pipeline's stage have its name in front: --config.sft.optimizer.lr=1e-4. --config.stages=sft,pairs runs
+some of the stages. Runs that are done are not repeated.
 
-On several hosts the same command is started on each. SLURM steps and GKE are recognized, launch/ starts TPU VM pods;
-elsewhere say --coordinator=HOST:PORT --num_processes=N --process_id=I, HOST being that of process 0.
+On several hosts, start the same command on each. SLURM steps and GKE are recognized, and launch/ starts TPU VM pods.
+Elsewhere give --coordinator=HOST:PORT --num_processes=N --process_id=I, where HOST is that of process 0.
 
-Exit status: 0 done; 1 some runs of a study failed; 2 something to mend, said in one line; 75 asked to stop (SIGTERM,
-Ctrl-C) and saved: the same command continues; 76 another process of the job was lost: start all of them again.
+Exit status: 0 done; 1 some runs of a study failed; 2 invalid input, explained in one line; 75 stopped (SIGTERM, Ctrl-C)
+and saved: the same command continues; 76 another process of the job was lost: start all of them again.
 """
 
 import os
@@ -20,11 +20,11 @@ from absl import flags
 from jaxrm.config import command_line, dicts
 from jaxrm.errors import UserError
 from jaxrm.experiment import Experiment
-from jaxrm.pipeline import config as pipeline
+from jaxrm.pipeline.config import Pipeline
 from jaxrm.runtime import processes
-from jaxrm.study import config as study
+from jaxrm.study.config import Study
 
-CONFIG_CLASSES = (Experiment, pipeline.Pipeline, study.Study)
+CONFIG_CLASSES = (Experiment, Pipeline, Study)
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -35,15 +35,20 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_integer("start_timeout", 300, "seconds to wait for the others", flag_values=values)
 
 
-def main(config: Experiment | pipeline.Pipeline | study.Study, given: flags.FlagValues | None) -> int:
-    """Join the other processes, if there are any, and run what the config describes; None is for this process alone."""
+def main(config: Experiment | Pipeline | Study, given: flags.FlagValues | None) -> int:
+    """Join the other processes of the job, if there are any, and run what the config describes.
+
+    Args:
+      config: of a stage, a pipeline or a study.
+      given: the flags of `define_flags`; None runs in this process alone.
+    """
     if given is None:
         return _run(config)
     joined = processes.find_processes(given.coordinator, given.num_processes, given.process_id, os.environ)
     if joined is None:
         return _run(config)
-    if isinstance(config, study.Study):
-        raise UserError("a study runs in one process, which starts a worker a core; start it once, without others")
+    if isinstance(config, Study):
+        raise UserError("a study runs in one process, which starts a worker a core; start it once, on one host")
     processes.start(joined, timeout=given.start_timeout)
     processes.check_agreement(dicts.to_dict(config))
     try:
@@ -53,17 +58,17 @@ def main(config: Experiment | pipeline.Pipeline | study.Study, given: flags.Flag
         raise
 
 
-def _run(config: Experiment | pipeline.Pipeline | study.Study) -> int:
-    from jaxrm.stages.table import run_stage  # modules of stages may ask JAX for its devices
+def _run(config: Experiment | Pipeline | Study) -> int:
+    from jaxrm.stages.table import run_stage  # after `processes.start`: modules of stages may ask JAX for its devices
 
-    if isinstance(config, pipeline.Pipeline):
-        from jaxrm.pipeline import run as stages
+    if isinstance(config, Pipeline):
+        from jaxrm.pipeline.run import run_pipeline
 
-        return stages.run(config, run_stage)
-    if isinstance(config, study.Study):
-        from jaxrm.study import run as studies
+        return run_pipeline(config, run_stage)
+    if isinstance(config, Study):
+        from jaxrm.study.run import run_study
 
-        return studies.run(config)
+        return run_study(config)
     return run_stage(config)
 
 

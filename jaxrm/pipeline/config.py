@@ -1,4 +1,4 @@
-"""Several stages in one config, each an `Experiment`, that run one after another and build on each other.
+"""A pipeline: several stages in one config, each an `Experiment`, which run in order and build on each other.
 
     def get_config():
         return pipeline(
@@ -8,14 +8,14 @@
             reward_model=Experiment(data=DataConfig(path="stage:pairs/pairs.jsonl"), ...),
         )
 
-A stage's fields are set as ``--config.sft.optimizer.lr=1e-4``. Any of its texts may start with ``stage:NAME``, which
-stands for the folder of another stage's run. `jaxrm.pipeline.run` runs them.
+A stage's fields are set as ``--config.sft.optimizer.lr=1e-4``. Any text of a stage may begin with ``stage:NAME``, which
+stands for the folder of another stage's run. `jaxrm.pipeline.run` runs the stages.
 """
 
 import dataclasses
 import difflib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,13 +29,13 @@ PREFIX = "stage:"
 
 @dataclass(frozen=True, kw_only=True)
 class Pipeline:
-    """What every pipeline has; the class of a config file's pipeline has a field for each of its stages too.
+    """What every pipeline has. The class of a config file's pipeline also has a field for each of its stages.
 
     Attributes:
       run_dir: folder of the pipeline; the run of a stage is in ``run_dir/NAME`` unless the stage says otherwise.
-      seed: of every stage; None leaves each its own.
+      seed: of every stage; with None each stage keeps its own.
       on_existing: a folder that already holds this pipeline is continued (``resume``), put aside and started anew
-        (``restart``) or refused (``error``). That of a stage says the same of its own run.
+        (``restart``) or refused (``error``). A stage's own field does the same for its run.
       stages: names of the stages that run, in this order.
     """
 
@@ -58,13 +58,13 @@ class Pipeline:
 
 
 @dataclass(frozen=True)
-class Stage:
-    """A stage as it runs.
+class PipelineStage:
+    """A stage that is ready to run.
 
     Attributes:
-      name: what the pipeline calls it.
+      name: of the stage in the pipeline.
       experiment: its config, with folders and seed filled in.
-      needs: the stages that it refers to, by the field that does.
+      needs: the stages that it refers to, by the field that refers to them.
     """
 
     name: str
@@ -72,9 +72,9 @@ class Stage:
     needs: Mapping[str, str]
 
     @property
-    def where(self) -> str:
-        """Dotted name of its section."""
-        return f"{option(self.name)}"
+    def section(self) -> str:
+        """Dotted name of its section of the config."""
+        return option(self.name)
 
 
 def pipeline(
@@ -103,29 +103,23 @@ def stage_names(config: Any) -> tuple[str, ...]:
     return tuple(name.name for name in dataclasses.fields(config) if fields.is_root_config(name))
 
 
-def resolve(config: Pipeline) -> dict[str, Stage]:
+def resolve(config: Pipeline) -> dict[str, PipelineStage]:
     """Return all stages by name, with their folders and the pipeline's seed filled in.
 
     Raises:
-      UserError: a text refers to a stage that is not there, or that runs later.
+      UserError: a text refers to a stage that does not exist, or that runs later.
     """
-    names = stage_names(config)
-    given: dict[str, Experiment] = {name: getattr(config, name) for name in names}
-    folders = {name: stage.run_dir or _join(config.run_dir, name) for name, stage in given.items()}
+    experiments: dict[str, Experiment] = {name: getattr(config, name) for name in stage_names(config)}
+    folders = {name: stage.run_dir or f"{config.run_dir.rstrip('/')}/{name}" for name, stage in experiments.items()}
     stages = {}
-    for name, stage in given.items():
-        needs: dict[str, str] = {}
-
-        def folder_of(text: str, where: str, name: str = name, needs: dict[str, str] = needs) -> str:
-            other, slash, rest = text.removeprefix(PREFIX).partition("/")
-            _check_reference(config, name, other, f"{where} is {text!r}", f"--{where}={PREFIX}{{}}{slash}{rest}")
-            needs[where] = other
-            return os.path.expanduser(folders[other]) + slash + rest  # noqa: PTH111  # as it is written, beside that
-
-        where = f"{option(name)}"
-        changed = {"run_dir": folders[name]} | ({} if config.seed is None else {"seed": config.seed})
-        filled = dataclasses.replace(_filled(stage, where, folder_of), **changed)
-        stages[name] = Stage(name, filled, needs)
+    for name, experiment in experiments.items():
+        needs = {}
+        for field_name, text in _references(experiment, option(name)):
+            needs[field_name] = _referenced_stage(config, name, field_name, text)
+        filled = dataclasses.replace(_with_folders(experiment, folders), run_dir=folders[name])
+        if config.seed is not None:
+            filled = dataclasses.replace(filled, seed=config.seed)
+        stages[name] = PipelineStage(name, filled, needs)
     return stages
 
 
@@ -134,34 +128,48 @@ def _class_of(names: tuple[str, ...]) -> Any:
     return dataclasses.make_dataclass("Pipeline", stages, bases=(Pipeline,), frozen=True, kw_only=True)
 
 
-def _join(run_dir: str, name: str) -> str:
-    return f"{run_dir.rstrip('/')}/{name}"
-
-
-def _filled(value: Any, where: str, folder_of: Callable[[str, str], str]) -> Any:
-    """The value with every text ``stage:…`` in it replaced."""
+def _references(value: Any, name: str) -> Iterator[tuple[str, str]]:
+    """Every text ``stage:…`` in a tree of configs, with the dotted name of its field."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        held = {name.name: getattr(value, name.name) for name in dataclasses.fields(value)}
-        filled = {name: _filled(part, f"{where}.{name}", folder_of) for name, part in held.items()}
-        return value if filled == held else dataclasses.replace(value, **filled)
+        for part in dataclasses.fields(value):
+            yield from _references(getattr(value, part.name), f"{name}.{part.name}")
+    elif isinstance(value, tuple):
+        for element in value:
+            yield from _references(element, name)
+    elif isinstance(value, str) and value.startswith(PREFIX):
+        yield name, value
+
+
+def _with_folders(value: Any, folders: Mapping[str, str]) -> Any:
+    """The tree with the folder of the stage in place of every ``stage:NAME``."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        parts = {part.name: getattr(value, part.name) for part in dataclasses.fields(value)}
+        filled = {name: _with_folders(part, folders) for name, part in parts.items()}
+        return value if filled == parts else dataclasses.replace(value, **filled)
     if isinstance(value, tuple):
-        return tuple(_filled(part, where, folder_of) for part in value)
-    return folder_of(value, where) if isinstance(value, str) and value.startswith(PREFIX) else value
+        return tuple(_with_folders(element, folders) for element in value)
+    if isinstance(value, str) and value.startswith(PREFIX):
+        stage, slash, rest = value.removeprefix(PREFIX).partition("/")
+        return os.path.expanduser(folders[stage]) + slash + rest  # noqa: PTH111  # a Path would change the text
+    return value
 
 
-def _check_reference(config: Pipeline, name: str, other: str, found: str, typed: str) -> None:
-    """Refuse a reference of the stage `name` to one that is not there, or that runs no earlier."""
-    names = [known for known in stage_names(config) if known != name]
-    if other == name:
-        raise UserError(
-            f"{found}, the stage itself; refer to another one" + f", e.g. {typed.format(names[0])}" * bool(names)
-        )
-    if other not in names:
-        near = difflib.get_close_matches(other, names, n=1)
-        advice = f"did you mean {typed.format(near[0])}?" if near else "the stages are " + ", ".join((*names, name))
-        raise UserError(f"{found}, but there is no stage {other!r}; {advice}")
+def _referenced_stage(config: Pipeline, name: str, field_name: str, text: str) -> str:
+    """The stage that a field of the stage `name` refers to; refuses one that does not exist or runs no earlier."""
+    stage, slash, rest = text.removeprefix(PREFIX).partition("/")
+    example = f"--{field_name}={PREFIX}{{}}{slash}{rest}"
+    problem = f"{field_name} is {text!r}"
+    others = [other for other in stage_names(config) if other != name]
+    if stage == name:
+        advice = f", e.g. {example.format(others[0])}" if others else ""
+        raise UserError(f"{problem}, the stage itself; refer to another one{advice}")
+    if stage not in others:
+        near = difflib.get_close_matches(stage, others, n=1)
+        advice = f"did you mean {example.format(near[0])}?" if near else f"the stages are {', '.join((*others, name))}"
+        raise UserError(f"{problem}, but there is no stage {stage!r}; {advice}")
     running = list(config.stages)
-    if name in running and other in running[running.index(name) :]:
-        running.remove(other)
-        running.insert(running.index(name), other)
-        raise UserError(f"{found}, which runs after {name}; put it first, e.g. {flag('stages')}={','.join(running)}")
+    if name in running and stage in running[running.index(name) :]:
+        running.remove(stage)
+        running.insert(running.index(name), stage)
+        raise UserError(f"{problem}, which runs after {name}; put it first, e.g. {flag('stages')}={','.join(running)}")
+    return stage

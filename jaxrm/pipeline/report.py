@@ -1,20 +1,18 @@
-"""What a pipeline says when all its stages are done: tables, and ``report.html`` in its folder.
+"""Tables of a finished pipeline on the console, and ``report.html`` in its folder.
 
-All of it is read from the folders of the stages' runs, so that it is the same whichever launch ran them.
+Everything is read from the folders of the stages' runs, so it does not matter which launch ran them.
 """
 
 import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
-from jaxrm.pipeline.config import Stage
+from jaxrm.pipeline.config import PipelineStage
+from jaxrm.reports.report import Cell, Curves, Example, ExampleResponse, Series, Table, write_report
 from jaxrm.runtime.metrics import read_rows
 from jaxrm.runtime.progress import format_seconds, format_value, print_table
-
-if TYPE_CHECKING:
-    from jaxrm.reports.report import Curves, Example, ExampleResponse
 
 _WHAT = {
     "sft": "supervised fine-tuning",
@@ -26,53 +24,40 @@ _WHAT = {
     "evaluate": "answers to test prompts",
 }
 _CURVES = (  # field of a row in metrics.jsonl, title, unit
-    ("eval_judge", "Judge, held-out prompts", "mean mark"),
+    ("eval_judge", "Judge, held-out prompts", "mean judge score"),
     ("eval_refusals", "Refusals, held-out prompts", "share"),
     ("eval_reward", "Reward, held-out prompts", "sum over a response"),
     ("reward", "Reward of the rollouts", "sum over a response"),
     ("kl", "KL from the SFT policy", "nats a response"),
     ("entropy", "Entropy of the policy", "nats a token"),
     ("response_length", "Length of the responses", "tokens"),
-    ("explained_variance", "Variance of the returns that the critic explains", "share"),
+    ("explained_variance", "Explained variance of the critic", "share"),
 )
 
-Cell = str | float | int | None
 
-
-class Comparison(NamedTuple):
-    """The table of policies: those that PPO made under the one that it started from."""
-
-    title: str
-    columns: tuple[str, ...]
-    rows: tuple[tuple[Cell, ...], ...]
-    note: str
-
-
-def close(path: Path, stages: Sequence[Stage], seconds: Mapping[str, float]) -> None:
+def publish(path: Path, stages: Sequence[PipelineStage], seconds: Mapping[str, float]) -> None:
     """Print the tables and write the report.
 
     Args:
       path: folder of the pipeline.
       stages: those that are done, in their order.
-      seconds: spent on each, by name.
+      seconds: spent on each stage, by name.
     """
-    from jaxrm.reports.report import Table, write_report
-
     timed = [(stage.name, _what(stage), format_seconds(seconds[stage.name])) for stage in stages]
     timed.append(("all", "", format_seconds(sum(seconds.values()))))
     columns = ("stage", "what", "time")
     print_table(f"Stages in {path}", columns, timed)
     tables = [Table("Stages", columns, tuple(timed))]
-    comparison = compare(stages)
-    if comparison is not None:
-        print_table(comparison.title, comparison.columns, comparison.rows)
-        if comparison.note:
-            print(f"{comparison.note}\n")
-        tables.insert(0, Table(*comparison))
+    policies = policy_table(stages)
+    if policies is not None:
+        print_table(policies.title, policies.columns, policies.rows)
+        if policies.note:
+            print(f"{policies.note}\n")
+        tables.insert(0, policies)
     report = path / "report.html"
     write_report(
         report,
-        title=f"{path.name}: what came of it",
+        title=f"{path.name}: results",
         about=_about(path, stages),
         tables=tables,
         curves=curves(stages),
@@ -81,44 +66,49 @@ def close(path: Path, stages: Sequence[Stage], seconds: Mapping[str, float]) -> 
     print(f"The runs are in {path}; the report is {report}", flush=True)
 
 
-def compare(stages: Sequence[Stage]) -> Comparison | None:
-    """Held-out metrics of each PPO stage's policy, and of the one that it started from; None without PPO.
+def policy_table(stages: Sequence[PipelineStage]) -> Table | None:
+    """Held-out metrics of the policy that each PPO stage trained, and of the SFT policy; None without PPO.
 
     A metric that the stages measure differently (each reward model has its own reward) is given as
     ``before → after`` in each row.
     """
-    found = {stage.name: _evaluation(stage) for stage in stages if stage.experiment.algorithm == "ppo"}
-    evaluations = {name: evaluation for name, evaluation in found.items() if evaluation is not None}
+    ppo = [stage for stage in stages if stage.experiment.algorithm == "ppo"]
+    evaluations = {stage.name: evaluation for stage in ppo if (evaluation := _evaluation(stage)) is not None}
     if not evaluations:
         return None
-    sides = [(one["before"], one["after"]) for one in evaluations.values()]
-    names = [name for name in sides[0][0] if all(name in side for both in sides for side in both)]
-    first = sides[0][0]
-    shared = {name for name in names if all(_same(before[name], first[name]) for before, _ in sides)}
-    rows: list[tuple[Cell, ...]] = [("SFT", *(float(first[name]) if name in shared else None for name in names))]
-    for (stage, one), (before, after) in zip(evaluations.items(), sides, strict=True):
+    metrics = [
+        metrics for evaluation in evaluations.values() for metrics in (evaluation["before"], evaluation["after"])
+    ]
+    sft = metrics[0]
+    names = [name for name in sft if all(name in each for each in metrics)]
+    shared = {
+        name
+        for name in names
+        if all(_is_close(evaluation["before"][name], sft[name]) for evaluation in evaluations.values())
+    }
+    rows: list[tuple[Cell, ...]] = [("SFT", *(float(sft[name]) if name in shared else None for name in names))]
+    for stage_name, evaluation in evaluations.items():
+        before, after = evaluation["before"], evaluation["after"]
         cells = [
             float(after[name]) if name in shared else f"{_text(before[name])} → {_text(after[name])}" for name in names
         ]
-        rows.append((f"{stage} ({one['kind']})", *cells))
-    counts = {format_value(one["prompts"]) for one in evaluations.values()}
+        rows.append((f"{stage_name} ({evaluation['kind']})", *cells))
+    counts = {format_value(evaluation["prompts"]) for evaluation in evaluations.values()}
     title = f"Policies on {' or '.join(sorted(counts))} held-out prompts"
-    own = [name for name in names if name not in shared]
-    note = f"{', '.join(own)}: before → after, since each row measures it in its own way." if own else ""
-    return Comparison(title, ("policy", *names), tuple(rows), note)
+    differing = [name for name in names if name not in shared]
+    note = f"{', '.join(differing)}: before → after, since each row measures it in its own way." if differing else ""
+    return Table(title, ("policy", *names), tuple(rows), note)
 
 
-def curves(stages: Sequence[Stage]) -> "list[Curves]":
-    """One chart for each thing that PPO runs measure, with a line for each run."""
-    from jaxrm.reports.report import Curves, Series
-
+def curves(stages: Sequence[PipelineStage]) -> list[Curves]:
+    """One chart for each metric of PPO runs, with a line for each run."""
     ppo = [stage for stage in stages if stage.experiment.algorithm == "ppo"]
-    rows = {stage.name: read_rows(_folder(stage) / "metrics.jsonl") for stage in ppo}
+    rows_of = {stage.name: read_rows(_folder(stage) / "metrics.jsonl") for stage in ppo}
     charts = []
     for field, title, unit in _CURVES:
         series = []
-        for name, measured in rows.items():
-            points = {float(row["step"]): float(row[field]) for row in measured if row.get(field) is not None}
+        for name, rows in rows_of.items():
+            points = {float(row["step"]): float(row[field]) for row in rows if row.get(field) is not None}
             if points:
                 series.append(Series(name, tuple(points), tuple(points.values())))
         if series:
@@ -126,29 +116,28 @@ def curves(stages: Sequence[Stage]) -> "list[Curves]":
     return charts
 
 
-def examples(stages: Sequence[Stage]) -> "list[Example]":
+def examples(stages: Sequence[PipelineStage]) -> list[Example]:
     """For each sampled prompt, the response before PPO and the last one of each PPO stage."""
-    from jaxrm.reports.report import Example
-
     by_prompt: dict[str, list[ExampleResponse]] = {}
     for stage in stages:
         if stage.experiment.algorithm != "ppo":
             continue
-        sampled: dict[str, list[dict[str, Any]]] = {}
+        rows_by_prompt: dict[str, list[dict[str, Any]]] = {}
         for row in read_rows(_folder(stage) / "samples.jsonl"):
-            sampled.setdefault(row["prompt"], []).append(row)
-        for prompt, rows in sampled.items():
+            rows_by_prompt.setdefault(row["prompt"], []).append(row)
+        for prompt, rows in rows_by_prompt.items():
             responses = by_prompt.setdefault(prompt, [])
-            first, last = min(rows, key=_step), max(reversed(rows), key=_step)  # of one step the latest row counts
+            first, last = (
+                min(rows, key=_step),
+                max(reversed(rows), key=_step),
+            )  # where a step has two rows, the later one counts
             if not responses and first["step"] < last["step"]:
                 responses.append(_response("SFT", first))
             responses.append(_response(f"{stage.name}, step {last['step']}", last))
     return [Example(prompt, tuple(responses)) for prompt, responses in by_prompt.items()]
 
 
-def _response(name: str, row: Mapping[str, Any]) -> "ExampleResponse":
-    from jaxrm.reports.report import ExampleResponse
-
+def _response(name: str, row: Mapping[str, Any]) -> ExampleResponse:
     facts = tuple((fact, format_value(float(row[fact]))) for fact in ("reward", "judge") if row.get(fact) is not None)
     rewards = tuple(float(reward) for reward in row.get("rewards", ()))
     return ExampleResponse(name, row["response"], tuple(row.get("tokens", ())), rewards, facts)
@@ -158,16 +147,16 @@ def _step(row: Mapping[str, Any]) -> int:
     return int(row["step"])
 
 
-def _evaluation(stage: Stage) -> dict[str, Any] | None:
+def _evaluation(stage: PipelineStage) -> dict[str, Any] | None:
     file = _folder(stage) / "evaluation.json"
     return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
 
 
-def _folder(stage: Stage) -> Path:
+def _folder(stage: PipelineStage) -> Path:
     return Path(stage.experiment.run_dir).expanduser()
 
 
-def _what(stage: Stage) -> str:
+def _what(stage: PipelineStage) -> str:
     algorithm = stage.experiment.algorithm
     return f"PPO, {stage.experiment.reward.kind} rewards" if algorithm == "ppo" else _WHAT[algorithm]
 
@@ -176,12 +165,12 @@ def _text(value: float | str) -> str:
     return format_value(float(value))
 
 
-def _same(a: float | str, b: float | str) -> bool:
+def _is_close(a: float | str, b: float | str) -> bool:
     return math.isclose(float(a), float(b), rel_tol=1e-3, abs_tol=1e-6)
 
 
-def _about(path: Path, stages: Sequence[Stage]) -> list[tuple[str, str]]:
-    """Where the results come from, as the last stage's latest launch noted it."""
+def _about(path: Path, stages: Sequence[PipelineStage]) -> list[tuple[str, str]]:
+    """Where the results come from, as the last launch of the last stage recorded it."""
     lines = [("Folder", str(path))]
     file = _folder(stages[-1]) / "run.json"
     if not file.exists():

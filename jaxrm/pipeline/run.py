@@ -1,8 +1,11 @@
-"""Running a pipeline: one stage after another in this process, each continued from where it stopped.
+"""Run a pipeline: one stage after another in this process, each continued from where it stopped.
 
-In ``run_dir`` are ``NAME/``, the run of each stage; ``pipeline.json``, which says of each whether it is running or
-done, its config, and the seconds spent on it (without those of launches that were killed); and ``report.html``, once
-all are done.
+The pipeline's folder holds
+
+- ``NAME/``: the run of each stage;
+- ``pipeline.json``: for each stage whether it is running or done, its config, and the seconds spent on it (without
+  those of launches that were killed);
+- ``report.html``, once all stages are done.
 """
 
 import gc
@@ -18,93 +21,98 @@ from jaxrm import atomic
 from jaxrm.config import dicts
 from jaxrm.errors import UserError, flag, naming, option
 from jaxrm.experiment import RESUMABLE_FIELDS, Experiment
-from jaxrm.pipeline import report as pipeline_report
-from jaxrm.pipeline.config import Pipeline, Stage, resolve
+from jaxrm.pipeline.config import Pipeline, PipelineStage, resolve
+from jaxrm.pipeline.report import publish
 from jaxrm.runtime.progress import format_seconds
 from jaxrm.runtime.run_folder import check_run, check_writable, checked_path, from_writer, rename_aside, what_to_type
 
 _RECORD = "pipeline.json"
 
 Records = dict[str, dict[str, Any]]
+"""By the name of a stage: ``state``, ``seconds`` and ``config``."""
 
 
-def run(config: Pipeline, run_stage: Callable[[Experiment], int]) -> int:
-    """Run the stages of a pipeline that are not done, and say what came of all.
+def run_pipeline(config: Pipeline, run_stage: Callable[[Experiment], int]) -> int:
+    """Run the stages of a pipeline that are not done, then print its tables and write its report.
 
     Args:
       config: the pipeline.
       run_stage: runs one stage and returns its exit status, 0 for done.
 
     Returns:
-      Exit status: 0 when all are done, else that of the stage that was not, which ends the pipeline.
+      Exit status: 0 when all stages are done, else that of the stage that was not, which ends the pipeline.
 
     Raises:
-      UserError: for what the user can mend in the pipeline, before a stage has run; and what a stage raises, with its
-        name.
+      UserError: for mistakes in the pipeline, before a stage has run; and what a stage raises, with its name.
     """
     path = checked_path(config.run_dir)
     stages = resolve(config)
     is_writer = jax.process_index() == 0
-    say: Callable[[str], None] = (lambda line: print(line, flush=True)) if is_writer else (lambda _: None)
     records, done = _open(path, config, stages, is_writer)
 
     for number, name in enumerate(config.stages, 1):
-        stage, place = stages[name], f"stage {number} of {len(config.stages)}"
+        stage, position = stages[name], f"stage {number} of {len(config.stages)}"
         if name in done:
-            seconds = records[name]["seconds"] if is_writer else 0.0
-            say(f"{name}: done in {format_seconds(seconds)}, {stage.experiment.run_dir}")
+            if is_writer:
+                seconds = format_seconds(records[name]["seconds"])
+                print(f"{name}: done in {seconds}, {stage.experiment.run_dir}", flush=True)
             continue
-        say(f"\n{place}: {name}")
+        if is_writer:
+            print(f"\n{position}: {name}", flush=True)
         status = _run_stage(path, stage, records, run_stage, is_writer)
         if status:
-            again = "".join(f" with --{field}=resume" for field in _restarted(config, stage))
-            say(f"The pipeline stopped in {place}, {name}; the same command{again} continues it.")
+            options = "".join(f" with --{field}=resume" for field in _restarting_fields(config, stage))
+            if is_writer:
+                print(
+                    f"The pipeline stopped in {position}, {name}; the same command{options} continues it.", flush=True
+                )
             return status
         done.add(name)
-        say(f"{name}: done in {format_seconds(records[name]['seconds'])}")
+        if is_writer:
+            print(f"{name}: done in {format_seconds(records[name]['seconds'])}", flush=True)
         _release()
 
     if is_writer:
         seconds_by_name = {name: float(records[name]["seconds"]) for name in stages if name in done}
-        pipeline_report.close(path, [stages[name] for name in seconds_by_name], seconds_by_name)
+        publish(path, [stages[name] for name in seconds_by_name], seconds_by_name)
     return 0
 
 
 def _run_stage(
-    path: Path, stage: Stage, records: Records, run_stage: Callable[[Experiment], int], is_writer: bool
+    path: Path, stage: PipelineStage, records: Records, run_stage: Callable[[Experiment], int], is_writer: bool
 ) -> int:
-    """Run one stage and keep its record, however it ends."""
-    name, before = stage.name, records.get(stage.name, {}).get("seconds", 0.0)
-    config = dicts.to_dict(stage.experiment)
-    started, state = time.monotonic(), "running"
-
-    def keep() -> None:
-        seconds = round(before + time.monotonic() - started, 3)
-        records[name] = {"state": state, "seconds": seconds, "config": config}
-        if is_writer:
-            path.mkdir(parents=True, exist_ok=True)
-            atomic.write_json(path / _RECORD, {"stages": records})
-
-    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
-    keep()
+    """Run one stage; its record is written before it starts and when it ends, however it ends."""
+    name = stage.name
+    seconds_before = records.get(name, {}).get("seconds", 0.0)
+    new_folders = [folder for folder in (path, *path.parents) if not folder.exists()]
+    records[name] = {"state": "running", "seconds": seconds_before, "config": dicts.to_dict(stage.experiment)}
+    _write_records(path, records, is_writer)
+    started = time.monotonic()
     try:
-        with naming({"": stage.where}):
+        with naming({"": stage.section}):
             status = run_stage(stage.experiment)
-        state = "running" if status else "done"
+        records[name]["state"] = "running" if status else "done"
     except UserError as error:
         if is_writer:
-            _remove_if_empty(missing)
+            _remove_if_empty(new_folders)
         raise UserError(f"stage {name}: {error}") from error
     finally:
+        records[name]["seconds"] = round(seconds_before + time.monotonic() - started, 3)
         if path.exists():
-            keep()
+            _write_records(path, records, is_writer)
     return status
 
 
-def _restarted(config: Pipeline, stage: Stage) -> list[str]:
-    """The fields by which the stage would start anew at each launch."""
-    given = {"on_existing": config.on_existing, f"{stage.where}.on_existing": stage.experiment.on_existing}
-    return [field for field, on_existing in given.items() if on_existing == "restart"]
+def _write_records(path: Path, records: Records, is_writer: bool) -> None:
+    if is_writer:
+        path.mkdir(parents=True, exist_ok=True)
+        atomic.write_json(path / _RECORD, {"stages": records})
+
+
+def _restarting_fields(config: Pipeline, stage: PipelineStage) -> list[str]:
+    """The fields that make the stage start anew at each launch."""
+    values = {"on_existing": config.on_existing, f"{stage.section}.on_existing": stage.experiment.on_existing}
+    return [field for field, on_existing in values.items() if on_existing == "restart"]
 
 
 def _release() -> None:
@@ -114,7 +122,7 @@ def _release() -> None:
 
 
 def _remove_if_empty(folders: Iterable[Path]) -> None:
-    """Take away folders that were made for a stage which then refused to write anything; innermost first."""
+    """Remove folders that were made for a stage which then refused its config; innermost first."""
     for folder in folders:
         if [entry.name for entry in folder.iterdir()] == [_RECORD]:
             (folder / _RECORD).unlink()
@@ -123,25 +131,30 @@ def _remove_if_empty(folders: Iterable[Path]) -> None:
         folder.rmdir()
 
 
-def _open(path: Path, config: Pipeline, stages: Mapping[str, Stage], is_writer: bool) -> tuple[Records, set[str]]:
-    """The records of the pipeline in the folder, and the stages that are done; all processes agree on these."""
+def _open(
+    path: Path, config: Pipeline, stages: Mapping[str, PipelineStage], is_writer: bool
+) -> tuple[Records, set[str]]:
+    """The records in the pipeline's folder, and the stages that are done. All processes agree on the latter.
+
+    Only the writer reads the folder. It sends the others which stages are done, or that it refuses to run.
+    """
     records: Records = {}
-    refused: UserError | None = None
+    refusal: UserError | None = None
     outcome = 0
     if is_writer:
         try:
-            records = _records(path, config)
+            records = _read_records(path, config)
             done = _done(config, stages, records)
             if config.on_existing == "restart" and path.exists() and any(path.iterdir()):
                 print(f"{config.run_dir} is new; what was there is now {rename_aside(path)}", flush=True)
             outcome = sum(1 << i for i, name in enumerate(stages) if name in done)
         except UserError as error:
-            refused, outcome = error, -1
+            refusal, outcome = error, -1
     if jax.process_count() > 1:
-        assert len(stages) < 32, "which stages are done goes to the other processes as the bits of an int32"
+        assert len(stages) < 32, "which stages are done is sent to the other processes as the bits of an int32"
         outcome = from_writer(outcome, is_writer)
-    if refused is not None:
-        raise refused
+    if refusal is not None:
+        raise refusal
     if outcome < 0:
         raise UserError(
             f"{option('run_dir')} is {config.run_dir!r}, which the first process refused; its message says why"
@@ -149,8 +162,8 @@ def _open(path: Path, config: Pipeline, stages: Mapping[str, Stage], is_writer: 
     return records, {name for i, name in enumerate(stages) if outcome >> i & 1}
 
 
-def _records(path: Path, config: Pipeline) -> Records:
-    """What ``pipeline.json`` says; nothing for a folder that is new, or that is to be put aside."""
+def _read_records(path: Path, config: Pipeline) -> Records:
+    """The records of earlier launches; refuses a folder that holds something else."""
     run_dir = config.run_dir
     check_writable(path, run_dir)
     entries = [entry.name for entry in path.iterdir()] if path.exists() else []
@@ -160,67 +173,89 @@ def _records(path: Path, config: Pipeline) -> Records:
     if _RECORD not in names and "run.json" not in names:
         raise UserError(
             f"{option('run_dir')} is {run_dir!r}, which is no pipeline but holds {names[0]!r}; required an empty or "
-            f"a new "
-            f"folder, e.g. {flag('run_dir')}={run_dir.rstrip('/')}-2"
+            f"a new folder, e.g. {flag('run_dir')}={run_dir.rstrip('/')}-2"
         )
-    what = "a pipeline" if _RECORD in names else "a single run"
+    content = "a pipeline" if _RECORD in names else "a single run"
     if config.on_existing == "error" or (config.on_existing == "resume" and _RECORD not in names):
         choices = ("resume", "restart") if _RECORD in names else ("restart",)
-        raise UserError(f"{run_dir} holds {what}; {what_to_type(run_dir, choices)}")
+        raise UserError(f"{run_dir} holds {content}; {what_to_type(run_dir, choices)}")
     if config.on_existing == "restart":
         return {}
     try:
-        found = json.loads((path / _RECORD).read_text(encoding="utf-8"))["stages"]
+        records = json.loads((path / _RECORD).read_text(encoding="utf-8"))["stages"]
         return {
-            name: {"state": str(one["state"]), "seconds": float(one["seconds"]), "config": dict(one["config"])}
-            for name, one in found.items()
+            name: {"state": str(record["state"]), "seconds": float(record["seconds"]), "config": dict(record["config"])}
+            for name, record in records.items()
         }
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         advice = what_to_type(run_dir, ("restart",))
         raise UserError(f"{path / _RECORD} cannot be read ({error}); {advice}") from error
 
 
-def _done(config: Pipeline, stages: Mapping[str, Stage], records: Records) -> set[str]:
+def _done(config: Pipeline, stages: Mapping[str, PipelineStage], records: Records) -> set[str]:
     """The stages that are done; refuses what cannot be continued as the config says."""
-    done, anew = set(), set()
+    done, new = set(), set()
     for name, stage in stages.items():
-        run_dir, on_existing = stage.experiment.run_dir, stage.experiment.on_existing
-        exists = (Path(run_dir).expanduser() / "run.json").is_file()
-        if config.on_existing == "restart" and _is_inside(run_dir, config.run_dir):
-            exists = False  # it goes aside with the pipeline
+        experiment = stage.experiment
+        exists = (Path(experiment.run_dir).expanduser() / "run.json").is_file()
+        if config.on_existing == "restart" and _is_inside(experiment.run_dir, config.run_dir):
+            exists = False  # it is put aside with the pipeline
         elif name in config.stages:
-            try:
-                with naming({"": stage.where}):
-                    check_run(
-                        run_dir, dicts.to_dict(stage.experiment), on_existing=on_existing, may_differ=RESUMABLE_FIELDS
-                    )
-            except UserError as error:
-                message = str(error)
-                if f"--{stage.where}.on_existing=restart" in message:
-                    message += f"; {flag('on_existing')}=restart starts the whole pipeline anew"
-                raise UserError(message) from error
-        if not exists or (name in config.stages and on_existing == "restart"):
-            anew.add(name)
+            _check_stage(stage)
+        if not exists or (name in config.stages and experiment.on_existing == "restart"):
+            new.add(name)
         elif records.get(name, {}).get("state") == "done":
             done.add(name)
     for name in stages:
-        if name not in config.stages and name not in done:
-            continue
-        for field, needed in stages[name].needs.items():
-            if name in config.stages and needed not in config.stages and needed not in done:
-                running = ",".join(known for known in stages if known in (needed, *config.stages))
-                raise UserError(
-                    f"{field} refers to the stage {needed}, which is not done in {stages[needed].experiment.run_dir} "
-                    f"and not among those to run; e.g. {flag('stages')}={running}"
-                )
-            if needed in anew and needed in config.stages and name not in anew:
-                raise UserError(
-                    f"{option(f'{name}.on_existing')} is {stages[name].experiment.on_existing!r}, but its run is "
-                    f"built on "
-                    f"{needed}, which starts anew; use {flag(f'{name}.on_existing')}=restart to start it anew too; "
-                    f"{flag('on_existing')}=restart starts the whole pipeline anew"
-                )
+        if name in config.stages or name in done:
+            _check_needs(config, stages, name, done, new)
     return done
+
+
+def _check_stage(stage: PipelineStage) -> None:
+    """Refuse a run of the stage that another config made."""
+    experiment = stage.experiment
+    try:
+        with naming({"": stage.section}):
+            check_run(
+                experiment.run_dir,
+                dicts.to_dict(experiment),
+                on_existing=experiment.on_existing,
+                may_differ=RESUMABLE_FIELDS,
+            )
+    except UserError as error:
+        message = str(error)
+        if f"--{stage.section}.on_existing=restart" in message:
+            message += f"; {flag('on_existing')}=restart starts the whole pipeline anew"
+        raise UserError(message) from error
+
+
+def _check_needs(
+    config: Pipeline, stages: Mapping[str, PipelineStage], name: str, done: set[str], new: set[str]
+) -> None:
+    """Refuse a stage that needs one which neither runs nor is done, or whose run is older than what it needs.
+
+    Args:
+      config: the pipeline.
+      stages: all of its stages.
+      name: of the stage.
+      done: stages that are done.
+      new: stages that have no run, or start anew.
+    """
+    for field, needed in stages[name].needs.items():
+        if name in config.stages and needed not in config.stages and needed not in done:
+            running = ",".join(known for known in stages if known in (needed, *config.stages))
+            raise UserError(
+                f"{field} refers to the stage {needed}, which is not done in {stages[needed].experiment.run_dir} "
+                f"and not among those to run; e.g. {flag('stages')}={running}"
+            )
+        if needed in new and needed in config.stages and name not in new:
+            restart = flag(f"{name}.on_existing")
+            raise UserError(
+                f"{option(f'{name}.on_existing')} is {stages[name].experiment.on_existing!r}, but its run is built on "
+                f"{needed}, which starts anew; use {restart}=restart to start it anew too; "
+                f"{flag('on_existing')}=restart starts the whole pipeline anew"
+            )
 
 
 def _is_inside(folder: str, outer: str) -> bool:

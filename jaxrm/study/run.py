@@ -52,7 +52,7 @@ Records = dict[str, dict[str, Any]]
 """Rows of ``queue.jsonl`` by the name of the run: ``state``, ``seconds``, and ``score`` or ``error``."""
 
 
-def run(config: Study) -> int:
+def run_study(config: Study) -> int:
     """Run what is left of a study, then print its tables and write its report.
 
     Returns:

@@ -14,7 +14,7 @@ from jaxrm.config import command_line, dicts
 from jaxrm.errors import UserError
 from jaxrm.experiment import RESUMABLE_FIELDS, Experiment
 from jaxrm.pipeline import report as pipeline_report
-from jaxrm.pipeline import run as stages
+from jaxrm.pipeline import run as pipeline_run
 from jaxrm.pipeline.config import Pipeline, pipeline, resolve, stage_names
 from jaxrm.runtime.run_folder import open_run
 
@@ -56,7 +56,7 @@ def place(tmp_path, monkeypatch):
     (tmp_path / "three.py").write_text(CONFIG)
     (tmp_path / "one.py").write_text(SINGLE)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(stages, "_release", lambda: None)
+    monkeypatch.setattr(pipeline_run, "_release", lambda: None)
     monkeypatch.setattr("jaxrm.runtime.run_folder.git_state", lambda: None)
 
 
@@ -101,7 +101,7 @@ def launch(capsys):
             return end
 
         capsys.readouterr()
-        status = run_command(lambda config, _: stages.run(config, run_stage), *arguments, file=file)
+        status = run_command(lambda config, _: pipeline_run.run_pipeline(config, run_stage), *arguments, file=file)
         out, err = capsys.readouterr()
         return SimpleNamespace(status=status, ran=ran, out=out, err=err.removeprefix("jaxrm: error: ").rstrip())
 
@@ -281,8 +281,8 @@ def test_what_is_done_is_not_run_again(launch):
 
 def test_a_stopped_stage_ends_the_pipeline_which_then_continues(launch, monkeypatch):
     """The same command continues it."""
-    clock = iter([0.0, 0.0, 60.0, 100.0, 100.0, 107.5, 0.0, 0.0, 5.0, 0.0, 0.0, 1.0])
-    monkeypatch.setattr(stages, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    clock = iter([0.0, 60.0, 100.0, 107.5, 0.0, 5.0, 0.0, 1.0])  # start and end of each stage that runs
+    monkeypatch.setattr(pipeline_run, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     found = launch(ends={"pairs": 75})
     assert (found.status, found.ran) == (75, ["sft", "pairs"])
     assert found.out.endswith("The pipeline stopped in stage 2 of 3, pairs; the same command continues it.\n")
@@ -303,7 +303,7 @@ def test_a_failed_stage_runs_again_and_those_before_it_do_not(launch, end):
 def test_a_stage_is_recorded_before_it_runs(launch, monkeypatch):
     """So a run that is killed leaves a pipeline that goes on."""
     seen = []
-    monkeypatch.setattr(stages, "_release", lambda: seen.append(everything()["runs/q/pipeline.json"]))
+    monkeypatch.setattr(pipeline_run, "_release", lambda: seen.append(everything()["runs/q/pipeline.json"]))
     launch()
     killed = json.loads(seen[0])["stages"] | {"pairs": record()["pairs"] | {"state": "running", "seconds": 0.0}}
     Path("runs/q/pipeline.json").write_text(json.dumps({"stages": killed}))  # as it is while pairs runs
@@ -420,24 +420,24 @@ def test_some_of_the_stages_run_alone_where_the_others_are_done(launch):
 
 def test_processes_follow_the_writer(launch, monkeypatch):
     """A process that writes nothing, and sees no folder, skips what the writer says is done."""
-    monkeypatch.setattr(stages.jax, "process_count", lambda: 2)
-    monkeypatch.setattr(stages.jax, "process_index", lambda: 1)
-    monkeypatch.setattr(stages, "from_writer", lambda outcome, is_writer: 0b011)
+    monkeypatch.setattr(pipeline_run.jax, "process_count", lambda: 2)
+    monkeypatch.setattr(pipeline_run.jax, "process_index", lambda: 1)
+    monkeypatch.setattr(pipeline_run, "from_writer", lambda outcome, is_writer: 0b011)
     found = launch()
     assert (found.status, found.ran, found.out) == (0, ["model"], "")
     assert not Path("runs/q/pipeline.json").exists()
-    monkeypatch.setattr(stages, "from_writer", lambda outcome, is_writer: -1)
+    monkeypatch.setattr(pipeline_run, "from_writer", lambda outcome, is_writer: -1)
     assert "which the first process refused" in launch().err
 
 
 def test_what_a_stage_left_in_memory_is_freed_before_the_next(launch, monkeypatch):
     freed = []
-    monkeypatch.setattr(stages, "_release", lambda: freed.append(sorted(states())))
+    monkeypatch.setattr(pipeline_run, "_release", lambda: freed.append(sorted(states())))
     launch()
     assert freed == [["sft"], ["pairs", "sft"], ["model", "pairs", "sft"]]
 
 
-# --- the closing
+# --- the report
 
 
 def ppo_stages(**evaluations):
@@ -464,22 +464,22 @@ SCALAR = {"kind": "scalar", "before": {"reward": -4.0, "judge": 0.25, "kl": 0.0}
 
 
 def test_policies_are_compared_by_what_all_of_them_measured():
-    found = pipeline_report.compare(ppo_stages(a=LITERAL))
+    found = pipeline_report.policy_table(ppo_stages(a=LITERAL))
     assert found.columns == ("policy", "reward", "judge", "kl")
     assert found.rows == (("SFT", 1.0, 0.25, 0.0), ("a (literal)", 2.5, 0.75, 3.5))
     assert (found.title, found.note) == ("Policies on 64 held-out prompts", "")
 
 
 def test_rewards_of_different_reward_models_share_no_number():
-    found = pipeline_report.compare(ppo_stages(a=LITERAL, b=SCALAR))
+    found = pipeline_report.policy_table(ppo_stages(a=LITERAL, b=SCALAR))
     assert found.rows[:2] == (("SFT", None, 0.25, 0.0), ("a (literal)", "1 → 2.5", 0.75, 3.5))
     assert found.rows[2][:3] == ("b (scalar)", "-4 → 6", 0.5) and str(found.rows[2][3]) == "nan"
     assert found.note.startswith("reward: before → after")
 
 
 def test_without_ppo_there_is_nothing_to_compare():
-    assert pipeline_report.compare(ppo_stages()) is None
-    assert pipeline_report.compare(ppo_stages(a=None)) is None
+    assert pipeline_report.policy_table(ppo_stages()) is None
+    assert pipeline_report.policy_table(ppo_stages(a=None)) is None
 
 
 def test_curves_have_a_line_for_each_run_that_measured_it():
@@ -522,11 +522,11 @@ def test_examples_show_the_first_and_last_response_of_each_run():
     assert example.responses[2].facts == (("reward", "0.5"), ("judge", "1"))
 
 
-def test_the_closing_prints_the_tables_and_writes_the_report(capsys):
+def test_tables_are_printed_and_the_report_is_written(capsys):
     found = ppo_stages(a=LITERAL)
     write_rows("a", "metrics.jsonl", {"step": 1, "reward": 1.0}, {"step": 2, "reward": 2.0})
     write_rows("a", "samples.jsonl", {"step": 0, "prompt": "how?", "response": "so"})
-    pipeline_report.close(Path("runs/q"), found, {"sft": 62.0, "a": 3.0})
+    pipeline_report.publish(Path("runs/q"), found, {"sft": 62.0, "a": 3.0})
     out = capsys.readouterr().out
     assert "sft    supervised fine-tuning  1:02" in out and "a      PPO, literal rewards    3 s" in out
     assert "all                            1:05" in out
