@@ -11,22 +11,22 @@ import re
 from typing import Any
 
 
-def part(name: str) -> str:
-    """Text of a template file next to this module, e.g. ``page.css``."""
+def read_template(name: str) -> str:
+    """Read a template file of this folder, e.g. ``page.css``."""
     return importlib.resources.files("jaxrm.reports").joinpath(name).read_text(encoding="utf-8")
 
 
-def fill(template: str, *, title: str, style: str, script: str, content: Any, **markup: str) -> str:
-    """`template` with its ``{{name}}`` places filled.
+def fill_template(template: str, *, title: str, style: str, script: str, content: Any, **markup: str) -> str:
+    """Return `template` with its ``{{name}}`` placeholders filled.
 
-    The places are ``title`` (escaped here), ``style``, ``script``, ``records`` (`content` as JSON), ``policy`` (a
+    The placeholders are ``title`` (escaped here), ``style``, ``script``, ``records`` (`content` as JSON), ``policy`` (a
     Content-Security-Policy that runs this script, applies this style and loads nothing) and those named in `markup`,
     which must be safe HTML already.
 
     Raises:
       ValueError: `content` holds NaN or an infinity, which JSON cannot.
     """
-    parts = {
+    values = {
         "title": html.escape(title),
         "policy": (
             f"default-src 'none'; style-src '{_digest(style)}'; script-src '{_digest(script)}'; "
@@ -37,8 +37,8 @@ def fill(template: str, *, title: str, style: str, script: str, content: Any, **
         "records": _inert_json(content),
         **markup,
     }
-    # One pass, so that no text of the data is taken for a place.
-    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], template)
+    # In one pass, so that a placeholder in the data stays text.
+    return re.sub(r"\{\{(\w+)\}\}", lambda match: values[match[1]], template)
 
 
 def _inert_json(content: Any) -> str:

@@ -1,4 +1,4 @@
-"""One self-contained HTML file that shows what a reward model thinks of every token."""
+"""The page of `jaxrm.score`: one self-contained HTML file with the reward of every token."""
 
 from __future__ import annotations
 
@@ -7,23 +7,22 @@ from pathlib import Path
 from typing import Any
 
 from jaxrm import atomic
-from jaxrm.reports.document import fill
-from jaxrm.reports.document import part as _part
+from jaxrm.reports.document import fill_template, read_template
 
 
 def write_page(
     path: str | Path, records: Iterable[Mapping[str, Any]], *, title: str, about: Sequence[tuple[str, str]]
 ) -> None:
-    """Writes the page of scored records, atomically.
+    """Write the page of scored records, atomically.
 
-    Each response stands with its tokens coloured by their reward, the mark where it diverges and the reward model's
-    correction; the two of a pair stand next to each other, wrong rankings first. The file needs no network and no
-    other file. Records reach the browser as JSON and become text nodes there, and the page's own
-    Content-Security-Policy runs no other script and loads nothing, whatever a record says. It holds every record
-    whole; some thousands of them are fine, and more are better read from the JSONL.
+    Each response has its tokens colored by their reward, a mark where it diverges, and the reward model's correction.
+    The two responses of a pair stand side by side, wrong rankings first. The file needs no network and no other file.
+    Records reach the browser as JSON and become text nodes there. The page's Content-Security-Policy runs no other
+    script and loads nothing, whatever a record says. The page holds every record whole: some thousands are fine, and
+    more are better read from the JSONL.
 
     Args:
-      path: the HTML file; missing folders are made, and a file that is there is replaced.
+      path: the HTML file; missing folders are made, and an existing file is replaced.
       records: scored records as `jaxrm.score` writes them to JSONL. A pair is a record with a "chosen" and a
         "rejected" response; "ranked_right" None on a pair is a tie. "tags", "diverges_at" and "correction" may be
         None, as they are for a scalar reward model.
@@ -34,8 +33,10 @@ def write_page(
       ValueError: a reward is NaN or infinite, which JSON cannot hold.
     """
     content = {"title": title, "about": [list(line) for line in about], "records": [_record(each) for each in records]}
-    script = _part("page_tokens.js") + _part("page_records.js") + _part("page_filters.js")
-    page = fill(_part("page.html"), title=title, style=_part("page.css"), script=script, content=content)
+    script = read_template("page_tokens.js") + read_template("page_records.js") + read_template("page_filters.js")
+    page = fill_template(
+        read_template("page.html"), title=title, style=read_template("page.css"), script=script, content=content
+    )
     atomic.write_text(Path(path), page)
 
 
@@ -44,37 +45,36 @@ def _record(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _response(response: Mapping[str, Any]) -> dict[str, Any]:
-    """`response` with the place of its end token, and its correction with the way there from it."""
+    """`response` with the index of its end token, and its correction with the difference from the response."""
     assert len(response["tokens"]) == len(response["token_ids"]) == len(response["rewards"]), response["text"]
-    body, correction = _body(response), response["correction"]
-    end = body if body < len(response["tokens"]) else None
+    length, correction = _text_length(response), response["correction"]
+    end = length if length < len(response["tokens"]) else None
     shown = {**response, "end": end, "rewards": [float(f"{reward:.4g}") for reward in response["rewards"]]}
     if correction is not None:
-        kept = _body(correction)
-        ids = (response["token_ids"][:body], correction["token_ids"][:kept])
+        ids = (response["token_ids"][:length], correction["token_ids"][: _text_length(correction)])
         shown["correction"] = {**correction, "diff": _token_diff(*ids)}
     return shown
 
 
-def _body(written: Mapping[str, Any]) -> int:
+def _text_length(response: Mapping[str, Any]) -> int:
     """Number of tokens before the end token, which the text leaves out."""
-    tokens = written["tokens"]
-    has_end = written["ended"] and tokens and not (tokens[-1] and written["text"].endswith(tokens[-1]))
+    tokens = response["tokens"]
+    has_end = response["ended"] and tokens and not (tokens[-1] and response["text"].endswith(tokens[-1]))
     return len(tokens) - bool(has_end)
 
 
 def _token_diff(source: Sequence[int], target: Sequence[int]) -> list[tuple[str, int]]:
-    """The fewest tokens to take out (-) and put in (+) around those that stay (=), as runs of ``(sign, count)``."""
+    """The fewest tokens to delete (-) and insert (+) around those that stay (=), as runs of ``(sign, count)``."""
     from rapidfuzz.distance import Indel
 
     runs: list[tuple[str, int]] = []
-    out = put = 0
+    deleted = inserted = 0
     for step in Indel.opcodes([int(token) for token in source], [int(token) for token in target]):
         if step.tag != "equal":
-            out += step.src_end - step.src_start
-            put += step.dest_end - step.dest_start
+            deleted += step.src_end - step.src_start
+            inserted += step.dest_end - step.dest_start
             continue
-        runs += [("-", out), ("+", put), ("=", step.src_end - step.src_start)]
-        out = put = 0
-    runs += [("-", out), ("+", put)]
+        runs += [("-", deleted), ("+", inserted), ("=", step.src_end - step.src_start)]
+        deleted = inserted = 0
+    runs += [("-", deleted), ("+", inserted)]
     return [run for run in runs if run[1]]

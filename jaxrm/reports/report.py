@@ -1,4 +1,4 @@
-"""One self-contained HTML file that shows what came of a run: tables, curves over training, example responses."""
+"""A report: one self-contained HTML file with tables, curves over training and example responses."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from typing import Any, TypeGuard
 
 from jaxrm import atomic
 from jaxrm.reports.bars import Bar, Bars, draw_bars
-from jaxrm.reports.charts import Curves, Series, draw_chart, number_text, slots
-from jaxrm.reports.document import fill, part
+from jaxrm.reports.charts import Curves, Series, draw_chart, number_text, palette_indices
+from jaxrm.reports.document import fill_template, read_template
 
 __all__ = ["Bar", "Bars", "Curves", "Example", "ExampleResponse", "Series", "Shaded", "Table", "write_report"]
 
 
 @dataclass(frozen=True)
 class Shaded:
-    """A cell with a colour behind it, as in a matrix of win rates.
+    """A cell with a colored background, as in a matrix of win rates.
 
     Attributes:
-      text: what it says.
+      text: of the cell.
       shade: −1 to 1, from full orange over none to full blue.
-      strong: set in bold, e.g. where an interval leaves out chance.
+      strong: whether the text is bold, e.g. where an interval leaves out chance.
     """
 
     text: str
@@ -47,9 +47,8 @@ class Table:
     Attributes:
       title: heading.
       columns: names of the columns; the first one names the rows.
-      rows: cells row by row, as many as there are columns. The numbers of a column get the
-        same decimals; None and NaN are shown as missing. Text is shown as it is; of a `Shaded` cell, which stands
-        in no first column, with its colour.
+      rows: cells row by row, as many as there are columns. The numbers of a column get the same decimals; None and
+        NaN are shown as missing. A `Shaded` cell keeps its color, but not in the first column.
       note: a sentence below the table.
     """
 
@@ -61,13 +60,13 @@ class Table:
 
 @dataclass(frozen=True)
 class ExampleResponse:
-    """What one policy said.
+    """The response of one policy.
 
     Attributes:
       name: the policy, e.g. "sft" or "ppo, step 60".
       text: the response.
-      tokens: its tokens as text, in order; empty: the text is shown uncoloured.
-      rewards: one reward a token, on one colour scale for the whole report; empty: the tokens are shown uncoloured.
+      tokens: its tokens as text, in order; without them the text is shown uncolored.
+      rewards: one reward a token, on one color scale for the whole report; without them the tokens are uncolored.
       facts: ``(name, value)`` pairs next to the name, e.g. ``("reward", "3.10")``.
     """
 
@@ -96,37 +95,36 @@ def write_report(
     examples: Sequence[Example],
     bars: Sequence[Bars] = (),
 ) -> None:
-    """Writes the report, atomically: bars, tables, then curves as small multiples, then examples one at a time.
+    """Write the report, atomically: bars, tables, then curves as small multiples, then examples one at a time.
 
-    Tables and charts are HTML and SVG in the file; its script adds the values under the pointer and the examples. The
-    file needs no network and no other file. Every text is escaped or reaches the browser as JSON, and the file's own
+    Tables and charts are HTML and SVG in the file. Its script adds the values under the pointer and the examples. The
+    file needs no network and no other file. Every text is escaped or reaches the browser as JSON. The page's
     Content-Security-Policy runs no other script and loads nothing, whatever a text says.
 
     Args:
-      path: the HTML file; missing folders are made, and a file that is there is replaced.
+      path: the HTML file; missing folders are made, and an existing file is replaced.
       title: heading of the report.
       about: ``(name, value)`` lines below the heading, e.g. the run's folder.
-      tables: results, the most important first. A part without content is left out; so it is for the next two.
-      curves: charts. A series keeps its colour over all charts, by its name; charts with the same `x_label` are read
-        at the same place.
+      tables: results, the most important first.
+      curves: charts. A series has the same color in all charts, by its name. Charts with the same `x_label` show their
+        values at the same x under the pointer.
       examples: prompts with responses to compare.
       bars: charts of stacked bars.
     """
-    place = slots(curves)
-    drawn = [draw_chart(chart, number, place) for number, chart in enumerate(curves)]
-    report = fill(
-        part("report.html"),
+    palette = palette_indices(curves)
+    charts = [draw_chart(chart, number, palette) for number, chart in enumerate(curves)]
+    figures = "".join(figure for figure, _ in charts)
+    report = fill_template(
+        read_template("report.html"),
         title=title,
-        style=part("page.css") + part("report.css"),
-        script=part("page_tokens.js") + part("report.js"),
-        content={"charts": [data for _, data in drawn], "examples": [_example(example) for example in examples]},
+        style=read_template("page.css") + read_template("report.css"),
+        script=read_template("page_tokens.js") + read_template("report.js"),
+        content={"charts": [data for _, data in charts], "examples": [_example(example) for example in examples]},
         about=_about(about),
         bars=_section("bars", "Bars", "".join(draw_bars(chart) for chart in bars)),
         tables=_section("tables", "Results", "".join(_table(table) for table in tables)),
-        curves=_section("curves", "Curves", f'<h2>Curves</h2><div class="charts">{"".join(c for c, _ in drawn)}</div>')
-        if drawn
-        else "",
-        examples=_section("examples", "Examples", part("report_examples.html")) if examples else "",
+        curves=_section("curves", "Curves", f'<h2>Curves</h2><div class="charts">{figures}</div>' if figures else ""),
+        examples=_section("examples", "Examples", read_template("report_examples.html")) if examples else "",
     )
     atomic.write_text(Path(path), report)
 
@@ -146,8 +144,8 @@ def _about(lines: Sequence[tuple[str, str]]) -> str:
 def _table(table: Table) -> str:
     for row in table.rows:
         assert len(row) == len(table.columns), (table.title, table.columns, row)
-    columns = [_column([row[place] for row in table.rows]) for place in range(len(table.columns))]
-    kinds = [""] + [_kind(column) for column in columns[1:]]
+    columns = [_column_texts([row[index] for row in table.rows]) for index in range(len(table.columns))]
+    kinds = [""] + [_column_class(column) for column in columns[1:]]
     head = "".join(
         f'<th scope="col"{kind} dir="auto">{html.escape(name)}</th>'
         for kind, name in zip(kinds, table.columns, strict=True)
@@ -177,18 +175,18 @@ def _shaded(cell: Cell, kind: str) -> str:
     return f' class="{" ".join(names + ["strong"] * cell.strong)}"'
 
 
-def _column(cells: Sequence[Cell]) -> list[str | None]:
-    """The cells of a column as text, None where nothing is there."""
+def _column_texts(cells: Sequence[Cell]) -> list[str | None]:
+    """The cells of a column as text; None for an empty cell."""
     sizes = [abs(float(cell)) for cell in cells if _is_number(cell) and not isinstance(cell, numbers.Integral)]
     sizes = [size for size in sizes if 0 < size < math.inf]
-    # Three digits of the largest number, so that a column of shares has 0.812 and one of lengths 63.4.
+    # Three digits of the largest number, so that a column of shares shows 0.812 and one of lengths 63.4.
     decimals: int | None = min(4, max(0, 2 - math.floor(math.log10(max(sizes))))) if sizes else 0
     if sizes and not 1e-3 <= max(sizes) < 1e7:
         decimals = None
-    return [_cell(cell, decimals) for cell in cells]
+    return [_cell_text(cell, decimals) for cell in cells]
 
 
-def _cell(cell: Cell, decimals: int | None) -> str | None:
+def _cell_text(cell: Cell, decimals: int | None) -> str | None:
     if cell is None or cell == "":
         return None
     if isinstance(cell, bool):
@@ -202,16 +200,16 @@ def _cell(cell: Cell, decimals: int | None) -> str | None:
         return None
     if math.isinf(value):
         return "∞" if value > 0 else "−∞"
-    is_lost = decimals is not None and value and abs(value) < 0.5 * 10.0**-decimals
-    return number_text(value, None if is_lost else decimals)
+    rounds_to_zero = decimals is not None and value and abs(value) < 0.5 * 10.0**-decimals
+    return number_text(value, None if rounds_to_zero else decimals)
 
 
 def _is_number(cell: Cell) -> TypeGuard[int | float]:
     return isinstance(cell, numbers.Real) and not isinstance(cell, bool)
 
 
-def _kind(column: Sequence[str | None]) -> str:
-    """Class of a column: numbers, also those with a unit or an interval, stand right; sentences may wrap."""
+def _column_class(column: Sequence[str | None]) -> str:
+    """CSS class of a column: numbers, also with a unit or an interval, are right-aligned; sentences may wrap."""
     texts = [text for text in column if text is not None]
     if texts and all(re.match(r"[−+±<>≤≥~-]?\s?(\d|∞)", text) for text in texts):
         return ' class="n"'

@@ -9,6 +9,7 @@ import re
 import pytest
 
 from jaxrm.reports import page as page_module
+from jaxrm.reports.document import read_template
 from jaxrm.reports.page import write_page
 
 END = "<|end|>"
@@ -200,7 +201,7 @@ def test_missing_folders_are_made_and_records_are_left_alone(tmp_path):
 
 
 def test_ink_is_readable_on_every_colour_in_both_themes():
-    css = page_module._part("page.css")
+    css = read_template("page.css")
     colors = dict(re.findall(r"--([\w-]+): light-dark\((#\w{6}, #\w{6})\)", css))
     assert {"plus", "minus", "wash", "card", "paper", "quiet"} <= set(colors)
 

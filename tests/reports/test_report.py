@@ -144,13 +144,13 @@ def test_a_report_replaces_the_old_one_whole_or_not_at_all(tmp_path):
 @pytest.mark.skipif(shutil.which("node") is None, reason="node is not on the path")
 def test_the_script_parses(tmp_path):
     script = tmp_path / "report.js"
-    script.write_text(document.part("page_tokens.js") + document.part("report.js"), encoding="utf-8")
+    script.write_text(document.read_template("page_tokens.js") + document.read_template("report.js"), encoding="utf-8")
     subprocess.run(["node", "--check", str(script)], check=True, timeout=60)
 
 
 def test_the_script_finds_the_elements_it_asks_for(tmp_path):
     page = Reader(written(tmp_path / "r.html", **full("plain")))
-    script = document.part("page_tokens.js") + document.part("report.js")
+    script = document.read_template("page_tokens.js") + document.read_template("report.js")
     asked = set(re.findall(r'\$\("([\w-]+)"\)', script))
     assert {"q", "next", "shown", "tip", "theme"} <= asked
     assert asked <= {each.attributes.get("id") for each in page.elements}
@@ -303,7 +303,7 @@ SIGHT = {  # Machado, Oliveira and Fernandes (2009), full strength
 
 @pytest.mark.parametrize("theme", [0, 1])
 def test_lines_stand_out_and_apart_also_for_colour_blind_readers(theme):
-    css = document.part("page.css") + document.part("report.css")
+    css = document.read_template("page.css") + document.read_template("report.css")
     named = dict(re.findall(r"--([\w-]+): light-dark\((#\w{6}, #\w{6})\)", css))
     colors = {name: pair.split(", ")[theme] for name, pair in named.items()}
     lines = [colors[f"s{n}"] for n in range(6)]
