@@ -243,10 +243,10 @@ def test_the_page_draws_itself_without_an_error(browser, page):
     ],
 )
 def test_a_broken_page_is_seen_to_be_broken(browser, tmp_path, monkeypatch, part, old, new):
-    whole = page_module._part
+    whole = read_template
     assert old in whole(part)
     monkeypatch.setattr(
-        page_module, "_part", lambda name: whole(name).replace(old, new) if name == part else whole(name)
+        page_module, "read_template", lambda name: whole(name).replace(old, new) if name == part else whole(name)
     )
     write_page(tmp_path / "page.html", sample(), title="t", about=[])
     assert browser.draw(tmp_path / "page.html").problems
