@@ -1,4 +1,4 @@
-"""How good the corrections are that a seq2seq reward model writes."""
+"""Quality of the corrections that a seq2seq reward model writes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _WORD = re.compile(rf"[{_UNSPACED}]|[^\W_{_UNSPACED}]+")
 
 @dataclass(frozen=True)
 class CorrectionQuality:
-    """Means over responses of what correcting them did.
+    """Means over responses, before and after correction.
 
     Attributes:
       changed: share of corrections that differ from their source.
@@ -55,9 +55,8 @@ def edit_distance(a: Sequence[int] | np.ndarray, b: Sequence[int] | np.ndarray) 
 def rouge_l(prediction: str, reference: str) -> float:
     """ROUGE-L F1 of two texts: twice their longest common subsequence over the sum of their lengths, in words.
 
-    The count is `rouge_score`'s, without stemming. Its own word rule knows a–z and 0–9 alone, so that text in any
-    other script would score 0; here letters and digits of every script make words (a jaxrm choice), which is the
-    same thing on ASCII text.
+    The count is `rouge_score`'s, without stemming. Its own words are of a–z and 0–9, so text in any other script would
+    score 0. Here letters and digits of every script make words (jaxrm choice), which is the same on ASCII text.
 
     Returns:
       0 to 1; 0 where either text has no word.
@@ -77,12 +76,12 @@ def correction_quality(
     chosen_texts: Sequence[str],
     judge_gains: Sequence[float] | None,
 ) -> CorrectionQuality:
-    """Compares corrections with what they correct and with the responses that people chose.
+    """Compare corrections with their sources and with the chosen responses.
 
     Ids are compared as given: let all three end with their end token, or none.
 
     Args:
-      sources: ids of the responses that were corrected, usually the rejected ones; at least one.
+      sources: ids of the responses to correct, usually the rejected ones; at least one.
       corrections: ids that the reward model wrote, one sequence for each source.
       chosen: ids of the chosen responses of the same pairs.
       source_texts: text of each source.
@@ -92,24 +91,24 @@ def correction_quality(
     """
     n = len(sources)
     assert n > 0, "no responses"
-    each = (corrections, chosen, source_texts, correction_texts, chosen_texts)
-    assert all(len(values) == n for values in each), (n, *map(len, each))
+    others = (corrections, chosen, source_texts, correction_texts, chosen_texts)
+    assert all(len(values) == n for values in others), (n, *map(len, others))
     assert judge_gains is None or len(judge_gains) == n, "judge_gains is of another length"
     to_source = [edit_distance(*pair) for pair in zip(sources, corrections, strict=True)]
-
-    def mean(values: Sequence[float]) -> float:
-        return float(np.mean(np.asarray(values, np.float64)))
-
     return CorrectionQuality(
-        changed=mean([distance > 0 for distance in to_source]),
-        distance_to_source=mean(to_source),
-        distance_to_chosen=mean([edit_distance(*pair) for pair in zip(corrections, chosen, strict=True)]),
-        source_to_chosen=mean([edit_distance(*pair) for pair in zip(sources, chosen, strict=True)]),
-        rouge_l_to_chosen=mean([rouge_l(*pair) for pair in zip(correction_texts, chosen_texts, strict=True)]),
-        source_rouge_l=mean([rouge_l(*pair) for pair in zip(source_texts, chosen_texts, strict=True)]),
-        judge_gain=None if judge_gains is None else mean(judge_gains),
+        changed=_mean([distance > 0 for distance in to_source]),
+        distance_to_source=_mean(to_source),
+        distance_to_chosen=_mean([edit_distance(*pair) for pair in zip(corrections, chosen, strict=True)]),
+        source_to_chosen=_mean([edit_distance(*pair) for pair in zip(sources, chosen, strict=True)]),
+        rouge_l_to_chosen=_mean([rouge_l(*pair) for pair in zip(correction_texts, chosen_texts, strict=True)]),
+        source_rouge_l=_mean([rouge_l(*pair) for pair in zip(source_texts, chosen_texts, strict=True)]),
+        judge_gain=None if judge_gains is None else _mean(judge_gains),
         n=n,
     )
+
+
+def _mean(values: Sequence[float]) -> float:
+    return float(np.mean(np.asarray(values, np.float64)))
 
 
 class _Words:

@@ -1,4 +1,4 @@
-"""How well a reward model ranks pairs, with the interval that says how much to believe it."""
+"""How well a reward model ranks pairs, with intervals."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from numpy.typing import ArrayLike
 
 
 def wilson_interval(successes: float, n: int, confidence: float = 0.95) -> tuple[float, float]:
-    """The score interval of a share: every p that ``successes`` out of ``n`` would not reject.
+    """The score interval of a share: every p that a score test on ``successes`` out of ``n`` does not reject.
 
     With ``z`` the two-sided normal quantile, ``(p̂ + z²/2n ± z √(p̂(1 − p̂)/n + z²/4n²)) / (1 + z²/n)``. It stays
-    inside [0, 1] and is of use for small n and for shares near 0 and 1, where p̂ ± z·se is not.
+    inside [0, 1] and holds for small n and for shares near 0 and 1, where p̂ ± z·se does not.
 
     Args:
-      successes: 0 to `n`; fractions are legal, since a tie counts half.
-      n: trials; 0 leaves everything possible, so ``(0, 1)``.
+      successes: 0 to `n`; may be a fraction, since a tie counts half.
+      n: trials; 0 gives ``(0, 1)``.
       confidence: between 0 and 1.
 
     Returns:
@@ -35,7 +35,7 @@ def wilson_interval(successes: float, n: int, confidence: float = 0.95) -> tuple
     center = share + z * z / (2 * n)
     reach = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
     scale = 1 + z * z / n
-    # At a share of 0 or 1 that end is the share itself; rounding must not carry it off.
+    # At a share of 0 or 1 that end is the share itself; rounding must not move it.
     low = (center - reach) / scale if successes > 0 else 0.0
     high = (center + reach) / scale if successes < n else 1.0
     return low, high
@@ -59,7 +59,7 @@ class PairAccuracy:
 
     @property
     def verdict(self) -> str:
-        """What the interval allows to say: chance is 0.5, and an interval that holds it says nothing better."""
+        """The conclusion that the interval allows; an interval that holds 0.5 may be chance."""
         if self.low > 0.5:
             return "ranks pairs"
         if self.high < 0.5:
@@ -68,7 +68,7 @@ class PairAccuracy:
 
 
 def pair_accuracy(chosen: ArrayLike, rejected: ArrayLike) -> PairAccuracy:
-    """How often the chosen response of a pair is valued above the rejected one.
+    """How often the chosen response of a pair has a higher value than the rejected one.
 
     Args:
       chosen: ``[N]`` values of the chosen responses, e.g. their summed token rewards; N > 0, none of them NaN.
@@ -86,7 +86,7 @@ def pair_accuracy(chosen: ArrayLike, rejected: ArrayLike) -> PairAccuracy:
 
 
 def length_correlation(values: ArrayLike, lengths: ArrayLike) -> float | None:
-    """Pearson's correlation of a response's value with its length: near 1, the model pays for length.
+    """Pearson's correlation of a response's value with its length; near 1 the model rewards length.
 
     Args:
       values: ``[N]`` one value a response.

@@ -1,4 +1,4 @@
-"""Whether a scalar reward model is as sure as it is right."""
+"""Reliability of a scalar reward model: whether its stated probabilities match how often it is right."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from numpy.typing import ArrayLike
 
 @dataclass(frozen=True)
 class Reliability:
-    """How stated probabilities compare with what happened.
+    """How stated probabilities compare with outcomes.
 
     Attributes:
       expected_calibration_error: mean distance between stated probability and share right over the bins, weighted
         by their counts; 0 is perfect.
-      brier: mean squared distance between stated probability and outcome; 0.25 is a coin that says so.
-      log_loss: mean negative log-probability of the outcome in nats, which is the Bradley–Terry loss; log 2 is a coin.
+      brier: mean squared distance between stated probability and outcome; 0.25 for a constant one half.
+      log_loss: mean negative log-prob of the outcome in nats, which is the Bradley–Terry loss; log 2 for a constant
+        one half.
       rows: the reliability diagram: ``(mean stated probability, share right, pairs)`` of each bin that holds a pair,
         from the least to the most sure.
     """
@@ -27,12 +28,12 @@ class Reliability:
     rows: list[tuple[float, float, int]]
 
 
-def calibration(margins: ArrayLike, bins: int = 10) -> Reliability:
-    """Calibration of the Bradley–Terry reading of a reward, ``P(y⁺ is better) = σ(r⁺ − r⁻)``.
+def measure_reliability(margins: ArrayLike, bins: int = 10) -> Reliability:
+    """Reliability of a reward's Bradley–Terry probabilities, ``P(y⁺ is better) = σ(r⁺ − r⁻)``.
 
-    Every pair names its better side first, so seen from that side the outcome is always 1 and a bin of it says
-    nothing. Each pair is therefore seen from the side that the model prefers: it states ``p = σ(|r⁺ − r⁻|) ≥ ½``
-    and is right when ``r⁺ > r⁻``; a tie states ½ and counts half.
+    Every pair names its better side first, so from that side the outcome is always 1, and no bin would show an error.
+    Each pair is therefore taken from the side that the model prefers: it states ``p = σ(|r⁺ − r⁻|) ≥ ½`` and is right
+    when ``r⁺ > r⁻``. A tie states ½ and counts half.
 
     Args:
       margins: ``[N]`` values of ``r⁺ − r⁻``, before any scaling of rewards; N > 0, all finite.
@@ -53,9 +54,9 @@ def calibration(margins: ArrayLike, bins: int = 10) -> Reliability:
     bin_of = np.minimum(((stated - 0.5) * 2 * bins).astype(int), bins - 1)
     rows = []
     for index in range(bins):
-        held = bin_of == index
-        if held.any():
-            rows.append((float(stated[held].mean()), float(right[held].mean()), int(held.sum())))
+        in_bin = bin_of == index
+        if in_bin.any():
+            rows.append((float(stated[in_bin].mean()), float(right[in_bin].mean()), int(in_bin.sum())))
     return Reliability(
         expected_calibration_error=sum(count * abs(p - share) for p, share, count in rows) / len(margins),
         brier=float(np.mean((stated - right) ** 2)),

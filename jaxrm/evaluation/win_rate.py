@@ -1,11 +1,11 @@
 """Win rates and means over seeds and prompts, with intervals in which a seed is the unit, not a prompt.
 
-Thousands of prompts answered by one trained policy say much about that policy and nothing about how the next training
-run would end. So the interval comes from what differs between seeds, each of which has its own SFT policy, reward model
-and PPO run; the noise of the prompts is in the seeds' means already. With prompts nested in seeds and as many in each,
-it is the interval of the fixed effect in a mixed model with a random intercept for each seed (a test compares them).
-Where every seed answers the same prompts, what the prompts have in common is added to the variance (two-way random
-effects, degrees of freedom by F. E. Satterthwaite, Biometrics Bulletin 2, 1946).
+Thousands of answers of one trained policy show much about that policy, and nothing about how the next training run
+would end. So the interval comes from the differences between seeds, each of which has its own SFT policy, reward model
+and PPO run. The seeds' means already contain the noise of the prompts. With prompts nested in seeds and equally many in
+each, it is the interval of the fixed effect in a mixed model with a random intercept for each seed (a test compares
+them). Where every seed answers the same prompts, the variance of the prompts is added (two-way random effects, degrees
+of freedom by F. E. Satterthwaite, Biometrics Bulletin 2, 1946).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from numpy.typing import ArrayLike
 from scipy.special import stdtrit
 
 MIN_SEEDS = 3
-"""Fewer seeds have no interval: that of two is 12.7 standard errors wide each way."""
+"""Fewer seeds get no interval; with two it would be 12.7 standard errors wide each way."""
 
 Values = ArrayLike | Sequence[ArrayLike]
 
@@ -55,7 +55,7 @@ class WinRate:
 
 @dataclass(frozen=True)
 class Mean:
-    """A mean over seeds and prompts; the attributes are as in `WinRate`, but nothing bounds the interval."""
+    """A mean over seeds and prompts; attributes as in `WinRate`, but the interval has no bounds."""
 
     mean: float
     low: float | None
@@ -66,8 +66,10 @@ class Mean:
 
 
 class _Spread(NamedTuple):
+    """A mean, its variance and the degrees of freedom of that variance."""
+
     mean: float
-    variance: float  # of the mean
+    variance: float
     freedom: float
     seeds: int
     prompts: int
@@ -77,12 +79,12 @@ def outcomes(first: ArrayLike, second: ArrayLike) -> np.ndarray:
     """Who wins at each prompt.
 
     Args:
-      first: marks of one policy's responses, of any shape, e.g. ``[S, P]``.
-      second: marks of the other's responses to the same prompts.
+      first: scores of one policy's responses, of any shape, e.g. ``[S, P]``.
+      second: scores of the other's responses to the same prompts.
 
     Returns:
-      float64 of that shape: 1 where `first` has the higher mark, 0 where `second` has, 0.5 where they tie and NaN where
-      a mark is NaN.
+      float64 of that shape: 1 where `first` has the higher score, 0 where `second` has, 0.5 for a tie and NaN where a
+      score is NaN.
     """
     a, b = np.asarray(first, np.float64), np.asarray(second, np.float64)
     assert a.shape == b.shape, (a.shape, b.shape)
@@ -94,11 +96,11 @@ def win_rate(*groups: Values, crossed: bool = False) -> WinRate:
 
     Args:
       *groups: ``[S, P]`` outcomes, or one array of them for each seed; NaN is left out. Of several groups (worlds) the
-        mean counts each group alike, and their variances add up, since they share no run.
+        mean weights each group alike, and their variances add up, since they share no run.
       crossed: every seed answered the same prompts, in this order; else each seed has its own.
 
     Returns:
-      The rate; NaN of no seed.
+      The rate; NaN without a seed.
     """
     rate, *ends, seeds, prompts, note = _interval(groups, crossed)
     low, high = (None if end is None else min(max(end, 0.0), 1.0) for end in ends)
@@ -111,7 +113,7 @@ def mean_interval(*groups: Values, crossed: bool = False) -> Mean:
 
 
 def difference_interval(first: Values, second: Values, *, crossed: bool = False) -> Mean:
-    """By how much `first` is above `second`, paired: seed by seed and, in a seed, prompt by prompt.
+    """The mean of `first` minus `second` with its interval, paired by seed and, in a seed, by prompt.
 
     Args:
       first: ``[S, P]`` values, or one array of them for each seed.
@@ -132,12 +134,12 @@ def _interval(groups: Sequence[Values], crossed: bool) -> tuple[float, float | N
     if seeds < MIN_SEEDS:
         note = f"{seeds} seed{'' if seeds == 1 else 's'}: too few for an interval"
         return mean, None, None, seeds, prompts, note
-    parts = [(spread.variance / len(spreads) ** 2, spread.freedom) for spread in spreads]
-    variance = sum(part for part, _ in parts)
-    below = sum(part**2 / freedom for part, freedom in parts)
-    freedom = variance**2 / below if below else min(freedom for _, freedom in parts)
-    reach = float(stdtrit(freedom, 0.975)) * math.sqrt(variance)
-    return mean, mean - reach, mean + reach, seeds, prompts, ""
+    terms = [(spread.variance / len(spreads) ** 2, spread.freedom) for spread in spreads]
+    variance = sum(term for term, _ in terms)
+    divisor = sum(term**2 / freedom for term, freedom in terms)
+    freedom = variance**2 / divisor if divisor else min(freedom for _, freedom in terms)
+    half_width = float(stdtrit(freedom, 0.975)) * math.sqrt(variance)
+    return mean, mean - half_width, mean + half_width, seeds, prompts, ""
 
 
 def _rows(values: Values) -> Sequence[ArrayLike]:
@@ -146,7 +148,7 @@ def _rows(values: Values) -> Sequence[ArrayLike]:
 
 
 def _spread(values: Values, crossed: bool) -> _Spread:
-    """Mean over seeds of means over prompts, its variance, and how much that variance is to be trusted."""
+    """Mean over seeds of means over prompts, its variance, and the degrees of freedom of the variance."""
     rows = [np.asarray(row, np.float64) for row in _rows(values)]
     assert all(row.ndim == 1 for row in rows), [row.shape for row in rows]
     rows = [row for row in rows if not np.isnan(row).all()]
@@ -173,9 +175,10 @@ def _with_prompts(table: np.ndarray, variance: float, freedom: float) -> tuple[f
     by_prompt = table.mean(axis=0)
     rest = table - table.mean(axis=1, keepdims=True) - by_prompt + table.mean()
     rest_freedom = (seeds - 1) * (prompts - 1)
-    of_prompt, of_rest = float(by_prompt.var(ddof=1)) / prompts, float((rest**2).sum()) / rest_freedom / table.size
-    total = variance + of_prompt - of_rest
+    prompt_term = float(by_prompt.var(ddof=1)) / prompts
+    rest_term = float((rest**2).sum()) / rest_freedom / table.size
+    total = variance + prompt_term - rest_term
     if total <= variance:
         return variance, freedom
-    below = variance**2 / freedom + of_prompt**2 / (prompts - 1) + of_rest**2 / rest_freedom
-    return total, total**2 / below
+    divisor = variance**2 / freedom + prompt_term**2 / (prompts - 1) + rest_term**2 / rest_freedom
+    return total, total**2 / divisor

@@ -12,7 +12,7 @@ from jaxrm import atomic
 from jaxrm.data.pairs import TokenPair
 from jaxrm.errors import UserError, flag
 from jaxrm.evaluation.ranking import length_correlation, pair_accuracy
-from jaxrm.evaluation.reliability import calibration
+from jaxrm.evaluation.reliability import measure_reliability
 from jaxrm.inference.response_batches import response_batches
 from jaxrm.ops import token_rewards
 from jaxrm.runtime.progress import print_table
@@ -140,7 +140,7 @@ def metrics(sides: PairScores, kind: str) -> dict[str, float]:
     numbers = {"eval_pair_accuracy": pair_accuracy(*shown["centered"]).accuracy}
     if "scalar" in sides:
         gap = sides["scalar"]["sum"][0] - sides["scalar"]["sum"][1]
-        numbers["eval_calibration_error"] = calibration(gap).expected_calibration_error
+        numbers["eval_calibration_error"] = measure_reliability(gap).expected_calibration_error
     else:
         any_kind = next(iter(sides.values()))
         for i, side in enumerate(("chosen", "rejected")):
@@ -249,7 +249,7 @@ def print_divergence(sides: PairScores) -> dict[str, dict[str, float]]:
 
 def print_reliability(sides: PairScores) -> dict[str, Any]:
     """Print how far a scalar reward model's confidence can be believed; returns the table's numbers."""
-    reliability = calibration(sides["scalar"]["sum"][0] - sides["scalar"]["sum"][1])
+    reliability = measure_reliability(sides["scalar"]["sum"][0] - sides["scalar"]["sum"][1])
     print_table(
         f"Calibration of the scalar rewards: expected error {reliability.expected_calibration_error:.3f}, "
         f"Brier {reliability.brier:.3f}, log loss {reliability.log_loss:.3f}",
