@@ -61,7 +61,7 @@ def run_pipeline(config: Pipeline, run_stage: Callable[[Experiment], int]) -> in
             print(f"\n{position}: {name}", flush=True)
         status = _run_stage(path, stage, records, run_stage, is_writer)
         if status:
-            options = "".join(f" with --{field}=resume" for field in _restarting_fields(config, stage))
+            options = "".join(f" with {restarting}=resume" for restarting in _restarting_flags(config, stage))
             if is_writer:
                 print(
                     f"The pipeline stopped in {position}, {name}; the same command{options} continues it.", flush=True
@@ -109,10 +109,10 @@ def _write_records(path: Path, records: Records, is_writer: bool) -> None:
         atomic.write_json(path / _RECORD, {"stages": records})
 
 
-def _restarting_fields(config: Pipeline, stage: PipelineStage) -> list[str]:
-    """The fields that make the stage start anew at each launch."""
-    values = {"on_existing": config.on_existing, f"{stage.section}.on_existing": stage.experiment.on_existing}
-    return [field for field, on_existing in values.items() if on_existing == "restart"]
+def _restarting_flags(config: Pipeline, stage: PipelineStage) -> list[str]:
+    """The flags that make the stage start anew at each launch."""
+    values = {"on_existing": config.on_existing, f"{stage.name}.on_existing": stage.experiment.on_existing}
+    return [flag(name) for name, on_existing in values.items() if on_existing == "restart"]
 
 
 def _release() -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from jaxrm import train
 from jaxrm.config import command_line, dicts
-from jaxrm.errors import UserError
+from jaxrm.errors import UserError, flag, option
 from jaxrm.experiment import RESUMABLE_FIELDS, Experiment
 from jaxrm.pipeline import report as pipeline_report
 from jaxrm.pipeline import run as pipeline_run
@@ -76,7 +76,7 @@ def parse(*arguments, file="three.py"):
 def launch(capsys):
     """Runs the pipeline with stub stages: exit status, the stages that ran, and what was said.
 
-    ``ends`` says how a stage ends: with an exit status, or an exception.
+    ``ends`` is how a stage ends: an exit status, an exception, or a function that makes one.
     """
 
     def run(*arguments, ends=(), file="three.py"):
@@ -86,6 +86,7 @@ def launch(capsys):
             name = Path(experiment.run_dir).name
             ran.append(name)
             end = dict(ends).get(name, 0)
+            end = end() if callable(end) else end  # an error that names options must be made inside the stage
             if isinstance(end, UserError):
                 raise end
             open_run(
@@ -114,10 +115,10 @@ def refuse(launch):
 
     def run(*arguments, **options):
         before = everything()
-        found = launch(*arguments, **options)
-        assert (found.status, found.ran, found.out) == (2, [], "")
+        result = launch(*arguments, **options)
+        assert (result.status, result.ran, result.out) == (2, [], "")
         assert everything() == before
-        return found.err
+        return result.err
 
     return run
 
@@ -146,21 +147,21 @@ def test_stages_keep_the_order_of_the_file():
 
 
 def test_folders_references_and_seed_are_filled_in():
-    found = resolve(parse("--config.run_dir=runs/w/"))
-    assert [stage.experiment.run_dir for stage in found.values()] == ["runs/w/sft", "runs/w/pairs", "runs/w/model"]
-    assert found["pairs"].experiment.model.path == "runs/w/sft"
-    assert found["model"].experiment.model.path == "runs/w/sft/checkpoints/best"
-    assert found["model"].experiment.data.path == "runs/w/pairs/pairs.jsonl"
-    assert found["model"].needs == {"config.model.model.path": "sft", "config.model.data.path": "pairs"}
-    assert [stage.experiment.seed for stage in found.values()] == [0, 5, 0]
+    result = resolve(parse("--config.run_dir=runs/w/"))
+    assert [stage.experiment.run_dir for stage in result.values()] == ["runs/w/sft", "runs/w/pairs", "runs/w/model"]
+    assert result["pairs"].experiment.model.path == "runs/w/sft"
+    assert result["model"].experiment.model.path == "runs/w/sft/checkpoints/best"
+    assert result["model"].experiment.data.path == "runs/w/pairs/pairs.jsonl"
+    assert result["model"].needs == {"config.model.model.path": "sft", "config.model.data.path": "pairs"}
+    assert [stage.experiment.seed for stage in result.values()] == [0, 5, 0]
     assert [stage.experiment.seed for stage in resolve(parse("--config.seed=2")).values()] == [2, 2, 2]
 
 
 def test_references_follow_a_stage_to_a_folder_of_its_own(monkeypatch):
     monkeypatch.setenv("HOME", "/somewhere")
-    found = resolve(parse("--config.sft.run_dir=~/sft"))
-    assert found["sft"].experiment.run_dir == "~/sft"
-    assert found["pairs"].experiment.model.path == "/somewhere/sft"
+    result = resolve(parse("--config.sft.run_dir=~/sft"))
+    assert result["sft"].experiment.run_dir == "~/sft"
+    assert result["pairs"].experiment.model.path == "/somewhere/sft"
 
 
 def test_fields_of_a_stage_are_set_under_its_name():
@@ -261,35 +262,35 @@ def test_a_broken_config_file_is_reported_before_its_overrides(refuse):
 
 
 def test_stages_run_in_order_and_leave_their_record(launch):
-    found = launch()
-    assert (found.status, found.ran) == (0, list(NAMES))
-    places = [found.out.index(f"stage {i} of 3: {name}\n") for i, name in enumerate(NAMES, 1)]
+    result = launch()
+    assert (result.status, result.ran) == (0, list(NAMES))
+    places = [result.out.index(f"stage {i} of 3: {name}\n") for i, name in enumerate(NAMES, 1)]
     assert places == sorted(places)
     assert states() == dict.fromkeys(NAMES, "done")
     assert record()["pairs"]["config"]["model"]["path"] == "runs/q/sft"
     assert record()["pairs"]["config"] == json.loads(Path("runs/q/pairs/run.json").read_text())["config"]
-    assert Path("runs/q/report.html").is_file() and "runs/q/report.html" in found.out
+    assert Path("runs/q/report.html").is_file() and "runs/q/report.html" in result.out
 
 
 def test_what_is_done_is_not_run_again(launch):
     launch()
-    found = launch()
-    assert (found.status, found.ran) == (0, [])
-    assert "sft: done in 0 s, runs/q/sft\n" in found.out and "stage 1 of 3" not in found.out
-    assert "Stages in runs/q" in found.out
+    result = launch()
+    assert (result.status, result.ran) == (0, [])
+    assert "sft: done in 0 s, runs/q/sft\n" in result.out and "stage 1 of 3" not in result.out
+    assert "Stages in runs/q" in result.out
 
 
 def test_a_stopped_stage_ends_the_pipeline_which_then_continues(launch, monkeypatch):
     """The same command continues it."""
     clock = iter([0.0, 60.0, 100.0, 107.5, 0.0, 5.0, 0.0, 1.0])  # start and end of each stage that runs
     monkeypatch.setattr(pipeline_run, "time", SimpleNamespace(monotonic=lambda: next(clock)))
-    found = launch(ends={"pairs": 75})
-    assert (found.status, found.ran) == (75, ["sft", "pairs"])
-    assert found.out.endswith("The pipeline stopped in stage 2 of 3, pairs; the same command continues it.\n")
+    result = launch(ends={"pairs": 75})
+    assert (result.status, result.ran) == (75, ["sft", "pairs"])
+    assert result.out.endswith("The pipeline stopped in stage 2 of 3, pairs; the same command continues it.\n")
     assert states() == {"sft": "done", "pairs": "running"} and not Path("runs/q/report.html").exists()
-    found = launch()
-    assert (found.status, found.ran) == (0, ["pairs", "model"])
-    assert "sft: done in 1:00, runs/q/sft\n" in found.out
+    result = launch()
+    assert (result.status, result.ran) == (0, ["pairs", "model"])
+    assert "sft: done in 1:00, runs/q/sft\n" in result.out
     assert {name: one["seconds"] for name, one in record().items()} == {"sft": 60.0, "pairs": 12.5, "model": 1.0}
 
 
@@ -328,13 +329,9 @@ def test_an_empty_folder_or_one_without_a_record_is_new(launch):
 
 
 def test_a_stages_mistake_names_the_stage_and_its_fields(launch):
-    message = (
-        "config.data.path is 'x', with no config.json; give another, e.g. --config.data.path=y or --noconfig.data.z"
-    )
-    found = launch(ends={"pairs": UserError(message)})
-    assert found.err == (
-        "stage pairs: config.pairs.data.path is 'x', with no config.json; give another, e.g. "
-        "--config.pairs.data.path=y or --noconfig.pairs.data.z"
+    result = launch(ends={"pairs": lambda: UserError(option("data.path"), "'x'", "a folder", f"{flag('data.path')}=y")})
+    assert result.err == (
+        "stage pairs: config.pairs.data.path is 'x'; it must be a folder, e.g. --config.pairs.data.path=y"
     )
 
 
@@ -361,10 +358,10 @@ def test_another_config_of_a_run_is_refused_with_what_to_type(launch, refuse):
 def test_restart_puts_the_whole_pipeline_aside(launch):
     launch()
     before = everything()
-    found = launch("--config.on_existing=restart", "--config.seed=1", ends={"pairs": 75})
-    assert found.ran == ["sft", "pairs"]
-    assert "runs/q is new; what was there is now " in found.out
-    assert "the same command with --config.on_existing=resume continues it" in found.out
+    result = launch("--config.on_existing=restart", "--config.seed=1", ends={"pairs": 75})
+    assert result.ran == ["sft", "pairs"]
+    assert "runs/q is new; what was there is now " in result.out
+    assert "the same command with --config.on_existing=resume continues it" in result.out
     now = everything()
     moved = {name.replace("runs/q", "runs/q.1", 1): text for name, text in before.items()}
     assert {name: now[name] for name in moved} == moved
@@ -413,8 +410,8 @@ def test_folders_that_hold_something_else_are_refused(launch, refuse):
 
 def test_some_of_the_stages_run_alone_where_the_others_are_done(launch):
     assert launch("--config.stages=sft").ran == ["sft"]
-    found = launch("--config.stages=pairs")
-    assert found.ran == ["pairs"] and "stage 1 of 1: pairs" in found.out
+    result = launch("--config.stages=pairs")
+    assert result.ran == ["pairs"] and "stage 1 of 1: pairs" in result.out
     assert launch().ran == ["model"]
 
 
@@ -423,8 +420,8 @@ def test_processes_follow_the_writer(launch, monkeypatch):
     monkeypatch.setattr(pipeline_run.jax, "process_count", lambda: 2)
     monkeypatch.setattr(pipeline_run.jax, "process_index", lambda: 1)
     monkeypatch.setattr(pipeline_run, "from_writer", lambda outcome, is_writer: 0b011)
-    found = launch()
-    assert (found.status, found.ran, found.out) == (0, ["model"], "")
+    result = launch()
+    assert (result.status, result.ran, result.out) == (0, ["model"], "")
     assert not Path("runs/q/pipeline.json").exists()
     monkeypatch.setattr(pipeline_run, "from_writer", lambda outcome, is_writer: -1)
     assert "which the first process refused" in launch().err
@@ -444,13 +441,13 @@ def ppo_stages(**evaluations):
     """PPO stages, done, whose runs hold an evaluation each."""
     made = {"sft": Experiment(algorithm="sft"), **{name: Experiment(algorithm="ppo") for name in evaluations}}
     config = pipeline("runs/q", **made)
-    found = resolve(config)
+    result = resolve(config)
     for name, evaluation in evaluations.items():
         folder = Path("runs/q") / name
         folder.mkdir(parents=True)
         if evaluation is not None:
             (folder / "evaluation.json").write_text(json.dumps({"step": 9, "prompts": 64, **evaluation}))
-    return list(found.values())
+    return list(result.values())
 
 
 def write_rows(name, file, *rows):
@@ -464,17 +461,17 @@ SCALAR = {"kind": "scalar", "before": {"reward": -4.0, "judge": 0.25, "kl": 0.0}
 
 
 def test_policies_are_compared_by_what_all_of_them_measured():
-    found = pipeline_report.policy_table(ppo_stages(a=LITERAL))
-    assert found.columns == ("policy", "reward", "judge", "kl")
-    assert found.rows == (("SFT", 1.0, 0.25, 0.0), ("a (literal)", 2.5, 0.75, 3.5))
-    assert (found.title, found.note) == ("Policies on 64 held-out prompts", "")
+    result = pipeline_report.policy_table(ppo_stages(a=LITERAL))
+    assert result.columns == ("policy", "reward", "judge", "kl")
+    assert result.rows == (("SFT", 1.0, 0.25, 0.0), ("a (literal)", 2.5, 0.75, 3.5))
+    assert (result.title, result.note) == ("Policies on 64 held-out prompts", "")
 
 
 def test_rewards_of_different_reward_models_share_no_number():
-    found = pipeline_report.policy_table(ppo_stages(a=LITERAL, b=SCALAR))
-    assert found.rows[:2] == (("SFT", None, 0.25, 0.0), ("a (literal)", "1 → 2.5", 0.75, 3.5))
-    assert found.rows[2][:3] == ("b (scalar)", "-4 → 6", 0.5) and str(found.rows[2][3]) == "nan"
-    assert found.note.startswith("reward: before → after")
+    result = pipeline_report.policy_table(ppo_stages(a=LITERAL, b=SCALAR))
+    assert result.rows[:2] == (("SFT", None, 0.25, 0.0), ("a (literal)", "1 → 2.5", 0.75, 3.5))
+    assert result.rows[2][:3] == ("b (scalar)", "-4 → 6", 0.5) and str(result.rows[2][3]) == "nan"
+    assert result.note.startswith("reward: before → after")
 
 
 def test_without_ppo_there_is_nothing_to_compare():
@@ -483,12 +480,12 @@ def test_without_ppo_there_is_nothing_to_compare():
 
 
 def test_curves_have_a_line_for_each_run_that_measured_it():
-    found = ppo_stages(a=LITERAL, b=SCALAR)
+    result = ppo_stages(a=LITERAL, b=SCALAR)
     write_rows("a", "metrics.jsonl", {"step": 0, "eval_judge": 0.25}, {"step": 1, "reward": 1.0, "kl": 0.5},
                {"step": 2, "reward": "nan", "kl": 0.75, "eval_judge": 0.5})  # fmt: skip
     write_rows("b", "metrics.jsonl", {"step": 1, "reward": 3.0})
     lines = {chart.title: {line.name: (line.x, line.y) for line in chart.series} for chart in
-             pipeline_report.curves(found)}  # fmt: skip
+             pipeline_report.curves(result)}  # fmt: skip
     assert lines["Judge, held-out prompts"] == {"a": ((0.0, 2.0), (0.25, 0.5))}
     assert lines["KL from the SFT policy"] == {"a": ((1.0, 2.0), (0.5, 0.75))}
     rewards = lines["Reward of the rollouts"]
@@ -496,7 +493,7 @@ def test_curves_have_a_line_for_each_run_that_measured_it():
 
 
 def test_examples_show_the_first_and_last_response_of_each_run():
-    found = ppo_stages(a=LITERAL, b=SCALAR)
+    result = ppo_stages(a=LITERAL, b=SCALAR)
     row = {
         "prompt": "p",
         "step": 0,
@@ -515,7 +512,7 @@ def test_examples_show_the_first_and_last_response_of_each_run():
     write_rows(
         "b", "samples.jsonl", {**row, "response": "same first"}, {**row, "step": 7, "response": "b", "judge": 1.0}
     )
-    (example,) = pipeline_report.examples(found)
+    (example,) = pipeline_report.examples(result)
     shown = [(response.name, response.text) for response in example.responses]
     assert shown == [("SFT", "first"), ("a, step 9", "last"), ("b, step 7", "b")]
     assert example.responses[0].tokens == ("fi", "rst") and example.responses[0].rewards == (0.25, 0.25)
@@ -523,10 +520,10 @@ def test_examples_show_the_first_and_last_response_of_each_run():
 
 
 def test_tables_are_printed_and_the_report_is_written(capsys):
-    found = ppo_stages(a=LITERAL)
+    result = ppo_stages(a=LITERAL)
     write_rows("a", "metrics.jsonl", {"step": 1, "reward": 1.0}, {"step": 2, "reward": 2.0})
     write_rows("a", "samples.jsonl", {"step": 0, "prompt": "how?", "response": "so"})
-    pipeline_report.publish(Path("runs/q"), found, {"sft": 62.0, "a": 3.0})
+    pipeline_report.publish(Path("runs/q"), result, {"sft": 62.0, "a": 3.0})
     out = capsys.readouterr().out
     assert "sft    supervised fine-tuning  1:02" in out and "a      PPO, literal rewards    3 s" in out
     assert "all                            1:05" in out
