@@ -47,7 +47,9 @@ def test_outcomes_of_the_stated_probabilities_are_calibrated():
 
 def test_swapping_every_pair_turns_right_into_wrong():
     margins = np.asarray([2.0, -1.0, 0.3, 4.0])
-    for (p, share, count), swapped in zip(measure_reliability(margins).rows, measure_reliability(-margins).rows, strict=True):
+    for (p, share, count), swapped in zip(
+        measure_reliability(margins).rows, measure_reliability(-margins).rows, strict=True
+    ):
         assert swapped == (p, pytest.approx(1 - share), count)
 
 
