@@ -20,8 +20,8 @@ def fill_template(template: str, *, title: str, style: str, script: str, content
     """Return ``template`` with its ``{{name}}`` placeholders filled.
 
     The placeholders are ``title`` (escaped here), ``style``, ``script``, ``records`` (``content`` as JSON), ``policy``
-    (a Content-Security-Policy that runs this script, applies this style and loads nothing) and those named in ``markup``,
-    which must be safe HTML already.
+    (a Content-Security-Policy that runs this script, applies this style and loads nothing) and those named in
+    ``markup``, which must be safe HTML already.
 
     Raises:
       ValueError: ``content`` holds NaN or an infinity, which JSON cannot.
