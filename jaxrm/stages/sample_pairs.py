@@ -136,13 +136,13 @@ def _write(target: Path, rows: Sequence[dict[str, Any]]) -> None:
     atomic.write_text(target, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
-def _print(rows: Sequence[PreferenceRecord], task: str, asked: int) -> None:
+def _print(rows: Sequence[PreferenceRecord], task: str, num_prompts: int) -> None:
     sides = [[(row.prompt, text) for row, text in zip(rows, texts, strict=True)] for texts in _sides(rows)]
     gold = [[tasks.judge(task, *sample) for sample in side] for side in sides]
     shown = [tasks.mean_behavior(task, [tasks.behavior(task, *sample) for sample in side]) for side in sides]
     keys = [key for key in tasks.BEHAVIORS[task] if key in shown[0]]  # both sides have the same prompts
     print_table(
-        f"{len(rows):,} pairs of {asked:,} prompts",
+        f"{len(rows):,} pairs of {num_prompts:,} prompts",
         ["", "chosen", "rejected"],
         [
             ["exact judge", *(sum(marks) / len(rows) for marks in gold)],

@@ -179,10 +179,10 @@ def _llama3_scaling(meta: _Metadata, divisors: np.ndarray, head_dim: int) -> Rop
     scaling = RopeScaling("llama3", _short(divisors.max()))
     low = scaling.original_max_position / scaling.low_freq_factor
     high = scaling.original_max_position / scaling.high_freq_factor
-    kept = (scaling.original_max_position / wavelengths - scaling.low_freq_factor) / (
+    unscaled_share = (scaling.original_max_position / wavelengths - scaling.low_freq_factor) / (
         scaling.high_freq_factor - scaling.low_freq_factor
     )
-    blended = 1 / ((1 - kept) / scaling.factor + kept)
+    blended = 1 / ((1 - unscaled_share) / scaling.factor + unscaled_share)
     expected = np.where(wavelengths < high, 1.0, np.where(wavelengths > low, scaling.factor, blended))
     if divisors.shape != expected.shape or not np.allclose(divisors, expected, rtol=1e-3):
         raise UserError(f"{meta.file}: rope_freqs.weight is not Llama 3's rotary scaling; jaxrm knows no other")
