@@ -62,7 +62,6 @@ def main(_: None, given: flags.FlagValues) -> int:
         dtype=given.dtype,
         max_shard_bytes=given.max_shard_mb * 1_000_000,
         overwrite=given.overwrite,
-        scalar_head=is_scalar,
     )
     print(f"{trained.name} is now in {folder}")
     return 0

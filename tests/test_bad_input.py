@@ -78,7 +78,7 @@ def sources(tmp_path_factory):
     (folder / "prompts.jsonl").write_text("".join(f'{{"prompt": "how do i wash lamp {i} ?"}}\n' for i in range(30)))
     (folder / "task/tokenizer").rename(folder / "tokenizer")
     shutil.rmtree(folder / "task")
-    export_model(folder / "model", params_of(TINY), TINY, tokenizer_path=folder / "tokenizer")
+    export_model(folder / "model", params_of(TINY), TINY, tokenizer=folder / "tokenizer")
     return folder
 
 
@@ -446,7 +446,7 @@ def test_a_damaged_tokenizer_is_one_line(refuse_train):
 
 def test_a_vocabulary_smaller_than_the_tokenizers_is_refused(refuse_train):
     small = ModelConfig(**{**TINY.__dict__, "vocab_size": 64})
-    export_model("small", params_of(small), small, tokenizer_path="tokenizer")
+    export_model("small", params_of(small), small, tokenizer="tokenizer")
     message = refuse_train("--config.model.path=small")
     assert re.match(r"the tokenizer small has \d+ tokens, but the model's vocabulary holds 64; use", message)
 
@@ -581,7 +581,7 @@ def test_export_refuses(refuse_export, arguments, message):
 
 def test_export_works_on_devices_that_do_not_divide_the_model(place):
     narrow = ModelConfig(**{**TINY.__dict__, "hidden_size": 12})  # of which 8 is no divisor
-    export_model("narrow", params_of(narrow), narrow, tokenizer_path="tokenizer")
+    export_model("narrow", params_of(narrow), narrow, tokenizer="tokenizer")
     argv = ["export", "--weights=narrow", "--output=exported"]
     assert command_line.run(export.main, define_flags=export.define_flags, argv=argv) == 0
     assert Path("exported/model.safetensors").read_bytes() == Path("narrow/model.safetensors").read_bytes()

@@ -528,27 +528,31 @@ class TestExport:
         assert max(sizes) <= 5000 and sum(sizes) == index["metadata"]["total_size"]
 
     def test_tokenizer_and_ids_travel_with_the_model(self, tmp_path):
-        (tmp_path / "other").mkdir()
-        (tmp_path / "other/tokenizer.model").write_bytes(b"spm")
-        (tmp_path / "other/secret.txt").write_bytes(b"no")
         folder = export_model(
             tmp_path / "out",
             random_params(SMALL),
             SMALL,
             tokenizer=FakeTokenizer(),
-            tokenizer_path=tmp_path / "other",
             end_ids={2, 7},
         )
         names = {file.name for file in folder.iterdir()}
         weights = {"model.safetensors", "config.json", "generation_config.json"}
-        assert names == weights | {"tokenizer.json", "tokenizer.model"}
+        assert names == weights | {"tokenizer.json"}
         config = json.loads((folder / "config.json").read_text())
         assert config["architectures"] == ["LlamaForCausalLM"]
         assert (config["bos_token_id"], config["pad_token_id"], config["torch_dtype"]) == (1, 0, "float32")
         generation = json.loads((folder / "generation_config.json").read_text())
         assert generation == {"bos_token_id": 1, "eos_token_id": [2, 7], "pad_token_id": 0}
+
+    def test_only_the_tokenizer_files_of_a_folder_are_copied(self, tmp_path):
+        (tmp_path / "other").mkdir()
+        (tmp_path / "other/tokenizer.model").write_bytes(b"spm")
+        (tmp_path / "other/secret.txt").write_bytes(b"no")
+        folder = export_model(tmp_path / "out", random_params(SMALL), SMALL, tokenizer=tmp_path / "other")
+        weights = {"model.safetensors", "config.json", "generation_config.json"}
+        assert {file.name for file in folder.iterdir()} == weights | {"tokenizer.model"}
         with pytest.raises(UserError, match="holds no tokenizer"):
-            export_model(tmp_path / "b", random_params(SMALL), SMALL, tokenizer_path=tmp_path / "out" / "..")
+            export_model(tmp_path / "b", random_params(SMALL), SMALL, tokenizer=tmp_path / "out" / "..")
 
     def test_a_folder_in_use_is_kept_unless_told(self, tmp_path):
         target = tmp_path / "out"
@@ -592,8 +596,8 @@ small, large = sys.argv[1:]
 load_params(small, read_model_config(small))  # compiles, so that this is not counted below
 before = memory("VmRSS")
 params = load_params(large, read_model_config(large))
-held = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
-print(memory("VmHWM") - before - held)
+parameter_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+print(memory("VmHWM") - before - parameter_bytes)
 """
 
 

@@ -57,7 +57,7 @@ def test_an_exported_scalar_model_is_a_classifier_of_one_label(config, tmp_path)
     from safetensors.numpy import load_file
 
     params = scalar_params(config)
-    folder = export_model(tmp_path / "out", params, config, tokenizer=Padding(), scalar_head=True)
+    folder = export_model(tmp_path / "out", params, config, tokenizer=Padding())
     fields = json.loads((folder / "config.json").read_text())
     assert fields["architectures"] == [f"{config.family.capitalize()}ForSequenceClassification"]
     assert fields["id2label"] == {"0": "reward"}
@@ -78,7 +78,7 @@ def test_transformers_scores_an_exported_scalar_model_alike(config, tmp_path):
     from transformers import AutoModelForSequenceClassification
 
     params = scalar_params(config)
-    folder = export_model(tmp_path / "out", params, config, tokenizer=Padding(), scalar_head=True)
+    folder = export_model(tmp_path / "out", params, config, tokenizer=Padding())
     rng = np.random.default_rng(5)
     prompts, responses = rng.integers(3, 40, (3, 7)), rng.integers(3, 40, (3, 9))
     lengths = np.array([9, 4, 1])

@@ -38,12 +38,10 @@ def export_model(
     config: ModelConfig,
     *,
     tokenizer: Any = None,
-    tokenizer_path: str | os.PathLike[str] | None = None,
     end_ids: Iterable[int] | None = None,
     dtype: str | None = None,
     max_shard_bytes: int = 5_000_000_000,
     overwrite: bool = False,
-    scalar_head: bool = False,
 ) -> Path:
     """Write a model as a Hugging Face folder; it appears at once, complete, or not at all.
 
@@ -52,17 +50,16 @@ def export_model(
 
     Args:
       folder: made if absent; its parents too.
-      params: the parameter tree of a decoder, of JAX (sharded or not) or NumPy arrays.
+      params: the parameter tree of a decoder, of JAX (sharded or not) or NumPy arrays. That of a
+        ``jaxrm.models.heads.ScalarModel`` becomes a sequence classification model of one label. Such a model reads its
+        score from the last token that is not padding, so the tokenizer must not pad with a token that ends responses.
       config: the model.
-      tokenizer: saved with its ``save_pretrained``; gives the ids of BOS, EOS and padding.
-      tokenizer_path: a folder whose tokenizer files are copied, instead of or besides ``tokenizer``.
+      tokenizer: saved with its ``save_pretrained``, and gives the ids of BOS, EOS and padding; or a folder whose
+        tokenizer files are copied.
       end_ids: ids at which generation stops; None: the tokenizer's EOS.
       dtype: ``float32``, ``bfloat16`` or ``float16``; None: that of the parameters.
       max_shard_bytes: tensors are spread over files of at most this many bytes, but for a larger tensor.
       overwrite: replace ``folder`` if it holds an earlier export.
-      scalar_head: ``params`` are those of a ``jaxrm.models.heads.ScalarModel``, which becomes a sequence classification
-        model of one label. Such a model reads its score from the last token that is not padding, so the tokenizer must
-        not pad with a token that ends responses.
 
     Returns:
       The folder.
@@ -75,14 +72,12 @@ def export_model(
     writes = jax.process_index() == 0
     if writes:
         check_export_folder(target, overwrite=overwrite)
+    scalar_head = "scalar_head" in params
     table = scalar_table(config) if scalar_head else tensor_table(config)
     dtype = dtype or str(_leaf(params, table[0].path).dtype)
     if dtype not in _DTYPES:
         raise UserError(f"the export dtype is {dtype!r}; choose {', '.join(_DTYPES)}")
-    for tensor in table:
-        leaf = _leaf(params, tensor.path)
-        shape = leaf.shape if tensor.layer is None else leaf.shape[1:]
-        assert shape == tensor.shape, ("/".join(tensor.path), leaf.shape, tensor.shape)
+    _check_shapes(table, params)
     if end_ids is None:
         eos = getattr(tokenizer, "eos_token_id", None)
         end_ids = [] if eos is None else [eos]
@@ -94,21 +89,16 @@ def export_model(
         pad_id=getattr(tokenizer, "pad_token_id", None),
         scalar_head=scalar_head,
     )
-    tokenizer_files = _tokenizer_files(tokenizer_path)
+    tokenizer_files = _tokenizer_files(tokenizer) if isinstance(tokenizer, str | os.PathLike) else []
 
     with _appearing(target) if writes else _nowhere() as partial_folder:
         _write_weights(partial_folder, table, params, np.dtype(dtype), max_shard_bytes)
         if partial_folder is not None:
-            _write_json(partial_folder / "config.json", fields)
-            generation = {key: fields[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-            _write_json(
-                partial_folder / "generation_config.json",
-                {key: value for key, value in generation.items() if value is not None},
-            )
-            if tokenizer is not None:
-                tokenizer.save_pretrained(str(partial_folder))
+            _write_configs(partial_folder, fields)
             for file in tokenizer_files:
                 shutil.copyfile(file, partial_folder / file.name)
+            if tokenizer is not None and not tokenizer_files:
+                tokenizer.save_pretrained(str(partial_folder))
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
 
@@ -138,9 +128,22 @@ def check_export_folder(folder: str | os.PathLike[str], *, overwrite: bool = Fal
         raise UserError(f"the export folder {target} holds something that is not a model; name another")
 
 
-def _tokenizer_files(path: str | os.PathLike[str] | None) -> list[Path]:
-    if path is None:
-        return []
+def _check_shapes(table: list[NamedTensor], params: dict[str, Any]) -> None:
+    for tensor in table:
+        leaf = _leaf(params, tensor.path)
+        shape = leaf.shape if tensor.layer is None else leaf.shape[1:]
+        assert shape == tensor.shape, ("/".join(tensor.path), leaf.shape, tensor.shape)
+
+
+def _write_configs(folder: Path, fields: dict[str, Any]) -> None:
+    _write_json(folder / "config.json", fields)
+    generation = {key: fields[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    _write_json(
+        folder / "generation_config.json", {key: value for key, value in generation.items() if value is not None}
+    )
+
+
+def _tokenizer_files(path: str | os.PathLike[str]) -> list[Path]:
     files = [Path(path) / name for name in _TOKENIZER_FILES if (Path(path) / name).is_file()]
     if not files:
         raise UserError(f"{path} holds no tokenizer; it needs tokenizer.json or tokenizer.model")
