@@ -20,7 +20,8 @@ ASSUMPTIONS = (
     "what the fusions of the compiled program read and write, ICI (NVLink on GPUs) what collectives bring to a device, "
     "DCN the same between slices or hosts.",
     "A step takes at least the longest of them (full overlap), and their sum where no communication overlaps with "
-    "compute (no overlap). Real programs are usually nearer the second. It leaves out input, evaluation, checkpoints.",
+    "compute (no overlap). Real programs are usually nearer the second. Input, evaluation and checkpoints are "
+    "left out.",
     "MFU counts the FLOPs of the model by hand, without recomputation.",
 )
 _FITS = {True: "yes", False: "NO", None: "?"}
