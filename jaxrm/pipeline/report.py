@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxrm.pipeline.config import PipelineStage
-from jaxrm.reports.report import Cell, Curves, Example, ExampleResponse, Series, Table, write_report
+from jaxrm.reports.report import Cell, Curves, ExampleResponse, ReportExample, Series, Table, write_report
 from jaxrm.runtime.metrics import read_rows
 from jaxrm.runtime.progress import format_seconds, format_value, print_table
 
@@ -116,7 +116,7 @@ def curves(stages: Sequence[PipelineStage]) -> list[Curves]:
     return charts
 
 
-def examples(stages: Sequence[PipelineStage]) -> list[Example]:
+def examples(stages: Sequence[PipelineStage]) -> list[ReportExample]:
     """For each sampled prompt, the response before PPO and the last one of each PPO stage."""
     by_prompt: dict[str, list[ExampleResponse]] = {}
     for stage in stages:
@@ -134,7 +134,7 @@ def examples(stages: Sequence[PipelineStage]) -> list[Example]:
             if not responses and first["step"] < last["step"]:
                 responses.append(_response("SFT", first))
             responses.append(_response(f"{stage.name}, step {last['step']}", last))
-    return [Example(prompt, tuple(responses)) for prompt, responses in by_prompt.items()]
+    return [ReportExample(prompt, tuple(responses)) for prompt, responses in by_prompt.items()]
 
 
 def _response(name: str, row: Mapping[str, Any]) -> ExampleResponse:

@@ -28,7 +28,7 @@ from jaxrm.runtime.run_folder import check_run, check_writable, checked_path, fr
 
 _RECORD = "pipeline.json"
 
-Records = dict[str, dict[str, Any]]
+StageRecords = dict[str, dict[str, Any]]
 """By the name of a stage: ``state``, ``seconds`` and ``config``."""
 
 
@@ -79,7 +79,7 @@ def run_pipeline(config: Pipeline, run_stage: Callable[[Experiment], int]) -> in
 
 
 def _run_stage(
-    path: Path, stage: PipelineStage, records: Records, run_stage: Callable[[Experiment], int], is_writer: bool
+    path: Path, stage: PipelineStage, records: StageRecords, run_stage: Callable[[Experiment], int], is_writer: bool
 ) -> int:
     """Run one stage; its record is written before it starts and when it ends, however it ends."""
     name = stage.name
@@ -103,7 +103,7 @@ def _run_stage(
     return status
 
 
-def _write_records(path: Path, records: Records, is_writer: bool) -> None:
+def _write_records(path: Path, records: StageRecords, is_writer: bool) -> None:
     if is_writer:
         path.mkdir(parents=True, exist_ok=True)
         atomic.write_json(path / _RECORD, {"stages": records})
@@ -133,12 +133,12 @@ def _remove_if_empty(folders: Iterable[Path]) -> None:
 
 def _open(
     path: Path, config: Pipeline, stages: Mapping[str, PipelineStage], is_writer: bool
-) -> tuple[Records, set[str]]:
+) -> tuple[StageRecords, set[str]]:
     """The records in the pipeline's folder, and the stages that are done. All processes agree on the latter.
 
     Only the writer reads the folder. It sends the others which stages are done, or that it refuses to run.
     """
-    records: Records = {}
+    records: StageRecords = {}
     refusal: UserError | None = None
     outcome = 0
     if is_writer:
@@ -162,7 +162,7 @@ def _open(
     return records, {name for i, name in enumerate(stages) if outcome >> i & 1}
 
 
-def _read_records(path: Path, config: Pipeline) -> Records:
+def _read_records(path: Path, config: Pipeline) -> StageRecords:
     """The records of earlier launches; refuses a folder that holds something else."""
     run_dir = config.run_dir
     check_writable(path, run_dir)
@@ -192,7 +192,7 @@ def _read_records(path: Path, config: Pipeline) -> Records:
         raise UserError(f"{path / _RECORD} cannot be read ({error}); {advice}") from error
 
 
-def _done(config: Pipeline, stages: Mapping[str, PipelineStage], records: Records) -> set[str]:
+def _done(config: Pipeline, stages: Mapping[str, PipelineStage], records: StageRecords) -> set[str]:
     """The stages that are done; refuses what cannot be continued as the config says."""
     done, new = set(), set()
     for name, stage in stages.items():

@@ -16,7 +16,7 @@ from jaxrm.reports.bars import Bar, Bars, draw_bars
 from jaxrm.reports.charts import Curves, Series, draw_chart, number_text, palette_indices
 from jaxrm.reports.document import fill_template, read_template
 
-__all__ = ["Bar", "Bars", "Curves", "Example", "ExampleResponse", "Series", "Shaded", "Table", "write_report"]
+__all__ = ["Bar", "Bars", "Curves", "ExampleResponse", "ReportExample", "Series", "Shaded", "Table", "write_report"]
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class ExampleResponse:
 
 
 @dataclass(frozen=True)
-class Example:
+class ReportExample:
     """A prompt with the responses to compare."""
 
     prompt: str
@@ -92,7 +92,7 @@ def write_report(
     about: Sequence[tuple[str, str]],
     tables: Sequence[Table],
     curves: Sequence[Curves],
-    examples: Sequence[Example],
+    examples: Sequence[ReportExample],
     bars: Sequence[Bars] = (),
 ) -> None:
     """Write the report, atomically: bars, tables, then curves as small multiples, then examples one at a time.
@@ -216,7 +216,7 @@ def _column_class(column: Sequence[str | None]) -> str:
     return ' class="wide"' if any(len(text) > 48 for text in texts) else ""
 
 
-def _example(example: Example) -> dict[str, Any]:
+def _example(example: ReportExample) -> dict[str, Any]:
     return {"prompt": example.prompt, "responses": [_response(response) for response in example.responses]}
 
 

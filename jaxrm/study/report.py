@@ -8,7 +8,7 @@ from typing import Any
 
 from jaxrm import atomic
 from jaxrm.evaluation.over_optimization import TrainingCurve
-from jaxrm.reports.report import Curves, Example, ExampleResponse, Series, Table, write_report
+from jaxrm.reports.report import Curves, ExampleResponse, ReportExample, Series, Table, write_report
 from jaxrm.runtime.metrics import json_line
 from jaxrm.runtime.progress import format_value, print_table
 from jaxrm.study.curves import arm_curve, equal_kl_tables, trained_arms, training_table
@@ -111,12 +111,12 @@ def _chart(title: str, x_label: str, y_label: str, series: Sequence[Series], not
     return Curves(title, x_label, y_label, shown, note, in_order=True)
 
 
-def _examples(results: Results) -> list[Example]:
+def _examples(results: Results) -> list[ReportExample]:
     """For each example prompt the sampled answer of every arm, of the world's first seed."""
     examples = []
     for (world, split, prompt), rows in results.examples.items():
         responses = tuple(_example_response(arm, rows[arm]) for arm in in_order(rows))
-        examples.append(Example(f"{world}, {SPLIT_NAMES.get(split, split)}\n{prompt}", responses))
+        examples.append(ReportExample(f"{world}, {SPLIT_NAMES.get(split, split)}\n{prompt}", responses))
     return examples
 
 

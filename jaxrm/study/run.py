@@ -48,7 +48,7 @@ _MAY_DIFFER = (
     "tolerance",
 )
 
-Records = dict[str, dict[str, Any]]
+RunRecords = dict[str, dict[str, Any]]
 """Rows of ``queue.jsonl`` by the name of the run: ``state``, ``seconds``, and ``score`` or ``error``."""
 
 
@@ -71,7 +71,7 @@ def run_study(config: Study) -> int:
     return status or failed
 
 
-def _read_records(folder: Path) -> Records:
+def _read_records(folder: Path) -> RunRecords:
     """Records of earlier launches, without the runs that failed, so that these are tried again."""
     records = {row["name"]: row for row in read_rows(folder / _QUEUE)}
     failed = [name for name, row in records.items() if row["state"] == "failed"]
@@ -80,7 +80,7 @@ def _read_records(folder: Path) -> Records:
     return {name: row for name, row in records.items() if name not in failed}
 
 
-def _publish(study: Study, folder: Path, records: Records) -> None:
+def _publish(study: Study, folder: Path, records: RunRecords) -> None:
     runs, choices = _schedule(study, records)
     done = [run for run in runs if records.get(run.name, {}).get("state") == "done"]
     collect(study, folder, done, choices)
@@ -96,7 +96,7 @@ def _publish(study: Study, folder: Path, records: Records) -> None:
     publish(folder, about=about, expected=expected)
 
 
-def _print_failures(study: Study, folder: Path, records: Records) -> int:
+def _print_failures(study: Study, folder: Path, records: RunRecords) -> int:
     """Print the runs that failed; return `EXIT_FAILED`, or 0 where there are none."""
     failed = [row for row in records.values() if row["state"] == "failed"]
     for row in failed:
@@ -166,7 +166,7 @@ def _check_same_study(record: Path, run_dir: str, resolved: Mapping[str, Any]) -
         )
 
 
-def _run_queue(study: Study, folder: Path, records: Records) -> int:
+def _run_queue(study: Study, folder: Path, records: RunRecords) -> int:
     """Keep the workers busy until no run can start; return 0, or `EXIT_PREEMPTED` when the study was stopped."""
     outcomes: queue.Queue[Outcome] = queue.Queue()
     busy: dict[Worker, str] = {}
@@ -196,7 +196,7 @@ def _run_queue(study: Study, folder: Path, records: Records) -> int:
                 print(_progress_line(study, records, name, len(workers)), flush=True)
 
 
-def _ready(runs: Iterable[StudyRun], records: Records, running: Iterable[str]) -> list[StudyRun]:
+def _ready(runs: Iterable[StudyRun], records: RunRecords, running: Iterable[str]) -> list[StudyRun]:
     """The runs that can start now: all that they need is done."""
     started = {*records, *running}
     done = {name for name, row in records.items() if row["state"] == "done"}
@@ -216,7 +216,7 @@ def _record(folder: Path, name: str, outcome: Outcome) -> dict[str, Any]:
     return row if score is None else row | {"score": score}
 
 
-def _schedule(study: Study, records: Records) -> tuple[list[StudyRun], Choices]:
+def _schedule(study: Study, records: RunRecords) -> tuple[list[StudyRun], Choices]:
     """The schedule, in which a run whose needs failed counts as failed too."""
     scores = {name: float(row["score"]) for name, row in records.items() if row.get("score") is not None}
     failed = {name for name, row in records.items() if row["state"] == "failed"}
@@ -228,7 +228,7 @@ def _schedule(study: Study, records: Records) -> tuple[list[StudyRun], Choices]:
         failed |= blocked
 
 
-def _progress_line(study: Study, records: Records, name: str, worker_count: int) -> str:
+def _progress_line(study: Study, records: RunRecords, name: str, worker_count: int) -> str:
     """One line for a run that ended: how far the study is, how the run ended, and how long the rest may take."""
     runs, choices = _schedule(study, records)
     remaining = [run.name for run in runs if run.name not in records]
@@ -244,7 +244,7 @@ def _progress_line(study: Study, records: Records, name: str, worker_count: int)
     return line
 
 
-def _estimate_seconds(names: Iterable[str], records: Records) -> float:
+def _estimate_seconds(names: Iterable[str], records: RunRecords) -> float:
     """Seconds that runs may take, by the mean of the finished runs of their sort, or of all."""
     seconds_of: dict[str, list[float]] = {}
     for row in records.values():

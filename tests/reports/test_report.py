@@ -14,7 +14,7 @@ import pytest
 
 from jaxrm.reports import document
 from jaxrm.reports.charts import POINTS, axis, draw_chart, number_text
-from jaxrm.reports.report import Curves, Example, ExampleResponse, Series, Table, write_report
+from jaxrm.reports.report import Curves, ExampleResponse, ReportExample, Series, Table, write_report
 
 HOSTILE = [
     "</script><script>alert(1)</script>",
@@ -86,7 +86,7 @@ def full(text=HOSTILE[0]):
         "tables": [Table(text, (text, text), ((text, text), (text, 0.5)), note=text)],
         "curves": [Curves(text, text, text, (Series(text, (0, 1), (2.0, 3.0)),), note=text)],
         "examples": [
-            Example(text, (ExampleResponse(text, text, (text, text), (0.5, -1.0), ((text, text),)),)),
+            ReportExample(text, (ExampleResponse(text, text, (text, text), (0.5, -1.0), ((text, text),)),)),
         ],
     }
 
@@ -324,7 +324,7 @@ def test_lines_stand_out_and_apart_also_for_colour_blind_readers(theme):
 def test_examples_reach_the_browser_whole(tmp_path):
     response = ExampleResponse("sft", "a b", ("a", " b", "<end>"), (0.123456, math.nan, -2.0), (("reward", "1"),))
     plain = ExampleResponse("ppo", "only text")
-    text = written(tmp_path / "r.html", examples=[Example("p", (response, plain))])
+    text = written(tmp_path / "r.html", examples=[ReportExample("p", (response, plain))])
     assert embedded(text)["examples"] == [
         {
             "prompt": "p",
@@ -345,4 +345,4 @@ def test_examples_reach_the_browser_whole(tmp_path):
 def test_rewards_that_do_not_fit_the_tokens_are_refused(tmp_path):
     uneven = ExampleResponse("sft", "a b", ("a", " b"), (1.0,))
     with pytest.raises(AssertionError, match="sft"):
-        written(tmp_path / "r.html", examples=[Example("p", (uneven,))])
+        written(tmp_path / "r.html", examples=[ReportExample("p", (uneven,))])
