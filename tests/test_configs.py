@@ -110,7 +110,7 @@ def test_a_step_of_the_config_builds_on_eight_devices(path, stage):
 
 
 def check_a_step_of_ppo(config, shape, mesh):
-    """Rollout, readings, advantages and both updates, abstractly, with whatever the config asks for."""
+    """Rollout, log-probs, advantages and both updates, abstractly, with whatever the config asks for."""
     decoder, critic = shard_model(config.model, mesh, shape), shard_scalar_model(config.model, mesh, shape)
     learner = open_learner(config, mesh, decoder, critic, num_steps=10, end_ids=(1,))
     programs, state = learner.programs(lambda *_: None), learner.abstract
@@ -119,9 +119,9 @@ def check_a_step_of_ppo(config, shape, mesh):
     P = config.data.max_length - T
     assert P >= T // 2 and config.data.max_length <= shape.max_position
     prompts, mask = (jax.ShapeDtypeStruct((B, P), dtype) for dtype in ("int32", "bool"))
-    batch = jax.eval_shape(programs.respond, decoder.shapes, prompts, mask, jax.random.key(0))
+    batch = jax.eval_shape(programs.rollout, decoder.shapes, prompts, mask, jax.random.key(0))
     assert batch.responses.shape == (B, T)
-    readings = jax.eval_shape(programs.read, state.policy.params, state.critic.params, decoder.shapes, batch)
+    log_probs = jax.eval_shape(programs.log_probs, state.policy.params, state.critic.params, decoder.shapes, batch)
     score = functools.partial(as_token_rewards, end_ids=(1,))
     values, tags = (jax.ShapeDtypeStruct((B, T), dtype) for dtype in ("float32", "bool"))
     kind = KINDS[config.reward.kind]
@@ -132,7 +132,7 @@ def check_a_step_of_ppo(config, shape, mesh):
         tags,
         batch,
     )
-    rollout, _, _ = jax.eval_shape(programs.estimate, state.feedback, batch, readings, rewards)
+    rollout, _, _ = jax.eval_shape(programs.estimate, state.feedback, batch, log_probs, rewards)
     update = PPOBatch(rollout)
     if config.ptx is not None:
         rows = (config.ptx.batch_size, config.ptx.max_length)

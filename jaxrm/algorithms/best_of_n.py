@@ -66,7 +66,7 @@ def best_of_n(
     that is no number wins nowhere but in the first place.
 
     Args:
-      respond: how the policy answers, e.g. a `jaxrm.algorithms.rollout.Respond`.
+      respond: how the policy answers, e.g. a `jaxrm.algorithms.rollout.BatchSampler`.
       score: token rewards of a batch, calibrated; it need not be a jax program.
       n: responses to each prompt.
       drawn: called after each draw with how many have been made; what it raises ends the work.

@@ -1,4 +1,4 @@
-"""Cutting a batch into parts that run one after another, to save memory."""
+"""Cutting a batch into microbatches that run one after another, to save memory."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -8,21 +8,21 @@ import jax
 Result = TypeVar("Result")
 
 
-def split(tree: Any, parts: int) -> Any:
-    """Leaves ``[B, ...] -> [parts, B / parts, ...]``; part ``i`` takes rows ``i, i + parts, ...``.
+def split(tree: Any, num_microbatches: int) -> Any:
+    """Leaves ``[B, ...] -> [N, B / N, ...]`` with N microbatches; microbatch ``i`` takes rows ``i, i + N, ...``."""
+    # Rows i, i + N, ... and not a run of rows: so each device cuts its own rows, and none moves to another device.
+    return jax.tree.map(
+        lambda x: x.reshape(x.shape[0] // num_microbatches, num_microbatches, *x.shape[1:]).swapaxes(0, 1), tree
+    )
 
-    So each device cuts its own rows.
-    """
-    return jax.tree.map(lambda x: x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1), tree)
 
-
-def in_parts(function: Callable[[Any], Result], parts: int) -> Callable[[Any], Result]:
-    """The same function of a batch, computed in parts; what it returns has the rows of the batch, in their order."""
-    if parts == 1:
+def in_microbatches(function: Callable[[Any], Result], num_microbatches: int) -> Callable[[Any], Result]:
+    """The same function of a batch, computed in microbatches; its results have the rows of the batch, in order."""
+    if num_microbatches == 1:
         return function
 
     def whole(batch: Any) -> Result:
-        results = jax.lax.map(function, split(batch, parts))
+        results = jax.lax.map(function, split(batch, num_microbatches))
         return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), results)
 
     return whole

@@ -42,7 +42,7 @@ class RewardConfig:
         One's own is ``package.module:function``, see `jaxrm.ops.token_rewards.reward_kind`.
       model: folder of the reward model's run, for PPO.
       function: in place of a reward model, for rewards that can be verified: ``package.module:name`` of a Python
-        function ``(prompts, responses) -> rewards`` (see `jaxrm.stages.rewards.sources`), or the exact judge of an
+        function ``(prompts, responses) -> rewards`` (see `jaxrm.stages.rewards.functions`), or the exact judge of an
         embedded task, ``task:safety``.
         What follows is set by a calibration pass before PPO and read there; a reward model's own evaluation reads
         ``center`` alone.

@@ -1,4 +1,4 @@
-"""Rollouts: prompts to responses, and what policy, reference, critic and reward source say of their tokens."""
+"""Rollouts: prompts to responses, and the log-probs and values that policy, reference and critic give their tokens."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -51,19 +51,19 @@ class Networks:
 
     def values(self, critic_params: Any, batch: ResponseBatch) -> jax.Array:
         """Values ``[B, T]`` of a critic with a trunk of its own: of the states before each response token."""
-        assert self.critic is not None, "the values of a shared trunk are read with the policy"
+        assert self.critic is not None, "the values of a shared trunk come with the policy's log-probs"
         critic = nnx.merge(self.critic, critic_params)
         return critic.scalar_head(response_hidden(critic.decoder, batch, pad_to_multiple_of=self.pad_to_multiple_of))
 
 
 class TokenLogProbs(NamedTuple):
-    """What the models say of a batch of responses; ``[B, T]`` float32, 0 outside the mask.
+    """Log-probs and values of the tokens of responses; ``[B, T]`` float32, 0 outside the mask.
 
     Attributes:
-      log_probs: of the policy.
+      log_probs: log-prob under the policy.
       entropy: of the policy, nats.
-      reference_log_probs: of the reference.
-      values: of the critic.
+      reference_log_probs: log-prob under the reference.
+      values: the critic's, of the state before each token.
     """
 
     log_probs: jax.Array
@@ -76,9 +76,9 @@ class RewardSource(Protocol):
     """Where token rewards come from: a reward model of either sort, or a function of text."""
 
     def __call__(
-        self, calibration: reward_scaling.Calibration, batch: ResponseBatch, reference_log_probs: jax.Array
+        self, calibration: reward_scaling.Calibration, batch: ResponseBatch, reference_log_probs: jax.Array | None
     ) -> TokenRewards:
-        """Score responses."""
+        """Score responses; ``reference_log_probs [B, T]`` may be None where the kind needs none."""
         ...
 
 
@@ -100,27 +100,27 @@ class Reshard:
 
 
 @dataclass(frozen=True)
-class Respond:
-    """A policy's answers: ``respond(params, prompts [B, P], prompt_mask [B, P], key) -> ResponseBatch``.
+class BatchSampler:
+    """Samples responses: ``sampler(params, prompts [B, P], prompt_mask [B, P], key) -> ResponseBatch``.
 
     Attributes:
-      draw: jitted; the same function on the mesh that the policy answers on, from `build_draw`.
+      sample: jitted; the same function on the mesh that the policy samples on, from `build_sample`.
       reshard: to that mesh and back; None where everything lies on it. The copy of the parameters lives as long as a
         call.
     """
 
-    draw: Callable[[Any, jax.Array, jax.Array, jax.Array], ResponseBatch]
+    sample: Callable[[Any, jax.Array, jax.Array, jax.Array], ResponseBatch]
     reshard: Reshard | None = None
 
     def __call__(self, params: Any, prompts: jax.Array, prompt_mask: jax.Array, key: jax.Array) -> ResponseBatch:
-        """Draw one response to each prompt."""
+        """Sample one response to each prompt."""
         if self.reshard is None:
-            return self.draw(params, prompts, prompt_mask, key)
+            return self.sample(params, prompts, prompt_mask, key)
         rows = self.reshard.rows((prompts, prompt_mask))
-        return self.reshard.back(self.draw(self.reshard.params(params), *rows, key))
+        return self.reshard.back(self.sample(self.reshard.params(params), *rows, key))
 
 
-def build_draw(
+def build_sample(
     graphdef: nnx.GraphDef,
     *,
     sampling: SamplingConfig,
@@ -128,7 +128,7 @@ def build_draw(
     params_sharding: Any,
     batch_sharding: Any,
 ) -> Callable[[Any, jax.Array, jax.Array, jax.Array], ResponseBatch]:
-    """Jitted ``draw(params, prompts [B, P], prompt_mask [B, P], key) -> ResponseBatch``.
+    """Jitted ``sample(params, prompts [B, P], prompt_mask [B, P], key) -> ResponseBatch``.
 
     Args:
       graphdef: of the decoder.
@@ -138,12 +138,12 @@ def build_draw(
       batch_sharding: of the rows.
     """
 
-    def draw(params: Any, prompts: jax.Array, prompt_mask: jax.Array, key: jax.Array) -> ResponseBatch:
-        drawn = generate(graphdef, params, prompts, prompt_mask, key, sampling=sampling, end_ids=end_ids)
-        return ResponseBatch(prompts, prompt_mask, jnp.where(drawn.mask, drawn.tokens, 0), drawn.mask)
+    def sample(params: Any, prompts: jax.Array, prompt_mask: jax.Array, key: jax.Array) -> ResponseBatch:
+        generated = generate(graphdef, params, prompts, prompt_mask, key, sampling=sampling, end_ids=end_ids)
+        return ResponseBatch(prompts, prompt_mask, jnp.where(generated.mask, generated.tokens, 0), generated.mask)
 
     return jax.jit(
-        draw, in_shardings=(params_sharding, batch_sharding, batch_sharding, None), out_shardings=batch_sharding
+        sample, in_shardings=(params_sharding, batch_sharding, batch_sharding, None), out_shardings=batch_sharding
     )
 
 
@@ -155,16 +155,16 @@ def build_reshard(dtype: str, *, params_sharding: Any, batch_sharding: Any, to_p
       params_sharding: of the decoder's parameters as they are given.
       batch_sharding: of the rows as they are given, and given back.
       to_params: sharding of the copied parameters.
-      to_batch: of the rows while the policy answers.
+      to_batch: of the rows while the policy samples.
     """
 
-    def copied(params: Any) -> Any:
+    def cast(params: Any) -> Any:
         return jax.tree_util.tree_map_with_path(
             lambda path, x: x.astype(dtype) if path[-1].key in ("kernel", "embedding") else x, params
         )
 
     return Reshard(
-        params=jax.jit(copied, in_shardings=(params_sharding,), out_shardings=to_params),
+        params=jax.jit(cast, in_shardings=(params_sharding,), out_shardings=to_params),
         rows=jax.jit(lambda rows: rows, in_shardings=(batch_sharding,), out_shardings=to_batch),
         back=jax.jit(lambda batch: batch, in_shardings=(to_batch,), out_shardings=batch_sharding),
     )
@@ -179,22 +179,22 @@ def build_log_probs(
     batch_sharding: Any,
     num_microbatches: int = 1,
 ) -> Callable[[Any, Any, Any, ResponseBatch], TokenLogProbs]:
-    """Jitted ``read(policy_params, critic_params, reference_params, batch) -> TokenLogProbs``.
+    """Jitted ``log_probs(policy_params, critic_params, reference_params, batch) -> TokenLogProbs``.
 
     Log-probs come from the forward that the update trains with, not from sampling, so that before the first update
     the ratio of new to old probabilities is 1.
 
     Args:
-      networks: what is read with.
+      networks: graphs of the models.
       policy_sharding: of the policy's parameters.
       critic_sharding: of the critic's; their parameters are None where the trunk is shared.
       reference_sharding: of the reference's.
       batch_sharding: of the rows.
-      num_microbatches: parts that the rows are read in.
+      num_microbatches: shares of the rows, one after another.
     """
 
-    def read(policy_params: Any, critic_params: Any, reference_params: Any, batch: ResponseBatch) -> TokenLogProbs:
-        def part(batch: ResponseBatch) -> TokenLogProbs:
+    def log_probs(policy_params: Any, critic_params: Any, reference_params: Any, batch: ResponseBatch) -> TokenLogProbs:
+        def microbatch(batch: ResponseBatch) -> TokenLogProbs:
             decoder, value_head = networks.open_policy(policy_params)
             hidden = response_hidden(decoder, batch, pad_to_multiple_of=networks.pad_to_multiple_of)
             policy = token_statistics(decoder, hidden, batch, temperature=networks.temperature)
@@ -210,10 +210,10 @@ def build_log_probs(
             every = TokenLogProbs(policy.log_probs, policy.entropy, reference.log_probs, values)
             return TokenLogProbs(*(jnp.where(batch.response_mask, x, 0.0) for x in every))
 
-        return microbatches.in_parts(part, num_microbatches)(batch)
+        return microbatches.in_microbatches(microbatch, num_microbatches)(batch)
 
     return jax.jit(
-        read,
+        log_probs,
         in_shardings=(policy_sharding, critic_sharding, reference_sharding, batch_sharding),
         out_shardings=batch_sharding,
     )

@@ -191,12 +191,22 @@ def build_score_step(
     output_sharding: Any = None,
     num_microbatches: int = 1,
 ) -> Callable[..., TokenRewards]:
-    """Jitted `Scorer` over a mesh; rows lie as ``batch_sharding`` says, results as ``output_sharding``."""
+    """Jitted `Scorer` over a mesh.
+
+    Args:
+      score: from `build_scorer`.
+      params_sharding: pytree of shardings like the reward model's parameters.
+      batch_sharding: sharding of the rows.
+      output_sharding: of the results.
+      num_microbatches: shares of the rows, one after another.
+
+    Returns:
+      ``(params, calibration, batch, reference_log_probs) -> TokenRewards``.
+    """
 
     def step(params: Any, calibration: Calibration, batch: ResponseBatch, reference: jax.Array | None) -> TokenRewards:
-        return microbatches.in_parts(lambda part: score(params, calibration, *part), num_microbatches)(
-            (batch, reference)
-        )
+        scored = microbatches.in_microbatches(lambda rows: score(params, calibration, *rows), num_microbatches)
+        return scored((batch, reference))
 
     return jax.jit(
         step,

@@ -3,7 +3,7 @@
 from jax.sharding import Mesh
 
 from jaxrm.algorithms import rollout
-from jaxrm.algorithms.rollout import Respond
+from jaxrm.algorithms.rollout import BatchSampler
 from jaxrm.experiment import Experiment
 from jaxrm.inference import sharded_model
 from jaxrm.inference.sharded_model import ShardedModel
@@ -37,7 +37,7 @@ def shard_rollout_model(config: Experiment, mesh: Mesh, policy: ShardedModel) ->
 
 def build_sampler(
     policy: ShardedModel, rollout_model: ShardedModel, *, dtype: str, sampling: SamplingConfig, end_ids: tuple[int, ...]
-) -> Respond:
+) -> BatchSampler:
     """The programs by which a policy answers.
 
     Args:
@@ -48,7 +48,7 @@ def build_sampler(
       end_ids: ids that end a response.
     """
     rows = partition.batch_sharding(rollout_model.mesh)
-    draw = rollout.build_draw(
+    sample = rollout.build_sample(
         rollout_model.graphdef,
         sampling=sampling,
         end_ids=end_ids,
@@ -56,7 +56,7 @@ def build_sampler(
         batch_sharding=rows,
     )
     if rollout_model is policy:
-        return Respond(draw)
+        return BatchSampler(sample)
     reshard = rollout.build_reshard(
         dtype,
         params_sharding=policy.shardings,
@@ -64,4 +64,4 @@ def build_sampler(
         to_params=rollout_model.shardings,
         to_batch=rows,
     )
-    return Respond(draw, reshard)
+    return BatchSampler(sample, reshard)

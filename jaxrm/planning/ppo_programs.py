@@ -134,7 +134,7 @@ def build(config: Experiment, mesh: Mesh, decoder: ShardedModel) -> StageProgram
 
 def _rollout(stage: PPOStage) -> list[Program]:
     """Generation, after a copy of the policy to the rollout's mesh where that is another one."""
-    sampler, rollout_model, params = stage.jitted.respond, stage.learner.rollout_model, stage.policy_params
+    sampler, rollout_model, params = stage.jitted.rollout, stage.learner.rollout_model, stage.policy_params
     programs, resident, copied_bytes = [], params, 0.0
     if sampler.reshard is not None:
         programs.append(Program("reshard", sampler.reshard.params, (params,), 0, params, 0.0))
@@ -147,7 +147,7 @@ def _rollout(stage: PPOStage) -> list[Program]:
     programs.append(
         Program(
             "rollout",
-            sampler.draw,
+            sampler.sample,
             (params, *prompts, key),
             rows * length,
             resident,
@@ -167,8 +167,8 @@ def _log_probs(stage: PPOStage) -> Program:
     critic = None if stage.state.critic is None else stage.state.critic.params
     models = (stage.state.policy.params, critic, stage.reference)
     return Program(
-        "log-probs",
-        stage.jitted.read,
+        "log_probs",
+        stage.jitted.log_probs,
         (*models, stage.responses(stage.batch_size)),
         stage.batch_size * stage.config.data.max_length,
         models,

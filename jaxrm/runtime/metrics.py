@@ -22,7 +22,7 @@ from jaxrm.config.fields import at_least, bounded, check, place, typed
 from jaxrm.errors import UserError
 from jaxrm.runtime.run_folder import RunFolder
 
-PHASES = ("rollout", "reading", "scoring", "update")
+PHASES = ("rollout", "log_probs", "scoring", "update")
 """Phases of a PPO step, each with its time and speed in the row."""
 WALL_CLOCK = frozenset(
     {"time", "step_seconds", "tokens_per_second", "mfu", "host_memory_gib", "device_memory_gib"}

@@ -22,24 +22,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrm.algorithms import ppo, scoring
+from jaxrm.algorithms import scoring
 from jaxrm.algorithms.optimizer import OptimizerConfig
 from jaxrm.algorithms.ppo_config import CriticConfig, PPOConfig, RolloutConfig
 from jaxrm.algorithms.reward_config import RewardConfig
 from jaxrm.data.config import DataConfig
-from jaxrm.experiment import Experiment
+from jaxrm.experiment import EvaluationConfig, Experiment
 from jaxrm.inference import sharded_model, weights
 from jaxrm.models import heads
 from jaxrm.models.build import ModelSource, init_scalar_head
 from jaxrm.models.config import preset
 from jaxrm.models.generate import SamplingConfig
 from jaxrm.ops.token_rewards import KINDS
-from jaxrm.runtime.checkpoint import Checkpoints
+from jaxrm.runtime.checkpoint import CheckpointConfig, Checkpoints
 from jaxrm.runtime.metrics import PHASES
 from jaxrm.runtime.preemption import StopRequest
 from jaxrm.sharding.mesh import MeshConfig, build_mesh
 from jaxrm.stages.ppo.critic import zero_head
+from jaxrm.stages.ppo.data import PPOData
 from jaxrm.stages.ppo.learner import open_learner
+from jaxrm.stages.ppo.loop import PPORun, fit
 
 SMALL = {
     "hidden_size": 96,
@@ -97,6 +99,8 @@ def jaxrm_side(arguments, ids):
         ppo=PPOConfig(),
         critic=CriticConfig(optimizer=OptimizerConfig(lr=5e-6)),
         optimizer=OptimizerConfig(lr=1e-5),
+        evaluation=EvaluationConfig(every=10**9),
+        checkpoint=CheckpointConfig(every=10**9),
     )
     mesh = build_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
     decoder, scalar = (
@@ -122,27 +126,17 @@ def jaxrm_side(arguments, ids):
         lambda name, _, **__: compiled.append(len(told.rows)) if name.endswith("backend_compile_duration") else None
     )
     with tempfile.TemporaryDirectory() as folder:
-        ppo.fit(
-            state,
-            config=config.ppo,
-            num_steps=arguments.steps,
-            networks=learner.networks,
+        run = PPORun(
+            learner=learner,
             programs=programs,
             reference_params=params(0),
-            prompts=Prompts(ids),
-            place=lambda ids: (jnp.asarray(ids), jnp.ones(ids.shape, bool)),
-            ptx=None,
-            place_ptx=None,
-            data_fingerprint="",
+            data=PPOData(Prompts(ids), lambda ids: (jnp.asarray(ids), jnp.ones(ids.shape, bool)), fingerprint=""),
             evaluate=lambda *_: {"eval_reward": 0.0},
-            evaluation_owed=False,
-            eval_every=10**9,
             checkpoints=Checkpoints(folder),
-            checkpoint_every=10**9,
             reporter=told,
             stop=StopRequest(),
-            key=jax.random.key(0),
         )
+        fit(run, state, jax.random.key(0))
     # The last iteration saves, after it was told of.
     return told.rows, sum(1 <= at < arguments.steps for at in compiled)
 

@@ -46,7 +46,7 @@ def ppo_plan(here):
 def test_a_plan_of_ppo_has_all_programs_and_residents(ppo_plan, capsys):
     """Residents stay on a device through the whole run."""
     names = [program.name for program in ppo_plan.programs]
-    assert names == ["rollout", "log-probs", "scoring", "policy update", "critic update"]
+    assert names == ["rollout", "log_probs", "scoring", "policy update", "critic update"]
     assert ppo_plan.residents.keys() == {"policy", "critic", "reference", "reward model"}
     resident_bytes = sum(ppo_plan.residents.values())
     assert all(program.peak >= resident_bytes > 0 for program in ppo_plan.programs)
@@ -60,7 +60,7 @@ def test_a_plan_of_ppo_has_all_programs_and_residents(ppo_plan, capsys):
 def test_the_samplers_copy_is_resident_during_sampling_alone(here, ppo_plan):
     """The reshard is a program of its own; it gathers over fsdp and over tensor, in either order."""
     plan = plan_stage(with_changes(PPO, {"rollout.mesh": MeshConfig()}), here)
-    assert [program.name for program in plan.programs][:3] == ["reshard", "rollout", "log-probs"]
+    assert [program.name for program in plan.programs][:3] == ["reshard", "rollout", "log_probs"]
     assert plan.residents == ppo_plan.residents
     reshard, rollout, log_probs = plan.programs[:3]
     gathered_bytes = reshard.cost.collectives["all-gather"]

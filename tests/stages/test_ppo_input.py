@@ -18,6 +18,7 @@ from jaxrm.models.build import ModelSource
 from jaxrm.models.generate import SamplingConfig
 from jaxrm.runtime.metrics import LoggingConfig
 from jaxrm.sharding.mesh import MeshConfig
+from jaxrm.stages import stage
 from jaxrm.stages.ppo import run as ppo
 
 
@@ -65,7 +66,7 @@ def launch(place, monkeypatch):
         raise OpenedError
 
     monkeypatch.chdir(place)
-    monkeypatch.setattr(ppo, "open_run", opened)
+    monkeypatch.setattr(stage, "open_run", opened)
 
     def run(**changes):
         config = Experiment(

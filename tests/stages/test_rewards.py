@@ -21,7 +21,9 @@ from jaxrm.inference.load import open_reward_model
 from jaxrm.ops import reward_scaling
 from jaxrm.ops.token_rewards import KINDS, names_for
 from jaxrm.sharding.mesh import MeshConfig, build_mesh
-from jaxrm.stages.rewards.sources import calibrate, check_reward_model, function_source, model_source, open_function
+from jaxrm.stages.rewards.calibration import calibrate
+from jaxrm.stages.rewards.functions import FunctionRewards, open_function
+from jaxrm.stages.rewards.sources import ModelRewards, check_reward_model
 from jaxrm.types import ResponseBatch, TokenRewards
 
 END = 9
@@ -72,7 +74,7 @@ def text_of(ids):
 
 def source_of(function, mesh, kind="scalar", prompts=PROMPTS):
     messages = {np.array(prompt, np.int32).tobytes(): message_of(prompt) for prompt in prompts}
-    return function_source("mine:f", function, KINDS[kind], messages=messages, text=text_of, end_ids=(END,), mesh=mesh)
+    return FunctionRewards("mine:f", function, KINDS[kind], messages=messages, text=text_of, end_ids=(END,), mesh=mesh)
 
 
 def call(source, batch=BATCH, calibration=None):
@@ -384,7 +386,7 @@ def test_a_batch_is_scored_as_each_response_alone(models, tokenizer, one, name, 
     responses = [[*rng.integers(5, 60, n).tolist(), *ends[: n % 2]] for n in (4, 3, 2, 5)]
     reference = rng.uniform(-4, 0, (4, 8)).astype(np.float32)
     calibration = dataclasses.replace(reward_scaling.uncalibrated(), scale=jnp.float32(1.5), center=jnp.float32(0.2))
-    source = model_source(model, KINDS[kind], one, num_microbatches=2)
+    source = ModelRewards(model, KINDS[kind], one, num_microbatches=2)
     found = jax.device_get(source(calibration, respond(prompts, responses, P=8, T=8), reference))
     # The same responses one at a time, without padding.
     request = tuple(correction_request(tokenizer, "auto", model.config.mapping.instruction))

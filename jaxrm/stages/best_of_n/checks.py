@@ -7,7 +7,7 @@ from jax.sharding import Mesh
 from jaxrm.errors import UserError, flag, option
 from jaxrm.sharding.mesh import check_batch
 from jaxrm.stages.judge import check_judge
-from jaxrm.stages.rewards.sources import open_function
+from jaxrm.stages.rewards.functions import open_function
 from jaxrm.stages.stage import check_is_policy
 
 

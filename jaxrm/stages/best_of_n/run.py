@@ -28,7 +28,8 @@ from jaxrm.stages.best_of_n.candidates import CANDIDATES, Draws, draw, load_prog
 from jaxrm.stages.best_of_n.checks import check
 from jaxrm.stages.inputs.prompts import Prompts, check_judgeable, stage_prompt_length, stage_prompts
 from jaxrm.stages.report import print_reading
-from jaxrm.stages.rewards.calibration import calibration_of, open_rewards, scorer
+from jaxrm.stages.rewards.calibration import PolicyRewards, calibration_of
+from jaxrm.stages.rewards.sources import open_rewards
 from jaxrm.stages.stage import Stage, check_run_folder, judge_of, open_run_folder, open_stage
 
 WINNERS = "winners.jsonl"
@@ -110,7 +111,7 @@ def _open_draws(
         sampling=config.rollout.sampling,
         end_ids=stage.end_ids,
     )
-    score = scorer(config, stage.mesh, stage.model, params, source)
+    score = PolicyRewards(config, stage.model, params, source)
     run_key, _, calibration_key, _ = jax.random.split(jax.random.key(config.seed), 4)  # as those of PPO
     identity = _identity(config, examples)
     num_drawn, calibration = load_progress(folder, identity, len(examples), config.data.batch_size)

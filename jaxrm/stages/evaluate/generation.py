@@ -15,7 +15,8 @@ from jaxrm.inference.sharded_model import ShardedModel
 from jaxrm.stages.evaluate.answers import answer_rows, draw_answers, log_ratio
 from jaxrm.stages.evaluate.checks import has_rewards
 from jaxrm.stages.inputs.prompts import fixed_batches
-from jaxrm.stages.rewards.calibration import calibration_of, open_rewards, scorer
+from jaxrm.stages.rewards.calibration import PolicyRewards, calibration_of
+from jaxrm.stages.rewards.sources import open_rewards
 from jaxrm.stages.stage import Stage, judge_of
 from jaxrm.types import ResponseBatch, TokenRewards
 
@@ -126,7 +127,7 @@ def open_generator(
     if has_rewards(config):
         source, _ = open_rewards(config, stage.mesh, stage.tokenizer, every, stage.response_text)
         start = params if reference is None else reference
-        uncalibrated = scorer(config, stage.mesh, stage.model, start, source)
+        uncalibrated = PolicyRewards(config, stage.model, start, source)
         calibration = calibration_of(
             config,
             stage.mesh,

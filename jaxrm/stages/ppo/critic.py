@@ -1,96 +1,108 @@
 """Where the critic of a PPO run starts from."""
 
 import dataclasses
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 
 from jaxrm.data.tokenizer import load_tokenizer, vocabulary_conflict
 from jaxrm.errors import UserError, flag, option
-from jaxrm.experiment import Experiment
 from jaxrm.inference import sharded_model, weights
 from jaxrm.inference.load import as_trained
 from jaxrm.inference.sharded_model import ShardedModel
-from jaxrm.inference.weights import find_checkpoint
+from jaxrm.inference.weights import RunCheckpoint, find_checkpoint
 from jaxrm.models import heads
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from jaxrm.stages.stage import Stage
 
 CRITIC_TRUNKS = ("scalar_rm", "sft", "ppo", "dpo")
 
 
-def open_critic(
-    config: Experiment, policy: ShardedModel, mesh: Mesh, tokenizer: "PreTrainedTokenizerBase"
-) -> tuple[ShardedModel, Callable[[jax.Array], Any], str]:
-    """The critic's model, the function that makes its first parameters given a key, and where they come from.
+@dataclass(frozen=True)
+class Critic:
+    """The critic's model, and where its trunk comes from.
+
+    Attributes:
+      model: decoder and value head over the devices.
+      name: where the trunk comes from, for people.
+      run: whose trunk it is; None for the policy's.
+      run_decoder: the decoder of that run over the devices, where its run holds a decoder alone.
+    """
+
+    model: ShardedModel
+    name: str
+    run: RunCheckpoint | None = None
+    run_decoder: ShardedModel | None = None
+
+    def init_params(self, stage: Stage, key: jax.Array) -> Any:
+        """First parameters: the trunk, and a head that is 0 everywhere.
+
+        Until the head has learnt, advantages are those of the rewards alone (jaxrm choice).
+
+        Args:
+          stage: of the policy.
+          key: typed PRNG key, for a policy that is drawn.
+        """
+        if self.run is None:
+            trunk = stage.init_params(key)
+        elif self.run_decoder is None:
+            trunk = self.run.restore(self.model.shapes, self.model.shardings)["decoder"]
+        else:
+            trunk = self.run.restore(self.run_decoder.shapes, self.run_decoder.shardings)
+        return heads.from_decoder_params(trunk, zero_head(self.model))
+
+
+def open_critic(stage: Stage) -> Critic:
+    """The critic of a run, over the devices; nothing is allocated.
 
     The trunk is that of ``config.critic.path``; without it, that of the scalar reward model where rewards come from
-    one, else the policy's. The head starts at 0: until it has learned, advantages are those of the rewards alone
-    (jaxrm choice).
-
-    Args:
-      config: the whole config.
-      policy: whose responses it reads.
-      mesh: the devices.
-      tokenizer: of the policy.
+    one, else the policy's.
 
     Raises:
       UserError: where ``config.critic.path`` has no such run, or one that cannot read the policy's tokens.
     """
-    found = None
+    config, run = stage.config, None
     if config.critic.path is not None:
-        found = find_checkpoint(config.critic.path, "critic.path", CRITIC_TRUNKS)
-        conflict = vocabulary_conflict(load_tokenizer(str(found.folder.tokenizer)), tokenizer)
-        if conflict is None and len(tokenizer) > found.shape.vocab_size:
-            conflict = f"the policy has {len(tokenizer)} tokens and the critic {found.shape.vocab_size}"
-        if conflict is not None:
-            raise UserError(
-                f"{option('critic.path')} is {found.name}, whose vocabulary is not that of the policy: {conflict}; "
-                f"required "
-                f"a run with the policy's tokenizer, or the policy itself, {flag('critic.path')}=None"
-            )
-        if found.shape.max_position < config.data.max_length:
-            raise UserError(
-                f"{option('data.max_length')} is {config.data.max_length}, but the critic's model, {found.name}, "
-                f"reads at "
-                f"most {found.shape.max_position} tokens; e.g. {flag('data.max_length')}={found.shape.max_position}"
-            )
+        run = find_checkpoint(config.critic.path, "critic.path", CRITIC_TRUNKS)
+        _check_reads_policy(stage, run)
     elif config.reward.model is not None:
         reward_model = find_checkpoint(config.reward.model, "reward.model", weights.REWARD_MODELS)
-        found = reward_model if reward_model.config.algorithm == "scalar_rm" else None
+        run = reward_model if reward_model.config.algorithm == "scalar_rm" else None
+    if run is None:
+        model = sharded_model.shard_scalar_model(config.model, stage.mesh, stage.model.config)
+        return Critic(model, "the policy")
 
-    if found is None:
-        model = sharded_model.shard_scalar_model(config.model, mesh, policy.config)
+    source = dataclasses.replace(
+        as_trained(run, config.model.dtype), remat=config.model.remat, attention=config.model.attention
+    )
+    model = sharded_model.shard_scalar_model(source, stage.mesh, run.shape)
+    is_scalar = run.config.algorithm == "scalar_rm"
+    decoder = None if is_scalar else sharded_model.shard_model(source, stage.mesh, run.shape)
+    return Critic(model, run.name, run, decoder)
 
-        def of_policy(key: jax.Array) -> Any:
-            trunk = weights.load_or_init_params(policy.config, config.model, key, policy.shapes, policy.shardings)
-            return heads.from_decoder_params(trunk, zero_head(model))
 
-        return model, of_policy, "the policy"
-
-    run = found
-    source = as_trained(run, config.model.dtype)
-    computed = dataclasses.replace(source, remat=config.model.remat, attention=config.model.attention)
-    model = sharded_model.shard_scalar_model(computed, mesh, run.shape)
-
-    def of_run(key: jax.Array) -> Any:
-        del key
-        if run.config.algorithm == "scalar_rm":
-            trunk = run.restore(model.shapes, model.shardings)["decoder"]
-        else:
-            decoder = sharded_model.shard_model(computed, mesh, run.shape)
-            trunk = run.restore(decoder.shapes, decoder.shardings)
-        return heads.from_decoder_params(trunk, zero_head(model))
-
-    return model, of_run, run.name
+def _check_reads_policy(stage: Stage, run: RunCheckpoint) -> None:
+    config = stage.config
+    conflict = vocabulary_conflict(load_tokenizer(str(run.folder.tokenizer)), stage.tokenizer)
+    if conflict is None and len(stage.tokenizer) > run.shape.vocab_size:
+        conflict = f"the policy has {len(stage.tokenizer)} tokens and the critic {run.shape.vocab_size}"
+    if conflict is not None:
+        raise UserError(
+            f"{option('critic.path')} is {run.name}, whose vocabulary is not that of the policy: {conflict}; "
+            f"required "
+            f"a run with the policy's tokenizer, or the policy itself, {flag('critic.path')}=None"
+        )
+    if run.shape.max_position < config.data.max_length:
+        raise UserError(
+            f"{option('data.max_length')} is {config.data.max_length}, but the critic's model, {run.name}, "
+            f"reads at "
+            f"most {run.shape.max_position} tokens; e.g. {flag('data.max_length')}={run.shape.max_position}"
+        )
 
 
 def zero_head(model: ShardedModel) -> Any:
-    """A value head that says 0 everywhere."""
+    """A value head that is 0 everywhere."""
     zeros = jax.jit(
         lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), model.shapes["scalar_head"]),
         out_shardings=model.shardings["scalar_head"],

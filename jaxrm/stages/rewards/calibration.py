@@ -1,99 +1,67 @@
-"""What a policy is paid: a source of token rewards, and their scale and centre on its own responses."""
+"""Scale and center of token rewards, calibrated on the policy's own responses before it has learnt anything."""
 
-import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxrm.algorithms import scoring
 from jaxrm.algorithms.rollout import RewardSource
-from jaxrm.data import tasks
 from jaxrm.data.prompts import PromptExample
-from jaxrm.data.templates import end_ids
 from jaxrm.errors import UserError, flag
 from jaxrm.experiment import Experiment
 from jaxrm.inference import sharded_model
-from jaxrm.inference.load import open_reward_model
 from jaxrm.inference.sharded_model import ShardedModel
+from jaxrm.ops import reward_scaling
 from jaxrm.ops.reward_scaling import Calibration, uncalibrated
-from jaxrm.ops.token_rewards import find_kind
+from jaxrm.ops.token_rewards import Kind, find_kind
 from jaxrm.runtime.progress import Progress
 from jaxrm.sharding import partition
-from jaxrm.stages.inputs.prompts import check_judgeable, fixed_batches
-from jaxrm.stages.rewards.sources import calibrate, check_reward_model, function_source, model_source, open_function
+from jaxrm.stages.inputs.prompts import fixed_batches
 from jaxrm.types import ResponseBatch, TokenRewards
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
-
-def open_rewards(
-    config: Experiment,
-    mesh: Mesh,
-    tokenizer: "PreTrainedTokenizerBase",
-    examples: Sequence[PromptExample],
-    text: Callable[[Any], str],
-) -> tuple[RewardSource, str]:
-    """The reward model or function of ``config.reward`` as a source of token rewards, and its name for people.
+class PolicyRewards:
+    """Token rewards of a policy's responses, with that policy as its own reference: before it has learnt anything.
 
     Args:
-      config: the whole config.
-      mesh: the devices.
-      tokenizer: of the policy.
-      examples: every prompt that it will be asked about.
-      text: a response's ids as text.
-
-    Raises:
-      UserError: where there is none, or it cannot score the policy's responses to these prompts.
+      config: of the stage.
+      policy: its decoder.
+      params: of the decoder.
+      source: of token rewards.
     """
-    kind, template = find_kind(config.reward.kind), config.data.template
-    if config.reward.model is None:
-        name = str(config.reward.function)
-        if name.startswith(tasks.PREFIX):
-            check_judgeable(examples, name, "reward.function")
-        return function_source(
-            name,
-            open_function(name),
-            kind,
-            messages={example.tokens.tobytes(): example.messages for example in examples},
-            text=text,
-            end_ids=tuple(sorted(end_ids(tokenizer, template))),
-            mesh=mesh,
-        ), name
-    model = open_reward_model(
-        config.reward.model, mesh, config.model.dtype, field="reward.model", attention=config.model.attention
-    )
-    length, response_length = config.data.max_length, config.rollout.sampling.max_new_tokens
-    check_reward_model(model, kind, tokenizer, template, length, response_length)
-    frozen = dataclasses.replace(model, params=sharded_model.in_compute_dtype(model.params, config.model.dtype))
-    return model_source(frozen, kind, mesh, num_microbatches=config.num_microbatches), model.name
+
+    def __init__(self, config: Experiment, policy: ShardedModel, params: Any, source: RewardSource) -> None:
+        self._params, self._source, self._log_probs = params, source, None
+        if find_kind(config.reward.kind).needs_reference:
+            temperature = config.rollout.sampling.temperature or 1.0
+            self._log_probs = _policy_log_probs(policy, temperature)
+
+    def __call__(self, calibration: Calibration, batch: ResponseBatch) -> TokenRewards:
+        """Score responses."""
+        reference = None if self._log_probs is None else self._log_probs(self._params, batch)
+        return self._source(calibration, batch, reference)
 
 
-def scorer(
-    config: Experiment, mesh: Mesh, policy: ShardedModel, params: Any, source: RewardSource
-) -> Callable[[Calibration, ResponseBatch], TokenRewards]:
-    """The source of rewards with the policy that answers as its own reference, which ``contrast`` compares with."""
-    if not find_kind(config.reward.kind).needs_reference:
-        return lambda calibration, batch: source(calibration, batch, jnp.zeros(()))  # which no other kind reads
-    rows, multiple = partition.batch_sharding(mesh), sharded_model.pad_to_multiple_of(mesh)
+def _policy_log_probs(policy: ShardedModel, temperature: float) -> Callable[[Any, ResponseBatch], jax.Array]:
+    """Jitted ``(params, batch) -> [B, T]``: log-probs of response tokens under a policy, 0 outside the mask.
+
+    Args:
+      policy: the decoder.
+      temperature: divides the logits, as it does in sampling.
+    """
+    rows, multiple = partition.batch_sharding(policy.mesh), sharded_model.pad_to_multiple_of(policy.mesh)
 
     def log_probs(params: Any, batch: ResponseBatch) -> jax.Array:
-        found = scoring.response_statistics(
-            policy.graphdef,
-            params,
-            batch,
-            None,
-            pad_to_multiple_of=multiple,
-            temperature=config.rollout.sampling.temperature or 1.0,
-        ).log_probs
-        return jnp.where(batch.response_mask, found, 0.0)
+        statistics = scoring.response_statistics(
+            policy.graphdef, params, batch, None, pad_to_multiple_of=multiple, temperature=temperature
+        )
+        return jnp.where(batch.response_mask, statistics.log_probs, 0.0)
 
-    read = jax.jit(log_probs, in_shardings=(policy.shardings, rows), out_shardings=rows)
-    return lambda calibration, batch: source(calibration, batch, read(params, batch))
+    return jax.jit(log_probs, in_shardings=(policy.shardings, rows), out_shardings=rows)
 
 
 def calibration_of(
@@ -101,7 +69,7 @@ def calibration_of(
     mesh: Mesh,
     examples: Sequence[PromptExample],
     width: int,
-    draw: Callable[[jax.Array, jax.Array, jax.Array], ResponseBatch],
+    sample: Callable[[jax.Array, jax.Array, jax.Array], ResponseBatch],
     score: Callable[[Calibration, ResponseBatch], TokenRewards],
     key: jax.Array,
     show: bool,
@@ -111,10 +79,10 @@ def calibration_of(
     Args:
       config: the whole config.
       mesh: the devices.
-      examples: prompts; the first ones are answered.
+      examples: prompts; responses to the first ones are sampled.
       width: that prompts are padded to.
-      draw: prompts, mask and key to a response each.
-      score: from `scorer`.
+      sample: prompts, mask and key to a response each.
+      score: `PolicyRewards`, or like it.
       key: typed PRNG key.
       show: draw a bar.
 
@@ -127,7 +95,7 @@ def calibration_of(
     rewards: list[TokenRewards] = []
     with Progress("calibrate", count, unit="responses", enabled=show) as progress:
         for number, (prompts, mask) in enumerate(fixed_batches(some, rows, width, mesh)):
-            rewards.append(score(uncalibrated(), draw(prompts, mask, jax.random.fold_in(key, number))))
+            rewards.append(score(uncalibrated(), sample(prompts, mask, jax.random.fold_in(key, number))))
             jax.block_until_ready(rewards)
             progress.update((number + 1) * rows)
     kind = find_kind(config.reward.kind)
@@ -145,3 +113,18 @@ def not_finite(where: str) -> UserError:
         f"the rewards of {where} are not finite; the reward model is spoiled, give another, e.g. "
         f"{flag('reward.model')}=RUN_DIR/checkpoints/best"
     )
+
+
+def calibrate(kind: Kind, rewards: Sequence[TokenRewards], *, scale: Any, center: Any, mesh: Mesh) -> Calibration:
+    """Calibration from batches of responses of the SFT policy; the same on every device."""
+    replicated = NamedSharding(mesh, PartitionSpec())
+    concatenate = jax.jit(
+        lambda batches: tuple(jnp.concatenate(x) for x in zip(*batches, strict=True)),
+        out_shardings=(replicated, replicated),
+    )
+    values, mask = concatenate([(batch.values, batch.mask) for batch in rewards])
+    fit = jax.jit(
+        lambda values, mask: reward_scaling.calibrate(kind, values, mask, scale=scale, center=center),
+        out_shardings=replicated,
+    )
+    return fit(values, mask)

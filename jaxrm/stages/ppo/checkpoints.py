@@ -1,0 +1,97 @@
+"""Checkpoints of a PPO run: what is saved, and how a run goes on from it.
+
+A checkpoint depends on the step alone, so a run that was killed and started again ends with the same bits as one that
+was not.
+"""
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxrm.algorithms.ppo_state import PPOState
+from jaxrm.algorithms.rollout import Networks
+from jaxrm.algorithms.state import TrainState
+from jaxrm.errors import UserError, flag
+from jaxrm.runtime.checkpoint import Checkpoints
+from jaxrm.stages.ppo.data import PPOData
+from jaxrm.stages.ppo.learner import Learner
+
+
+def saved_arrays(state: PPOState, networks: Networks) -> dict[str, Any]:
+    """Pytrees of a checkpoint; ``params`` is the decoder alone, as in a run of SFT, so that any reader finds it."""
+    arrays = {
+        "params": networks.decoder_params(state.policy.params),
+        "opt_state": state.policy.opt_state,
+        "feedback": {"now": state.feedback, "initial_calibration": state.initial_calibration},
+    }
+    if state.critic is None:
+        return arrays | {"value_head": state.policy.params["scalar_head"]}
+    return arrays | {"critic_params": state.critic.params, "critic_opt_state": state.critic.opt_state}
+
+
+def save(
+    checkpoints: Checkpoints, step: int, state: PPOState, networks: Networks, data: PPOData, eval_reward: float | None
+) -> None:
+    """Save a state, unless its step has been saved already.
+
+    Args:
+      checkpoints: where.
+      step: that the state is of.
+      state: after that step.
+      networks: that its parameters belong to.
+      data: at the position that belongs to the state.
+      eval_reward: held-out reward of the state, by which the best checkpoint is chosen; None where it has none.
+    """
+    if step not in checkpoints.steps():
+        loss = None if eval_reward is None else -eval_reward
+        progress = {**data.get_state(), "data": data.fingerprint}
+        checkpoints.save(step, saved_arrays(state, networks), progress, loss)
+
+
+def restore(learner: Learner, checkpoints: Checkpoints, data: PPOData, key: jax.Array) -> PPOState:
+    """State of the latest checkpoint, and the data moved to where they were.
+
+    Args:
+      learner: shapes and shardings of the state.
+      checkpoints: at least one of them is there.
+      data: moved to the position that belongs to the state.
+      key: of the optimizer steps.
+
+    Raises:
+      UserError: where the data are not those of the checkpoint.
+    """
+    latest = checkpoints.steps()[-1]
+    progress = checkpoints.progress(latest)
+    if progress["data"] != data.fingerprint:
+        raise UserError(
+            f"prompts, SFT policy or reward model are no longer those that {checkpoints.folder / str(latest)} was "
+            f"trained with ({progress['data']}, now {data.fingerprint}), so it cannot be continued as it was; give the "
+            f"same ones, or put the run aside with {flag('on_existing')}=restart"
+        )
+    arrays = checkpoints.restore(latest, saved_arrays(learner.abstract, learner.networks))
+    data.set_state(progress)
+    config = learner.config.ppo
+    return _restored(arrays, latest * config.num_epochs * config.num_minibatches, learner.abstract, key)
+
+
+def _restored(arrays: dict[str, Any], updates: int, abstract: PPOState, key: jax.Array) -> PPOState:
+    """The state again.
+
+    Args:
+      arrays: as `saved_arrays` made them.
+      updates: made so far.
+      abstract: shapes and shardings of the state.
+      key: of the run, which follows from its seed.
+    """
+    # Through jit, since device_put refuses a sharding over the devices of other processes.
+    to_devices = jax.jit(lambda *x: x, out_shardings=(abstract.policy.step.sharding, abstract.policy.key.sharding))
+    step, key = to_devices(np.int32(updates), key)
+    params, critic = arrays["params"], None
+    if abstract.critic is None:
+        params = {"decoder": params, "scalar_head": arrays["value_head"]}
+    else:
+        critic_step, critic_key = to_devices(np.int32(updates), key)
+        critic = TrainState(critic_step, arrays["critic_params"], arrays["critic_opt_state"], critic_key)
+    policy = TrainState(step, params, arrays["opt_state"], key)
+    return PPOState(policy, critic, arrays["feedback"]["now"], arrays["feedback"]["initial_calibration"])

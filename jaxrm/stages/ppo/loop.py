@@ -1,0 +1,233 @@
+"""The loop of PPO: step after step until the last, an evaluation and a checkpoint now and then.
+
+A step has four phases, and so have its metrics: rollout, log_probs, scoring, update. The arithmetic is in
+`jaxrm.algorithms.ppo`. A step is stopped between two phases or not at all: what was begun is dropped, the data go
+back to where they were, and the step happens alike when the run goes on.
+"""
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+
+from jaxrm.algorithms import ppo
+from jaxrm.algorithms.ppo import Programs
+from jaxrm.algorithms.ppo_state import PPOState, RewardAndKLState, steps_of
+from jaxrm.errors import UserError, flag
+from jaxrm.runtime.checkpoint import Checkpoints
+from jaxrm.runtime.preemption import StopRequest, agree
+from jaxrm.stages.ppo.checkpoints import save
+from jaxrm.stages.ppo.data import PPOData
+from jaxrm.stages.ppo.learner import Learner
+from jaxrm.types import Rollout
+
+
+class Reporter(Protocol):
+    """Where the metrics of a run go: console, files, dashboards."""
+
+    def step(self, step: int, metrics: dict[str, float]) -> None:
+        """Metrics of one step."""
+        ...
+
+    def evaluation(self, step: int, metrics: dict[str, float]) -> None:
+        """Held-out metrics after ``step`` steps."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class PPORun:
+    """A run of PPO, without its state.
+
+    Attributes:
+      learner: config, networks and number of steps.
+      programs: jitted, from `Learner.programs`.
+      reference_params: of the frozen SFT policy.
+      data: at the position that belongs to the state.
+      evaluate: ``(step, state)`` to held-out metrics, among them ``eval_reward``; None where it was asked to stop.
+      checkpoints: where to save.
+      reporter: gets the metrics of every step and evaluation.
+      stop: read after every phase of a step.
+    """
+
+    learner: Learner
+    programs: Programs
+    reference_params: Any
+    data: PPOData
+    evaluate: Callable[[int, PPOState], dict[str, float] | None]
+    checkpoints: Checkpoints
+    reporter: Reporter
+    stop: StopRequest
+
+    def save(self, step: int, state: PPOState, eval_reward: float | None) -> None:
+        """Save a state, unless its step has been saved already."""
+        save(self.checkpoints, step, state, self.learner.networks, self.data, eval_reward)
+
+    def rewind(self, step: int, state: PPOState, eval_reward: float | None, position: dict[str, Any]) -> None:
+        """Drop the step after ``step``, which was begun from ``position`` of the data, and save the state before it."""
+        self.data.set_state(position)
+        self.save(step, state, eval_reward)
+        self.checkpoints.wait()
+
+
+def fit(run: PPORun, state: PPOState, key: jax.Array, *, evaluation_pending: bool = False) -> tuple[PPOState, bool]:
+    """Train up to ``run.learner.num_steps`` steps, or until asked to stop.
+
+    Args:
+      run: everything but the state.
+      state: where to start; donated.
+      key: typed PRNG key of the run; step ``i`` samples and shuffles with ``fold_in(key, i)``.
+      evaluation_pending: the run stopped before the evaluation that belongs to ``state``.
+
+    Returns:
+      The state, and whether it reached the last step and its evaluation.
+
+    Raises:
+      UserError: a reward function failed, and the state before is saved; or a reward, a loss or a gradient is not
+        finite, and nothing of that step is saved.
+    """
+    config, num_steps = run.learner.config, run.learner.num_steps
+    step, eval_reward = steps_of(state, config.ppo), None
+    if step == 0 or evaluation_pending:
+        eval_reward = _evaluate(run, step, state)
+        evaluation_pending = eval_reward is None
+    while step < num_steps and not evaluation_pending:
+        clock, position = _Clock(), run.data.get_state()
+        step_key, order_key = jax.random.split(jax.random.fold_in(key, step))
+        try:
+            collected = _collect(run, state, step_key, clock)
+        except UserError:  # of a reward function
+            run.rewind(step, state, eval_reward, position)
+            raise
+        if collected is None:
+            run.rewind(step, state, eval_reward, position)
+            break
+        rollout, feedback, metrics = collected
+        if not math.isfinite(metrics["reward"]):
+            run.rewind(step, state, eval_reward, position)
+            raise _not_finite_reward(step + 1, metrics["reward"], run.checkpoints)
+        state, updates = clock.time(
+            "update", ppo.update, run.programs, config.ppo, state, rollout, order_key, run.data.next_ptx
+        )
+        state = dataclasses.replace(state, feedback=feedback)
+        step += 1
+
+        metrics |= _averaged(jax.device_get(updates))
+        _check_finite(step, metrics, run.checkpoints)
+        run.reporter.step(step, metrics | clock.rates(metrics["tokens"], metrics["prompt_tokens"]))
+        is_last, eval_reward = step == num_steps, None
+        if is_last or step % config.evaluation.every == 0:
+            eval_reward = _evaluate(run, step, state)
+            evaluation_pending = eval_reward is None  # the same command makes it good
+        is_stopping = agree(run.stop.requested)
+        if is_last or step % config.checkpoint.every == 0 or is_stopping:
+            run.save(step, state, eval_reward)
+        if is_stopping:
+            break
+    run.checkpoints.wait()
+    return state, step >= num_steps and not evaluation_pending
+
+
+def _collect(
+    run: PPORun, state: PPOState, key: jax.Array, clock: "_Clock"
+) -> tuple[Rollout, RewardAndKLState, dict[str, float]] | None:
+    """Rollout, log_probs and scoring of a step, from which the update follows; None where it was asked to stop.
+
+    Raises:
+      UserError: of a reward function.
+    """
+    programs, critic_params = run.programs, None if state.critic is None else state.critic.params
+    decoder_params = run.learner.networks.decoder_params(state.policy.params)
+    batch = clock.time("rollout", programs.rollout, decoder_params, *run.data.next_prompts(), key)
+    if _must_stop(run):
+        return None
+    token_log_probs = clock.time(
+        "log_probs", programs.log_probs, state.policy.params, critic_params, run.reference_params, batch
+    )
+    rewards = clock.time(
+        "scoring", programs.scoring, state.feedback.calibration, batch, token_log_probs.reference_log_probs
+    )
+    if _must_stop(run):
+        return None
+    rollout, feedback, metrics = programs.estimate(state.feedback, batch, token_log_probs, rewards)
+    return rollout, feedback, {name: float(x) for name, x in jax.device_get(metrics).items()}
+
+
+def _must_stop(run: PPORun) -> bool:
+    # Several processes must stop at the same place: they agree once a step, at its end.
+    return run.stop.requested and jax.process_count() == 1
+
+
+def _evaluate(run: PPORun, step: int, state: PPOState) -> float | None:
+    """Held-out reward of a state; None where the evaluation was asked to stop.
+
+    Raises:
+      UserError: of a reward function; the state is saved.
+    """
+    try:
+        metrics = run.evaluate(step, state)
+    except UserError:
+        run.save(step, state, None)
+        run.checkpoints.wait()
+        raise
+    if metrics is None:
+        return None
+    run.reporter.evaluation(step, metrics)
+    return metrics["eval_reward"]
+
+
+class _Clock:
+    """Seconds of each phase, its results waited for."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    def time(self, phase: str, function: Callable[..., Any], *args: Any) -> Any:
+        started = time.perf_counter()
+        result = jax.block_until_ready(function(*args))
+        self.seconds[phase] = time.perf_counter() - started
+        return result
+
+    def rates(self, response_tokens: float, prompt_tokens: float) -> dict[str, float]:
+        """Seconds and tokens per second of each phase and of all: sampled tokens in the rollout, else all."""
+        total = sum(self.seconds.values())
+        rates = {"step_seconds": total, "tokens_per_second": response_tokens / total}
+        for phase, seconds in self.seconds.items():
+            tokens = response_tokens if phase == "rollout" else response_tokens + prompt_tokens
+            rates |= {f"{phase}_seconds": seconds, f"{phase}_tokens_per_second": tokens / seconds}
+        return rates
+
+
+def _averaged(updates: list[dict[str, np.ndarray]]) -> dict[str, float]:
+    """Means over the updates of a step; of the first one alone, the KL and ratio that should be 0 and 1 there."""
+    names = [name for name in updates[0] if name != "weight"]
+    means = {name: float(np.mean([row[name] for row in updates])) for name in names}
+    first = {f"{name}/first": float(updates[0][name]) for name in ("approx_kl", "ratio_error")}
+    return {name: x for name, x in (means | first).items() if not (name == "ptx_loss" and math.isnan(x))}
+
+
+def _not_finite_reward(step: int, reward: float, checkpoints: Checkpoints) -> UserError:
+    return UserError(
+        f"step {step}: the reward of the responses is {reward}, no finite number; the reward model "
+        f"is spoiled, give another {flag('reward.model')}; {_last_good(checkpoints)}"
+    )
+
+
+def _check_finite(step: int, metrics: dict[str, float], checkpoints: Checkpoints) -> None:
+    checked = ("loss", "value_loss", "grad_norm", "critic_grad_norm", "reward", "kl")
+    bad = [name for name in checked if not math.isfinite(metrics.get(name, 0.0))]
+    if bad:
+        raise UserError(
+            f"step {step}: {', '.join(bad)} not finite, so the run stopped before saving it; "
+            f"{_last_good(checkpoints)}; try a lower {flag('optimizer.lr')} and {flag('critic.optimizer.lr')}, or a "
+            f"lower {flag('ppo.reward_clip')}"
+        )
+
+
+def _last_good(checkpoints: Checkpoints) -> str:
+    checkpoints.wait()
+    saved = checkpoints.steps()
+    return f"the last good checkpoint is {checkpoints.folder / str(saved[-1])}" if saved else "nothing was saved yet"

@@ -1,0 +1,170 @@
+"""Training in a PPO run's folder: the state, its calibration, the evaluation and the metrics around the loop."""
+
+import dataclasses
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+from jaxrm.algorithms.optimizer import learning_rate
+from jaxrm.algorithms.ppo import Programs
+from jaxrm.algorithms.ppo_state import PPOState, steps_of
+from jaxrm.algorithms.rollout import RewardSource
+from jaxrm.config import dicts
+from jaxrm.inference import sharded_model
+from jaxrm.runtime.checkpoint import Checkpoints
+from jaxrm.runtime.metrics import open_metrics, read_rows, remove_rows_after
+from jaxrm.runtime.preemption import catch_signals
+from jaxrm.runtime.progress import Progress
+from jaxrm.runtime.run_folder import RunFolder
+from jaxrm.stages.inputs.prompts import fixed_batches
+from jaxrm.stages.ppo.checkpoints import restore
+from jaxrm.stages.ppo.critic import Critic, zero_head
+from jaxrm.stages.ppo.data import PPOInputs
+from jaxrm.stages.ppo.evaluation import PolicyEvaluation
+from jaxrm.stages.ppo.learner import Learner
+from jaxrm.stages.ppo.loop import PPORun, fit
+from jaxrm.stages.ppo.report import PPOReporter
+from jaxrm.stages.rewards.calibration import PolicyRewards, calibration_of
+from jaxrm.stages.stage import Stage
+from jaxrm.stages.supervised.train import init_key
+
+
+@dataclass(frozen=True)
+class Opened:
+    """What a run needs, opened and checked before its folder is.
+
+    Attributes:
+      learner: policy and critic over the devices.
+      critic: where the critic starts from; None where the trunk is shared.
+      source: of token rewards.
+      inputs: prompts, and SFT rows where they are mixed in.
+    """
+
+    learner: Learner
+    critic: Critic | None
+    source: RewardSource
+    inputs: PPOInputs
+
+
+@dataclass(frozen=True)
+class _Keys:
+    """Typed PRNG keys of a run, from its seed."""
+
+    run: jax.Array
+    held_out: jax.Array
+    calibration: jax.Array
+    optimizer: jax.Array
+
+
+def train(stage: Stage, folder: RunFolder, opened: Opened) -> tuple[int, bool]:
+    """Train in ``folder``, from its latest checkpoint if it has one.
+
+    Args:
+      stage: whose config says how.
+      folder: the opened run.
+      opened: models, rewards and data.
+
+    Returns:
+      The last step, and whether the run is complete. It is not where it was asked to stop.
+    """
+    config, learner, num_steps = stage.config, opened.learner, opened.inputs.num_steps
+    keys = _Keys(*jax.random.split(jax.random.key(config.seed), 4))
+    reference = sharded_model.in_compute_dtype(stage.init_params(init_key(config.seed)), config.model.dtype)
+    programs = learner.programs(opened.source)
+    checkpoints = Checkpoints(folder.checkpoints, config.checkpoint)
+    if checkpoints.steps():
+        state = restore(learner, checkpoints, opened.inputs.data, keys.optimizer)
+    else:
+        state = _calibrated(stage, opened, programs, reference, _init_state(stage, opened, keys.optimizer), keys)
+    first_step = steps_of(state, config.ppo)
+    if stage.is_writer:
+        calibration = jax.device_get(state.initial_calibration)
+        numbers = f"scale {calibration.scale:.4g}, center {calibration.center:.4g}"
+        print(f"Token rewards: {numbers} (from responses of the SFT policy)")
+        remove_rows_after(folder.samples, first_step or -1)
+    evaluation_pending = _is_evaluation_pending(folder, first_step, num_steps, config.evaluation.every)
+    evaluation = _evaluation(stage, folder, opened, programs, reference, keys)
+    with (
+        open_metrics(folder, config.logging, after_step=first_step or None, run_config=dicts.as_dict(config)) as writer,
+        Progress("ppo", num_steps, done=first_step, enabled=stage.show_progress) as progress,
+        catch_signals() as stop,
+    ):
+        run = PPORun(
+            learner=learner,
+            programs=programs,
+            reference_params=reference,
+            data=opened.inputs.data,
+            evaluate=functools.partial(evaluation, stop=stop),
+            checkpoints=checkpoints,
+            reporter=PPOReporter(
+                writer,
+                progress,
+                every=config.logging.every,
+                num_steps=num_steps,
+                learning_rate=_learning_rate_of_step(learner),
+            ),
+            stop=stop,
+        )
+        state, finished = fit(run, state, keys.run, evaluation_pending=evaluation_pending)
+    checkpoints.close()
+    return steps_of(state, config.ppo), finished
+
+
+def _init_state(stage: Stage, opened: Opened, key: jax.Array) -> PPOState:
+    """The state before the first step, not calibrated yet."""
+    params, critic_params = stage.init_params(init_key(stage.config.seed)), None
+    if opened.critic is None:
+        params = {"decoder": params, "scalar_head": zero_head(opened.learner.policy)}
+    else:
+        critic_params = opened.critic.init_params(stage, init_key(stage.config.seed))
+    return opened.learner.init_state(params, critic_params, key)
+
+
+def _calibrated(
+    stage: Stage, opened: Opened, programs: Programs, reference: Any, state: PPOState, keys: _Keys
+) -> PPOState:
+    """The state with scale and center of the rewards, from responses of the policy that it starts with."""
+    learner, inputs = opened.learner, opened.inputs
+    calibration = calibration_of(
+        stage.config,
+        stage.mesh,
+        inputs.train.examples,
+        inputs.prompt_length,
+        functools.partial(programs.rollout, learner.networks.decoder_params(state.policy.params)),
+        PolicyRewards(stage.config, stage.model, reference, opened.source),
+        keys.calibration,
+        stage.show_progress,
+    )
+    return learner.calibrated(state, calibration)
+
+
+def _evaluation(
+    stage: Stage, folder: RunFolder, opened: Opened, programs: Programs, reference: Any, keys: _Keys
+) -> PolicyEvaluation:
+    config, inputs = stage.config, opened.inputs
+    if config.evaluation.sampling != config.rollout.sampling:
+        programs = dataclasses.replace(programs, rollout=opened.learner.sampler(config.evaluation.sampling))
+    return PolicyEvaluation(
+        learner=opened.learner,
+        programs=programs,
+        reference_params=reference,
+        prompts=inputs.held_out.examples,
+        batches=fixed_batches(inputs.held_out.examples, config.data.batch_size, inputs.prompt_length, stage.mesh),
+        key=keys.held_out,
+        tokenizer=stage.tokenizer,
+        folder=folder,
+    )
+
+
+def _is_evaluation_pending(folder: RunFolder, step: int, num_steps: int, every: int) -> bool:
+    """Whether the run stopped before the evaluation that belongs to its latest checkpoint."""
+    is_due = step > 0 and (step % every == 0 or step == num_steps)
+    return is_due and step not in {row["step"] for row in read_rows(folder.metrics) if "eval_reward" in row}
+
+
+def _learning_rate_of_step(learner: Learner) -> Any:
+    """The policy's learning rate in the first update of a step counted from 0."""
+    schedule = learning_rate(learner.config.optimizer, learner.num_steps * learner.updates_per_step)
+    return lambda step: schedule(step * learner.updates_per_step)
