@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxrm.config.fields import at_least, bounded, check
 from jaxrm.types import ResponseBatch, TokenRewards
 
-Respond = Callable[[Any, jax.Array, jax.Array, jax.Array], ResponseBatch]
+SampleFn = Callable[[Any, jax.Array, jax.Array, jax.Array], ResponseBatch]
 Score = Callable[[ResponseBatch], TokenRewards]
 
 
@@ -56,17 +56,17 @@ class Best(NamedTuple):
 
 
 def best_of_n(
-    respond: Respond, score: Score, n: int, *, drawn: Callable[[int], None] | None = None
+    sample: SampleFn, score: Score, n: int, *, drawn: Callable[[int], None] | None = None
 ) -> Callable[[Any, jax.Array, jax.Array, jax.Array], Best]:
     """Function ``(params, prompts [B, P], prompt_mask [B, P], key) -> Best``.
 
     Draw ``i`` is made with ``fold_in(key, i)`` by the one program that draws a single response, so the n responses
     are the first of those of ``n + 1`` with the same key, and a few batches are in memory, whatever n is. The
-    winner has the highest sum of token rewards, what PPO would be paid for it; of equal ones the first wins, and a sum
-    that is no number wins nowhere but in the first place.
+    winner has the highest sum of token rewards, which PPO maximizes; of equal ones the first wins, and a NaN
+    wins nowhere but in the first place.
 
     Args:
-      respond: how the policy answers, e.g. a `jaxrm.algorithms.rollout.BatchSampler`.
+      sample: samples one response to each prompt, e.g. a `jaxrm.algorithms.rollout.BatchSampler`.
       score: token rewards of a batch, calibrated; it need not be a jax program.
       n: responses to each prompt.
       drawn: called after each draw with how many have been made; what it raises ends the work.
@@ -74,15 +74,15 @@ def best_of_n(
     assert n >= 1, n
 
     def select(params: Any, prompts: jax.Array, prompt_mask: jax.Array, key: jax.Array) -> Best:
-        first = best = respond(params, prompts, prompt_mask, jax.random.fold_in(key, 0))
+        first = best = sample(params, prompts, prompt_mask, jax.random.fold_in(key, 0))
         rewards = score(best)
         sums = [rewards.diagnostics["sum"]]
         for i in range(n):
             if i:
-                candidate = respond(params, prompts, prompt_mask, jax.random.fold_in(key, i))
-                found = score(candidate)
-                sums.append(found.diagnostics["sum"])
-                best, rewards = _better((best, rewards), (candidate, found))
+                candidate = sample(params, prompts, prompt_mask, jax.random.fold_in(key, i))
+                candidate_rewards = score(candidate)
+                sums.append(candidate_rewards.diagnostics["sum"])
+                best, rewards = _better((best, rewards), (candidate, candidate_rewards))
             jax.block_until_ready(rewards)  # else all draws would be queued, each with its memory
             if drawn is not None:
                 drawn(i + 1)

@@ -54,16 +54,8 @@ def estimate(
       The rollout ``[B, T]`` to update on; the next ``feedback``; metrics, float32 scalars.
     """
     mask = batch.response_mask
-    token_rewards = rewards.rewards
-    if config.normalize_rewards:
-        mean = masking.masked_mean(token_rewards, mask)
-        token_rewards = token_rewards * jax.lax.rsqrt(
-            masking.masked_mean(jnp.square(token_rewards - mean), mask) + 1e-8
-        )
-    is_truncated = rewards.diagnostics["ended"] == 0
-    token_rewards -= config.missing_end_penalty * (masking.last_token(mask) & is_truncated[:, None])
     penalized = kl.penalized_rewards(
-        token_rewards,
+        _shaped_rewards(rewards, mask, config),
         token_log_probs.log_probs,
         token_log_probs.reference_log_probs,
         mask,
@@ -79,6 +71,45 @@ def estimate(
     if config.whiten_advantages:
         advantage = masking.masked_whiten(advantage, mask)
 
+    metrics = _rollout_metrics(batch, token_log_probs, rewards, penalized)
+    metrics |= {
+        "kl_coef": feedback.kl_coef,
+        "center": feedback.calibration.center,
+        "explained_variance": explained,
+        "advantage_std": deviation,
+    }
+    calibration, kl_coef = feedback.calibration, feedback.kl_coef
+    if center_momentum is not None:
+        calibration = reward_scaling.update_center(calibration, kind, rewards.values, mask, momentum=center_momentum)
+    if config.kl_target is not None:
+        kl_coef = kl.next_coefficient(
+            kl_coef,
+            metrics["kl"],
+            target=config.kl_target,
+            horizon=config.kl_horizon,
+            count=jnp.sum(jnp.any(mask, axis=1)),
+        )
+    log_probs, reference_log_probs = token_log_probs.log_probs, token_log_probs.reference_log_probs
+    rollout = Rollout(batch, log_probs, reference_log_probs, token_log_probs.values, advantage, returns)
+    return rollout, RewardAndKLState(calibration, kl_coef), metrics
+
+
+def _shaped_rewards(rewards: TokenRewards, mask: jax.Array, config: PPOConfig) -> jax.Array:
+    """Token rewards ``[B, T]``, normalized where the config says so, less a penalty where the end token is missing."""
+    shaped = rewards.rewards
+    if config.normalize_rewards:
+        mean = masking.masked_mean(shaped, mask)
+        variance = masking.masked_mean(jnp.square(shaped - mean), mask)
+        shaped = shaped * jax.lax.rsqrt(variance + 1e-8)
+    is_truncated = rewards.diagnostics["ended"] == 0
+    return shaped - config.missing_end_penalty * (masking.last_token(mask) & is_truncated[:, None])
+
+
+def _rollout_metrics(
+    batch: ResponseBatch, token_log_probs: TokenLogProbs, rewards: TokenRewards, penalized: jax.Array
+) -> Metrics:
+    """Means over responses, or over their tokens; float32 scalars."""
+    mask = batch.response_mask
     log_ratio = kl.kl_estimate("k1", token_log_probs.log_probs, token_log_probs.reference_log_probs)
     responses = jnp.any(mask, axis=1)  # a response without a token has no KL and no reward to average
     response_kl = masking.masked_sum(log_ratio, mask, axis=1)
@@ -91,38 +122,14 @@ def estimate(
         "kl": mean_kl,
         "kl_error": jnp.sqrt(variance / jnp.maximum(jnp.sum(responses), 1)),
         "kl_per_token": masking.masked_mean(log_ratio, mask),
-        "kl_coef": feedback.kl_coef,
-        "center": feedback.calibration.center,
         "value": masking.masked_mean(token_log_probs.values, mask),
-        "explained_variance": explained,
-        "advantage_std": deviation,
         "response_length": masking.masked_mean(rewards.diagnostics["length"], responses),
         "tokens": jnp.sum(mask, dtype=jnp.float32),
         "prompt_tokens": jnp.sum(batch.prompt_mask, dtype=jnp.float32),
     }
     for name in ("ended", "tag_rate", "divergence", "end_tag"):
         metrics[name] = masking.masked_mean(rewards.diagnostics[name], responses)
-
-    calibration, kl_coef = feedback.calibration, feedback.kl_coef
-    if center_momentum is not None:
-        calibration = reward_scaling.update_center(calibration, kind, rewards.values, mask, momentum=center_momentum)
-    if config.kl_target is not None:
-        kl_coef = kl.next_coefficient(
-            kl_coef,
-            mean_kl,
-            target=config.kl_target,
-            horizon=config.kl_horizon,
-            count=jnp.sum(responses),
-        )
-    rollout = Rollout(
-        batch,
-        token_log_probs.log_probs,
-        token_log_probs.reference_log_probs,
-        token_log_probs.values,
-        advantage,
-        returns,
-    )
-    return rollout, RewardAndKLState(calibration, kl_coef), metrics
+    return metrics
 
 
 def minibatch(rollout: Rollout, key: jax.Array, index: jax.Array, *, num_minibatches: int) -> Rollout:

@@ -36,18 +36,18 @@ def policy_loss(networks: Networks, config: PPOConfig) -> LossFn:
             loss += config.kl_loss_coef * kl.kl_estimate("k2", token.log_probs, rollout.reference_log_probs)
         total = masking.masked_sum(loss, mask)
 
-        moved = jax.lax.stop_gradient(kl.kl_estimate("k3", rollout.log_probs, token.log_probs))
-        seen = {
+        approx_kl = jax.lax.stop_gradient(kl.kl_estimate("k3", rollout.log_probs, token.log_probs))
+        observed = {
             "policy_loss": surrogate.loss,
-            "approx_kl": moved,
+            "approx_kl": approx_kl,
             "ratio_error": jnp.abs(surrogate.ratio - 1.0),
             "clip_fraction": surrogate.is_clipped.astype(jnp.float32),
             "entropy": token.entropy,
         }
-        aux = {name: (jax.lax.stop_gradient(masking.masked_sum(x, mask)), weight) for name, x in seen.items()}
+        aux = {name: (jax.lax.stop_gradient(masking.masked_sum(x, mask)), weight) for name, x in observed.items()}
         if value_head is not None:
-            value_sum, of_critic = _value_terms(value_head(hidden), rollout, config)
-            total, aux = total + config.value_coef * value_sum, aux | of_critic
+            value_sum, critic_aux = _value_terms(value_head(hidden), rollout, config)
+            total, aux = total + config.value_coef * value_sum, aux | critic_aux
         if batch.ptx is not None and batch.ptx_weight is not None:
             (ptx_sum, ptx_tokens), _ = sft_loss(networks.decoder)(networks.decoder_params(params), batch.ptx, key)
             total += config.ptx_coef * batch.ptx_weight[0] * ptx_sum

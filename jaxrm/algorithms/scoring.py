@@ -252,33 +252,33 @@ def as_token_rewards(
 def _rows(
     batch: ResponseBatch, request: tuple[int, ...] | None, multiple: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Rows ``x, y`` or ``x, y, request, y``: tokens and mask ``[B, W]``, and where the last part starts ``[B]``.
-
-    Without gaps, since a sliding window counts the tokens of a row, padding included.
-    """
+    """Rows ``x, y`` or ``x, y, request, y``: tokens and mask ``[B, W]``, and where the last part starts ``[B]``."""
+    # Without gaps: a sliding window counts the tokens of a row, padding included, so a gap would push tokens out of it.
+    # Tokens are gathered by index, since rows of a jitted program have one width and each part its own length.
     P, T = batch.prompts.shape[1], batch.responses.shape[1]
     prompt_length = jnp.sum(batch.prompt_mask, axis=1, dtype=jnp.int32)[:, None]
-    length = jnp.sum(batch.response_mask, axis=1, dtype=jnp.int32)[:, None]
-    asked = jnp.asarray(request or (), jnp.int32)
+    response_length = jnp.sum(batch.response_mask, axis=1, dtype=jnp.int32)[:, None]
+    request_ids = jnp.asarray(request or (), jnp.int32)
     R = len(request or ())
     width = P + T if request is None else P + T + R + T
     index = jnp.arange(-(-width // multiple) * multiple, dtype=jnp.int32)[None, :]
 
-    def part(source: jax.Array, at: jax.Array) -> jax.Array:
+    def gather(source: jax.Array, at: jax.Array) -> jax.Array:
         return jnp.take_along_axis(source, jnp.clip(at, 0, source.shape[1] - 1), axis=1)
 
     start = prompt_length
+    # Prompts are padded on the left: their first token is in column P - prompt_length.
     tokens = jnp.where(
-        index < prompt_length, part(batch.prompts, index + P - prompt_length), part(batch.responses, index - start)
+        index < prompt_length, gather(batch.prompts, index + P - prompt_length), gather(batch.responses, index - start)
     )
     if request is not None:
-        asked_at = prompt_length + length
-        start = asked_at + R
-        again = part(batch.responses, index - start)
+        request_start = prompt_length + response_length
+        start = request_start + R
+        tail = gather(batch.responses, index - start)
         if R:
-            again = jnp.where(index < start, asked[jnp.clip(index - asked_at, 0, R - 1)], again)
-        tokens = jnp.where(index < asked_at, tokens, again)
-    mask = index < start + length
+            tail = jnp.where(index < start, request_ids[jnp.clip(index - request_start, 0, R - 1)], tail)
+        tokens = jnp.where(index < request_start, tokens, tail)
+    mask = index < start + response_length
     return jnp.where(mask, tokens, 0), mask, start[:, 0]
 
 

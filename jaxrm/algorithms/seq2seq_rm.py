@@ -40,12 +40,12 @@ def seq2seq_rm_loss(graphdef: nnx.GraphDef, *, correction_weight: float = 1.0, i
         is_first = mask & ~jnp.pad(mask, ((0, 0), (1, 0)))[:, :-1]  # of each target
 
         aux = {}
-        for name, of_mapping in (("correction", mask & is_correction), ("identity", mask & ~is_correction)):
-            nll = -masking.masked_sum(jax.lax.stop_gradient(token.log_probs), of_mapping)
-            tokens = of_mapping.sum().astype(jnp.float32)
+        for name, mapping_mask in (("correction", mask & is_correction), ("identity", mask & ~is_correction)):
+            nll = -masking.masked_sum(jax.lax.stop_gradient(token.log_probs), mapping_mask)
+            tokens = mapping_mask.sum().astype(jnp.float32)
             aux[f"nll_{name}"] = (nll, tokens)
-            aux[f"sequence_nll_{name}"] = (nll, (is_first & of_mapping).sum().astype(jnp.float32))
-            aux[f"accuracy_{name}"] = (masking.masked_sum(right, of_mapping), tokens)
+            aux[f"sequence_nll_{name}"] = (nll, (is_first & mapping_mask).sum().astype(jnp.float32))
+            aux[f"accuracy_{name}"] = (masking.masked_sum(right, mapping_mask), tokens)
         weights = jnp.where(is_correction, correction_weight, identity_weight)
         total = masking.masked_sum(-weights * token.log_probs, mask)
         return (total, masking.masked_sum(weights, mask)), aux

@@ -27,23 +27,22 @@ def build_train_step(
     """Jitted ``step(state, batch) -> (state, metrics)`` that minimizes ``loss_sum / weight`` of the whole batch.
 
     Gradients of the sum and the weights are added over microbatches and devices and divided once, so a batch gives
-    the same update however it is cut, even where its parts carry different numbers of tokens.
+    the same update however it is cut, even where its microbatches carry different numbers of tokens.
 
     Args:
       loss_fn: ``(params, batch, key) -> (loss_sum, weight), aux``; aux maps a metric to its own (sum, weight).
       optimizer: from `jaxrm.algorithms.optimizer`.
-      state_sharding: pytree of shardings like the state. The state is donated: its buffers are reused. What of the
-        optimizer's lies in the memory of the hosts is on the devices only while they update.
+      state_sharding: pytree of shardings like the state. The state is donated: its buffers are reused. Moments that
+        lie in the memory of the hosts are on the devices only during the update.
       batch_sharding: sharding of the rows of a batch, or a pytree of them.
-      num_microbatches: parts that the rows are cut into, one after another; divides the rows of every device.
+      num_microbatches: shares of the rows, one after another; divides the rows of every device.
 
     Returns:
       The step. Its metrics are float32 scalars: ``loss``, ``weight`` (the divisor, e.g. tokens), ``grad_norm``
       before clipping, and each metric of aux, NaN where its weight is 0.
     """
-
-    near = partition.on_devices(state_sharding.opt_state)
-    away = near != state_sharding.opt_state
+    on_devices = partition.on_devices(state_sharding.opt_state)
+    is_offloaded = on_devices != state_sharding.opt_state
 
     def gradients(params: Any, batch: Any, key: jax.Array) -> Any:
         def total(params: Any) -> Any:
@@ -53,15 +52,15 @@ def build_train_step(
         return jax.grad(total, has_aux=True)(params)
 
     def accumulated(params: Any, batch: Any, key: jax.Array) -> Any:
-        parts = microbatches.split(batch, num_microbatches)
+        shares = microbatches.split(batch, num_microbatches)
         keys = jax.random.split(key, num_microbatches)
-        first = jax.tree.map(lambda x: x[0], (parts, keys))
+        first = jax.tree.map(lambda x: x[0], (shares, keys))
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradients, params, *first))
 
-        def add(total: Any, part: Any) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, total, gradients(params, *part)), None
+        def add(total: Any, microbatch: Any) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, total, gradients(params, *microbatch)), None
 
-        return jax.lax.scan(add, zeros, (parts, keys))[0]
+        return jax.lax.scan(add, zeros, (shares, keys))[0]
 
     def step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(state.key, state.step)
@@ -70,10 +69,10 @@ def build_train_step(
         divisor = jnp.maximum(sums["loss"][1], 1e-8).astype(jnp.float32)
         grads = jax.tree.map(lambda g: g / divisor, grads)
         opt_state = state.opt_state
-        if away:
-            opt_state = jax.device_put(opt_state, near)
+        if is_offloaded:  # the moments are on the devices only between these two copies
+            opt_state = jax.device_put(opt_state, on_devices)
         updates, opt_state = optimizer.update(grads, opt_state, state.params)
-        if away:
+        if is_offloaded:
             opt_state = jax.device_put(opt_state, state_sharding.opt_state)
         params = optax.apply_updates(state.params, updates)
         # A metric of nothing, such as that of a mapping which the batch has none of, has no value.
@@ -85,6 +84,8 @@ def build_train_step(
         }
         return TrainState(state.step + 1, params, opt_state, state.key), metrics
 
+    # Stated on both sides: left to the compiler, the new state may lie otherwise than the old one. Then its buffers
+    # could not be reused, and the next step would compile again.
     return jax.jit(
         step,
         in_shardings=(state_sharding, batch_sharding),

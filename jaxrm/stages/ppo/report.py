@@ -1,4 +1,4 @@
-"""What a PPO run tells: every step, warnings with likely causes, and what came of it."""
+"""Reports of a PPO run: metrics of every step, warnings with likely causes, and the closing report."""
 
 import statistics
 from collections.abc import Callable, Mapping
@@ -64,23 +64,23 @@ class PPOReporter:
     def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
         """Held-out metrics after ``step`` steps."""
         self._writer.write(step, metrics)
-        told = " · ".join(f"{name.removeprefix('eval_')} {format_value(x)}" for name, x in metrics.items())
-        self._progress.print(f"step {step}: held-out {told}")
+        line = " · ".join(f"{name.removeprefix('eval_')} {format_value(x)}" for name, x in metrics.items())
+        self._progress.print(f"step {step}: held-out {line}")
 
 
 def warnings(seen: list[Mapping[str, float]]) -> dict[str, str]:
-    """What looks wrong in the latest of the steps seen so far, and what it usually comes from; by a short name."""
-    now, found = seen[-1], {}
+    """Warnings about the latest of the steps seen so far, with likely causes; by a short name."""
+    now, texts = seen[-1], {}
     # Of one response there is no error to compare with; below a thousandth of a nat it is rounding.
     if len(seen) >= 3 and all(row["kl_error"] > 0 and row["kl"] < -4 * row["kl_error"] - 1e-3 for row in seen[-3:]):
-        found["negative KL"] = (
+        texts["negative KL"] = (
             f"the KL to the reference is {now['kl']:.3g} nats a response, three steps running, but the true one cannot "
             "be negative: responses were not drawn from the distribution whose log-probs are taken. Likely causes: "
             "another template or tokenizer than the reference's, attention kernels of different precision in sampling "
             f"and training ({flag('model.attention')}, {flag('model.dtype')}), responses cut before their end token"
         )
     if now["entropy"] < 0.1 * seen[0]["entropy"]:
-        found["entropy"] = (
+        texts["entropy"] = (
             f"the entropy fell from {seen[0]['entropy']:.3g} to {now['entropy']:.3g} nats a token: the policy hardly "
             f"explores any more. Likely causes: a learning rate too high ({flag('optimizer.lr')}), a KL penalty too "
             f"weak "
@@ -88,24 +88,24 @@ def warnings(seen: list[Mapping[str, float]]) -> dict[str, str]:
         )
     earlier = [row["value_loss"] for row in seen[:-1]]
     if len(earlier) >= 5 and now["value_loss"] > 20 * max(statistics.median(earlier), 1e-6):
-        found["value loss"] = (
+        texts["value loss"] = (
             f"the value loss is {now['value_loss']:.3g}, twenty times its median so far. Likely causes: rewards of "
             f"very different size ({flag('reward.scale')}=unit, {flag('ppo.reward_clip')}), a critic that learns "
             f"too fast "
             f"({flag('critic.optimizer.lr')})"
         )
     if now["ended"] == 0:
-        found["truncated"] = (
+        texts["truncated"] = (
             f"no response reached its end token within {now['response_length']:.0f} tokens. Likely causes: too short a "
             f"{flag('rollout.sampling.max_new_tokens')}, an SFT policy that never learned to stop, a reward that "
             f"pays for "
             f"length ({flag('reward.center')}=running, {flag('ppo.missing_end_penalty')})"
         )
-    return found
+    return texts
 
 
 def closing_report(folder: RunFolder, kind: str, prompts: int) -> dict[str, Any]:
-    """Print what a step cost; returns held-out metrics before and after, from the rows of the run."""
+    """Print the seconds of a step by phase; returns held-out metrics before and after, from the rows of the run."""
     rows = read_rows(folder.metrics)
     steps = [row for row in rows if "step_seconds" in row]
     if steps:

@@ -74,7 +74,7 @@ def calibration_of(
     key: jax.Array,
     show: bool,
 ) -> Calibration:
-    """Scale and centre of the rewards, from responses of the policy before it has learnt anything.
+    """Scale and center of the rewards, from responses of the policy before it has learnt anything.
 
     Args:
       config: the whole config.
