@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
 # The linters and the whole test suite: ./launch/test.sh
 #
-# Makes or updates the virtual environment in .venv with tests/requirements.txt, runs every linter, then pytest.
-# The exit status is that of the first one that failed. Needs Python 3.11 or newer and, once, a package index.
+# Makes or updates the virtual environment in .venv with tests/requirements.txt, runs every linter, then pytest with a
+# process a core. The exit status is that of the first one that failed. Needs Python 3.11 or newer and, once, a package
+# index.
 #
-#   ./launch/test.sh tests/ops -k kl                  arguments go to pytest
+#   ./launch/test.sh --quick                          without the tests marked slow
+#   ./launch/test.sh tests/ops -k kl                  other arguments go to pytest; -n0 is one process
 #   PYTHON=python3.12 JAXRM_VENV=.venv-py312 ...      another Python, in an environment of its own
 #   JAXRM_TEST_TORCH=1                                compare with live torch models and real weights, and plan for TPUs (CI does)
 #   JAXRM_TEST_LINT=0                                 leave the linters out
@@ -13,6 +15,12 @@ set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
 # shellcheck source=launch/environment.sh
 . "$root/launch/environment.sh"
+
+quick=()
+if [ "${1:-}" = --quick ]; then
+  quick=(-m "not slow")
+  shift
+fi
 
 make_environment "$(environment_folder "$root")"
 cd "$root"
@@ -54,7 +62,10 @@ if [ "${JAXRM_TEST_LINT:-1}" = 1 ]; then
     printf '\n== shellcheck is not installed and was left out\n'
   fi
 fi
-check "pytest (Python $(python_version "$python"))" "$python" -m pytest "$@"
+# A file's tests stay in one process, which makes their shared runs once; conftest.py puts the slow files first.
+cores=$("$python" -c 'import os; print(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())')
+check "pytest (Python $(python_version "$python"))" "$python" -m pytest \
+  -n "$cores" --dist=loadscope --no-loadscope-reorder "${quick[@]}" "$@"
 
 if [ "$status" -eq 0 ]; then
   printf '\nlaunch/test.sh: all passed.\n'

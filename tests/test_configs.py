@@ -10,14 +10,12 @@ import pytest
 
 from jaxrm.algorithms import dpo, scalar_rm, seq2seq_rm, sft
 from jaxrm.algorithms.optimizer import build_optimizer
-from jaxrm.algorithms.ppo_config import CriticConfig, PPOConfig
 from jaxrm.algorithms.ppo_state import PPOBatch
 from jaxrm.algorithms.scoring import as_token_rewards
 from jaxrm.algorithms.state import create
 from jaxrm.config.files import load_config_file
 from jaxrm.experiment import Experiment
 from jaxrm.inference.sharded_model import shard_model, shard_scalar_model
-from jaxrm.models.build import ModelSource
 from jaxrm.models.config import preset
 from jaxrm.models.generate import check_on_policy
 from jaxrm.ops.token_rewards import KINDS
@@ -29,7 +27,6 @@ from jaxrm.train import CONFIG_CLASSES
 from jaxrm.types import ComparisonBatch, MappingBatch, TokenBatch
 
 CONFIGS = sorted((Path(__file__).resolve().parents[1] / "configs").glob("*.py"))
-LIMITS = {"quickstart": 85, "pipeline": 85, "study": 85}  # lines of a config, by the beginning of its name; else 65
 SHAPES = {
     "gemma_2b": "gemma-2b",
     "llama_2_7b": "llama-2-7b",
@@ -146,37 +143,12 @@ def check_a_step_of_ppo(config, shape, mesh):
 
 
 @pytest.mark.parametrize("path", [p for p in CONFIGS if p.stem.startswith("rm_")], ids=lambda path: path.stem)
-def test_reward_models_have_the_published_defaults(path):
+def test_a_scalar_kind_goes_with_a_scalar_reward_model(path):
     config = described(path)
-    assert (config.num_epochs, config.optimizer.weight_decay) == (2.0, 0.1)
     assert (config.reward.kind == "scalar") == (config.algorithm == "scalar_rm")
-    if "gemma" in path.stem or "llama" in path.stem:
-        assert (config.optimizer.lr, config.optimizer.schedule, config.optimizer.warmup) == (2e-5, "cosine", 0.03)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_a_config_says_how_to_run_it(path):
     _, docstring = load_config_file(str(path), CONFIG_CLASSES)
     assert f"python -m jaxrm.train --config=configs/{path.name}" in docstring and "Needs:" in docstring
-    assert len(path.read_text().splitlines()) <= LIMITS.get(path.stem.split("_")[0], 65)
-
-
-@pytest.mark.parametrize("stem", ["ppo_gemma_2b", "ppo_llama_2_7b", "pipeline_gemma_2b", "pipeline_llama_2_7b"])
-def test_ppo_has_the_published_defaults(stem):
-    stages = stages_of(CONFIGS[0].parent / f"{stem}.py")
-    for config in (config for config in stages.values() if config.algorithm == "ppo"):
-        assert config.ppo == PPOConfig() and config.ptx is not None and config.rollout.sampling.temperature == 1.0
-        assert (config.optimizer.lr, config.critic.optimizer.lr, config.optimizer.warmup) == (1e-5, 5e-6, 0.03)
-        assert config.evaluation.sampling == config.rollout.sampling
-
-
-def test_defaults_are_those_of_the_method():
-    ppo = PPOConfig()
-    assert (ppo.kl_coef, ppo.clip, ppo.value_clip, ppo.reward_clip) == (0.02, 0.2, 5.0, 50.0)
-    assert (ppo.discount, ppo.gae_lambda, ppo.num_epochs, ppo.ptx_coef) == (1.0, 0.95, 1, 16.0)
-    assert (ppo.whiten_advantages, ppo.normalize_rewards, ppo.kl_target, ppo.kl_estimator) == (False, False, None, "k1")
-    assert CriticConfig().optimizer.lr == 5e-6
-    defaults = Experiment(run_dir="x", model=ModelSource(preset="tiny"))
-    assert (defaults.optimizer.lr, defaults.optimizer.schedule, defaults.optimizer.warmup) == (2e-5, "cosine", 0.03)
-    assert (defaults.optimizer.b1, defaults.optimizer.b2, defaults.optimizer.clip_norm) == (0.9, 0.95, 1.0)
-    assert defaults.num_epochs == 3.0

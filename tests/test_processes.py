@@ -130,6 +130,7 @@ def ppo(folder: Path) -> list[str]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", COUNTS)
 def test_sft_in_several_processes_has_the_losses_of_one(alone: Path, tmp_path: Path, count: int) -> None:
     run(SFT, tmp_path / "sft", count)
@@ -137,12 +138,14 @@ def test_sft_in_several_processes_has_the_losses_of_one(alone: Path, tmp_path: P
     same_curve(alone / "sft", tmp_path / "sft", "eval_loss")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", COUNTS)
 def test_a_reward_model_in_several_processes_trains_as_in_one(alone: Path, tmp_path: Path, count: int) -> None:
     run(reward_model(alone), tmp_path / "rm", count)
     same_curve(alone / "rm", tmp_path / "rm", "loss")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", COUNTS)
 def test_ppo_in_several_processes_trains_as_in_one(alone: Path, tmp_path: Path, count: int) -> None:
     run(ppo(alone), tmp_path / "ppo", count)
@@ -150,6 +153,7 @@ def test_ppo_in_several_processes_trains_as_in_one(alone: Path, tmp_path: Path, 
         same_curve(alone / "ppo", tmp_path / "ppo", name)
 
 
+@pytest.mark.slow
 def test_a_killed_process_stops_the_job_which_continues_exactly(alone: Path, tmp_path: Path) -> None:
     killed, in_one = tmp_path / "killed", tmp_path / "in_one"
     job = start(SFT, killed, 4)
@@ -167,6 +171,7 @@ def test_a_killed_process_stops_the_job_which_continues_exactly(alone: Path, tmp
     same_curve(alone / "sft", in_one, "loss")
 
 
+@pytest.mark.slow
 def test_processes_that_disagree_on_the_config_all_say_so(tmp_path: Path) -> None:
     port = free_port()
     first = start([*SFT, "--config.seed=1"], tmp_path / "run", 2, port)
@@ -178,6 +183,7 @@ def test_processes_that_disagree_on_the_config_all_say_so(tmp_path: Path) -> Non
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_processes_with_other_code_all_say_so(tmp_path: Path) -> None:
     for name in ("jaxrm", "configs"):
         shutil.copytree(ROOT / name, tmp_path / "code" / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -192,6 +198,7 @@ def test_processes_with_other_code_all_say_so(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_missing_coordinator_is_named_after_a_bounded_wait(tmp_path: Path) -> None:
     port = free_port()
     (nobody, alone) = start([*SFT, "--start_timeout=2"], tmp_path / "run", 2, port)

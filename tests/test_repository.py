@@ -101,13 +101,6 @@ def test_no_module_is_called_utils_helpers_or_misc():
         assert not re.fullmatch(r"_?(utils?|helpers?|misc|common)", path.parent.name), relative(path)
 
 
-def test_the_data_path_imports_no_jax():
-    for path in MODULES:
-        if (ROOT / "jaxrm" / "data") in path.parents:
-            tree = ast.parse(path.read_text(encoding="utf-8"))
-            assert not imported_names(tree) & {"jax", "jaxlib", "flax", "optax", "orbax", "chex"}, relative(path)
-
-
 def loaded_after(code: str) -> set[str]:
     """Runs `code` in a fresh interpreter; the top-level packages that are loaded there afterwards."""
     code += "\nimport sys\nprint('loaded:', *{name.partition('.')[0] for name in sys.modules})"
@@ -134,12 +127,6 @@ def test_importing_any_module_loads_none_of_the_heavy_packages():
     assert not loaded, culprits
     for path in commands:
         assert not loaded_after(f"import {module_name(path)}") & set(LAZY), relative(path)
-
-
-def test_importing_the_data_path_loads_no_jax():
-    names = [module_name(path) for path in MODULES if module_name(path).startswith("jaxrm.data")]
-    assert names
-    assert not loaded_after("\n".join(f"import {name}" for name in names)) & {"jax", "jaxlib", "flax"}
 
 
 # --- configs

@@ -16,6 +16,8 @@ import pytest
 from jaxrm.runtime.metrics import WALL_CLOCK
 from jaxrm.runtime.preemption import EXIT_PREEMPTED
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = 24
 REWARD_MODEL = {

@@ -20,6 +20,8 @@ import pytest
 from jaxrm.runtime.metrics import WALL_CLOCK
 from jaxrm.runtime.preemption import EXIT_PREEMPTED
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[1]
 STOPS = int(os.environ.get("JAXRM_STOPS", "3"))
 MANY = STOPS > 3

@@ -39,6 +39,8 @@ from jaxrm.stages.reward_model import run as reward_model
 from jaxrm.stages.stage import open_stage
 from jaxrm.stages.supervised.train import init_key
 
+pytestmark = pytest.mark.slow
+
 SMALL = dataclasses.replace(
     models.PRESETS["tiny"], hidden_size=96, intermediate_size=256, num_layers=2, head_dim=24, max_position=192
 )

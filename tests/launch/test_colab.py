@@ -72,6 +72,7 @@ def ran(tmp_path_factory):
         return code_cells(execute(folder))
 
 
+@pytest.mark.slow
 def test_the_commands_run_to_their_end(ran):
     assert [cell.execution_count for cell in ran.values()] == list(range(1, len(ran) + 1))
     assert "jaxrm is ready" in printed(ran["install"])
@@ -79,23 +80,27 @@ def test_the_commands_run_to_their_end(ran):
     assert "rm_seq2seq: done" in printed(ran["train"]) and "Policies on" not in printed(ran["train"])
 
 
-def test_token_rewards_are_shown_in_colour(ran):
+@pytest.mark.slow
+def test_token_rewards_are_shown_in_color(ran):
     for name in ("token-rewards", "scalar-rewards"):
         (page,) = displayed(ran[name], "text/html")
         colours = re.findall(r"background: rgba\([\d, ]+, (0\.[1-9]\d|0\.0[1-9])\)[^>]*title=", page)
         assert len(colours) >= (20 if name == "token-rewards" else 6), page
 
 
+@pytest.mark.slow
 def test_the_closing_table_has_both_arms(ran):
     table = printed(ran["ppo"]).partition("Policies on")[2]
     assert re.search(r"^SFT .*\n^ppo_scalar \(scalar\) .*\n^ppo_seq2seq \(literal\) ", table, re.MULTILINE), table
 
 
+@pytest.mark.slow
 def test_curves_are_drawn(ran):
     (image,) = displayed(ran["curves"], "image/png")
     assert len(image) > 10_000
 
 
+@pytest.mark.slow
 def test_every_policy_answers(ran):
     answers = printed(ran["ask"])
     assert re.findall(r"^(\w+): ", answers, re.MULTILINE) == ["sft", "ppo_scalar", "ppo_seq2seq"], answers

@@ -164,6 +164,7 @@ def smoke(tmp_path_factory):
     return folder / "run", arguments, environment, launch(*arguments, **environment)
 
 
+@pytest.mark.slow
 def test_a_small_study_runs_to_its_report(smoke):
     folder, _, _, done = smoke
     assert done.returncode == 1, done.stderr[-2000:]  # one arm failed, and the exit status says so
@@ -196,6 +197,7 @@ def test_a_small_study_runs_to_its_report(smoke):
     assert "too few" in done.stdout and (folder / "report.html").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_answers_of_a_policy_that_was_trained_anew_are_refused(smoke, capsys):
     folder = smoke[0] / "runs/safety/seed1"
     answers = json.loads((folder / "answers/sft/plain/run.json").read_text())["config"]
@@ -211,6 +213,7 @@ def test_answers_of_a_policy_that_was_trained_anew_are_refused(smoke, capsys):
         record.write_text(kept)
 
 
+@pytest.mark.slow
 def test_a_failed_run_is_recorded_and_the_others_go_on(smoke):
     """The record has its error."""
     folder, _, _, done = smoke
@@ -221,6 +224,7 @@ def test_a_failed_run_is_recorded_and_the_others_go_on(smoke):
     assert "failed: safety/" in done.stdout and "No module named 'no_such'" in done.stdout
 
 
+@pytest.mark.slow
 def test_finished_runs_stay_and_another_study_is_refused(smoke):
     folder, arguments, environment, _ = smoke
     before = {row["name"] for row in read_rows(folder / "queue.jsonl") if row["state"] == "done"}
