@@ -83,7 +83,7 @@ def test_a_step_of_the_config_builds_on_eight_devices(path, stage):
     name = next(name for stem, name in SHAPES.items() if stem in path.stem)
     # A study runs many small things, each on one device.
     mesh = build_mesh(MeshConfig(), jax.devices()[:1]) if path.stem == "study" else build_mesh(MeshConfig(2, 4))
-    check_batch(mesh, "config.data.batch_size", config.data.batch_size, config.num_microbatches)
+    check_batch(mesh, "data.batch_size", config.data.batch_size, config.num_microbatches)
     source = dataclasses.replace(config.model, path=None, preset=name)
     if config.algorithm == "ppo":
         check_a_step_of_ppo(dataclasses.replace(config, model=source), preset(name), mesh)

@@ -280,8 +280,8 @@ def test_devices_without_host_memory_are_told_so():
     with pytest.raises(
         UserError, match=r"config\.optimizer\.offload is True, .* toy has device; use --config\.optimizer"
     ):
-        partition.check_host_memory(mesh, "config.optimizer.offload")
-    partition.check_host_memory(build_mesh(EIGHT), "config.optimizer.offload")
+        partition.check_host_memory(mesh, "optimizer.offload")
+    partition.check_host_memory(build_mesh(EIGHT), "optimizer.offload")
 
 
 def test_steps_equal_save_restore_continue(tmp_path):
@@ -395,18 +395,18 @@ def test_a_model_that_a_mesh_does_not_divide_is_an_error(sizes, model, words):
 def test_rows_that_the_context_axis_does_not_divide_are_padded():
     """Where they may not be padded, they are an error."""
     mesh = build_mesh(MIXED)
-    check_row_length(mesh, "config.data.max_length", 12)
+    check_row_length(mesh, "data.max_length", 12)
     with pytest.raises(UserError, match=r"data\.max_length is 1023, .*context is 2.*--config\.data\.max_length=1024"):
-        check_row_length(mesh, "config.data.max_length", 1023)
+        check_row_length(mesh, "data.max_length", 1023)
     assert pad_to_multiple_of(mesh) == 2 and pad_to_multiple_of(build_mesh(EIGHT)) == 1
 
 
 def test_batches_and_meshes_that_do_not_fit_are_errors():
     mesh = build_mesh(EIGHT)
     with pytest.raises(UserError, match=r"config.data.batch_size is 30.*4 devices.*--config.data.batch_size=32"):
-        check_batch(mesh, "config.data.batch_size", 30)
+        check_batch(mesh, "data.batch_size", 30)
     with pytest.raises(UserError, match=r"2 microbatches; use a multiple of 8"):
-        check_batch(mesh, "config.data.batch_size", 12, num_microbatches=2)
+        check_batch(mesh, "data.batch_size", 12, num_microbatches=2)
     with pytest.raises(UserError, match="does not fit 8 devices"):
         build_mesh(MeshConfig(3, 1, 1))
     with pytest.raises(UserError, match=r"config\.mesh\.data is -1.*no more than one rest"):
