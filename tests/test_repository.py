@@ -117,6 +117,7 @@ def loaded_after(code: str) -> set[str]:
     return set(result.stdout.rpartition("loaded:")[2].split())
 
 
+@pytest.mark.slow
 def test_importing_any_module_loads_none_of_the_heavy_packages():
     # Command lines define flags as they are imported, so each has a process of its own; the others share one, and
     # get their own only to name the culprit.

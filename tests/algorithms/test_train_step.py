@@ -103,11 +103,13 @@ class Setup:
         return state, losses
 
 
+@pytest.mark.slow
 def test_a_tiny_problem_is_learnt():
     _, losses = Setup(ONE).run(120)
     assert losses[0] > 3.5 and losses[-1] < 0.3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mesh", "shape"),
     [(EIGHT, (2, 16, 32)), (MIXED, (2, 16, 32)), (LONG, (2, 8, 64)), (SHARDED, (2, 8, 32))],
@@ -123,6 +125,7 @@ def test_one_device_and_several_give_the_same_losses(mesh, shape):
     assert {s.data.shape for s in kernel.addressable_shards} == {shape}
 
 
+@pytest.mark.slow
 def test_sharing_the_tokens_of_long_rows_saves_memory(capfd):
     """Tokens are swapped for heads around attention; nothing but parameters is gathered whole on every device."""
 
@@ -163,6 +166,7 @@ def test_a_kernel_on_each_device_gives_what_it_gives_on_one(rows, kv_heads):
     chex.assert_trees_all_close(split, gradients(attention.xla), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", [ONE, EIGHT], ids=["one", "eight"])
 def test_microbatches_give_the_same_update(mesh):
     """Although the microbatches hold different numbers of trained tokens: there is one division."""
