@@ -65,7 +65,7 @@ fi
 # A file's tests stay in one process, which makes their shared runs once; conftest.py puts the slow files first.
 cores=$("$python" -c 'import os; print(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())')
 check "pytest (Python $(python_version "$python"))" "$python" -m pytest \
-  -n "$cores" --dist=loadscope --no-loadscope-reorder "${quick[@]}" "$@"
+  -n "$cores" --dist=loadscope --no-loadscope-reorder ${quick[@]+"${quick[@]}"} "$@"
 
 if [ "$status" -eq 0 ]; then
   printf '\nlaunch/test.sh: all passed.\n'
