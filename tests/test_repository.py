@@ -15,6 +15,14 @@ ROOT = Path(__file__).resolve().parents[1]
 MODULES = sorted((ROOT / "jaxrm").rglob("*.py"))
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))
 SCRIPTS = [*sorted((ROOT / "launch").glob("*.sh")), ROOT / ".ci" / "run"]
+READMES = [
+    path
+    for path in sorted(ROOT.rglob("README.md"))
+    if not any(part.startswith(".") for part in path.relative_to(ROOT).parts[:-1])
+]
+# Names of locals that do not say what the thing is.
+RIDDLES = {"found", "told", "asked", "kept", "held", "planned"}
+NOT_YET_RENAMED = ("jaxrm/generate.py", "jaxrm/score.py", "jaxrm/inference/")
 # What a machine without them must still be able to import jaxrm's modules beside; each is slow to import as well.
 LAZY = ("datasets", "grain", "transformers", "torch", "tensorflow", "sentencepiece", "gguf", "wandb")
 
@@ -128,6 +136,36 @@ def test_importing_any_module_loads_none_of_the_heavy_packages():
     assert not loaded, culprits
     for path in commands:
         assert not loaded_after(f"import {module_name(path)}") & set(LAZY), relative(path)
+
+
+# --- names and prose
+
+
+def stored_names(tree: ast.AST) -> set[str]:
+    return {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+
+
+@pytest.mark.parametrize("path", MODULES, ids=relative)
+def test_locals_say_what_they_hold(path):
+    """A name such as ``scores`` says more than ``found``."""
+    if relative(path).startswith(NOT_YET_RENAMED):
+        pytest.skip("its names are older than the rule")
+    names = stored_names(ast.parse(path.read_text(encoding="utf-8")))
+    assert not {name for name in names if name in RIDDLES or name.startswith("of_")}
+
+
+def test_readmes_wrap_and_link_to_files_that_exist():
+    for path in READMES:
+        text = path.read_text(encoding="utf-8")
+        prose = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+        for line in prose.splitlines():
+            assert len(line) <= 100 or line.startswith(("|", "![")), f"{relative(path)}: {line}"
+        for link in re.findall(r"\]\(([^)#:\s]+)(?:#[^)]*)?\)", prose):
+            assert (path.parent / link).exists(), f"{relative(path)}: {link}"
+
+
+def test_the_readme_is_at_most_120_lines():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 120
 
 
 # --- configs
