@@ -32,7 +32,7 @@ class OptimizerConfig:
         its updates are smaller than the spacing of bfloat16 and it would never move (jaxrm choice).
       offload: keep the moments in the memory of the hosts between updates, which gives their room to what runs in
         between: rollouts and the other model's update in PPO. The update itself needs no less room, and each one sends
-        them over and back; nothing that is learnt changes.
+        them over and back; nothing that is learned changes.
     """
 
     name: str = bounded("adamw", one_of("adamw", "adafactor"))

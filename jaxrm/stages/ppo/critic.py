@@ -38,7 +38,7 @@ class Critic:
     def init_params(self, stage: Stage, key: jax.Array) -> Any:
         """First parameters: the trunk, and a head that is 0 everywhere.
 
-        Until the head has learnt, advantages are those of the rewards alone (jaxrm choice).
+        Until the head has learned, advantages are those of the rewards alone (jaxrm choice).
 
         Args:
           stage: of the policy.

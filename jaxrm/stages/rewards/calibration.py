@@ -1,4 +1,4 @@
-"""Scale and center of token rewards, calibrated on the policy's own responses before it has learnt anything."""
+"""Scale and center of token rewards, calibrated on the policy's own responses before it has learned anything."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -25,7 +25,7 @@ from jaxrm.types import ResponseBatch, TokenRewards
 
 
 class PolicyRewards:
-    """Token rewards of a policy's responses, with that policy as its own reference: before it has learnt anything.
+    """Token rewards of a policy's responses, with that policy as its own reference: before it has learned anything.
 
     Args:
       config: of the stage.
@@ -74,7 +74,7 @@ def calibration_of(
     key: jax.Array,
     show: bool,
 ) -> Calibration:
-    """Scale and center of the rewards, from responses of the policy before it has learnt anything.
+    """Scale and center of the rewards, from responses of the policy before it has learned anything.
 
     Args:
       config: the whole config.
