@@ -33,8 +33,8 @@ def check_kind(kind: str, field: str, example: str) -> None:
 class RewardConfig:
     """Where rewards come from, and how they become token rewards.
 
-    The defaults are the paper's kind, which none beats in the lab (jaxrm/study/README.md), scaled to one unit so that a KL
-    coefficient means the same for all kinds, and centered: without, ``soft`` lost up to 0.14 of the judge's 1 there.
+    The defaults are the paper's kind, since no other beats it (jaxrm/study/README.md). It is scaled to one unit, so a KL
+    coefficient means the same for all kinds. It is centered: without that, ``soft`` lost up to 0.14 of the judge's 1.
 
     Attributes:
       kind: one of `jaxrm.ops.token_rewards.KINDS`; ``literal`` is the paper's, ``scalar`` and
