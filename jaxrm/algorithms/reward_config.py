@@ -33,7 +33,7 @@ def check_kind(kind: str, field: str, example: str) -> None:
 class RewardConfig:
     """Where rewards come from, and how they become token rewards.
 
-    The defaults are the paper's kind, since no other beats it (jaxrm/study/README.md). It is scaled to one unit, so a KL
+    The defaults are the paper's kind, since no other beats it (jaxrm/study/README.md). It is scaled to unit, so a KL
     coefficient means the same for all kinds. It is centered: without that, ``soft`` lost up to 0.14 of the judge's 1.
 
     Attributes:
