@@ -2,7 +2,8 @@
 
 A check names a field of the config as ``option("data.path")``, and what to type as ``flag("data.path")``. What these
 return depends on where the check runs: ``config.data.path`` in a run of one stage, ``config.sft.data.path`` in a
-pipeline, ``--input`` in a command that has a flag of its own for it. `naming` says so, once, around the work.
+pipeline, ``--input`` in a command that has a flag of its own for it. `naming` says so, once, around the work. In a
+function that a person calls from Python both are the name of its argument, ``path``; `arguments` says so.
 """
 
 from collections.abc import Iterator, Mapping
@@ -42,12 +43,13 @@ def option(name: str) -> str:
     names = _names.get()
     prefix = max((known for known in names if _is_prefix(known, name)), key=len)
     rest = name[len(prefix) :].lstrip(".")
-    return f"{names[prefix]}.{rest}" if rest else names[prefix]
+    return ".".join(part for part in (names[prefix], rest) if part)
 
 
 def flag(name: str) -> str:
-    """The same as it is typed: ``--config.data.path``."""
-    return f"--{option(name).removeprefix('--')}"
+    """The same as it is typed: ``--config.data.path``, in Python ``path``."""
+    text = option(name)
+    return text if _names.get()[""] == "" else f"--{text.removeprefix('--')}"
 
 
 @contextmanager
@@ -63,6 +65,20 @@ def naming(names: Mapping[str, str]) -> Iterator[None]:
         yield
     finally:
         _names.reset(token)
+
+
+@contextmanager
+def arguments(names: Mapping[str, str] = MappingProxyType({})) -> Iterator[None]:
+    """Name options as the arguments of a Python function, unless a command or a stage has named them already.
+
+    Args:
+      names: fields and the arguments that stand for them, ``{"data.path": "path"}``.
+    """
+    if _names.get() is not _USUAL:
+        yield
+        return
+    with naming({"": "", **names}):
+        yield
 
 
 def _is_prefix(prefix: str, name: str) -> bool:

@@ -11,7 +11,7 @@ from absl import flags
 from jaxrm.config import command_line
 from jaxrm.errors import UserError
 
-FLAG_OF_FIELD = {"model.path": "--weights", "data.tokenizer": "--tokenizer"}
+FLAG_OF_FIELD = {"path": "--checkpoint", "model.path": "--weights", "data.tokenizer": "--tokenizer"}
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -38,21 +38,17 @@ def main(_: None, given: flags.FlagValues) -> int:
 
     from jaxrm.data.templates import end_ids
     from jaxrm.data.tokenizer import pad_apart_from
-    from jaxrm.inference.load import Trained, open_checkpoint, open_reward_model, open_weights
+    from jaxrm.inference.load import check_flags, load_policy, load_reward_model, spread_mesh
     from jaxrm.inference.weights import find_checkpoint
-    from jaxrm.models.build import ModelSource
     from jaxrm.models.hub import check_export_folder, export_model
 
     check_export_folder(given.output, overwrite=given.overwrite)
-    trained: Trained
-    is_scalar = given.checkpoint is not None and find_checkpoint(given.checkpoint).config.algorithm == "scalar_rm"
+    path = check_flags(given.checkpoint, given.weights)
+    is_scalar = given.checkpoint is not None and find_checkpoint(path).config.algorithm == "scalar_rm"
+    load = load_reward_model if is_scalar else load_policy
+    trained = load(path, mesh=spread_mesh(path), tokenizer=given.tokenizer)
     if is_scalar:
-        trained = open_reward_model(given.checkpoint, None)
         pad_apart_from(trained.tokenizer, end_ids(trained.tokenizer, trained.template))
-    elif given.checkpoint is not None:
-        trained = open_checkpoint(given.checkpoint, None)
-    else:
-        trained = open_weights(ModelSource(path=given.weights), given.tokenizer, "auto", None)
     folder = export_model(
         given.output,
         trained.params,

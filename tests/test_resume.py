@@ -91,13 +91,13 @@ def finish(environment, run_dir, *more, algorithm="sft"):
 def final_parameters(run_dir):
     import jax
 
-    from jaxrm.inference.load import open_checkpoint, open_reward_model
+    from jaxrm.inference.load import load_policy, load_reward_model
     from jaxrm.sharding.mesh import MeshConfig, build_mesh
 
     mesh = build_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
     recorded = json.loads((Path(run_dir) / "run.json").read_text())["config"]
-    opened = open_checkpoint if recorded["algorithm"] == "sft" else open_reward_model
-    return jax.device_get(opened(str(run_dir), mesh).params)
+    opened = load_policy if recorded["algorithm"] == "sft" else load_reward_model
+    return jax.device_get(opened(str(run_dir), mesh=mesh).params)
 
 
 def rows_without_times(run_dir):

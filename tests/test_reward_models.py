@@ -24,7 +24,7 @@ from jaxrm.data.readers import read_records
 from jaxrm.data.records import Message
 from jaxrm.data.templates import encode_prompt
 from jaxrm.experiment import EvaluationConfig, Experiment, PairsConfig
-from jaxrm.inference.load import open_checkpoint, open_reward_model
+from jaxrm.inference.load import load_policy, load_reward_model
 from jaxrm.models import config as models
 from jaxrm.models.build import ModelSource
 from jaxrm.models.generate import SamplingConfig
@@ -206,7 +206,7 @@ def test_one_device_and_eight_give_the_same_losses(runs, algorithm):
 def test_a_checkpoint_opens_on_one_device_and_on_eight(runs, algorithm):
     one, eight = build_mesh(MeshConfig(1, 1, 1), jax.devices()[:1]), build_mesh(EIGHT)
     for run in (runs.reward_model(algorithm), runs.reward_model(algorithm, 8)):
-        models_ = [open_reward_model(str(run), mesh) for mesh in (one, eight)]
+        models_ = [load_reward_model(str(run), mesh=mesh) for mesh in (one, eight)]
         assert [len(jax.tree.leaves(model.params)[0].sharding.device_set) for model in models_] == [1, 8]
         for a, b in zip(*(jax.tree.leaves(jax.device_get(model.params)) for model in models_), strict=True):
             np.testing.assert_array_equal(a, b)
@@ -220,7 +220,9 @@ def test_a_reward_model_starts_from_the_policy(runs, algorithm):
         objective = build_objective(config, stage.model)
         first = jax.device_get(reward_model.init_params(stage, objective, init_key(config.seed)))
     trunk = first if algorithm == "seq2seq_rm" else first["decoder"]
-    policy = jax.device_get(open_checkpoint(str(policy_run), build_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])).params)
+    policy = jax.device_get(
+        load_policy(str(policy_run), mesh=build_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])).params
+    )
     assert jax.tree.structure(trunk) == jax.tree.structure(policy)
     for a, b in zip(jax.tree.leaves(trunk), jax.tree.leaves(policy), strict=True):
         np.testing.assert_array_equal(a, b)
@@ -422,7 +424,7 @@ def test_every_held_out_pair_is_scored_in_order_as_written(runs, scored):
 
 def test_token_rewards_are_those_of_a_plain_forward(runs, scored, one):
     rows, _ = scored("seq2seq_rm")
-    model = open_reward_model(str(runs.reward_model("seq2seq_rm")), one)
+    model = load_reward_model(str(runs.reward_model("seq2seq_rm")), mesh=one)
     right, wrong = ([row for row in rows if row["ranked_right"] is it] for it in (True, False))
     diverging = 0
     for row in (*right[:2], *wrong[:1]):
@@ -436,7 +438,7 @@ def test_token_rewards_are_those_of_a_plain_forward(runs, scored, one):
 
 def test_scalar_rewards_are_those_of_a_plain_forward(runs, scored, one):
     rows, _ = scored("scalar_rm")
-    model = open_reward_model(str(runs.reward_model("scalar_rm")), one)
+    model = load_reward_model(str(runs.reward_model("scalar_rm")), mesh=one)
     assert {row["kind"] for row in rows} == {"scalar"}
     for row in rows[:2]:
         for response in row["responses"]:

@@ -10,7 +10,6 @@ typed, and every mistake is answered in one line.
 Exit status: what ``main`` returns (0 for None), 2 for a user's mistake, 130 for Ctrl-C.
 """
 
-import logging
 import os
 import re
 import sys
@@ -23,6 +22,7 @@ from absl import flags
 from jaxrm.config import dicts
 from jaxrm.config import fields as config_fields
 from jaxrm.config.files import load_config_file
+from jaxrm.config.quiet import silence_libraries
 from jaxrm.errors import UserError, naming
 
 Config = TypeVar("Config")
@@ -58,8 +58,7 @@ def run(
             config, ``{"data.path": "--input"}``, since messages name fields.
         argv: the command line, program name first; ``sys.argv`` by default.
     """
-    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax and others explain themselves through it
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that there is no torch is no news here
+    silence_libraries()
     arguments = list(sys.argv if argv is None else argv)
     values = flags.FlagValues()
     if define_flags is not None:

@@ -41,7 +41,7 @@ class CorrectionQuality:
 
 
 def edit_distance(a: Sequence[int] | np.ndarray, b: Sequence[int] | np.ndarray) -> int:
-    """Levenshtein distance in tokens: the fewest insertions, deletions and substitutions that turn ``a`` into ``b``.
+    """Levenshtein distance in tokens: the fewest insertions, deletions and substitutions that turn `a` into `b`.
 
     Args:
       a: ``[n]`` token ids.
@@ -55,8 +55,8 @@ def edit_distance(a: Sequence[int] | np.ndarray, b: Sequence[int] | np.ndarray) 
 def rouge_l(prediction: str, reference: str) -> float:
     """ROUGE-L F1 of two texts: twice their longest common subsequence over the sum of their lengths, in words.
 
-    The count is ``rouge_score``'s, without stemming. Its own words are of a–z and 0–9, so text in any other script
-    would score 0. Here letters and digits of every script make words (jaxrm choice), which is the same on ASCII text.
+    The count is `rouge_score`'s, without stemming. Its own words are of a–z and 0–9, so text in any other script would
+    score 0. Here letters and digits of every script make words (jaxrm choice), which is the same on ASCII text.
 
     Returns:
       0 to 1; 0 where either text has no word.
@@ -112,7 +112,7 @@ def _mean(values: Sequence[float]) -> float:
 
 
 class _Words:
-    """The word rule, in the form that ``rouge_score`` asks for."""
+    """The word rule, in the form that `rouge_score` asks for."""
 
     def tokenize(self, text: str) -> list[str]:
         return _WORD.findall(text.lower())

@@ -17,7 +17,7 @@ def wilson_interval(successes: float, n: int, confidence: float = 0.95) -> tuple
     inside [0, 1] and holds for small n and for shares near 0 and 1, where p̂ ± z·se does not.
 
     Args:
-      successes: 0 to ``n``; may be a fraction, since a tie counts half.
+      successes: 0 to `n`; may be a fraction, since a tie counts half.
       n: trials; 0 gives ``(0, 1)``.
       confidence: between 0 and 1.
 

@@ -55,7 +55,7 @@ class WinRate:
 
 @dataclass(frozen=True)
 class Mean:
-    """A mean over seeds and prompts; attributes as in ``WinRate``, but the interval has no bounds."""
+    """A mean over seeds and prompts; attributes as in `WinRate`, but the interval has no bounds."""
 
     mean: float
     low: float | None
@@ -83,8 +83,8 @@ def outcomes(first: ArrayLike, second: ArrayLike) -> np.ndarray:
       second: scores of the other's responses to the same prompts.
 
     Returns:
-      float64 of that shape: 1 where ``first`` has the higher score, 0 where ``second`` has, 0.5 for a tie and NaN where
-      a score is NaN.
+      float64 of that shape: 1 where `first` has the higher score, 0 where `second` has, 0.5 for a tie and NaN where a
+      score is NaN.
     """
     a, b = np.asarray(first, np.float64), np.asarray(second, np.float64)
     assert a.shape == b.shape, (a.shape, b.shape)
@@ -108,17 +108,17 @@ def win_rate(*groups: Values, crossed: bool = False) -> WinRate:
 
 
 def mean_interval(*groups: Values, crossed: bool = False) -> Mean:
-    """Any mean over seeds and prompts with its 95 % interval: as ``win_rate``, of values of any size."""
+    """Any mean over seeds and prompts with its 95 % interval: as `win_rate`, of values of any size."""
     return Mean(*_interval(groups, crossed))
 
 
 def difference_interval(first: Values, second: Values, *, crossed: bool = False) -> Mean:
-    """The mean of ``first`` minus ``second`` with its interval, paired by seed and, in a seed, by prompt.
+    """The mean of `first` minus `second` with its interval, paired by seed and, in a seed, by prompt.
 
     Args:
       first: ``[S, P]`` values, or one array of them for each seed.
       second: as many, of the same seeds and prompts in the same order.
-      crossed: as in ``win_rate``.
+      crossed: as in `win_rate`.
     """
     sides = ([np.asarray(row, np.float64) for row in _rows(values)] for values in (first, second))
     pairs = list(zip(*sides, strict=True))

@@ -1,1 +1,5 @@
-"""Models and runs opened, sampled from and scored: what commands, stages and notebooks share."""
+"""Trained models in use: the library that commands, stages and notebooks share."""
+
+from jaxrm.config.quiet import silence_libraries
+
+silence_libraries()

@@ -51,7 +51,7 @@ class Corrector:
           UserError: where the model cannot read a response and the longest correction.
         """
         sources = [f"responses[{i}]" for i in range(len(responses))]
-        check_room(self.model.config, self.request, self.max_new_tokens, responses, sources, field="--max_new_tokens")
+        check_room(self.model.config, self.request, self.max_new_tokens, responses, sources, field="max_new_tokens")
         sampling = SamplingConfig(max_new_tokens=self.max_new_tokens, temperature=0.0)
         responder = Sampler(self.model, self.params, self.tokenizer, self.template, sampling)
         first_id = bos_id(self.tokenizer, self.template)

@@ -1,11 +1,10 @@
-"""A trained model from the folder of its run, which is all that is needed to read it."""
+"""Open a model: the run of one, or published weights."""
 
 import dataclasses
 import math
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import jax
 from jax.sharding import Mesh
@@ -13,9 +12,10 @@ from jax.sharding import Mesh
 from jaxrm import atomic
 from jaxrm.config import dicts
 from jaxrm.data.tokenizer import load_tokenizer, save_tokenizer
-from jaxrm.errors import UserError, option
-from jaxrm.experiment import Experiment
-from jaxrm.inference.sharded_model import ShardedModel, check_tokenizer, shard_model, shard_scalar_model
+from jaxrm.errors import UserError, arguments, flag, option
+from jaxrm.inference.policy import Policy
+from jaxrm.inference.reward_model import RewardModel, default_kind
+from jaxrm.inference.sharded_model import check_tokenizer, shard_model, shard_scalar_model
 from jaxrm.inference.weights import LANGUAGE_MODELS, REWARD_MODELS, RunCheckpoint, find_checkpoint, is_run
 from jaxrm.models import build
 from jaxrm.models.build import ModelSource
@@ -26,24 +26,114 @@ from jaxrm.sharding.mesh import MeshConfig, build_mesh
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_ARGUMENTS = {"model": "", "data": ""}  # fields of a config whose names are those of the arguments here
 
-@dataclass(frozen=True)
-class Trained:
-    """A model with its parameters.
 
-    Attributes:
-      model: the decoder.
-      params: its parameters, on the devices.
-      tokenizer: that it was trained with.
-      template: chat template that it was trained with.
-      name: where it came from, for people.
+@arguments(_ARGUMENTS)
+def load_policy(
+    path: str,
+    *,
+    mesh: Mesh | None = None,
+    dtype: str | None = None,
+    tokenizer: str | None = None,
+    template: str | None = None,
+) -> Policy:
+    """Load a language model: a policy, or a seq2seq reward model as the decoder that it is.
+
+    Args:
+      path: folder of a run of jaxrm, for its latest checkpoint; ``RUN_DIR/checkpoints/STEP``, or ``/best``; or
+        published weights: a hub name, a folder with config.json and safetensors, or a GGUF file.
+      mesh: devices to put the parameters on, which need not be those of the training; all of them, each with the
+        whole model, without it.
+      dtype: compute dtype, ``float32`` or ``bfloat16``. By default that of the training, or float32.
+      tokenizer: for published weights without one: hub name, folder or GGUF file.
+      template: chat template of published weights: a name of `jaxrm.data.templates.TEMPLATES`. By default the
+        tokenizer's own.
+
+    Raises:
+      UserError: where there is no such model, or the tokenizer is not that of the weights.
     """
+    path, mesh = _checked_path(path), mesh or build_mesh(MeshConfig())
+    if not is_run(path):
+        return _load_weights(ModelSource(path=path, dtype=dtype or "float32"), mesh, tokenizer, template)
+    _check_has_own(path, tokenizer, template)
+    run = find_checkpoint(path, algorithms=LANGUAGE_MODELS)
+    model = shard_model(as_trained(run, dtype), mesh, run.shape)
+    params = run.restore(model.shapes, model.shardings)
+    return Policy(model, params, run.load_tokenizer(), run.config.data.template, run.name)
 
-    model: ShardedModel
-    params: Any
-    tokenizer: "PreTrainedTokenizerBase"
-    template: str
-    name: str
+
+@arguments(_ARGUMENTS)
+def load_reward_model(
+    path: str,
+    *,
+    mesh: Mesh | None = None,
+    dtype: str | None = None,
+    tokenizer: str | None = None,
+    template: str | None = None,
+    attention: str = "auto",
+) -> RewardModel:
+    """Load a reward model of either sort; published weights are read as a seq2seq one.
+
+    Args:
+      path: see `load_policy`.
+      mesh: see `load_policy`.
+      dtype: see `load_policy`.
+      tokenizer: see `load_policy`.
+      template: see `load_policy`.
+      attention: kernel, as in `jaxrm.models.build.ModelSource`.
+
+    Raises:
+      UserError: where there is no such model, or it is no reward model.
+    """
+    path, mesh = _checked_path(path), mesh or build_mesh(MeshConfig())
+    if not is_run(path):
+        source = ModelSource(path=path, dtype=dtype or "float32", attention=attention)
+        return _load_weights(source, mesh, tokenizer, template).as_reward_model("seq2seq")
+    _check_has_own(path, tokenizer, template)
+    run = find_checkpoint(path, algorithms=REWARD_MODELS)
+    is_seq2seq = run.config.algorithm == "seq2seq_rm"
+    source = dataclasses.replace(as_trained(run, dtype), attention=attention)
+    model = (shard_model if is_seq2seq else shard_scalar_model)(source, mesh, run.shape)
+    return RewardModel(
+        model,
+        run.restore(model.shapes, model.shardings),
+        run.load_tokenizer(),
+        run.config.data.template,
+        run.name,
+        is_seq2seq=is_seq2seq,
+        instruction=run.config.mapping.instruction,
+        kind=default_kind(is_seq2seq, run.config.reward.kind),
+    )
+
+
+def check_flags(run: str | None, published: str | None) -> str:
+    """What a command loads: the run that one of its flags names, or the published weights that the other names.
+
+    Raises:
+      UserError: where the one is no run, or the other is one.
+    """
+    if run is not None:
+        find_checkpoint(run)
+        return run
+    assert published is not None
+    if is_run(published):
+        raise UserError(
+            f"{option('model.path')} is {published!r}, the folder of a run; required are published weights, so give "
+            f"it as {flag('path')}={published}"
+        )
+    return published
+
+
+def spread_mesh(path: str) -> Mesh:
+    """All devices, with the parameters of the model at ``path`` spread over as many as divide them."""
+    shape = find_checkpoint(path).shape if is_run(path) else build.read_shape(ModelSource(path=path))
+    return build_mesh(MeshConfig(data=-1, fsdp=math.gcd(jax.device_count(), shape.hidden_size)))
+
+
+def as_trained(run: RunCheckpoint, dtype: str | None = None) -> ModelSource:
+    """How to compute with a run's model: in its dtype unless another is given, with this platform's attention."""
+    return ModelSource(preset="as trained", dtype=dtype or run.config.model.dtype)
 
 
 def save_shape_and_tokenizer(config: ModelConfig, tokenizer: "PreTrainedTokenizerBase", folder: RunFolder) -> None:
@@ -56,93 +146,28 @@ def save_shape_and_tokenizer(config: ModelConfig, tokenizer: "PreTrainedTokenize
             (Path(name) / "tokenizer").rename(folder.tokenizer)
 
 
-def open_checkpoint(path: str, mesh: Mesh | None, dtype: str | None = None) -> Trained:
-    """Language model of a run: a policy, or a seq2seq reward model.
-
-    Args:
-      path: see `jaxrm.inference.weights.find_checkpoint`.
-      mesh: devices to put the parameters on; need not be those of the training. None: spread over as many as
-        divide them.
-      dtype: compute dtype, that of the training where it is None.
-
-    Raises:
-      UserError: where there is no run, no such checkpoint, or no language model in it.
-    """
-    found = find_checkpoint(path, algorithms=LANGUAGE_MODELS)
-    model = shard_model(as_trained(found, dtype), mesh or _spread(found.shape), found.shape)
-    params = found.restore(model.shapes, model.shardings)
-    tokenizer = load_tokenizer(str(found.folder.tokenizer))
-    return Trained(model, params, tokenizer, found.config.data.template, found.name)
-
-
-@dataclass(frozen=True)
-class TrainedRewardModel(Trained):
-    """A reward model with its parameters.
-
-    Attributes:
-      config: of its run; ``config.algorithm`` says whether it is a seq2seq or a scalar one.
-    """
-
-    config: Experiment
-
-    @property
-    def is_seq2seq(self) -> bool:
-        """Whether it answers in language."""
-        return self.config.algorithm == "seq2seq_rm"
-
-
-def open_reward_model(
-    path: str,
-    mesh: Mesh | None,
-    dtype: str | None = None,
-    *,
-    field: str = "--checkpoint",
-    attention: str = "auto",
-) -> TrainedRewardModel:
-    """Reward model of a run, of either sort.
-
-    Arguments as for `open_checkpoint`; ``field`` is for messages, ``attention`` as in `ModelSource`.
-
-    Raises:
-      UserError: where there is no run, no such checkpoint, or no reward model in it.
-    """
-    found = find_checkpoint(path, field, REWARD_MODELS)
-    is_seq2seq = found.config.algorithm == "seq2seq_rm"
-    open_one = shard_model if is_seq2seq else shard_scalar_model
-    source = dataclasses.replace(as_trained(found, dtype), attention=attention)
-    model = open_one(source, mesh or _spread(found.shape), found.shape)
-    params = found.restore(model.shapes, model.shardings)
-    tokenizer = load_tokenizer(str(found.folder.tokenizer))
-    return TrainedRewardModel(model, params, tokenizer, found.config.data.template, found.name, found.config)
-
-
-def as_trained(found: RunCheckpoint, dtype: str | None = None) -> ModelSource:
-    """How to compute with a run's model: in its dtype unless another is given, with this platform's attention."""
-    return ModelSource(preset="as trained", dtype=dtype or found.config.model.dtype)
-
-
-def open_weights(source: ModelSource, tokenizer_path: str | None, template: str, mesh: Mesh | None) -> Trained:
-    """Published model, as it is; for ``mesh`` see `open_checkpoint`.
-
-    Raises:
-      UserError: where there is no such model or its tokenizer does not fit.
-    """
+def _load_weights(source: ModelSource, mesh: Mesh, tokenizer_path: str | None, template: str | None) -> Policy:
     assert source.path is not None
-    if is_run(source.path):
-        raise UserError(
-            f"{option('model.path')} is {source.path!r}, the folder of a run; required are published weights, so "
-            f"give it as "
-            f"--checkpoint={source.path}"
-        )
-    shape = build.read_shape(source)
-    model = shard_model(source, mesh or _spread(shape), shape)
+    model = shard_model(source, mesh)
     path = tokenizer_path or source.path
     tokenizer = load_tokenizer(path)
     check_tokenizer(tokenizer, path, source, model.config)
     params = build.init_params(model.config, source, jax.random.key(0), model.shardings)
-    return Trained(model, params, tokenizer, template, source.path)
+    return Policy(model, params, tokenizer, template or "auto", source.path)
 
 
-def _spread(config: ModelConfig) -> Mesh:
-    shards = math.gcd(jax.device_count(), config.hidden_size)
-    return build_mesh(MeshConfig(data=-1, fsdp=shards))
+def _checked_path(path: object) -> str:
+    if not isinstance(path, str | Path) or not str(path):
+        raise UserError(
+            f"{option('path')} is {path!r}; it must be the folder of a run, or published weights, "
+            f"e.g. {flag('path')}='runs/quickstart/sft'"
+        )
+    return str(path)
+
+
+def _check_has_own(path: str, tokenizer: str | None, template: str | None) -> None:
+    for name, value in (("tokenizer", tokenizer), ("template", template)):
+        if value is not None:
+            raise UserError(
+                f"{option(f'data.{name}')} is {value!r}, but {path} is a run, which has its own; leave it out"
+            )

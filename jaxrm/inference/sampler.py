@@ -53,8 +53,20 @@ def answerable(
             yield prompt
 
 
+class Response(str):
+    """A response as text without its end token.
+
+    Attributes:
+      token_ids: ``[T]`` int32, as they were drawn, the end token included where it was reached.
+      ended: whether it was; False where the response was cut off at ``max_new_tokens``.
+    """
+
+    token_ids: np.ndarray
+    ended: bool
+
+
 class Sampler:
-    """Answers prompts with a model.
+    """Generates responses to prompts with one model.
 
     Prompts are padded to whole buckets of 64 tokens and a power of two of rows, so that few shapes are compiled.
 
@@ -84,14 +96,14 @@ class Sampler:
         Raises:
           UserError: the template refuses one, or the model cannot read it whole.
         """
-        room = prompt_room(self._model.config, self._sampling, "--max_new_tokens")
+        room = prompt_room(self._model.config, self._sampling, "max_new_tokens")
         encoded = [templates.encode_prompt(self._tokenizer, prompt, self._template) for prompt in prompts]
         for number, ids in enumerate(encoded, 1):
             if len(ids) > room:
                 raise UserError(
                     f"prompt {number} has {len(ids)} tokens, but the model reads {self._model.config.max_position} in "
                     f"all and {self._sampling.max_new_tokens} are for the response; shorten it, or use a smaller "
-                    f"--max_new_tokens"
+                    f"{flag('max_new_tokens')}"
                 )
         return encoded
 
@@ -103,6 +115,27 @@ class Sampler:
         """
         return [self.text(tokens) for tokens in self.continue_ids(self.encode(prompts), key)]
 
+    def in_batches(
+        self, prompts: Sequence[Sequence[Message]], key: jax.Array, batch_size: int
+    ) -> Iterator[list[Response]]:
+        """One response to each prompt, ``batch_size`` prompts at a time, in their order.
+
+        Raises:
+          UserError: as `encode`; at once, before anything is drawn.
+        """
+        return self._in_batches(self.encode(prompts), key, batch_size)
+
+    def _in_batches(self, encoded: list[list[int]], key: jax.Array, batch_size: int) -> Iterator[list[Response]]:
+        for start in range(0, len(encoded), batch_size):
+            drawn = self.continue_ids(encoded[start : start + batch_size], jax.random.fold_in(key, start))
+            yield [self._response(token_ids) for token_ids in drawn]
+
+    def _response(self, token_ids: np.ndarray) -> Response:
+        response = Response(self.text(token_ids))
+        response.token_ids = token_ids
+        response.ended = bool(len(token_ids)) and int(token_ids[-1]) in self._end_ids
+        return response
+
     def continue_ids(self, prompts: Sequence[Sequence[int]], key: jax.Array) -> list[np.ndarray]:
         """Token ids of one response to each prompt, its end token included where it was reached.
 
@@ -112,7 +145,7 @@ class Sampler:
         """
         if not prompts:
             return []
-        room = prompt_room(self._model.config, self._sampling, "--max_new_tokens")
+        room = prompt_room(self._model.config, self._sampling, "max_new_tokens")
         longest = max(len(prompt) for prompt in prompts)
         width = min(-(-longest // _LENGTH_BUCKET) * _LENGTH_BUCKET, room)
         height = 1 << (len(prompts) - 1).bit_length()

@@ -37,6 +37,7 @@ class ShardedModel:
       graphdef: for ``nnx.merge(graphdef, params)``.
       shapes: pytree of `jax.ShapeDtypeStruct`.
       shardings: the same tree of shardings.
+      source: which model it is, and how it computes.
     """
 
     config: ModelConfig
@@ -44,6 +45,7 @@ class ShardedModel:
     graphdef: nnx.GraphDef
     shapes: Any
     shardings: Any
+    source: ModelSource
 
 
 def shard_model(
@@ -92,7 +94,7 @@ def _open(
     # The graph holds the kernel and the constraints, so the same functions run on any mesh without being told of it.
     graphdef, shapes, axes = abstract(config, source, attend=attend, constrain=constrain)
     shardings = partition.parameter_shardings(shapes, axes, mesh, field=field)
-    return ShardedModel(config, mesh, graphdef, shapes, shardings)
+    return ShardedModel(config, mesh, graphdef, shapes, shardings, source)
 
 
 def state_shardings(

@@ -1,4 +1,4 @@
-"""Responses of a file, scored token by token: what `jaxrm.score` writes and draws."""
+"""Responses scored token by token by a reward model, and its corrections of them."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,15 +11,16 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxrm.algorithms import scoring
 from jaxrm.data import templates
-from jaxrm.data.pairs import correction_request, cut_prompt, max_scored_prompt_tokens
+from jaxrm.data.pairs import cut_prompt, max_scored_prompt_tokens
 from jaxrm.data.readers import ReadReport
 from jaxrm.data.records import DemonstrationRecord, Message, PreferenceRecord, Record
 from jaxrm.data.tokenizer import token_texts
-from jaxrm.errors import UserError
+from jaxrm.errors import UserError, flag
 from jaxrm.inference import sharded_model
-from jaxrm.inference.corrections import Corrector
-from jaxrm.inference.load import Trained, TrainedRewardModel
+from jaxrm.inference.corrections import Corrector, check_room
+from jaxrm.inference.policy import Policy
 from jaxrm.inference.response_batches import response_batches
+from jaxrm.inference.reward_model import RewardModel
 from jaxrm.inference.sharded_model import ShardedModel
 from jaxrm.ops import reward_scaling
 from jaxrm.ops.token_rewards import Kind, find_kind
@@ -59,186 +60,228 @@ class TokenScores:
 
 
 def encode(
-    records: Sequence[Record], model: TrainedRewardModel, report: ReadReport, *, reference: Trained | None = None
+    records: Sequence[Record], model: RewardModel, report: ReadReport, *, reference: Policy | None = None
 ) -> list[EncodedRecord]:
     """Records as tokens; prompts are cut on the left where they must be, and what cannot be scored is reported.
 
     Args:
       records: pairs or demonstrations.
       model: the reward model.
-      report: told of records without a response, with an empty one, with two that are the same, or with one that is
-        too long to be read.
+      report: counts records without a response, with an empty one, with two that are the same, or with one that is too
+        long to be read.
       reference: policy that must be able to read them too.
     """
-    request = correction_request(model.tokenizer, model.template, model.config.mapping.instruction)
-    first_id = templates.bos_id(model.tokenizer, model.template)
-    tasks = []
+    encoded = []
     for record in records:
-        if isinstance(record, PreferenceRecord):
-            texts = [("chosen", record.chosen), ("rejected", record.rejected)]
-        elif isinstance(record, DemonstrationRecord):
-            texts = [("response", record.response)]
-        else:
-            report.add_bad("a prompt without a response", record.source)
-            continue
-        if not all(text.strip() for _, text in texts):
-            report.add_bad("a response is empty", record.source)
-            continue
         try:
-            prompt = templates.encode_prompt(model.tokenizer, record.prompt, model.template)
+            texts = _responses(record)
+            prompt_ids = templates.encode_prompt(model.tokenizer, record.prompt, model.template)
+            encoded.append(_encode(record.source, record.prompt, prompt_ids, texts, model, reference))
         except UserError as error:
             report.add_bad(str(error), record.source)
             continue
-        responses = [
-            (side, text, np.array(templates.encode_response(model.tokenizer, text, model.template), np.int32))
-            for side, text in texts
-        ]
-        every = [ids for _, _, ids in responses]
-        if len(every) == 2 and np.array_equal(every[0], every[1]):
-            report.add_bad("both responses are the same", record.source)
-            continue
-        positions = model.model.config.max_position
-        room = max_scored_prompt_tokens(positions, every, request if model.is_seq2seq else None)
-        if reference is not None:
-            positions = min(positions, reference.model.config.max_position)
-            room = min(room, max_scored_prompt_tokens(reference.model.config.max_position, every, None))
-        if room < 1:
-            report.add_bad(f"a response too long for the {positions} tokens of the model", record.source)
-            continue
-        report.cut_prompts += len(prompt) > room
-        ids = cut_prompt(np.array(prompt, np.int32), room, first_id)
-        tasks.append(EncodedRecord(record.source, record.prompt, ids, responses))
-    report.used = len(tasks)
-    return tasks
+        report.cut_prompts += len(encoded[-1].prompt_ids) < len(prompt_ids)
+    report.used = len(encoded)
+    return encoded
+
+
+def encode_all(
+    prompts: Sequence[Sequence[Message]], responses: Sequence[str], model: RewardModel, reference: Policy | None = None
+) -> list[EncodedRecord]:
+    """The same of prompts with one response each, every one of which must be scored.
+
+    Raises:
+      UserError: naming the first that cannot be, ``responses[3]``.
+    """
+    encoded = []
+    for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+        name = f"prompts[{i}]"
+        try:
+            prompt_ids = templates.encode_prompt(model.tokenizer, prompt, model.template)
+            name = f"responses[{i}]"
+            encoded.append(_encode(name, prompt, prompt_ids, [("response", response)], model, reference))
+        except UserError as error:
+            raise UserError(f"{name}: {error}") from error
+    return encoded
+
+
+def _responses(record: Record) -> list[tuple[str, str]]:
+    """``(side, text)`` of each response of a record."""
+    if isinstance(record, PreferenceRecord):
+        texts = [("chosen", record.chosen), ("rejected", record.rejected)]
+    elif isinstance(record, DemonstrationRecord):
+        texts = [("response", record.response)]
+    else:
+        raise UserError("a prompt without a response")
+    if not all(text.strip() for _, text in texts):
+        raise UserError("a response is empty")
+    return texts
+
+
+def _encode(
+    source: str,
+    prompt: Sequence[Message],
+    prompt_ids: Sequence[int],
+    texts: Sequence[tuple[str, str]],
+    model: RewardModel,
+    reference: Policy | None,
+) -> EncodedRecord:
+    responses = [
+        (side, text, np.array(templates.encode_response(model.tokenizer, text, model.template), np.int32))
+        for side, text in texts
+    ]
+    every = [ids for _, _, ids in responses]
+    if len(every) == 2 and np.array_equal(every[0], every[1]):
+        raise UserError("both responses are the same")
+    positions = model.model.config.max_position
+    room = max_scored_prompt_tokens(positions, every, model.request if model.is_seq2seq else None)
+    if reference is not None:
+        positions = min(positions, reference.model.config.max_position)
+        room = min(room, max_scored_prompt_tokens(reference.model.config.max_position, every, None))
+    if room < 1:
+        raise UserError(f"a response too long for the {positions} tokens of the model")
+    return EncodedRecord(source, prompt, cut_prompt(np.array(prompt_ids, np.int32), room, model.bos_id), responses)
 
 
 def score(
-    model: TrainedRewardModel,
-    tasks: Sequence[EncodedRecord],
+    model: RewardModel,
+    records: Sequence[EncodedRecord],
     kind: str,
     *,
-    mesh: Mesh,
-    rows: int,
-    reference: Trained | None = None,
+    batch_size: int,
+    reference: Policy | None = None,
     show_progress: bool = True,
 ) -> list[list[TokenScores]]:
-    """Token rewards of every response of every task, before calibration.
+    """Token rewards of every response of every record.
 
     Args:
       model: the reward model.
-      tasks: from `encode`.
-      kind: of token reward; the length effect of ``scalar_length_residual`` is fitted on the responses themselves.
-      mesh: the devices.
-      rows: responses scored at once.
+      records: from `encode`.
+      kind: of token reward, one that this reward model can give; ``scalar_length_residual`` is fitted on the responses
+        themselves.
+      batch_size: responses scored at once.
       reference: policy that ``contrast`` compares with.
       show_progress: draw a bar.
 
     Raises:
       UserError: where a reward is no finite number, which is the parameters' fault.
     """
-    prompts = [task.prompt_ids for task in tasks for _ in task.responses]
-    responses = [ids for task in tasks for _, _, ids in task.responses]
-    sources = [task.source for task in tasks for _ in task.responses]
+    mesh = model.model.mesh
+    prompts = [record.prompt_ids for record in records for _ in record.responses]
+    responses = [ids for record in records for _, _, ids in record.responses]
+    sources = [record.source for record in records for _ in record.responses]
     step = scoring.build_score_step(
-        build_scorer(model, find_kind(kind), mesh),
+        build_scorer(model, find_kind(kind)),
         params_sharding=model.model.shardings,
         batch_sharding=partition.batch_sharding(mesh),
         output_sharding=NamedSharding(mesh, PartitionSpec()),
     )
     plain = reward_scaling.uncalibrated()
     log_probs = None if reference is None else policy_log_probs(reference.model, reference.params, mesh)
-    scored: list[TokenScores] = [TokenScores(np.zeros(0, np.float32), None)] * len(responses)
+    scores: list[TokenScores] = [TokenScores(np.zeros(0, np.float32), None)] * len(responses)
     V, done = model.model.config.vocab_size, 0
     with Progress("score", len(responses), unit="responses", enabled=show_progress) as progress:
-        for batch, indices in response_batches(prompts, responses, rows, mesh, vocab_size=V):
-            given = None if log_probs is None else log_probs(batch)
-            found = jax.device_get(step(model.params, plain, batch, given))
-            values, tags = found.values, found.tags
+        for batch, indices in response_batches(prompts, responses, batch_size, mesh, vocab_size=V):
+            reference_log_probs = None if log_probs is None else log_probs(batch)
+            rewards = jax.device_get(step(model.params, plain, batch, reference_log_probs))
             for row, i in enumerate(indices):
-                length = len(responses[i])
-                if not np.isfinite(values[row, :length]).all():
-                    raise UserError(
-                        f"{model.name} rewards a response of {sources[i]} with {values[row, :length].sum()}, which is "
-                        "no finite number: its parameters are spoiled; give an earlier checkpoint, e.g. "
-                        "--checkpoint=RUN_DIR/checkpoints/best"
-                    )
-                scored[i] = TokenScores(values[row, :length], tags[row, :length] if model.is_seq2seq else None)
+                values, tags = (array[row, : len(responses[i])] for array in (rewards.values, rewards.tags))
+                _check_finite(values, model.name, sources[i])
+                scores[i] = TokenScores(values, tags if model.is_seq2seq else None)
             done += len(indices)
             progress.update(done)
     if find_kind(kind).removes_length:
-        scored = _without_length(scored, find_kind(kind))
-    in_order = iter(scored)
-    return [[next(in_order) for _ in task.responses] for task in tasks]
+        scores = _without_length(scores, find_kind(kind))
+    in_order = iter(scores)
+    return [[next(in_order) for _ in record.responses] for record in records]
+
+
+def _check_finite(values: np.ndarray, name: str, source: str) -> None:
+    if not np.isfinite(values).all():
+        raise UserError(
+            f"{name} rewards a response of {source} with {values.sum()}, which is no finite number: its parameters are "
+            f"spoiled; give an earlier checkpoint, e.g. {flag('path')}=RUN_DIR/checkpoints/best"
+        )
 
 
 def correct(
-    model: TrainedRewardModel, tasks: Sequence[EncodedRecord], *, max_new_tokens: int, show_progress: bool = True
+    model: RewardModel, records: Sequence[EncodedRecord], *, max_new_tokens: int, show_progress: bool = True
 ) -> list[list[np.ndarray]]:
-    """Token ids of the greedy correction of every response of every task."""
-    request = tuple(correction_request(model.tokenizer, model.template, model.config.mapping.instruction))
-    corrector = Corrector(model.model, model.params, model.tokenizer, model.template, request, max_new_tokens)
-    prompts = [task.prompt_ids for task in tasks for _ in task.responses]
-    responses = [ids for task in tasks for _, _, ids in task.responses]
+    """Token ids of the greedy correction of every response of every record."""
+    corrector = Corrector(model.model, model.params, model.tokenizer, model.template, model.request, max_new_tokens)
+    prompts = [record.prompt_ids for record in records for _ in record.responses]
+    responses = [ids for record in records for _, _, ids in record.responses]
     written = iter(corrector.correct(prompts, responses, show_progress=show_progress))
-    return [[next(written) for _ in task.responses] for task in tasks]
+    return [[next(written) for _ in record.responses] for record in records]
+
+
+def check_corrections(model: RewardModel, records: Sequence[EncodedRecord], max_new_tokens: int) -> None:
+    """Refuse corrections of up to so many tokens where the model cannot write them behind every response."""
+    responses = [ids for record in records for _, _, ids in record.responses]
+    sources = [record.source for record in records for _ in record.responses]
+    check_room(model.model.config, model.request, max_new_tokens, responses, sources, field="max_new_tokens")
 
 
 def as_record(
-    model: TrainedRewardModel,
-    task: EncodedRecord,
-    scored: Sequence[TokenScores],
+    model: RewardModel,
+    record: EncodedRecord,
+    scores: Sequence[TokenScores],
     corrections: Sequence[np.ndarray] | None,
     kind: str,
 ) -> dict[str, Any]:
-    """One line of the JSONL, which is also one record of `jaxrm.reports.page`."""
-    ends = templates.end_ids(model.tokenizer, model.template)
-    special = set(model.tokenizer.all_special_ids) | ends
-
-    def shown(ids: np.ndarray) -> dict[str, Any]:
-        content = [int(token) for token in ids if int(token) not in special]
-        return {
-            "text": str(model.tokenizer.decode(content)).strip(),
-            "tokens": token_texts(model.tokenizer, [int(token) for token in ids]),
-            "token_ids": [int(token) for token in ids],
-            "ended": bool(len(ids)) and int(ids[-1]) in ends,
-        }
-
+    """One line of the JSONL, which is also one record of `jaxrm.reports.page` and `jaxrm.reports.notebook`."""
     responses = []
-    for i, ((side, text, ids), found) in enumerate(zip(task.responses, scored, strict=True)):
-        values = [float(value) for value in found.values]
-        wrong = None if found.tags is None else np.flatnonzero(~found.tags)
+    for i, ((side, text, ids), response_scores) in enumerate(zip(record.responses, scores, strict=True)):
+        values = [float(value) for value in response_scores.values]
+        wrong = None if response_scores.tags is None else np.flatnonzero(~response_scores.tags)
         responses.append(
             {
                 "side": side,
-                **shown(ids),
+                **_as_text_and_tokens(model, ids),
                 "text": text,
-                "tags": None if found.tags is None else [bool(tag) for tag in found.tags],
+                "tags": None if response_scores.tags is None else [bool(tag) for tag in response_scores.tags],
                 "rewards": values,
                 "sum": sum(values),
                 "mean": sum(values) / len(values),
                 "diverges_at": None if wrong is None or not len(wrong) else int(wrong[0]),
-                "correction": None if corrections is None else shown(corrections[i]),
+                "correction": None if corrections is None else _as_text_and_tokens(model, corrections[i]),
             }
         )
     sums = [response["sum"] for response in responses]
     is_ranked = len(sums) == 2 and sums[0] != sums[1]  # a tie is neither right nor wrong
     return {
-        "source": task.source,
-        "prompt": [{"role": message.role, "content": message.content} for message in task.prompt],
+        "source": record.source,
+        "prompt": [{"role": message.role, "content": message.content} for message in record.prompt],
         "kind": kind,
         "ranked_right": sums[0] > sums[1] if is_ranked else None,
         "responses": responses,
     }
 
 
-def build_scorer(model: TrainedRewardModel, kind: Kind, mesh: Mesh) -> scoring.Scorer:
-    """The scorer of a trained reward model, with its own request and end ids."""
+def text_of(model: RewardModel, token_ids: np.ndarray) -> str:
+    """A response or correction as text, without its end token."""
+    special = {*model.tokenizer.all_special_ids, *model.end_ids}
+    return str(model.tokenizer.decode([int(token) for token in token_ids if int(token) not in special])).strip()
+
+
+def _as_text_and_tokens(model: RewardModel, token_ids: np.ndarray) -> dict[str, Any]:
+    ids = [int(token) for token in token_ids]
+    return {
+        "text": text_of(model, token_ids),
+        "tokens": token_texts(model.tokenizer, ids),
+        "token_ids": ids,
+        "ended": bool(ids) and ids[-1] in model.end_ids,
+    }
+
+
+def build_scorer(model: RewardModel, kind: Kind) -> scoring.Scorer:
+    """The scorer of a reward model, with its own request and end ids."""
     return scoring.build_scorer(
         kind,
         model.model.graphdef,
-        request=tuple(correction_request(model.tokenizer, model.template, model.config.mapping.instruction)),
-        end_ids=tuple(sorted(templates.end_ids(model.tokenizer, model.template))),
-        pad_to_multiple_of=sharded_model.pad_to_multiple_of(mesh),
+        request=model.request,
+        end_ids=model.end_ids,
+        pad_to_multiple_of=sharded_model.pad_to_multiple_of(model.model.mesh),
     )
 
 

@@ -7,11 +7,12 @@ one starts from.
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 
 from jaxrm.config import dicts
+from jaxrm.data.tokenizer import load_tokenizer
 from jaxrm.errors import UserError, flag, option
 from jaxrm.experiment import Experiment
 from jaxrm.models import build
@@ -19,6 +20,9 @@ from jaxrm.models.build import ModelSource
 from jaxrm.models.config import ModelConfig
 from jaxrm.runtime.checkpoint import Checkpoints, with_shardings
 from jaxrm.runtime.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 POLICIES = ("sft", "ppo", "dpo")  # algorithms whose runs hold a policy
 LANGUAGE_MODELS = (*POLICIES, "seq2seq_rm")  # and those whose runs hold a whole decoder
@@ -28,6 +32,20 @@ _EXAMPLES = {
     "seq2seq_rm": "runs/quickstart/rm_seq2seq",
     "scalar_rm": "runs/quickstart/rm_scalar",
 }
+
+
+class Vocabulary(NamedTuple):
+    """What token ids mean to a model.
+
+    Attributes:
+      tokenizer: of the model.
+      size: ids that it has embeddings for.
+      name: of the model, for messages.
+    """
+
+    tokenizer: "PreTrainedTokenizerBase"
+    size: int
+    name: str
 
 
 @dataclass(frozen=True)
@@ -51,6 +69,14 @@ class RunCheckpoint:
         """What it is called in messages."""
         return f"{self.folder.path}, step {self.step}"
 
+    def vocabulary(self) -> Vocabulary:
+        """What its model's token ids mean."""
+        return Vocabulary(self.load_tokenizer(), self.shape.vocab_size, self.name)
+
+    def load_tokenizer(self) -> "PreTrainedTokenizerBase":
+        """The tokenizer that its model was trained with."""
+        return load_tokenizer(str(self.folder.tokenizer))
+
     def restore(self, shapes: Any, shardings: Any) -> Any:
         """Its parameters, made where ``shardings`` says."""
         checkpoints = Checkpoints(self.folder.checkpoints, read_only=True)
@@ -59,7 +85,7 @@ class RunCheckpoint:
         return params
 
 
-def find_checkpoint(path: str, field: str = "--checkpoint", algorithms: tuple[str, ...] = ()) -> RunCheckpoint:
+def find_checkpoint(path: str, field: str = "path", algorithms: tuple[str, ...] = ()) -> RunCheckpoint:
     """Find the checkpoint that a path names.
 
     Args:

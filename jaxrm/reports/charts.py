@@ -67,7 +67,7 @@ class Axis:
     step: float
 
     def position(self, value: float) -> float:
-        """Position of a value: 0 at ``low``, 1 at ``high``."""
+        """Position of a value: 0 at `low`, 1 at `high`."""
         return (value - self.low) / (self.high - self.low)
 
 
@@ -102,7 +102,7 @@ def axis(values: Iterable[float], *, steps: int = 4, whole: bool = True) -> Axis
 
 
 def number_text(value: float, decimals: int | None) -> str:
-    """Return ``value`` with that many decimals; for None as a power of ten with three digits."""
+    """Return `value` with that many decimals; for None as a power of ten with three digits."""
     if decimals is None:
         digits, _, power = f"{value:.2e}".partition("e")
         text = f"{digits}e{int(power)}" if value else "0"
@@ -114,7 +114,7 @@ def number_text(value: float, decimals: int | None) -> str:
 
 
 def decimals_for(step: float, largest: float) -> int | None:
-    """Return the decimals that distinguish numbers ``step`` apart; None where powers of ten are shorter."""
+    """Return the decimals that distinguish numbers `step` apart; None where powers of ten are shorter."""
     if largest >= 1e7 or step < 1e-5:
         return None
     return max(0, -math.floor(math.log10(step) + 1e-9))
@@ -132,7 +132,7 @@ def draw_chart(chart: Curves, number: int, palette: Mapping[str, int]) -> tuple[
     Args:
       chart: what is drawn.
       number: of the chart on the page, from 0.
-      palette: from ``palette_indices``.
+      palette: from `palette_indices`.
 
     Returns:
       The chart as HTML with all text escaped, and the data for the values under the pointer, for JSON.

@@ -17,14 +17,14 @@ def read_template(name: str) -> str:
 
 
 def fill_template(template: str, *, title: str, style: str, script: str, content: Any, **markup: str) -> str:
-    """Return ``template`` with its ``{{name}}`` placeholders filled.
+    """Return `template` with its ``{{name}}`` placeholders filled.
 
-    The placeholders are ``title`` (escaped here), ``style``, ``script``, ``records`` (``content`` as JSON), ``policy``
-    (a Content-Security-Policy that runs this script, applies this style and loads nothing) and those named in
-    ``markup``, which must be safe HTML already.
+    The placeholders are ``title`` (escaped here), ``style``, ``script``, ``records`` (`content` as JSON), ``policy`` (a
+    Content-Security-Policy that runs this script, applies this style and loads nothing) and those named in `markup`,
+    which must be safe HTML already.
 
     Raises:
-      ValueError: ``content`` holds NaN or an infinity, which JSON cannot.
+      ValueError: `content` holds NaN or an infinity, which JSON cannot.
     """
     values = {
         "title": html.escape(title),

@@ -22,7 +22,7 @@ def token_rewards_html(records: Iterable[Mapping[str, Any]]) -> str:
     have written is underlined, and its correction stands below. All text is escaped.
 
     Args:
-      records: as ``jaxrm.score`` writes them to JSONL, one object a line.
+      records: as `jaxrm.score` writes them to JSONL, one object a line.
     """
     rows = list(records)
     sizes = [abs(reward) for record in rows for response in record["responses"] for reward in response["rewards"]]

@@ -1,4 +1,4 @@
-"""The page of ``jaxrm.score``: one self-contained HTML file with the reward of every token."""
+"""The page of `jaxrm.score`: one self-contained HTML file with the reward of every token."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def write_page(
 
     Args:
       path: the HTML file; missing folders are made, and an existing file is replaced.
-      records: scored records as ``jaxrm.score`` writes them to JSONL. A pair is a record with a "chosen" and a
+      records: scored records as `jaxrm.score` writes them to JSONL. A pair is a record with a "chosen" and a
         "rejected" response; "ranked_right" None on a pair is a tie. "tags", "diverges_at" and "correction" may be
         None, as they are for a scalar reward model.
       title: heading of the page.
@@ -45,7 +45,7 @@ def _record(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _response(response: Mapping[str, Any]) -> dict[str, Any]:
-    """``response`` with the index of its end token, and its correction with the difference from the response."""
+    """`response` with the index of its end token, and its correction with the difference from the response."""
     assert len(response["tokens"]) == len(response["token_ids"]) == len(response["rewards"]), response["text"]
     length, correction = _text_length(response), response["correction"]
     end = length if length < len(response["tokens"]) else None

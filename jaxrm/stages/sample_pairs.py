@@ -20,7 +20,7 @@ from jaxrm.data.readers import read_records
 from jaxrm.data.records import PreferenceRecord
 from jaxrm.data.tasks.prompts import prompt_field
 from jaxrm.errors import UserError, flag, option
-from jaxrm.inference.load import open_checkpoint
+from jaxrm.inference.load import load_policy
 from jaxrm.inference.sampler import Sampler, prompt_room
 from jaxrm.inference.weights import LANGUAGE_MODELS, find_checkpoint
 from jaxrm.runtime.progress import Progress, print_table
@@ -45,7 +45,7 @@ def run(config: Any) -> int:
     records = _prompt_records(config)
     checkpoint = find_checkpoint(config.model.path, "model.path", LANGUAGE_MODELS)
     prompt_room(checkpoint.shape, config.pairs.sampling, "pairs.sampling.max_new_tokens")
-    policy = open_checkpoint(config.model.path, build_mesh(config.mesh), config.model.dtype)
+    policy = load_policy(config.model.path, mesh=build_mesh(config.mesh), dtype=config.model.dtype)
     folder = open_run_folder(config)
     target = folder.path / "pairs.jsonl"
     if not target.exists():

@@ -9,15 +9,12 @@ A stage runs in five phases. `jaxrm.stages.sft` is the shortest example.
 5. The stage trains or samples, and reports.
 """
 
-import dataclasses
 import functools
 import math
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -28,12 +25,12 @@ from jaxrm.data import tasks
 from jaxrm.data.config import DataConfig
 from jaxrm.data.templates import bos_id, end_ids
 from jaxrm.data.tokenizer import load_tokenizer
-from jaxrm.errors import UserError, flag, option
 from jaxrm.experiment import RESUMABLE_FIELDS
 from jaxrm.inference import sharded_model, weights
 from jaxrm.inference.load import save_shape_and_tokenizer
 from jaxrm.inference.sampler import response_text
 from jaxrm.inference.sharded_model import ShardedModel
+from jaxrm.inference.task_files import Records, task_files
 from jaxrm.models import build
 from jaxrm.runtime.run_folder import RunFolder, check_run, open_run
 from jaxrm.sharding import partition
@@ -41,8 +38,6 @@ from jaxrm.sharding.mesh import batch_shards, batch_share, check_batch, check_ro
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-Records = Literal["demonstrations", "pairs", "prompts"]
 
 
 @dataclass(frozen=True)
@@ -219,41 +214,3 @@ def judge_of(config: Any) -> str | None:
 def num_steps(config: Any, rows_per_epoch: int) -> int:
     """Updates in all: ``config.num_steps``, or what ``config.num_epochs`` passes over the rows come to."""
     return config.num_steps or math.ceil(config.num_epochs * rows_per_epoch / config.data.batch_size)
-
-
-@contextmanager
-def task_files(data: DataConfig, seed: int, *, records: Records = "demonstrations") -> Iterator[DataConfig]:
-    """The data section with an embedded task (``task:safety``) replaced by its files, which live as long as the block.
-
-    From here on a task is read like any other data. Demonstrations and prompts have held-out ones of their own: the
-    split of `jaxrm.data.tasks.SPLITS` that ``eval_split`` names, ``heldout`` without it. Of pairs a share is held out.
-    Other sections pass unchanged.
-
-    Raises:
-      UserError: where there is no such task, or no such split.
-    """
-    if not data.path.startswith(tasks.PREFIX):
-        yield data
-        return
-    with tempfile.TemporaryDirectory(prefix="jaxrm-task-") as name:
-        folder = Path(name)
-        tasks.write_task(data.path.removeprefix(tasks.PREFIX), folder, seed=seed)
-        held_out = None if records == "pairs" else str(folder / f"{_task_split(data)}.jsonl")
-        file_names = {"demonstrations": "train.jsonl", "pairs": "pairs.jsonl", "prompts": "prompts.jsonl"}
-        yield dataclasses.replace(
-            data,
-            path=str(folder / file_names[records]),
-            eval_path=held_out if data.eval_path is None else data.eval_path,
-            eval_split=None,
-            tokenizer=str(folder / "tokenizer") if data.tokenizer is None else data.tokenizer,
-        )
-
-
-def _task_split(data: DataConfig) -> str:
-    split = data.eval_split or "heldout"
-    if split not in tasks.SPLITS:
-        raise UserError(
-            f"{option('data.eval_split')} is {split!r}; {data.path} has {', '.join(tasks.SPLITS)}, "
-            f"e.g. {flag('data.eval_split')}=heldout"
-        )
-    return split

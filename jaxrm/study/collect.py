@@ -46,7 +46,7 @@ def collect(study: Study, folder: Path, done: Sequence[StudyRun], choices: Choic
     """Write the results of the runs that are done, all anew.
 
     Args:
-      study: from ``jaxrm.study.config.apply_preset``.
+      study: from `jaxrm.study.config.apply_preset`.
       folder: of the study.
       done: its runs that are done.
       choices: the state of tuning, by world and arm.

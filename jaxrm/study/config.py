@@ -2,9 +2,9 @@
 
 A world is an embedded task, a synthetic task whose judge is exact. An arm is a way to train a policy: ``sft`` (where
 all start), ``sft_chosen``, ``best_of_n_scalar``, ``best_of_n_seq2seq``, ``rft_scalar``, ``rft_seq2seq``, ``dpo`` and
-``ppo_KIND`` for each kind of token reward. ``jaxrm.study.schedule`` lists the runs, given the scores of those that are
+``ppo_KIND`` for each kind of token reward. `jaxrm.study.schedule` lists the runs, given the scores of those that are
 done: settings are chosen alike for each arm and world, on prompts and seeds of their own, and only then do the runs of
-the final seeds start. ``jaxrm.study.run`` runs them.
+the final seeds start. `jaxrm.study.run` runs them.
 """
 
 import dataclasses
@@ -39,7 +39,7 @@ _SMOKE_ARMS = ("sft", "sft_chosen", "dpo", "ppo_scalar", "ppo_literal")
 class Study:
     """What is compared.
 
-    The stages are templates: ``jaxrm.study.schedule`` fills in folders, models, data, seeds and what is tuned.
+    The stages are templates: `jaxrm.study.schedule` fills in folders, models, data, seeds and what is tuned.
 
     Attributes:
       run_dir: folder of the study.
@@ -48,7 +48,7 @@ class Study:
       preset: ``full`` leaves the config as it is; ``smoke`` reduces it to one world, two seeds, few arms and few steps.
       size: of the policy: ``tiny`` (0.36 M parameters), ``small`` (6 M) or ``base`` (31 M).
       worlds: embedded tasks.
-      arms: see ``ARMS``; the kind of ``ppo_KIND`` may be a custom one (see ``jaxrm.algorithms.reward_config``).
+      arms: see `ARMS`; the kind of ``ppo_KIND`` may be a custom one (see `jaxrm.algorithms.reward_config`).
       seeds: seeds of the final runs; each seed has its own SFT policy, pairs and reward models.
       selection_seeds: seeds of the runs that settings are chosen with.
       kl_coefs: KL coefficients of PPO, ascending; with ``learning_rates`` they are its grid.
@@ -56,7 +56,7 @@ class Study:
       dpo_betas: betas of DPO, ascending; with ``learning_rates`` they are its grid.
       extensions: most values tried beyond either end of a grid's axis while the best setting lies at that end.
       tolerance: judge scores that are no further apart count as equal when settings are chosen (see
-        ``jaxrm.study.tuning.choose``).
+        `jaxrm.study.tuning.choose`).
       workers: runs at once. None: one for each core, or one on an accelerator.
     """
 

@@ -1,4 +1,4 @@
-"""Read the results of a study that may be unfinished: any file may be missing. ``jaxrm.study.collect`` lists them."""
+"""Read the results of a study that may be unfinished: any file may be missing. `jaxrm.study.collect` lists them."""
 
 import re
 import zlib
@@ -115,7 +115,7 @@ class Results:
 
 
 def in_order(arms: Iterable[str]) -> list[str]:
-    """Arms in the order of ``jaxrm.study.config.ARMS``, then others by name."""
+    """Arms in the order of `jaxrm.study.config.ARMS`, then others by name."""
     return sorted(set(arms), key=lambda arm: (ARMS.index(arm) if arm in ARMS else len(ARMS), arm))
 
 

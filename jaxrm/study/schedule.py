@@ -44,7 +44,7 @@ def schedule(study: Study, scores: Mapping[str, float]) -> tuple[list[StudyRun],
     The final runs of an arm are known once its setting is chosen. That takes the scores of its selection runs.
 
     Args:
-      study: from ``jaxrm.study.config.apply_preset``.
+      study: from `jaxrm.study.config.apply_preset`.
       scores: mean judge score on the selection prompts by name of a finished run; NaN for a failed one.
 
     Returns:

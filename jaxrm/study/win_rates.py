@@ -15,7 +15,7 @@ SPLIT_NAMES = {"test": "in distribution", "test_ood": "out of distribution"}
 
 
 class ArmWinRate(NamedTuple):
-    """An arm's win rate against an opponent; ``world`` is ``ALL_WORLDS`` for the mean over the study's worlds."""
+    """An arm's win rate against an opponent; `world` is `ALL_WORLDS` for the mean over the study's worlds."""
 
     world: str
     split: str

@@ -1,4 +1,4 @@
-"""The worker processes of a study, each on a core of its own; ``jaxrm.study.worker`` is what they execute."""
+"""The worker processes of a study, each on a core of its own; `jaxrm.study.worker` is what they execute."""
 
 import json
 import os

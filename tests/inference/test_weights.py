@@ -9,7 +9,7 @@ import pytest
 
 from jaxrm.errors import UserError
 from jaxrm.inference import sharded_model, weights
-from jaxrm.inference.load import open_checkpoint, open_reward_model
+from jaxrm.inference.load import load_policy, load_reward_model
 from jaxrm.inference.weights import LANGUAGE_MODELS, REWARD_MODELS, find_checkpoint
 from jaxrm.models.build import ModelSource
 from jaxrm.sharding.mesh import MeshConfig, build_mesh
@@ -56,7 +56,7 @@ def test_a_path_names_the_latest_the_best_or_a_step(runs, mesh, suffix, step):
     path = f"{folder / 'sft'}{suffix}"
     found = find_checkpoint(path)
     assert found.step == step and found.name == f"{folder / 'sft'}, step {step}"
-    same(open_checkpoint(path, mesh).params, saved["sft"][step])
+    same(load_policy(path, mesh=mesh).params, saved["sft"][step])
 
 
 def test_a_run_may_lie_in_a_folder_called_checkpoints(make_run, tmp_path):
@@ -71,7 +71,7 @@ def test_a_run_may_lie_in_a_folder_called_checkpoints(make_run, tmp_path):
     [
         (
             "nowhere",
-            r"has no run.json; give the folder of a run, e.g. --checkpoint=",
+            r"has no run.json; give the folder of a run, e.g. --config.path=",
         ),
         ("sft/checkpoints/5", r"sft/checkpoints/5', but the checkpoints of that run are 2, 4, 6, 8, and best"),
         ("sft/checkpoints/worst", r"but the checkpoints of that run are 2, 4, 6, 8, and best"),
@@ -101,14 +101,14 @@ def test_a_model_of_another_kind_is_refused(runs, run, algorithms, wanted):
 def test_each_opener_takes_its_own_kinds_of_model(runs, mesh):
     folder, saved = runs
     for run, is_seq2seq in (("seq2seq_rm", True), ("scalar_rm", False)):
-        model = open_reward_model(str(folder / run), mesh)
+        model = load_reward_model(str(folder / run), mesh=mesh)
         assert model.is_seq2seq is is_seq2seq
         same(model.params, saved[run][4])
-    same(open_checkpoint(str(folder / "seq2seq_rm"), mesh).params, saved["seq2seq_rm"][4])
+    same(load_policy(str(folder / "seq2seq_rm"), mesh=mesh).params, saved["seq2seq_rm"][4])
     with pytest.raises(UserError, match="a run of sft"):
-        open_reward_model(str(folder / "sft"), mesh)
+        load_reward_model(str(folder / "sft"), mesh=mesh)
     with pytest.raises(UserError, match="a run of scalar_rm"):
-        open_checkpoint(str(folder / "scalar_rm"), mesh)
+        load_policy(str(folder / "scalar_rm"), mesh=mesh)
 
 
 @pytest.mark.parametrize(
@@ -125,7 +125,7 @@ def test_each_opener_takes_its_own_kinds_of_model(runs, mesh):
 def test_a_damaged_run_is_one_line(make_run, tmp_path, file, damage):
     make_run(tmp_path / "run")
     (tmp_path / "run" / file).write_text(damage)
-    with pytest.raises(UserError, match=rf"^--checkpoint is '.*run', whose {file} is damaged"):
+    with pytest.raises(UserError, match=rf"^config.path is '.*run', whose {file} is damaged"):
         find_checkpoint(str(tmp_path / "run"))
 
 

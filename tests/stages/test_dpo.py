@@ -13,7 +13,7 @@ from jaxrm.data.config import DataConfig
 from jaxrm.errors import UserError
 from jaxrm.experiment import EvaluationConfig, Experiment
 from jaxrm.inference import weights
-from jaxrm.inference.load import open_checkpoint
+from jaxrm.inference.load import load_policy
 from jaxrm.models.build import ModelSource
 from jaxrm.models.generate import SamplingConfig
 from jaxrm.runtime.checkpoint import CheckpointConfig
@@ -88,7 +88,7 @@ def rows(folder):
 
 def params(folder):
     mesh = build_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
-    return jax.tree.leaves(jax.device_get(open_checkpoint(str(folder), mesh).params))
+    return jax.tree.leaves(jax.device_get(load_policy(str(folder), mesh=mesh).params))
 
 
 def test_training_starts_at_the_reference_and_learns_preferences(unbroken):

@@ -17,7 +17,7 @@ from jaxrm.data.tasks.safety.task import ideal_response, parse_request
 from jaxrm.data.templates import end_ids
 from jaxrm.data.tokenizer import load_tokenizer
 from jaxrm.errors import UserError
-from jaxrm.inference.load import open_reward_model
+from jaxrm.inference.load import load_reward_model
 from jaxrm.ops import reward_scaling
 from jaxrm.ops.token_rewards import KINDS, names_for
 from jaxrm.sharding.mesh import MeshConfig, build_mesh
@@ -276,7 +276,7 @@ def models(make_run, tmp_path_factory, one):
     folder = tmp_path_factory.mktemp("reward_models")
     for name in ("seq2seq_rm", "scalar_rm"):
         make_run(folder / name, name)
-    return {name: open_reward_model(str(folder / name), one) for name in ("seq2seq_rm", "scalar_rm")}
+    return {name: load_reward_model(str(folder / name), mesh=one) for name in ("seq2seq_rm", "scalar_rm")}
 
 
 def check(model, tokenizer, kind=None, template="auto", length=64, response_length=32):

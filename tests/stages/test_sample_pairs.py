@@ -81,7 +81,7 @@ def answers(monkeypatch):
                 return responses
 
         opened = types.SimpleNamespace(model=None, params=None, tokenizer=None, template="auto")
-        monkeypatch.setattr(sample_pairs, "open_checkpoint", lambda *_: opened)
+        monkeypatch.setattr(sample_pairs, "load_policy", lambda *_, **__: opened)
         monkeypatch.setattr(sample_pairs, "Sampler", Fake)
         return sizes
 

@@ -14,14 +14,14 @@ from jax.sharding import Mesh
 from jaxrm.algorithms import scoring
 from jaxrm.algorithms.rollout import RewardSource
 from jaxrm.data import tasks, templates
-from jaxrm.data.pairs import correction_request
 from jaxrm.data.prompts import PromptExample
 from jaxrm.data.records import Message
 from jaxrm.data.tokenizer import vocabulary_conflict
-from jaxrm.errors import UserError, flag, option
+from jaxrm.errors import UserError, flag, naming, option
 from jaxrm.experiment import Experiment
 from jaxrm.inference import sharded_model
-from jaxrm.inference.load import TrainedRewardModel, open_reward_model
+from jaxrm.inference.load import load_reward_model
+from jaxrm.inference.reward_model import RewardModel
 from jaxrm.inference.token_scores import build_scorer
 from jaxrm.ops import token_rewards
 from jaxrm.ops.reward_scaling import Calibration
@@ -68,9 +68,10 @@ def open_rewards(
             end_ids=tuple(sorted(templates.end_ids(tokenizer, template))),
             mesh=mesh,
         ), name
-    model = open_reward_model(
-        config.reward.model, mesh, config.model.dtype, field="reward.model", attention=config.model.attention
-    )
+    with naming({"path": option("reward.model")}):
+        model = load_reward_model(
+            config.reward.model, mesh=mesh, dtype=config.model.dtype, attention=config.model.attention
+        )
     length, response_length = config.data.max_length, config.rollout.sampling.max_new_tokens
     check_reward_model(model, kind, tokenizer, template, length, response_length)
     frozen = dataclasses.replace(model, params=sharded_model.in_compute_dtype(model.params, config.model.dtype))
@@ -87,11 +88,11 @@ class ModelRewards:
       num_microbatches: shares of the rows, one after another.
     """
 
-    def __init__(self, model: TrainedRewardModel, kind: Kind, mesh: Mesh, *, num_microbatches: int = 1) -> None:
+    def __init__(self, model: RewardModel, kind: Kind, mesh: Mesh, *, num_microbatches: int = 1) -> None:
         self._params, self._kind = model.params, kind
         rows = partition.batch_sharding(mesh)
         self._score = scoring.build_score_step(
-            build_scorer(model, kind, mesh),
+            build_scorer(model, kind),
             params_sharding=model.model.shardings,
             batch_sharding=rows,
             output_sharding=rows,
@@ -108,7 +109,7 @@ class ModelRewards:
 
 
 def check_reward_model(
-    model: TrainedRewardModel,
+    model: RewardModel,
     kind: Kind,
     tokenizer: "PreTrainedTokenizerBase",
     template: str,
@@ -159,7 +160,7 @@ def check_reward_model(
         )
     positions, again = model.model.config.max_position, 0
     if model.is_seq2seq:  # which reads the response twice
-        again = len(correction_request(model.tokenizer, model.template, model.config.mapping.instruction))
+        again = len(model.request)
         again += response_length
     if positions < length + again:
         fits = {"data.max_length": positions - again}

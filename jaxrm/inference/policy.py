@@ -1,0 +1,113 @@
+"""A policy with its parameters, ready to generate."""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import jax
+
+from jaxrm.data.pairs import MappingConfig
+from jaxrm.errors import UserError, arguments
+from jaxrm.inference.prompts import Prompt, check_count, read_prompts
+from jaxrm.inference.reward_model import RewardModel, default_kind
+from jaxrm.inference.sampler import Response, Sampler
+from jaxrm.inference.sharded_model import ShardedModel, shard_scalar_model
+from jaxrm.models import build, heads
+from jaxrm.models.generate import SamplingConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, eq=False)
+class Policy:
+    """A language model with its parameters.
+
+    Attributes:
+      model: the decoder, and where its parameters lie.
+      params: its parameters, float32, on the devices.
+      tokenizer: of the model.
+      template: chat template that prompts are written with.
+      name: where it came from, for people.
+    """
+
+    model: ShardedModel
+    params: Any = dataclasses.field(repr=False)
+    tokenizer: "PreTrainedTokenizerBase" = dataclasses.field(repr=False)
+    template: str
+    name: str
+
+    @arguments()
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        max_new_tokens: int = 128,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        batch_size: int = 16,
+    ) -> list[Response]:
+        """Generate one response to each prompt, as ``python -m jaxrm.generate --input`` does.
+
+        Args:
+          prompts: texts, or lists of messages; any number.
+          max_new_tokens: longest response in tokens, its end token included.
+          temperature: divides the logits; 0 is greedy.
+          top_k: draw among this many tokens only; 0 for all.
+          top_p: draw among the likeliest tokens that reach this probability; 1 for all.
+          seed: sampling seed. The same prompts in the same order and batches give the same responses.
+          batch_size: prompts answered at once.
+
+        Returns:
+          The responses in the order of the prompts, each a ``str`` without its end token.
+
+        Raises:
+          UserError: a prompt that cannot be read, one too long for the model, or a number out of range.
+        """
+        messages = read_prompts(prompts)
+        check_count("batch_size", batch_size)
+        check_count("seed", seed, 0)
+        sampling = SamplingConfig(max_new_tokens, temperature, top_k, top_p)
+        batches = self.sampler(sampling).in_batches(messages, jax.random.key(seed), batch_size)
+        return [response for batch in batches for response in batch]
+
+    def sampler(self, sampling: SamplingConfig) -> Sampler:
+        """What generates responses to messages, or continues token ids."""
+        return Sampler(self.model, self.params, self.tokenizer, self.template, sampling)
+
+    def with_params(self, params: Any) -> "Policy":
+        """The same model with other parameters, such as those of a training state."""
+        return dataclasses.replace(self, params=params)
+
+    @arguments()
+    def as_reward_model(
+        self, sort: Literal["seq2seq", "scalar"], *, instruction: str | None = None, seed: int = 0
+    ) -> RewardModel:
+        """The model as the reward model that training starts from.
+
+        Args:
+          sort: ``seq2seq``, the decoder itself, or ``scalar``, the decoder with a head that is drawn.
+          instruction: what a seq2seq one is told after a response, see `jaxrm.data.pairs.MappingConfig`.
+          seed: of the head.
+        """
+        if sort not in ("seq2seq", "scalar"):
+            raise UserError(f"sort is {sort!r}; use one of seq2seq, scalar")
+        instruction = MappingConfig().instruction if instruction is None else instruction
+        model, params, is_seq2seq = self.model, self.params, sort == "seq2seq"
+        if not is_seq2seq:
+            model = shard_scalar_model(self.model.source, self.model.mesh, self.model.config)
+            head = build.init_scalar_head(model.config, jax.random.key(seed), model.shardings["scalar_head"])
+            params = heads.from_decoder_params(params, head)
+        return RewardModel(
+            model,
+            params,
+            self.tokenizer,
+            self.template,
+            self.name,
+            is_seq2seq=is_seq2seq,
+            instruction=instruction,
+            kind=default_kind(is_seq2seq),
+        )

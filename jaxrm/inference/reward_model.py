@@ -1,0 +1,210 @@
+"""A reward model with its parameters, ready to score responses and, a seq2seq one, to correct them."""
+
+import dataclasses
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from jaxrm.data.pairs import correction_request
+from jaxrm.data.templates import bos_id, end_ids
+from jaxrm.data.tokenizer import vocabulary_conflict
+from jaxrm.errors import UserError, arguments, flag, option
+from jaxrm.inference.prompts import Prompt, check_count, read_prompts, read_responses
+from jaxrm.inference.sharded_model import ShardedModel
+from jaxrm.inference.weights import Vocabulary
+from jaxrm.ops import token_rewards
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from jaxrm.inference.policy import Policy
+    from jaxrm.inference.scores import Scores
+
+
+@dataclass(frozen=True, eq=False)
+class RewardModel:
+    """A reward model of either sort with its parameters.
+
+    Attributes:
+      model: the decoder, or the decoder with a scalar head, and where its parameters lie.
+      params: its parameters, float32, on the devices.
+      tokenizer: of the model.
+      template: chat template that it was trained with.
+      name: where it came from, for people.
+      is_seq2seq: whether it answers in language; a scalar one gives a number.
+      instruction: what a seq2seq one is told after a response, see `jaxrm.data.pairs.MappingConfig`.
+      kind: of token reward that it was trained to be read by.
+    """
+
+    model: ShardedModel
+    params: Any = dataclasses.field(repr=False)
+    tokenizer: "PreTrainedTokenizerBase" = dataclasses.field(repr=False)
+    template: str
+    name: str
+    is_seq2seq: bool
+    instruction: str
+    kind: str
+
+    @cached_property
+    def request(self) -> tuple[int, ...]:
+        """Ids that ask for a correction of the response before them."""
+        return tuple(correction_request(self.tokenizer, self.template, self.instruction))
+
+    @cached_property
+    def end_ids(self) -> tuple[int, ...]:
+        """Ids that end a response."""
+        return tuple(sorted(end_ids(self.tokenizer, self.template)))
+
+    @cached_property
+    def bos_id(self) -> int | None:
+        """The template's first id, which stays where a prompt is cut."""
+        return bos_id(self.tokenizer, self.template)
+
+    @arguments()
+    def score(
+        self,
+        prompts: Sequence[Prompt],
+        responses: Sequence[str],
+        *,
+        kind: str | None = None,
+        batch_size: int = 16,
+        reference: "Policy | None" = None,
+    ) -> "Scores":
+        """Score every token of responses.
+
+        A response is scored with its end token, as if the policy had finished it; an empty one is its end token
+        alone. A prompt that is too long is cut on the left.
+
+        Args:
+          prompts: texts, or lists of messages.
+          responses: a text to each prompt.
+          kind: of token reward, one of `jaxrm.ops.token_rewards.KINDS` or one's own, ``package.module:function``; by
+            default that of the model.
+          batch_size: responses scored at once.
+          reference: policy that ``contrast`` compares with, and no other kind.
+
+        Returns:
+          Token rewards before scale and center, which belong to a run of PPO.
+
+        Raises:
+          UserError: naming the prompt, response or argument that is wrong.
+        """
+        from jaxrm.inference import token_scores
+        from jaxrm.inference.scores import Scores
+
+        check_count("batch_size", batch_size)
+        kind = choose_kind(self.name, self.is_seq2seq, kind or self.kind, "kind")
+        check_needs_reference(kind, reference)
+        if reference is not None:
+            check_reference(self.vocabulary, reference.name, vocabulary_of(reference))
+        messages = read_prompts(prompts)
+        records = token_scores.encode_all(messages, read_responses(responses, len(messages)), self, reference)
+        scores = token_scores.score(
+            self, records, kind, batch_size=batch_size, reference=reference, show_progress=False
+        )
+        rows = zip(records, scores, strict=True)
+        return Scores([token_scores.as_record(self, record, values, None, kind) for record, values in rows], self.name)
+
+    @arguments()
+    def correct(self, prompts: Sequence[Prompt], responses: Sequence[str], *, max_new_tokens: int = 128) -> list[str]:
+        """Write what a seq2seq reward model would have responded, greedily.
+
+        Args:
+          prompts: texts, or lists of messages.
+          responses: a text to each prompt.
+          max_new_tokens: longest correction in tokens.
+
+        Returns:
+          A correction of each response, in their order.
+
+        Raises:
+          UserError: naming the prompt, response or argument that is wrong; or where the model is a scalar one.
+        """
+        from jaxrm.inference import token_scores
+
+        check_count("max_new_tokens", max_new_tokens)
+        if not self.is_seq2seq:
+            raise UserError(f"{self.name} is a scalar reward model, which writes no corrections; use a seq2seq one")
+        messages = read_prompts(prompts)
+        records = token_scores.encode_all(messages, read_responses(responses, len(messages)), self)
+        written = token_scores.correct(self, records, max_new_tokens=max_new_tokens, show_progress=False)
+        return [token_scores.text_of(self, token_ids) for (token_ids,) in written]
+
+    def with_params(self, params: Any) -> "RewardModel":
+        """The same model with other parameters, such as those of a training state."""
+        return dataclasses.replace(self, params=params)
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """What its token ids mean."""
+        return vocabulary_of(self)
+
+
+def vocabulary_of(model: "RewardModel | Policy") -> Vocabulary:
+    """What the token ids of a model mean."""
+    return Vocabulary(model.tokenizer, model.model.config.vocab_size, model.name)
+
+
+def default_kind(is_seq2seq: bool, recorded: str | None = None) -> str:
+    """Kind that a reward model is read by where nothing else is said: that of its run, if it can give it."""
+    kinds = token_rewards.names_for("seq2seq" if is_seq2seq else "scalar")
+    return recorded if recorded in kinds else kinds[0]
+
+
+def choose_kind(name: str, is_seq2seq: bool, kind: str, field: str) -> str:
+    """Refuse a kind of token reward that is none, or that a reward model cannot give.
+
+    Args:
+      name: of the reward model.
+      is_seq2seq: its sort.
+      kind: the kind.
+      field: argument or field that says it.
+
+    Raises:
+      UserError: with the kinds that it can give.
+    """
+    kinds = token_rewards.names_for("seq2seq" if is_seq2seq else "scalar")
+    if kind in kinds or (is_seq2seq and token_rewards.is_custom(str(kind))):
+        return kind
+    if field == "kind" and kind not in token_rewards.KINDS:
+        near = difflib.get_close_matches(str(kind), kinds, n=1)
+        advice = f"did you mean {flag(field)}={near[0]}?" if near else f"e.g. {flag(field)}={kinds[0]}"
+        raise UserError(f"{option(field)} is {kind!r}; use one of {', '.join(kinds)}; {advice}")
+    sort = "seq2seq" if is_seq2seq else "scalar"
+    raise UserError(
+        f"{option(field)} is {kind!r}, but {name} is a {sort} reward model, whose kinds are "
+        f"{', '.join(kinds)}; e.g. {flag('kind')}={kinds[0]}"
+    )
+
+
+def check_needs_reference(kind: str, reference: object) -> None:
+    """Refuse ``contrast`` without a reference policy, and a reference policy with another kind."""
+    if token_rewards.find_kind(kind).needs_reference != (reference is not None):
+        name = getattr(reference, "name", reference)
+        example = f"{flag('kind')}=contrast {flag('reference')}=runs/quickstart/sft"
+        raise UserError(
+            f"the kind is {kind}, and {option('reference')} is {name}; contrast compares with a reference policy and "
+            f"the other kinds with none, so give both, e.g. {example}, or neither"
+        )
+
+
+def check_reference(own: Vocabulary, path: str, theirs: Vocabulary, example: str | None = None) -> None:
+    """Refuse a reference policy to which a reward model's token ids mean something else, or nothing.
+
+    Args:
+      own: what they mean to the reward model.
+      path: what ``reference`` names.
+      theirs: what they mean to the reference.
+      example: a reference that fits.
+    """
+    conflict = vocabulary_conflict(own.tokenizer, theirs.tokenizer)
+    if conflict is None and max(own.tokenizer.get_vocab().values()) >= theirs.size:
+        conflict = f"the one has {len(own.tokenizer)} tokens and the other {theirs.size}"
+    if conflict is not None:
+        advice = f"e.g. {flag('reference')}={example}" if example else "such as the run that it started from"
+        raise UserError(
+            f"{option('reference')} is {path!r}, which has another vocabulary than {own.name}: {conflict}; "
+            f"required a policy that reads the same ids, {advice}"
+        )

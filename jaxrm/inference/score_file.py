@@ -1,0 +1,174 @@
+"""Scoring the records of a file, for `jaxrm.score`: what is read, refused, written and printed."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jaxrm import atomic
+from jaxrm.data.config import DataConfig
+from jaxrm.data.readers import ReadReport, read_records
+from jaxrm.data.records import Record
+from jaxrm.errors import UserError, option
+from jaxrm.evaluation.ranking import pair_accuracy
+from jaxrm.inference import token_scores
+from jaxrm.inference.policy import Policy
+from jaxrm.inference.reward_model import RewardModel, check_needs_reference, check_reference, choose_kind, default_kind
+from jaxrm.inference.weights import LANGUAGE_MODELS, RunCheckpoint, find_checkpoint, is_run
+from jaxrm.reports import page
+from jaxrm.runtime.progress import print_table
+
+
+def choose_kind_of_run(run: RunCheckpoint, kind: str | None, configured: str | None) -> str:
+    """Kind of token reward: what ``--kind`` says, else the config, else that of the run.
+
+    Raises:
+      UserError: where the reward model cannot give it.
+    """
+    is_seq2seq = run.config.algorithm == "seq2seq_rm"
+    if kind is None and configured is None:
+        return default_kind(is_seq2seq, run.config.reward.kind)
+    return choose_kind(run.name, is_seq2seq, kind or configured or "", "kind" if kind else "reward.kind")
+
+
+def check_reference_run(path: str | None, kind: str, run: RunCheckpoint) -> None:
+    """Refuse a reference policy where the kind needs none, and one that reads other token ids than the reward model.
+
+    Args:
+      path: of its run, or None.
+      kind: of token reward.
+      run: of the reward model.
+    """
+    check_needs_reference(kind, path)
+    if path is None:
+        return
+    reference = find_checkpoint(path, "reference", LANGUAGE_MODELS)
+    start = run.config.model.path
+    example = start if is_run(start) else None
+    check_reference(run.vocabulary(), str(reference.folder.path), reference.vocabulary(), example)
+
+
+@dataclass(frozen=True)
+class RecordsToScore:
+    """Records of a file.
+
+    Attributes:
+      path: the file.
+      records: what was read.
+      report: counts what was read, and what could not be scored.
+    """
+
+    path: str
+    records: Sequence[Record]
+    report: ReadReport
+
+
+def read_records_to_score(path: str, data: DataConfig, held_out: bool, max_records: int | None) -> RecordsToScore:
+    """All records of a file, or the side that a run held out.
+
+    Args:
+      path: the file.
+      data: of the run: which label of PKU-SafeRLHF counts, and what it held out.
+      held_out: read only the records whose prompts the run held out, by their hash.
+      max_records: read no more than so many.
+    """
+    if held_out and (data.eval_path is not None or data.eval_split is not None):
+        raise UserError(
+            f"--held_out goes with a run that held out prompts by their hash, but this one had "
+            f"{option('data.eval_path')} "
+            f"{data.eval_path!r} and eval_split {data.eval_split!r}; give those records as --input, without it"
+        )
+    # The held-out side of a file that is given as held out is all of it.
+    whole = DataConfig(
+        path=path,
+        eval_path=None if held_out else path,
+        eval_share=data.eval_share,
+        preferred=data.preferred,
+        max_eval_records=max_records,
+        max_bad_share=1.0,
+    )
+    return RecordsToScore(path, *read_records(whole, held_out=True))
+
+
+def score_records(
+    model: RewardModel,
+    read: RecordsToScore,
+    kind: str,
+    batch_size: int,
+    reference: Policy | None,
+    max_new_tokens: int | None,
+) -> list[dict[str, Any]]:
+    """Scored records as JSON objects.
+
+    Args:
+      model: the reward model.
+      read: pairs, or prompts with one response. What cannot be scored is counted in its report.
+      kind: of token reward.
+      batch_size: responses scored at once.
+      reference: policy that ``contrast`` compares with.
+      max_new_tokens: longest correction; None for no corrections.
+
+    Raises:
+      UserError: where nothing can be scored, or corrections have no room.
+    """
+    encoded = token_scores.encode(read.records, model, read.report, reference=reference)
+    if not encoded:
+        reason, count = next(iter(read.report.bad.items()))
+        raise UserError(
+            f"--input is {read.path!r}, of which nothing can be scored: {reason} (first at {count.first}); required "
+            "are prompts with a chosen and a rejected response, or with one response, e.g. --input=pairs.jsonl"
+        )
+    if max_new_tokens is not None:
+        token_scores.check_corrections(model, encoded, max_new_tokens)
+    scores = token_scores.score(model, encoded, kind, batch_size=batch_size, reference=reference)
+    corrections: Sequence[Any] = [None] * len(encoded)
+    if max_new_tokens is not None:
+        corrections = token_scores.correct(model, encoded, max_new_tokens=max_new_tokens)
+    return [
+        token_scores.as_record(model, record, values, written, kind)
+        for record, values, written in zip(encoded, scores, corrections, strict=True)
+    ]
+
+
+def write_lines(path: str, rows: Sequence[dict[str, Any]]) -> None:
+    """Write JSONL, whole."""
+    with atomic.open_for_writing(Path(path).expanduser()) as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def print_scored(
+    read: RecordsToScore, rows: Sequence[dict[str, Any]], name: str, kind: str, output: str, is_training_data: bool
+) -> None:
+    """Print what was read, how often the chosen response ranks first, and where the rewards are.
+
+    Args:
+      read: the records.
+      rows: from `score_records`.
+      name: of the reward model.
+      kind: of token reward.
+      output: where the rewards are.
+      is_training_data: whether the reward model was trained on most of them.
+    """
+    print_table(f"Records in {read.path}", ["records", "number", "first at"], read.report.rows())
+    print_table("Scored", ["", ""], summary(rows, name, kind))
+    print(f"The token rewards are in {output}")
+    if is_training_data:
+        print("The reward model was trained on most of these records; --held_out leaves those out.")
+
+
+def summary(rows: Sequence[dict[str, Any]], name: str, kind: str) -> list[tuple[str, str]]:
+    """What was scored, and how often the chosen response ranks first, as the rows of a table."""
+    pairs = [[response["sum"] for response in row["responses"]] for row in rows if len(row["responses"]) == 2]
+    about = [("reward model", name), ("kind", kind), ("records", f"{len(rows):,}")]
+    if pairs:
+        ranked = pair_accuracy(*zip(*pairs, strict=True))
+        share = f"{100 * ranked.accuracy:.1f} % [{100 * ranked.low:.1f}, {100 * ranked.high:.1f}]"
+        about.append(("chosen above rejected, by sum", f"{share} of {ranked.n:,} pairs"))
+    return about
+
+
+def write_page(path: str, rows: Sequence[dict[str, Any]], name: str, kind: str) -> None:
+    """Draw the rows as a page."""
+    page.write_page(Path(path).expanduser(), rows, title=f"What {name} says", about=summary(rows, name, kind))
+    print(f"The page is {path}; open it in a browser")
