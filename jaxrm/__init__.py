@@ -1,3 +1,117 @@
-"""jaxrm: RLHF in JAX with reward models that answer in language."""
+"""jaxrm: RLHF in JAX with reward models that answer in language.
+
+The names here are the public surface. They are imported when they are first used, so that ``import jaxrm`` is quick
+and starts no JAX.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jaxrm.algorithms.best_of_n import BestOfNConfig as BestOfNConfig
+    from jaxrm.algorithms.dpo import DPOConfig as DPOConfig
+    from jaxrm.algorithms.optimizer import OptimizerConfig as OptimizerConfig
+    from jaxrm.algorithms.ppo_config import CriticConfig as CriticConfig
+    from jaxrm.algorithms.ppo_config import PPOConfig as PPOConfig
+    from jaxrm.algorithms.ppo_config import RolloutConfig as RolloutConfig
+    from jaxrm.algorithms.reward_config import RewardConfig as RewardConfig
+    from jaxrm.algorithms.scalar_rm import ScalarRMConfig as ScalarRMConfig
+    from jaxrm.data.config import DataConfig as DataConfig
+    from jaxrm.data.pairs import MappingConfig as MappingConfig
+    from jaxrm.data.records import Message as Message
+    from jaxrm.errors import UserError as UserError
+    from jaxrm.experiment import AnswersConfig as AnswersConfig
+    from jaxrm.experiment import EvaluationConfig as EvaluationConfig
+    from jaxrm.experiment import Experiment as Experiment
+    from jaxrm.experiment import PairsConfig as PairsConfig
+    from jaxrm.inference import losses as losses
+    from jaxrm.inference.batches import comparisons as comparisons
+    from jaxrm.inference.batches import demonstrations as demonstrations
+    from jaxrm.inference.batches import pairs as pairs
+    from jaxrm.inference.load import load_policy as load_policy
+    from jaxrm.inference.load import load_reward_model as load_reward_model
+    from jaxrm.inference.policy import Policy as Policy
+    from jaxrm.inference.reward_model import RewardModel as RewardModel
+    from jaxrm.inference.scores import Scores as Scores
+    from jaxrm.inference.training import build_training as build_training
+    from jaxrm.models.build import ModelSource as ModelSource
+    from jaxrm.models.generate import SamplingConfig as SamplingConfig
+    from jaxrm.ops.token_rewards import reward_kind as reward_kind
+    from jaxrm.pipeline.config import Pipeline as Pipeline
+    from jaxrm.pipeline.config import pipeline as make_pipeline  # noqa: F401
+    from jaxrm.runtime.checkpoint import CheckpointConfig as CheckpointConfig
+    from jaxrm.runtime.metrics import LoggingConfig as LoggingConfig
+    from jaxrm.sharding.mesh import MeshConfig as MeshConfig
+    from jaxrm.sharding.mesh import build_mesh as build_mesh
+    from jaxrm.study.config import Study as Study
+    from jaxrm.train import run as run
 
 __version__ = "0.1.0"
+
+# The public names of each module. Editors and mypy read the imports above, which say the same.
+_NAMES = {
+    "algorithms.best_of_n": ("BestOfNConfig",),
+    "algorithms.dpo": ("DPOConfig",),
+    "algorithms.optimizer": ("OptimizerConfig",),
+    "algorithms.ppo_config": (
+        "CriticConfig",
+        "PPOConfig",
+        "RolloutConfig",
+    ),
+    "algorithms.reward_config": ("RewardConfig",),
+    "algorithms.scalar_rm": ("ScalarRMConfig",),
+    "data.config": ("DataConfig",),
+    "data.pairs": ("MappingConfig",),
+    "data.records": ("Message",),
+    "errors": ("UserError",),
+    "experiment": (
+        "AnswersConfig",
+        "EvaluationConfig",
+        "Experiment",
+        "PairsConfig",
+    ),
+    "inference.batches": (
+        "comparisons",
+        "demonstrations",
+        "pairs",
+    ),
+    "inference.load": (
+        "load_policy",
+        "load_reward_model",
+    ),
+    "inference.policy": ("Policy",),
+    "inference.reward_model": ("RewardModel",),
+    "inference.scores": ("Scores",),
+    "inference.training": ("build_training",),
+    "models.build": ("ModelSource",),
+    "models.generate": ("SamplingConfig",),
+    "ops.token_rewards": ("reward_kind",),
+    "pipeline.config": ("Pipeline",),
+    "runtime.checkpoint": ("CheckpointConfig",),
+    "runtime.metrics": ("LoggingConfig",),
+    "sharding.mesh": (
+        "MeshConfig",
+        "build_mesh",
+    ),
+    "study.config": ("Study",),
+    "train": ("run",),
+}
+_MODULES = {name: module for module, names in _NAMES.items() for name in names}
+_RENAMED = {"losses": ("inference.losses", None), "make_pipeline": ("pipeline.config", "pipeline")}
+
+__all__ = ["__version__", *sorted({**_MODULES, **_RENAMED})]
+
+
+def __getattr__(name: str) -> Any:
+    module, attribute = _RENAMED.get(name, (_MODULES.get(name), name))
+    if module is None:
+        raise AttributeError(f"module 'jaxrm' has no attribute {name!r}")
+    value: Any = importlib.import_module(f"jaxrm.{module}")
+    if attribute is not None:
+        value = getattr(value, attribute)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

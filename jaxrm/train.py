@@ -18,6 +18,7 @@ import sys
 from absl import flags
 
 from jaxrm.config import command_line, dicts
+from jaxrm.config.quiet import silence_libraries
 from jaxrm.errors import UserError
 from jaxrm.experiment import Experiment
 from jaxrm.pipeline.config import Pipeline
@@ -43,22 +44,31 @@ def main(config: Experiment | Pipeline | Study, given: flags.FlagValues | None) 
       given: the flags of `define_flags`; None runs in this process alone.
     """
     if given is None:
-        return _run(config)
+        return run(config)
     joined = processes.find_processes(given.coordinator, given.num_processes, given.process_id, os.environ)
     if joined is None:
-        return _run(config)
+        return run(config)
     if isinstance(config, Study):
         raise UserError("a study runs in one process, which starts a worker a core; start it once, on one host")
     processes.start(joined, timeout=given.start_timeout)
     processes.check_agreement(dicts.to_dict(config))
     try:
-        return _run(config)
+        return run(config)
     except RuntimeError as error:  # JAX's own errors among them
         processes.leave_if_lost(error)
         raise
 
 
-def _run(config: Experiment | Pipeline | Study) -> int:
+def run(config: Experiment | Pipeline | Study) -> int:
+    """Run a stage, a pipeline or a study in this process.
+
+    Returns:
+      Exit status: 0 done, 1 some runs of a study failed, 75 asked to stop and saved.
+
+    Raises:
+      UserError: for what the user can mend.
+    """
+    silence_libraries()
     from jaxrm.stages.table import run_stage  # after `processes.start`: modules of stages may ask JAX for its devices
 
     if isinstance(config, Pipeline):

@@ -1,0 +1,58 @@
+"""A training step of one's own on a loaded model: its losses, its first state, its jitted step."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxrm.algorithms.state import TrainState, create
+from jaxrm.algorithms.train_step import LossFn, Metrics, build_train_step
+from jaxrm.errors import arguments
+from jaxrm.inference.policy import Policy
+from jaxrm.inference.prompts import check_count
+from jaxrm.inference.reward_model import RewardModel
+from jaxrm.inference.sharded_model import state_shardings
+from jaxrm.sharding import partition
+
+
+@arguments()
+def build_training(
+    model: Policy | RewardModel,
+    loss: LossFn,
+    optimizer: optax.GradientTransformation,
+    *,
+    seed: int = 0,
+    num_microbatches: int = 1,
+) -> tuple[TrainState, Callable[[TrainState, Any], tuple[TrainState, Metrics]]]:
+    """First state of a training, and its jitted step.
+
+    The state has a copy of the model's parameters, so that the model stays as it is. The trained one is
+    ``model.with_params(state.params)``.
+
+    Args:
+      model: what is trained.
+      loss: from `jaxrm.losses`, or one of your own: ``(params, batch, key) -> (sum, weight), {name: (sum, weight)}``.
+      optimizer: any of optax.
+      seed: of the step's own randomness, ``fold_in(key, step)``.
+      num_microbatches: parts that a batch is cut into, to save memory; the update is the same.
+
+    Returns:
+      ``state`` and ``step(state, batch) -> (state, metrics)``. The step takes the state's memory over: use the one that
+      it returns. Metrics are float32 scalars, among them ``loss`` and ``grad_norm``.
+    """
+    check_count("num_microbatches", num_microbatches)
+    check_count("seed", seed, 0)
+    sharded = model.model
+    shardings = state_shardings(sharded, optimizer, sharded.mesh)
+    start = jax.jit(lambda params, key: create(params, optimizer, key), out_shardings=shardings, donate_argnums=0)
+    state = start(jax.tree.map(jnp.copy, model.params), jax.random.key(seed))
+    step = build_train_step(
+        loss,
+        optimizer,
+        state_sharding=shardings,
+        batch_sharding=partition.batch_sharding(sharded.mesh),
+        num_microbatches=num_microbatches,
+    )
+    return state, step
