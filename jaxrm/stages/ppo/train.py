@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -164,7 +165,7 @@ def _is_evaluation_pending(folder: RunFolder, step: int, num_steps: int, every: 
     return is_due and step not in {row["step"] for row in read_rows(folder.metrics) if "eval_reward" in row}
 
 
-def _learning_rate_of_step(learner: Learner) -> Any:
+def _learning_rate_of_step(learner: Learner) -> Callable[[int], Any]:
     """The policy's learning rate in the first update of a step counted from 0."""
     schedule = learning_rate(learner.config.optimizer, learner.num_steps * learner.updates_per_step)
     return lambda step: schedule(step * learner.updates_per_step)

@@ -137,6 +137,12 @@ def check_reward_model(
             f"model, whose "
             f"kinds are {', '.join(kinds)}; e.g. {flag('reward.kind')}={kinds[0]}"
         )
+    _check_vocabulary(model, tokenizer)
+    _check_template(model, tokenizer, template)
+    _check_length(model, length, response_length)
+
+
+def _check_vocabulary(model: TrainedRewardModel, tokenizer: "PreTrainedTokenizerBase") -> None:
     conflict = vocabulary_conflict(model.tokenizer, tokenizer)
     if conflict is None and len(tokenizer) > model.model.config.vocab_size:
         conflict = f"the policy has {len(tokenizer)} tokens and the reward model {model.model.config.vocab_size}"
@@ -145,30 +151,35 @@ def check_reward_model(
             f"{option('reward.model')} is {model.name}, whose vocabulary is not that of the policy: {conflict}; token "
             f"rewards need one vocabulary, so train the reward model from the policy, {flag('model.path')}=POLICY_RUN"
         )
+
+
+def _check_template(model: TrainedRewardModel, tokenizer: "PreTrainedTokenizerBase", template: str) -> None:
     probe = [Message("user", "a")]
-    written = [
+    encoded = [
         templates.encode_prompt(tokenizer, probe, name)
         for tokenizer, name in ((tokenizer, template), (model.tokenizer, model.template))
     ]
-    if written[0] != written[1]:
-        mended = f"e.g. {flag('data.template')}={model.template}"
+    if encoded[0] != encoded[1]:
+        remedy = f"e.g. {flag('data.template')}={model.template}"
         if template == model.template:  # the tokenizers' own, which are not the same
-            mended = f"train the reward model from the policy, {flag('model.path')}=POLICY_RUN"
+            remedy = f"train the reward model from the policy, {flag('model.path')}=POLICY_RUN"
         raise UserError(
             f"{option('data.template')} is {template!r}, but the reward model {model.name} was trained with "
-            f"{model.template!r}, which writes a prompt differently; {mended}"
+            f"{model.template!r}, which writes a prompt differently; {remedy}"
         )
-    positions, again = model.model.config.max_position, 0
-    if model.is_seq2seq:  # which reads the response twice
-        again = len(model.request)
-        again += response_length
-    if positions < length + again:
-        fits = {"data.max_length": positions - again}
-        if positions - again <= response_length:  # no prompt would be left
-            free = positions - again + (response_length if model.is_seq2seq else 0)
-            fits = {"rollout.sampling.max_new_tokens": max(free // 4, 1), "data.max_length": max(free // 2, 2)}
-        typed = " and ".join(f"{flag(field)}={most}" for field, most in fits.items())
+
+
+def _check_length(model: TrainedRewardModel, length: int, response_length: int) -> None:
+    positions, extra = model.model.config.max_position, 0
+    if model.is_seq2seq:  # it reads a request, and the response once more
+        extra = len(model.request) + response_length
+    if positions < length + extra:
+        fitting = {"data.max_length": positions - extra}
+        if positions - extra <= response_length:  # no prompt would be left
+            free = positions - extra + (response_length if model.is_seq2seq else 0)
+            fitting = {"rollout.sampling.max_new_tokens": max(free // 4, 1), "data.max_length": max(free // 2, 2)}
+        example = " and ".join(f"{flag(field)}={most}" for field, most in fitting.items())
         raise UserError(
             f"{option('data.max_length')} is {length} and responses have up to {response_length} tokens, for which the "
-            f"reward model {model.name} has to read {length + again} tokens, but it reads {positions}; e.g. {typed}"
+            f"reward model {model.name} has to read {length + extra} tokens, but it reads {positions}; e.g. {example}"
         )
