@@ -132,6 +132,17 @@ def test_no_reward_at_all_is_refused(refuse):
     assert message.startswith("config.reward has neither model nor function") and "--config.reward.model=" in message
 
 
+def test_a_kind_that_says_not_if_it_is_centered_is_refused(refuse, tmp_path, monkeypatch):
+    """In one line that shows the line to type."""
+    (tmp_path / "plain_kinds.py").write_text(
+        "def doubt(statistics, responses, mask):\n    return statistics.log_probs\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    message = refuse(reward={"kind": "plain_kinds:doubt"})
+    assert message.startswith("config.reward.kind is 'plain_kinds:doubt', a function that does not say")
+    assert "@jaxrm.reward_kind(is_centered=True)" in message
+
+
 def test_both_a_reward_model_and_a_function_are_refused():
     with pytest.raises(UserError, match=r"has both model 'rm' and function 'task:safety'; .*function=None"):
         RewardConfig(kind="scalar", model="rm", function="task:safety")
