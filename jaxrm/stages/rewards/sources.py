@@ -142,7 +142,7 @@ def check_reward_model(
     _check_length(model, length, response_length)
 
 
-def _check_vocabulary(model: TrainedRewardModel, tokenizer: "PreTrainedTokenizerBase") -> None:
+def _check_vocabulary(model: RewardModel, tokenizer: "PreTrainedTokenizerBase") -> None:
     conflict = vocabulary_conflict(model.tokenizer, tokenizer)
     if conflict is None and len(tokenizer) > model.model.config.vocab_size:
         conflict = f"the policy has {len(tokenizer)} tokens and the reward model {model.model.config.vocab_size}"
@@ -153,7 +153,7 @@ def _check_vocabulary(model: TrainedRewardModel, tokenizer: "PreTrainedTokenizer
         )
 
 
-def _check_template(model: TrainedRewardModel, tokenizer: "PreTrainedTokenizerBase", template: str) -> None:
+def _check_template(model: RewardModel, tokenizer: "PreTrainedTokenizerBase", template: str) -> None:
     probe = [Message("user", "a")]
     encoded = [
         templates.encode_prompt(tokenizer, probe, name)
@@ -169,7 +169,7 @@ def _check_template(model: TrainedRewardModel, tokenizer: "PreTrainedTokenizerBa
         )
 
 
-def _check_length(model: TrainedRewardModel, length: int, response_length: int) -> None:
+def _check_length(model: RewardModel, length: int, response_length: int) -> None:
     positions, extra = model.model.config.max_position, 0
     if model.is_seq2seq:  # it reads a request, and the response once more
         extra = len(model.request) + response_length
