@@ -11,15 +11,14 @@ about 32 rows of 2048 tokens; it used RMSprop with 1e-6, and Adam's 5e-7 is jaxr
 from jaxrm.algorithms.dpo import DPOConfig
 from jaxrm.algorithms.optimizer import OptimizerConfig
 from jaxrm.data.config import DataConfig
-from jaxrm.experiment import Experiment
 from jaxrm.models.build import ModelSource
 from jaxrm.sharding.mesh import MeshConfig
+from jaxrm.stage_config import DPO
 
 
-def get_config() -> Experiment:
-    return Experiment(
+def get_config() -> DPO:
+    return DPO(
         run_dir="runs/dpo_llama_2_7b",
-        algorithm="dpo",
         num_epochs=1.0,
         model=ModelSource(path="runs/sft_llama_2_7b", dtype="bfloat16"),
         data=DataConfig(path="PKU-Alignment/PKU-SafeRLHF", template="llama2", max_length=2048, batch_size=32),

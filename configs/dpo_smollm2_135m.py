@@ -14,17 +14,16 @@ import importlib.util
 from jaxrm.algorithms.dpo import DPOConfig
 from jaxrm.algorithms.optimizer import OptimizerConfig
 from jaxrm.data.config import DataConfig
-from jaxrm.experiment import EvaluationConfig, Experiment
 from jaxrm.models.build import ModelSource
 from jaxrm.models.generate import SamplingConfig
 from jaxrm.runtime.checkpoint import CheckpointConfig
 from jaxrm.runtime.metrics import LoggingConfig
+from jaxrm.stage_config import DPO, JudgedEvaluationConfig
 
 
-def get_config() -> Experiment:
-    return Experiment(
+def get_config() -> DPO:
+    return DPO(
         run_dir="runs/dpo_smollm2_135m",
-        algorithm="dpo",
         num_steps=20,
         num_epochs=1.0,
         model=ModelSource(path=weights()),
@@ -32,7 +31,7 @@ def get_config() -> Experiment:
         dpo=DPOConfig(beta=0.1),
         optimizer=OptimizerConfig(lr=5e-6, schedule="linear", warmup=0.1, b2=0.999),
         checkpoint=CheckpointConfig(every=10),
-        evaluation=EvaluationConfig(every=20, samples=1, sampling=SamplingConfig(max_new_tokens=32)),
+        evaluation=JudgedEvaluationConfig(every=20, samples=1, sampling=SamplingConfig(max_new_tokens=32)),
         logging=LoggingConfig(every=1),
     )
 

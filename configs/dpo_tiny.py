@@ -10,20 +10,19 @@ Needs: the policy that it starts from and pairs of that policy's responses, `con
 from jaxrm.algorithms.dpo import DPOConfig
 from jaxrm.algorithms.optimizer import OptimizerConfig
 from jaxrm.data.config import DataConfig
-from jaxrm.experiment import EvaluationConfig, Experiment
 from jaxrm.models.build import ModelSource
 from jaxrm.runtime.checkpoint import CheckpointConfig
+from jaxrm.stage_config import DPO, JudgedEvaluationConfig
 
 
-def get_config() -> Experiment:
-    return Experiment(
+def get_config() -> DPO:
+    return DPO(
         run_dir="runs/dpo_tiny",
-        algorithm="dpo",
         num_epochs=2.0,
         model=ModelSource(path="runs/sft_tiny"),
         data=DataConfig(path="runs/pairs_tiny/pairs.jsonl", max_length=256, batch_size=16, eval_share=0.2),
         dpo=DPOConfig(beta=0.1),
         optimizer=OptimizerConfig(lr=1e-4),
         checkpoint=CheckpointConfig(every=50),
-        evaluation=EvaluationConfig(every=10, judge="task:safety"),
+        evaluation=JudgedEvaluationConfig(every=10, judge="task:safety"),
     )

@@ -7,14 +7,13 @@ likes refusals too much.
 """
 
 from jaxrm.data.config import DataConfig
-from jaxrm.experiment import Experiment, PairsConfig
 from jaxrm.models.build import ModelSource
+from jaxrm.stage_config import PairsConfig, SamplePairs
 
 
-def get_config() -> Experiment:
-    return Experiment(
+def get_config() -> SamplePairs:
+    return SamplePairs(
         run_dir="runs/pairs_tiny",
-        algorithm="sample_pairs",
         model=ModelSource(path="runs/sft_tiny"),
         data=DataConfig(path="task:safety"),
         pairs=PairsConfig(count=2000),

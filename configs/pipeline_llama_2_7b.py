@@ -13,11 +13,11 @@ from jaxrm.algorithms.optimizer import OptimizerConfig
 from jaxrm.algorithms.ppo_config import RolloutConfig
 from jaxrm.algorithms.reward_config import RewardConfig
 from jaxrm.data.config import DataConfig
-from jaxrm.experiment import EvaluationConfig, Experiment
 from jaxrm.models.build import ModelSource
 from jaxrm.models.generate import SamplingConfig
 from jaxrm.pipeline.config import Pipeline, pipeline
 from jaxrm.sharding.mesh import MeshConfig
+from jaxrm.stage_config import PPO, SFT, JudgedEvaluationConfig, ScalarRM, Seq2SeqRM
 
 POLICY = ModelSource(path="stage:sft", dtype="bfloat16")
 SAMPLING = SamplingConfig(max_new_tokens=512)
@@ -26,26 +26,18 @@ SAMPLING = SamplingConfig(max_new_tokens=512)
 def get_config(data: str = "PKU-Alignment/PKU-SafeRLHF") -> Pipeline:
     """Config of all stages on ``data``, which --config=configs/pipeline_llama_2_7b.py:DATA gives."""
     pairs = DataConfig(path=data, template="llama2", max_length=2048, batch_size=128)
-    sft = Experiment(
-        algorithm="sft",
+    mesh = MeshConfig(data=1, fsdp=-1)
+    sft = SFT(
         num_epochs=3.0,
         model=ModelSource(path="meta-llama/Llama-2-7b-hf", dtype="bfloat16"),
         data=pairs,
         optimizer=OptimizerConfig(lr=2e-5),
-        mesh=MeshConfig(data=1, fsdp=-1),
+        mesh=mesh,
     )
-    rm_scalar = replace(
-        sft,
-        algorithm="scalar_rm",
-        num_epochs=2.0,
-        reward=RewardConfig(kind="scalar"),
-        model=POLICY,
-        optimizer=OptimizerConfig(lr=2e-5, weight_decay=0.1),
-    )
-    rm_seq2seq = replace(rm_scalar, algorithm="seq2seq_rm", reward=RewardConfig(kind="literal"))
-    ppo_scalar = replace(
-        sft,
-        algorithm="ppo",
+    decayed = OptimizerConfig(lr=2e-5, weight_decay=0.1)
+    rm_scalar = ScalarRM(num_epochs=2.0, model=POLICY, data=pairs, optimizer=decayed, mesh=mesh)
+    rm_seq2seq = Seq2SeqRM(num_epochs=2.0, model=POLICY, data=pairs, optimizer=decayed, mesh=mesh)
+    ppo_scalar = PPO(
         num_epochs=1.0,
         reward=RewardConfig(kind="scalar", model="stage:rm_scalar"),
         model=POLICY,
@@ -53,7 +45,8 @@ def get_config(data: str = "PKU-Alignment/PKU-SafeRLHF") -> Pipeline:
         ptx=replace(pairs, max_length=1024),
         rollout=RolloutConfig(sampling=SAMPLING),
         optimizer=OptimizerConfig(lr=1e-5),
-        evaluation=EvaluationConfig(every=50, samples=8, sampling=SAMPLING),
+        mesh=mesh,
+        evaluation=JudgedEvaluationConfig(every=50, samples=8, sampling=SAMPLING),
     )
     ppo_seq2seq = replace(ppo_scalar, reward=RewardConfig(kind="literal", model="stage:rm_seq2seq"))
     return pipeline(

@@ -13,14 +13,23 @@ from dataclasses import replace
 
 from jaxrm.algorithms.optimizer import OptimizerConfig
 from jaxrm.algorithms.ppo_config import CriticConfig, PPOConfig, RolloutConfig
-from jaxrm.algorithms.reward_config import RewardConfig
+from jaxrm.algorithms.reward_config import RewardConfig, RewardKindConfig
 from jaxrm.data.config import DataConfig
-from jaxrm.experiment import EvaluationConfig, Experiment
 from jaxrm.models.build import ModelSource
 from jaxrm.models.generate import SamplingConfig
 from jaxrm.pipeline.config import Pipeline, pipeline
 from jaxrm.runtime.checkpoint import CheckpointConfig
 from jaxrm.runtime.metrics import LoggingConfig
+from jaxrm.stage_config import (
+    PPO,
+    SFT,
+    CorrectionEvaluationConfig,
+    EvaluationConfig,
+    JudgedEvaluationConfig,
+    RankingEvaluationConfig,
+    ScalarRM,
+    Seq2SeqRM,
+)
 
 POLICY = ModelSource(path="stage:sft")
 SAMPLING = SamplingConfig(max_new_tokens=64)
@@ -29,27 +38,35 @@ SAMPLING = SamplingConfig(max_new_tokens=64)
 def get_config(data: str = "Anthropic/hh-rlhf") -> Pipeline:
     """Config of all stages on ``data``."""
     pairs = DataConfig(path=data, max_length=512, batch_size=8, max_eval_records=32)
-    sft = Experiment(
-        algorithm="sft",
+    sft = SFT(
         num_steps=20,
         model=ModelSource(path=weights()),
         data=pairs,
         optimizer=OptimizerConfig(lr=2e-5, warmup=0.1),
         checkpoint=CheckpointConfig(every=10),
-        evaluation=EvaluationConfig(every=20, corrections=4),
+        evaluation=EvaluationConfig(every=20),
         logging=LoggingConfig(every=1),
     )
-    rm_scalar = replace(
-        sft,
-        algorithm="scalar_rm",
-        reward=RewardConfig(kind="scalar"),
+    rm_scalar = ScalarRM(
+        num_steps=20,
         model=POLICY,
+        data=pairs,
         optimizer=OptimizerConfig(lr=1e-4, warmup=0.1, weight_decay=0.1),
+        checkpoint=CheckpointConfig(every=10),
+        evaluation=RankingEvaluationConfig(every=20),
+        logging=LoggingConfig(every=1),
     )
-    rm_seq2seq = replace(rm_scalar, algorithm="seq2seq_rm", reward=RewardConfig(kind="soft"))
-    ppo_scalar = replace(
-        sft,
-        algorithm="ppo",
+    rm_seq2seq = Seq2SeqRM(
+        num_steps=20,
+        reward=RewardKindConfig(kind="soft"),
+        model=POLICY,
+        data=pairs,
+        optimizer=rm_scalar.optimizer,
+        checkpoint=CheckpointConfig(every=10),
+        evaluation=CorrectionEvaluationConfig(every=20, corrections=4),
+        logging=LoggingConfig(every=1),
+    )
+    ppo_scalar = PPO(
         num_steps=6,
         reward=RewardConfig(kind="scalar", model="stage:rm_scalar", calibration_responses=16),
         model=POLICY,
@@ -58,7 +75,9 @@ def get_config(data: str = "Anthropic/hh-rlhf") -> Pipeline:
         ppo=PPOConfig(kl_coef=0.05),
         critic=CriticConfig(path="stage:rm_scalar", optimizer=OptimizerConfig(lr=2e-5)),
         optimizer=OptimizerConfig(lr=1e-5),
-        evaluation=EvaluationConfig(every=6, samples=4, sampling=SAMPLING),
+        checkpoint=CheckpointConfig(every=10),
+        evaluation=JudgedEvaluationConfig(every=6, samples=4, sampling=SAMPLING),
+        logging=LoggingConfig(every=1),
     )
     soft = RewardConfig(kind="soft", model="stage:rm_seq2seq", calibration_responses=16)
     ppo_seq2seq = replace(ppo_scalar, reward=soft)

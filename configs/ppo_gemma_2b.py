@@ -13,19 +13,18 @@ from jaxrm.algorithms.optimizer import OptimizerConfig
 from jaxrm.algorithms.ppo_config import CriticConfig, PPOConfig, RolloutConfig
 from jaxrm.algorithms.reward_config import RewardConfig
 from jaxrm.data.config import DataConfig
-from jaxrm.experiment import EvaluationConfig, Experiment
 from jaxrm.models.build import ModelSource
 from jaxrm.models.generate import SamplingConfig
 from jaxrm.sharding.mesh import MeshConfig
+from jaxrm.stage_config import PPO, JudgedEvaluationConfig
 
 DATA = "PKU-Alignment/PKU-SafeRLHF"
 
 
-def get_config() -> Experiment:
+def get_config() -> PPO:
     sampling = SamplingConfig(max_new_tokens=512)
-    return Experiment(
+    return PPO(
         run_dir="runs/ppo_gemma_2b",
-        algorithm="ppo",
         num_epochs=1.0,
         # No kind beat the paper's in the lab, and centring is worth most: README, "The lab".
         reward=RewardConfig(kind="literal", model="runs/rm_seq2seq_gemma_2b"),
@@ -36,6 +35,6 @@ def get_config() -> Experiment:
         ppo=PPOConfig(kl_coef=0.02, clip=0.2, value_clip=5.0, reward_clip=50.0, gae_lambda=0.95, ptx_coef=16.0),
         critic=CriticConfig(optimizer=OptimizerConfig(lr=5e-6, warmup=0.03, b1=0.9, b2=0.95, clip_norm=1.0)),
         optimizer=OptimizerConfig(lr=1e-5, schedule="cosine", warmup=0.03, b1=0.9, b2=0.95, clip_norm=1.0),
-        evaluation=EvaluationConfig(every=50, samples=8, sampling=sampling),
+        evaluation=JudgedEvaluationConfig(every=50, samples=8, sampling=sampling),
         mesh=MeshConfig(data=1, fsdp=-1),
     )

@@ -16,18 +16,17 @@ from jaxrm.algorithms.optimizer import OptimizerConfig
 from jaxrm.algorithms.ppo_config import CriticConfig, PPOConfig, RolloutConfig
 from jaxrm.algorithms.reward_config import RewardConfig
 from jaxrm.data.config import DataConfig
-from jaxrm.experiment import EvaluationConfig, Experiment
 from jaxrm.models.build import ModelSource
 from jaxrm.models.generate import SamplingConfig
 from jaxrm.runtime.checkpoint import CheckpointConfig
 from jaxrm.runtime.metrics import LoggingConfig
+from jaxrm.stage_config import PPO, JudgedEvaluationConfig
 
 
-def get_config() -> Experiment:
+def get_config() -> PPO:
     sampling = SamplingConfig(max_new_tokens=64)
-    return Experiment(
+    return PPO(
         run_dir="runs/ppo_smollm2_135m",
-        algorithm="ppo",
         num_steps=10,
         reward=RewardConfig(kind="soft", model="runs/rm_seq2seq_smollm2_135m", calibration_responses=32),
         model=ModelSource(path=weights()),
@@ -37,7 +36,7 @@ def get_config() -> Experiment:
         critic=CriticConfig(optimizer=OptimizerConfig(lr=2e-5)),
         optimizer=OptimizerConfig(lr=1e-5),
         checkpoint=CheckpointConfig(every=5),
-        evaluation=EvaluationConfig(every=10, sampling=sampling),
+        evaluation=JudgedEvaluationConfig(every=10, sampling=sampling),
         logging=LoggingConfig(every=1),
     )
 

@@ -11,16 +11,15 @@ from jaxrm.algorithms.optimizer import OptimizerConfig
 from jaxrm.algorithms.ppo_config import CriticConfig, PPOConfig, RolloutConfig
 from jaxrm.algorithms.reward_config import RewardConfig
 from jaxrm.data.config import DataConfig
-from jaxrm.experiment import EvaluationConfig, Experiment
 from jaxrm.models.build import ModelSource
 from jaxrm.models.generate import SamplingConfig
+from jaxrm.stage_config import PPO, JudgedEvaluationConfig
 
 
-def get_config() -> Experiment:
+def get_config() -> PPO:
     sampling = SamplingConfig(max_new_tokens=40)
-    return Experiment(
+    return PPO(
         run_dir="runs/ppo_tiny",
-        algorithm="ppo",
         num_steps=50,
         # No kind beat the paper's in the lab, and centring is worth most: README, "The lab".
         reward=RewardConfig(kind="literal", model="runs/rm_seq2seq_tiny"),
@@ -30,5 +29,5 @@ def get_config() -> Experiment:
         ppo=PPOConfig(kl_coef=0.3),
         critic=CriticConfig(optimizer=OptimizerConfig(lr=3e-4)),
         optimizer=OptimizerConfig(lr=1e-4),
-        evaluation=EvaluationConfig(every=25, sampling=sampling),
+        evaluation=JudgedEvaluationConfig(every=25, sampling=sampling),
     )

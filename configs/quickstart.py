@@ -14,47 +14,50 @@ from jaxrm.algorithms.ppo_config import CriticConfig, PPOConfig, RolloutConfig
 from jaxrm.algorithms.reward_config import RewardConfig
 from jaxrm.data.config import DataConfig
 from jaxrm.data.pairs import MappingConfig
-from jaxrm.experiment import EvaluationConfig, Experiment, PairsConfig
 from jaxrm.models.build import ModelSource
 from jaxrm.models.generate import SamplingConfig
 from jaxrm.pipeline.config import Pipeline, pipeline
 from jaxrm.runtime.metrics import LoggingConfig
+from jaxrm.stage_config import (
+    PPO,
+    SFT,
+    CorrectionEvaluationConfig,
+    JudgedEvaluationConfig,
+    PairsConfig,
+    SamplePairs,
+    ScalarRM,
+    Seq2SeqRM,
+)
 
 POLICY, PAIRS = ModelSource(path="stage:sft"), "stage:pairs/pairs.jsonl"
 SAMPLING = SamplingConfig(max_new_tokens=40)
 
 
 def get_config() -> Pipeline:
-    sft = Experiment(
-        algorithm="sft",
+    sft = SFT(
         num_epochs=4.0,
         model=ModelSource(preset="tiny"),
         data=DataConfig(path="task:safety", max_length=256, batch_size=16),
         optimizer=OptimizerConfig(lr=2e-3, weight_decay=0.1),
     )
-    pairs = Experiment(
-        algorithm="sample_pairs",
+    pairs = SamplePairs(
         model=POLICY,
         data=DataConfig(path="task:safety"),
         pairs=PairsConfig(count=2000, sampling=SAMPLING),
     )
-    rm_scalar = Experiment(
-        algorithm="scalar_rm",
+    preferences = DataConfig(path=PAIRS, max_length=256, batch_size=16, eval_share=0.1)
+    rm_scalar = ScalarRM(
+        num_epochs=2.0, model=POLICY, data=preferences, optimizer=OptimizerConfig(lr=1e-3, weight_decay=0.1)
+    )
+    rm_seq2seq = Seq2SeqRM(
         num_epochs=2.0,
-        reward=RewardConfig(kind="scalar"),
-        model=POLICY,
-        data=DataConfig(path=PAIRS, max_length=256, batch_size=16, eval_share=0.1),
-        optimizer=OptimizerConfig(lr=1e-3, weight_decay=0.1),
-    )
-    rm_seq2seq = replace(
-        rm_scalar,
-        algorithm="seq2seq_rm",
-        reward=RewardConfig(kind="literal"),
         mapping=MappingConfig(instruction=""),  # in a world of 198 words the turn alone is instruction enough
-        evaluation=EvaluationConfig(judge="task:safety"),
+        model=POLICY,
+        data=preferences,
+        optimizer=rm_scalar.optimizer,
+        evaluation=CorrectionEvaluationConfig(judge="task:safety"),
     )
-    ppo_scalar = Experiment(
-        algorithm="ppo",
+    ppo_scalar = PPO(
         num_steps=50,
         reward=RewardConfig(kind="scalar", model="stage:rm_scalar"),
         model=POLICY,
@@ -63,7 +66,7 @@ def get_config() -> Pipeline:
         ppo=PPOConfig(kl_coef=0.3),
         critic=CriticConfig(path="stage:rm_scalar", optimizer=OptimizerConfig(lr=3e-4)),
         optimizer=OptimizerConfig(lr=1e-4),
-        evaluation=EvaluationConfig(every=25, samples=8, sampling=SAMPLING),
+        evaluation=JudgedEvaluationConfig(every=25, samples=8, sampling=SAMPLING),
         logging=LoggingConfig(every=1),
     )
     ppo_seq2seq = replace(ppo_scalar, reward=RewardConfig(kind="literal", model="stage:rm_seq2seq"))

@@ -10,25 +10,22 @@ over the fsdp axis, and activations. For the baseline add --config.winners.rewar
 are jaxrm's choice.
 """
 
-from dataclasses import replace
-
 from jaxrm.algorithms.best_of_n import BestOfNConfig
 from jaxrm.algorithms.optimizer import OptimizerConfig
 from jaxrm.algorithms.ppo_config import RolloutConfig
 from jaxrm.algorithms.reward_config import RewardConfig
 from jaxrm.data.config import DataConfig
-from jaxrm.experiment import EvaluationConfig, Experiment
 from jaxrm.models.build import ModelSource
 from jaxrm.models.generate import SamplingConfig
 from jaxrm.pipeline.config import Pipeline, pipeline
 from jaxrm.sharding.mesh import MeshConfig
+from jaxrm.stage_config import SFT, BestOfN, EvaluationConfig
 
 POLICY = ModelSource(path="runs/sft_llama_2_7b", dtype="bfloat16")
 
 
 def get_config() -> Pipeline:
-    winners = Experiment(
-        algorithm="best_of_n",
+    winners = BestOfN(
         reward=RewardConfig(kind="literal", model="runs/rm_seq2seq_llama_2_7b"),
         model=POLICY,
         data=DataConfig(path="PKU-Alignment/PKU-SafeRLHF", template="llama2", max_length=1024, batch_size=128),
@@ -36,13 +33,12 @@ def get_config() -> Pipeline:
         rollout=RolloutConfig(sampling=SamplingConfig(max_new_tokens=512)),
         mesh=MeshConfig(data=1, fsdp=-1),
     )
-    sft = replace(
-        winners,
-        algorithm="sft",
+    sft = SFT(
         num_epochs=2.0,
-        reward=RewardConfig(),
+        model=POLICY,
         data=DataConfig(path="stage:winners/winners.jsonl", template="llama2", max_length=1024, batch_size=64),
         optimizer=OptimizerConfig(lr=1e-5),
+        mesh=winners.mesh,
         evaluation=EvaluationConfig(every=100),
     )
     return pipeline(run_dir="runs/rft_llama_2_7b", winners=winners, sft=sft)

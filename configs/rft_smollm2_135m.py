@@ -16,17 +16,16 @@ from jaxrm.algorithms.optimizer import OptimizerConfig
 from jaxrm.algorithms.ppo_config import RolloutConfig
 from jaxrm.algorithms.reward_config import RewardConfig
 from jaxrm.data.config import DataConfig
-from jaxrm.experiment import EvaluationConfig, Experiment
 from jaxrm.models.build import ModelSource
 from jaxrm.models.generate import SamplingConfig
 from jaxrm.pipeline.config import Pipeline, pipeline
 from jaxrm.runtime.metrics import LoggingConfig
+from jaxrm.stage_config import SFT, BestOfN, EvaluationConfig
 
 
 def get_config() -> Pipeline:
     policy, sampling = ModelSource(path=weights()), SamplingConfig(max_new_tokens=64)
-    winners = Experiment(
-        algorithm="best_of_n",
+    winners = BestOfN(
         num_steps=8,
         reward=RewardConfig(kind="soft", model="runs/rm_seq2seq_smollm2_135m", calibration_responses=16),
         model=policy,
@@ -34,7 +33,7 @@ def get_config() -> Pipeline:
         best_of_n=BestOfNConfig(n=4, keep_truncated=True),
         rollout=RolloutConfig(sampling=sampling),
     )
-    sft = Experiment(
+    sft = SFT(
         num_steps=10,
         model=policy,
         data=DataConfig(path="stage:winners/winners.jsonl", max_length=256, batch_size=8, eval_share=0.2),

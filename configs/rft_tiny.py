@@ -12,25 +12,23 @@ from jaxrm.algorithms.optimizer import OptimizerConfig
 from jaxrm.algorithms.ppo_config import RolloutConfig
 from jaxrm.algorithms.reward_config import RewardConfig
 from jaxrm.data.config import DataConfig
-from jaxrm.experiment import EvaluationConfig, Experiment
 from jaxrm.models.build import ModelSource
 from jaxrm.models.generate import SamplingConfig
 from jaxrm.pipeline.config import Pipeline, pipeline
+from jaxrm.stage_config import SFT, BestOfN, EvaluationConfig
 
 POLICY = ModelSource(path="runs/sft_tiny")
 
 
 def get_config() -> Pipeline:
-    winners = Experiment(
-        algorithm="best_of_n",
+    winners = BestOfN(
         reward=RewardConfig(kind="soft", model="runs/rm_seq2seq_tiny"),
         model=POLICY,
         data=DataConfig(path="task:safety", max_length=64, batch_size=256),
         best_of_n=BestOfNConfig(n=8),
         rollout=RolloutConfig(sampling=SamplingConfig(max_new_tokens=40)),
     )
-    sft = Experiment(
-        algorithm="sft",
+    sft = SFT(
         num_epochs=2.0,
         model=POLICY,
         data=DataConfig(path="stage:winners/winners.jsonl", max_length=256, batch_size=16),

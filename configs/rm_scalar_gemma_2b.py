@@ -9,19 +9,18 @@ batch and length are jaxrm's choice.
 """
 
 from jaxrm.algorithms.optimizer import OptimizerConfig
-from jaxrm.algorithms.reward_config import RewardConfig
+from jaxrm.algorithms.reward_config import RewardKindConfig
 from jaxrm.data.config import DataConfig
-from jaxrm.experiment import Experiment
 from jaxrm.models.build import ModelSource
 from jaxrm.sharding.mesh import MeshConfig
+from jaxrm.stage_config import ScalarRM
 
 
-def get_config() -> Experiment:
-    return Experiment(
+def get_config() -> ScalarRM:
+    return ScalarRM(
         run_dir="runs/rm_scalar_gemma_2b",
-        algorithm="scalar_rm",
         num_epochs=2.0,
-        reward=RewardConfig(kind="scalar"),
+        reward=RewardKindConfig(kind="scalar"),
         model=ModelSource(path="google/gemma-2b", dtype="bfloat16"),
         data=DataConfig(path="PKU-Alignment/PKU-SafeRLHF", template="gemma", max_length=2048, batch_size=32),
         optimizer=OptimizerConfig(

@@ -9,19 +9,18 @@ recipe; batch and length are jaxrm's choice.
 """
 
 from jaxrm.algorithms.optimizer import OptimizerConfig
-from jaxrm.algorithms.reward_config import RewardConfig
+from jaxrm.algorithms.reward_config import RewardKindConfig
 from jaxrm.data.config import DataConfig
-from jaxrm.experiment import Experiment
 from jaxrm.models.build import ModelSource
 from jaxrm.sharding.mesh import MeshConfig
+from jaxrm.stage_config import ScalarRM
 
 
-def get_config() -> Experiment:
-    return Experiment(
+def get_config() -> ScalarRM:
+    return ScalarRM(
         run_dir="runs/rm_scalar_llama_2_7b",
-        algorithm="scalar_rm",
         num_epochs=2.0,
-        reward=RewardConfig(kind="scalar"),
+        reward=RewardKindConfig(kind="scalar"),
         model=ModelSource(path="meta-llama/Llama-2-7b-hf", dtype="bfloat16"),
         data=DataConfig(path="PKU-Alignment/PKU-SafeRLHF", template="llama2", max_length=2048, batch_size=64),
         optimizer=OptimizerConfig(

@@ -11,26 +11,25 @@ Anthropic/hh-rlhf. The learning rate is jaxrm's choice for a model of this size.
 import importlib.util
 
 from jaxrm.algorithms.optimizer import OptimizerConfig
-from jaxrm.algorithms.reward_config import RewardConfig
+from jaxrm.algorithms.reward_config import RewardKindConfig
 from jaxrm.data.config import DataConfig
-from jaxrm.experiment import EvaluationConfig, Experiment
 from jaxrm.models.build import ModelSource
 from jaxrm.runtime.checkpoint import CheckpointConfig
 from jaxrm.runtime.metrics import LoggingConfig
+from jaxrm.stage_config import RankingEvaluationConfig, ScalarRM
 
 
-def get_config() -> Experiment:
-    return Experiment(
+def get_config() -> ScalarRM:
+    return ScalarRM(
         run_dir="runs/rm_scalar_smollm2_135m",
-        algorithm="scalar_rm",
         num_steps=20,
         num_epochs=2.0,
-        reward=RewardConfig(kind="scalar"),
+        reward=RewardKindConfig(kind="scalar"),
         model=ModelSource(path=weights()),
         data=DataConfig(path="Anthropic/hh-rlhf", max_length=512, batch_size=8, max_eval_records=32),
         optimizer=OptimizerConfig(lr=1e-4, warmup=0.1, weight_decay=0.1),
         checkpoint=CheckpointConfig(every=10),
-        evaluation=EvaluationConfig(every=20),
+        evaluation=RankingEvaluationConfig(every=20),
         logging=LoggingConfig(every=1),
     )
 

@@ -7,22 +7,21 @@ Needs: the policy that it starts from and pairs of that policy's responses, `con
 """
 
 from jaxrm.algorithms.optimizer import OptimizerConfig
-from jaxrm.algorithms.reward_config import RewardConfig
+from jaxrm.algorithms.reward_config import RewardKindConfig
 from jaxrm.data.config import DataConfig
-from jaxrm.experiment import EvaluationConfig, Experiment
 from jaxrm.models.build import ModelSource
 from jaxrm.runtime.checkpoint import CheckpointConfig
+from jaxrm.stage_config import RankingEvaluationConfig, ScalarRM
 
 
-def get_config() -> Experiment:
-    return Experiment(
+def get_config() -> ScalarRM:
+    return ScalarRM(
         run_dir="runs/rm_scalar_tiny",
-        algorithm="scalar_rm",
         num_epochs=2.0,
-        reward=RewardConfig(kind="scalar"),
+        reward=RewardKindConfig(kind="scalar"),
         model=ModelSource(path="runs/sft_tiny"),
         data=DataConfig(path="runs/pairs_tiny/pairs.jsonl", max_length=256, batch_size=16, eval_share=0.2),
         optimizer=OptimizerConfig(lr=1e-3, weight_decay=0.1),
         checkpoint=CheckpointConfig(every=50),
-        evaluation=EvaluationConfig(every=50),
+        evaluation=RankingEvaluationConfig(every=50),
     )

@@ -12,24 +12,23 @@ import importlib.util
 
 from jaxrm.algorithms.optimizer import OptimizerConfig
 from jaxrm.data.config import DataConfig
-from jaxrm.experiment import EvaluationConfig, Experiment
 from jaxrm.models.build import ModelSource
 from jaxrm.models.generate import SamplingConfig
 from jaxrm.runtime.checkpoint import CheckpointConfig
 from jaxrm.runtime.metrics import LoggingConfig
+from jaxrm.stage_config import CorrectionEvaluationConfig, Seq2SeqRM
 
 
-def get_config() -> Experiment:
-    return Experiment(
+def get_config() -> Seq2SeqRM:
+    return Seq2SeqRM(
         run_dir="runs/rm_seq2seq_smollm2_135m",
-        algorithm="seq2seq_rm",
         num_steps=20,
         num_epochs=2.0,
         model=ModelSource(path=weights()),
         data=DataConfig(path="Anthropic/hh-rlhf", max_length=512, batch_size=8, max_eval_records=32),
         optimizer=OptimizerConfig(lr=1e-4, warmup=0.1, weight_decay=0.1),
         checkpoint=CheckpointConfig(every=10),
-        evaluation=EvaluationConfig(
+        evaluation=CorrectionEvaluationConfig(
             every=20, corrections=8, sampling=SamplingConfig(max_new_tokens=128, temperature=0.0)
         ),
         logging=LoggingConfig(every=1),

@@ -9,20 +9,19 @@ Needs: the policy that it starts from and pairs of that policy's responses, `con
 from jaxrm.algorithms.optimizer import OptimizerConfig
 from jaxrm.data.config import DataConfig
 from jaxrm.data.pairs import MappingConfig
-from jaxrm.experiment import EvaluationConfig, Experiment
 from jaxrm.models.build import ModelSource
 from jaxrm.runtime.checkpoint import CheckpointConfig
+from jaxrm.stage_config import CorrectionEvaluationConfig, Seq2SeqRM
 
 
-def get_config() -> Experiment:
-    return Experiment(
+def get_config() -> Seq2SeqRM:
+    return Seq2SeqRM(
         run_dir="runs/rm_seq2seq_tiny",
-        algorithm="seq2seq_rm",
         num_epochs=2.0,
         mapping=MappingConfig(instruction=""),  # in a world of 198 words the turn alone is instruction enough
         model=ModelSource(path="runs/sft_tiny"),
         data=DataConfig(path="runs/pairs_tiny/pairs.jsonl", max_length=256, batch_size=16, eval_share=0.2),
         optimizer=OptimizerConfig(lr=1e-3, weight_decay=0.1),
         checkpoint=CheckpointConfig(every=50),
-        evaluation=EvaluationConfig(every=50, judge="task:safety"),
+        evaluation=CorrectionEvaluationConfig(every=50, judge="task:safety"),
     )

@@ -9,15 +9,14 @@ epochs are those of the published recipe; batch and length are jaxrm's choice.
 
 from jaxrm.algorithms.optimizer import OptimizerConfig
 from jaxrm.data.config import DataConfig
-from jaxrm.experiment import Experiment
 from jaxrm.models.build import ModelSource
 from jaxrm.sharding.mesh import MeshConfig
+from jaxrm.stage_config import SFT
 
 
-def get_config() -> Experiment:
-    return Experiment(
+def get_config() -> SFT:
+    return SFT(
         run_dir="runs/sft_llama_2_7b",
-        algorithm="sft",
         num_epochs=3.0,
         model=ModelSource(path="meta-llama/Llama-2-7b-hf", dtype="bfloat16"),
         data=DataConfig(path="PKU-Alignment/PKU-SafeRLHF", template="llama2", max_length=1024, batch_size=64),

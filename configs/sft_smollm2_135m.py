@@ -12,17 +12,16 @@ import importlib.util
 
 from jaxrm.algorithms.optimizer import OptimizerConfig
 from jaxrm.data.config import DataConfig
-from jaxrm.experiment import EvaluationConfig, Experiment
 from jaxrm.models.build import ModelSource
 from jaxrm.models.generate import SamplingConfig
 from jaxrm.runtime.checkpoint import CheckpointConfig
 from jaxrm.runtime.metrics import LoggingConfig
+from jaxrm.stage_config import SFT, EvaluationConfig
 
 
-def get_config() -> Experiment:
-    return Experiment(
+def get_config() -> SFT:
+    return SFT(
         run_dir="runs/sft_smollm2_135m",
-        algorithm="sft",
         num_steps=30,
         model=ModelSource(path=weights()),
         data=DataConfig(path="Anthropic/hh-rlhf", max_length=512, batch_size=8, max_eval_records=48),

@@ -7,15 +7,14 @@ Needs: two CPU cores, 2 GB of memory, about a minute. It is the first stage of `
 
 from jaxrm.algorithms.optimizer import OptimizerConfig
 from jaxrm.data.config import DataConfig
-from jaxrm.experiment import EvaluationConfig, Experiment
 from jaxrm.models.build import ModelSource
 from jaxrm.runtime.checkpoint import CheckpointConfig
+from jaxrm.stage_config import SFT, EvaluationConfig
 
 
-def get_config() -> Experiment:
-    return Experiment(
+def get_config() -> SFT:
+    return SFT(
         run_dir="runs/sft_tiny",
-        algorithm="sft",
         num_epochs=4.0,
         model=ModelSource(preset="tiny"),
         data=DataConfig(path="task:safety", max_length=256, batch_size=16),

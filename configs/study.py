@@ -13,58 +13,87 @@ from dataclasses import replace
 from jaxrm.algorithms.best_of_n import BestOfNConfig
 from jaxrm.algorithms.optimizer import OptimizerConfig
 from jaxrm.algorithms.ppo_config import CriticConfig, PPOConfig, RolloutConfig
-from jaxrm.algorithms.reward_config import RewardConfig
 from jaxrm.data.config import DataConfig
 from jaxrm.data.pairs import MappingConfig
-from jaxrm.experiment import EvaluationConfig, Experiment, PairsConfig
 from jaxrm.models.generate import SamplingConfig
 from jaxrm.runtime.checkpoint import CheckpointConfig
 from jaxrm.runtime.metrics import LoggingConfig
+from jaxrm.stage_config import (
+    DPO,
+    PPO,
+    SFT,
+    BestOfN,
+    CorrectionEvaluationConfig,
+    Evaluate,
+    EvaluationConfig,
+    JudgedEvaluationConfig,
+    PairsConfig,
+    RankingEvaluationConfig,
+    SamplePairs,
+    ScalarRM,
+    Seq2SeqRM,
+)
 from jaxrm.study.config import Study
 
 SAMPLING = SamplingConfig(max_new_tokens=28)
 
 
 def get_config() -> Study:
-    sft = Experiment(
-        algorithm="sft",
-        num_steps=3000,
-        data=DataConfig(max_length=256, batch_size=2, max_eval_records=128),
-        optimizer=OptimizerConfig(lr=1.5e-3, weight_decay=0.1),
-        evaluation=EvaluationConfig(every=10_000, samples=0, sampling=SAMPLING),
-        checkpoint=CheckpointConfig(every=10_000),
-        logging=LoggingConfig(progress=False),
-    )
-    rm_scalar = replace(
-        sft,
-        algorithm="scalar_rm",
-        num_steps=None,
-        num_epochs=3.0,
-        reward=RewardConfig(kind="scalar"),
-        data=DataConfig(max_length=256, batch_size=4, eval_share=0.1),
-        optimizer=OptimizerConfig(lr=1e-3, weight_decay=0.1),
-    )
+    never, quiet = 10_000, LoggingConfig(progress=False)
+    checkpoint = CheckpointConfig(every=never)
+    optimizer = OptimizerConfig(lr=1.5e-3, weight_decay=0.1)
+    demonstrations = DataConfig(max_length=256, batch_size=2, max_eval_records=128)
+    pairs = DataConfig(max_length=256, batch_size=4, eval_share=0.1)
     prompts = DataConfig(max_length=60, batch_size=32, max_eval_records=256)
-    ppo = replace(
-        sft,
-        algorithm="ppo",
-        num_steps=48,
-        data=prompts,
-        rollout=RolloutConfig(sampling=SAMPLING),
-        ppo=PPOConfig(missing_end_penalty=1.0),
-        critic=CriticConfig(optimizer=OptimizerConfig(lr=1e-3)),
-        optimizer=OptimizerConfig(lr=1e-3),
-        evaluation=EvaluationConfig(every=12, samples=8, sampling=SAMPLING),
+    rollout = RolloutConfig(sampling=SAMPLING)
+    sft = SFT(
+        num_steps=3000,
+        data=demonstrations,
+        optimizer=optimizer,
+        evaluation=EvaluationConfig(every=never, samples=0, sampling=SAMPLING),
+        checkpoint=checkpoint,
+        logging=quiet,
+    )
+    rm_scalar = ScalarRM(
+        data=pairs,
+        optimizer=OptimizerConfig(lr=1e-3, weight_decay=0.1),
+        evaluation=RankingEvaluationConfig(every=never),
+        checkpoint=checkpoint,
+        logging=quiet,
     )
     return Study(
         run_dir="runs/study",
         sft=sft,
-        pairs=replace(sft, algorithm="sample_pairs", pairs=PairsConfig(count=2000, sampling=SAMPLING)),
+        pairs=SamplePairs(data=demonstrations, pairs=PairsConfig(count=2000, sampling=SAMPLING), logging=quiet),
         rm_scalar=rm_scalar,
-        rm_seq2seq=replace(rm_scalar, algorithm="seq2seq_rm", mapping=MappingConfig(instruction="")),
-        imitation=replace(sft, num_steps=None, num_epochs=2.0, data=replace(sft.data, batch_size=8)),
-        dpo=replace(sft, algorithm="dpo", num_steps=None, num_epochs=1.0, data=replace(sft.data, batch_size=8)),
-        best_of_n=replace(ppo, algorithm="best_of_n", num_steps=None, best_of_n=BestOfNConfig(n=8)),
-        ppo=ppo,
-        evaluate=replace(ppo, algorithm="evaluate", data=replace(prompts, batch_size=256)),
+        rm_seq2seq=Seq2SeqRM(
+            mapping=MappingConfig(instruction=""),
+            data=pairs,
+            optimizer=rm_scalar.optimizer,
+            evaluation=CorrectionEvaluationConfig(every=never, samples=0, sampling=SAMPLING),
+            checkpoint=checkpoint,
+            logging=quiet,
+        ),
+        imitation=replace(sft, num_steps=None, num_epochs=2.0, data=replace(demonstrations, batch_size=8)),
+        dpo=DPO(
+            num_epochs=1.0,
+            data=replace(demonstrations, batch_size=8),
+            optimizer=optimizer,
+            evaluation=JudgedEvaluationConfig(every=never, samples=0, sampling=SAMPLING),
+            checkpoint=checkpoint,
+            logging=quiet,
+        ),
+        best_of_n=BestOfN(data=prompts, rollout=rollout, best_of_n=BestOfNConfig(n=8), logging=quiet),
+        ppo=PPO(
+            num_steps=48,
+            data=prompts,
+            rollout=rollout,
+            ppo=PPOConfig(missing_end_penalty=1.0),
+            critic=CriticConfig(optimizer=OptimizerConfig(lr=1e-3)),
+            optimizer=OptimizerConfig(lr=1e-3),
+            evaluation=JudgedEvaluationConfig(every=12, samples=8, sampling=SAMPLING),
+            checkpoint=checkpoint,
+            logging=quiet,
+        ),
+        evaluate=Evaluate(data=replace(prompts, batch_size=256), rollout=rollout, logging=quiet),
     )

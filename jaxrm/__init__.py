@@ -15,15 +15,12 @@ if TYPE_CHECKING:
     from jaxrm.algorithms.ppo_config import PPOConfig as PPOConfig
     from jaxrm.algorithms.ppo_config import RolloutConfig as RolloutConfig
     from jaxrm.algorithms.reward_config import RewardConfig as RewardConfig
+    from jaxrm.algorithms.reward_config import RewardKindConfig as RewardKindConfig
     from jaxrm.algorithms.scalar_rm import ScalarRMConfig as ScalarRMConfig
     from jaxrm.data.config import DataConfig as DataConfig
     from jaxrm.data.pairs import MappingConfig as MappingConfig
     from jaxrm.data.records import Message as Message
     from jaxrm.errors import UserError as UserError
-    from jaxrm.experiment import AnswersConfig as AnswersConfig
-    from jaxrm.experiment import EvaluationConfig as EvaluationConfig
-    from jaxrm.experiment import Experiment as Experiment
-    from jaxrm.experiment import PairsConfig as PairsConfig
     from jaxrm.inference import losses as losses
     from jaxrm.inference.batches import comparisons as comparisons
     from jaxrm.inference.batches import demonstrations as demonstrations
@@ -34,6 +31,7 @@ if TYPE_CHECKING:
     from jaxrm.inference.reward_model import RewardModel as RewardModel
     from jaxrm.inference.scores import Scores as Scores
     from jaxrm.inference.training import build_training as build_training
+    from jaxrm.models.build import ModelSource as Model  # noqa: F401
     from jaxrm.models.build import ModelSource as ModelSource
     from jaxrm.models.generate import SamplingConfig as SamplingConfig
     from jaxrm.ops.token_rewards import reward_kind as reward_kind
@@ -43,6 +41,21 @@ if TYPE_CHECKING:
     from jaxrm.runtime.metrics import LoggingConfig as LoggingConfig
     from jaxrm.sharding.mesh import MeshConfig as MeshConfig
     from jaxrm.sharding.mesh import build_mesh as build_mesh
+    from jaxrm.stage_config import DPO as DPO
+    from jaxrm.stage_config import PPO as PPO
+    from jaxrm.stage_config import SFT as SFT
+    from jaxrm.stage_config import BestOfN as BestOfN
+    from jaxrm.stage_config import CorrectionEvaluationConfig as CorrectionEvaluationConfig
+    from jaxrm.stage_config import Evaluate as Evaluate
+    from jaxrm.stage_config import EvaluateConfig as EvaluateConfig
+    from jaxrm.stage_config import EvaluationConfig as EvaluationConfig
+    from jaxrm.stage_config import JudgeConfig as JudgeConfig
+    from jaxrm.stage_config import JudgedEvaluationConfig as JudgedEvaluationConfig
+    from jaxrm.stage_config import PairsConfig as PairsConfig
+    from jaxrm.stage_config import RankingEvaluationConfig as RankingEvaluationConfig
+    from jaxrm.stage_config import SamplePairs as SamplePairs
+    from jaxrm.stage_config import ScalarRM as ScalarRM
+    from jaxrm.stage_config import Seq2SeqRM as Seq2SeqRM
     from jaxrm.study.config import Study as Study
     from jaxrm.train import run as run
 
@@ -58,18 +71,12 @@ _NAMES = {
         "PPOConfig",
         "RolloutConfig",
     ),
-    "algorithms.reward_config": ("RewardConfig",),
+    "algorithms.reward_config": ("RewardConfig", "RewardKindConfig"),
     "algorithms.scalar_rm": ("ScalarRMConfig",),
     "data.config": ("DataConfig",),
     "data.pairs": ("MappingConfig",),
     "data.records": ("Message",),
     "errors": ("UserError",),
-    "experiment": (
-        "AnswersConfig",
-        "EvaluationConfig",
-        "Experiment",
-        "PairsConfig",
-    ),
     "inference.batches": (
         "comparisons",
         "demonstrations",
@@ -93,11 +100,32 @@ _NAMES = {
         "MeshConfig",
         "build_mesh",
     ),
+    "stage_config": (
+        "BestOfN",
+        "CorrectionEvaluationConfig",
+        "DPO",
+        "Evaluate",
+        "EvaluateConfig",
+        "EvaluationConfig",
+        "JudgeConfig",
+        "JudgedEvaluationConfig",
+        "PPO",
+        "PairsConfig",
+        "RankingEvaluationConfig",
+        "SFT",
+        "SamplePairs",
+        "ScalarRM",
+        "Seq2SeqRM",
+    ),
     "study.config": ("Study",),
     "train": ("run",),
 }
 _MODULES = {name: module for module, names in _NAMES.items() for name in names}
-_RENAMED = {"losses": ("inference.losses", None), "make_pipeline": ("pipeline.config", "pipeline")}
+_RENAMED = {
+    "Model": ("models.build", "ModelSource"),
+    "losses": ("inference.losses", None),
+    "make_pipeline": ("pipeline.config", "pipeline"),
+}
 
 __all__ = ["__version__", *sorted({**_MODULES, **_RENAMED})]
 

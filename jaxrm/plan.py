@@ -22,10 +22,10 @@ from absl import flags
 
 from jaxrm.config import command_line
 from jaxrm.errors import UserError, option
-from jaxrm.experiment import Experiment
 from jaxrm.pipeline.config import Pipeline
+from jaxrm.stage_config import StageConfig
 
-CONFIG_CLASSES = (Experiment, Pipeline)
+CONFIG_CLASSES = (StageConfig, Pipeline)
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -42,7 +42,7 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string("html", None, "file for a page with the figures as bars and tables", flag_values=values)
 
 
-def main(config: Experiment | Pipeline, given: flags.FlagValues) -> int:
+def main(config: StageConfig | Pipeline, given: flags.FlagValues) -> int:
     """Print the plan; exit status 1 where a program does not fit."""
     if given.topology is None:
         raise UserError("--topology is required: the devices to compile for, e.g. --topology=v5e:4x4")

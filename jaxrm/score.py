@@ -9,17 +9,20 @@ needed only to lay the model over devices (config.mesh) or to name the kind (con
 """
 
 import sys
+from typing import Any
 
 from absl import flags
 
 from jaxrm.config import command_line
 from jaxrm.config.output_files import check_output_files
 from jaxrm.errors import UserError
-from jaxrm.experiment import Experiment
+from jaxrm.stage_config import PPO, BestOfN, Evaluate, ScalarRM, Seq2SeqRM
 
 _SAME = ("kind", "reference", "max_new_tokens")
 FLAG_OF_FIELD = {"path": "--checkpoint", "data.path": "--input", "data.eval_path": "--input"}
 FLAG_OF_FIELD |= {name: f"--{name}" for name in _SAME}
+
+CONFIG_CLASSES = (Seq2SeqRM, ScalarRM, PPO, BestOfN, Evaluate)  # those that name a kind of reward
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -42,7 +45,7 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "compute dtype", flag_values=values)
 
 
-def main(config: Experiment | None, given: flags.FlagValues) -> int:
+def main(config: Any, given: flags.FlagValues) -> int:
     """Open the model, score, write and draw."""
     examples = {"checkpoint": "runs/rm_seq2seq_tiny", "input": "pairs.jsonl", "output": "scored.jsonl"}
     for name, example in examples.items():
@@ -52,8 +55,9 @@ def main(config: Experiment | None, given: flags.FlagValues) -> int:
 
     from jaxrm.inference import score_file
     from jaxrm.inference.load import load_policy, load_reward_model
-    from jaxrm.inference.weights import REWARD_MODELS, find_checkpoint
+    from jaxrm.inference.weights import find_checkpoint
     from jaxrm.sharding.mesh import MeshConfig, build_mesh
+    from jaxrm.stage_config import REWARD_MODELS
 
     run = find_checkpoint(given.checkpoint, "path", REWARD_MODELS)
     kind = score_file.choose_kind_of_run(run, given.kind, None if config is None else config.reward.kind)
@@ -74,4 +78,6 @@ def main(config: Experiment | None, given: flags.FlagValues) -> int:
 
 if __name__ == "__main__":
     names = FLAG_OF_FIELD
-    sys.exit(command_line.run(main, Experiment, define_flags=define_flags, config_required=False, flag_of_field=names))
+    sys.exit(
+        command_line.run(main, CONFIG_CLASSES, define_flags=define_flags, config_required=False, flag_of_field=names)
+    )

@@ -20,12 +20,12 @@ from absl import flags
 from jaxrm.config import command_line, dicts
 from jaxrm.config.quiet import silence_libraries
 from jaxrm.errors import UserError
-from jaxrm.experiment import Experiment
 from jaxrm.pipeline.config import Pipeline
 from jaxrm.runtime import processes
+from jaxrm.stage_config import StageConfig
 from jaxrm.study.config import Study
 
-CONFIG_CLASSES = (Experiment, Pipeline, Study)
+CONFIG_CLASSES = (StageConfig, Pipeline, Study)
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -36,7 +36,7 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_integer("start_timeout", 300, "seconds to wait for the others", flag_values=values)
 
 
-def main(config: Experiment | Pipeline | Study, given: flags.FlagValues | None) -> int:
+def main(config: StageConfig | Pipeline | Study, given: flags.FlagValues | None) -> int:
     """Join the other processes of the job, if there are any, and run what the config describes.
 
     Args:
@@ -59,7 +59,7 @@ def main(config: Experiment | Pipeline | Study, given: flags.FlagValues | None) 
         raise
 
 
-def run(config: Experiment | Pipeline | Study) -> int:
+def run(config: StageConfig | Pipeline | Study) -> int:
     """Run a stage, a pipeline or a study in this process.
 
     Returns:

@@ -14,8 +14,8 @@ import pytest
 import jaxrm
 from jaxrm.data.config import DataConfig
 from jaxrm.data.records import Message
-from jaxrm.experiment import Experiment
 from jaxrm.sharding.mesh import MeshConfig, build_mesh
+from jaxrm.stage_config import SFT
 
 ROOT = Path(__file__).parents[1]
 PROMPT = "how do i wash the lamp in the office ?"
@@ -346,7 +346,7 @@ def test_the_folder_of_a_pipeline_names_its_stages(make_run, tmp_path):
 
 def test_run_refuses_as_the_command_does(tmp_path):
     """The errors of a stage name fields of its config, not arguments."""
-    config = Experiment(run_dir=str(tmp_path / "run"), data=DataConfig(path="task:safety"))
+    config = SFT(run_dir=str(tmp_path / "run"), data=DataConfig(path="task:safety"))
     with pytest.raises(jaxrm.UserError, match=r"^config\.model has neither path nor preset; .* --config\.model\.path="):
         jaxrm.run(config)
     assert not (tmp_path / "run").exists()

@@ -18,10 +18,10 @@ import pytest
 from jaxrm import export, generate, train
 from jaxrm.config import command_line
 from jaxrm.data.tasks import write_task
-from jaxrm.experiment import Experiment
 from jaxrm.models.build import ModelSource, abstract_decoder
 from jaxrm.models.config import ModelConfig
 from jaxrm.models.hub import export_model
+from jaxrm.stage_config import SFT
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ModelConfig(
@@ -40,7 +40,7 @@ TINY = ModelConfig(
 CONFIG = '''"""A run of one step on the files beside this one."""
 
 from jaxrm.data.config import DataConfig
-from jaxrm.experiment import EvaluationConfig, Experiment
+from jaxrm.stage_config import SFT, EvaluationConfig
 from jaxrm.models.build import ModelSource
 from jaxrm.models.generate import SamplingConfig
 from jaxrm.runtime.checkpoint import CheckpointConfig
@@ -48,7 +48,7 @@ from jaxrm.runtime.metrics import LoggingConfig
 
 
 def get_config():
-    return Experiment(
+    return SFT(
         run_dir="run",
         num_steps=1,
         model=ModelSource(path="model"),
@@ -91,7 +91,7 @@ def trained(sources, tmp_path_factory):
     os.chdir(folder)
     try:
         argv = ["train", "--config=config.py"]
-        assert command_line.run(train.main, Experiment, define_flags=train.define_flags, argv=argv) == 0
+        assert command_line.run(train.main, SFT, define_flags=train.define_flags, argv=argv) == 0
     finally:
         os.chdir(before)
     return folder / "run"
@@ -129,7 +129,7 @@ def refuse(place, capsys):
 @pytest.fixture
 def refuse_train(refuse):
     return lambda *arguments: refuse(
-        train, "--config=config.py", *arguments, config_class=Experiment, define_flags=train.define_flags
+        train, "--config=config.py", *arguments, config_class=SFT, define_flags=train.define_flags
     )
 
 
@@ -173,8 +173,14 @@ def write_records(name, rows):
         (["--config.data.batch_size=many"], "config.data.batch_size is 'many'; required int; e.g. --config.data."),
         (["--config.optimizer.lr=high"], "config.optimizer.lr is 'high'; required float; e.g. --config.optimizer.lr="),
         (["--config.data.packing=perhaps"], "config.data.packing is 'perhaps'; required bool"),
-        (["--config.algorithm=pro"], "config.algorithm is 'pro'; it must be one of sft"),
+        (["--config.algorithm=pro"], "config.algorithm is sft by the class of the config"),
         (["--config.on_existing=delete"], "config.on_existing is 'delete'; required 'resume' or 'restart' or 'error'"),
+        (["--config.dpo.beta=3"], "config.dpo.beta is a field of dpo; this is a run of sft"),
+        (
+            ["--config.reward.kind=soft"],
+            "config.reward.kind is a field of seq2seq_rm, scalar_rm, ppo, ",
+        ),
+        (["--config.evaluation.judge=x"], "config.evaluation.judge is a field of seq2seq_rm, scalar_rm, ppo, dpo, "),
         (["--config.num_steps=0"], "config.num_steps is 0; it must be at least 1"),
         (["--config.num_epochs=inf"], "config.num_epochs is inf; it must be above 0 and finite"),
         (["--config.num_microbatches=0"], "config.num_microbatches is 0"),

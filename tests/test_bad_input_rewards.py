@@ -12,6 +12,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from support.stage_configs import stage_config
 
 from jaxrm import export, generate, score, train
 from jaxrm.config import command_line, dicts
@@ -19,7 +20,6 @@ from jaxrm.data.config import DataConfig
 from jaxrm.data.tasks import write_task
 from jaxrm.data.tokenizer import load_tokenizer
 from jaxrm.errors import UserError
-from jaxrm.experiment import Experiment
 from jaxrm.inference.load import save_shape_and_tokenizer
 from jaxrm.inference.response_batches import response_batches
 from jaxrm.models.build import ModelSource, abstract_decoder, abstract_scalar_model
@@ -27,6 +27,7 @@ from jaxrm.models.config import ModelConfig
 from jaxrm.runtime.checkpoint import Checkpoints
 from jaxrm.runtime.run_folder import open_run
 from jaxrm.sharding.mesh import MeshConfig, build_mesh
+from jaxrm.stage_config import StageConfig
 
 TINY = ModelConfig(
     family="llama",
@@ -43,20 +44,26 @@ TINY = ModelConfig(
 CONFIG = '''"""A reward model on the pairs beside this file."""
 
 from jaxrm.data.config import DataConfig
-from jaxrm.experiment import EvaluationConfig, Experiment
+from jaxrm.stage_config import STAGES
 from jaxrm.models.build import ModelSource
 from jaxrm.models.generate import SamplingConfig
 from jaxrm.runtime.metrics import LoggingConfig
 
 
+def evaluation(algorithm):
+    section = type(STAGES[algorithm].config_class().evaluation)
+    sampling = SamplingConfig(max_new_tokens=16, temperature=0.0)
+    return section() if algorithm == "scalar_rm" else section(sampling=sampling)
+
+
 def get_config(algorithm="seq2seq_rm"):
-    return Experiment(
+    config_class = STAGES[algorithm].config_class
+    return config_class(
         run_dir="new",
-        algorithm=algorithm,
         num_steps=1,
         model=ModelSource(path="policy"),
         data=DataConfig(path="pairs.jsonl", max_length=96, batch_size=8, packing=False, eval_share=0.2),
-        evaluation=EvaluationConfig(sampling=SamplingConfig(max_new_tokens=16, temperature=0.0)),
+        evaluation=evaluation(algorithm),
         logging=LoggingConfig(progress=False, tensorboard=False),
     )
 '''
@@ -65,7 +72,7 @@ def get_config(algorithm="seq2seq_rm"):
 def write_run(folder, algorithm, tokenizer, *, shape=TINY, value=None, **fields):
     """The folder of a run with one checkpoint, of small random parameters or of one value; nothing is compiled."""
     fields = {"model": ModelSource(preset="tiny"), "data": DataConfig(path="pairs.jsonl"), **fields}
-    experiment = Experiment(run_dir=str(folder), algorithm=algorithm, **fields)
+    experiment = stage_config(algorithm, run_dir=str(folder), **fields)
     run = open_run(experiment.run_dir, dicts.to_dict(experiment))
     save_shape_and_tokenizer(shape, tokenizer, run)
     abstract = abstract_scalar_model if algorithm == "scalar_rm" else abstract_decoder
@@ -124,9 +131,9 @@ def everything_in(folder):
 
 
 OPTIONS = {
-    train: {"config_class": Experiment, "define_flags": train.define_flags},
+    train: {"config_class": StageConfig, "define_flags": train.define_flags},
     score: {
-        "config_class": Experiment,
+        "config_class": score.CONFIG_CLASSES,
         "config_required": False,
         "define_flags": score.define_flags,
         "flag_of_field": score.FLAG_OF_FIELD,
@@ -195,9 +202,15 @@ BOTH = pytest.mark.parametrize("algorithm", ["seq2seq_rm", "scalar_rm"])
     ("arguments", "message"),
     [
         (["--config.reward.kind=nonsense"], "config.reward.kind is 'nonsense'; it must be one of literal, signed, "),
-        (["--config.reward.scale=0"], "config.reward.scale is 0.0; it must be unit or a finite number above 0"),
+        (
+            ["--config.reward.scale=0"],
+            "config.reward.scale is a field of ppo, best_of_n, evaluate; this",
+        ),
         (["--config.reward.center=moving"], "config.reward.center is 'moving'; required 'running' or 'fixed' or "),
-        (["--config.reward.center_momentum=1"], "config.reward.center_momentum is 1.0; it must be at least 0 and "),
+        (
+            ["--config.reward.center_momentum=1"],
+            "config.reward.center_momentum is a field of ppo, best_of_n, ",
+        ),
         (["--config.mapping.correction_weight=0"], "config.mapping.correction_weight is 0.0; it must be above 0"),
         (
             ["--config.mapping.identity_weight=nan"],
@@ -212,15 +225,21 @@ BOTH = pytest.mark.parametrize("algorithm", ["seq2seq_rm", "scalar_rm"])
             ["--config.mapping.identity_warmup_steps=3", "--config.mapping.identity=False"],
             "config.mapping.identity_warmup_steps is 3; it must be 0 where config.mapping.identity is False",
         ),
-        (["--config.scalar_rm.margin=-1"], "config.scalar_rm.margin is -1.0; it must be at least 0 and finite"),
-        (["--config.scalar_rm.l2=inf"], "config.scalar_rm.l2 is inf; it must be at least 0 and finite"),
+        (
+            ["--config=config.py:scalar_rm", "--config.scalar_rm.margin=-1"],
+            "margin is -1.0; it must be at least 0",
+        ),
+        (
+            ["--config=config.py:scalar_rm", "--config.scalar_rm.l2=inf"],
+            "scalar_rm.l2 is inf; it must be at least 0 and",
+        ),
         (["--config.evaluation.corrections=-1"], "config.evaluation.corrections is -1; it must be at least 0"),
         (
             ["--config.evaluation.judge=task:nope"],
             "config.evaluation.judge is 'task:nope'; there is a judge for task:safety, task:summarize, task:dialogue; ",
         ),
     ],
-    ids=lambda value: value[0].removeprefix("--config.") if isinstance(value, list) else "",
+    ids=lambda value: value[-1].removeprefix("--config.") if isinstance(value, list) else "",
 )
 def test_a_wrong_field_of_a_reward_model_is_named(refuse_train, arguments, message):
     assert message in refuse_train(*arguments)
@@ -252,7 +271,7 @@ def test_corrections_without_room_are_refused_before_training(refuse_train):
 @BOTH
 @pytest.mark.parametrize("name", ["demonstrations.jsonl", "prompts.jsonl"])
 def test_records_that_are_no_pairs_teach_no_reward_model(refuse_train, algorithm, name):
-    message = refuse_train(f"--config.algorithm={algorithm}", f"--config.data.path={name}")
+    message = refuse_train(f"--config=config.py:{algorithm}", f"--config.data.path={name}")
     assert message.startswith(f"{name}:") and "without a chosen and a rejected response" in message
     assert "give records with prompt, chosen and rejected" in message
 
@@ -271,7 +290,7 @@ def test_records_that_are_no_pairs_teach_no_reward_model(refuse_train, algorithm
 def test_bad_pairs_past_the_share_are_counted_with_the_first(refuse_train, algorithm, bad, reason):
     good = read_records("pairs.jsonl")
     write_records("bad.jsonl", [*good[:40], *(pair(i) | bad for i in range(20))])
-    message = refuse_train(f"--config.algorithm={algorithm}", "--config.data.path=bad.jsonl")
+    message = refuse_train(f"--config=config.py:{algorithm}", "--config.data.path=bad.jsonl")
     assert "records are unusable, more than config.data.max_bad_share 0.05" in message
     assert reason in message and "first at bad.jsonl:4" in message and "--config.data.max_bad_share=0." in message
 
@@ -282,7 +301,7 @@ def test_bad_pairs_past_the_share_are_counted_with_the_first(refuse_train, algor
 )
 def test_pairs_too_long_for_a_row_are_counted_or_refused(refuse_train, algorithm, what):
     """They are never cut."""
-    choice = [f"--config.algorithm={algorithm}", "--config.data.max_length=30"]
+    choice = [f"--config=config.py:{algorithm}", "--config.data.max_length=30"]
     message = refuse_train(*choice)
     assert "and none is left" in message and f"{what} longer than config.data.max_length 30" in message
     message = refuse_train(*choice, "--config.data.too_long=error")
@@ -302,7 +321,7 @@ def test_held_out_pairs_that_do_not_fit_twice_are_not_scored(refuse_train):
 @BOTH
 def test_a_batch_larger_than_the_pairs_is_refused(refuse_train, algorithm):
     """The message shows one that fits."""
-    message = refuse_train(f"--config.algorithm={algorithm}", "--config.data.batch_size=512")
+    message = refuse_train(f"--config=config.py:{algorithm}", "--config.data.batch_size=512")
     assert "config.data.batch_size is 512, but the " in message and "e.g. --config.data.batch_size=" in message
 
 
@@ -314,7 +333,7 @@ def test_a_tokenizer_of_other_weights_is_refused(refuse_train, algorithm):
     """Even one of the same size."""
     shutil.copytree("tokenizer", "exchanged")
     a, b = exchange_two_words("exchanged")
-    message = refuse_train(f"--config.algorithm={algorithm}", "--config.data.tokenizer=exchanged")
+    message = refuse_train(f"--config=config.py:{algorithm}", "--config.data.tokenizer=exchanged")
     assert message.startswith("the tokenizer exchanged is not that of the weights policy: token id ")
     assert f"is {a!r} in the one and {b!r} in the other" in message
     assert message.endswith("--config.data.tokenizer=policy/tokenizer")
@@ -323,13 +342,13 @@ def test_a_tokenizer_of_other_weights_is_refused(refuse_train, algorithm):
 @BOTH
 def test_a_vocabulary_smaller_than_the_tokenizers_is_refused(refuse_train, algorithm):
     write_run("small", "sft", load_tokenizer("tokenizer"), shape=dataclasses.replace(TINY, vocab_size=64))
-    message = refuse_train(f"--config.algorithm={algorithm}", "--config.model.path=small")
+    message = refuse_train(f"--config=config.py:{algorithm}", "--config.model.path=small")
     assert "tokens, but the model's vocabulary holds 64; use the tokenizer that belongs to the model" in message
 
 
 @pytest.mark.parametrize("algorithm", ["sft", "seq2seq_rm", "scalar_rm"])
 def test_a_scalar_reward_model_is_no_model_to_start_from(refuse_train, algorithm):
-    message = refuse_train(f"--config.algorithm={algorithm}", "--config.model.path=scalar_rm")
+    message = refuse_train(f"--config=config.py:{algorithm}", "--config.model.path=scalar_rm")
     assert message.startswith("config.model.path is 'scalar_rm', a run of scalar_rm; required a model of sft or ppo or")
 
 

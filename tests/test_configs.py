@@ -14,13 +14,13 @@ from jaxrm.algorithms.ppo_state import PPOBatch
 from jaxrm.algorithms.scoring import as_token_rewards
 from jaxrm.algorithms.state import create
 from jaxrm.config.files import load_config_file
-from jaxrm.experiment import Experiment
 from jaxrm.inference.sharded_model import shard_model, shard_scalar_model
 from jaxrm.models.config import preset
 from jaxrm.models.generate import check_on_policy
 from jaxrm.ops.token_rewards import KINDS
 from jaxrm.pipeline.config import resolve
 from jaxrm.sharding.mesh import MeshConfig, build_mesh, check_batch
+from jaxrm.stage_config import StageConfig
 from jaxrm.stages.ppo.learner import open_learner
 from jaxrm.study import config as study
 from jaxrm.train import CONFIG_CLASSES
@@ -43,11 +43,11 @@ UNTRAINED = ("sample_pairs", "best_of_n", "evaluate")
 def stages_of(path):
     """Every stage that a config describes, by name; one that describes a single stage has it under its own."""
     config, _ = load_config_file(str(path), CONFIG_CLASSES)
-    if isinstance(config, Experiment):
+    if isinstance(config, StageConfig):
         return {path.stem: config}
     if isinstance(config, study.Study):
         stages = (getattr(config, field.name) for field in dataclasses.fields(config))
-        return {stage.algorithm: stage for stage in stages if isinstance(stage, Experiment)}
+        return {stage.algorithm: stage for stage in stages if isinstance(stage, StageConfig)}
     return {name: stage.experiment for name, stage in resolve(config).items()}
 
 

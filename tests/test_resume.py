@@ -24,13 +24,16 @@ REWARD_MODEL = {
     "num_steps": STEPS // 2,
     "data.batch_size": 2,
     "data.max_length": 128,
-    "evaluation.corrections": 1,
     "evaluation.judge": "task:safety",
 }
+SAMPLES = {"evaluation.samples": 1, "evaluation.sampling.max_new_tokens": 4}
+CONFIGS = {"sft": "sft_tiny", "seq2seq_rm": "rm_seq2seq_tiny", "scalar_rm": "rm_scalar_tiny"}
 ALGORITHMS = {
-    "sft": {},
+    "sft": SAMPLES,
     # After half of the steps the warm-up is over: launches begin in either phase of the loader.
-    "seq2seq_rm": REWARD_MODEL | {"mapping.identity_warmup_steps": STEPS // 4, "mapping.instruction": ""},
+    "seq2seq_rm": REWARD_MODEL
+    | SAMPLES
+    | {"evaluation.corrections": 1, "mapping.identity_warmup_steps": STEPS // 4, "mapping.instruction": ""},
     "scalar_rm": REWARD_MODEL | {"reward.kind": "scalar"},
 }
 KILL, TERM = signal.SIGKILL, signal.SIGTERM
@@ -39,7 +42,6 @@ KILL, TERM = signal.SIGKILL, signal.SIGTERM
 def command(run_dir, *more, algorithm="sft"):
     fields = {
         "run_dir": run_dir,
-        "algorithm": algorithm,
         "num_steps": STEPS,
         "data.max_records": 300,
         "data.max_eval_records": 16,
@@ -47,14 +49,15 @@ def command(run_dir, *more, algorithm="sft"):
         "data.max_length": 64,
         "checkpoint.every": 3,
         "evaluation.every": 8,
-        "evaluation.samples": 1,
-        "evaluation.sampling.max_new_tokens": 4,
+        "model.path": "None",
+        "model.preset": "tiny",
+        "data.path": "task:safety",
         "logging.every": 1,
         "logging.tensorboard": "false",
         **ALGORITHMS[algorithm],
     }
     overrides = [f"--config.{name}={value}" for name, value in fields.items()]
-    return [sys.executable, "-m", "jaxrm.train", "--config=configs/sft_tiny.py", *overrides, *more]
+    return [sys.executable, "-m", "jaxrm.train", f"--config=configs/{CONFIGS[algorithm]}.py", *overrides, *more]
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from support.stage_configs import stage_config
 
 from jaxrm import score, train
 from jaxrm.algorithms.optimizer import OptimizerConfig
@@ -23,7 +24,6 @@ from jaxrm.data.pairs import MappingConfig, correction_request
 from jaxrm.data.readers import read_records
 from jaxrm.data.records import Message
 from jaxrm.data.templates import encode_prompt
-from jaxrm.experiment import EvaluationConfig, Experiment, PairsConfig
 from jaxrm.inference.load import load_policy, load_reward_model
 from jaxrm.models import config as models
 from jaxrm.models.build import ModelSource
@@ -32,6 +32,7 @@ from jaxrm.ops.token_rewards import names_for
 from jaxrm.runtime.checkpoint import CheckpointConfig
 from jaxrm.runtime.metrics import LoggingConfig, read_rows
 from jaxrm.sharding.mesh import MeshConfig, build_mesh
+from jaxrm.stage_config import PairsConfig
 from jaxrm.stages import sample_pairs, sft
 from jaxrm.stages.objective import build_objective
 from jaxrm.stages.reward_model import evaluation as reward_evaluation
@@ -68,22 +69,21 @@ class Runs:
     def config(self, name, algorithm, **fields):
         config = {
             "run_dir": str(self.folder / name),
-            "algorithm": algorithm,
             "model": ModelSource(path=str(self.folder / "sft")),
             "data": self.pairs_data,
             "optimizer": OptimizerConfig(lr=5e-3, schedule="constant", warmup=0.0, weight_decay=0.1),
             "checkpoint": CheckpointConfig(every=1000),
-            "evaluation": EvaluationConfig(
-                every=1000,
-                samples=1,
-                corrections=0 if "eight" in name else CORRECTED,
-                judge="task:safety",
-                sampling=SamplingConfig(max_new_tokens=LONGEST, temperature=0.0),
-            ),
+            "evaluation": {
+                "every": 1000,
+                "samples": 1,
+                "corrections": 0 if "eight" in name else CORRECTED,
+                "judge": "task:safety",
+                "sampling": SamplingConfig(max_new_tokens=LONGEST, temperature=0.0),
+            },
             "logging": LoggingConfig(every=1, progress=False, tensorboard=False),
             "mapping": MappingConfig(instruction=""),
         }
-        return Experiment(**config | fields)
+        return stage_config(algorithm, **config | fields)
 
     @property
     def pairs_data(self):
@@ -153,7 +153,7 @@ def runs(tmp_path_factory):
 def run_score(*arguments):
     return command_line.run(
         score.main,
-        Experiment,
+        score.CONFIG_CLASSES,
         define_flags=score.define_flags,
         config_required=False,
         flag_of_field=score.FLAG_OF_FIELD,

@@ -30,6 +30,23 @@ def check_kind(kind: str, field: str, example: str) -> None:
 
 
 @dataclass(frozen=True)
+class RewardKindConfig:
+    """The kind of token reward that the evaluation of a reward model counts.
+
+    Attributes:
+      kind: as in `RewardConfig`; a scalar reward model has ``scalar`` and ``scalar_length_residual``.
+      center: as in `RewardConfig`; with ``none`` nothing is taken off.
+    """
+
+    kind: str = "literal"
+    center: Literal["running", "fixed", "none"] = "running"
+
+    def __post_init__(self) -> None:
+        check(self)
+        check_kind(self.kind, place(self, "kind"), typed(self, "kind", "literal"))
+
+
+@dataclass(frozen=True)
 class RewardConfig:
     """Where rewards come from, and how they become token rewards.
 

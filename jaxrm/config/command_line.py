@@ -43,7 +43,7 @@ def run(
 ) -> int:
     """Parse the command line, call ``main(config, flags)`` and return the exit status.
 
-    A command line ends with ``sys.exit(command_line.run(main, Experiment))``.
+    A command line ends with ``sys.exit(command_line.run(main, StageConfig))``.
 
     Args:
         main: the command. It receives the frozen config (None if there is none) and the parsed flags; what it
@@ -146,7 +146,8 @@ def _parse(
         if takes_config and loaded is None and error.flagname.startswith(("config.", "noconfig.")):
             name = error.flagname.split("=")[0]
             raise UserError(f"--{name} overrides nothing; give its file too, --config=configs/….py") from None
-        raise _unknown_flag(error.flagname.split("=")[0], values) from None
+        config_class = None if loaded is None else type(loaded.config)
+        raise _unknown_flag(error.flagname.split("=")[0], values, config_class) from None
     except (flags.Error, ValueError) as error:
         raise _wrong_flag(str(error), values) from None
     if rest:
@@ -154,10 +155,10 @@ def _parse(
     return overrides
 
 
-def _unknown_flag(name: str, values: flags.FlagValues) -> UserError:
+def _unknown_flag(name: str, values: flags.FlagValues, config_class: type | None) -> UserError:
     fields = [known for known in values if known.startswith("config.")]
-    if fields and re.match(r"(no)?config\.", name):
-        return config_fields.unknown_field(name.removeprefix("no"), fields)
+    if config_class is not None and re.match(r"(no)?config\.", name):
+        return config_fields.unknown_field(name.removeprefix("no"), config_class)
     own = [f"--{known}" for known in values if known not in fields]
     advice = config_fields.did_you_mean(f"--{name}", own)
     advice = advice or config_fields.did_you_mean(f"--config.{name}", [f"--{field}" for field in fields])

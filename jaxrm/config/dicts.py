@@ -18,6 +18,7 @@ Tree = TypeVar("Tree")
 
 _INFINITIES = ("inf", "-inf")  # as `to_dict` writes them
 ABSENT = "(absent)"  # how `differences` shows a field that only the other config has
+_NAME = "algorithm"  # class attribute that names the class of a config, and is written as its first field
 _NOTHING = object()
 _BOOLEANS = {
     "true": True,
@@ -46,8 +47,10 @@ def from_dict(cls: type[Tree], mapping: Mapping[str, Any], where: str = "config"
     """
     annotations = fields.annotations_of(cls)
     for name in mapping:
+        if name == _NAME and mapping[name] == getattr(cls, _NAME, None):
+            continue
         if name not in annotations:
-            raise fields.unknown_field(f"{where}.{name}", fields.field_names(cls, where))
+            raise fields.unknown_field(f"{where}.{name}", cls, where)
     values: dict[str, Any] = {}
     for field in dataclasses.fields(typing.cast(Any, cls)):
         name, annotation = f"{where}{'' if where == '--' else '.'}{field.name}", annotations[field.name]
@@ -121,12 +124,12 @@ def parse_text(text: str, annotation: Any, where: str, example: Any = None) -> A
 def to_dict(tree: Any) -> dict[str, Any]:
     """Return the tree as nested dicts that ``json.dumps(…, allow_nan=False)`` takes.
 
-    Tuples become lists, and infinities the strings ``inf`` and ``-inf``.
+    A class that has a name, ``algorithm``, writes it first. Tuples become lists, and infinities the strings ``inf`` and
+    ``-inf``.
     """
-    return {field.name: _as_json(getattr(tree, field.name)) for field in dataclasses.fields(tree)}
-
-
-as_dict = to_dict  # as it was called; gone once nothing says so
+    values = {field.name: _as_json(getattr(tree, field.name)) for field in dataclasses.fields(tree)}
+    name = getattr(type(tree), _NAME, None)
+    return {_NAME: name, **values} if isinstance(name, str) and _NAME not in values else values
 
 
 def differences(a: Any, b: Any) -> list[tuple[str, Any, Any]]:
@@ -165,7 +168,7 @@ def _checked(value: Any, annotation: Any, where: str, example: Any = None) -> An
     """`value` as `annotation` wants it, sections rebuilt; UserError if it is something else."""
     for kind in fields.kinds_of(annotation):
         if fields.is_section(kind):
-            if isinstance(value, kind):
+            if type(value) is kind:
                 return value
             if isinstance(value, Mapping):
                 return from_dict(kind, value, where)

@@ -147,6 +147,8 @@ def check(section: Any) -> None:
         choices = [choice for kind in kinds if typing.get_origin(kind) is Literal for choice in typing.get_args(kind)]
         if len(choices) > 0 and isinstance(value, str) and str not in kinds and value not in choices:
             raise wrong(section, field.name, type_name(annotation), field.default)
+        if any(is_section(kind) for kind in kinds) and not any(type(value) is kind for kind in kinds):
+            raise UserError(place(section, field.name), type(value).__name__, type_name(annotation))
         bounds, meaning = field.metadata.get(_BOUNDS, ((), ""))
         if value is None and type(None) in kinds:
             continue
@@ -306,12 +308,28 @@ def advice_for(annotation: Any, where: str, example: Any = None) -> str:
     return f"e.g. --{where.split('[')[0]}={as_text(example)}"
 
 
-def unknown_field(name: str, known: Iterable[str]) -> UserError:
-    """Return the error for a field called `name`, with the `known` dotted name that was probably meant."""
-    known = list(known)
+def unknown_field(name: str, cls: type, where: str = "config") -> UserError:
+    """Return the error for a field called `name`, with the field that was probably meant.
+
+    A class on the way there may know more: ``explain_unknown(rest of the name)`` then ends the message.
+
+    Args:
+      name: the dotted name.
+      cls: the dataclass at the top.
+      where: its dotted name.
+    """
+    known = list(field_names(cls, where))
     inside = [k for k in known if k.startswith(f"{name}.")]
     if inside:
         return UserError(f"{name} is a section; set its fields, e.g. --{inside[0]}=…")
+    section: type | None = cls
+    parts = name.removeprefix(f"{where}.").split(".")
+    for i, part in enumerate(parts):
+        explain = getattr(section, "explain_unknown", None)
+        explained = explain(".".join(parts[i:])) if explain is not None else None
+        if explained is not None:
+            return UserError(f"{name} {explained}")
+        section = section_of(annotations_of(section).get(part)) if section is not None else None
     advice = did_you_mean(f"--{name}", [f"--{field}" for field in known]) or "--help lists the fields"
     return UserError(f"{name} is no field of the config; {advice}")
 

@@ -13,7 +13,7 @@ from typing import Any
 from jaxrm.config import dicts
 from jaxrm.errors import UserError
 
-_GONE = re.compile("ml_collections|to_config_dict")  # what config files of before import
+_GONE = re.compile("ml_collections|to_config_dict|jaxrm.experiment")  # what config files of before import
 _PACKAGE = Path(__file__).resolve().parents[1]
 _INSTALLED = _PACKAGE / "configs"  # in a wheel; a checkout has them beside the package
 _CONFIGS = _INSTALLED if _INSTALLED.is_dir() else _PACKAGE.parent / "configs"
@@ -56,7 +56,15 @@ def load_config_file(name: str, config_class: type | tuple[type, ...] = object) 
         frames = traceback.extract_tb(error.__traceback__)
         if Path(frames[-1].filename).resolve().is_relative_to(_PACKAGE) and not isinstance(error, SyntaxError):
             raise  # went wrong inside jaxrm: ours, with its traceback
-        advice = "; get_config() returns the config itself" if _GONE.search(str(error)) else ""
+        advice = (
+            "; get_config() returns the config itself, e.g. SFT(...) of jaxrm.stage_config"
+            if _GONE.search(str(error))
+            else ""
+        )
+        unknown = re.match(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error))
+        explain = getattr(module.__dict__.get(unknown[1]), "explain_unknown", None) if unknown else None
+        if unknown and explain is not None and (explanation := explain(unknown[2])) is not None:
+            raise UserError(f"{_where(error, path)}: {unknown[1]}.{unknown[2]} {explanation}") from error
         raise UserError(f"{_where(error, path)}: {type(error).__name__}: {error}{advice}") from error
     if not isinstance(config, config_class) or not dataclasses.is_dataclass(config):
         classes = config_class if isinstance(config_class, tuple) else (config_class,)

@@ -16,12 +16,13 @@ from jaxrm.errors import UserError, arguments, flag, option
 from jaxrm.inference.policy import Policy
 from jaxrm.inference.reward_model import RewardModel, default_kind
 from jaxrm.inference.sharded_model import check_tokenizer, shard_model, shard_scalar_model
-from jaxrm.inference.weights import LANGUAGE_MODELS, REWARD_MODELS, RunCheckpoint, find_checkpoint, is_run
+from jaxrm.inference.weights import RunCheckpoint, find_checkpoint, is_run
 from jaxrm.models import build
 from jaxrm.models.build import ModelSource
 from jaxrm.models.config import ModelConfig
 from jaxrm.runtime.run_folder import RunFolder
 from jaxrm.sharding.mesh import MeshConfig, build_mesh
+from jaxrm.stage_config import LANGUAGE_MODELS, REWARD_MODELS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -102,7 +103,7 @@ def load_reward_model(
         run.config.data.template,
         run.name,
         is_seq2seq=is_seq2seq,
-        instruction=run.config.mapping.instruction,
+        instruction=run.config.mapping.instruction if is_seq2seq else "",
         kind=default_kind(is_seq2seq, run.config.reward.kind),
     )
 

@@ -4,15 +4,15 @@ from jax.sharding import Mesh
 
 from jaxrm.algorithms import rollout
 from jaxrm.algorithms.rollout import BatchSampler
-from jaxrm.experiment import Experiment
 from jaxrm.inference import sharded_model
 from jaxrm.inference.sharded_model import ShardedModel
 from jaxrm.models.generate import SamplingConfig
 from jaxrm.sharding import partition
 from jaxrm.sharding.mesh import check_batch, reshape_mesh
+from jaxrm.stage_config import PPO
 
 
-def shard_rollout_model(config: Experiment, mesh: Mesh, policy: ShardedModel) -> ShardedModel:
+def shard_rollout_model(config: PPO, mesh: Mesh, policy: ShardedModel) -> ShardedModel:
     """The policy as it lies while it answers: on ``config.rollout.mesh``, where that is another mesh than its own.
 
     Nothing is allocated.

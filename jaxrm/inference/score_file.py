@@ -15,9 +15,10 @@ from jaxrm.evaluation.ranking import pair_accuracy
 from jaxrm.inference import token_scores
 from jaxrm.inference.policy import Policy
 from jaxrm.inference.reward_model import RewardModel, check_needs_reference, check_reference, choose_kind, default_kind
-from jaxrm.inference.weights import LANGUAGE_MODELS, RunCheckpoint, find_checkpoint, is_run
+from jaxrm.inference.weights import RunCheckpoint, find_checkpoint, is_run
 from jaxrm.reports import page
 from jaxrm.runtime.progress import print_table
+from jaxrm.stage_config import LANGUAGE_MODELS
 
 
 def choose_kind_of_run(run: RunCheckpoint, kind: str | None, configured: str | None) -> str:

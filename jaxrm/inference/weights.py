@@ -14,19 +14,16 @@ import jax
 from jaxrm.config import dicts
 from jaxrm.data.tokenizer import load_tokenizer
 from jaxrm.errors import UserError, flag, option
-from jaxrm.experiment import Experiment
 from jaxrm.models import build
 from jaxrm.models.build import ModelSource
 from jaxrm.models.config import ModelConfig
 from jaxrm.runtime.checkpoint import Checkpoints, with_shardings
 from jaxrm.runtime.run_folder import RunFolder
+from jaxrm.stage_config import LANGUAGE_MODELS, read_stage
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-POLICIES = ("sft", "ppo", "dpo")  # algorithms whose runs hold a policy
-LANGUAGE_MODELS = (*POLICIES, "seq2seq_rm")  # and those whose runs hold a whole decoder
-REWARD_MODELS = ("seq2seq_rm", "scalar_rm")
 _EXAMPLES = {
     "sft": "runs/quickstart/sft",
     "seq2seq_rm": "runs/quickstart/rm_seq2seq",
@@ -61,7 +58,7 @@ class RunCheckpoint:
 
     folder: RunFolder
     step: int
-    config: Experiment
+    config: Any
     shape: ModelConfig
 
     @property
@@ -109,7 +106,7 @@ def find_checkpoint(path: str, field: str = "path", algorithms: tuple[str, ...] 
         )
     if not (run / "run.json").is_file():
         raise UserError(f"{option(field)} is {path!r}, but {run} has no run.json; {instead}")
-    config = dicts.from_dict(Experiment, _read_json(run / "run.json", path, field)["config"])
+    config = read_stage(_read_json(run / "run.json", path, field)["config"])
     if algorithms and config.algorithm not in algorithms:
         raise UserError(
             f"{option(field)} is {path!r}, a run of {config.algorithm}; required a model of {' or '.join(algorithms)}; "

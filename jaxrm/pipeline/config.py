@@ -1,11 +1,11 @@
-"""A pipeline: several stages in one config, each an `Experiment`, which run in order and build on each other.
+"""A pipeline: several stages in one config, each a `StageConfig`, which run in order and build on each other.
 
     def get_config():
         return pipeline(
             run_dir="runs/quickstart",
-            sft=Experiment(algorithm="sft", ...),
-            pairs=Experiment(algorithm="sample_pairs", model=ModelSource(path="stage:sft"), ...),
-            reward_model=Experiment(data=DataConfig(path="stage:pairs/pairs.jsonl"), ...),
+            sft=SFT(...),
+            pairs=SamplePairs(model=ModelSource(path="stage:sft"), ...),
+            reward_model=Seq2SeqRM(data=DataConfig(path="stage:pairs/pairs.jsonl"), ...),
         )
 
 A stage's fields are set as ``--config.sft.optimizer.lr=1e-4``. Any text of a stage may begin with ``stage:NAME``, which
@@ -21,8 +21,8 @@ from typing import Any
 
 from jaxrm.config import fields
 from jaxrm.errors import UserError, flag, option
-from jaxrm.experiment import Experiment
 from jaxrm.runtime.run_folder import OnExisting
+from jaxrm.stage_config import StageConfig
 
 PREFIX = "stage:"
 
@@ -68,7 +68,7 @@ class PipelineStage:
     """
 
     name: str
-    experiment: Experiment
+    experiment: Any
     needs: Mapping[str, str]
 
     @property
@@ -78,7 +78,7 @@ class PipelineStage:
 
 
 def pipeline(
-    run_dir: str, *, seed: int | None = None, on_existing: OnExisting = "resume", **stages: Experiment
+    run_dir: str, *, seed: int | None = None, on_existing: OnExisting = "resume", **stages: StageConfig
 ) -> Pipeline:
     """Return the config of a pipeline whose stages run in the order given; for the arguments see `Pipeline`.
 
@@ -87,15 +87,16 @@ def pipeline(
     """
     own = [name.name for name in dataclasses.fields(Pipeline)]
     if not stages:
-        raise UserError("pipeline() has no stage; give some, e.g. pipeline(run_dir, sft=Experiment(...))")
-    values: dict[str, Experiment] = {}
+        raise UserError("pipeline() has no stage; give some, e.g. pipeline(run_dir, sft=SFT(...))")
+    values: dict[str, StageConfig] = {}
     for name, stage in stages.items():
         if name in own:
             raise UserError(f"pipeline() has a stage called {name}, which means something else; call it otherwise")
-        if not isinstance(stage, Experiment):
-            raise UserError(f"the stage {name} of pipeline() is {type(stage).__name__}; required Experiment")
+        if not isinstance(stage, StageConfig):
+            found = type(stage).__name__
+            raise UserError(f"the stage {name} of pipeline() is {found}; required a stage, e.g. SFT(...)")
         values[name] = stage
-    return _class_of(tuple(values))(run_dir=run_dir, seed=seed, on_existing=on_existing, stages=tuple(values), **values)
+    return _class_of(values)(run_dir=run_dir, seed=seed, on_existing=on_existing, stages=tuple(values), **values)
 
 
 def stage_names(config: Any) -> tuple[str, ...]:
@@ -109,7 +110,7 @@ def resolve(config: Pipeline) -> dict[str, PipelineStage]:
     Raises:
       UserError: a text refers to a stage that does not exist, or that runs later.
     """
-    experiments: dict[str, Experiment] = {name: getattr(config, name) for name in stage_names(config)}
+    experiments: dict[str, StageConfig] = {name: getattr(config, name) for name in stage_names(config)}
     folders = {name: stage.run_dir or f"{config.run_dir.rstrip('/')}/{name}" for name, stage in experiments.items()}
     stages = {}
     for name, experiment in experiments.items():
@@ -123,9 +124,10 @@ def resolve(config: Pipeline) -> dict[str, PipelineStage]:
     return stages
 
 
-def _class_of(names: tuple[str, ...]) -> Any:
-    stages = [(name, Experiment, field(metadata=fields.ROOT_CONFIG)) for name in names]
-    return dataclasses.make_dataclass("Pipeline", stages, bases=(Pipeline,), frozen=True, kw_only=True)
+def _class_of(stages: Mapping[str, StageConfig]) -> Any:
+    """The class of a pipeline that has a field of its own for each stage."""
+    own = [(name, type(stage), field(metadata=fields.ROOT_CONFIG)) for name, stage in stages.items()]
+    return dataclasses.make_dataclass("Pipeline", own, bases=(Pipeline,), frozen=True, kw_only=True)
 
 
 def _references(value: Any, name: str) -> Iterator[tuple[str, str]]:

@@ -13,16 +13,8 @@ from jaxrm.pipeline.config import PipelineStage
 from jaxrm.reports.report import Cell, Curves, ExampleResponse, ReportExample, Series, Table, write_report
 from jaxrm.runtime.metrics import read_rows
 from jaxrm.runtime.progress import format_seconds, format_value, print_table
+from jaxrm.stage_config import STAGES
 
-_WHAT = {
-    "sft": "supervised fine-tuning",
-    "sample_pairs": "preference pairs sampled from a policy",
-    "seq2seq_rm": "seq2seq reward model",
-    "scalar_rm": "scalar reward model",
-    "dpo": "direct preference optimization",
-    "best_of_n": "best of n responses",
-    "evaluate": "answers to test prompts",
-}
 _CURVES = (  # field of a row in metrics.jsonl, title, unit
     ("eval_judge", "Judge, held-out prompts", "mean judge score"),
     ("eval_refusals", "Refusals, held-out prompts", "share"),
@@ -158,7 +150,7 @@ def _folder(stage: PipelineStage) -> Path:
 
 def _what(stage: PipelineStage) -> str:
     algorithm = stage.experiment.algorithm
-    return f"PPO, {stage.experiment.reward.kind} rewards" if algorithm == "ppo" else _WHAT[algorithm]
+    return f"PPO, {stage.experiment.reward.kind} rewards" if algorithm == "ppo" else STAGES[algorithm].phrase
 
 
 def _text(value: float | str) -> str:

@@ -20,11 +20,11 @@ import jax
 from jaxrm import atomic
 from jaxrm.config import dicts
 from jaxrm.errors import UserError, flag, naming, option
-from jaxrm.experiment import RESUMABLE_FIELDS, Experiment
 from jaxrm.pipeline.config import Pipeline, PipelineStage, resolve
 from jaxrm.pipeline.report import publish
 from jaxrm.runtime.progress import format_seconds
 from jaxrm.runtime.run_folder import check_run, check_writable, checked_path, from_writer, rename_aside, what_to_type
+from jaxrm.stage_config import RESUMABLE_FIELDS, StageConfig
 
 _RECORD = "pipeline.json"
 
@@ -32,7 +32,7 @@ StageRecords = dict[str, dict[str, Any]]
 """By the name of a stage: ``state``, ``seconds`` and ``config``."""
 
 
-def run_pipeline(config: Pipeline, run_stage: Callable[[Experiment], int]) -> int:
+def run_pipeline(config: Pipeline, run_stage: Callable[[StageConfig], int]) -> int:
     """Run the stages of a pipeline that are not done, then print its tables and write its report.
 
     Args:
@@ -79,7 +79,7 @@ def run_pipeline(config: Pipeline, run_stage: Callable[[Experiment], int]) -> in
 
 
 def _run_stage(
-    path: Path, stage: PipelineStage, records: StageRecords, run_stage: Callable[[Experiment], int], is_writer: bool
+    path: Path, stage: PipelineStage, records: StageRecords, run_stage: Callable[[StageConfig], int], is_writer: bool
 ) -> int:
     """Run one stage; its record is written before it starts and when it ends, however it ends."""
     name = stage.name

@@ -9,7 +9,6 @@ from typing import Any
 
 from jaxrm.algorithms.state import TrainState
 from jaxrm.errors import UserError, flag
-from jaxrm.experiment import Experiment
 from jaxrm.models.flops import peak_flops
 from jaxrm.planning.abstract import Program, StagePrograms, device_bytes
 from jaxrm.planning.cost import Cost, ProgramPlan, StagePlan, subtract
@@ -19,6 +18,7 @@ from jaxrm.planning.topology import GIB, Topology, slice_indices
 from jaxrm.planning.traffic import traffic
 from jaxrm.runtime.progress import Progress
 from jaxrm.sharding.mesh import build_mesh
+from jaxrm.stage_config import TrainingConfig
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class _Devices:
 
 
 def plan_stage(
-    config: Experiment, topology: Topology, *, show_progress: bool = False, until_misfit: bool = False
+    config: TrainingConfig, topology: Topology, *, show_progress: bool = False, until_misfit: bool = False
 ) -> StagePlan:
     """Compile every program of a stage.
 

@@ -12,7 +12,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxrm.algorithms import ppo, scoring
 from jaxrm.algorithms.ppo_state import PPOBatch, PPOState
-from jaxrm.experiment import Experiment
 from jaxrm.inference import sharded_model
 from jaxrm.inference.sharded_model import ShardedModel
 from jaxrm.models.config import ModelConfig
@@ -23,6 +22,7 @@ from jaxrm.planning.abstract import Program, StagePrograms, abstract_batch, coun
 from jaxrm.runtime.checkpoint import with_shardings
 from jaxrm.sharding import partition
 from jaxrm.sharding.mesh import batch_shards
+from jaxrm.stage_config import PPO
 from jaxrm.stages.ppo.learner import Learner, open_learner
 from jaxrm.types import ResponseBatch, Rollout, TokenBatch
 
@@ -43,7 +43,7 @@ class PPOStage:
       reference: abstract parameters of the reference, in the compute dtype.
     """
 
-    config: Experiment
+    config: PPO
     mesh: Mesh
     learner: Learner
     jitted: ppo.Programs
@@ -112,7 +112,7 @@ class PPOStage:
         return Rollout(self.responses(rows), *(self.rows((rows, self.response_length), jnp.float32) for _ in range(5)))
 
 
-def build(config: Experiment, mesh: Mesh, decoder: ShardedModel) -> StagePrograms:
+def build(config: PPO, mesh: Mesh, decoder: ShardedModel) -> StagePrograms:
     """The programs of a PPO step."""
     critic = None if config.ppo.shared_trunk else sharded_model.shard_scalar_model(config.model, mesh, decoder.config)
     learner = open_learner(config, mesh, decoder, critic, num_steps=config.num_steps or 1000, end_ids=(0,))
@@ -244,7 +244,7 @@ def _critic_update(stage: PPOStage) -> Program:
     )
 
 
-def _scorer(config: Experiment, mesh: Mesh, decoder: ShardedModel) -> tuple[ShardedModel, scoring.Scorer]:
+def _scorer(config: PPO, mesh: Mesh, decoder: ShardedModel) -> tuple[ShardedModel, scoring.Scorer]:
     """A reward model of the policy's shape, of the sort that the kind belongs to."""
     kind, model = find_kind(config.reward.kind), decoder
     if kind.needs == "scalar":

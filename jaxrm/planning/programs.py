@@ -3,8 +3,6 @@
 The planner compiles what the stages run: the programs come from the builders that the stages use.
 """
 
-import importlib
-
 import jax
 from jax.sharding import Mesh
 
@@ -12,7 +10,6 @@ from jaxrm.algorithms import train_step
 from jaxrm.algorithms.optimizer import build_optimizer
 from jaxrm.algorithms.state import create
 from jaxrm.errors import UserError, option
-from jaxrm.experiment import Experiment
 from jaxrm.inference import sharded_model
 from jaxrm.inference.sharded_model import ShardedModel
 from jaxrm.models import build
@@ -22,34 +19,27 @@ from jaxrm.planning.abstract import Program, StagePrograms, abstract_batch, coun
 from jaxrm.runtime.checkpoint import with_shardings
 from jaxrm.sharding import partition
 from jaxrm.sharding.mesh import check_batch, check_row_length
+from jaxrm.stage_config import PLANNED, PPO, TrainingConfig
 from jaxrm.stages.objective import build_objective
-from jaxrm.stages.table import MODULES
 
 
-def plannable_algorithms() -> list[str]:
-    """The algorithms that train: PPO, and those whose module has an ``objective``."""
-    modules = {name: importlib.import_module(module) for name, module in MODULES.items()}
-    return [name for name, module in modules.items() if name == "ppo" or hasattr(module, "objective")]
-
-
-def stage_programs(config: Experiment, mesh: Mesh) -> StagePrograms:
+def stage_programs(config: TrainingConfig, mesh: Mesh) -> StagePrograms:
     """The programs of a stage on a mesh, whose devices need not exist; nothing is allocated, no weights are read.
 
     Raises:
       UserError: for an algorithm that has no plan, or a model or batch that does not fit the mesh.
     """
-    if config.algorithm not in plannable_algorithms():
-        known = ", ".join(plannable_algorithms())
-        raise UserError(f"{option('algorithm')} is {config.algorithm!r}; what can be planned is {known}")
+    if config.algorithm not in PLANNED:
+        raise UserError(f"{option('algorithm')} is {config.algorithm!r}; what can be planned is {', '.join(PLANNED)}")
     check_batch(mesh, "data.batch_size", config.data.batch_size, config.num_microbatches)
     decoder = sharded_model.shard_model(config.model, mesh)
     build.check_length(decoder.config, "data.max_length", config.data.max_length)
-    if config.algorithm == "ppo":
+    if isinstance(config, PPO):
         return ppo_programs.build(config, mesh, decoder)
     return _supervised(config, mesh, decoder)
 
 
-def _supervised(config: Experiment, mesh: Mesh, decoder: ShardedModel) -> StagePrograms:
+def _supervised(config: TrainingConfig, mesh: Mesh, decoder: ShardedModel) -> StagePrograms:
     """One program, the training step."""
     check_row_length(mesh, "data.max_length", config.data.max_length)
     objective = build_objective(config, decoder)

@@ -6,12 +6,12 @@ from pathlib import Path
 
 from jaxrm import atomic
 from jaxrm.errors import UserError, flag
-from jaxrm.experiment import Experiment
 from jaxrm.planning import report, scaling, search
 from jaxrm.planning.compile import plan_stage
 from jaxrm.planning.cost import StagePlan
 from jaxrm.planning.search import Trial
 from jaxrm.planning.topology import Topology, open_topology
+from jaxrm.stage_config import TrainingConfig
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class PlanOptions:
     html: Path | None = None
 
 
-def run(stages: Mapping[str, Experiment], options: PlanOptions) -> int:
+def run(stages: Mapping[str, TrainingConfig], options: PlanOptions) -> int:
     """Plan stages, by name.
 
     Returns:
@@ -70,7 +70,7 @@ def _is_success(plan: StagePlan, trials: list[Trial], find: bool) -> bool:
     return any(each.plan.fits for each in trials) if find else plan.fits and not trials
 
 
-def _plan_and_print(config: Experiment, topology: Topology, options: PlanOptions) -> tuple[StagePlan, list[Trial]]:
+def _plan_and_print(config: TrainingConfig, topology: Topology, options: PlanOptions) -> tuple[StagePlan, list[Trial]]:
     """Plan a stage, and search for a better config where that is asked for or needed.
 
     Returns:
@@ -99,7 +99,7 @@ def _plan_and_print(config: Experiment, topology: Topology, options: PlanOptions
 
 
 def _plan_as_written(
-    config: Experiment, topology: Topology, *, until_misfit: bool
+    config: TrainingConfig, topology: Topology, *, until_misfit: bool
 ) -> tuple[StagePlan | None, UserError | None]:
     """The plan of a config, printed; or why it does not fit the mesh."""
     try:
@@ -122,7 +122,7 @@ def _print_search(trials: list[Trial]) -> None:
         )
 
 
-def _compare_topologies(stages: Mapping[str, Experiment], options: PlanOptions) -> int:
+def _compare_topologies(stages: Mapping[str, TrainingConfig], options: PlanOptions) -> int:
     """Plan every stage for every topology, with the same work for each device."""
     topologies = [open_topology(name) for name in options.topology.split(",")]
     plans: dict[str, list[StagePlan]] = {}

@@ -7,13 +7,13 @@ from typing import Any
 
 from jaxrm.config.dicts import with_changes
 from jaxrm.errors import UserError
-from jaxrm.experiment import Experiment
 from jaxrm.planning.compile import plan_stage
 from jaxrm.planning.cost import StagePlan
 from jaxrm.planning.report import ASSUMPTIONS
 from jaxrm.planning.topology import GIB, Topology
 from jaxrm.reports.report import Curves, Series, Table, write_report
 from jaxrm.runtime.progress import Progress, print_table
+from jaxrm.stage_config import PPO, TrainingConfig
 
 COLUMNS = (
     "devices",
@@ -35,7 +35,9 @@ _BEND = 0.9  # efficiency below which scaling has bent (jaxrm choice)
 _NOTE = " ".join(ASSUMPTIONS[1:4]) + " Latency is left out, so small messages on many devices look too cheap."
 
 
-def weak_scaling(config: Experiment, topologies: Sequence[Topology], *, show_progress: bool = False) -> list[StagePlan]:
+def weak_scaling(
+    config: TrainingConfig, topologies: Sequence[Topology], *, show_progress: bool = False
+) -> list[StagePlan]:
     """Plans of a config whose batch grows with the devices, from its own batch on the first topology.
 
     Raises:
@@ -52,7 +54,7 @@ def weak_scaling(config: Experiment, topologies: Sequence[Topology], *, show_pro
                     f"with {first}; use multiples of those, so that each device has as many rows"
                 )
             changes: dict[str, Any] = {"data.batch_size": config.data.batch_size * times}
-            if config.ptx is not None:
+            if isinstance(config, PPO) and config.ptx is not None:
                 changes["ptx.batch_size"] = config.ptx.batch_size * times
             plans.append(plan_stage(with_changes(config, changes), topology))
             progress.update(len(plans))

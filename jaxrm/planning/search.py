@@ -9,7 +9,6 @@ import jax.numpy as jnp
 
 from jaxrm.config.dicts import with_changes
 from jaxrm.errors import UserError, flag
-from jaxrm.experiment import Experiment
 from jaxrm.planning.abstract import StagePrograms, device_bytes
 from jaxrm.planning.compile import plan_stage
 from jaxrm.planning.cost import StagePlan
@@ -17,6 +16,7 @@ from jaxrm.planning.programs import stage_programs
 from jaxrm.planning.topology import GIB, Topology
 from jaxrm.runtime.progress import Progress
 from jaxrm.sharding.mesh import AXES, batch_shards, build_mesh
+from jaxrm.stage_config import PPO, TrainingConfig
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Trial:
         return " ".join(f"{flag(name)}={value}" for name, value in self.changes.items()) or "the config as written"
 
 
-def nearest_fit(config: Experiment, topology: Topology, *, most: int, show_progress: bool = False) -> list[Trial]:
+def nearest_fit(config: TrainingConfig, topology: Topology, *, most: int, show_progress: bool = False) -> list[Trial]:
     """Try changes, the mildest first, up to the first that fits, which is the last one.
 
     More microbatches do not change the result and cost least, so they come first; then recomputed layers, then meshes
@@ -58,7 +58,7 @@ def nearest_fit(config: Experiment, topology: Topology, *, most: int, show_progr
     return trials
 
 
-def best_fits(config: Experiment, topology: Topology, *, most: int, show_progress: bool = False) -> list[Trial]:
+def best_fits(config: TrainingConfig, topology: Topology, *, most: int, show_progress: bool = False) -> list[Trial]:
     """Try meshes and numbers of microbatches; those that fit come first, the fastest estimate before the others.
 
     Meshes are ordered by a rough count of their communication. The best are compiled, each with as few microbatches as
@@ -82,11 +82,11 @@ def rank(trials: Iterable[Trial]) -> list[Trial]:
     return sorted(trials, key=lambda each: (not each.plan.fits, (each.plan.seconds or (0.0, math.inf))[1]))
 
 
-def _try(config: Experiment, changes: Mapping[str, Any], topology: Topology) -> Trial:
+def _try(config: TrainingConfig, changes: Mapping[str, Any], topology: Topology) -> Trial:
     return Trial(changes, plan_stage(with_changes(config, changes), topology, until_misfit=True))
 
 
-def _mild_changes(config: Experiment, topology: Topology) -> Iterator[dict[str, Any]]:
+def _mild_changes(config: TrainingConfig, topology: Topology) -> Iterator[dict[str, Any]]:
     """Changes, the mildest first: more microbatches, recomputed layers, other meshes."""
     remats: list[dict[str, Any]] = [{}] if config.model.remat == "full" else [{}, {"model.remat": "full"}]
     divides = _divides(config, topology)
@@ -104,7 +104,7 @@ def _mild_changes(config: Experiment, topology: Topology) -> Iterator[dict[str, 
             yield {**mesh_changes, **remats[-1], "num_microbatches": num_microbatches}
 
 
-def _divides(config: Experiment, topology: Topology) -> bool:
+def _divides(config: TrainingConfig, topology: Topology) -> bool:
     """Whether the config's mesh divides model and batch."""
     try:
         stage_programs(config, build_mesh(config.mesh, topology.devices))
@@ -113,7 +113,7 @@ def _divides(config: Experiment, topology: Topology) -> bool:
     return True
 
 
-def _mesh_changes(config: Experiment, topology: Topology) -> list[dict[str, int]]:
+def _mesh_changes(config: TrainingConfig, topology: Topology) -> list[dict[str, int]]:
     """Every mesh of data, fsdp and tensor that divides model and batch, the least communication first."""
     count = len(topology.devices)
     meshes = []
@@ -131,7 +131,7 @@ def _mesh_changes(config: Experiment, topology: Topology) -> list[dict[str, int]
     return [changes for _, changes in sorted(meshes, key=lambda each: each[0])]
 
 
-def _communication(config: Experiment, stage: StagePrograms, sizes: Mapping[str, int]) -> float:
+def _communication(config: TrainingConfig, stage: StagePrograms, sizes: Mapping[str, int]) -> float:
     """Roughly the bytes that a device sends in a training step; only good for an order."""
     itemsize = jnp.dtype(config.model.dtype).itemsize
     parameters = stage.parameters / sizes["tensor"]
@@ -143,7 +143,7 @@ def _communication(config: Experiment, stage: StagePrograms, sizes: Mapping[str,
 
 
 def _where_residents_fit(
-    config: Experiment, topology: Topology, candidates: Iterable[dict[str, Any]]
+    config: TrainingConfig, topology: Topology, candidates: Iterable[dict[str, Any]]
 ) -> Iterator[dict[str, Any]]:
     """The changes with which at least the residents fit; the others need not be compiled."""
     for changes in candidates:
@@ -153,11 +153,11 @@ def _where_residents_fit(
             yield changes
 
 
-def _microbatches(config: Experiment, topology: Topology) -> list[int]:
+def _microbatches(config: TrainingConfig, topology: Topology) -> list[int]:
     """Powers of two that divide the rows of a device, for the number of microbatches."""
     shards = batch_shards(build_mesh(config.mesh, topology.devices))
     rows = config.data.batch_size // shards
-    if config.algorithm == "ppo":
+    if isinstance(config, PPO):
         rows //= config.ppo.num_minibatches
         if config.ptx is not None:
             rows = math.gcd(rows, config.ptx.batch_size // shards)

@@ -2,15 +2,15 @@
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 from jaxrm.errors import UserError, option
-from jaxrm.experiment import Experiment
 from jaxrm.models.build import ModelSource
 from jaxrm.pipeline.config import PREFIX, Pipeline, stage_names
-from jaxrm.planning.programs import plannable_algorithms
+from jaxrm.stage_config import PLANNED, StageConfig
 
 
-def planned_stages(config: Experiment | Pipeline, preset: str | None) -> dict[str, Experiment]:
+def planned_stages(config: StageConfig | Pipeline, preset: str | None) -> dict[str, Any]:
     """The stages to plan by name; a config of one stage is named "".
 
     Args:
@@ -20,12 +20,11 @@ def planned_stages(config: Experiment | Pipeline, preset: str | None) -> dict[st
     Raises:
       UserError: no stage of the pipeline can be planned.
     """
-    if isinstance(config, Experiment):
+    if isinstance(config, StageConfig):
         return {"": _with_preset(config, preset)}
-    known = plannable_algorithms()
-    stages = {name: stage for name in config.stages if (stage := getattr(config, name)).algorithm in known}
+    stages = {name: stage for name in config.stages if (stage := getattr(config, name)).algorithm in PLANNED}
     if not stages:
-        raise UserError(f"{option('stages')} has none that can be planned; those are {', '.join(known)}")
+        raise UserError(f"{option('stages')} has none that can be planned; those are {', '.join(PLANNED)}")
     models = {name: getattr(config, name).model for name in stage_names(config)}
     return {
         name: _with_preset(dataclasses.replace(stage, model=_initial_model(stage.model, models)), preset)
@@ -41,7 +40,7 @@ def _initial_model(model: ModelSource, models: Mapping[str, ModelSource]) -> Mod
     return model
 
 
-def _with_preset(config: Experiment, preset: str | None) -> Experiment:
+def _with_preset(config: Any, preset: str | None) -> Any:
     if preset is None:
         return config
     return dataclasses.replace(config, model=dataclasses.replace(config.model, path=None, preset=preset))

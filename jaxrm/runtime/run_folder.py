@@ -23,6 +23,7 @@ from typing import Any, Literal
 
 from jaxrm import atomic
 from jaxrm.config.dicts import differences
+from jaxrm.config.recorded import upgraded
 from jaxrm.errors import UserError, flag, option
 from jaxrm.runtime.provenance import describe_devices, git_state, package_versions
 
@@ -94,7 +95,7 @@ def open_run(
 
     Args:
       run_dir: the folder; its parents are made.
-      resolved_config: the config as ``config.as_dict`` gives it.
+      resolved_config: the config as ``jaxrm.config.dicts.to_dict`` gives it.
       on_existing: what to do with a folder that holds a run: "resume" continues it if the configs agree,
           "restart" renames it aside to ``run_dir.1``, "error" refuses.
       may_differ: dotted names (without ``config.``) of fields and sections that may change between launches,
@@ -185,7 +186,7 @@ def _look(
     if on_existing == "error":
         raise UserError(f"{since}; {what_to_type(run_dir, ('resume', 'restart'))}")
     if on_existing == "resume":
-        changed = differences(record["config"], config)
+        changed = differences(upgraded(record["config"], config), config)
         _check_same_config(changed, may_differ, run_dir)
         message = f"{since}, launched {_times(len(record['launches']))}; continuing it"
     return path, record, changed, message

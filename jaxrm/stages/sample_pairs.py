@@ -22,9 +22,10 @@ from jaxrm.data.tasks.prompts import prompt_field
 from jaxrm.errors import UserError, flag, option
 from jaxrm.inference.load import load_policy
 from jaxrm.inference.sampler import Sampler, prompt_room
-from jaxrm.inference.weights import LANGUAGE_MODELS, find_checkpoint
+from jaxrm.inference.weights import find_checkpoint
 from jaxrm.runtime.progress import Progress, print_table
 from jaxrm.sharding.mesh import build_mesh
+from jaxrm.stage_config import LANGUAGE_MODELS
 from jaxrm.stages.stage import check_run_folder, open_run_folder, task_files
 
 _ATTEMPTS = 4  # draws of a second response that differs from the first

@@ -25,7 +25,6 @@ from jaxrm.data import tasks
 from jaxrm.data.config import DataConfig
 from jaxrm.data.templates import bos_id, end_ids
 from jaxrm.data.tokenizer import load_tokenizer
-from jaxrm.experiment import RESUMABLE_FIELDS
 from jaxrm.inference import sharded_model, weights
 from jaxrm.inference.load import save_shape_and_tokenizer
 from jaxrm.inference.sampler import response_text
@@ -35,6 +34,7 @@ from jaxrm.models import build
 from jaxrm.runtime.run_folder import RunFolder, check_run, open_run
 from jaxrm.sharding import partition
 from jaxrm.sharding.mesh import batch_shards, batch_share, check_batch, check_row_length
+from jaxrm.stage_config import POLICIES, RESUMABLE_FIELDS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -164,14 +164,14 @@ def check_run_folder(config: Any) -> None:
     Several processes must refuse together, which `Stage.open_run` alone sees to.
     """
     if jax.process_count() == 1:
-        check_run(config.run_dir, dicts.as_dict(config), on_existing=config.on_existing, may_differ=RESUMABLE_FIELDS)
+        check_run(config.run_dir, dicts.to_dict(config), on_existing=config.on_existing, may_differ=RESUMABLE_FIELDS)
 
 
 def open_run_folder(config: Any) -> RunFolder:
     """Make or find the folder of a run, and print what was found there."""
     folder = open_run(
         config.run_dir,
-        dicts.as_dict(config),
+        dicts.to_dict(config),
         on_existing=config.on_existing,
         may_differ=RESUMABLE_FIELDS,
         is_writer=jax.process_index() == 0,
@@ -201,7 +201,7 @@ def check_is_policy(config: Any) -> None:
       UserError: naming what the run holds.
     """
     if weights.is_run(config.model.path):
-        weights.find_checkpoint(config.model.path, "model.path", weights.POLICIES)
+        weights.find_checkpoint(config.model.path, "model.path", POLICIES)
 
 
 def judge_of(config: Any) -> str | None:

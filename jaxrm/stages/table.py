@@ -3,21 +3,12 @@
 import importlib
 from typing import Any
 
-MODULES = {
-    "sft": "jaxrm.stages.sft",
-    "sample_pairs": "jaxrm.stages.sample_pairs",
-    "seq2seq_rm": "jaxrm.stages.reward_model.run",
-    "scalar_rm": "jaxrm.stages.reward_model.run",
-    "ppo": "jaxrm.stages.ppo.run",
-    "dpo": "jaxrm.stages.dpo.run",
-    "best_of_n": "jaxrm.stages.best_of_n.run",
-    "evaluate": "jaxrm.stages.evaluate.run",
-}
+from jaxrm.stage_config import STAGES
 
 
 def module_of(config: Any) -> str:
     """Name of the module that runs a config."""
-    return MODULES[config.algorithm]
+    return STAGES[config.algorithm].module
 
 
 def run_stage(config: Any) -> int:

@@ -10,13 +10,13 @@ the final seeds start. `jaxrm.study.run` runs them.
 import dataclasses
 import difflib
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
+from jaxrm import stage_config
 from jaxrm.algorithms.reward_config import check_kind
 from jaxrm.config.fields import ROOT_CONFIG, at_least, bounded, check, place, typed, wrong
 from jaxrm.data import tasks
 from jaxrm.errors import UserError
-from jaxrm.experiment import Experiment
 from jaxrm.ops.token_rewards import is_custom, names_for
 from jaxrm.runtime.run_folder import OnExisting
 
@@ -74,15 +74,15 @@ class Study:
     extensions: int = bounded(3, at_least(0))
     tolerance: float = 0.01
     workers: int | None = bounded(None, at_least(1))
-    sft: Experiment = field(default_factory=lambda: Experiment(algorithm="sft"), metadata=ROOT_CONFIG)
-    pairs: Experiment = field(default_factory=lambda: Experiment(algorithm="sample_pairs"), metadata=ROOT_CONFIG)
-    rm_scalar: Experiment = field(default_factory=lambda: Experiment(algorithm="scalar_rm"), metadata=ROOT_CONFIG)
-    rm_seq2seq: Experiment = field(default_factory=lambda: Experiment(algorithm="seq2seq_rm"), metadata=ROOT_CONFIG)
-    imitation: Experiment = field(default_factory=lambda: Experiment(algorithm="sft"), metadata=ROOT_CONFIG)
-    dpo: Experiment = field(default_factory=lambda: Experiment(algorithm="dpo"), metadata=ROOT_CONFIG)
-    best_of_n: Experiment = field(default_factory=lambda: Experiment(algorithm="best_of_n"), metadata=ROOT_CONFIG)
-    ppo: Experiment = field(default_factory=lambda: Experiment(algorithm="ppo"), metadata=ROOT_CONFIG)
-    evaluate: Experiment = field(default_factory=lambda: Experiment(algorithm="evaluate"), metadata=ROOT_CONFIG)
+    sft: stage_config.SFT = field(default_factory=stage_config.SFT, metadata=ROOT_CONFIG)
+    pairs: stage_config.SamplePairs = field(default_factory=stage_config.SamplePairs, metadata=ROOT_CONFIG)
+    rm_scalar: stage_config.ScalarRM = field(default_factory=stage_config.ScalarRM, metadata=ROOT_CONFIG)
+    rm_seq2seq: stage_config.Seq2SeqRM = field(default_factory=stage_config.Seq2SeqRM, metadata=ROOT_CONFIG)
+    imitation: stage_config.SFT = field(default_factory=stage_config.SFT, metadata=ROOT_CONFIG)
+    dpo: stage_config.DPO = field(default_factory=stage_config.DPO, metadata=ROOT_CONFIG)
+    best_of_n: stage_config.BestOfN = field(default_factory=stage_config.BestOfN, metadata=ROOT_CONFIG)
+    ppo: stage_config.PPO = field(default_factory=stage_config.PPO, metadata=ROOT_CONFIG)
+    evaluate: stage_config.Evaluate = field(default_factory=stage_config.Evaluate, metadata=ROOT_CONFIG)
 
     def __post_init__(self) -> None:
         check(self)
@@ -125,15 +125,15 @@ def apply_preset(study: Study) -> Study:
         learning_rates=study.learning_rates[-1:],
         dpo_betas=study.dpo_betas[:1],
         extensions=0,
-        sft=_shorten(study.sft, 60),
+        sft=_shorten(study.sft, num_steps=60),
         pairs=dataclasses.replace(study.pairs, pairs=dataclasses.replace(study.pairs.pairs, count=256)),
-        rm_scalar=_shorten(study.rm_scalar, 8),
-        rm_seq2seq=_shorten(study.rm_seq2seq, 8),
-        imitation=_shorten(study.imitation, 4),
-        dpo=_shorten(study.dpo, 4),
-        best_of_n=_shorten(study.best_of_n, 1),
-        ppo=_shorten(study.ppo, 2),
-        evaluate=_shorten(study.evaluate, None),
+        rm_scalar=_shorten(study.rm_scalar, num_steps=8),
+        rm_seq2seq=_shorten(study.rm_seq2seq, num_steps=8),
+        imitation=_shorten(study.imitation, num_steps=4),
+        dpo=_shorten(study.dpo, num_steps=4),
+        best_of_n=_shorten(study.best_of_n, num_steps=1),
+        ppo=_shorten(study.ppo, num_steps=2),
+        evaluate=_shorten(study.evaluate),
     )
 
 
@@ -147,6 +147,6 @@ def axes(study: Study, arm: str) -> tuple[tuple[str, tuple[float, ...]], ...]:
     return (rate,) if arm == "sft_chosen" or arm.startswith("rft_") else ()
 
 
-def _shorten(stage: Experiment, num_steps: int | None) -> Experiment:
+def _shorten(stage: Any, **changes: Any) -> Any:
     data = dataclasses.replace(stage.data, max_records=512, max_eval_records=64)
-    return dataclasses.replace(stage, num_steps=num_steps, data=data)
+    return dataclasses.replace(stage, data=data, **changes)

@@ -23,6 +23,7 @@ from typing import Any
 
 from jaxrm import atomic
 from jaxrm.config import dicts
+from jaxrm.config.recorded import upgraded
 from jaxrm.errors import UserError, flag, option
 from jaxrm.runtime.metrics import append_row, read_rows
 from jaxrm.runtime.preemption import EXIT_PREEMPTED, catch_signals
@@ -155,7 +156,7 @@ def _check_same_study(record: Path, run_dir: str, resolved: Mapping[str, Any]) -
         raise UserError(f"{record} cannot be read ({error}); {what_to_type(run_dir, ('restart',))}") from error
     changes = [
         f"{option(name)} was {old!r} and is {new!r}"
-        for name, old, new in dicts.differences(previous, resolved)
+        for name, old, new in dicts.differences(upgraded(previous, resolved), resolved)
         if name.split(".")[0] not in _MAY_DIFFER
     ]
     if changes:

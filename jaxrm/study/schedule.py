@@ -10,9 +10,9 @@ from typing import Any
 from jaxrm.algorithms.reward_config import RewardConfig
 from jaxrm.config.dicts import with_changes
 from jaxrm.data import tasks
-from jaxrm.experiment import AnswersConfig, Experiment
 from jaxrm.models.build import ModelSource
 from jaxrm.ops.token_rewards import names_for
+from jaxrm.stage_config import EvaluateConfig
 from jaxrm.study.config import PPO, SIZES, Study, axes
 from jaxrm.study.tuning import Choice, Setting, choose, setting_name
 
@@ -34,7 +34,7 @@ class StudyRun:
     """
 
     name: str
-    experiment: Experiment
+    experiment: Any
     needs: tuple[str, ...] = ()
 
 
@@ -138,7 +138,7 @@ class _Site:
     def run(
         self,
         path: str,
-        template: Experiment,
+        template: Any,
         data: str,
         model: ModelSource,
         setting: Setting = (),
@@ -195,7 +195,7 @@ def _selection_runs(site: _Site, arm: str, setting: Setting) -> list[StudyRun]:
     runs = [*shared_runs(site.study, site.world, site.seed), *policy.runs]
     if arm.startswith(PPO):  # its own evaluation is on the selection prompts
         return runs
-    answers = dataclasses.replace(site.study.evaluate.answers, splits=("selection",), decodings=("sampled",))
+    answers = dataclasses.replace(site.study.evaluate.evaluate, splits=("selection",), decodings=("sampled",))
     return [*runs, _evaluation_run(site, arm, policy, f"{policy.path}/answers", answers)]
 
 
@@ -206,10 +206,10 @@ def _final_runs(site: _Site, arm: str, setting: Setting) -> list[StudyRun]:
     """
     policy = _arm_policy(site, arm, setting, is_final=True)
     answers = dataclasses.replace(
-        site.study.evaluate.answers,
+        site.study.evaluate.evaluate,
         splits=("selection", "test", "test_ood"),
         decodings=("sampled", "greedy") if policy.best_of == 1 else ("sampled",),
-        along=evaluates_checkpoints(arm),
+        evaluate_checkpoints=evaluates_checkpoints(arm),
     )
     path = f"answers/{folder_name(arm)}/{setting_name(setting)}"
     return [*policy.runs, _evaluation_run(site, arm, policy, path, answers)]
@@ -263,15 +263,15 @@ def _best_of_n_policy(site: _Site, arm: str, setting: Setting, is_final: bool) -
     return _ArmPolicy((draw, run), path, study.evaluate.reward)
 
 
-def _evaluation_run(site: _Site, arm: str, policy: _ArmPolicy, path: str, answers: AnswersConfig) -> StudyRun:
+def _evaluation_run(site: _Site, arm: str, policy: _ArmPolicy, path: str, answers: EvaluateConfig) -> StudyRun:
     """The run in which a policy answers prompts."""
     answers = dataclasses.replace(
         answers,
         best_of=policy.best_of,
-        draw=zlib.crc32(arm.encode()),  # arms that are compared must not share their random numbers
+        sampling_seed=zlib.crc32(arm.encode()),  # arms that are compared must not share their random numbers
         reference=site.folder("sft"),
     )
-    template = dataclasses.replace(site.study.evaluate, answers=answers, reward=policy.reward)
+    template = dataclasses.replace(site.study.evaluate, evaluate=answers, reward=policy.reward)
     needs = ("sft", policy.path, *((policy.reward_path,) if policy.reward_path else ()))
     return site.run(path, template, site.task, site.model(policy.path), needs=needs)
 
@@ -280,6 +280,6 @@ def _policy_path(arm: str, setting: Setting, is_final: bool) -> str:
     return f"{'' if is_final else 'select/'}{folder_name(arm)}/{setting_name(setting)}"
 
 
-def _keep_checkpoints(template: Experiment, is_final: bool) -> Experiment:
+def _keep_checkpoints(template: Any, is_final: bool) -> Any:
     """Keep the checkpoints of a final run, which are evaluated afterwards."""
     return with_changes(template, {"checkpoint.every": 12, "checkpoint.keep": 8}) if is_final else template

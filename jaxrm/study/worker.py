@@ -62,13 +62,12 @@ def _run(experiment: dict[str, Any]) -> int:
 
     import jax
 
-    from jaxrm.config import dicts
-    from jaxrm.experiment import Experiment
+    from jaxrm.stage_config import read_stage
     from jaxrm.stages.table import run_stage
 
     logging.getLogger("absl").setLevel(logging.ERROR)
     try:
-        return run_stage(dicts.from_dict(Experiment, experiment))
+        return run_stage(read_stage(experiment))
     finally:
         gc.collect()
         jax.clear_caches()

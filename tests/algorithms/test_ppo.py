@@ -18,7 +18,6 @@ from jaxrm.algorithms.reward_config import RewardConfig
 from jaxrm.algorithms.rollout import TokenLogProbs
 from jaxrm.data.config import DataConfig
 from jaxrm.errors import UserError
-from jaxrm.experiment import EvaluationConfig, Experiment
 from jaxrm.inference import sharded_model, weights
 from jaxrm.models import heads
 from jaxrm.models.build import ModelSource
@@ -29,6 +28,7 @@ from jaxrm.ops.token_rewards import KINDS
 from jaxrm.runtime.checkpoint import CheckpointConfig, Checkpoints
 from jaxrm.runtime.preemption import StopRequest
 from jaxrm.sharding.mesh import MeshConfig, build_mesh
+from jaxrm.stage_config import PPO, JudgedEvaluationConfig
 from jaxrm.stages.ppo.checkpoints import restore, saved_arrays
 from jaxrm.stages.ppo.critic import zero_head
 from jaxrm.stages.ppo.data import PPOData
@@ -58,8 +58,7 @@ def experiment(
     **options,
 ):
     sampling = SamplingConfig(max_new_tokens=new_tokens, temperature=temperature)
-    return Experiment(
-        algorithm="ppo",
+    return PPO(
         model=ModelSource(preset="tiny"),
         num_steps=num_steps,
         num_microbatches=parts,
@@ -488,7 +487,7 @@ def fit(
 ):
     told, rows = Told(), rows or Rows(s.config, s.mesh)
     checkpoints = Checkpoints(folder, CheckpointConfig(every=every))
-    evaluation = EvaluationConfig(every=eval_every)
+    evaluation = JudgedEvaluationConfig(every=eval_every)
     config = dataclasses.replace(s.config, evaluation=evaluation, checkpoint=CheckpointConfig(every=every))
     run = PPORun(
         learner=dataclasses.replace(s.learner, config=config, num_steps=num_steps),

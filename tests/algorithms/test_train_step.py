@@ -19,7 +19,6 @@ from jaxrm.algorithms.state import TrainState, create
 from jaxrm.algorithms.train_step import build_train_step
 from jaxrm.config.dicts import differences
 from jaxrm.errors import UserError
-from jaxrm.experiment import RESUMABLE_FIELDS, Experiment
 from jaxrm.inference.sharded_model import pad_to_multiple_of, shard_model, state_shardings
 from jaxrm.models import attention, build
 from jaxrm.models.build import ModelSource
@@ -28,6 +27,7 @@ from jaxrm.planning.traffic import traffic
 from jaxrm.runtime.checkpoint import Checkpoints, with_shardings
 from jaxrm.sharding import partition
 from jaxrm.sharding.mesh import MeshConfig, build_mesh, check_batch, check_row_length
+from jaxrm.stage_config import RESUMABLE_FIELDS, SFT
 from jaxrm.types import TokenBatch
 
 SMALL = dataclasses.replace(
@@ -273,7 +273,7 @@ def test_a_run_goes_on_wherever_its_moments_are(tmp_path, written, read):
         one.run(2, x)[1] for one, x in ((reader, jax.device_put(restored, reader.sharding)), (writer, state))
     )
     np.testing.assert_allclose(elsewhere, continued, rtol=1e-6)
-    changed = [name for name, *_ in differences(Experiment(optimizer=written), Experiment(optimizer=read))]
+    changed = [name for name, *_ in differences(SFT(optimizer=written), SFT(optimizer=read))]
     assert changed == ["optimizer.offload"] and set(changed) <= RESUMABLE_FIELDS
 
 

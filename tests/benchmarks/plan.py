@@ -16,7 +16,6 @@ import jax
 import numpy as np
 
 from jaxrm.data.config import DataConfig
-from jaxrm.experiment import Experiment
 from jaxrm.models.build import ModelSource
 from jaxrm.models.config import preset
 from jaxrm.models.flops import training_flops_per_token
@@ -26,6 +25,7 @@ from jaxrm.planning.programs import stage_programs
 from jaxrm.planning.topology import GIB, Topology
 from jaxrm.runtime.hardware import device_memory
 from jaxrm.sharding.mesh import build_mesh
+from jaxrm.stage_config import STAGES
 
 
 def resident_bytes(*, peak: bool) -> int:
@@ -55,8 +55,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--remat", default="full")
     args = parser.parse_args()
-    config = Experiment(
-        algorithm=args.algorithm,
+    config = STAGES[args.algorithm].config_class(
         model=ModelSource(preset=args.preset, dtype=args.dtype, remat=args.remat),
         data=DataConfig(path="task:safety", max_length=args.length, batch_size=args.rows),
     )

@@ -27,7 +27,6 @@ from jaxrm.algorithms.optimizer import OptimizerConfig
 from jaxrm.algorithms.ppo_config import CriticConfig, PPOConfig, RolloutConfig
 from jaxrm.algorithms.reward_config import RewardConfig
 from jaxrm.data.config import DataConfig
-from jaxrm.experiment import EvaluationConfig, Experiment
 from jaxrm.inference import sharded_model, weights
 from jaxrm.models import heads
 from jaxrm.models.build import ModelSource, init_scalar_head
@@ -38,6 +37,7 @@ from jaxrm.runtime.checkpoint import CheckpointConfig, Checkpoints
 from jaxrm.runtime.metrics import PHASES
 from jaxrm.runtime.preemption import StopRequest
 from jaxrm.sharding.mesh import MeshConfig, build_mesh
+from jaxrm.stage_config import PPO, JudgedEvaluationConfig
 from jaxrm.stages.ppo.critic import zero_head
 from jaxrm.stages.ppo.data import PPOData
 from jaxrm.stages.ppo.learner import open_learner
@@ -90,8 +90,7 @@ def jaxrm_side(arguments, ids):
     """Metrics of each iteration, and how many programs were compiled after the first."""
     shape, source = shape_of(arguments.preset), ModelSource(preset="tiny")
     end = shape.vocab_size - 1
-    config = Experiment(
-        algorithm="ppo",
+    config = PPO(
         model=source,
         data=DataConfig(path="none", batch_size=arguments.batch, max_length=arguments.prompt + arguments.response),
         rollout=RolloutConfig(sampling=SamplingConfig(max_new_tokens=arguments.response)),
@@ -99,7 +98,7 @@ def jaxrm_side(arguments, ids):
         ppo=PPOConfig(),
         critic=CriticConfig(optimizer=OptimizerConfig(lr=5e-6)),
         optimizer=OptimizerConfig(lr=1e-5),
-        evaluation=EvaluationConfig(every=10**9),
+        evaluation=JudgedEvaluationConfig(every=10**9),
         checkpoint=CheckpointConfig(every=10**9),
     )
     mesh = build_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])

@@ -17,10 +17,9 @@ import json
 import math
 from pathlib import Path
 
-from jaxrm.config import dicts
 from jaxrm.evaluation.win_rate import difference_interval
-from jaxrm.experiment import Experiment
 from jaxrm.runtime.progress import Progress, print_table
+from jaxrm.stage_config import PPO, read_stage
 from jaxrm.stages.table import run_stage
 
 
@@ -62,9 +61,9 @@ def main() -> None:
     print_table("Settings of the reward", ["arm", "change", "seeds", "judge", "difference", "length", "KL"], rows)
 
 
-def repeated(study: Path, final: Path, change: str) -> Experiment:
+def repeated(study: Path, final: Path, change: str) -> PPO:
     """A final run of a study with one field of ``config.reward`` changed."""
-    config = dicts.from_dict(Experiment, json.loads((final / "run.json").read_text())["config"])
+    config = read_stage(json.loads((final / "run.json").read_text())["config"])
     field, _, text = change.partition("=")
     try:
         value: float | str = float(text)

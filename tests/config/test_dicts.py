@@ -252,10 +252,10 @@ def test_a_typo_finds_the_nearest_name_and_nonsense_finds_none():
     ],
 )
 def test_a_section_that_stands_elsewhere_is_named_by_its_place(given, field):
-    from jaxrm.experiment import Experiment
+    from jaxrm.stage_config import PPO
 
     with pytest.raises(UserError) as error:
-        from_dict(Experiment, given)
+        from_dict(PPO, given)
     message = str(error.value)
     assert message.startswith(f"{field} is") and f"--{field}=" in message
 

@@ -10,9 +10,10 @@ import pytest
 from jaxrm.errors import UserError
 from jaxrm.inference import sharded_model, weights
 from jaxrm.inference.load import load_policy, load_reward_model
-from jaxrm.inference.weights import LANGUAGE_MODELS, REWARD_MODELS, find_checkpoint
+from jaxrm.inference.weights import find_checkpoint
 from jaxrm.models.build import ModelSource
 from jaxrm.sharding.mesh import MeshConfig, build_mesh
+from jaxrm.stage_config import LANGUAGE_MODELS, REWARD_MODELS
 
 LOSSES = ((2, 3.0), (4, 1.0), (6, None), (8, 2.0))
 

@@ -12,27 +12,26 @@ import pytest
 from jaxrm import train
 from jaxrm.config import command_line, dicts
 from jaxrm.errors import UserError, flag, option
-from jaxrm.experiment import RESUMABLE_FIELDS, Experiment
 from jaxrm.pipeline import report as pipeline_report
 from jaxrm.pipeline import run as pipeline_run
 from jaxrm.pipeline.config import Pipeline, pipeline, resolve, stage_names
 from jaxrm.runtime.run_folder import open_run
+from jaxrm.stage_config import PPO, RESUMABLE_FIELDS, SFT, StageConfig
 
 CONFIG = '''"""Three stages that build on each other."""
 
 from jaxrm.data.config import DataConfig
-from jaxrm.experiment import Experiment
 from jaxrm.models.build import ModelSource
 from jaxrm.pipeline.config import pipeline
+from jaxrm.stage_config import SFT, SamplePairs, Seq2SeqRM
 
 
 def get_config():
     return pipeline(
         run_dir="runs/q",
-        sft=Experiment(algorithm="sft", model=ModelSource(preset="tiny"), data=DataConfig(path="task:safety")),
-        pairs=Experiment(algorithm="sample_pairs", seed=5, model=ModelSource(path="stage:sft")),
-        model=Experiment(
-            algorithm="seq2seq_rm",
+        sft=SFT(model=ModelSource(preset="tiny"), data=DataConfig(path="task:safety")),
+        pairs=SamplePairs(seed=5, model=ModelSource(path="stage:sft")),
+        model=Seq2SeqRM(
             model=ModelSource(path="stage:sft/checkpoints/best"),
             data=DataConfig(path="stage:pairs/pairs.jsonl"),
         ),
@@ -40,11 +39,11 @@ def get_config():
 '''
 SINGLE = '''"""One stage."""
 
-from jaxrm.experiment import Experiment
+from jaxrm.stage_config import SFT
 
 
 def get_config():
-    return Experiment(run_dir="runs/one")
+    return SFT(run_dir="runs/one")
 '''
 DEVICES = {"platform": "cpu", "kind": "cpu", "count": 1, "process_count": 1}
 NAMES = ("sft", "pairs", "model")
@@ -62,7 +61,7 @@ def place(tmp_path, monkeypatch):
 
 def run_command(main, *arguments, file="three.py"):
     argv = ["train", f"--config={file}", *arguments]
-    return command_line.run(main, (Experiment, Pipeline), argv=argv)
+    return command_line.run(main, (StageConfig, Pipeline), argv=argv)
 
 
 def parse(*arguments, file="three.py"):
@@ -180,7 +179,7 @@ def test_fields_of_a_stage_are_set_under_its_name():
 
 def test_a_file_of_one_stage_is_read_as_before():
     config = parse("--config.optimizer.lr=2", file="one.py")
-    assert isinstance(config, Experiment) and config.optimizer.lr == 2.0
+    assert isinstance(config, SFT) and config.optimizer.lr == 2.0
 
 
 def test_help_lists_the_stages_fields_with_their_values(capsys):
@@ -209,7 +208,7 @@ def test_help_lists_the_stages_fields_with_their_values(capsys):
          "--config.pairs.pairs.count=2000"),
         ("--config.model.model.dtype=x", "config.model.model.dtype is 'x'; it must be one of float32, bfloat16, e.g. "
          "--config.model.model.dtype=float32"),
-        ("--config.pairs.algorithm=x", "config.pairs.algorithm is 'x'; it must be one of "),
+        ("--config.pairs.algorithm=x", "config.pairs.algorithm is sample_pairs by the class"),
         ("--config.sft.evaluation.sampling.top_p=2", "config.sft.evaluation.sampling.top_p is 2.0"),
         ("--config.seed=-1", "config.seed is -1; it must be at least 0 and below 4294967296, or None, e.g. --"),
         ("--config.stages=sft,pair", "config.stages has 'pair', but the stages are sft, pairs, model; did you mean "
@@ -239,13 +238,13 @@ def test_a_mistake_gets_one_line_that_names_the_stages_field(refuse, argument, m
     ("stages_given", "message"),
     [
         ("", "bad.py:6: pipeline() has no stage"),
-        (", sft=3", "bad.py:6: the stage sft of pipeline() is int; required Experiment"),
-        (", stages=Experiment()", "has a stage called stages, which means something else"),
-        (", sft=Experiment(seed=-1)", "bad.py:6: Experiment.seed is -1"),
+        (", sft=3", "bad.py:6: the stage sft of pipeline() is int; required a stage"),
+        (", stages=SFT()", "has a stage called stages, which means something else"),
+        (", sft=SFT(seed=-1)", "bad.py:6: SFT.seed is -1"),
     ],
 )
 def test_a_config_file_with_no_pipeline_gets_one_line(refuse, stages_given, message):
-    text = "from jaxrm.experiment import Experiment\nfrom jaxrm.pipeline.config import pipeline\n\n"
+    text = "from jaxrm.stage_config import SFT\nfrom jaxrm.pipeline.config import pipeline\n\n"
     Path("bad.py").write_text(f"{text}\ndef get_config():\n    return pipeline('runs/q'{stages_given})\n")
     assert message in refuse(file="bad.py")
 
@@ -255,7 +254,7 @@ def test_a_broken_config_file_is_reported_before_its_overrides(refuse):
     Path("bad.py").write_text("1 / 0\n")
     assert refuse("--config.sft.seed=1", file="bad.py") == "bad.py:1: ZeroDivisionError: division by zero"
     assert "--config cannot be read" in refuse("--config.sft.seed=1", file="nowhere.py")
-    assert command_line.run(None, Experiment, argv=["train", "--config"]) == 2
+    assert command_line.run(None, StageConfig, argv=["train", "--config"]) == 2
 
 
 # --- running and continuing
@@ -439,7 +438,7 @@ def test_what_a_stage_left_in_memory_is_freed_before_the_next(launch, monkeypatc
 
 def ppo_stages(**evaluations):
     """PPO stages, done, whose runs hold an evaluation each."""
-    made = {"sft": Experiment(algorithm="sft"), **{name: Experiment(algorithm="ppo") for name in evaluations}}
+    made = {"sft": SFT(), **{name: PPO() for name in evaluations}}
     config = pipeline("runs/q", **made)
     result = resolve(config)
     for name, evaluation in evaluations.items():

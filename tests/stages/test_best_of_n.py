@@ -20,12 +20,12 @@ from jaxrm.data.readers import read_records
 from jaxrm.data.records import DemonstrationRecord, Message
 from jaxrm.data.tasks.prompts import prompt_field
 from jaxrm.errors import UserError
-from jaxrm.experiment import EvaluationConfig, Experiment
 from jaxrm.models.build import ModelSource
 from jaxrm.models.generate import SamplingConfig
 from jaxrm.runtime.metrics import LoggingConfig
 from jaxrm.runtime.preemption import EXIT_PREEMPTED
 from jaxrm.sharding.mesh import MeshConfig
+from jaxrm.stage_config import SFT, BestOfN, EvaluationConfig, JudgeConfig
 from jaxrm.stages import sft
 from jaxrm.stages.best_of_n import run as best_of_n
 
@@ -62,15 +62,14 @@ def reward(monkeypatch):
 @pytest.fixture
 def config(place, tmp_path, monkeypatch):
     monkeypatch.chdir(place)
-    return Experiment(
+    return BestOfN(
         run_dir=str(tmp_path / "run"),
-        algorithm="best_of_n",
         model=ModelSource(path="sft"),
         reward=RewardConfig(kind="scalar", function="rewards_of_this_test:variety", calibration_responses=8),
         data=DataConfig(path="prompts.jsonl", eval_path="heldout.jsonl", max_length=48, batch_size=8),
         best_of_n=BestOfNConfig(n=N, keep_truncated=True),
         rollout=RolloutConfig(sampling=SamplingConfig(max_new_tokens=6)),
-        evaluation=EvaluationConfig(judge="task:safety"),
+        evaluation=JudgeConfig(judge="task:safety"),
         mesh=MeshConfig(data=-1),
         logging=LoggingConfig(progress=False, tensorboard=False),
     )
@@ -107,11 +106,11 @@ def test_winners_have_the_highest_reward_and_train_sft(config, reward, tmp_path,
     records, report = read_records(DataConfig(path=path, eval_path=path))
     assert report.used == report.total == COUNT and all(isinstance(one, DemonstrationRecord) for one in records)
     assert [record.response for record in records] == [winner["response"] for winner in winners]
-    learnt = dataclasses.replace(
-        config,
+    learnt = SFT(
         run_dir=str(tmp_path / "rft"),
-        algorithm="sft",
         num_steps=1,
+        model=config.model,
+        logging=config.logging,
         data=DataConfig(path=path, max_length=64, batch_size=8, packing=False, eval_share=0.2),
         evaluation=EvaluationConfig(samples=0, sampling=SamplingConfig(max_new_tokens=4)),
     )
@@ -193,7 +192,7 @@ def test_conversations_are_written_as_messages_questions_as_text():
             r"config.rollout.sampling.temperature is 0.0, with which all 3 .*temperature=1.0, or --config.best_",
         ),
         ({"reward": RewardConfig(kind="soft", model="scalar_rm")}, r"config.reward.kind is 'soft', but config.reward."),
-        ({"evaluation": EvaluationConfig(judge="task:safty")}, r"safty"),
+        ({"evaluation": JudgeConfig(judge="task:safty")}, r"safty"),
     ],
 )
 def test_what_cannot_be_sampled_is_refused_before_writing(config, tmp_path, changes, message):

@@ -11,7 +11,6 @@ from jaxrm.algorithms.dpo import DPOConfig
 from jaxrm.algorithms.optimizer import OptimizerConfig
 from jaxrm.data.config import DataConfig
 from jaxrm.errors import UserError
-from jaxrm.experiment import EvaluationConfig, Experiment
 from jaxrm.inference import weights
 from jaxrm.inference.load import load_policy
 from jaxrm.models.build import ModelSource
@@ -20,6 +19,7 @@ from jaxrm.runtime.checkpoint import CheckpointConfig
 from jaxrm.runtime.metrics import WALL_CLOCK, LoggingConfig, read_rows
 from jaxrm.runtime.preemption import EXIT_PREEMPTED
 from jaxrm.sharding.mesh import MeshConfig, build_mesh
+from jaxrm.stage_config import DPO, POLICIES, JudgedEvaluationConfig
 from jaxrm.stages.dpo import reference as dpo_pairs
 from jaxrm.stages.dpo import run as dpo
 from jaxrm.stages.dpo.reference import load_or_compute_reference
@@ -38,10 +38,9 @@ def policy(make_run, tmp_path_factory):
 @pytest.fixture(scope="module")
 def config(policy, task_folder):
     def build(run_dir, **fields):
-        return Experiment(
+        return DPO(
             **{
                 "run_dir": str(run_dir),
-                "algorithm": "dpo",
                 "num_steps": STEPS,
                 "model": ModelSource(path=str(policy)),
                 "data": DataConfig(
@@ -55,7 +54,7 @@ def config(policy, task_folder):
                 "optimizer": OptimizerConfig(lr=3e-3),
                 "mesh": MeshConfig(1, 1, 1),
                 "checkpoint": CheckpointConfig(every=2),
-                "evaluation": EvaluationConfig(
+                "evaluation": JudgedEvaluationConfig(
                     every=2, samples=1, judge="task:safety", sampling=SamplingConfig(max_new_tokens=4)
                 ),
                 "logging": LoggingConfig(every=1, tensorboard=False, progress=False),
@@ -99,7 +98,7 @@ def test_training_starts_at_the_reference_and_learns_preferences(unbroken):
 
 
 def test_the_result_is_a_policy_that_others_start_from(unbroken):
-    found = weights.find_checkpoint(str(unbroken), algorithms=weights.POLICIES)
+    found = weights.find_checkpoint(str(unbroken), algorithms=POLICIES)
     assert (found.step, found.config.algorithm) == (STEPS, "dpo")
 
 

@@ -7,17 +7,16 @@ import pytest
 from jaxrm.algorithms.ppo_config import RolloutConfig
 from jaxrm.data.config import DataConfig
 from jaxrm.errors import UserError
-from jaxrm.experiment import AnswersConfig, Experiment
 from jaxrm.models.build import ModelSource
 from jaxrm.models.generate import SamplingConfig
+from jaxrm.stage_config import Evaluate, EvaluateConfig
 from jaxrm.stages.evaluate import run as evaluate
 from jaxrm.stages.stage import task_files
 
 
 @pytest.fixture
 def config(tmp_path):
-    return Experiment(
-        algorithm="evaluate",
+    return Evaluate(
         run_dir=str(tmp_path / "run"),
         model=ModelSource(path=str(tmp_path / "nothing")),
         data=DataConfig(path="task:safety", max_length=60, batch_size=8),
@@ -29,10 +28,16 @@ def config(tmp_path):
     ("changes", "words"),
     [
         ({"model": ModelSource()}, ("config.model.path is None", "--config.model.path=runs/quickstart/sft")),
-        ({"answers": AnswersConfig(splits=("tset",))}, ("config.answers.splits has 'tset'", "test_ood")),
-        ({"answers": AnswersConfig(best_of=4)}, ("config.answers.best_of is 4", "--config.reward.model=")),
-        ({"answers": AnswersConfig(along=True)}, ("config.answers.along is True", "--config.answers.reference=")),
-        ({"answers": AnswersConfig(along=True, reference="sft")}, ("config.answers.along is True", "is no run")),
+        ({"evaluate": EvaluateConfig(splits=("tset",))}, ("config.evaluate.splits has 'tset'", "test_ood")),
+        ({"evaluate": EvaluateConfig(best_of=4)}, ("config.evaluate.best_of is 4", "--config.reward.model=")),
+        (
+            {"evaluate": EvaluateConfig(evaluate_checkpoints=True)},
+            ("evaluate_checkpoints is True", "--config.evaluate.reference="),
+        ),
+        (
+            {"evaluate": EvaluateConfig(evaluate_checkpoints=True, reference="sft")},
+            ("evaluate_checkpoints is True", "is no run"),
+        ),
     ],
 )
 def test_what_cannot_be_evaluated_is_refused_before_writing(config, tmp_path, changes, words):
@@ -47,8 +52,8 @@ def test_what_cannot_be_evaluated_is_refused_before_writing(config, tmp_path, ch
     [("splits", (), "at least one"), ("decodings", ("beam",), "sampled, greedy"), ("best_of", 0, "at least 1")],
 )
 def test_answers_are_checked_by_field(field, value, word):
-    with pytest.raises(UserError, match=f"config.answers.{field}") as error:
-        AnswersConfig(**{field: value})
+    with pytest.raises(UserError, match=f"config.evaluate.{field}") as error:
+        EvaluateConfig(**{field: value})
     assert word in str(error.value)
 
 

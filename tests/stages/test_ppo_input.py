@@ -14,11 +14,11 @@ from jaxrm.algorithms.ppo_config import CriticConfig, PPOConfig, RolloutConfig
 from jaxrm.algorithms.reward_config import RewardConfig
 from jaxrm.data.config import DataConfig
 from jaxrm.errors import UserError
-from jaxrm.experiment import EvaluationConfig, Experiment
 from jaxrm.models.build import ModelSource
 from jaxrm.models.generate import SamplingConfig
 from jaxrm.runtime.metrics import LoggingConfig
 from jaxrm.sharding.mesh import MeshConfig
+from jaxrm.stage_config import PPO, JudgedEvaluationConfig
 from jaxrm.stages import stage
 from jaxrm.stages.ppo import run as ppo
 
@@ -70,15 +70,14 @@ def launch(place, monkeypatch):
     monkeypatch.setattr(stage, "open_run", opened)
 
     def run(**changes):
-        config = Experiment(
+        config = PPO(
             run_dir="new",
-            algorithm="ppo",
             num_steps=1,
             model=ModelSource(path="sft"),
             reward=RewardConfig(model="seq2seq_rm"),
             data=DataConfig(path="prompts.jsonl", max_length=64, batch_size=8, eval_share=0.2),
             rollout=RolloutConfig(sampling=SamplingConfig(max_new_tokens=24)),
-            evaluation=EvaluationConfig(sampling=SamplingConfig(max_new_tokens=24)),
+            evaluation=JudgedEvaluationConfig(sampling=SamplingConfig(max_new_tokens=24)),
             mesh=MeshConfig(data=4, fsdp=2),
             logging=LoggingConfig(progress=False, tensorboard=False),
         )

@@ -13,10 +13,10 @@ from jaxrm.data.config import DataConfig
 from jaxrm.data.records import Message
 from jaxrm.data.tasks.safety.task import ideal_response, parse_request
 from jaxrm.errors import UserError
-from jaxrm.experiment import Experiment, PairsConfig
 from jaxrm.models.build import ModelSource
 from jaxrm.models.generate import SamplingConfig
 from jaxrm.runtime.metrics import LoggingConfig
+from jaxrm.stage_config import PairsConfig, SamplePairs
 from jaxrm.stages import sample_pairs
 
 WRONG = "to wash the lamp in the office, use a mop. when you are done, close the gate."
@@ -32,9 +32,8 @@ def asked(row):
 
 
 def config(folder, run, *, seed=0, path="task:safety", on_existing="resume", max_new_tokens=24, **pairs):
-    return Experiment(
+    return SamplePairs(
         run_dir=str(folder / "pairs"),
-        algorithm="sample_pairs",
         seed=seed,
         on_existing=on_existing,
         model=ModelSource(path=None if run is None else str(run)),

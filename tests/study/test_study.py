@@ -11,11 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from jaxrm.config.dicts import from_dict
 from jaxrm.config.files import load_config_file
 from jaxrm.errors import UserError
-from jaxrm.experiment import Experiment
 from jaxrm.runtime.metrics import read_rows
+from jaxrm.stage_config import read_stage
 from jaxrm.stages.evaluate import run as evaluate
 from jaxrm.study.config import Study
 from jaxrm.study.schedule import answers_name, schedule
@@ -201,7 +200,7 @@ def test_a_small_study_runs_to_its_report(smoke):
 def test_answers_of_a_policy_that_was_trained_anew_are_refused(smoke, capsys):
     folder = smoke[0] / "runs/safety/seed1"
     answers = json.loads((folder / "answers/sft/plain/run.json").read_text())["config"]
-    again = from_dict(Experiment, answers)
+    again = read_stage(answers)
     assert evaluate.run(again) == 0 and "selection, sampled" in capsys.readouterr().out
     record = folder / "sft/run.json"
     kept = record.read_text()

@@ -4,10 +4,10 @@ import dataclasses
 import importlib.util
 
 import pytest
+from support.stage_configs import stage_config
 
 from jaxrm.algorithms.ppo_config import RolloutConfig
 from jaxrm.data.config import DataConfig
-from jaxrm.experiment import Experiment
 from jaxrm.models.build import ModelSource
 from jaxrm.models.generate import SamplingConfig
 from jaxrm.planning.topology import CHIPS, Topology
@@ -19,10 +19,10 @@ tpu = pytest.mark.skipif(
 )
 
 
-def config(algorithm: str = "sft", **sections) -> Experiment:
+def config(algorithm: str = "sft", **sections):
     """A stage of the smallest model on a mesh of eight."""
-    return Experiment(
-        algorithm=algorithm,
+    return stage_config(
+        algorithm,
         model=ModelSource(preset="lab-tiny", remat="none"),
         data=DataConfig(path="task:safety", max_length=64, batch_size=16),
         rollout=RolloutConfig(sampling=SamplingConfig(max_new_tokens=16)),

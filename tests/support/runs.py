@@ -5,12 +5,12 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+from support.stage_configs import stage_config
 
 from jaxrm.config import dicts
 from jaxrm.data.config import DataConfig
 from jaxrm.data.tasks import write_task
 from jaxrm.data.tokenizer import load_tokenizer
-from jaxrm.experiment import Experiment
 from jaxrm.inference.load import save_shape_and_tokenizer
 from jaxrm.models import build
 from jaxrm.models.build import ModelSource
@@ -43,9 +43,9 @@ def make_run(task_folder):
     tokenizer = load_tokenizer(str(task_folder / "tokenizer"))
 
     def make(folder, algorithm="sft", losses=((4, 1.0),), config=SMALL, **fields):
-        experiment = Experiment(
+        experiment = stage_config(
+            algorithm,
             run_dir=str(folder),
-            algorithm=algorithm,
             model=ModelSource(preset="tiny"),
             data=DataConfig(path="task:safety"),
             **fields,

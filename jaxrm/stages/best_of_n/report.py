@@ -14,9 +14,9 @@ from jaxrm.data import tasks
 from jaxrm.data.prompts import PromptExample
 from jaxrm.data.tasks.prompts import prompt_field
 from jaxrm.errors import UserError, flag
-from jaxrm.experiment import Experiment
 from jaxrm.runtime.metrics import json_line
 from jaxrm.runtime.progress import print_table
+from jaxrm.stage_config import BestOfN
 
 Row = dict[str, Any]
 
@@ -62,7 +62,7 @@ def lines_of(rows: Iterable[Row]) -> str:
     return "".join(map(json_line, rows))
 
 
-def write_winners(target: Path, rows: Sequence[Row], config: Experiment) -> None:
+def write_winners(target: Path, rows: Sequence[Row], config: BestOfN) -> None:
     """Write the winners as demonstrations, all at once, without those that nothing can be learned from.
 
     Raises:
@@ -79,7 +79,7 @@ def write_winners(target: Path, rows: Sequence[Row], config: Experiment) -> None
     atomic.write_text(target, "".join(json.dumps(_winner(row), ensure_ascii=False) + "\n" for row in winners))
 
 
-def summary(rows: Sequence[Row], config: Experiment) -> dict[str, Any]:
+def summary(rows: Sequence[Row], config: BestOfN) -> dict[str, Any]:
     """What ``evaluation.json`` holds: means over the prompts for one candidate and for the winner.
 
     The candidate's reward is the mean of all n; the other means are of the first one.
@@ -150,6 +150,6 @@ def _winner(row: Row) -> Row:
     return {"prompt": row["prompt"], **about} | {name: winner[name] for name in ("judge",) if name in winner}
 
 
-def _is_kept(row: Row, config: Experiment) -> bool:
+def _is_kept(row: Row, config: BestOfN) -> bool:
     winner = row["winner"]
     return bool(winner["response"].strip()) and (config.best_of_n.keep_truncated or winner["ended"])

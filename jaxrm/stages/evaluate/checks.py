@@ -27,18 +27,18 @@ def check(config: Any, mesh: Mesh) -> None:
     if jax.process_count() > 1:
         raise UserError("evaluating a policy is the work of one process; run it on one host")
     known = tasks.SPLITS if config.data.path.startswith(tasks.PREFIX) else ("heldout",)
-    for split in config.answers.splits:
+    for split in config.evaluate.splits:
         if split not in known:
             raise UserError(
-                f"{option('answers.splits')} has {split!r}; the prompts of {config.data.path} are {', '.join(known)}, "
-                f"e.g. {flag('answers.splits')}=heldout"
+                f"{option('evaluate.splits')} has {split!r}; the prompts of {config.data.path} are {', '.join(known)}, "
+                f"e.g. {flag('evaluate.splits')}=heldout"
             )
-    if config.answers.best_of > 1 and not has_rewards(config):
+    if config.evaluate.best_of > 1 and not has_rewards(config):
         raise UserError(
-            f"{option('answers.best_of')} is {config.answers.best_of}, but {option('reward')} has neither model nor "
+            f"{option('evaluate.best_of')} is {config.evaluate.best_of}, but {option('reward')} has neither model nor "
             f"function that would say which is best; e.g. {flag('reward.model')}=runs/quickstart/rm_seq2seq"
         )
-    if config.answers.along:
+    if config.evaluate.evaluate_checkpoints:
         _check_checkpoints(config)
     check_batch(mesh, "data.batch_size", config.data.batch_size, config.num_microbatches)
     check_judge(config.evaluation.judge)
@@ -52,13 +52,13 @@ def has_rewards(config: Any) -> bool:
 
 def _check_checkpoints(config: Any) -> None:
     """Refuse to evaluate checkpoints of what is no run, or without the policy where its training began."""
-    if config.answers.reference is None or "sampled" not in config.answers.decodings:
+    if config.evaluate.reference is None or "sampled" not in config.evaluate.decodings:
         raise UserError(
-            f"{option('answers.along')} is True, which needs a {option('answers.reference')}, where training began, "
-            f"and sampled answers; e.g. {flag('answers.reference')}=runs/quickstart/sft"
+            f"{option('evaluate.evaluate_checkpoints')} is True, which needs a {option('evaluate.reference')}, where "
+            f"training began, and sampled answers; e.g. {flag('evaluate.reference')}=runs/quickstart/sft"
         )
     if not weights.is_run(config.model.path):
         raise UserError(
-            f"{option('answers.along')} is True, but {option('model.path')} is {config.model.path!r}, which is no run "
-            f"and has no checkpoints; use {flag('answers.along')}=False"
+            f"{option('evaluate.evaluate_checkpoints')} is True, but {option('model.path')} is {config.model.path!r}, "
+            f"which is no run and has no checkpoints; use {flag('evaluate.evaluate_checkpoints')}=False"
         )

@@ -63,7 +63,7 @@ class AnswerGenerator:
           decoding: ``sampled`` or ``greedy``.
         """
         config = self.stage.config
-        best_of = config.answers.best_of if decoding == "sampled" else 1
+        best_of = config.evaluate.best_of if decoding == "sampled" else 1
         # The KL is of plain samples: neither greedy answers nor the best of several are drawn from the policy.
         has_kl = self.reference is not None and decoding == "sampled" and best_of == 1
         split_key = jax.random.fold_in(self.key, split[0])
@@ -73,7 +73,7 @@ class AnswerGenerator:
             params,
             fixed_batches(examples, config.data.batch_size, self.prompt_length, self.stage.mesh),
             self.stage.mesh,
-            jax.random.fold_in(split_key, config.answers.decodings.index(decoding)),
+            jax.random.fold_in(split_key, config.evaluate.decodings.index(decoding)),
             best_of=best_of,
             read=functools.partial(self.log_ratio, params, self.reference) if has_kl else None,
         )
@@ -85,7 +85,7 @@ class AnswerGenerator:
             self.stage.response_text,
             self.stage.tokenizer,
             judge_of(config),
-            token_rewards=config.answers.token_rewards,
+            token_rewards=config.evaluate.token_rewards,
         )
 
 
@@ -110,7 +110,7 @@ def open_generator(
     """
     config, sampling = stage.config, stage.config.rollout.sampling
     params = _load_params(stage, config.model.path)
-    reference = None if config.answers.reference is None else _load_params(stage, config.answers.reference)
+    reference = None if config.evaluate.reference is None else _load_params(stage, config.evaluate.reference)
     build = functools.partial(
         build_sampler,
         stage.model,
@@ -139,7 +139,7 @@ def open_generator(
             stage.show_progress,
         )
         score = functools.partial(uncalibrated, calibration)
-    key = jax.random.fold_in(key, config.answers.draw)
+    key = jax.random.fold_in(key, config.evaluate.sampling_seed)
     ratio = log_ratio(stage.model.graphdef, stage.mesh, sampling.temperature or 1.0)
     return AnswerGenerator(stage, params, reference, samplers, score, ratio, prompt_length, key)
 

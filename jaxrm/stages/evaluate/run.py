@@ -1,8 +1,8 @@
 """The evaluation stage: a policy answers prompts, sampled and greedily, and its answers are measured.
 
 In the run's folder are ``answers.jsonl``, one row an answer, written whole when all are there, and
-``evaluation.json``, the means of each split and decoding; with ``config.answers.along`` also ``along.jsonl``, the means
-of each checkpoint.
+``evaluation.json``, the means of each split and decoding; with ``config.evaluate.evaluate_checkpoints`` also
+``along.jsonl``, the means of each checkpoint.
 """
 
 import dataclasses
@@ -21,6 +21,7 @@ from jaxrm.runtime.metrics import json_line, read_rows
 from jaxrm.runtime.progress import Progress, print_table
 from jaxrm.runtime.run_folder import RunFolder
 from jaxrm.sharding.mesh import build_mesh
+from jaxrm.stage_config import POLICIES
 from jaxrm.stages.evaluate.answers import means_of, summary
 from jaxrm.stages.evaluate.checks import check, has_rewards
 from jaxrm.stages.evaluate.generation import AnswerGenerator, open_generator
@@ -45,7 +46,7 @@ def run(config: Any) -> int:
     check_run_folder(config)
     with open_stage(config, mesh, records="prompts") as stage:
         rollout_model = shard_rollout_model(config, mesh, stage.model)
-        prompts = {split: _split_prompts(stage, split) for split in config.answers.splits}
+        prompts = {split: _split_prompts(stage, split) for split in config.evaluate.splits}
         to_calibrate = stage_prompts(stage, held_out=False).examples if has_rewards(config) else []
         every = [example for examples in (*prompts.values(), to_calibrate) for example in examples]
         judge = judge_of(config)
@@ -92,7 +93,7 @@ def _write_answers(
     stage: Stage, folder: RunFolder, generator: AnswerGenerator, prompts: Mapping[str, Sequence[PromptExample]]
 ) -> None:
     """Answer every split in every decoding, and the first split with every checkpoint where that is wanted."""
-    section, judge = stage.config.answers, judge_of(stage.config)
+    section, judge = stage.config.evaluate, judge_of(stage.config)
     checkpoints = _checkpoints(stage.config)
     splits = list(prompts)
     total = len(section.decodings) * sum(map(len, prompts.values())) + len(checkpoints) * len(prompts[splits[0]])
@@ -115,13 +116,13 @@ def _write_answers(
 
 def _checkpoints(config: Any) -> dict[int, str]:
     """The checkpoints that are evaluated too, by step, each as a path of weights; the reference is step 0."""
-    if not config.answers.along:
+    if not config.evaluate.evaluate_checkpoints:
         return {}
-    latest = weights.find_checkpoint(config.model.path, "model.path", weights.POLICIES)
+    latest = weights.find_checkpoint(config.model.path, "model.path", POLICIES)
     checkpoints = Checkpoints(latest.folder.checkpoints, read_only=True)
     steps = checkpoints.steps()
     checkpoints.close()
-    return {0: config.answers.reference} | {step: str(latest.folder.checkpoints / str(step)) for step in steps}
+    return {0: config.evaluate.reference} | {step: str(latest.folder.checkpoints / str(step)) for step in steps}
 
 
 def _check_same_models(file: Path, config: Any, *, has_answers: bool) -> None:

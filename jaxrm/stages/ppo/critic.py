@@ -9,14 +9,13 @@ import jax.numpy as jnp
 
 from jaxrm.data.tokenizer import load_tokenizer, vocabulary_conflict
 from jaxrm.errors import UserError, flag, option
-from jaxrm.inference import sharded_model, weights
+from jaxrm.inference import sharded_model
 from jaxrm.inference.load import as_trained
 from jaxrm.inference.sharded_model import ShardedModel
 from jaxrm.inference.weights import RunCheckpoint, find_checkpoint
 from jaxrm.models import heads
+from jaxrm.stage_config import CRITIC_TRUNKS, REWARD_MODELS
 from jaxrm.stages.stage import Stage
-
-CRITIC_TRUNKS = ("scalar_rm", "sft", "ppo", "dpo")
 
 
 @dataclass(frozen=True)
@@ -67,7 +66,7 @@ def open_critic(stage: Stage) -> Critic:
         run = find_checkpoint(config.critic.path, "critic.path", CRITIC_TRUNKS)
         _check_reads_policy(stage, run)
     elif config.reward.model is not None:
-        reward_model = find_checkpoint(config.reward.model, "reward.model", weights.REWARD_MODELS)
+        reward_model = find_checkpoint(config.reward.model, "reward.model", REWARD_MODELS)
         run = reward_model if reward_model.config.algorithm == "scalar_rm" else None
     if run is None:
         model = sharded_model.shard_scalar_model(config.model, stage.mesh, stage.model.config)

@@ -16,7 +16,6 @@ from jaxrm.algorithms.ppo_state import PPOState, RewardAndKLState
 from jaxrm.algorithms.rollout import BatchSampler, Networks, RewardSource, build_log_probs
 from jaxrm.algorithms.state import TrainState, create
 from jaxrm.algorithms.train_step import build_train_step
-from jaxrm.experiment import Experiment
 from jaxrm.inference import sharded_model
 from jaxrm.inference.rollout_model import build_sampler, shard_rollout_model
 from jaxrm.inference.sharded_model import ShardedModel
@@ -25,6 +24,7 @@ from jaxrm.ops import reward_scaling
 from jaxrm.ops.token_rewards import find_kind
 from jaxrm.runtime.checkpoint import with_shardings
 from jaxrm.sharding import partition
+from jaxrm.stage_config import PPO
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Learner:
       end_ids: tokens that end a response.
     """
 
-    config: Experiment
+    config: PPO
     decoder: ShardedModel
     rollout_model: ShardedModel
     policy: ShardedModel
@@ -185,7 +185,7 @@ class Learner:
 
 
 def open_learner(
-    config: Experiment,
+    config: PPO,
     mesh: Mesh,
     decoder: ShardedModel,
     critic: ShardedModel | None,
@@ -211,5 +211,5 @@ def open_learner(
     return Learner(config, decoder, rollout_model, policy, critic, num_steps, end_ids)
 
 
-def _init_feedback(config: Experiment, calibration: reward_scaling.Calibration) -> RewardAndKLState:
+def _init_feedback(config: PPO, calibration: reward_scaling.Calibration) -> RewardAndKLState:
     return RewardAndKLState(calibration, jnp.asarray(np.float32(config.ppo.kl_coef)))

@@ -88,7 +88,7 @@ def train(stage: Stage, folder: RunFolder, opened: Opened) -> tuple[int, bool]:
     evaluation_pending = _is_evaluation_pending(folder, first_step, num_steps, config.evaluation.every)
     evaluation = _evaluation(stage, folder, opened, programs, reference, keys)
     with (
-        open_metrics(folder, config.logging, after_step=first_step or None, run_config=dicts.as_dict(config)) as writer,
+        open_metrics(folder, config.logging, after_step=first_step or None, run_config=dicts.to_dict(config)) as writer,
         Progress("ppo", num_steps, done=first_step, enabled=stage.show_progress) as progress,
         catch_signals() as stop,
     ):

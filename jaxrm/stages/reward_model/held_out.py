@@ -65,14 +65,15 @@ def ranked_pairs(stage: Stage, held_out: Preferences, request: Sequence[int] | N
     records = [held_out.records[pair.source] for pair in pairs]
     check_judge(config.evaluation.judge, records)
     corrected = [] if request is None else pairs[: config.evaluation.corrections]
-    check_room(
-        stage.model.config,
-        request or (),
-        config.evaluation.sampling.max_new_tokens,
-        [response for pair in corrected for response in (pair.chosen, pair.rejected)],
-        [pair.source for pair in corrected for _ in range(2)],
-        field="evaluation.sampling.max_new_tokens",
-    )
+    if corrected:
+        check_room(
+            stage.model.config,
+            request or (),
+            config.evaluation.sampling.max_new_tokens,
+            [response for pair in corrected for response in (pair.chosen, pair.rejected)],
+            [pair.source for pair in corrected for _ in range(2)],
+            field="evaluation.sampling.max_new_tokens",
+        )
     return RankedPairs(pairs, records, corrected, report)
 
 

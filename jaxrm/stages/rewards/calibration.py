@@ -12,7 +12,6 @@ from jaxrm.algorithms import scoring
 from jaxrm.algorithms.rollout import RewardSource
 from jaxrm.data.prompts import PromptExample
 from jaxrm.errors import UserError, flag
-from jaxrm.experiment import Experiment
 from jaxrm.inference import sharded_model
 from jaxrm.inference.sharded_model import ShardedModel
 from jaxrm.ops import reward_scaling
@@ -20,6 +19,7 @@ from jaxrm.ops.reward_scaling import Calibration, uncalibrated
 from jaxrm.ops.token_rewards import Kind, find_kind
 from jaxrm.runtime.progress import Progress
 from jaxrm.sharding import partition
+from jaxrm.stage_config import PPO, BestOfN, Evaluate
 from jaxrm.stages.inputs.prompts import fixed_batches
 from jaxrm.types import ResponseBatch, TokenRewards
 
@@ -34,7 +34,9 @@ class PolicyRewards:
       source: of token rewards.
     """
 
-    def __init__(self, config: Experiment, policy: ShardedModel, params: Any, source: RewardSource) -> None:
+    def __init__(
+        self, config: PPO | BestOfN | Evaluate, policy: ShardedModel, params: Any, source: RewardSource
+    ) -> None:
         self._params, self._source, self._log_probs = params, source, None
         if find_kind(config.reward.kind).needs_reference:
             temperature = config.rollout.sampling.temperature or 1.0
@@ -65,7 +67,7 @@ def _policy_log_probs(policy: ShardedModel, temperature: float) -> Callable[[Any
 
 
 def calibration_of(
-    config: Experiment,
+    config: PPO | BestOfN | Evaluate,
     mesh: Mesh,
     examples: Sequence[PromptExample],
     width: int,

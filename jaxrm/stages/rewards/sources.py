@@ -18,7 +18,6 @@ from jaxrm.data.prompts import PromptExample
 from jaxrm.data.records import Message
 from jaxrm.data.tokenizer import vocabulary_conflict
 from jaxrm.errors import UserError, flag, naming, option
-from jaxrm.experiment import Experiment
 from jaxrm.inference import sharded_model
 from jaxrm.inference.load import load_reward_model
 from jaxrm.inference.reward_model import RewardModel
@@ -27,6 +26,7 @@ from jaxrm.ops import token_rewards
 from jaxrm.ops.reward_scaling import Calibration
 from jaxrm.ops.token_rewards import Kind, Source, find_kind
 from jaxrm.sharding import partition
+from jaxrm.stage_config import PPO, BestOfN, Evaluate
 from jaxrm.stages.inputs.prompts import check_judgeable
 from jaxrm.stages.rewards.functions import FunctionRewards, open_function
 from jaxrm.types import ResponseBatch, TokenRewards
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 
 def open_rewards(
-    config: Experiment,
+    config: PPO | BestOfN | Evaluate,
     mesh: Mesh,
     tokenizer: "PreTrainedTokenizerBase",
     examples: Sequence[PromptExample],

@@ -60,7 +60,7 @@ def train(
 
     first_step = int(state.step)
     with (
-        open_metrics(folder, config.logging, after_step=first_step or None, run_config=dicts.as_dict(config)) as writer,
+        open_metrics(folder, config.logging, after_step=first_step or None, run_config=dicts.to_dict(config)) as writer,
         Progress("train", num_steps, done=first_step, enabled=stage.show_progress) as progress,
         catch_signals() as stop,
     ):

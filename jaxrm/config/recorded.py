@@ -1,0 +1,34 @@
+"""Configs that were recorded before each stage had a config class of its own, as today's are written."""
+
+from collections.abc import Mapping
+from typing import Any
+
+_FIELDS = {"algorithm", "answers", "scalar_rm", "dpo", "ppo"}  # of the one class that served all stages
+_RENAMED = {"answers": "evaluate", "along": "evaluate_checkpoints", "draw": "sampling_seed"}
+
+
+def upgraded(recorded: Mapping[str, Any], like: Mapping[str, Any]) -> dict[str, Any]:
+    """A recorded config with today's names, and without the sections that its stage does not have.
+
+    Args:
+      recorded: from ``run.json``, ``pipeline.json`` or ``study.json``; one of today passes unchanged.
+      like: a config of the same class, as it is written today.
+    """
+    if set(recorded) >= _FIELDS:
+        return _restricted(recorded, like)
+    stages = {name: like.get(name) for name in recorded}
+    return {
+        name: upgraded(value, stage)
+        if isinstance(value, Mapping) and isinstance(stage := stages[name], Mapping)
+        else value
+        for name, value in recorded.items()
+    }
+
+
+def _restricted(recorded: Mapping[str, Any], like: Mapping[str, Any]) -> dict[str, Any]:
+    renamed = {_RENAMED.get(name, name): value for name, value in recorded.items()}
+    both = {name: (value, like[name]) for name, value in renamed.items() if name in like}
+    return {
+        name: _restricted(value, today) if isinstance(value, Mapping) and isinstance(today, Mapping) else value
+        for name, (value, today) in both.items()
+    }

@@ -1,0 +1,391 @@
+"""One config class a stage, and the table of the stages.
+
+The sections live beside the code that they configure. A class has the sections that its stage reads, and no others.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, NamedTuple
+
+from jaxrm.algorithms.best_of_n import BestOfNConfig
+from jaxrm.algorithms.dpo import DPOConfig
+from jaxrm.algorithms.optimizer import OptimizerConfig
+from jaxrm.algorithms.ppo_config import CriticConfig, PPOConfig, RolloutConfig
+from jaxrm.algorithms.reward_config import RewardConfig, RewardKindConfig
+from jaxrm.algorithms.scalar_rm import ScalarRMConfig
+from jaxrm.config import dicts, fields
+from jaxrm.config.fields import above, at_least, at_most, below, bounded, check, finite, wrong
+from jaxrm.config.recorded import upgraded
+from jaxrm.data.config import DataConfig
+from jaxrm.data.pairs import MappingConfig
+from jaxrm.errors import UserError
+from jaxrm.models.build import ModelSource
+from jaxrm.models.generate import SamplingConfig
+from jaxrm.runtime.checkpoint import CheckpointConfig
+from jaxrm.runtime.metrics import LoggingConfig
+from jaxrm.runtime.run_folder import OnExisting
+from jaxrm.sharding.mesh import MeshConfig
+
+# What may change between two launches of one run: nothing here changes what is learnt.
+RESUMABLE_FIELDS = frozenset(
+    {
+        "run_dir",
+        "on_existing",
+        "mesh",
+        "rollout.mesh",
+        "optimizer.offload",
+        "critic.optimizer.offload",
+        "checkpoint",
+        "logging",
+        "evaluation",
+    }
+)
+
+
+def _greedy() -> SamplingConfig:
+    return SamplingConfig(max_new_tokens=64, temperature=0.0)
+
+
+@dataclass(frozen=True)
+class JudgeConfig:
+    """Judgement of responses.
+
+    Attributes:
+      judge: embedded task (``task:safety``) whose exact judge scores the responses; None takes that of the data.
+    """
+
+    judge: str | None = None
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """Evaluation on held-out data while a policy is trained.
+
+    Attributes:
+      every: updates, in PPO rollouts, between evaluations; the first and the last parameters are always evaluated.
+      samples: responses to held-out prompts that are generated when training ends, in PPO at every evaluation.
+      sampling: how.
+    """
+
+    every: int = bounded(100, at_least(1))
+    samples: int = bounded(3, at_least(0))
+    sampling: SamplingConfig = field(default_factory=_greedy)
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+@dataclass(frozen=True)
+class JudgedEvaluationConfig(EvaluationConfig):
+    """The same, with a judge.
+
+    Attributes:
+      judge: embedded task (``task:safety``) whose exact judge scores the responses; None takes that of the data.
+    """
+
+    judge: str | None = None
+
+
+@dataclass(frozen=True)
+class RankingEvaluationConfig:
+    """Evaluation of a scalar reward model on held-out pairs.
+
+    Attributes:
+      every: updates between evaluations; the first and the last parameters are always evaluated.
+      judge: embedded task (``task:safety``) whose exact judge the rewards are compared with.
+    """
+
+    every: int = bounded(100, at_least(1))
+    judge: str | None = None
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+@dataclass(frozen=True)
+class CorrectionEvaluationConfig(EvaluationConfig):
+    """Evaluation of a seq2seq reward model on held-out pairs.
+
+    Attributes:
+      samples: corrections that are shown when training ends.
+      sampling: ``max_new_tokens`` of a correction, which is greedy.
+      corrections: held-out pairs whose two responses are corrected when training ends; 0 for none.
+      judge: embedded task (``task:safety``) whose exact judge says what corrections gain.
+    """
+
+    corrections: int = bounded(64, at_least(0))
+    judge: str | None = None
+
+
+@dataclass(frozen=True)
+class PairsConfig:
+    """Pairs sampled from a policy on an embedded task, and labelled by its noisy and biased annotator.
+
+    Attributes:
+      count: pairs in all.
+      ideal_share: share of pairs in which one of the two responses is the ideal one instead of a sample.
+      sampling: how the policy answers.
+      batch_size: prompts answered at once.
+    """
+
+    count: int = bounded(2000, at_least(1))
+    ideal_share: float = bounded(0.0, at_least(0), at_most(1))
+    sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(max_new_tokens=64, temperature=1.0))
+    batch_size: int = bounded(256, at_least(1))
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Which prompts a policy answers, and how.
+
+    Attributes:
+      splits: ``heldout``, the held-out prompts of ``data``; of an embedded task also the others of
+        `jaxrm.data.tasks.SPLITS`, such as ``test`` and ``test_ood``.
+      decodings: ``sampled``, as ``rollout.sampling`` says, and ``greedy``.
+      best_of: responses that are drawn to each prompt and of which ``reward`` chooses the best; greedily there is but
+        one.
+      sampling_seed: random numbers of the answers: policies that are compared need different ones, lest they share
+        their luck.
+      reference: folder of the run that the KL is measured to; None measures none.
+      evaluate_checkpoints: whether the first split is also answered, sampled, by the reference and with every
+        checkpoint that is left of the policy's run, which shows what training did to the policy on the way.
+      token_rewards: answers of each split and decoding that are kept with their token rewards, where there are any.
+    """
+
+    splits: tuple[str, ...] = ("heldout",)
+    decodings: tuple[str, ...] = ("sampled", "greedy")
+    best_of: int = bounded(1, at_least(1))
+    sampling_seed: int = bounded(0, at_least(0))
+    reference: str | None = None
+    evaluate_checkpoints: bool = False
+    token_rewards: int = bounded(8, at_least(0))
+
+    def __post_init__(self) -> None:
+        check(self)
+        for name in ("splits", "decodings"):
+            values = getattr(self, name)
+            if not values or len(set(values)) < len(values):
+                raise wrong(self, name, "each one once, at least one", getattr(EvaluateConfig, name))
+        if not set(self.decodings) <= {"sampled", "greedy"}:
+            raise wrong(self, "decodings", "sampled, greedy or both", EvaluateConfig.decodings)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageConfig:
+    """What the configs of all stages have.
+
+    Attributes:
+      algorithm: name of the stage in `STAGES`.
+      run_dir: folder of the run; all that it writes is in it. A pipeline fills in that of its stages.
+      on_existing: a folder that already holds this run is continued (``resume``), put aside and started anew
+        (``restart``) or refused (``error``).
+      seed: of everything random: initial parameters, order of the data, sampling.
+    """
+
+    algorithm: ClassVar[str] = ""
+    run_dir: str = ""
+    on_existing: OnExisting = "resume"
+    seed: int = bounded(0, at_least(0), below(2**32))
+    model: ModelSource = field(default_factory=ModelSource)
+    data: DataConfig = field(default_factory=DataConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+    def __post_init__(self) -> None:
+        check(self)
+
+    @classmethod
+    def explain_unknown(cls, name: str) -> str | None:
+        """What to say of a field that this stage has not, by dotted name; None where no stage has it."""
+        if name == "algorithm":
+            classes = ", ".join(stage.config_class.__name__ for stage in STAGES.values())
+            return f"is {cls.algorithm} by the class of the config; the classes are {classes}"
+        owners = [stage.name for stage in STAGES.values() if _has_field(stage.config_class, name)]
+        return f"is a field of {', '.join(owners)}; this is a run of {cls.algorithm}" if owners else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig(StageConfig):
+    """What the configs of the stages that train have.
+
+    Attributes:
+      num_steps: updates in all, in PPO rollouts, or None for ``num_epochs``.
+      num_epochs: passes over the data, where ``num_steps`` is None.
+      num_microbatches: parts that a batch is cut into, to save memory; the update is the same.
+    """
+
+    num_steps: int | None = bounded(None, at_least(1))
+    num_epochs: float = bounded(3.0, above(0), finite)
+    num_microbatches: int = bounded(1, at_least(1))
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SFT(TrainingConfig):
+    """Supervised fine-tuning on demonstrations, or on the chosen responses of pairs."""
+
+    algorithm: ClassVar[str] = "sft"
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplePairs(StageConfig):
+    """Preference pairs of an embedded task, sampled from a policy."""
+
+    algorithm: ClassVar[str] = "sample_pairs"
+    pairs: PairsConfig = field(default_factory=PairsConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seq2SeqRM(TrainingConfig):
+    """A reward model that rewrites responses."""
+
+    algorithm: ClassVar[str] = "seq2seq_rm"
+    mapping: MappingConfig = field(default_factory=MappingConfig)
+    reward: RewardKindConfig = field(default_factory=RewardKindConfig)
+    evaluation: CorrectionEvaluationConfig = field(default_factory=CorrectionEvaluationConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScalarRM(TrainingConfig):
+    """A reward model with a scalar head."""
+
+    algorithm: ClassVar[str] = "scalar_rm"
+    scalar_rm: ScalarRMConfig = field(default_factory=ScalarRMConfig)
+    reward: RewardKindConfig = field(default_factory=lambda: RewardKindConfig(kind="scalar"))
+    evaluation: RankingEvaluationConfig = field(default_factory=RankingEvaluationConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PPO(TrainingConfig):
+    """Proximal policy optimization with token rewards.
+
+    Attributes:
+      ptx: SFT data that PPO mixes in, where it is given.
+    """
+
+    algorithm: ClassVar[str] = "ppo"
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    ppo: PPOConfig = field(default_factory=PPOConfig)
+    critic: CriticConfig = field(default_factory=CriticConfig)
+    ptx: DataConfig | None = None
+    evaluation: JudgedEvaluationConfig = field(default_factory=JudgedEvaluationConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DPO(TrainingConfig):
+    """Direct preference optimization."""
+
+    algorithm: ClassVar[str] = "dpo"
+    dpo: DPOConfig = field(default_factory=DPOConfig)
+    evaluation: JudgedEvaluationConfig = field(default_factory=JudgedEvaluationConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BestOfN(StageConfig):
+    """The best of n responses of a policy to each prompt.
+
+    Attributes:
+      num_steps: batches of prompts in all; None takes every prompt.
+      num_microbatches: parts that a batch is scored in, to save memory.
+    """
+
+    algorithm: ClassVar[str] = "best_of_n"
+    num_steps: int | None = bounded(None, at_least(1))
+    num_microbatches: int = bounded(1, at_least(1))
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    best_of_n: BestOfNConfig = field(default_factory=BestOfNConfig)
+    evaluation: JudgeConfig = field(default_factory=JudgeConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate(StageConfig):
+    """Answers of a policy, judged and scored.
+
+    Attributes:
+      num_microbatches: parts that a batch is scored in, to save memory.
+    """
+
+    algorithm: ClassVar[str] = "evaluate"
+    num_microbatches: int = bounded(1, at_least(1))
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    evaluation: JudgeConfig = field(default_factory=JudgeConfig)
+
+
+class StageRow(NamedTuple):
+    """A row of the table of stages.
+
+    Attributes:
+      name: of the stage.
+      config_class: of its config.
+      module: that runs it, by its function ``run(config)``.
+      phrase: what it is called in reports.
+      holds: what its runs hold: ``policy``, ``seq2seq reward model``, ``scalar reward model``, or nothing.
+      is_planned: whether `jaxrm.plan` can compile it.
+    """
+
+    name: str
+    config_class: type[StageConfig]
+    module: str
+    phrase: str
+    holds: str | None = None
+    is_planned: bool = False
+
+
+_SCALAR, _SEQ2SEQ = "scalar reward model", "seq2seq reward model"
+_REWARD_MODEL = "jaxrm.stages.reward_model.run"
+STAGES = {
+    row.name: row
+    for row in (
+        StageRow("sft", SFT, "jaxrm.stages.sft", "supervised fine-tuning", "policy", is_planned=True),
+        StageRow("sample_pairs", SamplePairs, "jaxrm.stages.sample_pairs", "preference pairs sampled from a policy"),
+        StageRow("seq2seq_rm", Seq2SeqRM, _REWARD_MODEL, "seq2seq reward model", _SEQ2SEQ, is_planned=True),
+        StageRow("scalar_rm", ScalarRM, _REWARD_MODEL, "scalar reward model", _SCALAR, is_planned=True),
+        StageRow("ppo", PPO, "jaxrm.stages.ppo.run", "PPO", "policy", is_planned=True),
+        StageRow("dpo", DPO, "jaxrm.stages.dpo.run", "direct preference optimization", "policy", is_planned=True),
+        StageRow("best_of_n", BestOfN, "jaxrm.stages.best_of_n.run", "best of n responses"),
+        StageRow("evaluate", Evaluate, "jaxrm.stages.evaluate.run", "answers to test prompts"),
+    )
+}
+
+
+def stages_that_hold(*contents: str) -> tuple[str, ...]:
+    """Names of the stages whose runs hold one of ``contents`` (see `StageRow`)."""
+    return tuple(row.name for content in contents for row in STAGES.values() if row.holds == content)
+
+
+POLICIES = stages_that_hold("policy")
+LANGUAGE_MODELS = stages_that_hold("policy", "seq2seq reward model")  # a whole decoder
+REWARD_MODELS = stages_that_hold("seq2seq reward model", "scalar reward model")
+CRITIC_TRUNKS = stages_that_hold("scalar reward model", "policy")
+PLANNED = tuple(row.name for row in STAGES.values() if row.is_planned)
+
+
+def read_stage(recorded: Mapping[str, Any], where: str = "config") -> Any:
+    """The config of a run from its ``run.json``, also of one that was made before each stage had a class of its own.
+
+    Args:
+      recorded: as `jaxrm.config.dicts.to_dict` gave it.
+      where: its dotted name in messages.
+
+    Raises:
+      UserError: where it is no config of a stage.
+    """
+    name = recorded.get("algorithm")
+    if name not in STAGES:
+        raise UserError(f"{where}.algorithm is {name!r}, which is no stage; the stages are {', '.join(STAGES)}")
+    config_class = STAGES[name].config_class
+    return dicts.from_dict(config_class, upgraded(recorded, dicts.to_dict(config_class())), where)
+
+
+def _has_field(config_class: type[StageConfig], name: str) -> bool:
+    names = fields.field_names(config_class)
+    return any(known == f"config.{name}" or known.startswith(f"config.{name}.") for known in names)
