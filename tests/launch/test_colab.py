@@ -77,20 +77,31 @@ def test_the_commands_run_to_their_end(ran):
     assert [cell.execution_count for cell in ran.values()] == list(range(1, len(ran) + 1))
     assert "jaxrm is ready" in printed(ran["install"])
     assert "CpuDevice" in printed(ran["devices"])
-    assert "rm_seq2seq: done" in printed(ran["train"]) and "Policies on" not in printed(ran["train"])
+    assert "ppo_seq2seq: done" in printed(ran["train"])
 
 
 @pytest.mark.slow
 def test_token_rewards_are_shown_in_color(ran):
     for name in ("token-rewards", "scalar-rewards"):
         (page,) = displayed(ran[name], "text/html")
-        colours = re.findall(r"background: rgba\([\d, ]+, (0\.[1-9]\d|0\.0[1-9])\)[^>]*title=", page)
-        assert len(colours) >= (20 if name == "token-rewards" else 6), page
+        colors = re.findall(r"background: rgba\([\d, ]+, (0\.[1-9]\d|0\.0[1-9])\)[^>]*title=", page)
+        assert len(colors) >= (12 if name == "token-rewards" else 2), page
+
+
+@pytest.mark.slow
+def test_every_response_has_a_correction(ran):
+    assert len(re.findall(r"^correction  ", printed(ran["corrections"]), re.MULTILINE)) == 3
+
+
+@pytest.mark.slow
+def test_the_loop_of_ones_own_trains(ran):
+    losses = [float(x) for x in re.findall(r"^step \d+: loss ([\d.]+)$", printed(ran["loop"]), re.MULTILINE)]
+    assert len(losses) == 10 and losses[-1] < losses[0]
 
 
 @pytest.mark.slow
 def test_the_closing_table_has_both_arms(ran):
-    table = printed(ran["ppo"]).partition("Policies on")[2]
+    table = printed(ran["train"]).partition("Policies on")[2]
     assert re.search(r"^SFT .*\n^ppo_scalar \(scalar\) .*\n^ppo_seq2seq \(literal\) ", table, re.MULTILINE), table
 
 
