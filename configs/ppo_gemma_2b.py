@@ -26,7 +26,7 @@ def get_config() -> PPO:
     return PPO(
         run_dir="runs/ppo_gemma_2b",
         num_epochs=1.0,
-        # No kind beat the paper's in the lab, and centring is worth most: README, "The lab".
+        # No kind beat the paper's in the study, and centering is worth most (jaxrm/study/README.md).
         reward=RewardConfig(kind="literal", model="runs/rm_seq2seq_gemma_2b"),
         model=ModelSource(path="runs/sft_gemma_2b", dtype="bfloat16"),
         data=DataConfig(path=DATA, template="gemma", max_length=1024, batch_size=64, max_eval_records=256),

@@ -26,7 +26,7 @@ def get_config() -> PPO:
     return PPO(
         run_dir="runs/ppo_llama_2_7b",
         num_epochs=1.0,
-        # No kind beat the paper's in the lab, and centring is worth most: README, "The lab".
+        # No kind beat the paper's in the study, and centering is worth most (jaxrm/study/README.md).
         reward=RewardConfig(kind="literal", model="runs/rm_seq2seq_llama_2_7b"),
         model=ModelSource(path="runs/sft_llama_2_7b", dtype="bfloat16"),
         data=DataConfig(path=DATA, template="llama2", max_length=1024, batch_size=128, max_eval_records=256),

@@ -21,7 +21,7 @@ def get_config() -> PPO:
     return PPO(
         run_dir="runs/ppo_tiny",
         num_steps=50,
-        # No kind beat the paper's in the lab, and centring is worth most: README, "The lab".
+        # No kind beat the paper's in the study, and centering is worth most (jaxrm/study/README.md).
         reward=RewardConfig(kind="literal", model="runs/rm_seq2seq_tiny"),
         model=ModelSource(path="runs/sft_tiny"),
         data=DataConfig(path="task:safety", max_length=64, batch_size=64),

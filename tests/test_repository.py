@@ -22,7 +22,6 @@ READMES = [
 ]
 # Names of locals that do not say what the thing is.
 RIDDLES = {"found", "told", "asked", "kept", "held", "planned"}
-NOT_YET_RENAMED = ("jaxrm/generate.py", "jaxrm/score.py", "jaxrm/inference/")
 # What a machine without them must still be able to import jaxrm's modules beside; each is slow to import as well.
 LAZY = ("datasets", "grain", "transformers", "torch", "tensorflow", "sentencepiece", "gguf", "wandb")
 
@@ -148,8 +147,6 @@ def stored_names(tree: ast.AST) -> set[str]:
 @pytest.mark.parametrize("path", MODULES, ids=relative)
 def test_locals_say_what_they_hold(path):
     """A name such as ``scores`` says more than ``found``."""
-    if relative(path).startswith(NOT_YET_RENAMED):
-        pytest.skip("its names are older than the rule")
     names = stored_names(ast.parse(path.read_text(encoding="utf-8")))
     assert not {name for name in names if name in RIDDLES or name.startswith("of_")}
 

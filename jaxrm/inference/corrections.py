@@ -65,8 +65,8 @@ class Corrector:
         with Progress("correct", len(rows), unit="responses", enabled=show_progress) as progress:
             for start in range(0, len(order), _ROWS):
                 indices = order[start : start + _ROWS]
-                found = responder.continue_ids([rows[i] for i in indices], jax.random.key(0))
-                for i, correction in zip(indices, found, strict=True):
+                corrections = responder.continue_ids([rows[i] for i in indices], jax.random.key(0))
+                for i, correction in zip(indices, corrections, strict=True):
                     written[i] = correction
                 progress.update(start + len(indices))
         return written

@@ -163,8 +163,8 @@ class Sampler:
             sampling=self._sampling,
             end_ids=self._end_ids,
         )
-        drawn, kept = jax.device_get(out)
-        return [drawn[row][kept[row]] for row in range(len(prompts))]
+        responses, response_mask = jax.device_get(out)
+        return [responses[row][response_mask[row]] for row in range(len(prompts))]
 
     def text(self, tokens: Sequence[int] | np.ndarray) -> str:
         """A response as text, without its end token."""

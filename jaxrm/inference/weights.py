@@ -47,7 +47,7 @@ class Vocabulary(NamedTuple):
 
 @dataclass(frozen=True)
 class RunCheckpoint:
-    """One checkpoint of a run, found but not read.
+    """One checkpoint of a run, whose parameters are not read yet.
 
     Attributes:
       folder: the run's.
@@ -98,7 +98,7 @@ def find_checkpoint(path: str, field: str = "path", algorithms: tuple[str, ...] 
     folder = RunFolder(run, resumed=True, message="", is_writer=False)
     instead = f"give the folder of a run, e.g. {flag(field)}=runs/quickstart/sft"
     if (run / "pipeline.json").is_file():
-        stages = ", ".join(sorted(found.parent.name for found in run.glob("*/run.json")))
+        stages = ", ".join(sorted(record.parent.name for record in run.glob("*/run.json")))
         raise UserError(
             f"{option(field)} is {path!r}, the folder of a pipeline; give one of its stages: "
             f"{flag(field)}={path}/STAGE, "
@@ -124,8 +124,8 @@ def find_checkpoint(path: str, field: str = "path", algorithms: tuple[str, ...] 
 
 def _read_json(file: Path, path: str, field: str) -> dict[str, Any]:
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-        return dict(found) if file.name == "model.json" else {"config": dict(found["config"])}
+        record = json.loads(file.read_text(encoding="utf-8"))
+        return dict(record) if file.name == "model.json" else {"config": dict(record["config"])}
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise UserError(f"{option(field)} is {path!r}, whose {file.name} is damaged ({error})") from error
 
@@ -165,9 +165,9 @@ def identity_of(path: str) -> str:
     """Which checkpoint exactly, by when its run was started too, since a folder may come to hold another run."""
     if not is_run(path):
         return path
-    found = find_checkpoint(path, "model.path")
-    launches = json.loads((found.folder.path / "run.json").read_text(encoding="utf-8")).get("launches") or [{}]
-    return f"{found.name}, of {launches[0].get('started')}"
+    checkpoint = find_checkpoint(path, "model.path")
+    launches = json.loads((checkpoint.folder.path / "run.json").read_text(encoding="utf-8")).get("launches") or [{}]
+    return f"{checkpoint.name}, of {launches[0].get('started')}"
 
 
 def name_of(source: ModelSource) -> str:

@@ -93,8 +93,8 @@ def pipeline(
         if name in own:
             raise UserError(f"pipeline() has a stage called {name}, which means something else; call it otherwise")
         if not isinstance(stage, StageConfig):
-            found = type(stage).__name__
-            raise UserError(f"the stage {name} of pipeline() is {found}; required a stage, e.g. SFT(...)")
+            sort = type(stage).__name__
+            raise UserError(f"the stage {name} of pipeline() is {sort}; required a stage, e.g. SFT(...)")
         values[name] = stage
     return _class_of(values)(run_dir=run_dir, seed=seed, on_existing=on_existing, stages=tuple(values), **values)
 
