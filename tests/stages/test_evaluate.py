@@ -52,7 +52,7 @@ def test_what_cannot_be_evaluated_is_refused_before_writing(config, tmp_path, ch
     [("splits", (), "at least one"), ("decodings", ("beam",), "sampled, greedy"), ("best_of", 0, "at least 1")],
 )
 def test_answers_are_checked_by_field(field, value, word):
-    with pytest.raises(UserError, match=f"config.evaluate.{field}") as error:
+    with pytest.raises(UserError, match=f"EvaluateConfig.{field}") as error:
         EvaluateConfig(**{field: value})
     assert word in str(error.value)
 
