@@ -22,11 +22,12 @@ from jaxrm.inference import sharded_model
 from jaxrm.inference.load import load_reward_model
 from jaxrm.inference.reward_model import RewardModel
 from jaxrm.inference.token_scores import build_scorer
+from jaxrm.inference.weights import find_checkpoint
 from jaxrm.ops import token_rewards
 from jaxrm.ops.reward_scaling import Calibration
 from jaxrm.ops.token_rewards import Kind, Source, find_kind
 from jaxrm.sharding import partition
-from jaxrm.stage_config import PPO, BestOfN, Evaluate
+from jaxrm.stage_config import PPO, REWARD_MODELS, BestOfN, Evaluate
 from jaxrm.stages.inputs.prompts import check_judgeable
 from jaxrm.stages.rewards.functions import FunctionRewards, open_function
 from jaxrm.types import ResponseBatch, TokenRewards
@@ -68,6 +69,7 @@ def open_rewards(
             end_ids=tuple(sorted(templates.end_ids(tokenizer, template))),
             mesh=mesh,
         ), name
+    find_checkpoint(config.reward.model, "reward.model", REWARD_MODELS)  # published weights are no reward model
     with naming({"path": option("reward.model")}):
         model = load_reward_model(
             config.reward.model, mesh=mesh, dtype=config.model.dtype, attention=config.model.attention
