@@ -361,7 +361,7 @@ def test_the_held_out_side_of_a_file_is_scored_by_its_hash(runs, scored, tmp_pat
 
 def literal_by_hand(model, prompt, response):
     """Tags and rewards of the paper's rule from the whole logits of an unpadded row, in NumPy."""
-    request = correction_request(model.tokenizer, model.template, model.config.mapping.instruction)
+    request = correction_request(model.tokenizer, model.template, model.instruction)
     row = np.array([*prompt, *response, *request, *response], np.int32)[None]
 
     @jax.jit

@@ -432,6 +432,6 @@ def test_the_container_file_knows_the_extras_of_pyproject(machine):
     # what is copied before the code is what an installation reads
     copied = re.search(r"^COPY (?!--)(.*) \./$", text, re.MULTILINE)
     assert copied is not None
-    assert {"requirements.txt", "pyproject.toml", *project["license-files"], project["readme"]} == set(
+    assert {"requirements.txt", "pyproject.toml", "setup.py", *project["license-files"], project["readme"]} == set(
         copied[1].split()
     )

@@ -368,7 +368,7 @@ def test_rows_too_long_for_a_reward_model_are_refused(models, tokenizer, name, l
 
 def test_a_seq2seq_reward_model_needs_room_for_two_responses(models, tokenizer):
     """It reads the response twice."""
-    request = len(correction_request(tokenizer, "auto", models["seq2seq_rm"].config.mapping.instruction))
+    request = len(correction_request(tokenizer, "auto", models["seq2seq_rm"].instruction))
     length = 256 - request - 40
     check(models["seq2seq_rm"], tokenizer, length=length, response_length=40)
     check(models["scalar_rm"], tokenizer, length=256, response_length=40)
@@ -389,7 +389,7 @@ def test_a_batch_is_scored_as_each_response_alone(models, tokenizer, one, name, 
     source = ModelRewards(model, KINDS[kind], one, num_microbatches=2)
     found = jax.device_get(source(calibration, respond(prompts, responses, P=8, T=8), reference))
     # The same responses one at a time, without padding.
-    request = tuple(correction_request(tokenizer, "auto", model.config.mapping.instruction))
+    request = tuple(correction_request(tokenizer, "auto", model.instruction))
     score = jax.jit(scoring.build_scorer(KINDS[kind], model.model.graphdef, request=request, end_ids=ends))
     for row in (0, 1):
         prompt, response = prompts[row], responses[row]
