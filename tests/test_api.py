@@ -109,6 +109,7 @@ def test_the_example_of_the_readme_runs(capsys):
     assert "responses[0] (literal): sum" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("script", "most"), [(SCORE, 4), (SAMPLE, 4), (TRAIN, 10)], ids=["score", "sample", "train"])
 def test_a_script_is_short_and_quiet(script, most):
     """Imports included. Nothing but its own print is seen, on stdout or stderr."""

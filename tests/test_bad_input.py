@@ -160,6 +160,7 @@ def write_records(name, rows):
 # --- fields of the config
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -596,6 +597,7 @@ def test_export_works_on_devices_that_do_not_divide_the_model(place):
 # --- as a process
 
 
+@pytest.mark.slow
 def test_a_process_answers_with_status_2_and_one_line(place):
     """What in-process runs cannot see: output of native libraries, and what is said at exit."""
     change_tensors(lambda tensors: tensors.pop("model.norm.weight"))

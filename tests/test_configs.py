@@ -76,6 +76,7 @@ def model_and_loss(config, source, mesh, shape):
     return model, sft.sft_loss(model.graphdef), TokenBatch
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("path", "stage"), TRAINED)
 def test_a_step_of_the_config_builds_on_eight_devices(path, stage):
     """Abstractly: shapes and shardings of the state, and the trace of loss and gradients."""

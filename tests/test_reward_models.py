@@ -16,7 +16,7 @@ from support.stage_configs import stage_config
 
 from jaxrm import score, train
 from jaxrm.algorithms.optimizer import OptimizerConfig
-from jaxrm.algorithms.reward_config import RewardConfig
+from jaxrm.algorithms.reward_config import RewardKindConfig
 from jaxrm.config import command_line
 from jaxrm.data import tasks
 from jaxrm.data.config import DataConfig
@@ -121,7 +121,7 @@ class Runs:
     def reward_model_config(self, algorithm, count=1):
         assert self.pairs
         kind = "literal" if algorithm == "seq2seq_rm" else "scalar"
-        more = {"reward": RewardConfig(kind=kind), "num_steps": STEPS[algorithm] if count == 1 else FEW}
+        more = {"reward": RewardKindConfig(kind=kind), "num_steps": STEPS[algorithm] if count == 1 else FEW}
         name = algorithm if count == 1 else f"{algorithm}-eight"
         return self.config(name, algorithm, mesh=MeshConfig() if count == 1 else EIGHT, **more)
 

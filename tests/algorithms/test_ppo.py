@@ -503,6 +503,7 @@ def fit(
     return state, finished, told, checkpoints
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shared", [False, True], ids=["own critic", "shared trunk"])
 def test_it_learns_to_emit_a_pattern(tmp_path, shared):
     """From chance (a sixteenth a token) to at least 0.9 in 40 steps of 64 responses of four tokens."""
@@ -525,6 +526,7 @@ def test_it_learns_to_emit_a_pattern(tmp_path, shared):
     assert [program._cache_size() for program in programs] == [1] * 5  # nothing was compiled twice
 
 
+@pytest.mark.slow
 def test_one_device_and_eight_agree(tmp_path):
     """Three steps: the same tokens, and losses, rewards and KL within 1e-4 in float32; eight lie anew to answer."""
     told = {}
@@ -547,6 +549,7 @@ def test_one_device_and_eight_agree(tmp_path):
             assert np.isclose(one[field], eight[field], rtol=1e-4, atol=1e-5), field
 
 
+@pytest.mark.slow
 def test_moments_of_both_optimizers_may_lie_with_the_hosts():
     config = experiment()
     policy, critic = (dataclasses.replace(one, offload=True) for one in (config.optimizer, config.critic.optimizer))
@@ -565,6 +568,7 @@ def test_moments_of_both_optimizers_may_lie_with_the_hosts():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), *found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "mesh",
     [MeshConfig(data=2, tensor=2, context=2), MeshConfig(data=1, context=4)],
@@ -583,6 +587,7 @@ def test_a_step_is_the_same_where_devices_share_a_rows_tokens(mesh):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5), several, one)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "rollout_model",
     [MeshConfig(), MeshConfig(tensor=2), MeshConfig(context=2)],
@@ -627,6 +632,7 @@ def test_a_layout_to_answer_on_that_does_not_fit_is_an_error(rollout_model, batc
         Setup(experiment(rollout_model=rollout_model, batch_size=batch_size), EIGHT)
 
 
+@pytest.mark.slow
 def test_a_step_that_was_not_finished_leaves_no_trace(tmp_path):
     """Asked to stop while responses are scored: what is saved is the state before, and it goes on alike."""
     s = rows_of_16()
@@ -704,6 +710,7 @@ def test_a_reward_source_that_fails_leaves_the_state_saved(tmp_path):
     assert Checkpoints(tmp_path / "run", read_only=True).steps() == [2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["reward", "loss"])
 def test_numbers_that_are_not_finite_stop_the_run_before_a_save(tmp_path, where):
     s = rows_of_16()
@@ -730,6 +737,7 @@ def test_numbers_that_are_not_finite_stop_the_run_before_a_save(tmp_path, where)
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(arrays)) or where == "loss"
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_whole(tmp_path):
     """Policy, critic, both optimizers, controller, calibration: each leaf comes back as it was."""
     s = Setup(experiment(batch_size=16, kl_target=0.1, kl_horizon=50))

@@ -240,6 +240,7 @@ def polite_batch(seed, rows=8, pairs=28):
     return rows_of(examples, [*packed, *[[]] * (rows - len(packed))], 64)
 
 
+@pytest.mark.slow
 def test_a_preference_is_learnt():
     """Every batch is a new one, so this is no memory of pairs."""
     _, metrics = Setup(ONE).run(60)
@@ -269,6 +270,7 @@ def test_one_device_and_eight_give_the_same_metrics():
     assert_same_metrics(three_steps(EIGHT)[1], three_steps(ONE)[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("mesh", "parts"), [(ONE, 4), (EIGHT, 2)], ids=["one", "eight"])
 def test_microbatches_give_the_same_update(mesh, parts):
     """Although they hold different numbers of pairs: there is one division."""

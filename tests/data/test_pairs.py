@@ -436,6 +436,7 @@ def test_offsets_lead_to_the_last_tokens_of_both_packed_sides(seed, packing):
     assert 0 < report.cut_prompts <= report.used == len(found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", ["pandalm_pairs.jsonl", "hh_harmless_base_test.jsonl.gz"])
 def test_real_pairs_become_both_kinds_of_example(shared_data, file, smollm2_tokenizer):
     tokenizer = smollm2_tokenizer

@@ -281,10 +281,12 @@ def smollm2() -> Iterator[Path]:
         yield Path(spec.submodule_search_locations[0])
 
 
+@pytest.mark.slow
 def test_smollm2_is_its_preset(smollm2):
     assert read_model_config(str(smollm2)) == preset("smollm2-135m")
 
 
+@pytest.mark.slow
 @pytest.mark.torch
 @pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="torch is not installed")
 def test_smollm2_gives_the_logits_of_transformers(smollm2):

@@ -304,6 +304,7 @@ class TestConfig:
         }
         assert parse_hf_config(new) == parse_hf_config(old) == preset("gemma-3-4b")
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("config", [*PRESETS.values(), *FAMILIES.values()])
     def test_transformers_reads_and_writes_back_an_exported_config(self, config):
         from transformers import AutoConfig
@@ -601,6 +602,7 @@ print(memory("VmHWM") - before - parameter_bytes)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc, which is Linux's")
 def test_loading_needs_memory_of_parameters_and_a_few_tensors(tmp_path):
     config = dataclasses.replace(

@@ -252,6 +252,7 @@ def test_a_broken_page_is_seen_to_be_broken(browser, tmp_path, monkeypatch, part
     assert browser.draw(tmp_path / "page.html").problems
 
 
+@pytest.mark.slow
 def test_light_and_dark_follow_the_system_and_the_address(browser, page):
     probe = "document.documentElement.dataset.paper = getComputedStyle(document.documentElement).backgroundColor"
     light, dark = "rgb(247, 246, 243)", "rgb(17, 19, 22)"
@@ -429,6 +430,7 @@ def test_a_folded_prompt_opens(browser, page):
     assert drawn[".fold"][0].attributes["aria-expanded"] == "true"
 
 
+@pytest.mark.slow
 def test_a_long_page_draws_its_records_as_they_are_needed(browser, tmp_path):
     write_page(tmp_path / "page.html", sample(300), title="t", about=[])
     drawn = browser.draw(tmp_path / "page.html")

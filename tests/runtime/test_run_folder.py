@@ -169,6 +169,7 @@ print(agree(me == 1), agree(False))
 """
 
 
+@pytest.mark.slow
 def test_processes_agree_on_the_run_and_on_stopping(tmp_path):
     import socket
 
