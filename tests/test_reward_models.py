@@ -195,11 +195,11 @@ def test_one_device_and_eight_give_the_same_losses(runs, algorithm):
     eight = rows_of(runs.reward_model(algorithm, 8))
     trained = [[row for row in rows if "grad_norm" in row] for rows in (one, eight)]
     assert [row["step"] for row in trained[0]] == [row["step"] for row in trained[1]] == list(range(1, FEW + 1))
-    for name in ("loss", "weight"):
-        np.testing.assert_allclose([r[name] for r in trained[1]], [r[name] for r in trained[0]], rtol=1e-5)
+    for name in ("loss", "weight"):  # sums in another order; each update carries the difference on
+        np.testing.assert_allclose([r[name] for r in trained[1]], [r[name] for r in trained[0]], rtol=3e-5)
     first = [next(row for row in rows if "eval_loss" in row) for rows in (one, eight)]
     assert first[0].keys() == first[1].keys()
-    np.testing.assert_allclose(first[1]["eval_loss"], first[0]["eval_loss"], rtol=1e-5)
+    np.testing.assert_allclose(first[1]["eval_loss"], first[0]["eval_loss"], rtol=3e-5)
 
 
 @pytest.mark.parametrize("algorithm", STEPS)
