@@ -285,5 +285,5 @@ def test_microbatches_give_the_same_update(mesh, parts):
 @pytest.mark.parametrize("field", ["margin", "l2"])
 @pytest.mark.parametrize("value", [-0.1, float("nan"), float("inf")])
 def test_options_below_zero_or_without_bound_are_errors(field, value):
-    with pytest.raises(UserError, match=rf"config.scalar_rm.{field} is {value}; .*--config.scalar_rm.{field}=0.0"):
+    with pytest.raises(UserError, match=rf"^ScalarRMConfig.{field} is {value}.*; .*e.g. {field}=0.0"):
         ScalarRMConfig(**{field: value})

@@ -21,7 +21,7 @@ from jaxrm.errors import UserError
     ],
 )
 def test_a_value_that_cannot_be_names_its_field_and_what_to_type(field, value):
-    with pytest.raises(UserError, match=rf"config\.data\.{field} is .*--config\.data\.{field}="):
+    with pytest.raises(UserError, match=rf"^DataConfig\.{field} is .*e\.g\. {field}="):
         DataConfig(**{field: value})
 
 
