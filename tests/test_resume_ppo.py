@@ -49,11 +49,12 @@ def environment(tmp_path_factory):
     }
 
 
-def launch(environment, fields):
-    fields = {"logging.every": 1, "logging.tensorboard": "false", "data.max_eval_records": 8, **fields}
+def launch(environment, fields, config="ppo_tiny"):
+    alone = {"model.path": None, "model.preset": "tiny", "data.path": "task:safety"}  # no run is needed
+    fields = {"logging.every": 1, "logging.tensorboard": "false", "data.max_eval_records": 8, **alone, **fields}
     overrides = [f"--config.{name}={value}" for name, value in fields.items()]
     return subprocess.Popen(
-        [sys.executable, "-m", "jaxrm.train", "--config=configs/sft_tiny.py", *overrides],
+        [sys.executable, "-m", "jaxrm.train", f"--config=configs/{config}.py", *overrides],
         cwd=ROOT,
         env=environment,
         stdin=subprocess.DEVNULL,
@@ -67,7 +68,6 @@ def launch(environment, fields):
 def ppo(environment, tmp_path_factory):
     """Fields of the run; the policy is drawn by chance."""
     fields = {
-        "algorithm": "ppo",
         "num_steps": STEPS,
         "data.max_length": 36,
         "data.batch_size": 8,
@@ -80,11 +80,12 @@ def ppo(environment, tmp_path_factory):
         "reward.calibration_responses": 8,
     }
     if not MANY:
-        return fields | {"reward.kind": "scalar", "reward.function": "rewards_of_the_test:variety"}
+        function = {"reward.function": "rewards_of_the_test:variety", "reward.model": None}
+        return fields | function | {"reward.kind": "scalar"}
     run_dir = tmp_path_factory.mktemp("reward") / "model"
     few = {"num_steps": 2, "data.batch_size": 2, "data.max_length": 128, "mapping.instruction": ""}
-    few |= {"evaluation.corrections": 0, "run_dir": run_dir, "algorithm": "seq2seq_rm"}
-    output, _ = (process := launch(environment, few)).communicate()
+    few |= {"evaluation.corrections": 0, "run_dir": run_dir, "evaluation.judge": None}
+    output, _ = (process := launch(environment, few, "rm_seq2seq_tiny")).communicate()
     assert process.returncode == 0, output
     ptx = {"ptx.path": "task:safety", "ptx.max_length": 64, "ptx.batch_size": 2, "ppo.num_minibatches": 2}
     return fields | ptx | {"reward.kind": "soft", "reward.model": run_dir, "ppo.num_epochs": 2}

@@ -123,13 +123,13 @@ def test_all_arms_of_ppo_differ_in_the_reward_alone():
 @pytest.mark.parametrize(
     ("field", "value", "words"),
     [
-        ("arms", ("ppo_sclar",), ("config.arms has 'ppo_sclar'", "ppo_scalar", "did you mean ppo_scalar")),
-        ("worlds", ("safty",), ("config.worlds has 'safty'", "summarize", "did you mean safety")),
-        ("arms", (), ("config.arms", "at least one")),
-        ("seeds", (1, 1), ("config.seeds", "each once")),
-        ("seeds", (1001, 2), ("config.seeds", "1001", "not chosen with")),
-        ("kl_coefs", (0.2, 0.1), ("config.kl_coefs", "ascending")),
-        ("workers", 0, ("config.workers is 0", "at least 1")),
+        ("arms", ("ppo_sclar",), ("Study.arms has 'ppo_sclar'", "ppo_scalar", "did you mean ppo_scalar")),
+        ("worlds", ("safty",), ("Study.worlds has 'safty'", "summarize", "did you mean safety")),
+        ("arms", (), ("Study.arms", "at least one")),
+        ("seeds", (1, 1), ("Study.seeds", "each once")),
+        ("seeds", (1001, 2), ("Study.seeds", "1001", "not chosen with")),
+        ("kl_coefs", (0.2, 0.1), ("Study.kl_coefs", "ascending")),
+        ("workers", 0, ("Study.workers is 0", "at least 1")),
     ],
 )
 def test_what_cannot_be_studied_is_refused_by_name(field, value, words):
