@@ -61,11 +61,12 @@ def run(config: Any) -> int:
         source, reward_name = open_rewards(config, mesh, stage.tokenizer, prompts.examples, stage.response_text)
 
     folder = stage.open_run(keeps_model=False)
+    policy_name = weights.name_of(config.model)  # by every process, since they look into the checkpoints together
     if stage.is_writer:
         print_reading({f"Prompts in {config.data.path}": prompts.report})
         print(
             f"{len(examples):,} prompts of up to {prompt_length} tokens, {config.best_of_n.n} responses of up to "
-            f"{config.rollout.sampling.max_new_tokens} tokens to each; policy from {weights.name_of(config.model)}, "
+            f"{config.rollout.sampling.max_new_tokens} tokens to each; policy from {policy_name}, "
             f"{config.reward.kind} rewards from {reward_name}"
         )
     draws, num_drawn = _open_draws(stage, folder, prompts, examples, prompt_length, source, rollout_model)

@@ -46,8 +46,9 @@ def run(config: Any) -> int:
         opened = Opened(learner, critic, source, with_models(inputs, config))
 
     folder = stage.open_run()
+    policy_name = weights.name_of(config.model)  # by every process, since they look into the checkpoints together
     if stage.is_writer:
-        _print_inputs(stage, opened, reward_name)
+        _print_inputs(stage, opened, policy_name, reward_name)
     step, finished = train(stage, folder, opened)
     if not finished:
         if stage.is_writer:
@@ -58,14 +59,14 @@ def run(config: Any) -> int:
     return 0
 
 
-def _print_inputs(stage: Stage, opened: Opened, reward_name: str) -> None:
+def _print_inputs(stage: Stage, opened: Opened, policy_name: str, reward_name: str) -> None:
     config, inputs = stage.config, opened.inputs
     print_reading({f"Prompts in {config.data.path}": inputs.train.report, "Held-out prompts": inputs.held_out.report})
     critic_name = "the policy, on one trunk" if opened.critic is None else opened.critic.name
     print(
         f"{inputs.num_steps:,} steps of {config.data.batch_size} responses of up to "
         f"{config.rollout.sampling.max_new_tokens} tokens to prompts of up to {inputs.prompt_length}; policy from "
-        f"{weights.name_of(config.model)}, critic from {critic_name}, {config.reward.kind} rewards from {reward_name}"
+        f"{policy_name}, critic from {critic_name}, {config.reward.kind} rewards from {reward_name}"
     )
 
 
