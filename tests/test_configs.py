@@ -8,7 +8,6 @@ from pathlib import Path
 import jax
 import pytest
 
-from jaxrm.algorithms import dpo, scalar_rm, seq2seq_rm, sft
 from jaxrm.algorithms.optimizer import build_optimizer
 from jaxrm.algorithms.ppo_state import PPOBatch
 from jaxrm.algorithms.scoring import as_token_rewards
@@ -20,11 +19,12 @@ from jaxrm.models.generate import check_on_policy
 from jaxrm.ops.token_rewards import KINDS
 from jaxrm.pipeline.config import resolve
 from jaxrm.sharding.mesh import MeshConfig, build_mesh, check_batch
-from jaxrm.stage_config import StageConfig
+from jaxrm.stage_config import STAGES, StageConfig
+from jaxrm.stages.objective import build_objective
 from jaxrm.stages.ppo.learner import open_learner
 from jaxrm.study import config as study
 from jaxrm.train import CONFIG_CLASSES
-from jaxrm.types import ComparisonBatch, MappingBatch, TokenBatch
+from jaxrm.types import TokenBatch
 
 CONFIGS = sorted((Path(__file__).resolve().parents[1] / "configs").glob("*.py"))
 SHAPES = {
@@ -37,7 +37,7 @@ SHAPES = {
 }
 COLUMNS = {"loss_mask": "bool", "is_correction": "bool", "is_chosen_end": "bool"}  # the others are int32
 COLUMNS |= {"reference_chosen": "float32", "reference_rejected": "float32"}
-UNTRAINED = ("sample_pairs", "best_of_n", "evaluate")
+UNTRAINED = [row.name for row in STAGES.values() if not row.is_planned]
 
 
 def stages_of(path):
@@ -63,19 +63,6 @@ TRAINED = [
 ]
 
 
-def model_and_loss(config, source, mesh, shape):
-    if config.algorithm == "scalar_rm":
-        model = shard_scalar_model(source, mesh, shape)
-        return model, scalar_rm.scalar_rm_loss(model.graphdef, config.scalar_rm), ComparisonBatch
-    model = shard_model(source, mesh, shape)
-    if config.algorithm == "seq2seq_rm":
-        return model, seq2seq_rm.seq2seq_rm_loss(model.graphdef), MappingBatch
-    if config.algorithm == "dpo":
-        return model, dpo.policy_loss(model.graphdef, config.dpo), dpo.DPOBatch
-    assert config.algorithm == "sft"
-    return model, sft.sft_loss(model.graphdef), TokenBatch
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(("path", "stage"), TRAINED)
 def test_a_step_of_the_config_builds_on_eight_devices(path, stage):
@@ -89,7 +76,9 @@ def test_a_step_of_the_config_builds_on_eight_devices(path, stage):
     if config.algorithm == "ppo":
         check_a_step_of_ppo(dataclasses.replace(config, model=source), preset(name), mesh)
         return
-    model, loss_fn, batch_type = model_and_loss(config, source, mesh, preset(name))
+    config = dataclasses.replace(config, model=source)
+    objective = build_objective(config, shard_model(source, mesh, preset(name)))
+    model, loss_fn, batch_type = objective.model, objective.loss_fn, objective.batch_type
     optimizer = build_optimizer(config.optimizer, 100)
     state = jax.eval_shape(lambda p: create(p, optimizer, jax.random.key(0)), model.shapes)
 
