@@ -31,12 +31,12 @@ if TYPE_CHECKING:
     from jaxrm.inference.reward_model import RewardModel as RewardModel
     from jaxrm.inference.scores import Scores as Scores
     from jaxrm.inference.training import build_training as build_training
-    from jaxrm.models.build import ModelSource as Model  # noqa: F401
+    from jaxrm.models.build import ModelSource as Model  # noqa: F401  # public name
     from jaxrm.models.build import ModelSource as ModelSource
     from jaxrm.models.generate import SamplingConfig as SamplingConfig
     from jaxrm.ops.token_rewards import reward_kind as reward_kind
     from jaxrm.pipeline.config import Pipeline as Pipeline
-    from jaxrm.pipeline.config import pipeline as make_pipeline  # noqa: F401
+    from jaxrm.pipeline.config import pipeline as make_pipeline  # noqa: F401  # public name
     from jaxrm.runtime.checkpoint import CheckpointConfig as CheckpointConfig
     from jaxrm.runtime.metrics import LoggingConfig as LoggingConfig
     from jaxrm.sharding.mesh import MeshConfig as MeshConfig

@@ -22,7 +22,7 @@ def open_for_writing(path: Path, mode: str = "w") -> Iterator[Any]:
     unfinished = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     text = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
     try:
-        with unfinished.open(mode, **text) as file:  # type: ignore[call-overload]
+        with unfinished.open(mode, **text) as file:  # type: ignore[call-overload]  # mode is no literal
             yield file
         unfinished.replace(path)
     finally:

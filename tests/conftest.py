@@ -34,8 +34,8 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
-import jax  # noqa: E402
-import pytest  # noqa: E402
+import jax  # noqa: E402  # after its environment is set
+import pytest  # noqa: E402  # the same
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -57,5 +57,5 @@ def shared_data() -> Path:
 
 
 # Set-ups that tests of several folders share.
-from support.browser import browser  # noqa: E402, F401
-from support.runs import make_run, small, task_folder  # noqa: E402, F401
+from support.browser import browser  # noqa: E402, F401  # fixtures, found by name
+from support.runs import make_run, small, task_folder  # noqa: E402, F401  # the same

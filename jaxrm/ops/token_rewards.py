@@ -238,7 +238,7 @@ def reward_kind(*, is_centered: bool) -> Callable[[_Function], _Function]:
     """
 
     def mark(function: _Function) -> _Function:
-        function.is_centered = is_centered  # type: ignore[attr-defined]
+        function.is_centered = is_centered  # type: ignore[attr-defined]  # a mark on the function
         return function
 
     return mark
