@@ -118,6 +118,17 @@ def _chunk_logits(
     return logits, ids, weights
 
 
+def _head_gradient(hidden: jax.Array, d_logits: jax.Array) -> jax.Array:
+    """Gradient ``[rows, D]``, float32, of the rows of the head that made the logits ``[..., rows]``."""
+    axes = tuple(range(hidden.ndim - 1))
+    if hidden.dtype != jnp.float32:
+        # XLA on CPU has no product of two 16-bit arrays whose result is transposed.
+        return jax.lax.dot_general(d_logits, hidden, ((axes, axes), ((), ())), preferred_element_type=jnp.float32)
+    # hidden^T d_logits, since XLA on CPU would otherwise transpose the far larger logits.
+    contraction = ((tuple(axis + 1 for axis in axes), axes), ((), ()))
+    return jax.lax.dot_general(jnp.moveaxis(hidden, -1, 0), d_logits, contraction).T
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
 def _statistics(
     hidden: jax.Array,
@@ -182,10 +193,6 @@ def _backward(
     cotangents: tuple[jax.Array, ...],
 ) -> tuple[jax.Array, jax.Array, None]:
     hidden, head, targets, log_normalizer, entropy = residuals
-    # The head's gradient is hidden^T d_logits, since XLA on CPU would otherwise transpose the far larger logits.
-    columns = jnp.moveaxis(hidden, -1, 0)
-    axes = tuple(range(targets.ndim))
-    contraction = ((tuple(axis + 1 for axis in axes), axes), ((), ()))
     d_log_prob, d_entropy = cotangents[0], cotangents[1]
     chunks = _chunked_head(head, chunk_size)
 
@@ -204,7 +211,7 @@ def _backward(
             d_logits *= 1.0 - capped**2
         d_logits = d_logits.astype(hidden.dtype)
         d_hidden += jnp.einsum("...v,vd->...d", d_logits, weights, preferred_element_type=jnp.float32)
-        d_weights = jax.lax.dot_general(columns, d_logits, contraction, preferred_element_type=jnp.float32).T
+        d_weights = _head_gradient(hidden, d_logits)
         d_chunks = jax.lax.dynamic_update_index_in_dim(d_chunks, d_weights.astype(head.dtype), chunk, axis=1)
         return (d_hidden, d_chunks), None
 

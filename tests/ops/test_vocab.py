@@ -108,6 +108,26 @@ def test_bfloat16_hidden_gives_float32_statistics():
     np.testing.assert_allclose(got.log_probs, want[0], atol=1e-4)
 
 
+@pytest.mark.parametrize("leading", [(5,), (2, 3), (2, 3, 2)])
+def test_bfloat16_gradients_are_those_of_the_rounded_inputs(leading):
+    hidden, head, targets = random_case(6, V=64, shape=leading)
+    hidden = hidden.astype(jnp.bfloat16)
+    weights = jax.random.normal(jax.random.key(7), leading)
+
+    def chunked(hidden, head):
+        return jnp.sum(weights * token_statistics(hidden, head, targets, chunk_size=16).log_probs)
+
+    def plain(hidden, head):
+        return jnp.sum(weights * plain_statistics(hidden, head, targets)[0])
+
+    got = jax.jit(jax.grad(chunked, argnums=(0, 1)))(hidden, head)
+    rounded = head.astype(jnp.bfloat16).astype(jnp.float32)
+    want = jax.grad(plain, argnums=(0, 1))(hidden.astype(jnp.float32), rounded)
+    assert [x.dtype for x in got] == [jnp.bfloat16, jnp.float32]
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_allclose(a.astype(jnp.float32), b, atol=0.02 * float(jnp.max(jnp.abs(b))))
+
+
 def test_a_sharded_head_is_never_gathered():
     """Compiled for a vocabulary split over four devices, no all-gather and no all-to-all appears."""
     mesh = jax.make_mesh((2, 4), ("data", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
