@@ -5,6 +5,7 @@ import hashlib
 import importlib
 import json
 import re
+import unicodedata
 import zlib
 from collections import Counter
 from collections.abc import Iterator
@@ -14,12 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from jaxrm.data.config import DataConfig
+from jaxrm.data.fields import squeeze
 from jaxrm.data.records import Record
 from jaxrm.data.schemas import BadRecordError, describe_schemas, parse, recognize
 from jaxrm.errors import UserError, flag, option
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet", ".json")
 _SAMPLE = 100  # rows from which the schema is recognized
+
+_INVISIBLE = re.compile(r"[\u200b\u2060\ufeff]")  # zero-width spaces and the byte order mark
 
 RawRecord = tuple[str, Any]  # its place, and a dict of fields or a BadRecordError
 
@@ -94,7 +98,8 @@ def read_records(config: DataConfig, *, held_out: bool = False) -> tuple[list[Re
     """Read the training records, or the held-out ones.
 
     Without ``config.eval_path`` and ``config.eval_split``, a hash of the prompt's text decides what is held out. So a
-    prompt is never on both sides, and it stays on its side when records are added.
+    prompt is never on both sides, and it stays on its side when records are added at the end. Prompts that differ in
+    white space or letter case alone go with the first of them.
 
     Returns:
       The records in the order of the files, and the report.
@@ -114,6 +119,7 @@ def read_records(config: DataConfig, *, held_out: bool = False) -> tuple[list[Re
     schema = config.schema if config.schema != "auto" else _recognize_most(first_rows, path, field)
     records: list[Record] = []
     report = ReadReport()
+    sides: dict[bytes, bool] = {}  # whether a prompt is held out
     for source, row in chain(first_rows, rows):
         if len(records) == limit:
             break
@@ -125,7 +131,7 @@ def read_records(config: DataConfig, *, held_out: bool = False) -> tuple[list[Re
         except BadRecordError as error:
             report.add_bad(str(error), source)
             continue
-        if separate or is_held_out(record, config.eval_share) == held_out:
+        if separate or sides.setdefault(prompt_key(record), is_held_out(record, config.eval_share)) == held_out:
             records.append(record)
         else:
             report.other_side += 1
@@ -141,10 +147,23 @@ def read_records(config: DataConfig, *, held_out: bool = False) -> tuple[list[Re
 
 
 def is_held_out(record: Record, share: float) -> bool:
-    """Whether the hash of the record's prompt falls within ``share``, the same on every machine."""
-    text = "\n\n".join(message.content for message in record.prompt)
+    """Whether the hash of the record's prompt falls within ``share``, the same on every machine.
+
+    Prompts that differ only at their ends, or in how Unicode and line ends are written, have the same hash.
+    """
+    text = "\n\n".join(_plain(message.content) for message in record.prompt)
     digest = hashlib.sha256(text.encode("utf-8")).digest()
     return int.from_bytes(digest[:8], "big") < share * 2**64
+
+
+def prompt_key(record: Record) -> bytes:
+    """The same for prompts that differ only in white space, letter case, or how Unicode is written."""
+    text = "\n".join(f"{message.role} {squeeze(_plain(message.content)).casefold()}" for message in record.prompt)
+    return hashlib.sha256(text.encode("utf-8")).digest()[:16]
+
+
+def _plain(text: str) -> str:
+    return unicodedata.normalize("NFC", _INVISIBLE.sub("", text).replace("\r\n", "\n")).strip()
 
 
 def _recognize_most(rows: list[RawRecord], path: str, field: str) -> str:

@@ -1,25 +1,44 @@
 """The schemas of data sets, each a small function from a row's fields to a record.
 
-A row that does not fit raises ``BadRecordError`` with a short reason. No content of a row raises anything else.
+A row that does not fit raises ``BadRecordError`` with a short reason. No content of a row raises anything else. A field
+that belongs to the prompt by its name is part of the record, or the row does not fit.
 """
 
 import re
 from collections.abc import Callable
-from typing import Any
 
-from jaxrm.data.records import ROLES, DemonstrationRecord, Message, PreferenceRecord, PromptRecord, Record
+from jaxrm.data.fields import (
+    BadRecordError,
+    Fields,
+    given,
+    is_transcript,
+    read_choice,
+    read_field,
+    read_messages,
+    read_text,
+    read_transcript,
+    squeeze,
+)
+from jaxrm.data.prompt_columns import (
+    QUESTIONS,
+    check_unread,
+    read_answer,
+    read_prompt,
+    with_context,
+    with_prompt,
+)
+from jaxrm.data.records import DemonstrationRecord, Message, PreferenceRecord, PromptRecord, Record
 
-Fields = dict[str, Any]
-
-
-class BadRecordError(ValueError):
-    """A row that cannot be used. The message is the reason under which it is counted."""
+_RESPONSES = ("response", "completion", "output")
 
 
 def recognize(fields: Fields) -> str | None:
     """The name of the schema that has these fields, or None."""
+    names = set(fields)
+    if {"chosen", "rejected"} <= names and any(given(fields, name) for name in QUESTIONS):
+        names.add("prompt")  # pairs have it under any of these names
     for name, (required, _) in SCHEMAS.items():
-        if any(all(field in fields for field in group) for group in required):
+        if any(names.issuperset(group) for group in required):
             if name in ("preference", "hh") and isinstance(fields["chosen"], list):
                 return "ultrafeedback"
             return name
@@ -40,52 +59,68 @@ def parse(schema: str, fields: object, source: str, preferred: str) -> Record:
     """
     if not isinstance(fields, dict):
         raise BadRecordError("not an object with fields")
-    if schema == "pku_safe_rlhf":
-        return parse_pku_safe_rlhf(fields, source, preferred)
-    return SCHEMAS[schema][1](fields, source)
+    try:
+        if schema == "pku_safe_rlhf":
+            record = parse_pku_safe_rlhf(fields, source, preferred)
+        else:
+            record = SCHEMAS[schema][1](fields, source)
+        check_unread(fields, record)
+    except RecursionError as error:
+        raise BadRecordError("nested too deeply") from error
+    return record
 
 
 def parse_preference(fields: Fields, source: str) -> Record:
-    """``prompt`` (text or messages), ``chosen``, ``rejected`` (text, or messages that may repeat the prompt)."""
-    if isinstance(fields.get("chosen"), list) or isinstance(fields.get("rejected"), list):
-        return parse_ultrafeedback(fields, source)
-    return PreferenceRecord(_prompt(fields), _text(fields, "chosen"), _text(fields, "rejected"), source)
+    r"""A prompt, ``chosen`` and ``rejected``.
+
+    The prompt is ``prompt`` (text or messages), ``question`` or ``instruction``. Each response is text, or a dialogue
+    that may repeat the prompt: messages, or a transcript "\n\nHuman: … \n\nAssistant: …".
+    """
+    (turns, chosen), (rejected_turns, rejected) = (read_answer(fields, name) for name in ("chosen", "rejected"))
+    if turns != rejected_turns:
+        kind = "dialogues" if isinstance(fields["chosen"], list) else "transcripts"
+        raise BadRecordError(f"the {kind} differ before the last turn")
+    prompt = with_prompt(fields, turns)
+    if is_transcript(fields.get("prompt")):
+        chosen, rejected = _bare(chosen, "chosen"), _bare(rejected, "rejected")
+    return PreferenceRecord(prompt, chosen, rejected, source)
 
 
 def parse_ultrafeedback(fields: Fields, source: str) -> Record:
     """``chosen`` and ``rejected`` as messages that differ in the last one, with an optional ``prompt`` before them."""
-    chosen, rejected = _messages(fields, "chosen"), _messages(fields, "rejected")
-    for dialogue in (chosen, rejected):
-        if dialogue[-1].role != "assistant":
-            raise BadRecordError("a dialogue does not end with the assistant")
-    if chosen[:-1] != rejected[:-1]:
-        raise BadRecordError("the dialogues differ before the last turn")
-    prompt = chosen[:-1] or _prompt(fields)
-    return PreferenceRecord(prompt, chosen[-1].content, rejected[-1].content, source)
+    for name in ("chosen", "rejected"):
+        read_messages(fields, name)
+    return parse_preference(fields, source)
 
 
 def parse_demonstration(fields: Fields, source: str) -> Record:
     """``prompt`` with ``response`` or ``completion``, or ``instruction`` (and ``input``) with ``output``."""
-    if "instruction" in fields:
-        question = _text(fields, "instruction")
-        if fields.get("input"):
-            question += "\n\n" + _text(fields, "input")
-        return DemonstrationRecord((Message("user", question), Message("assistant", _text(fields, "output"))), source)
-    name = "response" if "response" in fields else "completion"
-    if isinstance(fields.get(name), list):
-        answer = _messages(fields, name)
-        return _demonstration((*_prompt(fields), *answer), source)
-    return DemonstrationRecord((*_prompt(fields), Message("assistant", _text(fields, name))), source)
+    usual = "output" if "instruction" in fields else "response" if "response" in fields else "completion"
+    names = [name for name in _RESPONSES if given(fields, name)] or [usual]
+    answers = [read_answer(fields, name) for name in names]
+    if len({squeeze(answer) for _, answer in answers}) > 1:
+        raise BadRecordError(f"{' and '.join(map(repr, names))} are different responses; remove the one not meant")
+    turns, answer = answers[0]
+    prompt = with_prompt(fields, turns)
+    if is_transcript(fields.get("prompt")):
+        answer = _bare(answer, names[0])
+    return DemonstrationRecord((*prompt, Message("assistant", answer)), source)
 
 
 def parse_messages(fields: Fields, source: str) -> Record:
     """``messages``, a list of ``role`` and ``content`` that ends with the assistant."""
-    return _demonstration(_messages(fields, "messages"), source)
+    *turns, answer = read_messages(fields, "messages")
+    if answer.role != "assistant":
+        raise BadRecordError("the dialogue does not end with the assistant")
+    prompt = with_context(fields, tuple(turns))
+    if not turns:
+        raise BadRecordError("the dialogue has no prompt")
+    return DemonstrationRecord((*prompt, answer), source)
 
 
 def parse_prompt(fields: Fields, source: str) -> Record:
     """``prompt`` alone, text or messages."""
-    return PromptRecord(_prompt(fields), source)
+    return PromptRecord(read_prompt(fields), source)
 
 
 def parse_hh(fields: Fields, source: str) -> Record:
@@ -93,7 +128,7 @@ def parse_hh(fields: Fields, source: str) -> Record:
 
     Source: Bai et al. 2022, arXiv 2204.05862, the data as published.
     """
-    chosen, rejected = (_transcript(_text(fields, name)) for name in ("chosen", "rejected"))
+    chosen, rejected = (read_transcript(read_text(fields, name)) for name in ("chosen", "rejected"))
     if chosen[-1].role != "assistant" or rejected[-1].role != "assistant":
         raise BadRecordError("a transcript does not end with the assistant")
     if chosen[:-1] != rejected[:-1]:
@@ -102,14 +137,14 @@ def parse_hh(fields: Fields, source: str) -> Record:
         raise BadRecordError("a turn of the transcript is empty")
     if len(chosen) < 2:
         raise BadRecordError("the transcript has no prompt")
-    return PreferenceRecord(chosen[:-1], chosen[-1].content, rejected[-1].content, source)
+    return PreferenceRecord(with_prompt(fields, chosen[:-1]), chosen[-1].content, rejected[-1].content, source)
 
 
 def parse_pku_safe_rlhf(fields: Fields, source: str, preferred: str = "better_response_id") -> Record:
     """``prompt``, ``response_0``, ``response_1`` and which is preferred (Dai et al. 2023, arXiv 2310.12773)."""
-    responses = [_text(fields, "response_0"), _text(fields, "response_1")]
-    better = _choice(fields, preferred)
-    return PreferenceRecord(_prompt(fields), responses[better], responses[1 - better], source)
+    responses = [read_text(fields, "response_0"), read_text(fields, "response_1")]
+    better = read_choice(fields, preferred)
+    return PreferenceRecord(read_prompt(fields), responses[better], responses[1 - better], source)
 
 
 def parse_tldr(fields: Fields, source: str) -> Record:
@@ -118,19 +153,19 @@ def parse_tldr(fields: Fields, source: str) -> Record:
     The prompt is written as in the appendix of Stiennon et al. 2020, arXiv 2009.01325: subreddit, title, post, and
     "TL;DR:" for the summary to follow.
     """
-    info = _field(fields, "info")
-    summaries = _field(fields, "summaries")
+    info = read_field(fields, "info")
+    summaries = read_field(fields, "summaries")
     if not isinstance(info, dict) or not (isinstance(summaries, list) and len(summaries) == 2):
         raise BadRecordError("'info' is not an object or 'summaries' are not two")
     if not all(isinstance(summary, dict) for summary in summaries):
         raise BadRecordError("'summaries' are not objects")
-    better = _choice(fields, "choice")
-    texts = [_text(summary, "text") for summary in summaries]
+    better = read_choice(fields, "choice")
+    texts = [read_text(summary, "text") for summary in summaries]
     if info.get("post"):
         head = [("SUBREDDIT: r/", "subreddit"), ("TITLE: ", "title"), ("POST: ", "post")]
-        parts = [label + _text(info, name).strip() for label, name in head if info.get(name)]
+        parts = [label + read_text(info, name).strip() for label, name in head if info.get(name)]
     else:
-        parts = ["ARTICLE: " + _text(info, "article").strip()]
+        parts = ["ARTICLE: " + read_text(info, "article").strip()]
     prompt = "\n\n".join([*parts, "TL;DR:"])
     return PreferenceRecord((Message("user", prompt),), texts[better], texts[1 - better], source)
 
@@ -144,7 +179,7 @@ SCHEMAS: dict[str, tuple[tuple[tuple[str, ...], ...], Callable[[Fields, str], Re
     "ultrafeedback": ((("chosen", "rejected"),), parse_ultrafeedback),
     "messages": ((("messages",),), parse_messages),
     "demonstration": (
-        (("prompt", "response"), ("prompt", "completion"), ("instruction", "output")),
+        (("prompt", "response"), ("prompt", "completion"), ("instruction", "output"), ("instruction", "response")),
         parse_demonstration,
     ),
     "prompt": ((("prompt",),), parse_prompt),
@@ -158,79 +193,9 @@ def describe_schemas() -> str:
     )
 
 
-def _field(fields: Fields, name: str) -> Any:
-    if fields.get(name) is None:
-        raise BadRecordError(f"missing field {name!r}")
-    return fields[name]
-
-
-def _text(fields: Fields, name: str) -> str:
-    return _checked(_field(fields, name), name)
-
-
-def _checked(text: object, name: str) -> str:
-    if not isinstance(text, str):
-        raise BadRecordError(f"{name!r} is not text")
-    if not text.strip():
-        raise BadRecordError(f"{name!r} is empty")
-    if any("\ud800" <= char <= "\udfff" for char in text):
-        raise BadRecordError(f"{name!r} is not valid Unicode")
-    return text
-
-
-def _choice(fields: Fields, name: str) -> int:
-    choice = _field(fields, name)
-    if isinstance(choice, bool) or choice not in (0, 1):
-        raise BadRecordError(f"{name!r} is not 0 or 1")
-    return int(choice)
-
-
-def _prompt(fields: Fields) -> tuple[Message, ...]:
-    if isinstance(fields.get("prompt"), list):
-        messages = _messages(fields, "prompt")
-        if messages[-1].role == "assistant":
-            raise BadRecordError("the prompt ends with the assistant")
-        return messages
-    return (Message("user", _text(fields, "prompt")),)
-
-
-def _messages(fields: Fields, name: str) -> tuple[Message, ...]:
-    """A list of messages, whose content is text or, as in chat services, a list of text parts."""
-    items = _field(fields, name)
-    if not isinstance(items, list) or not items or not all(isinstance(message, dict) for message in items):
-        raise BadRecordError(f"{name!r} is not a list of messages")
-    messages = []
-    for message in items:
-        role, content = message.get("role"), message.get("content")
-        if role not in ROLES:
-            raise BadRecordError(f"{name!r} has a role other than {', '.join(ROLES)}")
-        if isinstance(content, list):
-            content = "".join(part["text"] for part in content if _is_text_part(part))
-        if role == "system" and isinstance(content, str) and not content.strip():
-            continue
-        messages.append(Message(role, _checked(content, name)))
-    if not messages:
-        raise BadRecordError(f"{name!r} is empty")
-    return tuple(messages)
-
-
-def _is_text_part(part: object) -> bool:
-    if isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str):
-        return True
-    raise BadRecordError("a message has content other than text")
-
-
-def _demonstration(messages: tuple[Message, ...], source: str) -> DemonstrationRecord:
-    if messages[-1].role != "assistant":
-        raise BadRecordError("the dialogue does not end with the assistant")
-    if len(messages) < 2:
-        raise BadRecordError("the dialogue has no prompt")
-    return DemonstrationRecord(messages, source)
-
-
-def _transcript(text: str) -> tuple[Message, ...]:
-    before, *turns = re.split(r"\n\n(Human|Assistant):", text)
-    if before.strip() or not turns:
-        raise BadRecordError("a transcript does not begin with a turn")
-    roles = {"Human": "user", "Assistant": "assistant"}
-    return tuple(Message(roles[name], content.strip()) for name, content in zip(turns[::2], turns[1::2], strict=True))
+def _bare(answer: str, name: str) -> str:
+    """A response to a transcript, without the label of its turn; there is one turn."""
+    answer = answer.strip().removeprefix("Assistant:")
+    if re.search(r"\n\n(Human|Assistant):", answer):
+        raise BadRecordError(f"{name!r} goes on with further turns")
+    return read_text({name: answer.strip()}, name)

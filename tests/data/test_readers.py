@@ -1,9 +1,12 @@
 import gzip
+import hashlib
 import json
 import os
 import random
+import re
 import subprocess
 import sys
+import unicodedata
 
 import pytest
 
@@ -104,6 +107,33 @@ def test_a_prompt_is_never_on_both_sides(tmp_path):
     assert len(train) + len(held_out) == 100
     assert (report.other_side, other.other_side) == (len(held_out), len(train))
     assert not {record.prompt for record in train} & {record.prompt for record in held_out}
+
+
+@pytest.mark.parametrize(
+    "other", ["{}\n", " {}", "{}\r\n", "\ufeff{}", "{}  ", "why  so {}", "Why so {}", "why\nso {}"]
+)
+def test_spellings_of_a_prompt_are_on_one_side(tmp_path, other):
+    """The second spelling of a prompt goes with the first, which stays where it was."""
+    names = [f"why so caf\u00e9 {i}?" for i in range(200)]
+    twins = [other.format(name.removeprefix("why so ") if "so" in other else name) for name in names]
+    twins[::2] = [unicodedata.normalize("NFD", twin) for twin in twins[::2]]
+    rows = [{"prompt": prompt, "chosen": "a", "rejected": "b"} for prompt in (*names, *twins)]
+    train, _ = read(write(tmp_path / "a.jsonl", as_lines(rows)), eval_share=0.3)
+    held_out, _ = read(tmp_path / "a.jsonl", held_out=True, eval_share=0.3, max_eval_records=None)
+    alone, _ = read(write(tmp_path / "b.jsonl", as_lines(rows[:200])), eval_share=0.3)
+    numbers = [{re.search(r"\d+", record.prompt[0].content)[0] for record in side} for side in (train, held_out)]
+    assert len(train) + len(held_out) == 400 and not numbers[0] & numbers[1]
+    assert [r.prompt for r in train[: len(alone)]] == [r.prompt for r in alone]
+
+
+def test_the_split_of_plain_prompts_never_moves():
+    """Fixed by value: runs that were begun earlier go on with the same records."""
+    texts = ["why?", "two  spaces", "a\n\nb", "Caf\u00e9", "x" * 300]
+    sides = [
+        [is_held_out(PromptRecord((Message("user", t),), ""), s) for s in (0.1, 0.3, 0.5, 0.7, 0.9)] for t in texts
+    ]
+    digests = [hashlib.sha256(text.encode()).digest() for text in texts]
+    assert sides == [[int.from_bytes(d[:8], "big") < s * 2**64 for s in (0.1, 0.3, 0.5, 0.7, 0.9)] for d in digests]
 
 
 def test_the_held_out_side_is_the_same_in_every_process():
