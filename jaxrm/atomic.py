@@ -1,11 +1,20 @@
 """Files that appear whole: a reader finds the old file or the new one, never a part of either."""
 
+import contextlib
 import json
+import os
+import re
 import secrets
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from jaxrm.owner import is_alive, place_name
+
+_DAY = 86_400.0  # seconds
+_MAKER = re.compile(r"\.([0-9a-f]{8})-([0-9]+)-[0-9a-f]{8}\.tmp$")
 
 
 @contextmanager
@@ -17,9 +26,9 @@ def open_for_writing(path: Path, mode: str = "w") -> Iterator[Any]:
       mode: ``w`` for text in UTF-8, ``wb`` for bytes.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    # A random name, since several processes may write the same file at once. In the same folder, since a rename is
-    # atomic only inside one file system.
-    unfinished = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    # A name of its own, since several processes may write the same file at once; with its maker, so that others know
+    # whether it is still being written. In the same folder, since a rename is atomic only inside one file system.
+    unfinished = path.with_name(f".{path.name}.{place_name()}-{os.getpid()}-{secrets.token_hex(4)}.tmp")
     text = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
     try:
         with unfinished.open(mode, **text) as file:  # type: ignore[call-overload]  # mode is no literal
@@ -47,3 +56,21 @@ def write_json(path: Path, content: Any) -> None:
 def is_unfinished(name: str) -> bool:
     """Whether a file of this name is what a killed process left of one that it was writing."""
     return name.startswith(".") and name.endswith(".tmp")
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what processes that were killed left of files in ``folder``; those of a process that lives stay."""
+    for path in folder.iterdir():
+        if is_unfinished(path.name) and _is_left_over(path):
+            with contextlib.suppress(OSError):
+                path.unlink()
+
+
+def _is_left_over(path: Path) -> bool:
+    maker = _MAKER.search(path.name)
+    if maker is not None and maker[1] == place_name():
+        return not is_alive(int(maker[2]))
+    try:  # of another host, or of a version of before: nothing is written for a day
+        return time.time() - path.stat().st_mtime > _DAY
+    except OSError:
+        return False

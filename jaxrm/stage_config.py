@@ -181,7 +181,7 @@ class StageConfig:
       algorithm: name of the stage in `STAGES`.
       run_dir: folder of the run; all that it writes is in it. A pipeline fills in that of its stages.
       on_existing: a folder that already holds this run is continued (``resume``), put aside and started anew
-        (``restart``) or refused (``error``).
+        (``restart``) or refused (``error``). A restart that was stopped is continued by the same command.
       seed: of everything random: initial parameters, order of the data, sampling.
     """
 

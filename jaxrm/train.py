@@ -9,7 +9,8 @@ On several hosts, start the same command on each. SLURM steps and GKE are recogn
 Elsewhere give --coordinator=HOST:PORT --num_processes=N --process_id=I, where HOST is that of process 0.
 
 Exit status: 0 done; 1 some runs of a study failed; 2 invalid input, explained in one line; 75 stopped (SIGTERM, Ctrl-C)
-and saved: the same command continues; 76 another process of the job was lost: start all of them again.
+and saved: the same command continues; 76 another process of the job was lost: start all of them again; 77 another
+launch took the folder over, since this process gave no sign of life.
 """
 
 import os

@@ -35,7 +35,8 @@ class Pipeline:
       run_dir: folder of the pipeline; the run of a stage is in ``run_dir/NAME`` unless the stage says otherwise.
       seed: of every stage; with None each stage keeps its own.
       on_existing: a folder that already holds this pipeline is continued (``resume``), put aside and started anew
-        (``restart``) or refused (``error``). A stage's own field does the same for its run.
+        (``restart``) or refused (``error``). A restart that was stopped is continued by the same command. A stage's
+        own field does the same for its run.
       stages: names of the stages that run, in this order.
     """
 

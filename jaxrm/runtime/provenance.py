@@ -1,5 +1,7 @@
-"""Where a result came from: versions, devices and the git commit."""
+"""Where a result came from: versions, devices, the code and its git commit."""
 
+import functools
+import hashlib
 import importlib.metadata
 import platform
 import subprocess
@@ -18,7 +20,8 @@ _PACKAGES = (
     "grain",
     "numpy",
 )
-_ROOT = Path(__file__).resolve().parents[2]
+_PACKAGE = Path(__file__).resolve().parents[1]
+_ROOT = _PACKAGE.parent
 
 
 def package_versions() -> dict[str, str | None]:
@@ -43,6 +46,15 @@ def describe_devices() -> dict[str, Any]:
         "count": jax.device_count(),
         "process_count": jax.process_count(),
     }
+
+
+@functools.cache
+def code_digest() -> str:
+    """Return 16 hexadecimal digits that change with any line of jaxrm's code."""
+    digest = hashlib.sha256()
+    for path in sorted(_PACKAGE.rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def git_state() -> dict[str, Any] | None:

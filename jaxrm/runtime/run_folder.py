@@ -8,27 +8,27 @@
       model.json      shape of the model
       tokenizer/      the tokenizer that it was trained with
       tensorboard/    the metrics again
+      .lock           which process is working here, while one is (``run_lock``)
 
 Nothing is ever deleted: a run that is started anew finds its old folder beside the new one, as ``run_dir.1``.
 """
 
-import datetime
-import json
-import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from jaxrm import atomic
 from jaxrm.config.dicts import differences
 from jaxrm.config.recorded import upgraded
-from jaxrm.errors import UserError, flag, option
-from jaxrm.runtime.provenance import describe_devices, git_state, package_versions
+from jaxrm.errors import UserError, option
+from jaxrm.runtime import run_lock
+from jaxrm.runtime.folders import check_writable, checked_path, rename_aside, unusable, what_to_type
+from jaxrm.runtime.provenance import code_digest, describe_devices, git_state, package_versions
+from jaxrm.runtime.run_record import check_same_config, is_same_launch, now, read_record
 
 OnExisting = Literal["resume", "restart", "error"]
-_SHOWN = 8  # differing fields that a message lists
 
 
 @dataclass(frozen=True)
@@ -89,15 +89,17 @@ def open_run(
     command: list[str] | None = None,
     devices: Mapping[str, Any] | None = None,
 ) -> RunFolder:
-    """Make the folder of a run, or find the run that it holds, and note this launch in ``run.json``.
+    """Make the folder of a run, or find the run that it holds, lock it, and note this launch in ``run.json``.
 
-    Where several processes take part, all call this; the writer decides and the others learn what it decided.
+    Where several processes take part, all call this; the writer decides and the others learn what it decided. The
+    writer has the lock until `jaxrm.runtime.run_lock.give_back`.
 
     Args:
       run_dir: the folder; its parents are made.
       resolved_config: the config as ``jaxrm.config.dicts.to_dict`` gives it.
       on_existing: what to do with a folder that holds a run: "resume" continues it if the configs agree,
-          "restart" renames it aside to ``run_dir.1``, "error" refuses.
+          "restart" renames it aside to ``run_dir.1``, unless this very command began it and was stopped; "error"
+          refuses.
       may_differ: dotted names (without ``config.``) of fields and sections that may change between launches,
           such as ``mesh``, since a checkpoint restores on another one.
       is_writer: whether this process writes; exactly one does.
@@ -106,7 +108,8 @@ def open_run(
       devices: what ``run.json`` says of the devices; those of JAX by default.
 
     Raises:
-      UserError: the folder belongs to another config, holds something that is no run, or cannot be written.
+      UserError: the folder belongs to another config, holds something that is no run, is in use by another process,
+          or cannot be written.
           Nothing has been written then.
     """
     opened: RunFolder | UserError | None = None
@@ -148,141 +151,83 @@ def _open(
     command: list[str] | None,
     devices: Mapping[str, Any] | None,
 ) -> RunFolder:
-    path, record, changed, message = _look(run_dir, config, on_existing, may_differ)
-    launch = {
-        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": list(sys.argv if command is None else command),
-        "changed": [list(change) for change in changed],
-        "versions": package_versions(),
-        "devices": dict(describe_devices() if devices is None else devices),
-        "git": git_state(),
-    }
+    path = _look(run_dir, config, on_existing, may_differ).path
     try:
-        if record is not None and on_existing == "restart":
-            aside = rename_aside(path)
-            message, record = f"{run_dir} is new; the run that was there is now {aside}", None
         path.mkdir(parents=True, exist_ok=True)
+        run_lock.take(path, run_dir)
+        present = _look(run_dir, config, on_existing, may_differ)  # again, since now nobody else writes there
+        record, message = present.record, present.message
+        if present.starts_anew:
+            run_lock.give_back(path)
+            message, record = f"{run_dir} is new; the run that was there is now {rename_aside(path)}", None
+            path.mkdir(parents=True, exist_ok=True)
+            run_lock.take(path, run_dir)
+        atomic.remove_unfinished(path)
+        launch = {
+            "started": now(),
+            "command": list(sys.argv if command is None else command),
+            "changed": [list(change) for change in present.changed],
+            "versions": package_versions(),
+            "devices": dict(describe_devices() if devices is None else devices),
+            "git": git_state(),
+            "code": code_digest(),
+        }
         launches = [*record["launches"], launch] if record is not None else [launch]
         atomic.write_json(path / "run.json", {"config": config, "launches": launches})
     except OSError as error:
-        raise _unusable(run_dir, str(error.strerror)) from error
+        run_lock.give_back(path)
+        raise unusable(run_dir, str(error.strerror)) from error
+    except BaseException:
+        run_lock.give_back(path)
+        raise
     return RunFolder(path, record is not None, message)
 
 
-def _look(
-    run_dir: str, config: Mapping[str, Any], on_existing: OnExisting, may_differ: frozenset[str]
-) -> tuple[Path, dict[str, Any] | None, list[tuple[str, Any, Any]], str]:
-    """The folder's path, its ``run.json`` if it holds a run, how the configs differ, and a message."""
+class _Present(NamedTuple):
+    """What is in the folder that a run is to have.
+
+    Attributes:
+      path: of the folder.
+      record: its ``run.json``; None where it holds no run.
+      starts_anew: whether the run that it holds is to be put aside.
+      changed: how the configs differ, for a run that is continued.
+      message: the same for the console.
+    """
+
+    path: Path
+    record: dict[str, Any] | None
+    starts_anew: bool
+    changed: list[tuple[str, Any, Any]]
+    message: str
+
+
+def _look(run_dir: str, config: Mapping[str, Any], on_existing: OnExisting, may_differ: frozenset[str]) -> _Present:
     path = checked_path(run_dir)
     try:
-        record = _read_record(path, run_dir)
+        record = read_record(path, run_dir)
         check_writable(path, run_dir)
     except OSError as error:
-        raise _unusable(run_dir, str(error.strerror)) from error
+        raise unusable(run_dir, str(error.strerror)) from error
     if record is None:
-        return path, None, [], f"{run_dir} is new"
-    changed: list[tuple[str, Any, Any]] = []
-    message = since = f"{run_dir} holds a run started {record['launches'][0]['started']}"
+        return _Present(path, None, False, [], f"{run_dir} is new")
+    run_lock.check_free(path, run_dir)
+    since = f"{run_dir} holds a run started {record['launches'][0].get('started', 'at an unknown time')}"
     if on_existing == "error":
         raise UserError(f"{since}; {what_to_type(run_dir, ('resume', 'restart'))}")
-    if on_existing == "resume":
-        changed = differences(upgraded(record["config"], config), config)
-        _check_same_config(changed, may_differ, run_dir)
-        message = f"{since}, launched {_times(len(record['launches']))}; continuing it"
-    return path, record, changed, message
-
-
-def check_writable(path: Path, run_dir: str) -> None:
-    """Refuse a path whose nearest folder that exists is no folder, or takes no files.
-
-    Raises:
-      UserError: naming it; ``run_dir`` is how ``config.run_dir`` spells the path.
-    """
-    nearest = next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
-    if not nearest.is_dir():
-        raise _unusable(run_dir, f"{nearest} is a file")
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        raise _unusable(run_dir, f"no permission to write in {nearest}")
-
-
-def _unusable(run_dir: str, reason: str) -> UserError:
-    return UserError(
-        f"{option('run_dir')} is {run_dir!r}, which cannot be written ({reason}); "
-        f"required a folder that can, e.g. {flag('run_dir')}=runs/first"
-    )
-
-
-def checked_path(run_dir: str) -> Path:
-    """Return the folder that ``config.run_dir`` names.
-
-    Raises:
-      UserError: it names none, or one that is not in the file system.
-    """
-    if not run_dir:
-        raise UserError(f"{option('run_dir')} is empty; required a folder, e.g. {flag('run_dir')}=runs/first")
-    if "://" in run_dir:
-        raise UserError(
-            f"{option('run_dir')} is {run_dir!r}, a URL; required a folder, such as one that mounts the bucket"
+    changed = differences(upgraded(record["config"], config), config)
+    if on_existing == "restart":
+        if not is_same_launch(record, config):
+            return _Present(path, record, True, [], since)
+        message = (
+            f"{since} by this very command, which has not ended; continuing it (to start it anew, rename the folder)"
         )
-    return Path(run_dir).expanduser()
-
-
-def _read_record(path: Path, run_dir: str) -> dict[str, Any] | None:
-    """The ``run.json`` of the run in the folder; None for a folder that is absent or empty."""
-    if not path.exists():
-        return None
-    another = f"required an empty or a new folder, e.g. {flag('run_dir')}={_next(run_dir)}"
-    if not path.is_dir():
-        raise UserError(f"{option('run_dir')} is {run_dir!r}, which is a file; {another}")
-    names = sorted(entry.name for entry in path.iterdir() if not atomic.is_unfinished(entry.name))
-    if not names:
-        return None
-    if "run.json" not in names:
-        raise UserError(f"{option('run_dir')} is {run_dir!r}, which is no run but holds {names[0]!r}; {another}")
-    try:
-        record = json.loads((path / "run.json").read_text(encoding="utf-8"))
-        return {"config": dict(record["config"]), "launches": [{**launch} for launch in record["launches"]]}
-    except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{path / 'run.json'} cannot be read ({error}); {another}") from error
-
-
-def _check_same_config(changed: list[tuple[str, Any, Any]], may_differ: frozenset[str], run_dir: str) -> None:
-    wrong = [
-        f"{option(name)} was {old!r} and is {new!r}"
-        for name, old, new in changed
-        if not any(name == free or name.startswith(f"{free}.") for free in may_differ)
-    ]
-    if wrong:
-        more = f", and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
-        raise UserError(
-            f"{option('run_dir')} is {run_dir!r}, which holds a run of another config: "
-            f"{', '.join(wrong[:_SHOWN])}{more}; "
-            f"{what_to_type(run_dir, ('restart',))}"
-        )
-
-
-def what_to_type(run_dir: str, choices: tuple[str, ...]) -> str:
-    """Say what to do about a folder that is taken: the ``choices`` of ``config.on_existing``, or another folder."""
-    meaning = {"resume": "continue it", "restart": "put it aside and start anew"}
-    ways = [f"{flag('on_existing')}={choice} to {meaning[choice]}" for choice in choices]
-    return f"use {', '.join(ways)}, or another folder, e.g. {flag('run_dir')}={_next(run_dir)}"
-
-
-def _next(run_dir: str) -> str:
-    return f"{run_dir.rstrip('/')}-2"
+        return _Present(path, record, False, changed, message)
+    check_same_config(changed, may_differ, run_dir, str(config.get("algorithm", "")))
+    return _Present(path, record, False, changed, f"{since}, launched {_times(len(record['launches']))}; continuing it")
 
 
 def _times(count: int) -> str:
     return "once" if count == 1 else f"{count} times"
-
-
-def rename_aside(path: Path) -> Path:
-    """Rename a folder to the first of ``path.1``, ``path.2``, … that is free, and return that."""
-    path = path.resolve()
-    number = 1
-    while (aside := path.with_name(f"{path.name}.{number}")).exists():
-        number += 1
-    return path.rename(aside)
 
 
 def from_writer(outcome: int, is_writer: bool) -> int:

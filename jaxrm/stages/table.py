@@ -1,8 +1,13 @@
 """Which module runs which stage."""
 
 import importlib
+from pathlib import Path
 from typing import Any
 
+import jax
+
+from jaxrm.runtime import run_lock
+from jaxrm.runtime.run_record import note_end
 from jaxrm.stage_config import STAGES
 
 
@@ -20,4 +25,8 @@ def run_stage(config: Any) -> int:
     Raises:
       UserError: for what the user can mend.
     """
-    return importlib.import_module(module_of(config)).run(config)
+    with run_lock.given_back():
+        status = importlib.import_module(module_of(config)).run(config)
+        if status == 0 and jax.process_index() == 0:
+            note_end(Path(config.run_dir).expanduser())
+        return status

@@ -44,7 +44,7 @@ class Study:
     Attributes:
       run_dir: folder of the study.
       on_existing: a folder that already holds this study is continued (``resume``), put aside and started anew
-        (``restart``) or refused (``error``).
+        (``restart``) or refused (``error``). A restart that was stopped is continued by the same command.
       preset: ``full`` leaves the config as it is; ``smoke`` reduces it to one world, two seeds, few arms and few steps.
       size: of the policy: ``tiny`` (0.36 M parameters), ``small`` (6 M) or ``base`` (31 M).
       worlds: embedded tasks.

@@ -12,12 +12,10 @@ Runs that are done are not repeated. A run that failed is tried again by the nex
 """
 
 import dataclasses
-import fcntl
 import json
 import math
 import queue
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +23,20 @@ from jaxrm import atomic
 from jaxrm.config import dicts
 from jaxrm.config.recorded import upgraded
 from jaxrm.errors import UserError, flag, option
+from jaxrm.runtime import run_lock
+from jaxrm.runtime.folders import check_writable, checked_path, rename_aside, unusable, what_to_type
 from jaxrm.runtime.metrics import append_row, read_rows
 from jaxrm.runtime.preemption import EXIT_PREEMPTED, catch_signals
 from jaxrm.runtime.progress import format_seconds, format_value
-from jaxrm.runtime.run_folder import check_writable, checked_path, rename_aside, what_to_type
+from jaxrm.runtime.provenance import code_digest
+from jaxrm.runtime.run_record import is_same_launch, now
 from jaxrm.study.collect import collect, judge_score
 from jaxrm.study.config import PPO, Study, apply_preset
 from jaxrm.study.report import publish
 from jaxrm.study.schedule import Choices, StudyRun, folder_name, schedule
 from jaxrm.study.worker_pool import EXIT_FAILED, Outcome, Worker, open_workers
 
-_RECORD, _QUEUE, _LOCK = "study.json", "queue.jsonl", ".lock"
+_RECORD, _QUEUE = "study.json", "queue.jsonl"
 # What may change between launches: which runs there are and how many at once, but not what any of them is.
 _MAY_DIFFER = (
     "run_dir",
@@ -62,13 +63,15 @@ def run_study(config: Study) -> int:
     Raises:
       UserError: the folder holds another study; the message names the differences.
     """
-    folder = _open(config)
-    with _lock(folder):
+    with run_lock.given_back():
+        folder = _open(config)
         study = apply_preset(dataclasses.replace(config, run_dir=str(folder)))
         records = _read_records(folder)
         status = _run_queue(study, folder, records)
         _publish(study, folder, records)
         failed = _print_failures(study, folder, records)
+        if not (status or failed):
+            _write_record(folder, {**_read_record(folder / _RECORD, config.run_dir), "ended": now()})
     return status or failed
 
 
@@ -110,27 +113,14 @@ def _print_failures(study: Study, folder: Path, records: RunRecords) -> int:
     return EXIT_FAILED
 
 
-@contextmanager
-def _lock(folder: Path) -> Iterator[None]:
-    """Refuse to work beside another launch of the same study."""
-    with (folder / _LOCK).open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise UserError(
-                f"{option('run_dir')} is {str(folder)!r}, where this study is running already; wait for it or stop it, "
-                f"or use another folder, e.g. {flag('run_dir')}={folder}-2"
-            ) from error
-        yield
-
-
 def _open(config: Study) -> Path:
-    """Make the folder of the study and write its record; refuse the folder of another study."""
+    """Make the folder of the study, lock it and write its record; refuse the folder of another study."""
     path, run_dir = checked_path(config.run_dir), config.run_dir
     check_writable(path, run_dir)
+    run_lock.check_free(path, run_dir)
     resolved = dicts.to_dict(config)
     entries = [entry.name for entry in path.iterdir()] if path.exists() else []
-    names = sorted(name for name in entries if name != _LOCK and not atomic.is_unfinished(name))
+    names = sorted(name for name in entries if not run_lock.is_no_content(name))
     if names and _RECORD not in names and config.on_existing != "restart":
         raise UserError(
             f"{option('run_dir')} is {run_dir!r}, which is no study but holds {names[0]!r}; required an empty or a new "
@@ -138,22 +128,49 @@ def _open(config: Study) -> Path:
         )
     if names and config.on_existing == "error":
         raise UserError(f"{run_dir} holds a study; {what_to_type(run_dir, ('resume', 'restart'))}")
-    if names and config.on_existing == "restart":
-        print(f"{run_dir} is new; what was there is now {rename_aside(path)}")
-    elif names:
+    restarts = bool(names) and config.on_existing == "restart" and not _is_same_launch(path, resolved)
+    if names and not restarts:
         _check_same_study(path / _RECORD, run_dir, resolved)
         print(f"{run_dir} holds this study; continuing it")
-    path.mkdir(parents=True, exist_ok=True)
-    atomic.write_json(path / _RECORD, {"config": resolved})
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        run_lock.take(path, run_dir)
+        if restarts:
+            run_lock.give_back(path)
+            print(f"{run_dir} is new; what was there is now {rename_aside(path)}")
+            path.mkdir()
+            run_lock.take(path, run_dir)
+        atomic.remove_unfinished(path)
+        _write_record(path, {"config": resolved, "code": code_digest()})
+    except OSError as error:
+        raise unusable(run_dir, str(error.strerror)) from error
     return path
+
+
+def _is_same_launch(path: Path, resolved: Mapping[str, Any]) -> bool:
+    """Whether this very command began the study and was stopped (`jaxrm.runtime.run_record.is_same_launch`)."""
+    try:
+        record = _read_record(path / _RECORD, str(path))
+    except UserError:
+        return False
+    return is_same_launch({"config": record["config"], "launches": [record]}, resolved)
+
+
+def _write_record(path: Path, record: Mapping[str, Any]) -> None:
+    atomic.write_json(path / _RECORD, record)
+
+
+def _read_record(path: Path, run_dir: str) -> dict[str, Any]:
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        return {**record, "config": dict(record["config"])}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} cannot be read ({error}); {what_to_type(run_dir, ('restart',))}") from error
 
 
 def _check_same_study(record: Path, run_dir: str, resolved: Mapping[str, Any]) -> None:
     """Refuse to continue a study whose config differs in more than which runs there are."""
-    try:
-        previous = json.loads(record.read_text(encoding="utf-8"))["config"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{record} cannot be read ({error}); {what_to_type(run_dir, ('restart',))}") from error
+    previous = _read_record(record, run_dir)["config"]
     changes = [
         f"{option(name)} was {old!r} and is {new!r}"
         for name, old, new in dicts.differences(upgraded(previous, resolved), resolved)

@@ -62,12 +62,16 @@ def _run(experiment: dict[str, Any]) -> int:
 
     import jax
 
+    from jaxrm.runtime import run_lock
     from jaxrm.stage_config import read_stage
     from jaxrm.stages.table import run_stage
 
     logging.getLogger("absl").setLevel(logging.ERROR)
+    config = read_stage(experiment)
+    # The worker of a study that was killed saves what it is at, and ends a moment later.
+    run_lock.wait_until_free(Path(config.run_dir), seconds=60.0)
     try:
-        return run_stage(read_stage(experiment))
+        return run_stage(config)
     finally:
         gc.collect()
         jax.clear_caches()

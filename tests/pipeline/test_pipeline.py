@@ -3,6 +3,7 @@
 The stages are stubs that leave behind what a stage leaves.
 """
 
+import contextlib
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,10 +13,13 @@ import pytest
 from jaxrm import train
 from jaxrm.config import command_line, dicts
 from jaxrm.errors import UserError, flag, option
+from jaxrm.pipeline import record as pipeline_record
 from jaxrm.pipeline import report as pipeline_report
 from jaxrm.pipeline import run as pipeline_run
 from jaxrm.pipeline.config import Pipeline, pipeline, resolve, stage_names
+from jaxrm.runtime import run_lock
 from jaxrm.runtime.run_folder import open_run
+from jaxrm.runtime.run_record import note_end
 from jaxrm.stage_config import PPO, RESUMABLE_FIELDS, SFT, StageConfig
 
 CONFIG = '''"""Three stages that build on each other."""
@@ -78,7 +82,7 @@ def launch(capsys):
     ``ends`` is how a stage ends: an exit status, an exception, or a function that makes one.
     """
 
-    def run(*arguments, ends=(), file="three.py"):
+    def run(*arguments, ends=(), file="three.py", crashes=False):
         ran = []
 
         def run_stage(experiment):
@@ -96,12 +100,17 @@ def launch(capsys):
                 command=["train"],
                 devices=DEVICES,
             )
+            run_lock.give_back(Path(experiment.run_dir))
             if isinstance(end, BaseException):
                 raise end
+            if end == 0:
+                note_end(Path(experiment.run_dir))
             return end
 
         capsys.readouterr()
-        status = run_command(lambda config, _: pipeline_run.run_pipeline(config, run_stage), *arguments, file=file)
+        status = None
+        with pytest.raises(RuntimeError) if crashes else contextlib.nullcontext():
+            status = run_command(lambda config, _: pipeline_run.run_pipeline(config, run_stage), *arguments, file=file)
         out, err = capsys.readouterr()
         return SimpleNamespace(status=status, ran=ran, out=out, err=err.removeprefix("jaxrm: error: ").rstrip())
 
@@ -360,12 +369,44 @@ def test_restart_puts_the_whole_pipeline_aside(launch):
     result = launch("--config.on_existing=restart", "--config.seed=1", ends={"pairs": 75})
     assert result.ran == ["sft", "pairs"]
     assert "runs/q is new; what was there is now " in result.out
-    assert "the same command with --config.on_existing=resume continues it" in result.out
+    assert "the same command continues it" in result.out
     now = everything()
     moved = {name.replace("runs/q", "runs/q.1", 1): text for name, text in before.items()}
     assert {name: now[name] for name in moved} == moved
     assert record()["sft"]["config"]["seed"] == 1
     assert launch("--config.seed=1").ran == ["pairs", "model"]
+
+
+def test_a_stopped_restart_of_the_pipeline_is_continued(launch):
+    """A job that is queued again has its restart in the command still."""
+    launch()
+    restart = "--config.on_existing=restart"
+    assert launch(restart, ends={"pairs": 75}).ran == ["sft", "pairs"]
+    assert launch(restart, ends={"model": RuntimeError("power cut")}, crashes=True).ran == ["pairs", "model"]
+    assert launch(restart).ran == ["model"]
+    assert not Path("runs/q.2").exists()
+    assert launch(restart).ran == list(NAMES)
+    assert Path("runs/q.2").exists()
+
+
+def test_a_stopped_restart_of_stages_is_continued(launch):
+    launch()
+    restart = ("--config.pairs.on_existing=restart", "--config.model.on_existing=restart")
+    assert launch(*restart, ends={"model": 75}).ran == ["pairs", "model"]
+    assert launch(*restart).ran == ["model"]
+    assert sorted(path.name for path in Path("runs/q").glob("*.1")) == ["model.1", "pairs.1"]
+    assert launch(*restart).ran == ["pairs", "model"]
+
+
+def test_a_pipeline_in_use_is_refused(launch, refuse, monkeypatch):
+    launch(ends={"pairs": 75})
+    run_lock.take(Path("runs/q"), "runs/q")
+    monkeypatch.setattr(run_lock, "_mine", {})  # as another process sees it
+    for on_existing in ("resume", "restart"):
+        message = refuse(f"--config.on_existing={on_existing}")
+        assert message.startswith("config.run_dir is 'runs/q', which is in use by process ")
+    Path("runs/q/.lock").rename("runs/q/sft/.lock")  # one of its stages, launched alone
+    assert refuse("--config.on_existing=restart").startswith("config.sft.run_dir is 'runs/q/sft', which is in use by ")
 
 
 def test_restart_of_a_stage_takes_what_is_built_on_it(launch, refuse):
@@ -418,11 +459,11 @@ def test_processes_follow_the_writer(launch, monkeypatch):
     """A process that writes nothing, and sees no folder, skips what the writer says is done."""
     monkeypatch.setattr(pipeline_run.jax, "process_count", lambda: 2)
     monkeypatch.setattr(pipeline_run.jax, "process_index", lambda: 1)
-    monkeypatch.setattr(pipeline_run, "from_writer", lambda outcome, is_writer: 0b011)
+    monkeypatch.setattr(pipeline_record, "from_writer", lambda outcome, is_writer: 0b011)
     result = launch()
     assert (result.status, result.ran, result.out) == (0, ["model"], "")
     assert not Path("runs/q/pipeline.json").exists()
-    monkeypatch.setattr(pipeline_run, "from_writer", lambda outcome, is_writer: -1)
+    monkeypatch.setattr(pipeline_record, "from_writer", lambda outcome, is_writer: -1)
     assert "which the first process refused" in launch().err
 
 

@@ -1,6 +1,7 @@
 """What a run folder holds, and when a run may be continued."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +9,9 @@ from pathlib import Path
 import pytest
 
 from jaxrm.errors import UserError
-from jaxrm.runtime.run_folder import open_run
+from jaxrm.runtime import run_lock
+from jaxrm.runtime.run_folder import check_run, open_run
+from jaxrm.runtime.run_record import note_end
 
 CONFIG = {"seed": 0, "optimizer": {"lr": 1e-5, "betas": [0.9, 0.95]}, "mesh": {"fsdp": 1}, "run_dir": "run"}
 DEVICES = {"platform": "cpu", "kind": "cpu", "count": 8, "process_count": 1}
@@ -17,6 +20,8 @@ DEVICES = {"platform": "cpu", "kind": "cpu", "count": 8, "process_count": 1}
 @pytest.fixture(autouse=True)
 def in_tmp_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    with run_lock.given_back():
+        yield
 
 
 def launch(config=CONFIG, run_dir="run", **options):
@@ -102,8 +107,85 @@ def test_restart_puts_the_old_run_aside_and_deletes_nothing():
     launch(run_dir="run/", on_existing="restart")
     assert Path("run.1/metrics.jsonl").read_text() == "first\n"
     assert Path("run.2/metrics.jsonl").read_text() == "second\n"
-    assert sorted(path.name for path in Path("run").iterdir()) == ["run.json"]
+    assert sorted(path.name for path in Path("run").iterdir()) == [".lock", "run.json"]
+    assert not Path("run.1/.lock").exists()
     assert len(read_run()["launches"]) == 1
+
+
+def test_a_stopped_restart_continues_under_the_same_command():
+    """A job that is queued again has its restart in the command still; it must not begin anew for ever."""
+    config = CONFIG | {"on_existing": "restart"}
+    launch()
+    assert not launch(config, on_existing="restart").resumed  # another command: it asks for a new beginning
+    for _ in range(2):
+        folder = launch(config, on_existing="restart")
+        assert folder.resumed
+        assert "by this very command, which has not ended; continuing it (to start it anew, rename" in folder.message
+    assert len(read_run()["launches"]) == 3 and not Path("run.2").exists()
+    note_end(Path("run"))
+    assert not launch(config, on_existing="restart").resumed
+    assert Path("run.2").exists()
+
+
+@pytest.mark.parametrize("change", ["config", "code", "none recorded"])
+def test_a_restart_after_a_change_begins_anew(change):
+    config = CONFIG | {"on_existing": "restart"}
+    launch(config, on_existing="restart")
+    record = read_run()
+    if change == "config":
+        config = config | {"seed": 1}
+    elif change == "code":
+        record["launches"][-1]["code"] = "0" * 16
+    else:
+        del record["launches"][-1]["code"]
+    Path("run/run.json").write_text(json.dumps(record))
+    assert not launch(config, on_existing="restart").resumed
+
+
+@pytest.mark.parametrize("algorithm", ["sft", "seq2seq_rm", "ppo", "dpo", "scalar_rm", "evaluate"])
+def test_training_longer_is_refused_with_what_to_type(algorithm):
+    config = {"algorithm": algorithm, "num_epochs": 3.0, "seed": 0}
+    launch(config)
+    with pytest.raises(UserError) as caught:
+        launch(config | {"num_epochs": 8.0})
+    advice = "use --config.model.path=run --config.run_dir=run-2"
+    assert str(caught.value).endswith(advice) == (algorithm not in ("scalar_rm", "evaluate"))
+    assert ("which becomes its reference too" in str(caught.value)) == (algorithm in ("ppo", "dpo"))
+
+
+def test_another_model_is_no_reason_to_train_on():
+    config = {"algorithm": "sft", "num_epochs": 3.0, "model": {"path": "a"}}
+    launch(config)
+    with pytest.raises(UserError) as caught:
+        launch(config | {"num_epochs": 8.0, "model": {"path": "b"}})
+    assert "--config.model.path=" not in str(caught.value)
+
+
+def test_a_run_in_use_is_refused_whatever_is_to_be_done_with_it(monkeypatch):
+    launch()
+    monkeypatch.setattr(run_lock, "_mine", {})  # as another process sees it
+    before = files()
+    for on_existing in ("resume", "restart", "error"):
+        for look in (launch, check_run):
+            with pytest.raises(UserError, match="which is in use by process"):
+                look("run", CONFIG, on_existing=on_existing) if look is check_run else look(on_existing=on_existing)
+    assert files() == before
+
+
+def test_what_a_killed_launch_left_is_cleared():
+    launch()
+    ended = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
+    from jaxrm.owner import place_name
+
+    for name in (f".run.json.{place_name()}-{int(ended.stdout)}-00000000.tmp", ".old.tmp"):
+        Path("run", name).write_text("half")
+    os.utime("run/.old.tmp", (0, 0))
+    mine = Path("run", f".x.json.{place_name()}-{os.getpid()}-00000000.tmp")
+    far = Path("run", f".x.json.{'0' * 8}-1-00000000.tmp")
+    for path in (mine, far):
+        path.write_text("being written")
+    launch()
+    assert sorted(path.name for path in Path("run").iterdir()) == sorted([mine.name, far.name, ".lock", "run.json"])
 
 
 def test_error_refuses_even_the_same_config():
@@ -138,7 +220,17 @@ def test_a_broken_run_json_is_named(text):
 
 
 @pytest.mark.parametrize(
-    ("run_dir", "message"), [("", "is empty"), ("gs://bucket/x", "a URL"), ("f", "is a file"), ("f/x", "cannot be")]
+    ("run_dir", "message"),
+    [
+        ("", "is empty"),
+        ("gs://bucket/x", "a URL"),
+        ("f", "is a file"),
+        ("f/x", "cannot be"),
+        ("a\0b", "cannot be written"),
+        ("a" * 300, "cannot be written"),
+        ("~nobody-of-this-name/x", "cannot be written"),
+        ("\ud800", "cannot be written"),
+    ],
 )
 def test_a_path_that_cannot_be_a_folder_is_refused(run_dir, message):
     Path("f").write_text("x")

@@ -13,9 +13,11 @@ import pytest
 
 from jaxrm.config.files import load_config_file
 from jaxrm.errors import UserError
+from jaxrm.runtime import run_lock
 from jaxrm.runtime.metrics import read_rows
 from jaxrm.stage_config import read_stage
 from jaxrm.stages.evaluate import run as evaluate
+from jaxrm.study import run as study_run
 from jaxrm.study.config import Study
 from jaxrm.study.schedule import answers_name, schedule
 from jaxrm.study.tuning import choose, setting_name
@@ -143,6 +145,36 @@ def launch(*arguments, **environment):
     quick = "--xla_backend_optimization_level=0"  # a study compiles much and computes little here
     env = {**os.environ, "XLA_FLAGS": quick, "JAX_PLATFORMS": "cpu", **environment}
     return subprocess.run(command, capture_output=True, text=True, env=env, check=False, timeout=600)
+
+
+@pytest.fixture
+def queue(tmp_path, monkeypatch):
+    """Runs a study whose queue ends as it is told; the message it prints."""
+    monkeypatch.setattr(study_run, "_publish", lambda *_: None)
+
+    def run(status=0, **fields):
+        monkeypatch.setattr(study_run, "_run_queue", lambda *_: status)
+        return study_run.run_study(Study(run_dir=str(tmp_path / "study"), **fields))
+
+    return run
+
+
+def test_a_study_in_use_is_refused_even_by_a_restart(queue, tmp_path, monkeypatch):
+    queue(75)
+    run_lock.take(tmp_path / "study", "study")
+    monkeypatch.setattr(run_lock, "_mine", {})  # as another process sees it
+    for on_existing in ("resume", "restart"):
+        with pytest.raises(UserError, match=r"^config\.run_dir is .*, which is in use by process "):
+            queue(on_existing=on_existing)
+    assert [path.name for path in tmp_path.iterdir()] == ["study"]
+
+
+def test_a_stopped_restart_of_a_study_is_continued(queue, tmp_path):
+    queue()
+    for count, status in ((2, 75), (2, 75), (2, 0), (3, 0)):
+        assert queue(status, on_existing="restart") == status
+        assert len(list(tmp_path.iterdir())) == count
+        assert not (tmp_path / "study/.lock").exists()
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ from jaxrm.inference.load import save_shape_and_tokenizer
 from jaxrm.models import build
 from jaxrm.models.build import ModelSource
 from jaxrm.models.config import PRESETS
+from jaxrm.runtime import run_lock
 from jaxrm.runtime.checkpoint import CheckpointConfig, Checkpoints
 from jaxrm.runtime.run_folder import open_run
 
@@ -62,6 +63,7 @@ def make_run(task_folder):
             placed = jax.tree.map(jax.numpy.asarray, saved[step])
             checkpoints.save(step, {"params": placed}, {"loader": {}, "data": ""}, loss)
         checkpoints.close()
+        run_lock.give_back(run.path)
         return saved
 
     return make
