@@ -6,6 +6,11 @@ python -m jaxrm.export --checkpoint=runs/quickstart/sft/checkpoints/best --outpu
 
 import sys
 
+from jaxrm.runtime import preemption
+
+if __name__ == "__main__":
+    preemption.say_interrupted()  # before the imports below
+
 from absl import flags
 
 from jaxrm.config import command_line

@@ -7,6 +7,11 @@ python -m jaxrm.generate --weights=HuggingFaceTB/SmolLM2-135M-Instruct --interac
 
 import sys
 
+from jaxrm.runtime import preemption
+
+if __name__ == "__main__":
+    preemption.say_interrupted()  # before the imports below
+
 from absl import flags
 
 from jaxrm.config import command_line, dicts

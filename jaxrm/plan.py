@@ -18,6 +18,11 @@ Exit status: 0 it fits, or --find found one that does; 1 it does not; 2 invalid 
 import shlex
 import sys
 
+from jaxrm.runtime import preemption
+
+if __name__ == "__main__":
+    preemption.say_interrupted()  # before the imports below
+
 from absl import flags
 
 from jaxrm.config import command_line

@@ -11,6 +11,11 @@ needed only to lay the model over devices (config.mesh) or to name the kind (con
 import sys
 from typing import Any
 
+from jaxrm.runtime import preemption
+
+if __name__ == "__main__":
+    preemption.say_interrupted()  # before the imports below
+
 from absl import flags
 
 from jaxrm.config import command_line

@@ -9,12 +9,18 @@ On several hosts, start the same command on each. SLURM steps and GKE are recogn
 Elsewhere give --coordinator=HOST:PORT --num_processes=N --process_id=I, where HOST is that of process 0.
 
 Exit status: 0 done; 1 some runs of a study failed; 2 invalid input, explained in one line; 75 stopped (SIGTERM, Ctrl-C)
-and saved: the same command continues; 76 another process of the job was lost: start all of them again; 77 another
-launch took the folder over, since this process gave no sign of life.
+and nothing lost: the same command continues; 76 another process of the job was lost: start all of them again; 77
+another launch took the folder over, since this process gave no sign of life; 130 Ctrl-C twice.
 """
 
 import os
 import sys
+from pathlib import Path
+
+from jaxrm.runtime import preemption
+
+if __name__ == "__main__":
+    preemption.leave_on_signals()  # before the imports below, which take seconds
 
 from absl import flags
 
@@ -44,6 +50,17 @@ def main(config: StageConfig | Pipeline | Study, given: flags.FlagValues | None)
       config: of a stage, a pipeline or a study.
       given: the flags of `define_flags`; None runs in this process alone.
     """
+    return preemption.run_preemptible(lambda: _join_and_run(config, given), lambda: _what_a_stop_means(config.run_dir))
+
+
+def _what_a_stop_means(run_dir: str) -> str:
+    records = [Path(run_dir).expanduser() / name for name in ("run.json", "pipeline.json", "study.json")]
+    if any(record.exists() for record in records):
+        return "what was saved stays, and the same command continues"
+    return "nothing was written; the same command starts anew"
+
+
+def _join_and_run(config: StageConfig | Pipeline | Study, given: flags.FlagValues | None) -> int:
     if given is None:
         return run(config)
     joined = processes.find_processes(given.coordinator, given.num_processes, given.process_id, os.environ)
@@ -52,6 +69,7 @@ def main(config: StageConfig | Pipeline | Study, given: flags.FlagValues | None)
     if isinstance(config, Study):
         raise UserError("a study runs in one process, which starts a worker a core; start it once, on one host")
     processes.start(joined, timeout=given.start_timeout)
+    preemption.leave_on_signals(is_alone=False)  # again, since JAX took SIGTERM for itself
     processes.check_agreement(dicts.to_dict(config))
     try:
         return run(config)

@@ -1,0 +1,154 @@
+"""Commands of small runs of every stage, and real processes that execute them, each on one core.
+
+The runs are as short as they can be and still have several evaluations, checkpoints, samples and a closing report.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+KILL, TERM, CTRL_C = signal.SIGKILL, signal.SIGTERM, signal.SIGINT
+
+_LOGGING = {"logging.every": 1, "logging.tensorboard": "false"}
+_TINY = {"model.path": "None", "model.preset": "tiny", "data.path": "task:safety"}
+_SAVING = {"checkpoint.every": 3, "checkpoint.keep": 2, "evaluation.every": 4}
+_SHORT = {"data.batch_size": 4, "data.max_length": 96, "data.max_eval_records": 32}
+_SAMPLES = {"evaluation.samples": 2, "evaluation.sampling.max_new_tokens": 6}
+_TRAINING = {**_LOGGING, **_SAVING, **_SHORT}
+_RANKING = {"evaluation.judge": "task:safety", "optimizer.lr": 1e-3}
+_ROLLOUT = {
+    "data.max_length": 36,
+    "data.batch_size": 8,
+    "data.max_eval_records": 16,
+    "rollout.sampling.max_new_tokens": 10,
+    "reward.kind": "soft",
+    "reward.calibration_responses": 8,
+}
+
+
+def _fields(folder: Path) -> dict[str, dict[str, object]]:
+    """Overrides of each stage's config; what a stage is built on lies in ``folder``."""
+    policy, pairs = {"model.path": folder / "sft"}, {"data.path": folder / "pairs" / "pairs.jsonl"}
+    learning = {**_TRAINING, **policy, **pairs, "data.eval_share": 0.2}
+    pipeline = {
+        "sft": {**_TRAINING, **_SAMPLES, "data.max_records": 300, "num_steps": 8},
+        "pairs": {"pairs.count": 48, "pairs.batch_size": 32, "pairs.sampling.max_new_tokens": 10},
+        "rm_scalar": {**_TRAINING, "data.eval_share": 0.25, "num_steps": 5},
+        "rm_seq2seq": {
+            **_TRAINING,
+            **_SAMPLES,
+            "data.eval_share": 0.25,
+            "num_steps": 5,
+            "evaluation.corrections": 2,
+        },
+    }
+    rollout = {name: x for name, x in _ROLLOUT.items() if name != "reward.kind"}
+    for name in ("ppo_scalar", "ppo_seq2seq"):
+        pipeline[name] = {**_LOGGING, **_SAVING, **_SAMPLES, **rollout, "num_steps": 5}
+    return {
+        "sft": {**_TRAINING, **_SAMPLES, **_TINY, "data.max_records": 300, "num_steps": 22},
+        "pairs": {**policy, "pairs.count": 120, "pairs.sampling.max_new_tokens": 12},
+        "scalar_rm": {**learning, **_RANKING, "num_steps": 14},
+        "seq2seq_rm": {**learning, **_RANKING, **_SAMPLES, "num_steps": 14, "evaluation.corrections": 3},
+        "dpo": {**learning, **_SAMPLES, "num_steps": 14},
+        "best_of_n": {
+            **_ROLLOUT,
+            **policy,
+            "reward.model": folder / "seq2seq_rm",
+            "num_steps": 6,
+            "best_of_n.n": 3,
+            "best_of_n.keep_truncated": "true",
+        },
+        "ppo": {
+            **_LOGGING,
+            **_SAVING,
+            **_SAMPLES,
+            **_ROLLOUT,
+            **policy,
+            "reward.model": folder / "seq2seq_rm",
+            "num_steps": 10,
+            "evaluation.sampling.temperature": 1.0,
+            "optimizer.lr": 1e-3,
+        },
+        "pipeline": {f"{stage}.{name}": x for stage, fields in pipeline.items() for name, x in fields.items()},
+    }
+
+
+CONFIGS = {
+    "sft": "configs/sft_tiny.py",
+    "pairs": "configs/pairs_tiny.py",
+    "scalar_rm": "configs/rm_scalar_tiny.py",
+    "seq2seq_rm": "configs/rm_seq2seq_tiny.py",
+    "dpo": "configs/dpo_tiny.py",
+    "best_of_n": "tests/support/best_of_n_tiny.py",
+    "ppo": "configs/ppo_tiny.py",
+    "pipeline": "configs/quickstart.py",
+}
+NEEDS = {
+    "pairs": ("sft",),
+    "scalar_rm": ("sft", "pairs"),
+    "seq2seq_rm": ("sft", "pairs"),
+    "dpo": ("sft", "pairs"),
+    "best_of_n": ("sft", "pairs", "seq2seq_rm"),
+    "ppo": ("sft", "pairs", "seq2seq_rm"),
+}
+"""The stages that each stage is built on, in the order in which they run."""
+
+
+def command(stage: str, run_dir: Path, folder: Path, **more: object) -> list[str]:
+    """Command line of a stage.
+
+    Args:
+      stage: a key of ``CONFIGS``.
+      run_dir: where it runs.
+      folder: with the runs that it is built on.
+      **more: further overrides, with ``__`` for a dot.
+    """
+    fields = _fields(folder)[stage] | {"run_dir": run_dir} | {k.replace("__", "."): x for k, x in more.items()}
+    overrides = [f"--config.{name}={value}" for name, value in fields.items()]
+    return [sys.executable, "-m", "jaxrm.train", f"--config={CONFIGS[stage]}", *overrides]
+
+
+def environment(compiled: Path) -> dict[str, str]:
+    """Variables of a process: one device, one thread, and what was compiled before is read from ``compiled``."""
+    return {
+        **os.environ,
+        "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false",
+        "JAX_PLATFORMS": "cpu",
+        "JAX_COMPILATION_CACHE_DIR": str(compiled),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONUNBUFFERED": "1",
+        "PYTHONPATH": str(ROOT),
+    }
+
+
+def launch(arguments: list[str], variables: dict[str, str], output: Path) -> subprocess.Popen[bytes]:
+    """Start a process on one core, the first that this one may use; what it prints goes to the file ``output``."""
+    core = min(os.sched_getaffinity(0))
+    with output.open("wb") as file:
+        return subprocess.Popen(
+            ["taskset", "-c", str(core), *arguments],
+            cwd=ROOT,
+            env=variables,
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+        )
+
+
+def finish(arguments: list[str], variables: dict[str, str], output: Path, timeout: float = 600) -> float:
+    """Run a command to its end, which must be a good one; returns its seconds."""
+    started = time.monotonic()
+    process = launch(arguments, variables, output)
+    try:
+        status = process.wait(timeout)
+    finally:
+        process.kill()
+    assert status == 0, f"exit status {status}: {output.read_text(errors='replace')[-3000:]}"
+    return time.monotonic() - started
