@@ -2,22 +2,22 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import chain
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from jaxrm.data.config import DataConfig
+from jaxrm.data.cutting import cut_points, find_cut
 from jaxrm.data.readers import ReadReport
-from jaxrm.data.records import DemonstrationRecord, Message
-from jaxrm.data.templates import Piece, bos_id, cut_dialogue, encode_texts
+from jaxrm.data.records import DemonstrationRecord
+from jaxrm.data.templates import Text, bos_id, check_template, encode, write_prompt, write_response
 from jaxrm.errors import UserError, flag, option
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Progress = Callable[[int, int], None]
-Run = tuple[list[int], bool]  # consecutive token ids, and whether they are an assistant turn
 _CHUNK = 512  # dialogues handed to the tokenizer at once
 
 
@@ -126,32 +126,34 @@ def tokenize_demonstrations(
       progress: called with the number of records done and their total.
 
     Returns:
-      The examples, each of at most ``max_length`` tokens, and the report. Bad are responses that did not fit and
-      dialogues that the template refused. Prompts that were cut on the left are counted.
+      The examples, each of at most ``max_length`` tokens, and the report. With ``train_on`` "all", an earlier turn has
+      an example of its own where the whole dialogue does not begin with its prompt and itself. Bad are responses that
+      did not fit and dialogues that the template refused. Prompts that were cut are counted.
 
     Raises:
       UserError: there is no such template; a response does not fit and ``too_long`` is "error"; more bad records than
         ``max_bad_share``, or nothing left.
     """
     # A template that cannot work at all is one error, not as many bad records as there are.
-    cut_dialogue(tokenizer, [Message("user", "x"), Message("assistant", "x")], config.template)
-    first_id = bos_id(tokenizer, config.template)
+    check_template(tokenizer, config.template)
     report = ReadReport(total=len(records))
     examples: list[Example] = []
     for start in range(0, len(records), _CHUNK):
         accepted: list[DemonstrationRecord] = []
-        dialogues: list[list[Piece]] = []
+        texts: list[Text] = []
         for record in records[start : start + _CHUNK]:
             try:
-                dialogues.append(cut_dialogue(tokenizer, record.messages, config.template))
+                texts += _write_turns(record, tokenizer, config)
                 accepted.append(record)
             except UserError as error:
                 report.add_bad(str(error), record.source)
-        for record, runs in zip(accepted, encode_dialogues(tokenizer, dialogues), strict=True):
-            response, length = len(runs[-1][0]), sum(len(ids) for ids, _ in runs)
+        encoded = iter(encode(tokenizer, texts))
+        for record in accepted:
+            turns = [_Turn(i, next(encoded), next(encoded)) for i in _trained(record, config)]
+            response = len(turns[0].response)
             if response < config.max_length:  # something must stand before the first target
-                examples.append(_build_example(runs, record.source, first_id, config))
-                report.cut_prompts += length > config.max_length
+                examples += _build_examples(record, turns, tokenizer, config, report)
+                report.used += 1
             elif config.too_long == "error":
                 raise UserError(
                     f"{record.source}: the response has {response} tokens, but a row has {config.max_length}; "
@@ -161,40 +163,86 @@ def tokenize_demonstrations(
                 report.add_bad(f"response longer than {option('data.max_length')} {config.max_length}", record.source)
         if progress:
             progress(min(start + _CHUNK, len(records)), len(records))
-    report.used = len(examples)
     report.check(config.max_bad_share, config.path)
     return examples, report
 
 
-def encode_dialogues(tokenizer: "PreTrainedTokenizerBase", dialogues: Sequence[Sequence[Piece]]) -> list[list[Run]]:
-    """Token ids of dialogues in pieces, encoded in one call of the tokenizer.
+@dataclass(frozen=True)
+class _Turn:
+    """A turn of the assistant to train on.
 
-    Returns:
-      For each dialogue its runs: consecutive pieces that are all targets, or all not, make one run of ids.
+    Attributes:
+      number: of its message.
+      prompt: ids that generation has before it.
+      response: its ids.
     """
-    pieces = [piece for dialogue in dialogues for piece in dialogue]
-    continues = [i > 0 for dialogue in dialogues for i in range(len(dialogue))]
-    encoded = iter(encode_texts(tokenizer, [piece.text for piece in pieces], continues))
-    return [
-        [
-            ([token for _ in group for token in next(encoded)], is_target)
-            for is_target, group in groupby(piece.is_target for piece in dialogue)
-        ]
-        for dialogue in dialogues
-    ]
+
+    number: int
+    prompt: list[int]
+    response: list[int]
 
 
-def _build_example(runs: list[Run], source: str, first_id: int | None, config: DataConfig) -> Example:
-    """Join the runs and cut the excess on the left, except BOS. A turn that loses tokens is not a target."""
-    tokens = np.array([token for ids, _ in runs for token in ids], np.int32)
-    excess = max(len(tokens) - config.max_length, 0)
-    has_bos = first_id is not None and tokens[0] == first_id
-    cut = excess + has_bos if excess else 0
-    loss_mask = np.zeros(len(tokens), bool)
-    start = 0
-    for i, (ids, is_target) in enumerate(runs):
-        is_trained = is_target and (config.train_on == "all" or i == len(runs) - 1)
-        loss_mask[start : start + len(ids)] = is_trained and start >= max(cut, 1)
-        start += len(ids)
-    remaining = np.r_[0:1, cut : len(tokens)] if excess and has_bos else np.arange(cut, len(tokens))
-    return Example(tokens[remaining], loss_mask[remaining], source)
+def _trained(record: DemonstrationRecord, config: DataConfig) -> list[int]:
+    """The messages to train on, the last one first. One without a prompt has nothing to be predicted from."""
+    last = len(record.messages) - 1
+    numbers = range(last, 0, -1) if config.train_on == "all" else [last]
+    return [i for i in numbers if record.messages[i].role == "assistant"]
+
+
+def _write_turns(record: DemonstrationRecord, tokenizer: "PreTrainedTokenizerBase", config: DataConfig) -> list[Text]:
+    """Prompt and response of every turn to train on."""
+    template = config.template
+    return list(
+        chain.from_iterable(
+            (
+                write_prompt(tokenizer, record.messages[:i], template),
+                write_response(tokenizer, record.messages[i].content, template),
+            )
+            for i in _trained(record, config)
+        )
+    )
+
+
+def _build_examples(
+    record: DemonstrationRecord,
+    turns: Sequence[_Turn],
+    tokenizer: "PreTrainedTokenizerBase",
+    config: DataConfig,
+    report: ReadReport,
+) -> list[Example]:
+    """Rows of a dialogue, in which every target stands behind exactly the ids that generation has before it.
+
+    Most templates write a dialogue so that it begins with each of its turns and their prompts: then it is one row.
+    """
+    rows: list[tuple[_Turn, np.ndarray, np.ndarray]] = []  # the last turn of each, its ids and its targets
+    for turn in turns:
+        ids = np.array(turn.prompt + turn.response, np.int32)
+        row = next((row for row in rows if np.array_equal(row[1][: len(ids)], ids)), None)
+        if row is None:
+            row = (turn, ids, np.zeros(len(ids), bool))
+            rows.append(row)
+        row[2][len(turn.prompt) : len(ids)] = True
+    examples = []
+    for turn, ids, loss_mask in rows:
+        room = config.max_length - len(turn.response)
+        if room < 1:  # an earlier turn; the last one was looked at before
+            continue
+        prompt, points = ids[: len(turn.prompt)], None
+        if len(prompt) > room:
+            points = cut_points(tokenizer, record.messages[: turn.number], config.template, prompt)
+        cut = find_cut(prompt, room, bos_id(tokenizer, config.template), points)
+        if turn is turns[0]:
+            report.cut_prompts += cut.start > 0
+            report.cut_heads += not cut.keeps_head
+        tokens = np.concatenate([cut.head, ids[cut.start :]])
+        targets = np.concatenate([np.zeros(len(cut.head), bool), _whole_targets(loss_mask, cut.start)])
+        examples.append(Example(tokens, targets, record.source))
+    return examples
+
+
+def _whole_targets(loss_mask: np.ndarray, start: int) -> np.ndarray:
+    """The mask from ``start`` on. A turn that loses tokens is no target."""
+    remaining = loss_mask[start:].copy()
+    if start and loss_mask[start - 1]:
+        remaining[: np.argmin(remaining)] = False  # the last turn is never cut, so a prompt follows
+    return remaining

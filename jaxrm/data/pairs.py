@@ -8,23 +8,32 @@ same token ids. So a response has the same tokens as source, as target, in a com
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from jaxrm.config.fields import above, at_least, bounded, check, finite, place, wrong
 from jaxrm.data.config import DataConfig
-from jaxrm.data.examples import ComparisonExample, MappingExample, Progress, encode_dialogues
+from jaxrm.data.cutting import CutPoints, cut_points, cut_prompt, find_cut
+from jaxrm.data.examples import ComparisonExample, MappingExample, Progress
 from jaxrm.data.readers import ReadReport
-from jaxrm.data.records import Message, PreferenceRecord, Record
-from jaxrm.data.templates import Piece, cut_dialogue, encode_response
+from jaxrm.data.records import PreferenceRecord, Record
+from jaxrm.data.templates import (
+    Text,
+    check_template,
+    encode,
+    encode_response,
+    write_prompt,
+    write_request,
+    write_response,
+)
 from jaxrm.errors import UserError, flag, option
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _CHUNK = 512  # pairs handed to the tokenizer at once
+_REQUEST = 128  # tokens that ask for a correction, at most, unless the instruction is long
 
 
 @dataclass(frozen=True)
@@ -66,12 +75,14 @@ class TokenPair:
       chosen: int32 ``[n]``; the last token ends the turn.
       rejected: int32 ``[m]``; the last token ends the turn.
       source: the place of the record.
+      points: where the prompt may be cut; None where it need not be, or where that cannot be told.
     """
 
     prompt: np.ndarray
     chosen: np.ndarray
     rejected: np.ndarray
     source: str
+    points: CutPoints | None = None
 
 
 def tokenize_pairs(
@@ -97,13 +108,13 @@ def tokenize_pairs(
         left.
     """
     # A template that cannot work at all is one error, not as many bad records as there are.
-    empty = _array(encode_response(tokenizer, "", config.template))
-    cut_dialogue(tokenizer, [Message("user", "x"), Message("assistant", "x")], config.template)
+    check_template(tokenizer, config.template)
+    empty = _empty_response(tokenizer, config.template)
     report = ReadReport(total=len(records))
     pairs: list[TokenPair] = []
     for start in range(0, len(records), _CHUNK):
-        sources: list[str] = []
-        dialogues: list[list[Piece]] = []
+        accepted: list[PreferenceRecord] = []
+        texts: list[Text] = []
         for record in records[start : start + _CHUNK]:
             if not isinstance(record, PreferenceRecord):
                 raise UserError(
@@ -115,20 +126,23 @@ def tokenize_pairs(
                 report.add_bad("a response is empty", record.source)
                 continue
             try:
-                dialogues.append(_cut_pair(tokenizer, record, config.template))
-                sources.append(record.source)
+                texts += _write_pair(tokenizer, record, config.template)
+                accepted.append(record)
             except UserError as error:
                 report.add_bad(str(error), record.source)
-        for source, runs in zip(sources, encode_dialogues(tokenizer, dialogues), strict=True):
-            *before, (chosen, _), _, (rejected, _) = runs
-            prompt = list(chain.from_iterable(ids for ids, _ in before))
-            pair = TokenPair(_array(prompt), _array(chosen), _array(rejected), source)
-            if any(np.array_equal(side, empty) for side in (pair.chosen, pair.rejected)):
-                report.add_bad("a response is empty", source)
-            elif np.array_equal(pair.chosen, pair.rejected):
-                report.add_bad("both responses are the same", source)
-            else:
-                pairs.append(pair)
+        encoded = iter(encode(tokenizer, texts))
+        for record in accepted:
+            prompt, chosen, rejected = (_array(next(encoded)) for _ in range(3))
+            if empty is not None and any(np.array_equal(side, empty) for side in (chosen, rejected)):
+                report.add_bad("a response is empty", record.source)
+                continue
+            if np.array_equal(chosen, rejected) or record.chosen.strip() == record.rejected.strip():
+                report.add_bad("both responses are the same", record.source)
+                continue
+            points = None
+            if _may_be_cut(prompt, chosen, rejected, config.max_length):
+                points = cut_points(tokenizer, record.prompt, config.template, prompt)
+            pairs.append(TokenPair(prompt, chosen, rejected, record.source, points))
         if progress:
             progress(min(start + _CHUNK, len(records)), len(records))
     report.used = len(pairs)
@@ -145,10 +159,7 @@ def correction_request(tokenizer: "PreTrainedTokenizerBase", template: str, inst
     Raises:
       UserError: no such template, or it refuses the dialogue.
     """
-    x, y, instruction_turn = Message("user", "x"), Message("assistant", "x"), Message("user", instruction)
-    pieces = cut_dialogue(tokenizer, [x, y, instruction_turn, y], template)
-    _, _, (request, _), _ = encode_dialogues(tokenizer, [pieces])[0]
-    return request
+    return encode(tokenizer, [write_request(tokenizer, template, instruction)])[0]
 
 
 def mapping_examples(
@@ -187,10 +198,10 @@ def mapping_examples(
             _add_too_long("source, request and target", needed, pair, config, report)
             continue
         for rest, max_tokens, (_, is_correction) in zip(rests, max_prompt_tokens, mappings, strict=True):
-            tokens = np.concatenate([cut_prompt(pair.prompt, max_tokens, first_id), rest])
+            tokens = np.concatenate([cut_prompt(pair.prompt, max_tokens, first_id, pair.points), rest])
             loss_mask = np.arange(len(tokens)) >= len(tokens) - len(pair.chosen)
             examples.append(MappingExample(tokens, loss_mask, pair.source, is_correction))
-        report.cut_prompts += len(pair.prompt) > min(max_prompt_tokens)
+        _count_cut(report, pair, min(max_prompt_tokens), first_id)
         report.used += 1
     report.check(config.max_bad_share, config.path)
     return examples, report
@@ -223,10 +234,10 @@ def comparison_examples(
         if max_prompt_tokens < 1:
             _add_too_long("the two responses", responses + 2, pair, config, report)
             continue
-        prompt = cut_prompt(pair.prompt, max_prompt_tokens, first_id)
+        prompt = cut_prompt(pair.prompt, max_prompt_tokens, first_id, pair.points)
         tokens = np.concatenate([prompt, pair.chosen, prompt, pair.rejected])
         examples.append(ComparisonExample(tokens, len(prompt) + len(pair.chosen), pair.source))
-        report.cut_prompts += len(pair.prompt) > max_prompt_tokens
+        _count_cut(report, pair, max_prompt_tokens, first_id)
     report.used = len(examples)
     report.check(config.max_bad_share, config.path)
     return examples, report
@@ -249,7 +260,7 @@ def readable_pairs(
     request: Sequence[int] | None,
     first_id: int | None,
 ) -> tuple[list[TokenPair], ReadReport]:
-    """The pairs whose two responses a reward model can score, with prompts cut on the left to fit.
+    """The pairs whose two responses a reward model can score, with prompts cut to fit.
 
     Args:
       pairs: from ``tokenize_pairs``.
@@ -268,40 +279,39 @@ def readable_pairs(
         if max_prompt_tokens < 1:
             report.add_bad(f"a response too long for the {max_length} tokens of the model", pair.source)
             continue
-        report.cut_prompts += len(pair.prompt) > max_prompt_tokens
-        readable.append(replace(pair, prompt=cut_prompt(pair.prompt, max_prompt_tokens, first_id)))
+        _count_cut(report, pair, max_prompt_tokens, first_id)
+        readable.append(replace(pair, prompt=cut_prompt(pair.prompt, max_prompt_tokens, first_id, pair.points)))
     report.used = len(readable)
     report.check(config.max_bad_share, config.eval_path or config.path)
     return readable, report
-
-
-def cut_prompt(prompt: np.ndarray, max_tokens: int, first_id: int | None) -> np.ndarray:
-    """The last ``max_tokens`` tokens of a prompt. A BOS in front stays, in place of one of them.
-
-    Args:
-      prompt: int32 ``[p]``.
-      max_tokens: at least 1.
-      first_id: the template's BOS, or None.
-    """
-    assert max_tokens >= 1
-    if len(prompt) <= max_tokens:
-        return prompt
-    num_bos = int(first_id is not None and prompt[0] == first_id)
-    return np.concatenate([prompt[:num_bos], prompt[len(prompt) - max_tokens + num_bos :]])
 
 
 def _array(ids: Sequence[int]) -> np.ndarray:
     return np.array(ids, np.int32)
 
 
-def _cut_pair(tokenizer: "PreTrainedTokenizerBase", record: PreferenceRecord, template: str) -> list[Piece]:
-    """Pieces of the prompt and the chosen response, an empty piece, and the pieces of the rejected response."""
-    chosen, rejected = (
-        cut_dialogue(tokenizer, (*record.prompt, Message("assistant", text)), template)
-        for text in (record.chosen, record.rejected)
-    )
-    response = max(i for i, piece in enumerate(rejected) if not piece.is_target) + 1
-    return [*chosen, Piece("", False), *rejected[response:]]
+def _empty_response(tokenizer: "PreTrainedTokenizerBase", template: str) -> list[int] | None:
+    try:
+        return encode_response(tokenizer, "", template)
+    except UserError:
+        return None  # a template that wants a thought refuses it
+
+
+def _write_pair(tokenizer: "PreTrainedTokenizerBase", record: PreferenceRecord, template: str) -> list[Text]:
+    """The texts of the prompt, the chosen and the rejected response."""
+    responses = [write_response(tokenizer, text, template) for text in (record.chosen, record.rejected)]
+    return [write_prompt(tokenizer, record.prompt, template), *responses]
+
+
+def _may_be_cut(prompt: np.ndarray, chosen: np.ndarray, rejected: np.ndarray, max_length: int) -> bool:
+    """Whether the prompt may have to be cut, in a comparison or in a mapping with a request of usual length."""
+    longest = max(len(chosen), len(rejected))
+    return max(2 * len(prompt) + len(chosen) + len(rejected), len(prompt) + 2 * longest + _REQUEST) > max_length
+
+
+def _count_cut(report: ReadReport, pair: TokenPair, max_tokens: int, first_id: int | None) -> None:
+    report.cut_prompts += len(pair.prompt) > max_tokens
+    report.cut_heads += not find_cut(pair.prompt, max_tokens, first_id, pair.points).keeps_head
 
 
 def _add_too_long(what: str, needed: int, pair: TokenPair, config: DataConfig, report: ReadReport) -> None:

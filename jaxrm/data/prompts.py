@@ -9,7 +9,7 @@ import numpy as np
 from jaxrm.data.packing import Row
 from jaxrm.data.readers import ReadReport
 from jaxrm.data.records import Message, Record
-from jaxrm.data.templates import encode_prompt
+from jaxrm.data.templates import check_template, encode_prompt
 from jaxrm.errors import UserError, option
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def tokenize_prompts(
       UserError: a template that cannot work at all.
     """
     # One error, not as many bad records as there are.
-    encode_prompt(tokenizer, [Message("user", "x")], template)
+    check_template(tokenizer, template)
     report = ReadReport(total=len(records))
     examples: list[PromptExample] = []
     for number, record in enumerate(records, 1):

@@ -44,7 +44,8 @@ class ReadReport:
       total: records that were read.
       used: records that remain.
       other_side: records of the other side of the held-out split.
-      cut_prompts: used records whose prompt was cut on the left.
+      cut_prompts: used records whose prompt was cut.
+      cut_heads: those of them that lost system text or the first turn's header too.
       bad: unusable records, by reason.
     """
 
@@ -52,6 +53,7 @@ class ReadReport:
     used: int = 0
     other_side: int = 0
     cut_prompts: int = 0
+    cut_heads: int = 0
     bad: dict[str, Count] = field(default_factory=dict)
 
     def add_bad(self, reason: str, source: str, count: int = 1) -> None:
@@ -61,6 +63,7 @@ class ReadReport:
     def merge(self, later: "ReadReport") -> "ReadReport":
         """This report and that of the next step, which saw the records used here, as one."""
         merged = ReadReport(self.total, later.used, self.other_side, self.cut_prompts + later.cut_prompts)
+        merged.cut_heads = self.cut_heads + later.cut_heads
         for report in (self, later):
             for reason, entry in report.bad.items():
                 merged.add_bad(reason, entry.first, entry.count)
@@ -91,6 +94,7 @@ class ReadReport:
         counts = [("read", self.total, ""), ("used", self.used, "")]
         counts += [("on the other side of the split", self.other_side, "")] if self.other_side else []
         counts += [("prompts cut on the left", self.cut_prompts, "")] if self.cut_prompts else []
+        counts += [("of them without their system text or first header", self.cut_heads, "")] if self.cut_heads else []
         return counts + [(reason, entry.count, entry.first) for reason, entry in self.bad.items()]
 
 

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
-from jaxrm.data.pairs import TokenPair, cut_prompt
+from jaxrm.data.cutting import cut_prompt
+from jaxrm.data.pairs import TokenPair
 from jaxrm.data.templates import bos_id
 from jaxrm.errors import UserError, flag, option
 from jaxrm.inference.sampler import Sampler

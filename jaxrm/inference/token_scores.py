@@ -11,7 +11,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxrm.algorithms import scoring
 from jaxrm.data import templates
-from jaxrm.data.pairs import cut_prompt, max_scored_prompt_tokens
+from jaxrm.data.cutting import cut_points, cut_prompt, find_cut
+from jaxrm.data.pairs import max_scored_prompt_tokens
 from jaxrm.data.readers import ReadReport
 from jaxrm.data.records import DemonstrationRecord, Message, PreferenceRecord, Record
 from jaxrm.data.tokenizer import token_texts
@@ -62,7 +63,7 @@ class TokenScores:
 def encode(
     records: Sequence[Record], model: RewardModel, report: ReadReport, *, reference: Policy | None = None
 ) -> list[EncodedRecord]:
-    """Records as tokens; prompts are cut on the left where they must be, and what cannot be scored is reported.
+    """Records as tokens; prompts are cut where they must be, and what cannot be scored is reported.
 
     Args:
       records: pairs or demonstrations.
@@ -76,11 +77,13 @@ def encode(
         try:
             texts = _responses(record)
             prompt_ids = templates.encode_prompt(model.tokenizer, record.prompt, model.template)
-            encoded.append(_encode(record.source, record.prompt, prompt_ids, texts, model, reference))
+            scored, keeps_head = _encode(record.source, record.prompt, prompt_ids, texts, model, reference)
         except UserError as error:
             report.add_bad(str(error), record.source)
             continue
-        report.cut_prompts += len(encoded[-1].prompt_ids) < len(prompt_ids)
+        encoded.append(scored)
+        report.cut_prompts += len(scored.prompt_ids) < len(prompt_ids)
+        report.cut_heads += not keeps_head
     report.used = len(encoded)
     return encoded
 
@@ -99,7 +102,7 @@ def encode_all(
         try:
             prompt_ids = templates.encode_prompt(model.tokenizer, prompt, model.template)
             name = f"responses[{i}]"
-            encoded.append(_encode(name, prompt, prompt_ids, [("response", response)], model, reference))
+            encoded.append(_encode(name, prompt, prompt_ids, [("response", response)], model, reference)[0])
         except UserError as error:
             raise UserError(f"{name}: {error}") from error
     return encoded
@@ -125,7 +128,8 @@ def _encode(
     texts: Sequence[tuple[str, str]],
     model: RewardModel,
     reference: Policy | None,
-) -> EncodedRecord:
+) -> tuple[EncodedRecord, bool]:
+    """The record, and whether its prompt keeps system text and first header."""
     responses = [
         (side, text, np.array(templates.encode_response(model.tokenizer, text, model.template), np.int32))
         for side, text in texts
@@ -140,7 +144,11 @@ def _encode(
         room = min(room, max_scored_prompt_tokens(reference.model.config.max_position, every, None))
     if room < 1:
         raise UserError(f"a response too long for the {positions} tokens of the model")
-    return EncodedRecord(source, prompt, cut_prompt(np.array(prompt_ids, np.int32), room, model.bos_id), responses)
+    ids, points = np.array(prompt_ids, np.int32), None
+    if len(ids) > room:
+        points = cut_points(model.tokenizer, prompt, model.template, ids)
+    keeps_head = find_cut(ids, room, model.bos_id, points).keeps_head
+    return EncodedRecord(source, prompt, cut_prompt(ids, room, model.bos_id, points), responses), keeps_head
 
 
 def score(

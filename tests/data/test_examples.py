@@ -65,27 +65,58 @@ def test_turns_are_found_token_by_token_in_named_templates(family, template, exp
     assert example.tokens[0] == tokenizer.bos_token_id
 
 
-def test_a_long_prompt_is_cut_on_the_left_behind_bos(gemma_folder):
+def test_a_long_prompt_is_cut_behind_its_first_header(gemma_folder):
     tokenizer = load_tokenizer(str(gemma_folder))
     record = dialogue("river " * 40 + "end", "good. bad.")
     (whole,), _ = tokenize([record], tokenizer, template="gemma", max_length=500)
     (cut,), report = tokenize([record], tokenizer, template="gemma", max_length=40)
     assert len(cut.tokens) == 40 < len(whole.tokens)
     assert cut.tokens[0] == tokenizer.bos_token_id
-    np.testing.assert_array_equal(cut.tokens[1:], whole.tokens[-39:])
+    assert tokenizer.decode(cut.tokens).startswith("<bos><start_of_turn>user\n river river")
+    np.testing.assert_array_equal(cut.tokens[:4], whole.tokens[:4])
+    np.testing.assert_array_equal(cut.tokens[4:], whole.tokens[-36:])
     np.testing.assert_array_equal(cut.loss_mask[1:], whole.loss_mask[-39:])
     assert spans(cut, tokenizer) == ["good. bad.<end_of_turn>"]
-    assert (report.cut_prompts, report.bad, report.used) == (1, {}, 1)
+    assert (report.cut_prompts, report.cut_heads, report.bad, report.used) == (1, 0, {}, 1)
 
 
 def test_a_turn_that_loses_tokens_is_no_target(chatml_tokenizer):
     (whole,), _ = tokenize([TWO_TURNS], chatml_tokenizer, train_on="all")
     first_target = int(np.flatnonzero(whole.loss_mask)[0])
     length = len(whole.tokens)
-    (cut,), _ = tokenize([TWO_TURNS], chatml_tokenizer, train_on="all", max_length=length - first_target - 1)
+    (cut,), _ = tokenize([TWO_TURNS], chatml_tokenizer, train_on="all", max_length=length - first_target + 1)
     assert spans(cut, chatml_tokenizer) == ["because; bad<|im_end|>"]
-    (kept,), _ = tokenize([TWO_TURNS], chatml_tokenizer, train_on="all", max_length=length - first_target + 1)
+    (kept,), _ = tokenize([TWO_TURNS], chatml_tokenizer, train_on="all", max_length=length - 2)
     assert spans(kept, chatml_tokenizer) == ["good.<|im_end|>", "because; bad<|im_end|>"]
+    np.testing.assert_array_equal(kept.tokens[-first_target:], whole.tokens[-first_target:])
+
+
+LONG = (
+    Message("system", "please answer <|im_end|> quiet"),
+    Message("user", "river " * 8 + "stone"),
+    Message("assistant", "good. " * 3),
+    Message("user", "winter " * 8 + "why"),
+    Message("assistant", "bad."),
+)
+
+
+@pytest.mark.parametrize("max_length", [76, 72, 68, 56, 50])
+def test_a_cut_prompt_keeps_system_text_and_header(chatml_tokenizer, max_length):
+    """What goes is the beginning of the dialogue, up to within a turn of the user."""
+    (example,), report = tokenize([DemonstrationRecord(LONG, "f:1")], chatml_tokenizer, max_length=max_length)
+    assert (report.cut_prompts, report.cut_heads) == (1, 0)
+    text = chatml_tokenizer.decode(example.tokens)
+    head = "<|im_start|>system\nplease answer <|im_end|> quiet<|im_end|>\n<|im_start|>user\n"
+    assert text.startswith(head) and text.endswith("why<|im_end|>\n<|im_start|>assistant\nbad.<|im_end|>")
+    rest = text.removeprefix(head)
+    assert ("stone<|im_end|>\n<|im_start|>assistant" in rest) == ("<|im_start|>user" in rest)
+    assert max_length - 20 < len(example.tokens) <= max_length
+
+
+def test_prompts_that_lose_their_head_are_counted(chatml_tokenizer):
+    _, report = tokenize([DemonstrationRecord(LONG, "f:1")], chatml_tokenizer, max_length=24)
+    assert (report.cut_prompts, report.cut_heads) == (1, 1)
+    assert ("of them without their system text or first header", 1, "") in report.rows()
 
 
 def test_the_first_token_is_never_a_target(gemma_folder, chatml_tokenizer):

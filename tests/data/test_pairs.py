@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from jaxrm.data.config import DataConfig
+from jaxrm.data.cutting import cut_prompt
 from jaxrm.data.examples import ComparisonExample, tokenize_demonstrations
 from jaxrm.data.loader import eval_batches
 from jaxrm.data.pairs import (
@@ -12,7 +13,6 @@ from jaxrm.data.pairs import (
     TokenPair,
     comparison_examples,
     correction_request,
-    cut_prompt,
     mapping_examples,
     tokenize_pairs,
 )
@@ -173,15 +173,14 @@ def test_pairs_that_teach_nothing_are_dropped_and_counted(chatml_tokenizer):
         record("good.", " good.\n", source="f:2"),  # the same once the white space around it is gone
         record("", "bad.", source="f:3"),
         record("good.", " \n ", source="f:4"),
-        record("good.", "\ufdd0", source="f:5"),  # nothing but a mark that is dropped
         record("bad.", "bad.", source="f:6"),
     ]
     pairs, report = tokenize_pairs(records, chatml_tokenizer, settings())
     assert [pair.source for pair in pairs] == ["f:1"]
     counts = {reason: (found.count, found.first) for reason, found in report.bad.items()}
-    assert counts == {"both responses are the same": (2, "f:2"), "a response is empty": (3, "f:3")}
-    assert (report.total, report.used) == (6, 1)
-    with pytest.raises(UserError, match=r"5 of 6 records are unusable.*a response is empty \(3, first at f:3\)"):
+    assert counts == {"both responses are the same": (2, "f:2"), "a response is empty": (2, "f:3")}
+    assert (report.total, report.used) == (5, 1)
+    with pytest.raises(UserError, match=r"4 of 5 records are unusable.*a response is empty \(2, first at f:3\)"):
         tokenize_pairs(records, chatml_tokenizer, settings(max_bad_share=0.5))
     with pytest.raises(UserError, match="none is left"):
         tokenize_pairs(records[1:2], chatml_tokenizer, settings())
@@ -277,7 +276,8 @@ def test_the_left_of_a_long_prompt_goes_and_bos_stays():
     (correction, identity), report = mapping_examples([pair], [8], settings(max_length=20), first_id=1)
     assert correction.tokens.tolist() == [1, *range(29, 39), *pair.rejected, 8, *pair.chosen]
     assert identity.tokens.tolist() == [1, *range(27, 39), *pair.chosen, 8, *pair.chosen]
-    assert report.rows() == [("read", 1, ""), ("used", 1, ""), ("prompts cut on the left", 1, "")]
+    rows = [("prompts cut on the left", 1, ""), ("of them without their system text or first header", 1, "")]
+    assert report.rows() == [("read", 1, ""), ("used", 1, ""), *rows]
     (example,), report = comparison_examples([pair], settings(max_length=21), first_id=1)
     cut = [1, *range(34, 39)]
     assert example.tokens.tolist() == [*cut, *pair.chosen, *cut, *pair.rejected]

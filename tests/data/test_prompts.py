@@ -13,6 +13,7 @@ ASKED = (Message("user", "what 12?"),)
 TALK = (Message("user", "what 12?"), Message("assistant", "good."), Message("user", "why stone"))
 NO_SYSTEM = "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system turn') }}{% endif %}" + (
     "{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
 

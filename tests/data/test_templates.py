@@ -3,7 +3,7 @@ import copy
 import pytest
 
 from jaxrm.data.records import Message
-from jaxrm.data.templates import TEMPLATES, bos_id, cut_dialogue, encode_prompt, encode_response, end_ids
+from jaxrm.data.templates import TEMPLATES, bos_id, encode_prompt, encode_response, end_ids
 from jaxrm.data.tokenizer import load_tokenizer
 from jaxrm.errors import UserError
 
@@ -110,7 +110,7 @@ def test_named_templates_write_what_they_say(gemma, llama, chatml_tokenizer):
     ids = encode_prompt(llama, DIALOGUE, "hh") + encode_response(llama, "good.", "hh")
     assert llama.decode(ids) == (
         "<s> \n\nHuman: what should the garden answer?\n\nAssistant: a quiet stone, always</s>"
-        "\n\nHuman: why 12 (maybe)\n\nAssistant: good.</s>"
+        " \n\nHuman: why 12 (maybe)\n\nAssistant: good.</s>"
     )
     ids = encode_prompt(gemma, [Message("user", "POST: a\n\nTL;DR:")], "plain") + encode_response(gemma, " b", "plain")
     assert gemma.decode(ids) == "<bos>POST: a\n\nTL;DR: b<eos>"
@@ -148,31 +148,45 @@ def test_special_tokens_spelled_out_by_a_user_stay_text(every_tokenizer, name):
     assert tried
 
 
-def test_token_that_only_the_template_makes_special_stays_text(chatml_tokenizer):
-    """`<think>` is an ordinary added token here; it is guarded once the template writes it."""
+def test_a_token_that_stands_around_turns_stays_text(chatml_tokenizer):
+    """`<think>` is an ordinary added token here. It is a token of a message, until the template opens turns with it."""
     token = chatml_tokenizer.convert_tokens_to_ids("<think>")
-    assert token in encode_response(chatml_tokenizer, "a <think> b", "chatml")
-    thinking = copy.copy(chatml_tokenizer)
-    thinking.chat_template = chatml_tokenizer.chat_template.replace("assistant\\n", "assistant\\n<think>") + "<think>"
-    assert token not in encode_response(thinking, "a <think> b", "auto")
+    assert encode_response(chatml_tokenizer, "a <think> b", "chatml").count(token) == 1
+    turns = copy.copy(chatml_tokenizer)
+    turns.chat_template = (
+        "{% for m in messages %}{{ '<think>' + m.role + ':' + m.content + '<|im_end|>' }}{% endfor %}"
+        + ("{% if add_generation_prompt %}<think>assistant:{% endif %}")
+    )
+    assert encode_response(turns, "a <think> b", "auto").count(token) == 0
+    assert encode_prompt(turns, [Message("user", "a <think> b")], "auto").count(token) == 2
 
 
-def test_marks_in_a_message_are_dropped(chatml_tokenizer):
-    plain = encode_prompt(chatml_tokenizer, [Message("user", "good bad")], "auto")
-    assert encode_prompt(chatml_tokenizer, [Message("user", "\ufdd1good\ufdd2 \ufdd0bad\ufdd3")], "auto") == plain
+def test_characters_that_stand_for_nothing_are_text_too(chatml_tokenizer):
+    """Some of them are used inside to break texts apart."""
+    odd = [Message("user", "\ufdd0good <|im_end|>\ufdd1 \ufdd2bad\ufdd3")]
+    assert chatml_tokenizer.decode(encode_prompt(chatml_tokenizer, odd, "auto")) == by_transformers(
+        chatml_tokenizer, odd, add_generation_prompt=True, tokenize=False
+    )
+    every = "".join(map(chr, range(0xFDD0, 0xFDF0)))
+    with pytest.raises(UserError, match="U\\+FDD0 to U\\+FDEF"):
+        encode_prompt(chatml_tokenizer, [Message("user", every)], "auto")
 
 
-def test_white_space_around_a_message_is_dropped(every_tokenizer):
+@pytest.mark.parametrize(
+    ("family", "name"), [("gemma", "gemma"), ("llama", "llama2"), ("chatml", "chatml"), ("llama", "hh")]
+)
+def test_named_templates_drop_white_space_around_a_message(every_tokenizer, family, name):
+    tokenizer = every_tokenizer[family]
+    padded = [Message(m.role, f" \n{m.content}\n\n ") for m in DIALOGUE]
+    assert encode_prompt(tokenizer, padded, name) == encode_prompt(tokenizer, DIALOGUE, name)
+    assert encode_response(tokenizer, "\n good ", name) == encode_response(tokenizer, "good", name)
+
+
+def test_white_space_is_what_the_tokenizers_template_makes_of_it(every_tokenizer):
     for tokenizer in every_tokenizer.values():
         padded = [Message(m.role, f" \n{m.content}\n\n ") for m in DIALOGUE]
-        assert encode_prompt(tokenizer, padded, "auto") == encode_prompt(tokenizer, DIALOGUE, "auto")
-        assert encode_response(tokenizer, "\n good ", "auto") == encode_response(tokenizer, "good", "auto")
-
-
-def test_targets_are_the_assistant_turns_and_their_ends(chatml_tokenizer):
-    pieces = cut_dialogue(chatml_tokenizer, [*DIALOGUE, Message("assistant", "good.")], "auto")
-    targets = [piece.text for piece in pieces if piece.is_target]
-    assert targets == ["a quiet stone, always", "<|im_end|>", "good.", "<|im_end|>"]
+        expected = by_transformers(tokenizer, padded, add_generation_prompt=True)
+        assert encode_prompt(tokenizer, padded, "auto") == expected
 
 
 @pytest.mark.parametrize(
