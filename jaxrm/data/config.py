@@ -34,7 +34,8 @@ class DataConfig:
       max_records: most records to read.
       max_eval_records: most held-out records to read.
       tokenizer: hub name, folder or .gguf file; None is the tokenizer beside the model's weights.
-      template: ``auto`` is the tokenizer's own chat template; else a name of ``templates.TEMPLATES``.
+      template: ``auto`` is the tokenizer's own chat template, ``tokenizer:NAME`` one of its several; else a name of
+        ``templates.TEMPLATES``.
       max_length: tokens in a row: template, prompt, response and EOS.
       packing: put several examples into one row.
       train_on: ``last`` takes the loss on the last response of a dialogue, ``all`` on every assistant turn.

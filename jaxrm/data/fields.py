@@ -3,6 +3,7 @@
 import re
 from typing import Any
 
+from jaxrm.data.message_keys import name_role, unread_in_message
 from jaxrm.data.records import ROLES, Message
 
 Fields = dict[str, Any]
@@ -50,7 +51,9 @@ def read_messages(fields: Fields, name: str) -> tuple[Message, ...]:
     for message in items:
         role, content = message.get("role"), message.get("content")
         if role not in ROLES:
-            raise BadRecordError(f"{name!r} has a role other than {', '.join(ROLES)}")
+            raise BadRecordError(f"{name!r} has a role other than {', '.join(ROLES)}{name_role(role)}")
+        if reason := unread_in_message(message, name):
+            raise BadRecordError(reason)
         if isinstance(content, list):
             content = "".join(part["text"] for part in content if _is_text_part(part))
         if role == "system" and isinstance(content, str) and not content.strip():
@@ -86,6 +89,8 @@ def texts(value: object) -> list[str]:
         return [value]
     if isinstance(value, list):
         return [text for part in value for text in texts(part)]
+    if isinstance(value, dict) and {"role", "content"} <= value.keys():
+        return texts(value["content"])
     if isinstance(value, dict):
         return [text for name, part in value.items() if name not in ("role", "type") for text in texts(part)]
     return []

@@ -19,6 +19,7 @@ from jaxrm.data.fields import (
     read_transcript,
     squeeze,
 )
+from jaxrm.data.message_keys import unread_in_record
 from jaxrm.data.prompt_columns import (
     QUESTIONS,
     check_unread,
@@ -59,6 +60,8 @@ def parse(schema: str, fields: object, source: str, preferred: str) -> Record:
     """
     if not isinstance(fields, dict):
         raise BadRecordError("not an object with fields")
+    if reason := unread_in_record(fields):
+        raise BadRecordError(reason)
     try:
         if schema == "pku_safe_rlhf":
             record = parse_pku_safe_rlhf(fields, source, preferred)

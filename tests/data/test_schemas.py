@@ -173,3 +173,43 @@ def test_no_garbage_raises_anything_else():
         if isinstance(fields, dict):
             assert recognize(fields) in {None, *SCHEMAS}
     assert min(outcomes.values()) > 20
+
+
+@pytest.mark.parametrize(
+    ("extra", "reason"),
+    [
+        ({"tool_calls": [{"function": {"name": "add"}}]}, "'tool_calls', and tools are not read"),
+        ({"function_call": {"name": "add"}}, "'function_call', and tools are not read"),
+        ({"reasoning_content": "because"}, r"'reasoning_content', which is not read; write the thought .*<think>"),
+        ({"thinking": "because"}, "'thinking', which is not read"),
+        ({"weight": 0}, "'weight', which is not read; config.data.train_on"),
+        ({"train": False}, "'train', which is not read"),
+        (
+            {"tool_calls": None, "tool_call_id": "", "weight": 1, "name": "Ann", "id": 7, "reasoning_content": None},
+            None,
+        ),
+    ],
+)
+def test_keys_that_change_the_meaning_of_a_turn_are_named(extra, reason):
+    question = {"role": "user", "content": "how"}
+    rows = {
+        "messages": {"messages": [question, {"role": "assistant", "content": "so", **extra}]},
+        "ultrafeedback": {
+            "chosen": [question, {"role": "assistant", "content": "so", **extra}],
+            "rejected": [question, {"role": "assistant", "content": "or so"}],
+        },
+        "prompt": {"prompt": [{**question, **extra}]},
+    }
+    for schema, row in rows.items():
+        if reason is None:
+            assert parse(schema, row, "f:1", "better_response_id").prompt == (Message("user", "how"),)
+        else:
+            with pytest.raises(BadRecordError, match=reason):
+                parse(schema, row, "f:1", "better_response_id")
+
+
+@pytest.mark.parametrize("key", ["tools", "tool_calls", "reasoning_content", "chat_template_kwargs"])
+def test_keys_beside_the_messages_are_named_too(key):
+    row = {"messages": [{"role": "user", "content": "how"}, GOOD], key: [{"name": "add"}]}
+    with pytest.raises(BadRecordError, match=key):
+        parse("messages", row, "f:1", "better_response_id")

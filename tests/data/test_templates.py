@@ -223,3 +223,86 @@ def test_a_template_that_is_not_there_is_refused(gemma_folder, chatml_tokenizer)
         encode_prompt(bare, DIALOGUE, "vicuna")
     with pytest.raises(UserError, match="no token '<start_of_turn>'"):
         encode_prompt(chatml_tokenizer, DIALOGUE, "gemma")
+
+
+OWN = "{% for m in messages %}{% if m.role == 'user' %}{{ '<|im_start|>user' + m.content + '<|im_end|>' }}" + (
+    "{% elif m.role == 'assistant' %}{{ '<|im_start|>bot' + m.content + '<|im_end|>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>bot' }}{% endif %}"
+)
+LAST_ONLY = "{{ '<|im_start|>user' + (messages | selectattr('role', 'equalto', 'user') | list)[-1].content }}" + (
+    "{% if add_generation_prompt %}<|im_start|>bot{% elif messages[-1].role == 'assistant' %}"
+    "<|im_start|>bot{{ messages[-1].content }}<|im_end|>{% endif %}"
+)
+SYSTEM, USER, BOT = Message("system", "be good"), Message("user", "why"), Message("assistant", "because")
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "own", "messages", "role"),
+    [
+        ("llama", "llama2", None, [SYSTEM], "system"),
+        ("llama", "llama2", None, [USER, BOT, SYSTEM], "system"),
+        ("llama", "llama2", None, [SYSTEM, BOT], "system"),
+        ("gemma", "gemma", None, [SYSTEM], "system"),
+        ("gemma", "gemma", None, [USER, BOT, SYSTEM], "system"),
+        ("chatml", "auto", OWN, [SYSTEM, USER], "system"),
+        ("chatml", "auto", OWN, [USER, BOT, SYSTEM, USER], "system"),
+        ("chatml", "auto", LAST_ONLY, [USER, BOT, USER], "user"),
+        # What is lost can be found in the header.
+        ("chatml", "auto", OWN, [Message("system", "start"), USER], "system"),
+    ],
+)
+def test_a_message_that_the_template_leaves_out_is_refused(every_tokenizer, family, name, own, messages, role):
+    tokenizer = copy.copy(every_tokenizer[family])
+    tokenizer.chat_template = own or tokenizer.chat_template
+    with pytest.raises(UserError, match=f"leaves out .* role '{role}'.*--config.data.template=hh$") as error:
+        encode_prompt(tokenizer, messages, name)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["chatml", "hh", "plain"])
+def test_a_system_turn_may_stand_anywhere_where_it_is_written(chatml_tokenizer, name):
+    for messages in ([SYSTEM, USER], [USER, BOT, SYSTEM, USER], [SYSTEM, USER, BOT, SYSTEM]):
+        assert "be good" in chatml_tokenizer.decode(encode_prompt(chatml_tokenizer, messages, name))
+
+
+def test_a_template_that_changes_a_text_is_refused(chatml_tokenizer):
+    tokenizer = copy.copy(chatml_tokenizer)
+    tokenizer.chat_template = chatml_tokenizer.chat_template.replace("message['content']", "message['content'][:20]")
+    assert encode_prompt(tokenizer, [USER], "auto")
+    with pytest.raises(UserError, match="leaves out or changes the text of a message of the role 'user'"):
+        encode_prompt(tokenizer, [Message("user", "what should the garden answer?")], "auto")
+    with pytest.raises(UserError, match="in another way than others|leaves out or changes some of the response"):
+        encode_response(tokenizer, "what should the garden answer?", "auto")
+
+
+def test_a_header_that_generation_would_not_see_is_refused(chatml_tokenizer):
+    tokenizer = copy.copy(chatml_tokenizer)
+    tokenizer.chat_template = chatml_tokenizer.chat_template.partition("{% if add_generation_prompt")[0]
+    with pytest.raises(UserError, match=r"begins a response with '<\|im_start\|>assistant' .*template=chatml$"):
+        encode_prompt(tokenizer, DIALOGUE, "auto")
+    tokenizer.chat_template += "{% if add_generation_prompt %}<|im_start|>bot\n{% endif %}"
+    with pytest.raises(UserError, match=r"under add_generation_prompt with 'bot'"):
+        encode_prompt(tokenizer, DIALOGUE, "auto")
+
+
+def test_one_of_several_templates_is_chosen_by_its_name(chatml_tokenizer):
+    tokenizer = copy.copy(chatml_tokenizer)
+    tokenizer.chat_template = {"rag": OWN, "tool_use": chatml_tokenizer.chat_template}
+    with pytest.raises(
+        UserError, match=r"is 'auto', but .* templates are rag, tool_use; e.g. --config.data.template=tokenizer:rag$"
+    ):
+        encode_prompt(tokenizer, DIALOGUE, "auto")
+    with pytest.raises(UserError, match=r"is 'tokenizer:x', but .* templates are rag, tool_use; e.g."):
+        encode_prompt(tokenizer, DIALOGUE, "tokenizer:x")
+    expected = by_transformers(tokenizer, DIALOGUE, chat_template="rag", add_generation_prompt=True)
+    assert encode_prompt(tokenizer, DIALOGUE, "tokenizer:rag") == expected
+    tokenizer.chat_template["default"] = tokenizer.chat_template["tool_use"]
+    assert encode_prompt(tokenizer, DIALOGUE, "auto") == encode_prompt(chatml_tokenizer, DIALOGUE, "auto")
+
+
+@pytest.mark.parametrize("own", [7, ["x"], {}, "", {"default": 3}])
+def test_a_chat_template_that_is_no_text_is_one_line(chatml_tokenizer, own):
+    tokenizer = copy.copy(chatml_tokenizer)
+    tokenizer.chat_template = own
+    with pytest.raises(UserError, match=r"is 'auto', but the tokenizer('s chat templates are none| has no chat)"):
+        encode_prompt(tokenizer, DIALOGUE, "auto")
