@@ -92,13 +92,18 @@ def load_reward_model(
         source = ModelSource(path=path, dtype=dtype or "float32", attention=attention)
         return _load_weights(source, mesh, tokenizer, template).as_reward_model("seq2seq")
     _check_has_own(path, tokenizer, template)
+    model = describe_reward_model(path, mesh=mesh, dtype=dtype, attention=attention)
+    return model.with_params(find_checkpoint(path).restore(model.model.shapes, model.model.shardings))
+
+
+def describe_reward_model(path: str, *, mesh: Mesh, dtype: str | None, attention: str) -> RewardModel:
+    """The reward model of a run without its parameters, which are None; arguments and errors as `load_reward_model`."""
     run = find_checkpoint(path, algorithms=REWARD_MODELS)
     is_seq2seq = run.config.algorithm == "seq2seq_rm"
     source = dataclasses.replace(as_trained(run, dtype), attention=attention)
-    model = (shard_model if is_seq2seq else shard_scalar_model)(source, mesh, run.shape)
     return RewardModel(
-        model,
-        run.restore(model.shapes, model.shardings),
+        (shard_model if is_seq2seq else shard_scalar_model)(source, mesh, run.shape),
+        None,
         run.load_tokenizer(),
         run.config.data.template,
         run.name,

@@ -16,8 +16,8 @@ import jax
 from jaxrm import atomic
 from jaxrm.data import tasks
 from jaxrm.data.config import DataConfig
-from jaxrm.data.readers import read_records
-from jaxrm.data.records import PreferenceRecord
+from jaxrm.data.readers import ReadReport, read_records
+from jaxrm.data.records import Message, PreferenceRecord
 from jaxrm.data.tasks.prompts import prompt_field
 from jaxrm.errors import UserError, flag, option
 from jaxrm.inference.load import load_policy
@@ -26,8 +26,10 @@ from jaxrm.inference.weights import find_checkpoint
 from jaxrm.runtime.progress import Progress, print_table
 from jaxrm.sharding.mesh import build_mesh
 from jaxrm.stage_config import LANGUAGE_MODELS
+from jaxrm.stages.inspection import Inspection
 from jaxrm.stages.stage import check_run_folder, open_run_folder, task_files
 
+PAIRS = "pairs.jsonl"
 _ATTEMPTS = 4  # draws of a second response that differs from the first
 
 
@@ -40,21 +42,35 @@ def run(config: Any) -> int:
     Raises:
       UserError: where there is no embedded task or no policy to sample from.
     """
-    _check(config)
-    check_run_folder(config)
-    task = config.data.path.removeprefix(tasks.PREFIX)
-    records = _prompt_records(config)
-    checkpoint = find_checkpoint(config.model.path, "model.path", LANGUAGE_MODELS)
-    prompt_room(checkpoint.shape, config.pairs.sampling, "pairs.sampling.max_new_tokens")
+    records, task = _open_inputs(config), config.data.path.removeprefix(tasks.PREFIX)
     policy = load_policy(config.model.path, mesh=build_mesh(config.mesh), dtype=config.model.dtype)
     folder = open_run_folder(config)
-    target = folder.path / "pairs.jsonl"
+    target = folder.path / PAIRS
     if not target.exists():
         sampler = Sampler(policy.model, policy.params, policy.tokenizer, policy.template, config.pairs.sampling)
         _write(target, _sample(config, sampler, task, records))
     _print(_read_pairs(str(target)), task, len(records))
     print(f"The pairs are in {target}")
     return 0
+
+
+def inspect(config: Any) -> Inspection:
+    """What `run` would do; errors are the same, no weights are read and nothing is written."""
+    records = _open_inputs(config)
+    reading = ReadReport(total=len(records), used=len(records))
+    rows = [_row(record.prompt, record.chosen, record.rejected) for record in records]
+    facts = {"pairs": f"up to {len(records):,}, sampled from {config.model.path}"}
+    return Inspection({f"Prompts of {config.data.path}": reading}, facts=facts, outputs={PAIRS: rows})
+
+
+def _open_inputs(config: Any) -> list[PreferenceRecord]:
+    """The task's own pairs, whose prompts are answered; refuses what cannot be sampled from."""
+    _check(config)
+    check_run_folder(config)
+    records = _prompt_records(config)
+    checkpoint = find_checkpoint(config.model.path, "model.path", LANGUAGE_MODELS)
+    prompt_room(checkpoint.shape, config.pairs.sampling, "pairs.sampling.max_new_tokens")
+    return records
 
 
 def _check(config: Any) -> None:
@@ -123,7 +139,7 @@ def _sample(config: Any, sampler: Sampler, task: str, records: Sequence[Preferen
         if second is None or not first or not second:
             continue
         chosen, rejected = (first, second)[:: 1 - 2 * tasks.annotate(task, record.prompt, first, second, rng)]
-        rows.append({"prompt": prompt_field(record.prompt), "chosen": chosen, "rejected": rejected})
+        rows.append(_row(record.prompt, chosen, rejected))
     if not rows:
         raise UserError(
             f"{option('model.path')} is {config.model.path!r}, whose responses to a prompt are all the same; sample "
@@ -131,6 +147,10 @@ def _sample(config: Any, sampler: Sampler, task: str, records: Sequence[Preferen
             f"e.g. {flag('pairs.sampling.temperature')}=1.0"
         )
     return rows
+
+
+def _row(prompt: Sequence[Message], chosen: str, rejected: str) -> dict[str, Any]:
+    return {"prompt": prompt_field(prompt), "chosen": chosen, "rejected": rejected}
 
 
 def _write(target: Path, rows: Sequence[dict[str, Any]]) -> None:

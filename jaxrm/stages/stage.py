@@ -14,6 +14,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -117,6 +118,12 @@ class Stage:
         """First parameters of the decoder, float32: read from ``config.model.path``, or drawn with ``key``."""
         model = self.model
         return weights.load_or_init_params(model.config, self.config.model, key, model.shapes, model.shardings)
+
+    def check_local_weights(self) -> None:
+        """Refuse weights of this machine that cannot be read; those of the hub are not fetched for it."""
+        source = self.config.model
+        if source.path is not None and Path(source.path).expanduser().exists():
+            weights.check_weights(self.model.config, source)
 
     def open_run(self, *, keeps_model: bool = True) -> RunFolder:
         """Make or find the folder of the run; the first thing that a stage writes.

@@ -9,6 +9,7 @@ import jax
 from jaxrm.runtime import run_lock
 from jaxrm.runtime.run_record import note_end
 from jaxrm.stage_config import STAGES
+from jaxrm.stages.inspection import Inspection
 
 
 def module_of(config: Any) -> str:
@@ -30,3 +31,9 @@ def run_stage(config: Any) -> int:
         if status == 0 and jax.process_index() == 0:
             note_end(Path(config.run_dir).expanduser())
         return status
+
+
+def inspect_stage(config: Any) -> Inspection:
+    """What `run_stage` would do; errors are the same, no weights are read and nothing is written."""
+    inspection: Inspection = importlib.import_module(module_of(config)).inspect(config)
+    return inspection

@@ -7,6 +7,7 @@ the batches of prompts; without it every prompt is answered once. A batch in ``c
 
 import functools
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from jaxrm import atomic
 from jaxrm.algorithms.rollout import RewardSource
 from jaxrm.data.loader import fingerprint
 from jaxrm.data.prompts import PromptExample
+from jaxrm.data.readers import ReadReport
+from jaxrm.data.tasks.prompts import prompt_field
 from jaxrm.inference import sharded_model, weights
 from jaxrm.inference.rollout_model import build_sampler, shard_rollout_model
 from jaxrm.inference.sharded_model import ShardedModel
@@ -27,9 +30,10 @@ from jaxrm.stages.best_of_n import report
 from jaxrm.stages.best_of_n.candidates import CANDIDATES, Draws, draw, load_progress, save_start
 from jaxrm.stages.best_of_n.checks import check
 from jaxrm.stages.inputs.prompts import Prompts, check_judgeable, stage_prompt_length, stage_prompts
+from jaxrm.stages.inspection import Inspection, inspect_prompts
 from jaxrm.stages.report import print_reading
 from jaxrm.stages.rewards.calibration import PolicyRewards, calibration_of
-from jaxrm.stages.rewards.sources import open_rewards
+from jaxrm.stages.rewards.sources import check_rewards, open_rewards
 from jaxrm.stages.stage import Stage, check_run_folder, judge_of, open_run_folder, open_stage
 
 WINNERS = "winners.jsonl"
@@ -44,11 +48,74 @@ def run(config: Any) -> int:
     Raises:
       UserError: for what the user can mend, before anything is written wherever it can be known by then.
     """
+    if _is_complete(config):
+        check(config, build_mesh(config.mesh))
+        check_run_folder(config)
+        return _close(open_run_folder(config), config)
+    inputs = _open_inputs(config)
+    stage, prompts, examples = inputs.stage, inputs.prompts, inputs.examples
+    source, reward_name = open_rewards(config, stage.mesh, stage.tokenizer, prompts.examples, stage.response_text)
+
+    folder = stage.open_run(keeps_model=False)
+    policy_name = weights.name_of(config.model)  # by every process, since they look into the checkpoints together
+    if stage.is_writer:
+        print_reading(inputs.reading)
+        print(
+            f"{len(examples):,} prompts of up to {inputs.prompt_length} tokens, {config.best_of_n.n} responses of up "
+            f"to {config.rollout.sampling.max_new_tokens} tokens to each; policy from {policy_name}, "
+            f"{config.reward.kind} rewards from {reward_name}"
+        )
+    draws, num_drawn = _open_draws(inputs, folder, source)
+    if not draw(draws, num_drawn):
+        if stage.is_writer:
+            print("Stopped and saved; the same command continues from there.")
+        return EXIT_PREEMPTED
+    return _close(folder, config) if stage.is_writer else 0
+
+
+def inspect(config: Any) -> Inspection:
+    """What `run` would do; errors are the same, no weights are read and nothing is written."""
+    inputs = _open_inputs(config)
+    facts = {
+        "responses": f"{config.best_of_n.n:,} to each of {len(inputs.examples):,} prompts, of up to "
+        f"{config.rollout.sampling.max_new_tokens:,} tokens",
+        "batches": f"{-(-len(inputs.examples) // config.data.batch_size):,} of {config.data.batch_size:,} prompts",
+        "rewards": f"{config.reward.kind} from {inputs.reward_name}",
+    }
+    winners = [{"prompt": prompt_field(example.messages), "response": "(the best)"} for example in inputs.examples]
+    return inspect_prompts(inputs.stage, inputs.reading, inputs.examples, facts, {WINNERS: winners})
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """What a run answers and with what, opened and checked before any weights are read and its folder is made.
+
+    Attributes:
+      stage: that was opened.
+      rollout_model: the policy on the mesh that it samples on.
+      prompts: every prompt; the first ones are answered for the calibration.
+      examples: those that are answered n times.
+      prompt_length: tokens that prompts are padded to.
+      reward_name: of the source of rewards, for people.
+    """
+
+    stage: Stage
+    rollout_model: ShardedModel
+    prompts: Prompts
+    examples: Sequence[PromptExample]
+    prompt_length: int
+    reward_name: str
+
+    @property
+    def reading(self) -> dict[str, ReadReport]:
+        """What became of the records."""
+        return {f"Prompts in {self.stage.config.data.path}": self.prompts.report}
+
+
+def _open_inputs(config: Any) -> _Inputs:
     mesh = build_mesh(config.mesh)
     check(config, mesh)
     check_run_folder(config)
-    if _is_complete(config):
-        return _close(open_run_folder(config), config)
     with open_stage(config, mesh, records="prompts") as stage:
         rollout_model = shard_rollout_model(config, mesh, stage.model)
         prompts = stage_prompts(stage, held_out=False)
@@ -58,23 +125,8 @@ def run(config: Any) -> int:
         if judge is not None:
             check_judgeable(examples, judge, "evaluation.judge")
         prompt_length = stage_prompt_length(stage, prompts.examples)
-        source, reward_name = open_rewards(config, mesh, stage.tokenizer, prompts.examples, stage.response_text)
-
-    folder = stage.open_run(keeps_model=False)
-    policy_name = weights.name_of(config.model)  # by every process, since they look into the checkpoints together
-    if stage.is_writer:
-        print_reading({f"Prompts in {config.data.path}": prompts.report})
-        print(
-            f"{len(examples):,} prompts of up to {prompt_length} tokens, {config.best_of_n.n} responses of up to "
-            f"{config.rollout.sampling.max_new_tokens} tokens to each; policy from {policy_name}, "
-            f"{config.reward.kind} rewards from {reward_name}"
-        )
-    draws, num_drawn = _open_draws(stage, folder, prompts, examples, prompt_length, source, rollout_model)
-    if not draw(draws, num_drawn):
-        if stage.is_writer:
-            print("Stopped and saved; the same command continues from there.")
-        return EXIT_PREEMPTED
-    return _close(folder, config) if stage.is_writer else 0
+        reward_name = check_rewards(config, mesh, stage.tokenizer, prompts.examples)
+    return _Inputs(stage, rollout_model, prompts, examples, prompt_length, reward_name)
 
 
 def _is_complete(config: Any) -> bool:
@@ -83,26 +135,10 @@ def _is_complete(config: Any) -> bool:
     return jax.process_count() == 1 and config.on_existing == "resume" and winners.exists()
 
 
-def _open_draws(
-    stage: Stage,
-    folder: RunFolder,
-    prompts: Prompts,
-    examples: Sequence[PromptExample],
-    prompt_length: int,
-    source: RewardSource,
-    rollout_model: ShardedModel,
-) -> tuple[Draws, int]:
-    """The policy, its calibrated rewards, and how many batches are drawn already.
-
-    Args:
-      stage: the stage.
-      folder: of the run.
-      prompts: every prompt; the first ones are answered for the calibration.
-      examples: those that are answered n times.
-      prompt_length: tokens that prompts are padded to.
-      source: of token rewards.
-      rollout_model: the policy on the mesh that it samples on.
-    """
+def _open_draws(inputs: _Inputs, folder: RunFolder, source: RewardSource) -> tuple[Draws, int]:
+    """The policy, its rewards, calibrated on responses to the first prompts, and how many batches are drawn already."""
+    stage, prompts, examples = inputs.stage, inputs.prompts, inputs.examples
+    rollout_model, prompt_length = inputs.rollout_model, inputs.prompt_length
     config = stage.config
     params = sharded_model.in_compute_dtype(stage.init_params(jax.random.key(config.seed)), config.model.dtype)
     sample = build_sampler(

@@ -1,7 +1,8 @@
 """The DPO stage: a policy learns from preference pairs, compared with its own log-probs from before the training."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
@@ -12,6 +13,7 @@ from jax.sharding import Mesh
 from jaxrm.algorithms import dpo
 from jaxrm.algorithms.dpo import DPOBatch
 from jaxrm.data.loader import build_loader, fingerprint
+from jaxrm.data.readers import ReadReport
 from jaxrm.data.records import PreferenceRecord
 from jaxrm.errors import UserError, flag, option
 from jaxrm.inference import weights
@@ -29,11 +31,31 @@ from jaxrm.stages.dpo.reference import (
 )
 from jaxrm.stages.inputs.preferences import Preferences, load_preferences
 from jaxrm.stages.inputs.training_data import training_data
+from jaxrm.stages.inspection import Inspection, inspect_training
 from jaxrm.stages.judge import check_judge, judge_response
 from jaxrm.stages.objective import Objective, build_objective
 from jaxrm.stages.report import print_held_out, print_reading, print_size
 from jaxrm.stages.stage import Stage, check_is_policy, check_training, judge_of, open_stage
 from jaxrm.stages.supervised.train import exit_status, init_key, train
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """What a run trains on, read before its folder is made.
+
+    Attributes:
+      stage: that was opened.
+      examples: pairs that are trained on, without the reference's log-probs as yet.
+      held_out: pairs that are evaluated, numbered behind them.
+      reading: what became of the pairs, by the name of the data.
+      prompts: records whose prompts are answered when training ends.
+    """
+
+    stage: Stage
+    examples: Sequence[DPOExample]
+    held_out: Sequence[DPOExample]
+    reading: Mapping[str, ReadReport]
+    prompts: Sequence[PreferenceRecord]
 
 
 def run(config: Any) -> int:
@@ -45,6 +67,30 @@ def run(config: Any) -> int:
     Raises:
       UserError: for what the user can mend, before anything is written wherever it can be known by then.
     """
+    inputs = _open_inputs(config)
+    stage, examples, held_out = inputs.stage, inputs.examples, inputs.held_out
+    folder = stage.open_run()
+    if stage.is_writer:
+        print_reading(inputs.reading)
+    # The reference's parameters are gone before those of the training are there: no two models are in memory.
+    log_probs = _reference_log_probs(stage, folder, [*examples, *held_out])
+    data = training_data(stage, with_reference(examples, log_probs), with_reference(held_out, log_probs))
+    data = dataclasses.replace(data, fingerprint=fingerprint(examples, config.data))  # that of the pairs alone
+    if stage.is_writer:
+        print_size(stage, data)
+    state, finished = train(stage, folder, build_objective(config, stage.model), data)
+    if finished:
+        _print_samples(stage, folder, state.params, inputs.prompts)
+    return exit_status(stage, state, data, finished=finished)
+
+
+def inspect(config: Any) -> Inspection:
+    """What `run` would do; errors are the same, no weights are read and nothing is written."""
+    inputs = _open_inputs(config)
+    return inspect_training(inputs.stage, inputs.reading, training_data(inputs.stage, inputs.examples, inputs.held_out))
+
+
+def _open_inputs(config: Any) -> _Inputs:
     mesh = build_mesh(config.mesh)
     _check(config, mesh)
     with open_stage(config, mesh, records="pairs") as stage:
@@ -56,25 +102,11 @@ def run(config: Any) -> int:
         build_loader(examples, config.data, **stage.batching)  # refuses too few pairs before anything is written
         prompts = _sample_records(stage, held_out)
         check_judge(judge_of(config), prompts)
-
-    folder = stage.open_run()
-    if stage.is_writer:
-        print_reading(
-            {
-                f"Pairs in {config.data.path}": pairs.report.merge(fitted),
-                "Held-out pairs": held_out.report.merge(held_out_fitted),
-            }
-        )
-    # The reference's parameters are gone before those of the training are there: no two models are in memory.
-    log_probs = _reference_log_probs(stage, folder, [*examples, *held_out_examples])
-    data = training_data(stage, with_reference(examples, log_probs), with_reference(held_out_examples, log_probs))
-    data = dataclasses.replace(data, fingerprint=fingerprint(examples, config.data))  # that of the pairs alone
-    if stage.is_writer:
-        print_size(stage, data)
-    state, finished = train(stage, folder, build_objective(config, stage.model), data)
-    if finished:
-        _print_samples(stage, folder, state.params, prompts)
-    return exit_status(stage, state, data, finished=finished)
+    reading = {
+        f"Pairs in {config.data.path}": pairs.report.merge(fitted),
+        "Held-out pairs": held_out.report.merge(held_out_fitted),
+    }
+    return _Inputs(stage, examples, held_out_examples, reading, prompts)
 
 
 def objective(config: Any, decoder: ShardedModel) -> Objective:

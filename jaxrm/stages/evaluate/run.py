@@ -8,6 +8,7 @@ In the run's folder are ``answers.jsonl``, one row an answer, written whole when
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from jaxrm.data.prompts import PromptExample
 from jaxrm.errors import UserError, flag, option
 from jaxrm.inference import weights
 from jaxrm.inference.rollout_model import shard_rollout_model
+from jaxrm.inference.sharded_model import ShardedModel
 from jaxrm.runtime.checkpoint import Checkpoints
 from jaxrm.runtime.metrics import json_line, read_rows
 from jaxrm.runtime.progress import Progress, print_table
@@ -25,7 +27,9 @@ from jaxrm.stage_config import POLICIES
 from jaxrm.stages.evaluate.answers import means_of, summary
 from jaxrm.stages.evaluate.checks import check, has_rewards
 from jaxrm.stages.evaluate.generation import AnswerGenerator, open_generator
-from jaxrm.stages.inputs.prompts import check_judgeable, load_prompts, stage_prompt_length, stage_prompts
+from jaxrm.stages.inputs.prompts import Prompts, check_judgeable, load_prompts, stage_prompt_length, stage_prompts
+from jaxrm.stages.inspection import Inspection, inspect_prompts
+from jaxrm.stages.rewards.sources import check_rewards
 from jaxrm.stages.stage import Stage, check_run_folder, judge_of, open_stage, task_files
 
 ANSWERS, CHECKPOINT_MEANS = "answers.jsonl", "along.jsonl"
@@ -41,25 +45,16 @@ def run(config: Any) -> int:
     Raises:
       UserError: for what the user can mend, before anything is written.
     """
-    mesh = build_mesh(config.mesh)
-    check(config, mesh)
-    check_run_folder(config)
-    with open_stage(config, mesh, records="prompts") as stage:
-        rollout_model = shard_rollout_model(config, mesh, stage.model)
-        prompts = {split: _split_prompts(stage, split) for split in config.evaluate.splits}
-        to_calibrate = stage_prompts(stage, held_out=False).examples if has_rewards(config) else []
-        every = [example for examples in (*prompts.values(), to_calibrate) for example in examples]
-        judge = judge_of(config)
-        if judge is not None:
-            check_judgeable(every, judge, "evaluation.judge")
-        prompt_length = stage_prompt_length(stage, every)
-
+    inputs = _open_inputs(config)
+    stage, judge = inputs.stage, judge_of(config)
     folder = stage.open_run(keeps_model=False)
     target = folder.path / ANSWERS
     _check_same_models(folder.path / _MODELS, config, has_answers=target.exists())
     if not target.exists():
-        generator = open_generator(stage, rollout_model, every, to_calibrate, prompt_length)
-        _write_answers(stage, folder, generator, prompts)
+        generator = open_generator(
+            stage, inputs.rollout_model, inputs.every, inputs.to_calibrate, stage_prompt_length(stage, inputs.every)
+        )
+        _write_answers(stage, folder, generator, {split: prompts.examples for split, prompts in inputs.prompts.items()})
     rows = read_rows(target)
     report = summary(rows, judge)
     atomic.write_json(folder.path / "evaluation.json", report)
@@ -73,10 +68,63 @@ def run(config: Any) -> int:
     return 0
 
 
-def _split_prompts(stage: Stage, split: str) -> Sequence[PromptExample]:
+def inspect(config: Any) -> Inspection:
+    """What `run` would do; errors are the same, no weights are read and nothing is written."""
+    inputs = _open_inputs(config)
+    answered = [example for prompts in inputs.prompts.values() for example in prompts.examples]
+    facts = {
+        "answers": f"{len(answered):,} prompts, {' and '.join(config.evaluate.decodings)}, of up to "
+        f"{config.rollout.sampling.max_new_tokens:,} tokens",
+    }
+    if has_rewards(config):
+        name = check_rewards(config, inputs.stage.mesh, inputs.stage.tokenizer, inputs.every)
+        facts["rewards"] = f"{config.reward.kind} from {name}"
+    reading = {f"Prompts of {split}": prompts.report for split, prompts in inputs.prompts.items()}
+    return inspect_prompts(inputs.stage, reading, answered, facts)
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """What is answered, read before the run's folder is made.
+
+    Attributes:
+      stage: that was opened.
+      rollout_model: the policy on the mesh that it samples on.
+      prompts: by split.
+      to_calibrate: prompts whose answers the rewards are calibrated on.
+    """
+
+    stage: Stage
+    rollout_model: ShardedModel
+    prompts: Mapping[str, Prompts]
+    to_calibrate: Sequence[PromptExample]
+
+    @property
+    def every(self) -> list[PromptExample]:
+        """All prompts."""
+        splits = (prompts.examples for prompts in self.prompts.values())
+        return [example for examples in (*splits, self.to_calibrate) for example in examples]
+
+
+def _open_inputs(config: Any) -> _Inputs:
+    mesh = build_mesh(config.mesh)
+    check(config, mesh)
+    check_run_folder(config)
+    with open_stage(config, mesh, records="prompts") as stage:
+        rollout_model = shard_rollout_model(config, mesh, stage.model)
+        prompts = {split: _split_prompts(stage, split) for split in config.evaluate.splits}
+        to_calibrate = stage_prompts(stage, held_out=False).examples if has_rewards(config) else []
+        inputs = _Inputs(stage, rollout_model, prompts, to_calibrate)
+        judge = judge_of(config)
+        if judge is not None:
+            check_judgeable(inputs.every, judge, "evaluation.judge")
+    return inputs
+
+
+def _split_prompts(stage: Stage, split: str) -> Prompts:
     """Held-out prompts of a split."""
     if split == "heldout":
-        return stage_prompts(stage, held_out=True).examples
+        return stage_prompts(stage, held_out=True)
     config = stage.config
     with task_files(dataclasses.replace(config.data, eval_split=split), config.seed, records="prompts") as data:
         max_new_tokens = config.rollout.sampling.max_new_tokens
@@ -86,7 +134,7 @@ def _split_prompts(stage: Stage, split: str) -> Sequence[PromptExample]:
             max_new_tokens=max_new_tokens,
             held_out=True,
             show_progress=stage.show_progress,
-        ).examples
+        )
 
 
 def _write_answers(

@@ -15,6 +15,7 @@ class TrainingData:
     """Batches of a data set.
 
     Attributes:
+      examples: that are trained on.
       loader: endless training batches of this process, each array ``[local_B, T]``.
       fingerprint: of the examples behind it.
       eval_batches: held-out batches of this process.
@@ -22,6 +23,7 @@ class TrainingData:
       num_steps: updates in all.
     """
 
+    examples: Sequence[TokenExample]
     loader: BatchIterator
     fingerprint: str
     eval_batches: Sequence[dict[str, np.ndarray]]
@@ -50,6 +52,7 @@ def training_data(
     data = stage.config.data
     rows = rows_per_epoch(examples, data)
     return TrainingData(
+        examples,
         loader or build_loader(examples, data, **stage.batching),
         fingerprint(examples, data),
         eval_batches(held_out, data, **stage.eval_batching),

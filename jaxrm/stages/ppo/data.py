@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from jaxrm.data.loader import BatchIterator
+from jaxrm.data.prompts import PromptExample
 from jaxrm.inference.sharded_model import to_devices
 from jaxrm.inference.weights import identity_of
 from jaxrm.stages.inputs.prompts import (
@@ -80,6 +81,11 @@ class PPOInputs:
     prompt_length: int
     num_steps: int
     data: PPOData
+
+    @property
+    def every_prompt(self) -> tuple[PromptExample, ...]:
+        """Prompts of both sides."""
+        return (*self.train.examples, *self.held_out.examples)
 
 
 def open_inputs(stage: Stage) -> PPOInputs:

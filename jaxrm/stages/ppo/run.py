@@ -1,21 +1,24 @@
 """The PPO stage: a policy learns from token rewards."""
 
+from dataclasses import dataclass
 from typing import Any
 
 from jaxrm import atomic
+from jaxrm.data.readers import ReadReport
 from jaxrm.inference import weights
 from jaxrm.runtime.preemption import EXIT_PREEMPTED
 from jaxrm.runtime.run_folder import RunFolder
 from jaxrm.sharding.mesh import build_mesh
+from jaxrm.stages.inspection import Inspection, inspect_prompts
 from jaxrm.stages.ppo.checks import check
-from jaxrm.stages.ppo.critic import open_critic
-from jaxrm.stages.ppo.data import open_inputs, with_models
+from jaxrm.stages.ppo.critic import Critic, open_critic
+from jaxrm.stages.ppo.data import PPOInputs, open_inputs, with_models
 from jaxrm.stages.ppo.evaluation import print_samples
-from jaxrm.stages.ppo.learner import open_learner
+from jaxrm.stages.ppo.learner import Learner, open_learner
 from jaxrm.stages.ppo.report import closing_report
 from jaxrm.stages.ppo.train import Opened, train
 from jaxrm.stages.report import print_held_out, print_reading
-from jaxrm.stages.rewards.sources import open_rewards
+from jaxrm.stages.rewards.sources import check_rewards, open_rewards
 from jaxrm.stages.stage import Stage, open_stage
 
 
@@ -28,22 +31,12 @@ def run(config: Any) -> int:
     Raises:
       UserError: for what the user can mend, before anything is written wherever it can be known by then.
     """
-    mesh = build_mesh(config.mesh)
-    check(config, mesh)
-    with open_stage(config, mesh, records="prompts") as stage:
-        inputs = open_inputs(stage)
-        prompts = (*inputs.train.examples, *inputs.held_out.examples)
-        source, reward_name = open_rewards(config, mesh, stage.tokenizer, prompts, stage.response_text)
-        critic = None if config.ppo.shared_trunk else open_critic(stage)
-        learner = open_learner(
-            config,
-            mesh,
-            stage.model,
-            None if critic is None else critic.model,
-            num_steps=inputs.num_steps,
-            end_ids=stage.end_ids,
-        )
-        opened = Opened(learner, critic, source, with_models(inputs, config))
+    inputs = _open_inputs(config)
+    stage = inputs.stage
+    source, reward_name = open_rewards(
+        config, stage.mesh, stage.tokenizer, inputs.data.every_prompt, stage.response_text
+    )
+    opened = Opened(inputs.learner, inputs.critic, source, with_models(inputs.data, config))
 
     folder = stage.open_run()
     policy_name = weights.name_of(config.model)  # by every process, since they look into the checkpoints together
@@ -52,21 +45,73 @@ def run(config: Any) -> int:
     step, finished = train(stage, folder, opened)
     if not finished:
         if stage.is_writer:
-            print(f"Stopped and saved at step {step} of {inputs.num_steps}; the same command continues from there.")
+            print(
+                f"Stopped and saved at step {step} of {inputs.data.num_steps}; the same command continues from there."
+            )
         return EXIT_PREEMPTED
     if stage.is_writer:
-        _report(config, folder, len(inputs.held_out.examples))
+        _report(config, folder, len(inputs.data.held_out.examples))
     return 0
+
+
+def inspect(config: Any) -> Inspection:
+    """What `run` would do; errors are the same, no weights are read and nothing is written."""
+    inputs = _open_inputs(config)
+    data, ppo, rows = inputs.data, config.ppo, config.data.batch_size
+    facts = {
+        "responses": f"{rows:,} a step, of up to {config.rollout.sampling.max_new_tokens:,} tokens",
+        "steps": f"{data.num_steps:,}, {data.num_steps * rows / len(data.train.examples):.3g} passes over the prompts",
+        "updates a step": f"{ppo.num_epochs * ppo.num_minibatches:,}",
+        "rewards": f"{config.reward.kind} from {inputs.reward_name}",
+        "critic": _critic_name(inputs.critic),
+    }
+    return inspect_prompts(inputs.stage, _reading(inputs.stage, data), data.train.examples, facts)
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """What a run needs, opened and checked before any weights are read and its folder is made."""
+
+    stage: Stage
+    data: PPOInputs
+    reward_name: str
+    critic: Critic | None
+    learner: Learner
+
+
+def _open_inputs(config: Any) -> _Inputs:
+    mesh = build_mesh(config.mesh)
+    check(config, mesh)
+    with open_stage(config, mesh, records="prompts") as stage:
+        data = open_inputs(stage)
+        reward_name = check_rewards(config, mesh, stage.tokenizer, data.every_prompt)
+        critic = None if config.ppo.shared_trunk else open_critic(stage)
+        learner = open_learner(
+            config,
+            mesh,
+            stage.model,
+            None if critic is None else critic.model,
+            num_steps=data.num_steps,
+            end_ids=stage.end_ids,
+        )
+    return _Inputs(stage, data, reward_name, critic, learner)
+
+
+def _reading(stage: Stage, data: PPOInputs) -> dict[str, ReadReport]:
+    return {f"Prompts in {stage.config.data.path}": data.train.report, "Held-out prompts": data.held_out.report}
+
+
+def _critic_name(critic: Critic | None) -> str:
+    return "the policy, on one trunk" if critic is None else critic.name
 
 
 def _print_inputs(stage: Stage, opened: Opened, policy_name: str, reward_name: str) -> None:
     config, inputs = stage.config, opened.inputs
-    print_reading({f"Prompts in {config.data.path}": inputs.train.report, "Held-out prompts": inputs.held_out.report})
-    critic_name = "the policy, on one trunk" if opened.critic is None else opened.critic.name
+    print_reading(_reading(stage, inputs))
     print(
         f"{inputs.num_steps:,} steps of {config.data.batch_size} responses of up to "
         f"{config.rollout.sampling.max_new_tokens} tokens to prompts of up to {inputs.prompt_length}; policy from "
-        f"{policy_name}, critic from {critic_name}, {config.reward.kind} rewards from {reward_name}"
+        f"{policy_name}, critic from {_critic_name(opened.critic)}, {config.reward.kind} rewards from {reward_name}"
     )
 
 

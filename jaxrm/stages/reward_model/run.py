@@ -10,6 +10,7 @@ import numpy as np
 from jaxrm import atomic
 from jaxrm.algorithms import scalar_rm, seq2seq_rm
 from jaxrm.data.pairs import TokenPair, correction_request
+from jaxrm.data.readers import ReadReport
 from jaxrm.inference import sharded_model
 from jaxrm.inference.corrections import Corrector
 from jaxrm.inference.sharded_model import ShardedModel
@@ -17,6 +18,8 @@ from jaxrm.models import build, heads
 from jaxrm.runtime.run_folder import RunFolder
 from jaxrm.sharding.mesh import build_mesh
 from jaxrm.stages.inputs.preferences import load_preferences
+from jaxrm.stages.inputs.training_data import TrainingData
+from jaxrm.stages.inspection import Inspection, inspect_training
 from jaxrm.stages.judge import check_judge, judge_pairs
 from jaxrm.stages.objective import Objective, build_objective
 from jaxrm.stages.report import print_held_out, print_reading, print_size
@@ -29,6 +32,27 @@ from jaxrm.stages.supervised.train import exit_status, train
 from jaxrm.types import ComparisonBatch, MappingBatch
 
 
+@dataclass(frozen=True)
+class _Inputs:
+    """What a run trains on and is evaluated on, read before its folder is made.
+
+    Attributes:
+      stage: that was opened.
+      trained: the objective.
+      data: batches.
+      reading: what became of the pairs, by the name of the data.
+      ranked: held-out pairs that are ranked.
+      request: ids that ask for a correction; None for a scalar reward model.
+    """
+
+    stage: Stage
+    trained: Objective
+    data: TrainingData
+    reading: Mapping[str, ReadReport]
+    ranked: RankedPairs
+    request: tuple[int, ...] | None
+
+
 def run(config: Any) -> int:
     """Run the stage, or what is left of it.
 
@@ -38,25 +62,11 @@ def run(config: Any) -> int:
     Raises:
       UserError: for what the user can mend, before anything is written wherever it can be known by then.
     """
-    mesh = build_mesh(config.mesh)
-    check_training(config, mesh)
-    check_judge(config.evaluation.judge)
-    with open_stage(config, mesh, records="pairs") as stage:
-        trained = build_objective(config, stage.model)
-        pairs, held_out = (load_preferences(stage, held_out=side) for side in (False, True))
-        request = _request(stage)
-        data, report, held_out_report = reward_model_data(stage, pairs, held_out, request)
-        ranked = ranked_pairs(stage, held_out, request)
-
+    inputs = _open_inputs(config)
+    stage, trained, data, ranked, request = inputs.stage, inputs.trained, inputs.data, inputs.ranked, inputs.request
     folder = stage.open_run()
     if stage.is_writer:
-        print_reading(
-            {
-                f"Pairs in {config.data.path}": report,
-                "Held-out pairs": held_out_report,
-                "Held-out pairs, to be ranked": ranked.report,
-            }
-        )
+        print_reading(inputs.reading)
         print_size(stage, data)
     evaluation = PairEvaluation(stage, folder, trained, data, ranked, request)
     state, finished = train(
@@ -73,6 +83,30 @@ def run(config: Any) -> int:
         if stage.is_writer:
             _report(stage, folder, step, scores, ranked, corrections)
     return exit_status(stage, state, data, finished=finished)
+
+
+def inspect(config: Any) -> Inspection:
+    """What `run` would do; errors are the same, no weights are read and nothing is written."""
+    inputs = _open_inputs(config)
+    return inspect_training(inputs.stage, inputs.reading, inputs.data)
+
+
+def _open_inputs(config: Any) -> _Inputs:
+    mesh = build_mesh(config.mesh)
+    check_training(config, mesh)
+    check_judge(config.evaluation.judge)
+    with open_stage(config, mesh, records="pairs") as stage:
+        trained = build_objective(config, stage.model)
+        pairs, held_out = (load_preferences(stage, held_out=side) for side in (False, True))
+        request = _request(stage)
+        data, report, held_out_report = reward_model_data(stage, pairs, held_out, request)
+        ranked = ranked_pairs(stage, held_out, request)
+    reading = {
+        f"Pairs in {config.data.path}": report,
+        "Held-out pairs": held_out_report,
+        "Held-out pairs, to be ranked": ranked.report,
+    }
+    return _Inputs(stage, trained, data, reading, ranked, request)
 
 
 def objective(config: Any, decoder: ShardedModel) -> Objective:

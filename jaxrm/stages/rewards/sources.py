@@ -19,7 +19,7 @@ from jaxrm.data.records import Message
 from jaxrm.data.tokenizer import vocabulary_conflict
 from jaxrm.errors import UserError, flag, naming, option
 from jaxrm.inference import sharded_model
-from jaxrm.inference.load import load_reward_model
+from jaxrm.inference.load import describe_reward_model, load_reward_model
 from jaxrm.inference.reward_model import RewardModel
 from jaxrm.inference.token_scores import build_scorer
 from jaxrm.inference.weights import find_checkpoint
@@ -55,11 +55,9 @@ def open_rewards(
     Raises:
       UserError: where there is none, or it cannot score the policy's responses to these prompts.
     """
+    name = check_rewards(config, mesh, tokenizer, examples)
     kind, template = find_kind(config.reward.kind), config.data.template
     if config.reward.model is None:
-        name = str(config.reward.function)
-        if name.startswith(tasks.PREFIX):
-            check_judgeable(examples, name, "reward.function")
         return FunctionRewards(
             name,
             open_function(name),
@@ -69,15 +67,42 @@ def open_rewards(
             end_ids=tuple(sorted(templates.end_ids(tokenizer, template))),
             mesh=mesh,
         ), name
-    find_checkpoint(config.reward.model, "reward.model", REWARD_MODELS)  # published weights are no reward model
     with naming({"path": option("reward.model")}):
         model = load_reward_model(
             config.reward.model, mesh=mesh, dtype=config.model.dtype, attention=config.model.attention
         )
-    length, response_length = config.data.max_length, config.rollout.sampling.max_new_tokens
-    check_reward_model(model, kind, tokenizer, template, length, response_length)
     frozen = dataclasses.replace(model, params=sharded_model.in_compute_dtype(model.params, config.model.dtype))
-    return ModelRewards(frozen, kind, mesh, num_microbatches=config.num_microbatches), model.name
+    return ModelRewards(frozen, kind, mesh, num_microbatches=config.num_microbatches), name
+
+
+def check_rewards(
+    config: PPO | BestOfN | Evaluate,
+    mesh: Mesh,
+    tokenizer: "PreTrainedTokenizerBase",
+    examples: Sequence[PromptExample],
+) -> str:
+    """Refuse a source of rewards that cannot score the policy's responses; no weights are read.
+
+    Returns:
+      Its name for people.
+
+    Raises:
+      UserError: as for `open_rewards`, whose arguments these are.
+    """
+    kind = find_kind(config.reward.kind)
+    if config.reward.model is None:
+        name = str(config.reward.function)
+        if name.startswith(tasks.PREFIX):
+            check_judgeable(examples, name, "reward.function")
+        return name
+    find_checkpoint(config.reward.model, "reward.model", REWARD_MODELS)  # published weights are no reward model
+    with naming({"path": option("reward.model")}):
+        model = describe_reward_model(
+            config.reward.model, mesh=mesh, dtype=config.model.dtype, attention=config.model.attention
+        )
+    length, response_length = config.data.max_length, config.rollout.sampling.max_new_tokens
+    check_reward_model(model, kind, tokenizer, config.data.template, length, response_length)
+    return model.name
 
 
 class ModelRewards:
