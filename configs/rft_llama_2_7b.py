@@ -36,7 +36,10 @@ def get_config() -> Pipeline:
     sft = SFT(
         num_epochs=2.0,
         model=POLICY,
-        data=DataConfig(path="stage:winners/winners.jsonl", template="llama2", max_length=1024, batch_size=64),
+        # Winners answer the prompts of the training side, so that a larger share has to be held out of them.
+        data=DataConfig(
+            path="stage:winners/winners.jsonl", template="llama2", max_length=1024, batch_size=64, eval_share=0.1
+        ),
         optimizer=OptimizerConfig(lr=1e-5),
         mesh=winners.mesh,
         evaluation=EvaluationConfig(every=100),

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from jaxrm.data.config import DataConfig as DataConfig
     from jaxrm.data.pairs import MappingConfig as MappingConfig
     from jaxrm.data.records import Message as Message
+    from jaxrm.dry_run.run import Check as Check
+    from jaxrm.dry_run.run import check as check
     from jaxrm.errors import UserError as UserError
     from jaxrm.inference import losses as losses
     from jaxrm.inference.batches import comparisons as comparisons
@@ -76,6 +78,7 @@ _NAMES = {
     "data.config": ("DataConfig",),
     "data.pairs": ("MappingConfig",),
     "data.records": ("Message",),
+    "dry_run.run": ("Check", "check"),
     "errors": ("UserError",),
     "inference.batches": (
         "comparisons",

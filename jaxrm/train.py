@@ -5,6 +5,9 @@
 The fields of a pipeline's stage have its name in front: --config.sft.optimizer.lr=1e-4. --config.stages=sft,pairs runs
 some of the stages. Runs that are done are not repeated.
 
+--dry_run does all the checks and nothing else: what was read and dropped, examples with the tokens that are trained on,
+steps, memory, what is missing for later stages. --html=FILE writes the same as a page.
+
 On several hosts, start the same command on each. SLURM steps and GKE are recognized, and launch/ starts TPU VM pods.
 Elsewhere give --coordinator=HOST:PORT --num_processes=N --process_id=I, where HOST is that of process 0.
 
@@ -36,7 +39,9 @@ CONFIG_CLASSES = (StageConfig, Pipeline, Study)
 
 
 def define_flags(values: flags.FlagValues) -> None:
-    """The flags of this command: how several processes find each other."""
+    """The flags of this command: a dry run, and how several processes find each other."""
+    flags.DEFINE_boolean("dry_run", False, "check and show what would be done, and do nothing", flag_values=values)
+    flags.DEFINE_string("html", None, "write the dry run to this page too", flag_values=values)
     flags.DEFINE_string("coordinator", None, "host:port of process 0, for a job of several", flag_values=values)
     flags.DEFINE_integer("num_processes", None, "how many processes the job has", flag_values=values)
     flags.DEFINE_integer("process_id", None, "which of them this is, from 0", flag_values=values)
@@ -63,6 +68,10 @@ def _what_a_stop_means(run_dir: str) -> str:
 def _join_and_run(config: StageConfig | Pipeline | Study, given: flags.FlagValues | None) -> int:
     if given is None:
         return run(config)
+    if given.dry_run:
+        return dry_run(config, given.html)
+    if given.html is not None:
+        raise UserError(f"--html is {given.html!r}, but only a dry run writes a page here; add --dry_run")
     joined = processes.find_processes(given.coordinator, given.num_processes, given.process_id, os.environ)
     if joined is None:
         return run(config)
@@ -78,6 +87,33 @@ def _join_and_run(config: StageConfig | Pipeline | Study, given: flags.FlagValue
         raise
 
 
+def dry_run(config: StageConfig | Pipeline | Study, html: str | None) -> int:
+    """Check a config and print what a run would do.
+
+    Args:
+      config: of a stage, a pipeline or a study.
+      html: file for the same as a page.
+
+    Returns:
+      Exit status: 0 where it can run, 2 where a stage of a pipeline cannot.
+
+    Raises:
+      UserError: where a single stage cannot run.
+    """
+    silence_libraries()
+    from jaxrm.dry_run.run import check  # here, since modules of stages ask JAX for its devices
+
+    page = None if html is None else command_line.check_output_file("--html", html, "dry_run.html")
+    result = check(config)
+    print(result)
+    if page is not None:
+        result.write_html(page)
+        print(f"--html: {page}")
+    for error in result.errors:
+        print(f"jaxrm: error: {error}", file=sys.stderr)
+    return 2 if result.errors else 0
+
+
 def run(config: StageConfig | Pipeline | Study) -> int:
     """Run a stage, a pipeline or a study in this process.
 
@@ -88,12 +124,15 @@ def run(config: StageConfig | Pipeline | Study) -> int:
       UserError: for what the user can mend.
     """
     silence_libraries()
-    from jaxrm.stages.table import run_stage  # after `processes.start`: modules of stages may ask JAX for its devices
+    from jaxrm.stages.table import (
+        inspect_stage,
+        run_stage,
+    )  # after `processes.start`: modules of stages may ask JAX for its devices
 
     if isinstance(config, Pipeline):
         from jaxrm.pipeline.run import run_pipeline
 
-        return run_pipeline(config, run_stage)
+        return run_pipeline(config, run_stage, inspect_stage)
     if isinstance(config, Study):
         from jaxrm.study.run import run_study
 

@@ -105,8 +105,12 @@ def stage_names(config: Any) -> tuple[str, ...]:
     return tuple(name.name for name in dataclasses.fields(config) if fields.is_root_config(name))
 
 
-def resolve(config: Pipeline) -> dict[str, PipelineStage]:
+def resolve(config: Pipeline, stand_ins: Mapping[str, str] | None = None) -> dict[str, PipelineStage]:
     """Return all stages by name, with their folders and the pipeline's seed filled in.
+
+    Args:
+      config: the pipeline.
+      stand_ins: folders by stage that ``stage:NAME`` stands for, in place of the folder of its run.
 
     Raises:
       UserError: a text refers to a stage that does not exist, or that runs later.
@@ -118,7 +122,8 @@ def resolve(config: Pipeline) -> dict[str, PipelineStage]:
         needs = {}
         for field_name, text in _references(experiment, option(name)):
             needs[field_name] = _referenced_stage(config, name, field_name, text)
-        filled = dataclasses.replace(_with_folders(experiment, folders), run_dir=folders[name])
+        referenced = {**folders, **(stand_ins or {})}
+        filled = dataclasses.replace(_with_folders(experiment, referenced), run_dir=folders[name])
         if config.seed is not None:
             filled = dataclasses.replace(filled, seed=config.seed)
         stages[name] = PipelineStage(name, filled, needs)

@@ -13,9 +13,9 @@ import jax
 from jaxrm import atomic
 from jaxrm.config import dicts
 from jaxrm.errors import UserError, flag, naming, option
-from jaxrm.pipeline.config import Pipeline, PipelineStage
+from jaxrm.pipeline.config import Pipeline, PipelineStage, resolve
 from jaxrm.runtime import run_lock
-from jaxrm.runtime.folders import check_writable, rename_aside, unusable, what_to_type
+from jaxrm.runtime.folders import check_writable, checked_path, rename_aside, unusable, what_to_type
 from jaxrm.runtime.provenance import code_digest
 from jaxrm.runtime.run_folder import check_run, from_writer
 from jaxrm.runtime.run_record import is_same_launch, now
@@ -76,10 +76,20 @@ def open_record(
     return record, {name for i, name in enumerate(stages) if outcome >> i & 1}
 
 
-def _open_folder(path: Path, config: Pipeline, stages: Mapping[str, PipelineStage]) -> tuple[PipelineRecord, set[str]]:
-    run_dir, resolved = config.run_dir, dicts.to_dict(config)
-    run_lock.check_free(path, run_dir)
-    record = _read_record(path, config)
+def stages_done(config: Pipeline) -> set[str]:
+    """The stages whose runs are there; nothing is written.
+
+    Raises:
+      UserError: for a folder that cannot be continued as the config says.
+    """
+    return _examine(checked_path(config.run_dir), config, resolve(config))[1]
+
+
+def _examine(
+    path: Path, config: Pipeline, stages: Mapping[str, PipelineStage]
+) -> tuple[PipelineRecord, set[str], bool]:
+    """The record as this launch continues it, the stages that are done, and whether the folder is put aside."""
+    resolved, record = dicts.to_dict(config), _read_record(path, config)
     # A job that was stopped and queued again has its restart in the command still (`is_same_launch`).
     is_continued = is_same_launch(dataclasses.asdict(record), resolved)
     restarts = config.on_existing == "restart" and not is_continued
@@ -89,7 +99,13 @@ def _open_folder(path: Path, config: Pipeline, stages: Mapping[str, PipelineStag
         for name in config.stages:
             if stages[name].experiment.on_existing == "restart":
                 record.stages.pop(name, None)
-    done = _done(config, stages, record.stages, restarts=restarts)
+    return record, _done(config, stages, record.stages, restarts=restarts), restarts
+
+
+def _open_folder(path: Path, config: Pipeline, stages: Mapping[str, PipelineStage]) -> tuple[PipelineRecord, set[str]]:
+    run_dir = config.run_dir
+    run_lock.check_free(path, run_dir)
+    record, done, restarts = _examine(path, config, stages)
     try:
         path.mkdir(parents=True, exist_ok=True)
         run_lock.take(path, run_dir)
@@ -101,7 +117,7 @@ def _open_folder(path: Path, config: Pipeline, stages: Mapping[str, PipelineStag
         atomic.remove_unfinished(path)
     except OSError as error:
         raise unusable(run_dir, str(error.strerror)) from error
-    record.config = resolved
+    record.config = dicts.to_dict(config)
     record.launches.append({"started": now(), "command": list(sys.argv), "code": code_digest()})
     return record, done
 

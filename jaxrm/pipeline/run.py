@@ -18,22 +18,27 @@ import jax
 
 from jaxrm.config import dicts
 from jaxrm.errors import UserError, naming
+from jaxrm.pipeline.check import check_stages
 from jaxrm.pipeline.config import Pipeline, PipelineStage, resolve
-from jaxrm.pipeline.record import RECORD, PipelineRecord, open_record, write_record
+from jaxrm.pipeline.record import RECORD, PipelineRecord, open_record, stages_done, write_record
 from jaxrm.pipeline.report import publish
 from jaxrm.runtime import run_lock
 from jaxrm.runtime.folders import checked_path
 from jaxrm.runtime.progress import format_seconds
 from jaxrm.runtime.run_record import now
 from jaxrm.stage_config import StageConfig
+from jaxrm.stages.inspection import Inspection
 
 
-def run_pipeline(config: Pipeline, run_stage: Callable[[StageConfig], int]) -> int:
-    """Run the stages of a pipeline that are not done, then print its tables and write its report.
+def run_pipeline(
+    config: Pipeline, run_stage: Callable[[StageConfig], int], inspect_stage: Callable[[StageConfig], Inspection]
+) -> int:
+    """Check the stages of a pipeline that are not done and run them, then print its tables and write its report.
 
     Args:
       config: the pipeline.
       run_stage: runs one stage and returns its exit status, 0 for done.
+      inspect_stage: what a stage would do.
 
     Returns:
       Exit status: 0 when all stages are done, else that of the stage that was not, which ends the pipeline.
@@ -43,6 +48,7 @@ def run_pipeline(config: Pipeline, run_stage: Callable[[StageConfig], int]) -> i
     """
     path = checked_path(config.run_dir)
     stages = resolve(config)
+    _check_all(config, inspect_stage)
     with run_lock.given_back():
         return _run_stages(path, config, stages, run_stage)
 
@@ -83,6 +89,25 @@ def _run_stages(
         seconds_by_name = {name: float(record.stages[name]["seconds"]) for name in stages if name in done}
         publish(path, [stages[name] for name in seconds_by_name], seconds_by_name)
     return 0
+
+
+def _check_all(config: Pipeline, inspect_stage: Callable[[StageConfig], Inspection]) -> None:
+    """Refuse a stage that cannot run before the first one does.
+
+    Several processes would need a folder that all of them see for the stand-ins, so there each stage is checked when
+    its turn comes.
+    """
+    if jax.process_count() > 1:
+        return
+    run_lock.check_free(checked_path(config.run_dir), config.run_dir)
+    done = stages_done(config)
+    waiting = [name for name in config.stages if name not in done]
+    if len(waiting) < 2:
+        return
+    print(f"Checking {len(waiting)} stages before the first one starts: {', '.join(waiting)}", flush=True)
+    for check in check_stages(config, frozenset(done), inspect_stage).values():
+        if check.error is not None:
+            raise check.error
 
 
 def _run_stage(

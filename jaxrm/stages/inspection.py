@@ -31,12 +31,14 @@ class ShownExample:
     Attributes:
       source: the place of its record.
       title: what it is.
+      use: what targets are for: ``trained on``, or ``reward at`` for a scalar reward model.
       tokens: its tokens as text, special ones by their names.
-      is_target: whether each of them is trained on; of a prompt, none is.
+      is_target: whether each of them is a target; of a prompt, none is.
     """
 
     source: str
     title: str
+    use: str
     tokens: tuple[str, ...]
     is_target: tuple[bool, ...]
 
@@ -128,14 +130,15 @@ def _some(examples: Sequence[Any]) -> list[Any]:
 
 
 def _shown(stage: Stage, example: Any) -> ShownExample:
-    targets = _targets(example)
+    columns, targets = example.columns(), _targets(example)
     title = "prompt" if isinstance(example, PromptExample) else "example"
     if hasattr(example, "is_correction"):
         title = "correction of the rejected response" if example.is_correction else "copy of the chosen response"
-    elif hasattr(example, "chosen_length"):
+    elif "is_chosen_end" in columns:
         title = "chosen side, then rejected side"
+    use = "reward at" if "is_chosen_end" in columns and "loss_mask" not in columns else "trained on"
     return ShownExample(
-        example.source, title, tuple(token_texts(stage.tokenizer, example.tokens)), tuple(map(bool, targets))
+        example.source, title, use, tuple(token_texts(stage.tokenizer, example.tokens)), tuple(map(bool, targets))
     )
 
 

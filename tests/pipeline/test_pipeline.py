@@ -21,6 +21,7 @@ from jaxrm.runtime import run_lock
 from jaxrm.runtime.run_folder import open_run
 from jaxrm.runtime.run_record import note_end
 from jaxrm.stage_config import PPO, RESUMABLE_FIELDS, SFT, StageConfig
+from jaxrm.stages.inspection import Inspection
 
 CONFIG = '''"""Three stages that build on each other."""
 
@@ -110,7 +111,11 @@ def launch(capsys):
         capsys.readouterr()
         status = None
         with pytest.raises(RuntimeError) if crashes else contextlib.nullcontext():
-            status = run_command(lambda config, _: pipeline_run.run_pipeline(config, run_stage), *arguments, file=file)
+            status = run_command(
+                lambda config, _: pipeline_run.run_pipeline(config, run_stage, lambda stage: Inspection({})),
+                *arguments,
+                file=file,
+            )
         out, err = capsys.readouterr()
         return SimpleNamespace(status=status, ran=ran, out=out, err=err.removeprefix("jaxrm: error: ").rstrip())
 
