@@ -140,8 +140,8 @@ def locate_texts(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Messag
         marked.append(Message(message.role, content))
     rendered = layout.render(marked, generates=True).replace(marks[0], "")
     ends: dict[str, list[int]] = {mark: [] for mark in marks[1:]}
-    for count, mark in enumerate(re.finditer("|".join(marks[1:]), rendered)):
-        ends[mark[0]].append(mark.start() - count)
+    for count, occurrence in enumerate(re.finditer("|".join(marks[1:]), rendered)):
+        ends[occurrence[0]].append(occurrence.start() - count)
     plain = re.sub("|".join(marks[1:]), "", rendered)
     if plain != "".join(text.parts) or len(ends[marks[2]]) != 2 * sum(message.role == role for message in messages):
         return None
