@@ -41,6 +41,7 @@ def main(_: None, given: flags.FlagValues) -> int:
     if given.checkpoint is not None and given.tokenizer is not None:
         raise UserError("--tokenizer goes with --weights; a run has its own, so leave it out with --checkpoint")
 
+    from jaxrm.data.exported_template import set_exported_template
     from jaxrm.data.templates import end_ids
     from jaxrm.data.tokenizer import pad_apart_from
     from jaxrm.inference.load import check_flags, load_policy, load_reward_model, spread_mesh
@@ -52,6 +53,7 @@ def main(_: None, given: flags.FlagValues) -> int:
     is_scalar = given.checkpoint is not None and find_checkpoint(path).config.algorithm == "scalar_rm"
     load = load_reward_model if is_scalar else load_policy
     trained = load(path, mesh=spread_mesh(path), tokenizer=given.tokenizer)
+    set_exported_template(trained.tokenizer, trained.template)
     if is_scalar:
         pad_apart_from(trained.tokenizer, end_ids(trained.tokenizer, trained.template))
     folder = export_model(

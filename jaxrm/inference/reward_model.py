@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from jaxrm.data.pairs import correction_request
+from jaxrm.data.template_comparison import Template, write_alike
 from jaxrm.data.templates import bos_id, end_ids
 from jaxrm.data.tokenizer import vocabulary_conflict
 from jaxrm.errors import UserError, arguments, flag, option
@@ -99,6 +100,8 @@ class RewardModel:
         check_needs_reference(kind, reference)
         if reference is not None:
             check_reference(self.vocabulary, reference.name, vocabulary_of(reference))
+            theirs = (reference.tokenizer, reference.template)
+            check_reference_template((self.tokenizer, self.template), self.name, theirs, reference.name)
         messages = read_prompts(prompts)
         records = token_scores.encode_all(messages, read_responses(responses, len(messages)), self, reference)
         scores = token_scores.score(
@@ -187,6 +190,25 @@ def check_needs_reference(kind: str, reference: object) -> None:
         raise UserError(
             f"the kind is {kind}, and {option('reference')} is {name}; contrast compares with a reference policy and "
             f"the other kinds with none, so give both, e.g. {example}, or neither"
+        )
+
+
+def check_reference_template(own: Template, name: str, theirs: Template, path: str) -> None:
+    """Refuse a reference policy that was trained with another template than a reward model.
+
+    Args:
+      own: of the reward model.
+      name: what it is called.
+      theirs: of the reference.
+      path: what ``reference`` names.
+
+    Raises:
+      UserError: naming both templates.
+    """
+    if not write_alike(own, theirs):
+        raise UserError(
+            f"{option('reference')} is {path!r}, trained with the chat template {theirs[1]!r}, but {name} with "
+            f"{own[1]!r}, which writes a dialogue differently; required a policy that was trained with the same"
         )
 
 

@@ -54,13 +54,15 @@ def answerable(
 
 
 class Response(str):
-    """A response as text without its end token.
+    """A response as text, without its end token, other special tokens and white space around it.
 
     Attributes:
+      raw: the text with all of these but the end token, as the tokenizer writes them.
       token_ids: ``[T]`` int32, as they were drawn, the end token included where it was reached.
       ended: whether it was; False where the response was cut off at ``max_new_tokens``.
     """
 
+    raw: str
     token_ids: np.ndarray
     ended: bool
 
@@ -128,13 +130,7 @@ class Sampler:
     def _in_batches(self, encoded: list[list[int]], key: jax.Array, batch_size: int) -> Iterator[list[Response]]:
         for start in range(0, len(encoded), batch_size):
             drawn = self.continue_ids(encoded[start : start + batch_size], jax.random.fold_in(key, start))
-            yield [self._response(token_ids) for token_ids in drawn]
-
-    def _response(self, token_ids: np.ndarray) -> Response:
-        response = Response(self.text(token_ids))
-        response.token_ids = token_ids
-        response.ended = bool(len(token_ids)) and int(token_ids[-1]) in self._end_ids
-        return response
+            yield [self.text(token_ids) for token_ids in drawn]
 
     def continue_ids(self, prompts: Sequence[Sequence[int]], key: jax.Array) -> list[np.ndarray]:
         """Token ids of one response to each prompt, its end token included where it was reached.
@@ -166,14 +162,18 @@ class Sampler:
         responses, response_mask = jax.device_get(out)
         return [responses[row][response_mask[row]] for row in range(len(prompts))]
 
-    def text(self, tokens: Sequence[int] | np.ndarray) -> str:
+    def text(self, tokens: Sequence[int] | np.ndarray) -> Response:
         """A response as text, without its end token."""
         return response_text(self._tokenizer, self._end_ids, tokens)
 
 
 def response_text(
     tokenizer: "PreTrainedTokenizerBase", end_ids: Collection[int], tokens: Sequence[int] | np.ndarray
-) -> str:
+) -> Response:
     """A response as text, without its end token."""
     content = [int(token) for token in tokens if int(token) not in end_ids]
-    return str(tokenizer.decode(content, skip_special_tokens=True)).strip()
+    response = Response(str(tokenizer.decode(content, skip_special_tokens=True)).strip())
+    response.raw = str(tokenizer.decode(content, skip_special_tokens=False))
+    response.token_ids = np.asarray(tokens, np.int32)
+    response.ended = bool(len(tokens)) and int(tokens[-1]) in end_ids
+    return response

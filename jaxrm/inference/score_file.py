@@ -14,7 +14,14 @@ from jaxrm.errors import UserError, option
 from jaxrm.evaluation.ranking import pair_accuracy
 from jaxrm.inference import token_scores
 from jaxrm.inference.policy import Policy
-from jaxrm.inference.reward_model import RewardModel, check_needs_reference, check_reference, choose_kind, default_kind
+from jaxrm.inference.reward_model import (
+    RewardModel,
+    check_needs_reference,
+    check_reference,
+    check_reference_template,
+    choose_kind,
+    default_kind,
+)
 from jaxrm.inference.weights import RunCheckpoint, find_checkpoint, is_run
 from jaxrm.reports import page
 from jaxrm.runtime.progress import print_table
@@ -47,7 +54,11 @@ def check_reference_run(path: str | None, kind: str, run: RunCheckpoint) -> None
     reference = find_checkpoint(path, "reference", LANGUAGE_MODELS)
     start = run.config.model.path
     example = start if is_run(start) else None
-    check_reference(run.vocabulary(), str(reference.folder.path), reference.vocabulary(), example)
+    own, theirs = run.vocabulary(), reference.vocabulary()
+    check_reference(own, str(reference.folder.path), theirs, example)
+    own_template = (own.tokenizer, run.config.data.template)
+    reference_template = (theirs.tokenizer, reference.config.data.template)
+    check_reference_template(own_template, run.name, reference_template, str(reference.folder.path))
 
 
 @dataclass(frozen=True)

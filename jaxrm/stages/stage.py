@@ -28,7 +28,7 @@ from jaxrm.data.templates import bos_id, end_ids
 from jaxrm.data.tokenizer import load_tokenizer
 from jaxrm.inference import sharded_model, weights
 from jaxrm.inference.load import save_shape_and_tokenizer
-from jaxrm.inference.sampler import response_text
+from jaxrm.inference.sampler import Response, response_text
 from jaxrm.inference.sharded_model import ShardedModel
 from jaxrm.inference.task_files import Records, task_files
 from jaxrm.models import build
@@ -36,6 +36,7 @@ from jaxrm.runtime.run_folder import RunFolder, check_run, open_run
 from jaxrm.sharding import partition
 from jaxrm.sharding.mesh import batch_shards, batch_share, check_batch, check_row_length
 from jaxrm.stage_config import POLICIES, RESUMABLE_FIELDS
+from jaxrm.stages.trained_template import check_trained_template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -110,7 +111,7 @@ class Stage:
         """Updates in all: ``config.num_steps``, or what ``config.num_epochs`` passes over the rows come to."""
         return num_steps(self.config, rows_per_epoch)
 
-    def response_text(self, tokens: np.ndarray) -> str:
+    def response_text(self, tokens: np.ndarray) -> Response:
         """Text of a response's ids ``[T]``, without its end token."""
         return response_text(self.tokenizer, self.end_ids, tokens)
 
@@ -153,7 +154,8 @@ def open_stage(config: Any, mesh: Mesh, *, records: Records) -> Iterator[Stage]:
       records: what the stage reads of an embedded task.
 
     Raises:
-      UserError: no such model, tokenizer or task; rows longer than the model reads; a folder that holds another run.
+      UserError: no such model, tokenizer or task; rows longer than the model reads; a folder that holds another run; a
+        template that the model's run was not trained with.
     """
     model = sharded_model.shard_model(config.model, mesh)
     build.check_length(model.config, "data.max_length", config.data.max_length)
@@ -162,6 +164,7 @@ def open_stage(config: Any, mesh: Mesh, *, records: Records) -> Iterator[Stage]:
         path = sharded_model.tokenizer_path(data, config.model)
         tokenizer = load_tokenizer(path)
         sharded_model.check_tokenizer(tokenizer, path, config.model, model.config)
+        check_trained_template(config, tokenizer)
         yield Stage(config, mesh, model, data, tokenizer)
 
 

@@ -1,5 +1,6 @@
 """Prompts and responses under what the templates of published models do."""
 
+import copy
 import datetime
 
 import numpy as np
@@ -8,6 +9,7 @@ from support.published import PUBLISHED, published_tokenizer
 
 from jaxrm.data.config import DataConfig
 from jaxrm.data.examples import tokenize_demonstrations
+from jaxrm.data.exported_template import set_exported_template
 from jaxrm.data.pairs import comparison_examples, correction_request, mapping_examples, tokenize_pairs
 from jaxrm.data.prompts import tokenize_prompts
 from jaxrm.data.records import DemonstrationRecord, Message, PreferenceRecord, PromptRecord
@@ -199,3 +201,50 @@ def test_the_day_is_not_in_the_tokens(monkeypatch):
     monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", Tomorrow)
     assert "02 Jan 2031" in tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False)
     assert "Today Date: 26 Jul 2024\n" in tokenizer.decode(encode_prompt(tokenizer, (HELLO,), "auto"))
+
+
+def exported(name, template, folder):
+    """The tokenizer of an exported model, as `transformers` opens it."""
+    from transformers import AutoTokenizer
+
+    tokenizer = copy.copy(published_tokenizer(name))
+    set_exported_template(tokenizer, template)
+    tokenizer.save_pretrained(folder)
+    return AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("family", "template"),
+    [
+        *((family, "auto") for family in ("llama3.1", "mistral_v0.3", "qwen3", "r1_distill")),
+        *((family, "hh") for family in ("smollm2", "llama2", "gemma3", "r1_distill")),
+        ("chatml", "chatml"),
+        ("llama3", "llama3"),
+        ("llama2", "llama2"),
+        ("gemma3", "gemma"),
+        ("mistral_nemo", "plain"),
+    ],
+)
+def test_an_exported_template_writes_what_was_trained_with(family, template, tmp_path):
+    tokenizer, opened = published_tokenizer(family), exported(family, template, tmp_path)
+    for messages in DIALOGUES.values():
+        dicts = [{"role": message.role, "content": message.content} for message in messages]
+        ids = opened.apply_chat_template(dicts, add_generation_prompt=True, return_dict=False)
+        assert ids == encode_prompt(tokenizer, messages, template) == encode_prompt(opened, messages, "auto")
+    response = response_of(family)
+    assert encode_response(opened, response, "auto") == encode_response(tokenizer, response, template)
+    assert end_ids(opened, "auto") == end_ids(tokenizer, template)
+
+
+def test_an_exported_template_keeps_the_day_of_training(tmp_path):
+    opened = exported("llama3.2", "auto", tmp_path)
+    ids = opened.apply_chat_template([{"role": "user", "content": "hello"}], add_generation_prompt=True)["input_ids"]
+    assert ids == encode_prompt(published_tokenizer("llama3.2"), (HELLO,), "auto")
+
+
+def test_an_export_keeps_the_templates_that_have_names(tmp_path):
+    tokenizer = copy.copy(published_tokenizer("chatml"))
+    tokenizer.chat_template = {"rag": tokenizer.chat_template, "default": "{{ messages }}"}
+    set_exported_template(tokenizer, "hh")
+    assert sorted(tokenizer.chat_template) == ["default", "rag"]
+    assert "Human" in tokenizer.chat_template["default"]

@@ -1,5 +1,6 @@
 """Where PPO's rewards come from: functions of text, reward models, what is refused of both, and their calibration."""
 
+import copy
 import dataclasses
 import itertools
 import json
@@ -9,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from support.published import published_tokenizer
 
 from jaxrm.algorithms import scoring
 from jaxrm.data.pairs import correction_request
@@ -18,6 +20,7 @@ from jaxrm.data.templates import end_ids
 from jaxrm.data.tokenizer import load_tokenizer
 from jaxrm.errors import UserError
 from jaxrm.inference.load import load_reward_model
+from jaxrm.inference.sampler import response_text
 from jaxrm.ops import reward_scaling
 from jaxrm.ops.token_rewards import KINDS, names_for
 from jaxrm.sharding.mesh import MeshConfig, build_mesh
@@ -111,6 +114,37 @@ def test_a_function_gets_each_response_with_its_own_prompt(mesh, request):
         "divergence": [3, 5, 1, 0],
     }.items():
         np.testing.assert_allclose(found.diagnostics[name], np.array(numbers, np.float32), rtol=1e-6, err_msg=name)
+
+
+def test_a_function_gets_the_raw_text_too(one):
+    """Special tokens are not in a response, which is text for people; a reward of a format needs them."""
+    tokenizer = copy.deepcopy(published_tokenizer("chatml"))
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<answer>", "</answer>"]})
+    start, end, eos = (tokenizer.convert_tokens_to_ids(token) for token in ("<answer>", "</answer>", "<|im_end|>"))
+    words = tokenizer("good bad")["input_ids"]
+    response = response_text(tokenizer, {eos}, [start, *words, end, eos])
+    assert (response, response.raw, response.ended) == ("good bad", "<answer>good bad</answer>", True)
+    assert response.token_ids.tolist() == [start, *words, end, eos]
+    assert response_text(tokenizer, {eos}, words).ended is False
+
+    seen = []
+
+    def function(prompts, responses):
+        seen.extend(responses)
+        return [float("<answer>" in response.raw) for response in responses]
+
+    batch = respond([[1], [1]], [[start, *words, end, eos], words], T=len(words) + 3)
+    source = FunctionRewards(
+        "mine:f",
+        function,
+        KINDS["scalar"],
+        messages={np.array([1], np.int32).tobytes(): message_of([1])},
+        text=lambda ids: response_text(tokenizer, {eos}, ids),
+        end_ids=(eos,),
+        mesh=one,
+    )
+    np.testing.assert_array_equal(call(source, batch).diagnostics["sum"], [1, 0])
+    assert [(text, text.raw) for text in seen] == [("good bad", "<answer>good bad</answer>"), ("good bad", "good bad")]
 
 
 def test_calibration_scales_a_functions_rewards(one):

@@ -8,8 +8,15 @@ It takes a batch, prompts and responses in the same order, and returns one numbe
     python -m jaxrm.train --config=configs/ppo_tiny.py --config.reward.model=None \\
         --config.reward.function=my_rewards:ends_with_thanks --config.reward.kind=scalar
 
-A prompt is its messages (`jaxrm.data.records.Message`); the last one's ``content`` is the question. The same
-responses must always get the same rewards: several processes each call it, and a resumed run calls it again.
+A prompt is its messages (`jaxrm.data.records.Message`); the last one's ``content`` is the question. A response is text
+without special tokens and without white space around it. What was drawn is there too: ``response.raw`` is the text with
+them, so that a format of special tokens such as ``<answer>`` can be rewarded; ``response.ended`` says whether the end
+was reached, and ``response.token_ids`` are its ids (`jaxrm.inference.sampler.Response`).
+
+    def has_answer(prompts: list[list[Message]], responses: list[Response]) -> list[float]:
+        return [1.0 if "<answer>" in response.raw else 0.0 for response in responses]
+
+The same responses must always get the same rewards: several processes each call it, and a resumed run calls it again.
 """
 
 import importlib
@@ -77,7 +84,7 @@ class FunctionRewards:
       function: prompts and responses to one number each.
       kind: that a function can give: ``scalar`` or ``scalar_length_residual``.
       messages: of each prompt, by the bytes of its int32 token ids.
-      text: a response's ids as text.
+      text: a response's ids as text, a `jaxrm.inference.sampler.Response`.
       end_ids: ids that end a response.
       mesh: the devices.
     """

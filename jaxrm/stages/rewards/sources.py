@@ -15,7 +15,7 @@ from jaxrm.algorithms import scoring
 from jaxrm.algorithms.rollout import RewardSource
 from jaxrm.data import tasks, templates
 from jaxrm.data.prompts import PromptExample
-from jaxrm.data.records import Message
+from jaxrm.data.template_comparison import write_alike
 from jaxrm.data.tokenizer import vocabulary_conflict
 from jaxrm.errors import UserError, flag, naming, option
 from jaxrm.inference import sharded_model
@@ -181,12 +181,7 @@ def _check_vocabulary(model: RewardModel, tokenizer: "PreTrainedTokenizerBase") 
 
 
 def _check_template(model: RewardModel, tokenizer: "PreTrainedTokenizerBase", template: str) -> None:
-    probe = [Message("user", "a")]
-    encoded = [
-        templates.encode_prompt(tokenizer, probe, name)
-        for tokenizer, name in ((tokenizer, template), (model.tokenizer, model.template))
-    ]
-    if encoded[0] != encoded[1]:
+    if not write_alike((tokenizer, template), (model.tokenizer, model.template)):
         remedy = f"e.g. {flag('data.template')}={model.template}"
         if template == model.template:  # the tokenizers' own, which are not the same
             remedy = f"train the reward model from the policy, {flag('model.path')}=POLICY_RUN"
