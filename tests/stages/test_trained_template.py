@@ -30,8 +30,8 @@ def test_another_template_than_that_of_the_run_is_refused(make_run, tokenizer, t
     check_trained_template(config_of(algorithm, tmp_path / "run", "auto"), tokenizer)
     with pytest.raises(
         UserError,
-        match=r"^config.data.template is 'hh', but .*/run was trained with 'auto', which writes a dialogue differently; "
-        r"use that, --config.data.template=auto, or teach the new one by SFT first$",
+        match=r"^config.data.template is 'hh', but .*/run was trained with 'auto', which writes a dialogue "
+        r"differently; use that, --config.data.template=auto, or teach the new one by SFT first$",
     ):
         check_trained_template(config_of(algorithm, tmp_path / "run", "hh"), tokenizer)
 
@@ -55,7 +55,5 @@ def test_a_template_under_another_name_that_writes_the_same_is_fine(tokenizer):
 
 def test_a_reference_of_another_template_is_refused(tokenizer):
     check_reference_template((tokenizer, "auto"), "rm", (tokenizer, "auto"), "runs/sft")
-    with pytest.raises(
-        UserError, match=r"^config.reference is 'runs/sft', trained with the chat template 'hh', but rm"
-    ):
+    with pytest.raises(UserError, match=r"^config.reference is 'runs/sft', trained with .*'hh', but rm with 'auto'"):
         check_reference_template((tokenizer, "auto"), "rm", (tokenizer, "hh"), "runs/sft")
