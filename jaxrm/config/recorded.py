@@ -10,6 +10,8 @@ _RENAMED = {"answers": "evaluate", "along": "evaluate_checkpoints", "draw": "sam
 def upgraded(recorded: Mapping[str, Any], like: Mapping[str, Any]) -> dict[str, Any]:
     """A recorded config with today's names, and without the sections that its stage does not have.
 
+    A field that it lacks and that is None today was added since, and changes nothing.
+
     Args:
       recorded: from ``run.json``, ``pipeline.json`` or ``study.json``; one of today passes unchanged.
       like: a config of the same class, as it is written today.
@@ -17,7 +19,7 @@ def upgraded(recorded: Mapping[str, Any], like: Mapping[str, Any]) -> dict[str, 
     if set(recorded) >= _FIELDS:
         return _restricted(recorded, like)
     stages = {name: like.get(name) for name in recorded}
-    return {
+    return _added(recorded, like) | {
         name: upgraded(value, stage)
         if isinstance(value, Mapping) and isinstance(stage := stages[name], Mapping)
         else value
@@ -28,7 +30,11 @@ def upgraded(recorded: Mapping[str, Any], like: Mapping[str, Any]) -> dict[str, 
 def _restricted(recorded: Mapping[str, Any], like: Mapping[str, Any]) -> dict[str, Any]:
     renamed = {_RENAMED.get(name, name): value for name, value in recorded.items()}
     both = {name: (value, like[name]) for name, value in renamed.items() if name in like}
-    return {
+    return _added(renamed, like) | {
         name: _restricted(value, today) if isinstance(value, Mapping) and isinstance(today, Mapping) else value
         for name, (value, today) in both.items()
     }
+
+
+def _added(recorded: Mapping[str, Any], like: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: None for name, value in like.items() if value is None and name not in recorded}

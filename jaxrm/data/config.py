@@ -22,10 +22,11 @@ class DataConfig:
     """What to read, how to write it as tokens, and how many rows make a batch.
 
     Attributes:
-      path: a file, a folder, a data set of the hub, or an embedded task. Files are .jsonl, .jsonl.gz, .json and
-        .parquet. Of a folder, the files named after ``split`` are read, or all where there are none. A data set is
-        ``org/name``, ``org/name:configuration`` or ``org/name/folder``; a task is ``task:name``.
-      split: the split of a data set, or the beginning of file names in a folder.
+      path: a file, a folder, a pattern of files, a data set of the hub, or an embedded task. Of a folder, the files
+        named after ``split`` are read, or all where no name says a split. A data set is ``org/name``,
+        ``org/name:configuration`` or ``org/name/folder``; a task is ``task:name``.
+      split: the split of a data set, a word in the names of a folder's files or folders, or the field ``split`` of the
+        records of one file.
       schema: one of ``SCHEMAS``; ``auto`` recognizes it from the fields of the first records.
       preferred: the label of PKU-SafeRLHF that decides the chosen response.
       eval_path: held-out records. With neither this nor ``eval_split``, a hash of the prompt holds out ``eval_share``.
@@ -42,6 +43,7 @@ class DataConfig:
       too_long: ``drop`` or ``error``, for a response that does not fit. Prompts are cut on the left, responses never.
       batch_size: rows in one optimizer step, over all devices and processes.
       max_bad_share: the run stops when a larger share of the records is unusable.
+      revision: branch, tag or commit of a data set of the hub.
 
     Raises:
       UserError: a value is out of its bounds.
@@ -64,6 +66,7 @@ class DataConfig:
     too_long: str = bounded("drop", one_of("drop", "error"))
     batch_size: int = bounded(8, at_least(1))
     max_bad_share: float = bounded(0.05, at_least(0), at_most(1))
+    revision: str | None = None
 
     def __post_init__(self) -> None:
         check(self)

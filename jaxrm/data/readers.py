@@ -1,31 +1,36 @@
 """Records from files, folders and the hub, with an account of what was read."""
 
-import gzip
 import hashlib
-import importlib
-import json
 import re
 import unicodedata
-import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import chain, islice
-from pathlib import Path
 from typing import Any
 
 from jaxrm.data.config import DataConfig
-from jaxrm.data.fields import squeeze
+from jaxrm.data.fields import BadRecordError, Fields, squeeze
+from jaxrm.data.files import RawRecord
 from jaxrm.data.records import Record
-from jaxrm.data.schemas import BadRecordError, describe_schemas, parse, recognize
+from jaxrm.data.schemas import describe_schemas, parse, recognize
+from jaxrm.data.sides import Side, check_sides_differ, find_side, split_values
+from jaxrm.data.sources import Place
+from jaxrm.data.unread_fields import unread_fields
 from jaxrm.errors import UserError, flag, option
 
-SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet", ".json")
+Parsed = tuple[str, Any, Record | BadRecordError | None]  # place, row, and what it is
+
 _SAMPLE = 100  # rows from which the schema is recognized
+_SHOWN = 5  # names in a row of a table
 
 _INVISIBLE = re.compile(r"[\u200b\u2060\ufeff]")  # zero-width spaces and the byte order mark
-
-RawRecord = tuple[str, Any]  # its place, and a dict of fields or a BadRecordError
+_SHAPES = {
+    "invalid JSON": "write one JSON object a line, or name a table .csv or .tsv",
+    "not UTF-8": "write it as UTF-8, e.g. iconv -f latin1 -t utf-8 pairs.jsonl",
+    "not an object with fields": 'write each as an object with fields, e.g. {"prompt": "…"}',
+}
 
 
 @dataclass
@@ -47,6 +52,7 @@ class ReadReport:
       cut_prompts: used records whose prompt was cut.
       cut_heads: those of them that lost system text or the first turn's header too.
       bad: unusable records, by reason.
+      notes: further things that were seen: how many, and the first of them.
     """
 
     total: int = 0
@@ -55,6 +61,11 @@ class ReadReport:
     cut_prompts: int = 0
     cut_heads: int = 0
     bad: dict[str, Count] = field(default_factory=dict)
+    notes: dict[str, Count] = field(default_factory=dict)
+
+    def add_note(self, what: str, source: str) -> None:
+        """Count something that was seen in a record."""
+        self.notes.setdefault(what, Count(0, source)).count += 1
 
     def add_bad(self, reason: str, source: str, count: int = 1) -> None:
         """Count a record as unusable."""
@@ -64,6 +75,7 @@ class ReadReport:
         """This report and that of the next step, which saw the records used here, as one."""
         merged = ReadReport(self.total, later.used, self.other_side, self.cut_prompts + later.cut_prompts)
         merged.cut_heads = self.cut_heads + later.cut_heads
+        merged.notes = {**self.notes, **later.notes}
         for report in (self, later):
             for reason, entry in report.bad.items():
                 merged.add_bad(reason, entry.first, entry.count)
@@ -95,7 +107,7 @@ class ReadReport:
         counts += [("on the other side of the split", self.other_side, "")] if self.other_side else []
         counts += [("prompts cut on the left", self.cut_prompts, "")] if self.cut_prompts else []
         counts += [("of them without their system text or first header", self.cut_heads, "")] if self.cut_heads else []
-        return counts + [(reason, entry.count, entry.first) for reason, entry in self.bad.items()]
+        return counts + [(name, entry.count, entry.first) for name, entry in (*self.bad.items(), *self.notes.items())]
 
 
 def read_records(config: DataConfig, *, held_out: bool = False) -> tuple[list[Record], ReadReport]:
@@ -109,44 +121,19 @@ def read_records(config: DataConfig, *, held_out: bool = False) -> tuple[list[Re
       The records in the order of the files, and the report.
 
     Raises:
-      UserError: there is nothing to read, a file is damaged, the schema is unknown, more records are bad than
-        ``config.max_bad_share``, or none is usable.
+      UserError: there is nothing to read, a path could mean two things, a file is damaged, the schema is unknown, both
+        sides are the same, more records are bad than ``config.max_bad_share``, or none is usable.
     """
+    side = find_side(config, held_out=held_out)
     separate = config.eval_path is not None or config.eval_split is not None
-    field, path, split = "data.path", config.path, config.split
-    if held_out and separate:
-        field = field if config.eval_path is None else "data.eval_path"
-        path, split = config.eval_path or path, config.eval_split or split
-    limit = config.max_eval_records if held_out else config.max_records
-    rows = _rows(path, split, field)
-    first_rows = list(islice(rows, _SAMPLE))
-    schema = config.schema if config.schema != "auto" else _recognize_most(first_rows, path, field)
-    records: list[Record] = []
-    report = ReadReport()
-    sides: dict[bytes, bool] = {}  # whether a prompt is held out
-    for source, row in chain(first_rows, rows):
-        if len(records) == limit:
-            break
-        report.total += 1
-        try:
-            if isinstance(row, BadRecordError):
-                raise row
-            record = parse(schema, row, source, config.preferred)
-        except BadRecordError as error:
-            report.add_bad(str(error), source)
-            continue
-        if separate or sides.setdefault(prompt_key(record), is_held_out(record, config.eval_share)) == held_out:
-            records.append(record)
-        else:
-            report.other_side += 1
-    report.used = len(records)
-    report.check(config.max_bad_share, path)
-    if not records:
-        side = "held-out " if held_out else ""
-        raise UserError(
-            f"{option(field)} {path!r} has no usable {side}records ({report.total} read); give more data"
-            + (f" or e.g. {flag('data.eval_share')}=0.2" if report.other_side and held_out else "")
-        )
+    reserved = _held_out_prompts(config, side) if separate and not held_out else set()
+    with closing(side.rows()) as rows:
+        first_rows = list(islice(rows, _SAMPLE))
+        side = side.by_field(first_rows)
+        schema = config.schema if config.schema != "auto" else _recognize_most(first_rows, side.place)
+        every = _parsed(chain(first_rows, rows), side, schema, config.preferred)
+        records, report = _select(every, config, side, reserved, held_out=held_out)
+    _check_report(report, config, side, held_out=held_out)
     return records, report
 
 
@@ -166,11 +153,96 @@ def prompt_key(record: Record) -> bytes:
     return hashlib.sha256(text.encode("utf-8")).digest()[:16]
 
 
+def _held_out_prompts(config: DataConfig, side: Side) -> set[bytes]:
+    """Keys of the prompts that another file or split holds out."""
+    check_sides_differ(side, find_side(config, held_out=True))
+    return {prompt_key(record) for record in read_records(config, held_out=True)[0]}
+
+
+def _parsed(rows: Iterable[RawRecord], side: Side, schema: str, preferred: str) -> Iterator[Parsed]:
+    """Each row with its record: None where it is of another split, an error where it is unusable."""
+    for source, row in rows:
+        try:
+            if isinstance(row, BadRecordError):
+                raise row
+            is_meant = not isinstance(row, dict) or side.reads_row(row)
+            yield source, row, parse(schema, row, source, preferred) if is_meant else None
+        except BadRecordError as error:
+            yield source, row, error
+
+
+def _select(
+    parsed: Iterator[Parsed], config: DataConfig, side: Side, reserved: set[bytes], *, held_out: bool
+) -> tuple[list[Record], ReadReport]:
+    """The records of a side, up to the limit, and what became of the rows. ``reserved``: keys of held-out prompts."""
+    limit = config.max_eval_records if held_out else config.max_records
+    records: list[Record] = []
+    report, sample = ReadReport(), list[tuple[Fields, Record]]()
+    sides: dict[bytes, bool] = {}  # whether a prompt is held out
+    for source, row, record in parsed:
+        report.total += 1
+        if isinstance(record, BadRecordError):
+            report.add_bad(str(record), source)
+            continue
+        if record is not None and len(sample) < _SAMPLE:
+            sample.append((row, record))
+        if record is None or not _is_on_side(record, config, sides, held_out=held_out):
+            report.other_side += 1
+            continue
+        records.append(record)
+        if reserved and prompt_key(record) in reserved:
+            report.add_note("prompts that are held out too", source)
+        if len(records) == limit:
+            break
+    report.used = len(records)
+    _add_notes(report, sample, side)
+    return records, report
+
+
+def _is_on_side(record: Record, config: DataConfig, sides: dict[bytes, bool], *, held_out: bool) -> bool:
+    if config.eval_path is not None or config.eval_split is not None:
+        return True
+    return sides.setdefault(prompt_key(record), is_held_out(record, config.eval_share)) == held_out
+
+
+def _add_notes(report: ReadReport, sample: Sequence[tuple[Fields, Record]], side: Side) -> None:
+    """Name the files, where there are several, and the fields that the first records have and nobody reads."""
+    if side.files is not None and len(side.files) > 1:
+        report.notes["files"] = Count(len(side.files), side.files[0].name)
+    unread = unread_fields(sample)
+    if unread:
+        report.notes["fields with text that is not read"] = Count(len(unread), ", ".join(unread[:_SHOWN]))
+    values = [] if side.is_by_field else split_values([fields for fields, _ in sample])
+    if values:
+        name = "values of the field 'split', which is not read without config.data.eval_split"
+        report.notes[name] = Count(len(values), ", ".join(values))
+
+
+def _check_report(report: ReadReport, config: DataConfig, side: Side, *, held_out: bool) -> None:
+    """Refuse what was read where too much of it, or all, is of no use."""
+    path, num_bad = side.place.path, sum(entry.count for entry in report.bad.values())
+    if report.total == num_bad and len(report.bad) == 1:
+        (reason, entry), *_ = report.bad.items()
+        advice = _SHAPES.get(reason)
+        if advice is not None:
+            raise UserError(
+                f"{path}: none of {report.total} lines is usable: {reason} (first at {entry.first}); {advice}"
+            )
+    report.check(config.max_bad_share, path)
+    if not report.used:
+        kind = "held-out " if held_out else ""
+        ways = f" or e.g. {flag('data.eval_share')}=0.2" if report.other_side and held_out else ""
+        if side.is_by_field:
+            ways = f", or name a split that it has, e.g. {flag(side.place.split_field)}=test"
+        where = f"{option(side.place.field)} {path!r}"
+        raise UserError(f"{where} has no usable {kind}records ({report.total} read); give more data{ways}")
+
+
 def _plain(text: str) -> str:
     return unicodedata.normalize("NFC", _INVISIBLE.sub("", text).replace("\r\n", "\n")).strip()
 
 
-def _recognize_most(rows: list[RawRecord], path: str, field: str) -> str:
+def _recognize_most(rows: list[RawRecord], place: Place) -> str:
     """The schema that most rows have, since a single row may be damaged."""
     with_fields = [row for _, row in rows if isinstance(row, dict)]
     votes = Counter(schema for row in with_fields if (schema := recognize(row)))
@@ -178,116 +250,6 @@ def _recognize_most(rows: list[RawRecord], path: str, field: str) -> str:
         return votes.most_common(1)[0][0] if votes else "preference"
     fields = ", ".join(repr(str(name)[:40]) for name in list(with_fields[0])[:20]) or "none"
     raise UserError(
-        f"{option(field)} {path!r} has no known schema: its fields are {fields}; required is one of "
+        f"{option(place.field)} {place.path!r} has no known schema: its fields are {fields}; required is one of "
         f"{describe_schemas()}; rename the fields"
     )
-
-
-def _rows(path: str, split: str, field: str) -> Iterator[RawRecord]:
-    if not path:
-        raise UserError(
-            f"{option(field)} is empty; name a file, a folder or a data set, e.g. {flag(field)}=task:safety"
-        )
-    location = Path(path).expanduser()
-    if location.is_dir():
-        for file in _files(location, split):
-            yield from _file_rows(file, str(file.relative_to(location)))
-    elif location.is_file():
-        yield from _file_rows(location, location.name)
-    elif re.fullmatch(r"[\w.-]+/[\w.-]+(/[\w./-]+)?(:[\w.-]+)?", path) and not path.endswith(SUFFIXES):
-        yield from _hub_rows(path, split, field)
-    else:
-        raise UserError(
-            f"{option(field)} is {path!r}, which is no file, folder or data set (org/name); check the spelling, "
-            f"e.g. {flag(field)}=pairs.jsonl"
-        )
-
-
-def _files(folder: Path, split: str) -> list[Path]:
-    """The data files of a folder: those named after the split (``train.jsonl``, ``train-00000.parquet``), else all."""
-    files = sorted(file for file in folder.rglob("*") if file.is_file() and file.name.endswith(SUFFIXES))
-    files = [file for file in files if not any(part.startswith(".") for part in file.relative_to(folder).parts)]
-    # Beside lines and tables, a lone .json holds settings rather than records.
-    files = [file for file in files if file.suffix != ".json"] or files
-    named = [file for file in files if re.match(rf"{re.escape(split)}(\W|_|$)", file.name)]
-    if named or (files and split == DataConfig.split):
-        return named or files
-    names = ", ".join(file.name for file in files[:10]) or "no file that ends in " + ", ".join(SUFFIXES)
-    raise UserError(f"{folder}: there is no file of split {split!r}, but {names}; e.g. {flag('data.split')}=train")
-
-
-def _file_rows(file: Path, name: str) -> Iterator[RawRecord]:
-    try:
-        if name.endswith(".parquet"):
-            yield from _parquet_rows(file, name)
-        elif name.endswith(".json"):
-            yield from _json_rows(file, name)
-        else:
-            with gzip.open(file, "rb") if name.endswith(".gz") else file.open("rb") as lines:
-                yield from _json_lines(lines, name)
-    except (OSError, EOFError, zlib.error) as error:  # gzip.BadGzipFile is an OSError
-        raise UserError(f"{file} cannot be read to its end ({error}); fetch or write it again") from error
-
-
-def _json_lines(lines: Any, name: str) -> Iterator[RawRecord]:
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            yield f"{name}:{number}", _decode(line.removeprefix(b"\xef\xbb\xbf"))
-
-
-def _decode(line: bytes) -> Any:
-    try:
-        return json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError:
-        return BadRecordError("not UTF-8")
-    except (ValueError, RecursionError):  # too deep a nesting, or too long a number, is no usable JSON either
-        return BadRecordError("invalid JSON")
-
-
-def _json_rows(file: Path, name: str) -> Iterator[RawRecord]:
-    """Rows of one list of records. A file of one object a line is read as lines, since many are named .json."""
-    content = file.read_bytes()
-    if not content.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
-        yield from _json_lines(content.splitlines(), name)
-        return
-    records = _decode(content.removeprefix(b"\xef\xbb\xbf"))
-    if isinstance(records, BadRecordError):
-        raise UserError(f"{file}: {records}; it must be a list of records, or one record a line")
-    for number, row in enumerate(records, 1):
-        yield f"{name}:{number}", row
-
-
-def _parquet_rows(file: Path, name: str) -> Iterator[RawRecord]:
-    pyarrow, parquet = (_import(module, "read parquet files") for module in ("pyarrow", "pyarrow.parquet"))
-    number = 0
-    try:
-        for batch in parquet.ParquetFile(file).iter_batches(batch_size=1024):
-            for row in batch.to_pylist():
-                number += 1
-                yield f"{name}:{number}", row
-    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
-        raise UserError(f"{file}: not a readable parquet file ({error}); fetch or write it again") from error
-
-
-def _hub_rows(path: str, split: str, field: str) -> Iterator[RawRecord]:
-    datasets = _import("datasets", "read data sets from the hub")
-    dataset, _, configuration = path.partition(":")
-    repository, folder = "/".join(dataset.split("/")[:2]), "/".join(dataset.split("/")[2:])
-    try:
-        rows = datasets.load_dataset(repository, configuration or None, data_dir=folder or None, split=split)
-    except Exception as error:  # datasets raises whatever its storage, parsers and the network raise
-        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-        raise UserError(
-            f"{option(field)} {path!r} is no file or folder here, and as a data set of the hub (split {split!r}) it "
-            f"could not be had: {reason}; check the name and the network, or give a file, "
-            f"e.g. {flag(field)}=pairs.jsonl"
-        ) from error
-    for index, row in enumerate(rows):
-        yield f"{dataset}[{split}]:{index}", row
-
-
-def _import(module: str, purpose: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise UserError(f"{module} is needed to {purpose}, but is not installed; pip install datasets") from error
