@@ -23,22 +23,42 @@ def task_files(data: DataConfig, seed: int, *, records: Records = "demonstration
     Other sections pass unchanged.
 
     Raises:
-      UserError: where there is no such task, or no such split.
+      UserError: where there is no such task, no such split, or a field that would do nothing.
     """
     if not data.path.startswith(tasks.PREFIX):
         yield data
         return
+    _check_fields(data, records)
     with tempfile.TemporaryDirectory(prefix="jaxrm-task-") as name:
         folder = Path(name)
         tasks.write_task(data.path.removeprefix(tasks.PREFIX), folder, seed=seed)
-        held_out = None if records == "pairs" else str(folder / f"{_task_split(data)}.jsonl")
+        is_own = data.eval_path is None  # else `eval_split` is that of the other path
+        held_out = str(folder / f"{_task_split(data)}.jsonl") if is_own and records != "pairs" else data.eval_path
         file_names = {"demonstrations": "train.jsonl", "pairs": "pairs.jsonl", "prompts": "prompts.jsonl"}
         yield dataclasses.replace(
             data,
             path=str(folder / file_names[records]),
-            eval_path=held_out if data.eval_path is None else data.eval_path,
-            eval_split=None,
+            eval_path=held_out,
+            eval_split=None if is_own else data.eval_split,
             tokenizer=str(folder / "tokenizer") if data.tokenizer is None else data.tokenizer,
+        )
+
+
+def _check_fields(data: DataConfig, records: Records) -> None:
+    if data.split != DataConfig.split:
+        raise UserError(
+            f"{option('data.split')} is {data.split!r}, but {data.path} has one set of {records} to train on; leave it "
+            f"out, e.g. {flag('data.split')}={DataConfig.split}"
+        )
+    if data.revision is not None:
+        raise UserError(
+            f"{option('data.revision')} is {data.revision!r}, but {data.path} is no data set of the hub; leave it out, "
+            f"e.g. {flag('data.revision')}=None"
+        )
+    if records == "pairs" and data.eval_split is not None and data.eval_path is None:
+        raise UserError(
+            f"{option('data.eval_split')} is {data.eval_split!r}, but of the pairs of {data.path} a share is held out; "
+            f"leave it out, e.g. {flag('data.eval_split')}=None"
         )
 
 

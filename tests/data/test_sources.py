@@ -267,3 +267,26 @@ def test_names_are_taken_apart_into_words():
         ("dev", ("validation",)),
     ):
         assert split_names.splits(name) == set(expected)
+
+
+@pytest.mark.parametrize(
+    ("fields", "records"),
+    [({"split": "test"}, "prompts"), ({"revision": "main"}, "prompts"), ({"eval_split": "test"}, "pairs")],
+)
+def test_fields_that_a_task_does_not_have_are_refused(fields, records):
+    from jaxrm.inference.task_files import task_files
+
+    name = next(iter(fields))
+    with (
+        pytest.raises(UserError, match=rf"config\.data\.{name} is .*leave it out, e\.g\. --config\.data\.{name}="),
+        task_files(DataConfig(path="task:safety", **fields), 0, records=records),
+    ):
+        pass
+
+
+def test_other_held_out_records_of_a_task_keep_their_split(tmp_path):
+    from jaxrm.inference.task_files import task_files
+
+    config = DataConfig(path="task:safety", eval_path=str(tmp_path), eval_split="dev")
+    with task_files(config, 0, records="prompts") as data:
+        assert (data.eval_path, data.eval_split) == (str(tmp_path), "dev")
