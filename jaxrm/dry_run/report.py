@@ -37,7 +37,11 @@ def write_page(path: Path, stages: Mapping[str, StageCheck], done: Sequence[str]
     examples: list[ReportExample] = []
     for name, inspection in _inspected(stages).items():
         prefix = f"{name}: " if len(stages) > 1 else ""
-        tables.append(Table(f"{prefix}what it comes to", ("", "figure"), tuple(_facts(inspection))))
+        tables.append(
+            Table(
+                f"{prefix}what it comes to" if prefix else "What it comes to", ("", "figure"), tuple(_facts(inspection))
+            )
+        )
         for heading, report in inspection.reading.items():
             tables.append(Table(f"{prefix}{heading}", _READING, tuple(_reading_rows(report))))
         examples += [_page_example(prefix, example) for example in inspection.examples]

@@ -182,7 +182,7 @@ def test_the_command_prints_and_writes_a_page(capsys):
     assert launch(*flags) == 0
     assert "All checks passed" in capsys.readouterr().out
     page = Path("page.html").read_text()
-    assert "Content-Security-Policy" in page and "what it comes to" in page and files() == ["page.html"]
+    assert "Content-Security-Policy" in page and "What it comes to" in page and files() == ["page.html"]
 
 
 def test_a_page_without_a_dry_run_is_refused(capsys):
