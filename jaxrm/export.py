@@ -42,7 +42,6 @@ def main(_: None, given: flags.FlagValues) -> int:
         raise UserError("--tokenizer goes with --weights; a run has its own, so leave it out with --checkpoint")
 
     from jaxrm.data.exported_template import set_exported_template
-    from jaxrm.data.templates import end_ids
     from jaxrm.data.tokenizer import pad_apart_from
     from jaxrm.inference.load import check_flags, load_policy, load_reward_model, spread_mesh
     from jaxrm.inference.weights import find_checkpoint
@@ -55,13 +54,13 @@ def main(_: None, given: flags.FlagValues) -> int:
     trained = load(path, mesh=spread_mesh(path), tokenizer=given.tokenizer)
     set_exported_template(trained.tokenizer, trained.template)
     if is_scalar:
-        pad_apart_from(trained.tokenizer, end_ids(trained.tokenizer, trained.template))
+        pad_apart_from(trained.tokenizer, trained.model.end_ids(trained.tokenizer, trained.template))
     folder = export_model(
         given.output,
         trained.params,
         trained.model.config,
         tokenizer=trained.tokenizer,
-        end_ids=end_ids(trained.tokenizer, trained.template),
+        end_ids=trained.model.end_ids(trained.tokenizer, trained.template),
         dtype=given.dtype,
         max_shard_bytes=given.max_shard_mb * 1_000_000,
         overwrite=given.overwrite,

@@ -88,7 +88,13 @@ def pair_log_probs(graphdef: nnx.GraphDef) -> Callable[[Any, DPOBatch], PairLogP
         model = nnx.merge(graphdef, params)
         hidden = model(batch.tokens, positions=batch.positions, segment_ids=batch.segment_ids)
         targets, mask = losses.next_token_targets(batch.tokens, batch.segment_ids, batch.loss_mask)
-        token = vocab.token_statistics(hidden, model.head_embedding, targets, softcap=model.config.logit_softcap)
+        token = vocab.token_statistics(
+            hidden,
+            model.head_embedding,
+            targets,
+            softcap=model.config.logit_softcap,
+            drawable=model.config.drawable,  # as in PPO: the policy is what is sampled
+        )
         sums = _sums_so_far(jnp.where(mask, token.log_probs, 0.0), batch.segment_ids)
         lengths = _sums_so_far(mask.astype(jnp.float32), batch.segment_ids)
         # Both sides of a pair lie in one row, so a pair never crosses devices or microbatches.

@@ -62,11 +62,16 @@ def token_statistics(
 ) -> vocab.TokenStatistics:
     """What a decoder says of each response token, given ``hidden [B, T, D]`` from `response_hidden`.
 
-    ``temperature`` divides the logits, as it does in sampling. Only states before response tokens meet the vocabulary.
+    ``temperature`` divides the logits, as it does in sampling, and ids without a token have no share, since they are
+    never drawn. Only states before response tokens meet the vocabulary.
     """
-    softcap = model.config.logit_softcap
     return vocab.token_statistics(
-        hidden, model.head_embedding, batch.responses, softcap=softcap, temperature=temperature
+        hidden,
+        model.head_embedding,
+        batch.responses,
+        softcap=model.config.logit_softcap,
+        temperature=temperature,
+        drawable=model.config.drawable,
     )
 
 

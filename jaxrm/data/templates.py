@@ -188,6 +188,15 @@ def end_ids(tokenizer: "PreTrainedTokenizerBase", template: str) -> frozenset[in
     return frozenset({closing[-1], tokenizer.eos_token_id} - {None})
 
 
+def text_of(tokenizer: "PreTrainedTokenizerBase", template: str) -> str:
+    """A template as it is written, in Jinja.
+
+    Raises:
+      UserError: there is no such template.
+    """
+    return open_layout(tokenizer, template).jinja
+
+
 def bos_id(tokenizer: "PreTrainedTokenizerBase", template: str) -> int | None:
     """The BOS that the template puts first, or None. It stays where a prompt is cut."""
     layout = open_layout(tokenizer, template)

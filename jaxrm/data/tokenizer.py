@@ -4,7 +4,7 @@ import re
 import tempfile
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from jaxrm.data.tokenizer_conversion import from_gguf, from_sentencepiece
 from jaxrm.errors import UserError, flag
@@ -83,6 +83,51 @@ def pad_apart_from(tokenizer: "PreTrainedTokenizerBase", ends: Collection[int]) 
     tokenizer.pad_token = tokenizer.convert_ids_to_tokens(spare)
 
 
+class Vocabulary(NamedTuple):
+    """What token ids mean to a model.
+
+    Attributes:
+      tokenizer: of the model.
+      size: ids that it has embeddings for.
+      name: of the model, for messages.
+    """
+
+    tokenizer: "PreTrainedTokenizerBase"
+    size: int
+    name: str
+
+
+def token_ranges(tokenizer: "PreTrainedTokenizerBase", num_rows: int) -> tuple[tuple[int, int], ...]:
+    """Ids below ``num_rows`` that have a token, as ranges ``(first, last + 1)``; ``()`` where all of them have one."""
+    ids = sorted({token for token in tokenizer.get_vocab().values() if 0 <= token < num_rows})
+    if len(ids) == num_rows:
+        return ()
+    firsts = [b for a, b in zip([None, *ids], ids, strict=False) if a is None or b != a + 1]
+    lasts = [a for a, b in zip(ids, [*ids[1:], None], strict=True) if b is None or b != a + 1]
+    return tuple((first, last + 1) for first, last in zip(firsts, lasts, strict=True))
+
+
+def first_without_row(tokenizer: "PreTrainedTokenizerBase", num_rows: int, template: str) -> tuple[int, str] | None:
+    """The first token that text can become and that a model of ``num_rows`` embeddings has no row for, or None.
+
+    A special token counts where it is BOS, EOS or the unknown token, or the template writes it. No other text becomes
+    one, such as the image token of a model that reads images too.
+
+    Args:
+      tokenizer: as ``load_tokenizer`` returns it.
+      num_rows: rows of the model's embedding table.
+      template: text of the chat template.
+
+    Returns:
+      Its id and its text.
+    """
+    named = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id}
+    special = {id_ for id_, token in tokenizer.added_tokens_decoder.items() if token.special}
+    outside = sorted((id_, token) for token, id_ in tokenizer.get_vocab().items() if id_ >= num_rows)
+    reached = (item for item in outside if item[0] not in special or item[0] in named or item[1] in template)
+    return next(reached, None)
+
+
 def vocabulary_conflict(one: "PreTrainedTokenizerBase", other: "PreTrainedTokenizerBase") -> str | None:
     """The first id at which two tokenizers differ, in words; None where their common tokens agree.
 
@@ -96,6 +141,22 @@ def vocabulary_conflict(one: "PreTrainedTokenizerBase", other: "PreTrainedTokeni
         if second.get(token, id_) != id_:
             return f"{token!r} is token id {id_} in the one and {second[token]} in the other"
     return None
+
+
+def unreadable_by(reader: Vocabulary, writer: Vocabulary) -> str | None:
+    """Why one model cannot read all that another may write, in words; None where it can.
+
+    The tokens that they share are one matter, see `vocabulary_conflict`. This is about those that the reader lacks.
+    """
+    conflict = vocabulary_conflict(reader.tokenizer, writer.tokenizer)
+    if conflict is not None:
+        return conflict
+    known = {id_ for id_ in reader.tokenizer.get_vocab().values() if id_ < reader.size}
+    written = sorted((id_, token) for token, id_ in writer.tokenizer.get_vocab().items() if id_ < writer.size)
+    lacking = next((item for item in written if item[0] not in known), None)
+    if lacking is None:
+        return None
+    return f"{writer.name} has {lacking[1]!r}, id {lacking[0]}, for which {reader.name} has no token"
 
 
 def token_texts(tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int]) -> list[str]:

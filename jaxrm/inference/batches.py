@@ -15,7 +15,7 @@ from jaxrm.errors import UserError, arguments, flag, option
 from jaxrm.inference.policy import Policy
 from jaxrm.inference.prompts import check_count
 from jaxrm.inference.reward_model import RewardModel
-from jaxrm.inference.sharded_model import to_devices
+from jaxrm.inference.sharded_model import pad_id, to_devices
 from jaxrm.inference.task_files import Records, task_files
 from jaxrm.models import build
 from jaxrm.sharding.mesh import batch_shards, batch_share, check_batch, check_row_length
@@ -143,7 +143,7 @@ def _batches(
     loader = build_loader(
         examples,
         data,
-        pad_id=model.tokenizer.pad_token_id or 0,  # never attended to and never a target: any id will do
+        pad_id=pad_id(model.tokenizer, model.model.config),
         seed=seed,
         process_index=share,
         process_count=num_shares,

@@ -15,7 +15,7 @@ from jaxrm.data.tokenizer import load_tokenizer, save_tokenizer
 from jaxrm.errors import UserError, arguments, flag, option
 from jaxrm.inference.policy import Policy
 from jaxrm.inference.reward_model import RewardModel, default_kind
-from jaxrm.inference.sharded_model import check_tokenizer, shard_model, shard_scalar_model
+from jaxrm.inference.sharded_model import check_tokenizer, shard_model, shard_scalar_model, with_tokens
 from jaxrm.inference.weights import RunCheckpoint, find_checkpoint, is_run
 from jaxrm.models import build
 from jaxrm.models.build import ModelSource
@@ -59,9 +59,10 @@ def load_policy(
         return _load_weights(ModelSource(path=path, dtype=dtype or "float32"), mesh, tokenizer, template)
     _check_has_own(path, tokenizer, template)
     run = find_checkpoint(path, algorithms=LANGUAGE_MODELS)
-    model = shard_model(as_trained(run, dtype), mesh, run.shape)
+    run_tokenizer = run.load_tokenizer()
+    model = shard_model(as_trained(run, dtype), mesh, with_tokens(run.shape, run_tokenizer))
     params = run.restore(model.shapes, model.shardings)
-    return Policy(model, params, run.load_tokenizer(), run.config.data.template, run.name)
+    return Policy(model, params, run_tokenizer, run.config.data.template, run.name)
 
 
 @arguments(_ARGUMENTS)
@@ -101,10 +102,11 @@ def describe_reward_model(path: str, *, mesh: Mesh, dtype: str | None, attention
     run = find_checkpoint(path, algorithms=REWARD_MODELS)
     is_seq2seq = run.config.algorithm == "seq2seq_rm"
     source = dataclasses.replace(as_trained(run, dtype), attention=attention)
+    tokenizer = run.load_tokenizer()
     return RewardModel(
-        (shard_model if is_seq2seq else shard_scalar_model)(source, mesh, run.shape),
+        (shard_model if is_seq2seq else shard_scalar_model)(source, mesh, with_tokens(run.shape, tokenizer)),
         None,
-        run.load_tokenizer(),
+        tokenizer,
         run.config.data.template,
         run.name,
         is_seq2seq=is_seq2seq,
@@ -154,10 +156,11 @@ def save_shape_and_tokenizer(config: ModelConfig, tokenizer: "PreTrainedTokenize
 
 def _load_weights(source: ModelSource, mesh: Mesh, tokenizer_path: str | None, template: str | None) -> Policy:
     assert source.path is not None
-    model = shard_model(source, mesh)
     path = tokenizer_path or source.path
+    shape = build.read_shape(source)
     tokenizer = load_tokenizer(path)
-    check_tokenizer(tokenizer, path, source, model.config)
+    check_tokenizer(tokenizer, path, template or "auto", source, shape)
+    model = shard_model(source, mesh, with_tokens(shape, tokenizer))
     params = build.init_params(model.config, source, jax.random.key(0), model.shardings)
     return Policy(model, params, tokenizer, template or "auto", source.path)
 

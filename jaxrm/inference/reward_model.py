@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from jaxrm.data.pairs import correction_request
 from jaxrm.data.template_comparison import Template, write_alike
-from jaxrm.data.templates import bos_id, end_ids
-from jaxrm.data.tokenizer import vocabulary_conflict
+from jaxrm.data.templates import bos_id
+from jaxrm.data.tokenizer import Vocabulary, unreadable_by
 from jaxrm.errors import UserError, arguments, flag, option
 from jaxrm.inference.prompts import Prompt, check_count, read_prompts, read_responses
 from jaxrm.inference.sharded_model import ShardedModel
-from jaxrm.inference.weights import Vocabulary
 from jaxrm.ops import token_rewards
 
 if TYPE_CHECKING:
@@ -56,7 +55,7 @@ class RewardModel:
     @cached_property
     def end_ids(self) -> tuple[int, ...]:
         """Ids that end a response."""
-        return tuple(sorted(end_ids(self.tokenizer, self.template)))
+        return self.model.end_ids(self.tokenizer, self.template)
 
     @cached_property
     def bos_id(self) -> int | None:
@@ -221,9 +220,7 @@ def check_reference(own: Vocabulary, path: str, theirs: Vocabulary, example: str
       theirs: what they mean to the reference.
       example: a reference that fits.
     """
-    conflict = vocabulary_conflict(own.tokenizer, theirs.tokenizer)
-    if conflict is None and max(own.tokenizer.get_vocab().values()) >= theirs.size:
-        conflict = f"the one has {len(own.tokenizer)} tokens and the other {theirs.size}"
+    conflict = unreadable_by(theirs, own)
     if conflict is not None:
         advice = f"e.g. {flag('reference')}={example}" if example else "such as the run that it started from"
         raise UserError(

@@ -90,7 +90,7 @@ class Sampler:
     ) -> None:
         self._model, self._params = model, params
         self._tokenizer, self._template, self._sampling = tokenizer, template, sampling
-        self._end_ids = tuple(sorted(templates.end_ids(tokenizer, template)))
+        self._end_ids = model.end_ids(tokenizer, template)
 
     def encode(self, prompts: Sequence[Sequence[Message]]) -> list[list[int]]:
         """Token ids of each prompt.

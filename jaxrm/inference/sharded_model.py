@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import jax
@@ -12,8 +12,9 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxrm.algorithms.state import TrainState
+from jaxrm.data import templates
 from jaxrm.data.config import DataConfig
-from jaxrm.data.tokenizer import load_tokenizer, vocabulary_conflict
+from jaxrm.data.tokenizer import first_without_row, load_tokenizer, token_ranges, vocabulary_conflict
 from jaxrm.errors import UserError, flag, option
 from jaxrm.inference import weights
 from jaxrm.models import attention, build
@@ -46,6 +47,11 @@ class ShardedModel:
     shapes: Any
     shardings: Any
     source: ModelSource
+
+    def end_ids(self, tokenizer: "PreTrainedTokenizerBase", template: str) -> tuple[int, ...]:
+        """Ids that end a response: those of template and tokenizer, and those that the model's makers list."""
+        own = (id_ for id_ in self.config.end_ids if id_ < self.config.vocab_size)
+        return tuple(sorted({*templates.end_ids(tokenizer, template), *own}))
 
 
 def shard_model(
@@ -122,17 +128,20 @@ def tokenizer_path(data: DataConfig, source: ModelSource) -> str:
     return path
 
 
-def check_tokenizer(tokenizer: "PreTrainedTokenizerBase", path: str, source: ModelSource, config: ModelConfig) -> None:
+def check_tokenizer(
+    tokenizer: "PreTrainedTokenizerBase", path: str, template: str, source: ModelSource, config: ModelConfig
+) -> None:
     """Refuse a tokenizer whose ids mean other tokens to the model, or nothing.
 
     Args:
       tokenizer: the one to be used.
       path: where it is, for the message.
+      template: chat template, as in ``config.data.template``.
       source: of the weights, which may have a tokenizer of their own beside them.
       config: shape of the model.
 
     Raises:
-      UserError: naming an id that it does not share with the tokenizer of the weights, or how many are too many.
+      UserError: naming an id that it does not share with the tokenizer of the weights, or one without embedding.
     """
     own = weights.tokenizer_of(source)
     if own is not None and own != path:
@@ -145,7 +154,24 @@ def check_tokenizer(tokenizer: "PreTrainedTokenizerBase", path: str, source: Mod
                 f"the tokenizer {path} is not that of the weights {source.path}: {conflict}; use their own, "
                 f"{flag('data.tokenizer')}={own}"
             )
-    build.check_vocabulary(config, len(tokenizer), path)
+    outside = first_without_row(tokenizer, config.vocab_size, templates.text_of(tokenizer, template))
+    if outside is not None:
+        raise UserError(
+            f"the tokenizer {path} has {outside[1]!r} with id {outside[0]}, but the model's vocabulary holds "
+            f"{config.vocab_size} tokens; use the tokenizer that belongs to the model ({flag('data.tokenizer')}=...) "
+            "or a model with a larger vocabulary"
+        )
+
+
+def with_tokens(config: ModelConfig, tokenizer: "PreTrainedTokenizerBase") -> ModelConfig:
+    """The shape of a model that never draws an id for which its tokenizer has no token, as padded vocabularies have."""
+    return replace(config, drawable=token_ranges(tokenizer, config.vocab_size))
+
+
+def pad_id(tokenizer: "PreTrainedTokenizerBase", config: ModelConfig) -> int:
+    """Id that rows are filled up with. It is never attended to and never a target, so any id will do."""
+    id_ = tokenizer.pad_token_id
+    return 0 if id_ is None or id_ >= config.vocab_size else int(id_)
 
 
 def in_compute_dtype(params: Any, dtype: str) -> Any:

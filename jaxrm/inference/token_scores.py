@@ -282,13 +282,13 @@ def _as_text_and_tokens(model: RewardModel, token_ids: np.ndarray) -> dict[str, 
     }
 
 
-def build_scorer(model: RewardModel, kind: Kind) -> scoring.Scorer:
-    """The scorer of a reward model, with its own request and end ids."""
+def build_scorer(model: RewardModel, kind: Kind, end_ids: tuple[int, ...] | None = None) -> scoring.Scorer:
+    """The scorer of a reward model with its own request, and its own end ids unless others are given."""
     return scoring.build_scorer(
         kind,
         model.model.graphdef,
         request=model.request,
-        end_ids=model.end_ids,
+        end_ids=model.end_ids if end_ids is None else end_ids,
         pad_to_multiple_of=sharded_model.pad_to_multiple_of(model.model.mesh),
     )
 

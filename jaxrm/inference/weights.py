@@ -7,12 +7,12 @@ one starts from.
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import jax
 
 from jaxrm.config import dicts
-from jaxrm.data.tokenizer import load_tokenizer
+from jaxrm.data.tokenizer import Vocabulary, load_tokenizer
 from jaxrm.errors import UserError, flag, option
 from jaxrm.models import build
 from jaxrm.models.build import ModelSource
@@ -29,20 +29,6 @@ _EXAMPLES = {
     "seq2seq_rm": "runs/quickstart/rm_seq2seq",
     "scalar_rm": "runs/quickstart/rm_scalar",
 }
-
-
-class Vocabulary(NamedTuple):
-    """What token ids mean to a model.
-
-    Attributes:
-      tokenizer: of the model.
-      size: ids that it has embeddings for.
-      name: of the model, for messages.
-    """
-
-    tokenizer: "PreTrainedTokenizerBase"
-    size: int
-    name: str
 
 
 @dataclass(frozen=True)

@@ -61,22 +61,6 @@ def read_shape(source: ModelSource) -> ModelConfig:
     )
 
 
-def check_vocabulary(config: ModelConfig, num_tokens: int, tokenizer: str) -> None:
-    """Refuse a tokenizer whose ids the model has no embeddings for.
-
-    Args:
-      config: shape of the model.
-      num_tokens: ids of the tokenizer, added tokens included.
-      tokenizer: its name, for the message.
-    """
-    if num_tokens > config.vocab_size:
-        raise UserError(
-            f"the tokenizer {tokenizer} has {num_tokens} tokens, but the model's vocabulary holds "
-            f"{config.vocab_size}; use the tokenizer that belongs to the model ({flag('data.tokenizer')}=...) or a "
-            "model with a larger vocabulary"
-        )
-
-
 def check_length(config: ModelConfig, field: str, length: int) -> None:
     """Refuse rows of more tokens than the model has positions for.
 

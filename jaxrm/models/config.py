@@ -50,7 +50,8 @@ class RopeScaling:
 class ModelConfig:
     """Everything that decides the computation of a decoder; hashable, so it may be static under jit.
 
-    Token ids (BOS, EOS, padding) belong to the tokenizer and are not here.
+    Token ids (BOS, EOS, padding) belong to the tokenizer and are not here, but for what it does not know: which rows of
+    the output have no token, and where the model's makers let a response end.
 
     Attributes:
       family: the Hugging Face ``model_type``.
@@ -80,6 +81,9 @@ class ModelConfig:
       local_rope_theta: Gemma 3: base of the sliding layers, which are not scaled; None for ``rope_theta``.
       sliding_window: a token sees itself and the ``sliding_window - 1`` tokens before it.
       layer_is_sliding: one for each layer; ``()`` for none.
+      drawable: ids that have a token, as ranges ``(first, last + 1)``; ``()`` where all rows have one. The others are
+        never drawn, and what is drawn is normalized without them.
+      end_ids: ids that end a response besides those of tokenizer and template, from ``generation_config.json``.
 
     Raises:
       UserError: naming the field, where values do not fit together.
@@ -112,6 +116,8 @@ class ModelConfig:
     local_rope_theta: float | None = None
     sliding_window: int | None = None
     layer_is_sliding: tuple[bool, ...] = ()
+    drawable: tuple[tuple[int, int], ...] = ()
+    end_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.family not in FAMILIES:

@@ -15,6 +15,7 @@ from flax import nnx
 
 from jaxrm.models import attention, blockwise, cache, layers, rope
 from jaxrm.models.config import ModelConfig
+from jaxrm.ops import vocab
 
 REMAT_POLICIES = ("full", "dots", "none")
 _HIDDEN = ("batch", "sequence", None)
@@ -143,6 +144,8 @@ class Decoder(nnx.Module):
     def logits(self, hidden: jax.Array, head: jax.Array | None = None) -> jax.Array:
         """Logits ``[..., V]`` in float32, soft-capped; for single positions (decoding) and small tests only.
 
+        Those of ids that cannot be drawn are -inf.
+
         Args:
           hidden: ``[..., D]``.
           head: from ``decode_head``, in a loop.
@@ -150,7 +153,11 @@ class Decoder(nnx.Module):
         head = (self.head_embedding if head is None else head).astype(hidden.dtype)
         logits = jnp.einsum("...d,vd->...v", hidden, head, preferred_element_type=jnp.float32)
         cap = self.config.logit_softcap
-        return logits if cap is None else cap * jnp.tanh(logits / cap)
+        logits = logits if cap is None else cap * jnp.tanh(logits / cap)
+        if not self.config.drawable:
+            return logits
+        can_be_drawn = vocab.is_drawable(jnp.arange(logits.shape[-1], dtype=jnp.int32), self.config.drawable)
+        return jnp.where(jnp.expand_dims(can_be_drawn, range(logits.ndim - 1)), logits, -jnp.inf)
 
     def _embed(self, tokens: jax.Array) -> jax.Array:
         # The table's columns are split over fsdp, as the rows of the batch are. So each device looks up its columns for

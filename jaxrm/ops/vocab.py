@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 DEFAULT_CHUNK = 4096
+Ranges = tuple[tuple[int, int], ...]
 
 
 class TokenStatistics(NamedTuple):
@@ -43,6 +44,7 @@ def token_statistics(
     *,
     softcap: float | None = None,
     temperature: float = 1.0,
+    drawable: Ranges = (),
     chunk_size: int = DEFAULT_CHUNK,
 ) -> TokenStatistics:
     """Statistics of ``softmax(cap(hidden . head^T) / temperature)`` without the ``[..., V]`` array.
@@ -55,6 +57,7 @@ def token_statistics(
       targets: ``[...]`` int token ids in ``[0, V)``.
       softcap: bound on the absolute logit (Gemma 2), or None.
       temperature: divides the capped logits. It is the same for every log-prob of a run.
+      drawable: the ids that the softmax is over, see `is_drawable`.
       chunk_size: most rows of the head in one chunk. Memory is ``[..., chunk_size]`` in float32.
 
     Returns:
@@ -63,7 +66,7 @@ def token_statistics(
     chex.assert_rank(head, 2)
     chex.assert_equal_shape_prefix([hidden, targets], targets.ndim)
     chex.assert_axis_dimension(hidden, -1, head.shape[1])
-    return TokenStatistics(*_statistics(hidden, head, targets, softcap, temperature, chunk_size))
+    return TokenStatistics(*_statistics(hidden, head, targets, softcap, temperature, drawable, chunk_size))
 
 
 def linear_cross_entropy(
@@ -79,6 +82,14 @@ def linear_cross_entropy(
     Shapes as in ``token_statistics``.
     """
     return -token_statistics(hidden, head, targets, softcap=softcap, chunk_size=chunk_size).log_probs
+
+
+def is_drawable(ids: jax.Array, drawable: Ranges) -> jax.Array:
+    """Which ``ids [N]`` lie in one of the ranges ``(first, last + 1)``; all of them where there is none."""
+    if not drawable:
+        return jnp.ones(ids.shape, bool)
+    first, end = (jnp.asarray(bounds, jnp.int32)[None] for bounds in zip(*drawable, strict=True))
+    return jnp.any((ids[:, None] >= first) & (ids[:, None] < end), axis=1)
 
 
 def number_of_chunks(vocab_size: int, chunk_size: int) -> int:
@@ -104,6 +115,7 @@ def _chunk_logits(
     vocab_size: int,
     softcap: float | None,
     temperature: float,
+    drawable: Ranges,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Logits ``[..., rows]`` of one chunk, the ids of its tokens ``[rows]`` and its rows of the head."""
     rows, n, _ = chunks.shape
@@ -113,8 +125,9 @@ def _chunk_logits(
         logits = softcap * jnp.tanh(logits / softcap)
     logits = logits / temperature
     ids = jnp.arange(rows, dtype=jnp.int32) * n + chunk
-    if rows * n > vocab_size:
-        logits = jnp.where(jnp.expand_dims(ids < vocab_size, range(logits.ndim - 1)), logits, -jnp.inf)
+    if rows * n > vocab_size or drawable:
+        is_token = (ids < vocab_size) & is_drawable(ids, drawable)
+        logits = jnp.where(jnp.expand_dims(is_token, range(logits.ndim - 1)), logits, -jnp.inf)
     return logits, ids, weights
 
 
@@ -129,16 +142,17 @@ def _head_gradient(hidden: jax.Array, d_logits: jax.Array) -> jax.Array:
     return jax.lax.dot_general(jnp.moveaxis(hidden, -1, 0), d_logits, contraction).T
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6))
 def _statistics(
     hidden: jax.Array,
     head: jax.Array,
     targets: jax.Array,
     softcap: float | None,
     temperature: float,
+    drawable: Ranges,
     chunk_size: int,
 ) -> tuple[jax.Array, ...]:
-    return _forward(hidden, head, targets, softcap, temperature, chunk_size)[0]
+    return _forward(hidden, head, targets, softcap, temperature, drawable, chunk_size)[0]
 
 
 def _forward(
@@ -147,6 +161,7 @@ def _forward(
     targets: jax.Array,
     softcap: float | None,
     temperature: float,
+    drawable: Ranges,
     chunk_size: int,
 ) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
     chunks = _chunked_head(head, chunk_size)
@@ -154,7 +169,7 @@ def _forward(
 
     def one_chunk(carry: tuple[jax.Array, ...], chunk: jax.Array) -> tuple[tuple[jax.Array, ...], None]:
         top, top_id, total, weighted, target_logit = carry
-        logits, ids, _ = _chunk_logits(hidden, chunks, chunk, head.shape[0], softcap, temperature)
+        logits, ids, _ = _chunk_logits(hidden, chunks, chunk, head.shape[0], softcap, temperature, drawable)
         ids = jnp.expand_dims(ids, range(targets.ndim))
 
         best = jnp.max(logits, axis=-1)
@@ -175,7 +190,9 @@ def _forward(
         ), None
 
     zeros = jnp.zeros(shape, jnp.float32)
-    start: tuple[jax.Array, ...] = (zeros - jnp.inf, jnp.zeros(shape, jnp.int32), zeros, zeros, zeros)
+    # Not -inf, since a chunk may have no token that can be drawn: -inf less itself is NaN.
+    lowest = zeros + jnp.finfo(jnp.float32).min
+    start: tuple[jax.Array, ...] = (lowest, jnp.zeros(shape, jnp.int32), zeros, zeros, zeros)
     (top, top_id, total, weighted, target_logit), _ = jax.lax.scan(
         one_chunk, start, jnp.arange(chunks.shape[1], dtype=jnp.int32)
     )
@@ -188,6 +205,7 @@ def _forward(
 def _backward(
     softcap: float | None,
     temperature: float,
+    drawable: Ranges,
     chunk_size: int,
     residuals: tuple[jax.Array, ...],
     cotangents: tuple[jax.Array, ...],
@@ -198,7 +216,7 @@ def _backward(
 
     def one_chunk(carry: tuple[jax.Array, ...], chunk: jax.Array) -> tuple[tuple[jax.Array, ...], None]:
         d_hidden, d_chunks = carry
-        logits, ids, weights = _chunk_logits(hidden, chunks, chunk, head.shape[0], softcap, temperature)
+        logits, ids, weights = _chunk_logits(hidden, chunks, chunk, head.shape[0], softcap, temperature, drawable)
         ids = jnp.expand_dims(ids, range(targets.ndim))
         log_p = logits - log_normalizer[..., None]
         p = jnp.exp(log_p)

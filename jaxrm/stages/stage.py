@@ -24,8 +24,8 @@ from jax.sharding import Mesh
 from jaxrm.config import dicts
 from jaxrm.data import tasks
 from jaxrm.data.config import DataConfig
-from jaxrm.data.templates import bos_id, end_ids
-from jaxrm.data.tokenizer import load_tokenizer
+from jaxrm.data.templates import bos_id
+from jaxrm.data.tokenizer import Vocabulary, load_tokenizer
 from jaxrm.inference import sharded_model, weights
 from jaxrm.inference.load import save_shape_and_tokenizer
 from jaxrm.inference.sampler import Response, response_text
@@ -71,6 +71,11 @@ class Stage:
         return self.is_writer and self.config.logging.progress
 
     @property
+    def vocabulary(self) -> Vocabulary:
+        """What the policy's token ids mean."""
+        return Vocabulary(self.tokenizer, self.model.config.vocab_size, "the policy")
+
+    @property
     def template(self) -> str:
         """Chat template that prompts are written with."""
         return self.config.data.template
@@ -78,12 +83,12 @@ class Stage:
     @property
     def pad_id(self) -> int:
         """Id that rows are filled up with. It is never attended to and never a target, so any id will do."""
-        return self.tokenizer.pad_token_id or 0
+        return sharded_model.pad_id(self.tokenizer, self.model.config)
 
     @functools.cached_property
     def end_ids(self) -> tuple[int, ...]:
         """Ids that end a response."""
-        return tuple(sorted(end_ids(self.tokenizer, self.template)))
+        return self.model.end_ids(self.tokenizer, self.template)
 
     @functools.cached_property
     def bos_id(self) -> int | None:
@@ -163,8 +168,9 @@ def open_stage(config: Any, mesh: Mesh, *, records: Records) -> Iterator[Stage]:
     with task_files(config.data, config.seed, records=records) as data:
         path = sharded_model.tokenizer_path(data, config.model)
         tokenizer = load_tokenizer(path)
-        sharded_model.check_tokenizer(tokenizer, path, config.model, model.config)
+        sharded_model.check_tokenizer(tokenizer, path, data.template, config.model, model.config)
         check_trained_template(config, tokenizer)
+        model = sharded_model.shard_model(config.model, mesh, sharded_model.with_tokens(model.config, tokenizer))
         yield Stage(config, mesh, model, data, tokenizer)
 
 

@@ -5,7 +5,16 @@ import numpy as np
 import pytest
 
 from jaxrm.data.tasks import write_task
-from jaxrm.data.tokenizer import load_tokenizer, pad_apart_from, save_tokenizer, token_texts
+from jaxrm.data.tokenizer import (
+    Vocabulary,
+    first_without_row,
+    load_tokenizer,
+    pad_apart_from,
+    save_tokenizer,
+    token_ranges,
+    token_texts,
+    unreadable_by,
+)
 from jaxrm.errors import UserError
 
 MESSAGES = [{"role": "user", "content": "what 12"}]
@@ -287,3 +296,55 @@ def test_padding_is_set_apart_from_what_ends_a_response():
     assert not hasattr(already, "pad_token")
     with pytest.raises(UserError, match="no special token"):
         pad_apart_from(none_left, {0, 1, 2})
+
+
+@pytest.mark.parametrize(
+    ("ids", "num_rows", "ranges"),
+    [
+        (range(10), 10, ()),
+        (range(10), 12, ((0, 10),)),
+        (range(10), 8, ()),  # the others have no row: `first_without_row`
+        ([1, 2, 5, 7], 9, ((1, 3), (5, 6), (7, 8))),
+        ([0, 2], 3, ((0, 1), (2, 3))),
+    ],
+)
+def test_ranges_of_ids_that_have_a_token(ids, num_rows, ranges):
+    class Tokenizer:
+        def get_vocab(self):
+            return {f"t{id_}": id_ for id_ in reversed(list(ids))}
+
+    assert token_ranges(Tokenizer(), num_rows) == ranges
+
+
+def test_only_tokens_that_text_can_become_need_a_row(chatml_tokenizer):
+    """gemma-3-1b has 262,144 rows, and its tokenizer an image token behind them, which no text becomes."""
+    tokenizer = copy.deepcopy(chatml_tokenizer)
+    rows = len(tokenizer)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image_soft_token>"]})
+    assert len(tokenizer) == rows + 1
+    assert first_without_row(tokenizer, rows, tokenizer.chat_template) is None
+    assert token_ranges(tokenizer, rows) == ()
+    template = "{{ '<image_soft_token>' }}" + tokenizer.chat_template
+    assert first_without_row(tokenizer, rows, template) == (rows, "<image_soft_token>")
+    tokenizer.add_tokens(["typed"])
+    assert first_without_row(tokenizer, rows, tokenizer.chat_template) == (rows + 1, "typed")
+    assert first_without_row(tokenizer, rows + 2, template) is None
+
+
+@pytest.mark.parametrize("name", ["bos_token", "eos_token", "unk_token"])
+def test_named_special_tokens_need_a_row(chatml_tokenizer, name):
+    tokenizer, rows = copy.deepcopy(chatml_tokenizer), len(chatml_tokenizer)
+    tokenizer.add_special_tokens({name: "<new>"})
+    assert first_without_row(tokenizer, rows, "") == (rows, "<new>")
+
+
+def test_a_reader_needs_all_that_the_writer_may_write(chatml_tokenizer):
+    rows, larger = len(chatml_tokenizer), copy.deepcopy(chatml_tokenizer)
+    larger.add_tokens(["extra"])
+    small, large = Vocabulary(chatml_tokenizer, rows, "the reader"), Vocabulary(larger, rows + 1, "the writer")
+    assert unreadable_by(small, small) is None
+    assert unreadable_by(large, small) is None
+    message = f"the writer has 'extra', id {rows}, for which the reader has no token"
+    assert unreadable_by(small, large) == message
+    assert unreadable_by(small._replace(size=rows + 9), large) == message  # a row alone is no token
+    assert unreadable_by(small, large._replace(size=rows)) is None  # which it never writes

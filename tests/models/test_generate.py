@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec
 
+from jaxrm.algorithms import scoring
 from jaxrm.errors import UserError
 from jaxrm.inference.sharded_model import shard_model
 from jaxrm.models.build import ModelSource
@@ -17,6 +18,7 @@ from jaxrm.models.config import PRESETS
 from jaxrm.models.generate import SamplingConfig, check_on_policy, generate, sample
 from jaxrm.models.transformer import Decoder, positions_from_mask
 from jaxrm.sharding.mesh import MeshConfig, build_mesh
+from jaxrm.types import ResponseBatch
 
 TINY = dataclasses.replace(
     PRESETS["tiny"], vocab_size=61, hidden_size=32, intermediate_size=48, num_layers=2, head_dim=8
@@ -172,3 +174,39 @@ def test_sampling_off_the_policy_is_refused(field):
     with pytest.raises(UserError, match=rf"config.ppo.sampling.{name} is .* e.g. --config.ppo.sampling.{name}="):
         check_on_policy(SamplingConfig(**field), "ppo.sampling")
     check_on_policy(SamplingConfig(temperature=0.7), "ppo.sampling")
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        SamplingConfig(max_new_tokens=40),
+        SamplingConfig(max_new_tokens=40, temperature=0.0),
+        SamplingConfig(max_new_tokens=40, top_k=50),
+        SamplingConfig(max_new_tokens=40, temperature=3.0, top_p=0.99),
+    ],
+    ids=["sampled", "greedy", "top_k", "top_p"],
+)
+def test_ids_without_a_token_are_never_drawn(sampling):
+    """Of 61 rows 20 have no token, as in models whose vocabulary is padded."""
+    _, params, prompts, mask = model_and_prompts()
+    config = dataclasses.replace(TINY, drawable=((1, 20), (39, 61)))
+    graphdef = jax.eval_shape(lambda: nnx.split(Decoder(config, rngs=nnx.Rngs(0))))[0]
+    got = generate(graphdef, params, prompts, mask, jax.random.key(0), sampling=sampling, end_ids=())
+    assert set(np.unique(got.tokens)) <= {*range(1, 20), *range(39, 61)}
+
+
+def test_log_probs_are_those_that_tokens_are_drawn_with():
+    """Shares of 30,000 draws from one state equal the probabilities that training computes."""
+    _, params, prompts, mask = model_and_prompts()
+    config = dataclasses.replace(TINY, drawable=((0, 12),))
+    graphdef = jax.eval_shape(lambda: nnx.split(Decoder(config, rngs=nnx.Rngs(0))))[0]
+    model = nnx.merge(graphdef, params)
+    hidden = model(prompts, positions=positions_from_mask(mask), segment_ids=mask.astype(jnp.int32))[:1, -1]
+    rows = jnp.broadcast_to(model.logits(hidden), (30_000, 61))
+    drawn = np.bincount(sample(rows, jax.random.key(0), SamplingConfig()), minlength=61) / 30_000
+    responses = ResponseBatch(
+        jnp.tile(prompts[:1], (12, 1)), jnp.tile(mask[:1], (12, 1)), jnp.arange(12)[:, None], jnp.ones((12, 1), bool)
+    )
+    log_probs = scoring.response_statistics(graphdef, params, responses, None).log_probs[:, 0]
+    np.testing.assert_allclose(np.exp(log_probs).sum(), 1.0, rtol=1e-5)
+    np.testing.assert_allclose(drawn[:12], np.exp(log_probs), atol=0.01)

@@ -285,6 +285,31 @@ def assert_identical(tree: dict, other: dict) -> None:
 
 
 class TestConfig:
+    @pytest.mark.parametrize(
+        ("generation", "eos", "end_ids"),
+        [
+            ({"eos_token_id": [9, 3, 5]}, 3, (3, 5, 9)),  # as Llama 3's: the end of text, of a message, of a turn
+            ({"eos_token_id": 7}, None, (7,)),
+            ({"max_length": 9}, [4, 2], (2, 4)),
+            (None, [1, 106], (1, 106)),
+            (None, None, ()),
+        ],
+    )
+    def test_end_ids_are_those_of_the_generation_config(self, tmp_path, generation, eos, end_ids):
+        (tmp_path / "config.json").write_text(json.dumps(LLAMA_2_7B | {"eos_token_id": eos}))
+        if generation is not None:
+            (tmp_path / "generation_config.json").write_text(json.dumps(generation))
+        config = read_model_config(str(tmp_path))
+        assert config.end_ids == end_ids
+        assert dataclasses.replace(config, end_ids=()) == preset("llama-2-7b")
+
+    @pytest.mark.parametrize("eos", ["</s>", [1, "2"], True, -1, 1.5, {}, [[1]]])
+    def test_end_ids_that_are_no_ids_are_refused(self, tmp_path, eos):
+        (tmp_path / "config.json").write_text(json.dumps(LLAMA_2_7B))
+        (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": eos}))
+        with pytest.raises(UserError, match=r"generation_config.json: eos_token_id is .*; it must be a token id"):
+            read_model_config(str(tmp_path))
+
     @pytest.mark.parametrize("name", PUBLISHED)
     def test_a_published_config_json_is_read_as_the_preset(self, name, tmp_path):
         (tmp_path / "config.json").write_text(json.dumps(PUBLISHED[name]))

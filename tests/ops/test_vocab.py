@@ -191,3 +191,30 @@ def test_softcapped_gradients_survive_underflowing_probabilities():
     got, want = (jax.jit(jax.grad(f, (0, 1)))(hidden, head) for f in (chunked, plain))
     for a, b in zip(got, want, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5)
+
+
+@pytest.mark.parametrize("drawable", [((0, 11),), ((2, 3), (7, 9), (30, 31))])
+@pytest.mark.parametrize("chunk_size", [3, 10, 64])
+def test_ids_without_a_token_have_no_share(drawable, chunk_size):
+    """Values and gradients are those of the plain computation over the other ids; whole chunks may be left out."""
+    hidden, head, _ = random_case(4, V=31, scale=2.0)
+    ids = np.concatenate([np.arange(first, end) for first, end in drawable])
+    places = jnp.asarray(np.random.default_rng(0).integers(0, len(ids), hidden.shape[:-1]))
+    targets = jnp.asarray(ids, jnp.int32)[places]
+    weights = jax.random.normal(jax.random.key(0), (2, *targets.shape))
+
+    def chunked(hidden, head):
+        s = vocab.token_statistics(
+            hidden, head, targets, softcap=5.0, temperature=0.7, drawable=drawable, chunk_size=chunk_size
+        )
+        return jnp.sum(weights[0] * s.log_probs + weights[1] * s.entropy), s
+
+    def plain(hidden, head):
+        s = plain_statistics(hidden, head[ids], places, 5.0, 0.7)
+        return jnp.sum(weights[0] * s[0] + weights[1] * s[1]), s
+
+    (_, got), got_grads = jax.jit(jax.value_and_grad(chunked, argnums=(0, 1), has_aux=True))(hidden, head)
+    (_, want), want_grads = jax.jit(jax.value_and_grad(plain, argnums=(0, 1), has_aux=True))(hidden, head)
+    np.testing.assert_array_equal(got.argmax, ids[want[2]])
+    for a, b in zip((*got[:2], got[3], *got_grads), (*want[:2], want[3], *want_grads), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * float(jnp.max(jnp.abs(b))))

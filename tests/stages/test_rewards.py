@@ -17,7 +17,7 @@ from jaxrm.data.pairs import correction_request
 from jaxrm.data.records import Message
 from jaxrm.data.tasks.safety.task import ideal_response, parse_request
 from jaxrm.data.templates import end_ids
-from jaxrm.data.tokenizer import load_tokenizer
+from jaxrm.data.tokenizer import Vocabulary, load_tokenizer
 from jaxrm.errors import UserError
 from jaxrm.inference.load import load_reward_model
 from jaxrm.inference.sampler import response_text
@@ -315,7 +315,8 @@ def models(make_run, tmp_path_factory, one):
 
 def check(model, tokenizer, kind=None, template="auto", length=64, response_length=32):
     kind = kind or ("literal" if model.is_seq2seq else "scalar")
-    check_reward_model(model, KINDS[kind], tokenizer, template, length, response_length)
+    policy = Vocabulary(tokenizer, len(tokenizer), "the policy")
+    check_reward_model(model, KINDS[kind], policy, template, length, response_length)
 
 
 def test_a_reward_model_of_the_same_tokenizer_gives_every_kind(models, tokenizer):
@@ -359,12 +360,20 @@ def test_a_reward_model_of_another_vocabulary_is_refused(models, task_folder, tm
 def test_a_policy_with_more_tokens_than_the_model_is_refused(models, task_folder):
     """The reward model has no embedding for them."""
     larger = load_tokenizer(str(task_folder / "tokenizer"))
-    larger.add_tokens([f"extra{i}" for i in range(models["scalar_rm"].model.config.vocab_size)])
-    message = (
-        rf"the policy has {len(larger)} tokens and the reward model {models['scalar_rm'].model.config.vocab_size};"
-    )
+    first = len(larger)
+    larger.add_tokens(["extra", "more"])
+    message = rf"the policy has 'extra', id {first}, for which the reward model has no token; "
     with pytest.raises(UserError, match=message):
         check(models["scalar_rm"], larger)
+
+
+@pytest.mark.parametrize("name", ["seq2seq_rm", "scalar_rm"])
+def test_a_reward_model_of_fewer_rows_than_tokens_is_refused(models, tokenizer, name):
+    """Its embedding would be read out of bounds, which no device refuses."""
+    model, small = models[name], len(tokenizer) - 1
+    config = dataclasses.replace(model.model.config, vocab_size=small)
+    with pytest.raises(UserError, match=rf"the policy has '.*', id {small}, for which the reward model has no token; "):
+        check(dataclasses.replace(model, model=dataclasses.replace(model.model, config=config)), tokenizer)
 
 
 def test_a_reward_model_of_another_template_is_refused(models, tokenizer):

@@ -145,7 +145,14 @@ def gguf_model_config(file: Path) -> ModelConfig:
         local_rope_theta=10_000.0 if family == "gemma3_text" else None,
         sliding_window=window if layer_is_sliding else None,
         layer_is_sliding=layer_is_sliding,
+        end_ids=_end_ids(meta),
     )
+
+
+def _end_ids(meta: _Metadata) -> tuple[int, ...]:
+    """Ids at which llama.cpp stops: the end of the text, of a turn, of a message."""
+    fields = [meta.reader.get_field(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
+    return tuple(sorted({int(field.contents()) for field in fields if field is not None}))
 
 
 def _short(value: float) -> float:

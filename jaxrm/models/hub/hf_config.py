@@ -93,6 +93,19 @@ def parse_hf_config(values: dict[str, Any], *, where: str = "config.json") -> Mo
     )
 
 
+def parse_end_ids(values: dict[str, Any], *, where: str) -> tuple[int, ...]:
+    """Ids that end a response: ``eos_token_id`` of a ``generation_config.json`` or ``config.json``, one or a list.
+
+    Raises:
+      UserError: they are no ids.
+    """
+    given = values.get("eos_token_id")
+    ids = given if isinstance(given, list) else [] if given is None else [given]
+    if not all(isinstance(id_, int) and not isinstance(id_, bool) and id_ >= 0 for id_ in ids):
+        raise UserError(f"{where}: eos_token_id is {given!r}; it must be a token id, or a list of them")
+    return tuple(sorted(set(ids)))
+
+
 def _refuse_unsupported(fields: Fields) -> None:
     if fields.get("use_bidirectional_attention"):
         fields.refuse("use_bidirectional_attention", "jaxrm's decoders are causal")
@@ -252,7 +265,7 @@ def to_hf_config(
     wanted, read_back = dataclasses.asdict(config), dataclasses.asdict(parse_hf_config(values))
     if config.query_scale is None and read_back["query_scale"] == config.head_dim**-0.5:
         read_back["query_scale"] = None  # the same scale, which Gemma 2 and 3 must spell out
-    differing = [name for name in wanted if wanted[name] != read_back[name]]
+    differing = [name for name in wanted if wanted[name] != read_back[name] and name not in ("drawable", "end_ids")]
     if differing:
         raise UserError(
             f"a {config.family} config.json cannot express ModelConfig's {', '.join(differing)}; "

@@ -8,7 +8,7 @@ from typing import Any
 from jaxrm.errors import UserError, flag, option
 
 _HUB_NAME = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
-_CONFIG_FILES = ["config.json"]
+_CONFIG_FILES = ["config.json", "generation_config.json"]
 # The name "model*" leaves out second copies in another layout, such as Mistral's consolidated.safetensors.
 _MODEL_FILES = [
     "config.json",
@@ -30,7 +30,7 @@ def locate(path: str, *, config_only: bool = False) -> Path:
     Args:
       path: a folder with ``config.json`` and safetensors, a folder with exactly one ``.gguf`` file, a
         ``.gguf`` file, or a hub name such as ``google/gemma-2b``.
-      config_only: for a hub name, download ``config.json`` alone.
+      config_only: for a hub name, download ``config.json`` and ``generation_config.json`` alone.
 
     Returns:
       A ``.gguf`` file, or a folder that holds ``config.json``.

@@ -1,5 +1,6 @@
 """Weights of a checkpoint, streamed tensor by tensor into (sharded) parameter buffers."""
 
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from jaxrm.errors import UserError
 from jaxrm.models.config import ModelConfig
 from jaxrm.models.hub.gguf import gguf_model_config, open_gguf
-from jaxrm.models.hub.hf_config import parse_hf_config
+from jaxrm.models.hub.hf_config import parse_end_ids, parse_hf_config
 from jaxrm.models.hub.locate import locate, read_json, safetensors_files
 from jaxrm.models.hub.names import NamedTensor, tensor_table
 from jaxrm.models.hub.safetensors_file import StoredTensor, open_tensors
@@ -23,6 +24,8 @@ Params = dict[str, Any]
 def read_model_config(path: str) -> ModelConfig:
     """Read the configuration of a published model: ``config.json``, or the metadata of a GGUF file.
 
+    The ids that end a response are those of ``generation_config.json``, or where it lists none of ``config.json``.
+
     Args:
       path: a hub name, a model folder, or a ``.gguf`` file.
 
@@ -32,7 +35,11 @@ def read_model_config(path: str) -> ModelConfig:
     source = locate(path, config_only=True)
     if source.is_file():
         return gguf_model_config(source)
-    return parse_hf_config(read_json(source / "config.json"), where=str(source / "config.json"))
+    file, generation = source / "config.json", source / "generation_config.json"
+    values = read_json(file)
+    config = parse_hf_config(values, where=str(file))
+    end_ids = parse_end_ids(read_json(generation), where=str(generation)) if generation.is_file() else ()
+    return replace(config, end_ids=end_ids or parse_end_ids(values, where=str(file)))
 
 
 def load_params(path: str, config: ModelConfig, *, shardings: Params | None = None, dtype: Any = jnp.float32) -> Params:

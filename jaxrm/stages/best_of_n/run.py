@@ -54,7 +54,9 @@ def run(config: Any) -> int:
         return _close(open_run_folder(config), config)
     inputs = _open_inputs(config)
     stage, prompts, examples = inputs.stage, inputs.prompts, inputs.examples
-    source, reward_name = open_rewards(config, stage.mesh, stage.tokenizer, prompts.examples, stage.response_text)
+    source, reward_name = open_rewards(
+        config, stage.mesh, stage.vocabulary, prompts.examples, stage.response_text, stage.end_ids
+    )
 
     folder = stage.open_run(keeps_model=False)
     policy_name = weights.name_of(config.model)  # by every process, since they look into the checkpoints together
@@ -125,7 +127,7 @@ def _open_inputs(config: Any) -> _Inputs:
         if judge is not None:
             check_judgeable(examples, judge, "evaluation.judge")
         prompt_length = stage_prompt_length(stage, prompts.examples)
-        reward_name = check_rewards(config, mesh, stage.tokenizer, prompts.examples)
+        reward_name = check_rewards(config, mesh, stage.vocabulary, prompts.examples)
     return _Inputs(stage, rollout_model, prompts, examples, prompt_length, reward_name)
 
 

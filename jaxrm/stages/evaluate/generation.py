@@ -125,7 +125,7 @@ def open_generator(
     calibration_key, key = jax.random.split(jax.random.key(config.seed))
     score = None
     if has_rewards(config):
-        source, _ = open_rewards(config, stage.mesh, stage.tokenizer, every, stage.response_text)
+        source, _ = open_rewards(config, stage.mesh, stage.vocabulary, every, stage.response_text, stage.end_ids)
         start = params if reference is None else reference
         uncalibrated = PolicyRewards(config, stage.model, start, source)
         calibration = calibration_of(

@@ -77,7 +77,7 @@ def inspect(config: Any) -> Inspection:
         f"{config.rollout.sampling.max_new_tokens:,} tokens",
     }
     if has_rewards(config):
-        name = check_rewards(config, inputs.stage.mesh, inputs.stage.tokenizer, inputs.every)
+        name = check_rewards(config, inputs.stage.mesh, inputs.stage.vocabulary, inputs.every)
         facts["rewards"] = f"{config.reward.kind} from {name}"
     reading = {f"Prompts of {split}": prompts.report for split, prompts in inputs.prompts.items()}
     return inspect_prompts(inputs.stage, reading, answered, facts)

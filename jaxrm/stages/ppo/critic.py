@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxrm.data.tokenizer import load_tokenizer, vocabulary_conflict
+from jaxrm.data.tokenizer import unreadable_by
 from jaxrm.errors import UserError, flag, option
 from jaxrm.inference import sharded_model
 from jaxrm.inference.load import as_trained
@@ -83,9 +83,7 @@ def open_critic(stage: Stage) -> Critic:
 
 def _check_reads_policy(stage: Stage, run: RunCheckpoint) -> None:
     config = stage.config
-    conflict = vocabulary_conflict(load_tokenizer(str(run.folder.tokenizer)), stage.tokenizer)
-    if conflict is None and len(stage.tokenizer) > run.shape.vocab_size:
-        conflict = f"the policy has {len(stage.tokenizer)} tokens and the critic {run.shape.vocab_size}"
+    conflict = unreadable_by(run.vocabulary()._replace(name="the critic"), stage.vocabulary)
     if conflict is not None:
         raise UserError(
             f"{option('critic.path')} is {run.name}, whose vocabulary is not that of the policy: {conflict}; "

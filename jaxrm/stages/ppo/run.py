@@ -34,7 +34,7 @@ def run(config: Any) -> int:
     inputs = _open_inputs(config)
     stage = inputs.stage
     source, reward_name = open_rewards(
-        config, stage.mesh, stage.tokenizer, inputs.data.every_prompt, stage.response_text
+        config, stage.mesh, stage.vocabulary, inputs.data.every_prompt, stage.response_text, stage.end_ids
     )
     opened = Opened(inputs.learner, inputs.critic, source, with_models(inputs.data, config))
 
@@ -84,7 +84,7 @@ def _open_inputs(config: Any) -> _Inputs:
     check(config, mesh)
     with open_stage(config, mesh, records="prompts") as stage:
         data = open_inputs(stage)
-        reward_name = check_rewards(config, mesh, stage.tokenizer, data.every_prompt)
+        reward_name = check_rewards(config, mesh, stage.vocabulary, data.every_prompt)
         critic = None if config.ppo.shared_trunk else open_critic(stage)
         learner = open_learner(
             config,

@@ -9,7 +9,6 @@ import numpy as np
 from jaxrm.data.pairs import TokenPair
 from jaxrm.data.prompts import transcript
 from jaxrm.data.records import PreferenceRecord
-from jaxrm.data.templates import end_ids
 from jaxrm.evaluation.corrections import CorrectionQuality, correction_quality
 from jaxrm.inference.corrections import Corrector
 from jaxrm.runtime.progress import print_table
@@ -66,7 +65,7 @@ def print_corrections(
             chosen_texts=[corrector.text(pair.chosen) for pair in pairs],
             judge_gains=gains,
         )
-    ends = end_ids(corrector.tokenizer, corrector.template)
+    ends = corrector.model.end_ids(corrector.tokenizer, corrector.template)
     ended = {side: np.mean([len(x) > 0 and int(x[-1]) in ends for x in written[side]]) for side in quality}
     numbers = {side: {**dataclasses.asdict(one), "ended": float(ended[side])} for side, one in quality.items()}
     print_table(

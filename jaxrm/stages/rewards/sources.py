@@ -13,10 +13,10 @@ from jax.sharding import Mesh
 
 from jaxrm.algorithms import scoring
 from jaxrm.algorithms.rollout import RewardSource
-from jaxrm.data import tasks, templates
+from jaxrm.data import tasks
 from jaxrm.data.prompts import PromptExample
 from jaxrm.data.template_comparison import write_alike
-from jaxrm.data.tokenizer import vocabulary_conflict
+from jaxrm.data.tokenizer import Vocabulary, unreadable_by
 from jaxrm.errors import UserError, flag, naming, option
 from jaxrm.inference import sharded_model
 from jaxrm.inference.load import describe_reward_model, load_reward_model
@@ -39,24 +39,26 @@ if TYPE_CHECKING:
 def open_rewards(
     config: PPO | BestOfN | Evaluate,
     mesh: Mesh,
-    tokenizer: "PreTrainedTokenizerBase",
+    policy: Vocabulary,
     examples: Sequence[PromptExample],
     text: Callable[[Any], str],
+    end_ids: tuple[int, ...],
 ) -> tuple[RewardSource, str]:
     """The reward model or function of ``config.reward`` as a source of token rewards, and its name for people.
 
     Args:
       config: the whole config.
       mesh: the devices.
-      tokenizer: of the policy.
+      policy: what the policy's token ids mean.
       examples: every prompt whose responses it will score.
       text: a response's ids as text.
+      end_ids: ids that end the policy's responses.
 
     Raises:
       UserError: where there is none, or it cannot score the policy's responses to these prompts.
     """
-    name = check_rewards(config, mesh, tokenizer, examples)
-    kind, template = find_kind(config.reward.kind), config.data.template
+    name = check_rewards(config, mesh, policy, examples)
+    kind = find_kind(config.reward.kind)
     if config.reward.model is None:
         return FunctionRewards(
             name,
@@ -64,7 +66,7 @@ def open_rewards(
             kind,
             messages={example.tokens.tobytes(): example.messages for example in examples},
             text=text,
-            end_ids=tuple(sorted(templates.end_ids(tokenizer, template))),
+            end_ids=end_ids,
             mesh=mesh,
         ), name
     with naming({"path": option("reward.model")}):
@@ -72,13 +74,13 @@ def open_rewards(
             config.reward.model, mesh=mesh, dtype=config.model.dtype, attention=config.model.attention
         )
     frozen = dataclasses.replace(model, params=sharded_model.in_compute_dtype(model.params, config.model.dtype))
-    return ModelRewards(frozen, kind, mesh, num_microbatches=config.num_microbatches), name
+    return ModelRewards(frozen, kind, mesh, num_microbatches=config.num_microbatches, end_ids=end_ids), name
 
 
 def check_rewards(
     config: PPO | BestOfN | Evaluate,
     mesh: Mesh,
-    tokenizer: "PreTrainedTokenizerBase",
+    policy: Vocabulary,
     examples: Sequence[PromptExample],
 ) -> str:
     """Refuse a source of rewards that cannot score the policy's responses; no weights are read.
@@ -101,7 +103,7 @@ def check_rewards(
             config.reward.model, mesh=mesh, dtype=config.model.dtype, attention=config.model.attention
         )
     length, response_length = config.data.max_length, config.rollout.sampling.max_new_tokens
-    check_reward_model(model, kind, tokenizer, config.data.template, length, response_length)
+    check_reward_model(model, kind, policy, config.data.template, length, response_length)
     return model.name
 
 
@@ -113,13 +115,22 @@ class ModelRewards:
       kind: of token reward.
       mesh: the devices.
       num_microbatches: shares of the rows, one after another.
+      end_ids: ids that end the policy's responses; None for those of the reward model.
     """
 
-    def __init__(self, model: RewardModel, kind: Kind, mesh: Mesh, *, num_microbatches: int = 1) -> None:
+    def __init__(
+        self,
+        model: RewardModel,
+        kind: Kind,
+        mesh: Mesh,
+        *,
+        num_microbatches: int = 1,
+        end_ids: tuple[int, ...] | None = None,
+    ) -> None:
         self._params, self._kind = model.params, kind
         rows = partition.batch_sharding(mesh)
         self._score = scoring.build_score_step(
-            build_scorer(model, kind),
+            build_scorer(model, kind, end_ids),
             params_sharding=model.model.shardings,
             batch_sharding=rows,
             output_sharding=rows,
@@ -138,7 +149,7 @@ class ModelRewards:
 def check_reward_model(
     model: RewardModel,
     kind: Kind,
-    tokenizer: "PreTrainedTokenizerBase",
+    policy: Vocabulary,
     template: str,
     length: int,
     response_length: int,
@@ -148,7 +159,7 @@ def check_reward_model(
     Args:
       model: the reward model.
       kind: of token reward.
-      tokenizer: of the policy.
+      policy: what the policy's token ids mean.
       template: of the policy.
       length: most tokens of a prompt and its response.
       response_length: most tokens of the response.
@@ -164,15 +175,13 @@ def check_reward_model(
             f"model, whose "
             f"kinds are {', '.join(kinds)}; e.g. {flag('reward.kind')}={kinds[0]}"
         )
-    _check_vocabulary(model, tokenizer)
-    _check_template(model, tokenizer, template)
+    _check_vocabulary(model, policy)
+    _check_template(model, policy.tokenizer, template)
     _check_length(model, length, response_length)
 
 
-def _check_vocabulary(model: RewardModel, tokenizer: "PreTrainedTokenizerBase") -> None:
-    conflict = vocabulary_conflict(model.tokenizer, tokenizer)
-    if conflict is None and len(tokenizer) > model.model.config.vocab_size:
-        conflict = f"the policy has {len(tokenizer)} tokens and the reward model {model.model.config.vocab_size}"
+def _check_vocabulary(model: RewardModel, policy: Vocabulary) -> None:
+    conflict = unreadable_by(model.vocabulary._replace(name="the reward model"), policy)
     if conflict is not None:
         raise UserError(
             f"{option('reward.model')} is {model.name}, whose vocabulary is not that of the policy: {conflict}; token "
