@@ -450,11 +450,28 @@ class TestErrors:
     def test_second_copies_and_rotary_tables_are_ignored(self, tmp_path):
         config = dataclasses.replace(SMALL, tie_embeddings=True)
         plain = load_params(str(write_checkpoint(tmp_path / "plain", config)), config)
+        embedding = np.asarray(plain["embedder"]["embedding"])
         extra = {
-            "lm_head.weight": np.zeros((24, 16), np.float32),
+            "lm_head.weight": embedding,
             "model.layers.0.self_attn.rotary_emb.inv_freq": np.zeros(2, np.float32),
         }
-        assert_identical(load_params(str(write_checkpoint(tmp_path / "extra", config, **extra)), config), plain)
+        folder = write_checkpoint(tmp_path / "extra", config, **extra)
+        assert_identical(load_params(str(folder), config), plain)
+        assert read_model_config(str(folder)).tie_embeddings
+
+    def test_a_head_that_differs_from_tied_embeddings_is_kept(self, tmp_path, capsys):
+        """As transformers does: config.json says tie_word_embeddings, but the weights are of a head of its own."""
+        tied = dataclasses.replace(SMALL, tie_embeddings=True)
+        head = np.random.default_rng(1).normal(size=(24, 16)).astype(np.float32)
+        folder = write_checkpoint(tmp_path / "model", tied, **{"lm_head.weight": head})
+        for _ in range(2):
+            config = read_model_config(str(folder))
+        assert config == dataclasses.replace(tied, tie_embeddings=False)
+        assert capsys.readouterr().out.count("weights hold an output head that differs from the embeddings; it is") == 1
+        np.testing.assert_array_equal(load_params(str(folder), config)["head"]["embedding"], head)
+        export_model(tmp_path / "out", load_params(str(folder), config), config)
+        assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is False
+        self.refused(folder, "holds an output head that differs .*; the files are here now, so give the same", tied)
 
     def test_integer_tensors_are_refused_by_name(self, tmp_path):
         name = "model.norm.weight"

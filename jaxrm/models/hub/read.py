@@ -24,7 +24,9 @@ Params = dict[str, Any]
 def read_model_config(path: str) -> ModelConfig:
     """Read the configuration of a published model: ``config.json``, or the metadata of a GGUF file.
 
-    The ids that end a response are those of ``generation_config.json``, or where it lists none of ``config.json``.
+    The ids that end a response are those of ``generation_config.json``, or where it lists none of ``config.json``. A
+    config that ties the output head to the embeddings is not followed where the weights hold a head that differs, with
+    a line that says so.
 
     Args:
       path: a hub name, a model folder, or a ``.gguf`` file.
@@ -39,7 +41,14 @@ def read_model_config(path: str) -> ModelConfig:
     values = read_json(file)
     config = parse_hf_config(values, where=str(file))
     end_ids = parse_end_ids(read_json(generation), where=str(generation)) if generation.is_file() else ()
-    return replace(config, end_ids=end_ids or parse_end_ids(values, where=str(file)))
+    config = replace(config, end_ids=end_ids or parse_end_ids(values, where=str(file)))
+    if config.tie_embeddings and any(source.glob("*.safetensors")) and _has_own_head(_open_folder(source)):
+        _print_once(
+            f"{file} says tie_word_embeddings, but the weights hold an output head that differs from the embeddings; "
+            "it is kept, as transformers does"
+        )
+        config = replace(config, tie_embeddings=False)
+    return config
 
 
 def load_params(path: str, config: ModelConfig, *, shardings: Params | None = None, dtype: Any = jnp.float32) -> Params:
@@ -90,16 +99,48 @@ def check_weights(path: str, config: ModelConfig) -> None:
 
 def _open(path: str, config: ModelConfig) -> tuple[list[NamedTensor], dict[str, StoredTensor]]:
     source = locate(path)
-    stored: dict[str, StoredTensor] = {}
     if source.is_file():
         stored = open_gguf(source, config)
         table = tensor_table(config)
     else:
-        for file in safetensors_files(source):
-            stored |= open_tensors(file)
+        stored = _open_folder(source)
         table = tensor_table(config, **_naming(stored))
     _check(table, stored, config, source)
+    if config.tie_embeddings and source.is_dir() and _has_own_head(stored):
+        raise UserError(
+            f"{source} holds an output head that differs from the embeddings, though its config.json says "
+            "tie_word_embeddings; the files are here now, so give the same command again: it keeps the head"
+        )
     return table, stored
+
+
+def _open_folder(folder: Path) -> dict[str, StoredTensor]:
+    stored: dict[str, StoredTensor] = {}
+    for file in safetensors_files(folder):
+        stored |= open_tensors(file)
+    return stored
+
+
+def _has_own_head(stored: dict[str, StoredTensor]) -> bool:
+    """Whether there is an output head, and it is not the embedding once more."""
+    names = _naming(stored)
+    embedding, head = stored.get(f"{names['prefix']}embed_tokens.weight"), stored.get(names["head"])
+    if embedding is None or head is None or embedding.unreadable or head.unreadable:
+        return False
+    if embedding.shape != head.shape:
+        return True
+    mine, theirs = embedding.read(), head.read()
+    rows = max(1, (1 << 24) // max(mine.itemsize * mine.shape[-1], 1))  # so that no whole copy is made
+    return any(
+        not np.array_equal(mine[i : i + rows].astype(np.float32), theirs[i : i + rows].astype(np.float32))
+        for i in range(0, len(mine), rows)
+    )
+
+
+@cache
+def _print_once(line: str) -> None:
+    if jax.process_index() == 0:
+        print(line)
 
 
 def _lookup(shardings: Params | None, parameter: tuple[str, ...]) -> Sharding:
