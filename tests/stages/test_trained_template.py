@@ -45,7 +45,7 @@ def test_sft_may_teach_another_template_and_says_so(make_run, tokenizer, tmp_pat
     assert line.startswith("config.data.template is 'hh', but") and line.endswith("; this run teaches the new one")
 
 
-def test_a_template_under_another_name_that_writes_the_same_is_fine(tokenizer):
+def test_a_template_of_another_name_that_writes_alike_is_fine(tokenizer):
     renamed = load_tokenizer(tokenizer.name_or_path)
     renamed.chat_template = {"default": tokenizer.chat_template, "other": "{{ messages }}"}
     assert write_alike((tokenizer, "auto"), (renamed, "auto"))
