@@ -110,11 +110,15 @@ def find_side(config: DataConfig, *, held_out: bool) -> Side:
 
 
 def check_sides_differ(train: Side, held_out: Side) -> None:
-    """Refuse sides with a file, or a whole split of a data set, in common.
+    """Refuse a split to hold out that is the one to train on, or has a file of it.
+
+    A path to hold out that is the one to train on says so itself; the table at the start counts what is in both.
 
     Raises:
       UserError: naming it, and the field that would mend it.
     """
+    if held_out.place.split is None:
+        return
     same = _split_of(train) == _split_of(held_out)
     if train.files is not None and held_out.files is not None:
         common = {file.path.resolve() for file in train.files} & {file.path.resolve() for file in held_out.files}

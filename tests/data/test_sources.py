@@ -161,15 +161,13 @@ def test_a_split_of_one_file_selects_by_its_field_or_is_refused(tmp_path, field)
 
 def test_the_same_records_on_both_sides_are_refused(tmp_path):
     path = make(tmp_path, "train.jsonl", "test.jsonl")
-    for settings in (
-        {"eval_path": path, "eval_split": "train"},
-        {"eval_split": "train"},
-        {"eval_path": f"{path}/train.jsonl"},
-    ):
+    for settings in ({"eval_path": path, "eval_split": "train"}, {"eval_split": "train"}, {"eval_split": "training"}):
         assert "would be trained on and held out" in refused(path, **settings)
     link = tmp_path / "elsewhere.jsonl"
     link.symlink_to(tmp_path / "train.jsonl")
-    assert "would be trained on" in refused(f"{path}/train.jsonl", eval_path=str(link))
+    for file in (f"{path}/train.jsonl", str(link)):
+        _, report = read_records(DataConfig(path=path, eval_path=file))
+        assert ("prompts that are held out too", 10, "train.jsonl:1") in report.rows()
 
 
 def test_prompts_on_both_sides_of_given_files_are_counted(tmp_path):
