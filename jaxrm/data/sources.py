@@ -117,7 +117,7 @@ def _pattern_files(place: Place, pattern: str) -> list[DataFile]:
 
 def _walk(folder: Path, root: Path) -> list[DataFile]:
     """Every data file below a folder, each once, in the order of the names. Links are followed, loops are not."""
-    by_place: dict[str, Path] = {}
+    by_target: dict[str, Path] = {}
     seen: set[str] = set()
 
     def refuse(error: OSError) -> None:
@@ -135,9 +135,10 @@ def _walk(folder: Path, root: Path) -> list[DataFile]:
                 continue
             if file.is_symlink() and not file.exists():
                 raise UserError(f"{file} is a link to a file that is not there; fetch it again")
-            if file.is_file():
-                by_place.setdefault(os.path.realpath(file), file)
-    return [DataFile(file, str(file.relative_to(root))) for file in sorted(by_place.values())]
+            target = os.path.realpath(file)
+            if file.is_file() and (target not in by_target or not file.is_symlink()):
+                by_target[target] = file
+    return [DataFile(file, str(file.relative_to(root))) for file in sorted(by_target.values())]
 
 
 def _by_rank(files: list[DataFile]) -> list[DataFile]:

@@ -25,8 +25,8 @@ def words(name: str) -> tuple[str, ...]:
 
 def splits(name: str) -> frozenset[str]:
     """The splits that a name has a word for, each under its first word: train, validation, test, heldout."""
-    splits = (_SPLITS.get(word) or _SPLITS.get(re.sub(r"(set|data|split)$", "", word)) for word in words(name))
-    return frozenset(split for split in splits if split)
+    known = (_SPLITS.get(word) or _SPLITS.get(re.sub(r"(set|data|split)$", "", word)) for word in words(name))
+    return frozenset(split for split in known if split)
 
 
 def names_split(name: str, split: str) -> bool:
