@@ -205,7 +205,12 @@ def bos_id(tokenizer: "PreTrainedTokenizerBase", template: str) -> int | None:
 
 
 def _free_mark(contents: Sequence[str]) -> str:
-    """A character that stands in none of the messages."""
+    """A character that stands in none of the messages, which must be text that can be encoded."""
+    for content in contents:
+        try:
+            content.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise UserError(f"a message has {content[error.start]!r}, half of a character; remove it") from error
     mark = next((char for char in _BREAKS if not any(char in content for content in contents)), None)
     if mark is None:
         raise UserError("a message has all the characters from U+FDD0 to U+FDEF, which stand for nothing; remove one")
