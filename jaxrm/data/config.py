@@ -40,7 +40,7 @@ class DataConfig:
       max_length: tokens in a row: template, prompt, response and EOS.
       packing: put several examples into one row.
       train_on: ``last`` takes the loss on the last response of a dialogue, ``all`` on every assistant turn.
-      too_long: ``drop`` or ``error``, for a response that does not fit. Prompts are cut on the left, responses never.
+      too_long: ``drop`` or ``error``, for a response that does not fit. Prompts are cut, responses never.
       batch_size: rows in one optimizer step, over all devices and processes.
       max_bad_share: the run stops when a larger share of the records is unusable.
       revision: branch, tag or commit of a data set of the hub.

@@ -7,12 +7,13 @@ that cannot be, the last tokens stay, and BOS. Reports count such prompts apart.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain, islice
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from jaxrm.data.records import Message
-from jaxrm.data.templates import Text, encode, locate_texts
+from jaxrm.data.templates import Places, Text, encode, locate_texts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -48,26 +49,37 @@ class Cut(NamedTuple):
 
 
 def cut_points(
-    tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message], template: str, prompt: np.ndarray
-) -> CutPoints | None:
-    """Where a prompt may be cut; None where its parts cannot be told.
+    tokenizer: "PreTrainedTokenizerBase", template: str, prompts: Sequence[tuple[Sequence[Message], np.ndarray]]
+) -> list[CutPoints | None]:
+    """Where prompts may be cut; None where the parts of one cannot be told.
 
     Args:
       tokenizer: as ``load_tokenizer`` returns it.
-      messages: of the prompt.
-      template: that it is written with.
-      prompt: int32 ``[p]``, its ids.
+      template: that they are written with.
+      prompts: the messages of each and int32 ``[p]``, its ids.
     """
-    places = locate_texts(tokenizer, messages, template)
-    if places is None:
-        return None
+    located = [locate_texts(tokenizer, messages, template) for messages, _ in prompts]
+    ends = [[] if places is None else _ends(places) for places in located]
+    encoded = iter(encode(tokenizer, list(chain.from_iterable(ends))))
+    points: list[CutPoints | None] = []
+    for places, (_, prompt) in zip(located, prompts, strict=True):
+        if places is None:
+            points.append(None)
+            continue
+        head = next(encoded)
+        edges = [_common_length(ids, prompt) for ids in (head, *islice(encoded, 2 * len(places.spans) - 1))]
+        system = None if places.system is None else _common_length(next(encoded), prompt)
+        spans = tuple(zip(edges[::2], edges[1::2], strict=True))
+        points.append(CutPoints(np.array(head, np.int32), spans, system))
+    return points
+
+
+def _ends(places: Places) -> list[Text]:
+    """The prompt up to the beginning and the end of each span, and up to the system text."""
     ends = [place for span in places.spans for place in span]
     if places.system is not None:
         ends.append(places.system)
-    encoded = encode(tokenizer, [_beginning(places.text, end) for end in ends])
-    tokens = [_common_length(ids, prompt) for ids in encoded]
-    pairs = list(zip(tokens[: 2 * len(places.spans) : 2], tokens[1 : 2 * len(places.spans) : 2], strict=True))
-    return CutPoints(np.array(encoded[0], np.int32), tuple(pairs), None if places.system is None else tokens[-1])
+    return [_beginning(places.text, end) for end in ends]
 
 
 def find_cut(prompt: np.ndarray, max_tokens: int, first_id: int | None, points: CutPoints | None = None) -> Cut:

@@ -229,7 +229,7 @@ def _build_examples(
             continue
         prompt, points = ids[: len(turn.prompt)], None
         if len(prompt) > room:
-            points = cut_points(tokenizer, record.messages[: turn.number], config.template, prompt)
+            (points,) = cut_points(tokenizer, config.template, [(record.messages[: turn.number], prompt)])
         cut = find_cut(prompt, room, bos_id(tokenizer, config.template), points)
         if turn is turns[0]:
             report.cut_prompts += cut.start > 0

@@ -131,6 +131,7 @@ def tokenize_pairs(
             except UserError as error:
                 report.add_bad(str(error), record.source)
         encoded = iter(encode(tokenizer, texts))
+        chunk: list[tuple[PreferenceRecord, TokenPair]] = []
         for record in accepted:
             prompt, chosen, rejected = (_array(next(encoded)) for _ in range(3))
             if empty is not None and any(np.array_equal(side, empty) for side in (chosen, rejected)):
@@ -139,10 +140,8 @@ def tokenize_pairs(
             if np.array_equal(chosen, rejected) or record.chosen.strip() == record.rejected.strip():
                 report.add_bad("both responses are the same", record.source)
                 continue
-            points = None
-            if _may_be_cut(prompt, chosen, rejected, config.max_length):
-                points = cut_points(tokenizer, record.prompt, config.template, prompt)
-            pairs.append(TokenPair(prompt, chosen, rejected, record.source, points))
+            chunk.append((record, TokenPair(prompt, chosen, rejected, record.source)))
+        pairs += _with_cut_points(chunk, tokenizer, config)
         if progress:
             progress(min(start + _CHUNK, len(records)), len(records))
     report.used = len(pairs)
@@ -176,7 +175,7 @@ def mapping_examples(
       pairs: from ``tokenize_pairs``.
       request: from ``correction_request``.
       config: ``max_length``, ``too_long``, ``max_bad_share``.
-      first_id: the template's BOS (``templates.bos_id``), which stays where a prompt is cut on the left.
+      first_id: the template's BOS (``templates.bos_id``), which stays where a prompt is cut.
       identity: make the identity mapping too.
 
     Returns:
@@ -217,7 +216,7 @@ def comparison_examples(
     Args:
       pairs: from ``tokenize_pairs``.
       config: ``max_length``, ``too_long``, ``max_bad_share``.
-      first_id: the template's BOS (``templates.bos_id``), which stays where a prompt is cut on the left.
+      first_id: the template's BOS (``templates.bos_id``), which stays where a prompt is cut.
 
     Returns:
       One example a pair, of at most ``max_length`` tokens, and the report. A pair is bad where its responses leave no
@@ -267,7 +266,7 @@ def readable_pairs(
       max_length: most tokens that the model reads.
       config: ``max_bad_share``.
       request: from ``correction_request`` for a seq2seq reward model, None for a scalar one.
-      first_id: the template's BOS (``templates.bos_id``), which stays where a prompt is cut on the left.
+      first_id: the template's BOS (``templates.bos_id``), which stays where a prompt is cut.
 
     Raises:
       UserError: more bad pairs than ``max_bad_share``, or nothing left.
@@ -280,7 +279,8 @@ def readable_pairs(
             report.add_bad(f"a response too long for the {max_length} tokens of the model", pair.source)
             continue
         _count_cut(report, pair, max_prompt_tokens, first_id)
-        readable.append(replace(pair, prompt=cut_prompt(pair.prompt, max_prompt_tokens, first_id, pair.points)))
+        prompt = cut_prompt(pair.prompt, max_prompt_tokens, first_id, pair.points)
+        readable.append(replace(pair, prompt=prompt, points=pair.points if prompt is pair.prompt else None))
     report.used = len(readable)
     report.check(config.max_bad_share, config.eval_path or config.path)
     return readable, report
@@ -303,10 +303,20 @@ def _write_pair(tokenizer: "PreTrainedTokenizerBase", record: PreferenceRecord, 
     return [write_prompt(tokenizer, record.prompt, template), *responses]
 
 
-def _may_be_cut(prompt: np.ndarray, chosen: np.ndarray, rejected: np.ndarray, max_length: int) -> bool:
+def _with_cut_points(
+    chunk: Sequence[tuple[PreferenceRecord, TokenPair]], tokenizer: "PreTrainedTokenizerBase", config: DataConfig
+) -> list[TokenPair]:
+    """The pairs, those that may have to be cut with the places where that can be."""
+    long = [i for i, (_, pair) in enumerate(chunk) if _may_be_cut(pair, config.max_length)]
+    prompts = [(record.prompt, pair.prompt) for record, pair in (chunk[i] for i in long)]
+    points = dict(zip(long, cut_points(tokenizer, config.template, prompts), strict=True))
+    return [replace(pair, points=points.get(i)) for i, (_, pair) in enumerate(chunk)]
+
+
+def _may_be_cut(pair: TokenPair, max_length: int) -> bool:
     """Whether the prompt may have to be cut, in a comparison or in a mapping with a request of usual length."""
-    longest = max(len(chosen), len(rejected))
-    return max(2 * len(prompt) + len(chosen) + len(rejected), len(prompt) + 2 * longest + _REQUEST) > max_length
+    prompt, chosen, rejected = (len(ids) for ids in (pair.prompt, pair.chosen, pair.rejected))
+    return max(2 * prompt + chosen + rejected, prompt + 2 * max(chosen, rejected) + _REQUEST) > max_length
 
 
 def _count_cut(report: ReadReport, pair: TokenPair, max_tokens: int, first_id: int | None) -> None:

@@ -80,6 +80,9 @@ class _BoundedEnvironment(ImmutableSandboxedEnvironment):
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         """Jinja's ``+``, ``*``, ``**`` and ``%``, unless the result would be too large."""
+        if operator == "+" and type(left) is str and type(right) is str:  # what templates do most
+            _check_text(len(left) + len(right))
+            return left + right
         if operator == "%" and isinstance(left, str):
             _check_format(left)
         if operator == "*":

@@ -75,7 +75,7 @@ class RewardModel:
         """Score every token of responses.
 
         A response is scored with its end token, as if the policy had finished it; an empty one is its end token
-        alone. A prompt that is too long is cut on the left.
+        alone. Of a prompt that is too long the beginning goes, but for its system text and first header.
 
         Args:
           prompts: texts, or lists of messages.

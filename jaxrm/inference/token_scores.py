@@ -146,7 +146,7 @@ def _encode(
         raise UserError(f"a response too long for the {positions} tokens of the model")
     ids, points = np.array(prompt_ids, np.int32), None
     if len(ids) > room:
-        points = cut_points(model.tokenizer, prompt, model.template, ids)
+        (points,) = cut_points(model.tokenizer, model.template, [(prompt, ids)])
     keeps_head = find_cut(ids, room, model.bos_id, points).keeps_head
     return EncodedRecord(source, prompt, cut_prompt(ids, room, model.bos_id, points), responses), keeps_head
 
