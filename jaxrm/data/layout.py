@@ -74,9 +74,9 @@ class Layout:
             return self._after_opening(text) + self.closing
         whole = self.render([Message("user", _QUESTION), Message("assistant", text)], generates=False)
         if not (whole.startswith(self.prompt) and whole.removeprefix(self.prompt).endswith(self.after)):
-            raise UserError(f"{self} writes the response {_shown(text)} in another way than others")
+            raise UserError(f"{self} writes a response in another way than others")
         if squeeze(text) not in squeeze(whole):
-            raise UserError(f"{self} leaves out or changes some of the response {_shown(text)}")
+            raise UserError(f"{self} leaves out or changes some of the text of a response")
         return whole[len(self.prompt) : len(whole) - len(self.after)] + self.closing
 
     def _after_opening(self, text: str) -> str:
@@ -153,8 +153,8 @@ def check_roles(tokenizer: "PreTrainedTokenizerBase", template: str, jinja: str,
         return  # generation alone
     if not whole.endswith(layout.before + _RESPONSE + layout.after):
         raise UserError(
-            f"{layout} ends a dialogue of the roles {', '.join(roles)} in another way than that of a single question; "
-            f"take such dialogues out, or name another template, e.g. {flag('data.template')}=hh"
+            f"{layout} ends a dialogue of several messages in another way than that of a single question; take such "
+            f"dialogues out, or name another template, e.g. {flag('data.template')}=hh"
         )
 
 
@@ -168,27 +168,26 @@ def check_texts(layout: Layout, messages: Sequence[Message], rendered: str) -> N
       UserError: naming the first that is missing.
     """
     text, start = squeeze(rendered), 0
-    for i, message in enumerate(messages):
+    for message in messages:
         content = squeeze(message.content)
         if message.role == "system":
             if content not in text:
-                raise _left_out(layout, messages, i)
+                raise _left_out(layout, message.role)
             continue
         at = text.find(content, start)
         if at < 0 and message.role == "assistant":
             content = content.rpartition("</think>")[2]
             at = text.find(content, start)
         if at < 0:
-            raise _left_out(layout, messages, i)
+            raise _left_out(layout, message.role)
         start = at + len(content)
 
 
-def _left_out(layout: Layout, messages: Sequence[Message], i: int) -> UserError:
-    role = messages[i].role
+def _left_out(layout: Layout, role: str) -> UserError:
+    other = "plain" if layout.name == "hh" else "hh"
     return UserError(
-        f"{layout} leaves out or changes the text of a message of the role {role!r}, number {i + 1} of {len(messages)} "
-        f"before the response; take such messages out, or name another template, e.g. {flag('data.template')}="
-        f"{'plain' if layout.name == 'hh' else 'hh'}"
+        f"{layout} leaves out or changes the text of a message of the role {role!r}; take such messages out, or name "
+        f"another template, e.g. {flag('data.template')}={other}"
     )
 
 
@@ -273,10 +272,6 @@ def _instead(tokenizer: "PreTrainedTokenizerBase") -> str:
     vocabulary = tokenizer.get_vocab()
     fitting = [name for name, tokens in NEEDED_TOKENS.items() if all(token in vocabulary for token in tokens)]
     return fitting[0] if fitting else "hh"
-
-
-def _shown(text: str) -> str:
-    return repr(text if len(text) <= 60 else f"{text[:57]}...")
 
 
 def _endless() -> UserError:

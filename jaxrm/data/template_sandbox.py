@@ -20,6 +20,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 DATE = datetime(2024, 7, 26)  # the day that the templates of Llama 3.1 to 3.3 fall back to
 _MAX_SOURCE = 500_000  # characters of a template; published ones have up to 20,000
 _MAX_STEPS = 500_000  # rounds of loops, calls and filters in one rendering
+_CALL = 5  # steps; a call of a macro takes about as long
 _MAX_ITEMS = 100_000  # of lists within lists
 _MAX_TEXT = 20_000_000  # characters of a text that a template makes
 _MAX_RANGE = 10_000
@@ -95,7 +96,7 @@ class _BoundedEnvironment(ImmutableSandboxedEnvironment):
 
     def call(self, context: Any, function: Any, /, *args: Any, **kwargs: Any) -> Any:
         """Call what a template calls, after a look at the arguments."""
-        self.step()
+        self.step(_CALL)
         method = getattr(function, "__wrapped__", function)
         owner = getattr(method, "__self__", None)
         if isinstance(owner, str) and getattr(method, "__name__", "") in ("format", "format_map"):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
-from jaxrm.data.cutting import cut_prompt
+from jaxrm.data.cutting import CutPoints, cut_prompt
 from jaxrm.data.pairs import TokenPair
 from jaxrm.data.templates import bos_id
 from jaxrm.errors import UserError, flag, option
@@ -44,9 +44,20 @@ class Corrector:
     max_new_tokens: int
 
     def correct(
-        self, prompts: Sequence[np.ndarray], responses: Sequence[np.ndarray], *, show_progress: bool
+        self,
+        prompts: Sequence[np.ndarray],
+        responses: Sequence[np.ndarray],
+        *,
+        points: Sequence[CutPoints | None],
+        show_progress: bool,
     ) -> list[np.ndarray]:
-        """Token ids of the greedy correction of each response; prompts are cut on the left where they must be.
+        """Token ids of the greedy correction of each response.
+
+        Args:
+          prompts: token ids of each prompt; they are cut where they must be.
+          responses: token ids of the response to each.
+          points: where each prompt may be cut.
+          show_progress: draw a bar.
 
         Raises:
           UserError: where the model cannot read a response and the longest correction.
@@ -57,10 +68,10 @@ class Corrector:
         responder = Sampler(self.model, self.params, self.tokenizer, self.template, sampling)
         first_id = bos_id(self.tokenizer, self.template)
         rows = []
-        for prompt, response in zip(prompts, responses, strict=True):
+        for prompt, response, cuts in zip(prompts, responses, points, strict=True):
             rest = len(response) + len(self.request) + self.max_new_tokens
             room = self.model.config.max_position - rest
-            rows.append([*cut_prompt(prompt, room, first_id), *response, *self.request])
+            rows.append([*cut_prompt(prompt, room, first_id, cuts), *response, *self.request])
         written: list[np.ndarray] = [np.zeros(0, np.int32)] * len(rows)
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
         with Progress("correct", len(rows), unit="responses", enabled=show_progress) as progress:
@@ -76,7 +87,8 @@ class Corrector:
         """Greedy corrections of both responses of pairs, ``{"chosen": ..., "rejected": ...}``; errors as `correct`."""
         prompts = [pair.prompt for pair in pairs]
         responses = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
-        written = self.correct(prompts * 2, responses, show_progress=show_progress)
+        points = [pair.points for pair in pairs] * 2
+        written = self.correct(prompts * 2, responses, points=points, show_progress=show_progress)
         return {"chosen": written[: len(pairs)], "rejected": written[len(pairs) :]}
 
     def text(self, tokens: np.ndarray) -> str:

@@ -99,8 +99,13 @@ class Sampler:
           UserError: the template refuses one, or the model cannot read it whole.
         """
         room = prompt_room(self._model.config, self._sampling, "max_new_tokens")
-        encoded = [templates.encode_prompt(self._tokenizer, prompt, self._template) for prompt in prompts]
-        for number, ids in enumerate(encoded, 1):
+        encoded = []
+        for number, prompt in enumerate(prompts, 1):
+            try:
+                ids = templates.encode_prompt(self._tokenizer, prompt, self._template)
+            except UserError as error:
+                raise UserError(f"prompt {number}: {error}") from error
+            encoded.append(ids)
             if len(ids) > room:
                 raise UserError(
                     f"prompt {number} has {len(ids)} tokens, but the model reads {self._model.config.max_position} in "

@@ -217,9 +217,16 @@ def correct(
 ) -> list[list[np.ndarray]]:
     """Token ids of the greedy correction of every response of every record."""
     corrector = Corrector(model.model, model.params, model.tokenizer, model.template, model.request, max_new_tokens)
-    prompts = [record.prompt_ids for record in records for _ in record.responses]
+    # Scoring may have cut them for less; a correction is cut from the whole.
+    whole = [
+        (record.prompt, np.array(templates.encode_prompt(model.tokenizer, record.prompt, model.template), np.int32))
+        for record in records
+    ]
+    points = cut_points(model.tokenizer, model.template, whole)
+    cuts = [points[i] for i, record in enumerate(records) for _ in record.responses]
+    prompts = [whole[i][1] for i, record in enumerate(records) for _ in record.responses]
     responses = [ids for record in records for _, _, ids in record.responses]
-    written = iter(corrector.correct(prompts, responses, show_progress=show_progress))
+    written = iter(corrector.correct(prompts, responses, points=cuts, show_progress=show_progress))
     return [[next(written) for _ in record.responses] for record in records]
 
 

@@ -157,7 +157,7 @@ def test_thoughts_under_qwen_3():
     assert written("good") == "<think>\n\n</think>\n\ngood<|im_end|>"
     ids = encode_response(tokenizer, THOUGHT, "auto")
     assert ids.count(tokenizer.convert_tokens_to_ids("<think>")) == 1
-    with pytest.raises(UserError, match="leaves out or changes some of the response"):
+    with pytest.raises(UserError, match="leaves out or changes some of the text of a response"):
         written("<think>a</think>b</think>c")
 
 
