@@ -86,7 +86,7 @@ class Layout:
         start, end = f"<{tag[1]}>", f"</{tag[1]}>"
         if end not in text:
             raise UserError(
-                f"a response without {end!r}, but {self} opens every response with {self.opening!r}; write a thought "
+                f"a response without {end!r}, but {self} opens every one with {_shown(self.opening)}; write a thought "
                 f"before it, 'thought\\n{end}\\n\\nresponse', or name another template, e.g. {flag('data.template')}=hh"
             )
         rest = text.removeprefix(self.opening)
@@ -207,8 +207,8 @@ def _measure(tokenizer: "PreTrainedTokenizerBase", template: str, jinja: str) ->
     unfinished = _OPEN_TAG.search(prompt)
     if _THOUGHT.sub("", (unfinished[0] if unfinished and not opening else "") + before).strip():
         raise UserError(
-            f"{layout} begins a response with {before.strip()!r} in a dialogue, but under add_generation_prompt with "
-            f"{opening.strip() or 'nothing'!r}, so generation would not begin as training does; mend it, or name "
+            f"{layout} begins a response with {_shown(before)} in a dialogue, but under add_generation_prompt with "
+            f"{_shown(opening or 'nothing')}, so generation would not begin as training does; mend it, or name "
             f"another template, e.g. {flag('data.template')}={_instead(tokenizer)}"
         )
     control = _control(tokenizer, _turns(layout, whole), thoughts=opening + before)
@@ -272,6 +272,11 @@ def _instead(tokenizer: "PreTrainedTokenizerBase") -> str:
     vocabulary = tokenizer.get_vocab()
     fitting = [name for name, tokens in NEEDED_TOKENS.items() if all(token in vocabulary for token in tokens)]
     return fitting[0] if fitting else "hh"
+
+
+def _shown(text: str) -> str:
+    text = text.strip()
+    return repr(text if len(text) <= 60 else f"{text[:57]}...")
 
 
 def _endless() -> UserError:

@@ -167,9 +167,7 @@ def test_thoughts_under_r1():
     expected = "because 12\n</think>\n\ngood<｜end▁of▁sentence｜>"
     for text in (THOUGHT, "because 12\n</think>\n\ngood", "<think>because 12\n</think>\n\ngood"):
         assert tokenizer.decode(encode_response(tokenizer, text, "auto")) == expected
-    with pytest.raises(
-        UserError, match=r"without '</think>', but the chat template opens every response with '<think>"
-    ):
+    with pytest.raises(UserError, match=r"without '</think>', but the chat template opens every one with '<think>"):
         encode_response(tokenizer, "good", "auto")
     _, report = tokenize_pairs(
         [PreferenceRecord((HELLO,), THOUGHT, "good", "f:1"), PreferenceRecord((HELLO,), THOUGHT, "a</think>b", "f:2")],

@@ -43,12 +43,12 @@ def make_run(task_folder):
     """Function that writes the folder of a run and returns the parameters of each of its checkpoints."""
     tokenizer = load_tokenizer(str(task_folder / "tokenizer"))
 
-    def make(folder, algorithm="sft", losses=((4, 1.0),), config=SMALL, **fields):
+    def make(folder, algorithm="sft", losses=((4, 1.0),), config=SMALL, template="auto", **fields):
         experiment = stage_config(
             algorithm,
             run_dir=str(folder),
             model=ModelSource(preset="tiny"),
-            data=DataConfig(path="task:safety"),
+            data=DataConfig(path="task:safety", template=template),
             **fields,
         )
         run = open_run(experiment.run_dir, dicts.to_dict(experiment))
