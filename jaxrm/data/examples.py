@@ -160,7 +160,8 @@ def tokenize_demonstrations(
                     f"e.g. {flag('data.max_length')}={response + 1}, or {flag('data.too_long')}=drop"
                 )
             else:
-                report.add_bad(f"response longer than {option('data.max_length')} {config.max_length}", record.source)
+                reason = f"response longer than {option('data.max_length')} {config.max_length}"
+                report.add_bad(reason, record.source, length=response + 1)
         if progress:
             progress(min(start + _CHUNK, len(records)), len(records))
     report.check(config.max_bad_share, config.path)

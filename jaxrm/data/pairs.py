@@ -276,7 +276,9 @@ def readable_pairs(
     for pair in pairs:
         max_prompt_tokens = max_scored_prompt_tokens(max_length, (pair.chosen, pair.rejected), request)
         if max_prompt_tokens < 1:
-            report.add_bad(f"a response too long for the {max_length} tokens of the model", pair.source)
+            needed = max_length - max_prompt_tokens + 1
+            reason = f"a response too long for the {max_length} tokens of the model"
+            report.add_bad(reason, pair.source, length=needed)
             continue
         _count_cut(report, pair, max_prompt_tokens, first_id)
         prompt = cut_prompt(pair.prompt, max_prompt_tokens, first_id, pair.points)
@@ -330,4 +332,4 @@ def _add_too_long(what: str, needed: int, pair: TokenPair, config: DataConfig, r
             f"{pair.source}: {what} and one token of the prompt take {needed} tokens, but a row has "
             f"{config.max_length}; e.g. {flag('data.max_length')}={needed}, or {flag('data.too_long')}=drop"
         )
-    report.add_bad(f"{what} longer than {option('data.max_length')} {config.max_length}", pair.source)
+    report.add_bad(f"{what} longer than {option('data.max_length')} {config.max_length}", pair.source, length=needed)

@@ -48,6 +48,8 @@ def tokenize_prompts(
     template: str,
     max_prompt_tokens: int,
     progress: Callable[[int, int], None] | None = None,
+    *,
+    max_new_tokens: int = 0,
 ) -> tuple[list[PromptExample], ReadReport]:
     """Tokenize the prompts of records of any kind.
 
@@ -57,8 +59,9 @@ def tokenize_prompts(
       records: pairs, demonstrations or prompts.
       tokenizer: as ``load_tokenizer`` returns it.
       template: chat template.
-      room: most tokens of a prompt.
+      max_prompt_tokens: most tokens of a prompt.
       progress: called with the number of records done and their total.
+      max_new_tokens: of the response, which the length that a report proposes has room for.
 
     Returns:
       The prompts, and the report. Bad are prompts that did not fit (``too_long_reason``), and those that the template
@@ -78,7 +81,7 @@ def tokenize_prompts(
             report.add_bad(str(error), record.source)
             continue
         if len(ids) > max_prompt_tokens:
-            report.add_bad(too_long_reason(max_prompt_tokens), record.source)
+            report.add_bad(too_long_reason(max_prompt_tokens), record.source, length=len(ids) + max_new_tokens)
             continue
         examples.append(PromptExample(np.array(ids, np.int32), tuple(record.prompt), record.source))
         if progress and (number % _CHUNK == 0 or number == len(records)):

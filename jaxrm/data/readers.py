@@ -6,13 +6,13 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
 from itertools import chain, islice
 from typing import Any
 
 from jaxrm.data.config import DataConfig
 from jaxrm.data.fields import BadRecordError, Fields, squeeze
 from jaxrm.data.files import RawRecord
+from jaxrm.data.read_report import Count, ReadReport
 from jaxrm.data.records import Record
 from jaxrm.data.schemas import describe_schemas, parse, recognize
 from jaxrm.data.sides import Side, check_sides_differ, find_side, split_values
@@ -31,83 +31,6 @@ _SHAPES = {
     "not UTF-8": "write it as UTF-8, e.g. iconv -f latin1 -t utf-8 pairs.jsonl",
     "not an object with fields": 'write each as an object with fields, e.g. {"prompt": "…"}',
 }
-
-
-@dataclass
-class Count:
-    """How many records were unusable for one reason, and the place of the first."""
-
-    count: int
-    first: str
-
-
-@dataclass
-class ReadReport:
-    """What became of the records.
-
-    Attributes:
-      total: records that were read.
-      used: records that remain.
-      other_side: records of the other side of the held-out split.
-      cut_prompts: used records whose prompt was cut.
-      cut_heads: those of them that lost system text or the first turn's header too.
-      bad: unusable records, by reason.
-      notes: further things that were seen: how many, and the first of them.
-    """
-
-    total: int = 0
-    used: int = 0
-    other_side: int = 0
-    cut_prompts: int = 0
-    cut_heads: int = 0
-    bad: dict[str, Count] = field(default_factory=dict)
-    notes: dict[str, Count] = field(default_factory=dict)
-
-    def add_note(self, what: str, source: str) -> None:
-        """Count something that was seen in a record."""
-        self.notes.setdefault(what, Count(0, source)).count += 1
-
-    def add_bad(self, reason: str, source: str, count: int = 1) -> None:
-        """Count a record as unusable."""
-        self.bad.setdefault(reason, Count(0, source)).count += count
-
-    def merge(self, later: "ReadReport") -> "ReadReport":
-        """This report and that of the next step, which saw the records used here, as one."""
-        merged = ReadReport(self.total, later.used, self.other_side, self.cut_prompts + later.cut_prompts)
-        merged.cut_heads = self.cut_heads + later.cut_heads
-        merged.notes = {**self.notes, **later.notes}
-        for report in (self, later):
-            for reason, entry in report.bad.items():
-                merged.add_bad(reason, entry.first, entry.count)
-        return merged
-
-    def check(self, max_bad_share: float, path: str) -> None:
-        """Check that enough is usable.
-
-        Raises:
-          UserError: more than ``max_bad_share`` is unusable, or nothing is left. It names the most frequent reason and
-            its first record.
-        """
-        bad = sum(entry.count for entry in self.bad.values())
-        if not bad or (bad <= max_bad_share * self.total and self.used):
-            return
-        reason, entry = max(self.bad.items(), key=lambda item: item[1].count)
-        often = f"most often: {reason} ({entry.count}, first at {entry.first})"
-        if not self.used:
-            raise UserError(f"{path}: {bad} of {self.total} records are unusable and none is left; {often}; mend them")
-        raise UserError(
-            f"{path}: {bad} of {self.total} records are unusable, more than {option('data.max_bad_share')} "
-            f"{max_bad_share:g}; {often}; mend them, or e.g. "
-            f"{flag('data.max_bad_share')}={min(1.0, bad / self.total + 0.01):.2f}"
-        )
-
-    def rows(self) -> list[tuple[str, int, str]]:
-        """Rows of a table: name, count, place of the first."""
-        counts = [("read", self.total, ""), ("used", self.used, "")]
-        counts += [("on the other side of the split", self.other_side, "")] if self.other_side else []
-        counts += [("prompts cut on the left", self.cut_prompts, "")] if self.cut_prompts else []
-        counts += [("of them without their system text or first header", self.cut_heads, "")] if self.cut_heads else []
-        return counts + [(name, entry.count, entry.first) for name, entry in (*self.bad.items(), *self.notes.items())]
 
 
 def read_records(config: DataConfig, *, held_out: bool = False) -> tuple[list[Record], ReadReport]:

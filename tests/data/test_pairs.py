@@ -312,6 +312,35 @@ def test_a_pair_that_does_not_fit_is_dropped_whole_and_counted():
     assert len(comparison_examples([long_source], config, first_id=1)[0]) == 1
 
 
+def test_pairs_that_do_not_fit_name_the_length_that_holds_them():
+    """600 and 600 tokens do not fit 1024; the length that is named holds them."""
+    pairs = [token_pair(9, 600, 600, f"f:{i}") for i in range(124)]
+    message = (
+        r"^f: 124 of 124 records are unusable and none is left; most often: the two responses longer than "
+        r"config\.data\.max_length 1024 \(124, first at f:0\); e\.g\. --config\.data\.max_length=1202 holds all$"
+    )
+    with pytest.raises(UserError, match=message):
+        comparison_examples(pairs, settings(max_length=1024), first_id=1)
+    assert comparison_examples(pairs, settings(max_length=1202), first_id=1)[1].used == 124
+    with pytest.raises(UserError, match=r"--config\.data\.max_length=1202 holds all$"):
+        mapping_examples(pairs, [8], settings(max_length=1201), first_id=1)
+    assert mapping_examples(pairs, [8], settings(max_length=1202), first_id=1)[1].used == 124
+
+
+def test_the_share_of_pairs_that_are_too_long_is_said_at_the_start():
+    """A shorter length for all but one in a hundred is named beside the one for all."""
+    short = [token_pair(9, 20, 20, f"f:{i}") for i in range(390)]
+    long = [token_pair(9, 100 + i, 100, f"f:{390 + i}") for i in range(10)]
+    _, report = comparison_examples(short + long, settings(max_length=128), first_id=1)
+    reason = "the two responses longer than config.data.max_length 128: 2.5 % of them; "
+    assert report.rows()[2:] == [(reason + "--config.data.max_length=211 holds all (207 holds 99%)", 10, "f:390")]
+    assert comparison_examples(short + long, settings(max_length=207), first_id=1)[1].used == 396
+    with pytest.raises(
+        UserError, match=r"=211 holds all \(207 holds 99%\), or --config\.data\.max_bad_share=0\.04 to go on"
+    ):
+        comparison_examples(short + long, settings(max_length=128, max_bad_share=0.02), first_id=1)
+
+
 def test_a_pair_that_does_not_fit_is_an_error_if_so_configured():
     pair = token_pair(4, 3, 9, "f:8")
     for length in (8, 13):

@@ -6,6 +6,7 @@ The mistakes are made one at a time in a config that is otherwise good: the same
 import ast
 import dataclasses
 import json
+import re
 import shutil
 
 import pytest
@@ -337,7 +338,8 @@ def test_sizes_that_do_not_fit_are_answered_with_one_that_does(refuse, changes, 
 def test_prompts_that_are_all_too_long_are_refused(refuse):
     message = refuse(data={"max_length": 26})
     assert " prompts are longer than 2 tokens and none is left (first at prompts.jsonl:" in message
-    assert message.endswith("e.g. --config.data.max_length=52")
+    longest = int(re.fullmatch(r".*; e\.g\. --config\.data\.max_length=(\d+)", message)[1])
+    assert longest > 26 and " prompts are longer than " not in refuse(data={"max_length": longest, "batch_size": 999})
 
 
 def test_fewer_prompts_than_a_batch_are_refused(refuse):

@@ -173,10 +173,11 @@ def test_prompts_have_what_the_response_leaves_of_a_row(tokenizer, write_prompts
 
 def test_prompts_all_too_long_name_the_first_and_a_length(tokenizer, write_prompts):
     path, train = write_prompts(["wash the lamp " * 30] * 10), write_prompts(["wash the lamp"] * 10, "train.jsonl")
+    longest = len(encode_prompt(tokenizer, [Message("user", "wash the lamp " * 30)], "auto"))
     message = (
         rf"^{path}: 10 of 10 prompts are longer than 32 tokens and none is left \(first at prompts.jsonl:1\); "
         "config.data.max_length, prompt and response together, is 48, and responses have up to 16; "
-        "e.g. --config.data.max_length=96$"
+        f"e.g. --config.data.max_length={longest + 16}$"
     )
     for side in ({"path": path, "eval_path": train}, {"path": train, "eval_path": path, "held_out": True}):
         with pytest.raises(UserError, match=message):

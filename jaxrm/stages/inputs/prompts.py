@@ -70,7 +70,12 @@ def load_prompts(
     label = "tokenize held-out" if held_out else "tokenize"
     with Progress(label, len(records), unit="prompts", enabled=show_progress) as progress:
         examples, tokenized = tokenize_prompts(
-            records, tokenizer, data.template, room, lambda done, total: progress.update(done)
+            records,
+            tokenizer,
+            data.template,
+            room,
+            lambda done, total: progress.update(done),
+            max_new_tokens=max_new_tokens,
         )
     path = (held_out and data.eval_path) or data.path
     dropped = tokenized.bad.get(too_long_reason(room))
@@ -78,8 +83,7 @@ def load_prompts(
         raise UserError(
             f"{path}: {dropped.count} of {len(records)} prompts are longer than {room} tokens and none is left (first "
             f"at {dropped.first}); {option('data.max_length')}, prompt and response together, is {data.max_length}, "
-            f"and "
-            f"responses have up to {max_new_tokens}; e.g. {flag('data.max_length')}={data.max_length * 2}"
+            f"and responses have up to {max_new_tokens}; e.g. {flag('data.max_length')}={max(dropped.lengths)}"
         )
     # That a prompt is long is no fault of its record: only the others count against max_bad_share.
     others = {reason: bad for reason, bad in tokenized.bad.items() if reason != too_long_reason(room)}
