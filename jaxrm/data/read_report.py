@@ -6,6 +6,13 @@ from jaxrm.errors import UserError, flag, option
 
 _MOST = 0.99  # of the records, which a shorter length may hold
 
+# What helps where all records have the same fault: it is the file's.
+_OF_ALL = {
+    "invalid JSON": "write one JSON object a line, or name a table .csv or .tsv",
+    "not UTF-8": "write it as UTF-8, e.g. iconv -f latin1 -t utf-8 pairs.jsonl",
+    "not an object with fields": 'write each as an object with fields, e.g. {"prompt": "…"}',
+}
+
 
 @dataclass
 class Count:
@@ -84,7 +91,8 @@ class ReadReport:
             return
         reason, entry = max(self.bad.items(), key=lambda item: item[1].count)
         often = f"most often: {reason} ({entry.count}, first at {entry.first})"
-        advice = f"e.g. {self._enough(entry)}" if entry.lengths else "mend them"
+        advice = _OF_ALL.get(reason, "mend them") if entry.count == self.total else "mend them"
+        advice = f"e.g. {self._enough(entry)}" if entry.lengths else advice
         start = f"{path}: {bad} of {self.total} records are unusable"
         if not self.used:
             raise UserError(f"{start} and none is left; {often}; {advice}")

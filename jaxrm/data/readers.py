@@ -26,11 +26,6 @@ _SAMPLE = 100  # rows from which the schema is recognized
 _SHOWN = 5  # names in a row of a table
 
 _INVISIBLE = re.compile(r"[\u200b\u2060\ufeff]")  # zero-width spaces and the byte order mark
-_SHAPES = {
-    "invalid JSON": "write one JSON object a line, or name a table .csv or .tsv",
-    "not UTF-8": "write it as UTF-8, e.g. iconv -f latin1 -t utf-8 pairs.jsonl",
-    "not an object with fields": 'write each as an object with fields, e.g. {"prompt": "…"}',
-}
 
 
 def read_records(config: DataConfig, *, held_out: bool = False) -> tuple[list[Record], ReadReport]:
@@ -143,14 +138,7 @@ def _add_notes(report: ReadReport, sample: Sequence[tuple[Fields, Record]], side
 
 def _check_report(report: ReadReport, config: DataConfig, side: Side, *, held_out: bool) -> None:
     """Refuse what was read where too much of it, or all, is of no use."""
-    path, num_bad = side.place.path, sum(entry.count for entry in report.bad.values())
-    if report.total == num_bad and len(report.bad) == 1:
-        (reason, entry), *_ = report.bad.items()
-        advice = _SHAPES.get(reason)
-        if advice is not None:
-            raise UserError(
-                f"{path}: none of {report.total} lines is usable: {reason} (first at {entry.first}); {advice}"
-            )
+    path = side.place.path
     report.check(config.max_bad_share, path)
     if not report.used:
         kind = "held-out " if held_out else ""

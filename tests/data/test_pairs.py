@@ -327,7 +327,7 @@ def test_pairs_that_do_not_fit_name_the_length_that_holds_them():
     assert mapping_examples(pairs, [8], settings(max_length=1202), first_id=1)[1].used == 124
 
 
-def test_the_share_of_pairs_that_are_too_long_is_said_at_the_start():
+def test_the_share_of_pairs_that_are_too_long_is_said():
     """A shorter length for all but one in a hundred is named beside the one for all."""
     short = [token_pair(9, 20, 20, f"f:{i}") for i in range(390)]
     long = [token_pair(9, 100 + i, 100, f"f:{390 + i}") for i in range(10)]
