@@ -36,6 +36,13 @@ class UserError(ValueError):
         super().__init__(text + (f", e.g. {example}" if example else ""))
 
 
+class StorageError(Exception):
+    """A disk that refused a file while the work went on: shown as one line, with exit status 74.
+
+    The line says what could not be written or read, what is saved, and what to do.
+    """
+
+
 def option(name: str) -> str:
     """A field of the config, ``data.path``, as the person who reads the message knows it; flags pass unchanged."""
     if name.startswith("--"):

@@ -7,7 +7,8 @@ frozen dataclasses. ``--config.section.field=value`` overrides one field (``--no
 boolean). A value is judged by its field's type, an absent section is made by naming one of its fields, ``None`` can be
 typed, and every mistake is answered in one line.
 
-Exit status: what ``main`` returns (0 for None), 2 for a user's mistake, 130 for Ctrl-C.
+Exit status: what ``main`` returns (0 for None), 2 for a user's mistake, 74 for a disk that refuses a file, 130 for
+Ctrl-C.
 """
 
 import os
@@ -23,11 +24,12 @@ from jaxrm.config import dicts
 from jaxrm.config import fields as config_fields
 from jaxrm.config.files import load_config_file
 from jaxrm.config.quiet import silence_libraries
-from jaxrm.errors import UserError, naming
+from jaxrm.errors import StorageError, UserError, naming
 
 Config = TypeVar("Config")
 
 EXIT_USER_ERROR = 2
+EXIT_STORAGE = 74
 EXIT_INTERRUPTED = 130
 _HELP = {"--help", "-help", "-h", "--helpfull", "--helpshort"}
 
@@ -80,6 +82,8 @@ def run(
             return main(config, values) or 0  # type: ignore[arg-type]  # None only where it is not required
     except UserError as error:
         return _say(f"error: {error}", EXIT_USER_ERROR)
+    except StorageError as error:
+        return _say(f"error: {error}", EXIT_STORAGE)
     except KeyboardInterrupt:
         return _say("interrupted", EXIT_INTERRUPTED)
 

@@ -63,9 +63,18 @@ class RunCheckpoint:
     def restore(self, shapes: Any, shardings: Any) -> Any:
         """Its parameters, made where ``shardings`` says."""
         checkpoints = Checkpoints(self.folder.checkpoints, read_only=True)
-        params = checkpoints.restore(self.step, {"params": with_shardings(shapes, shardings)})["params"]
-        checkpoints.close()
-        return params
+        try:
+            return checkpoints.restore(self.step, {"params": with_shardings(shapes, shardings)})["params"]
+        except Exception as error:
+            step = self.folder.checkpoints / str(self.step)
+            if not step.exists():
+                raise UserError(f"{step} was removed by the run that goes on there; give the command again") from error
+            if checkpoints.may_be_damage(self.step, error):
+                why = " ".join(str(error).split())[:200]
+                raise UserError(f"{step} is damaged ({why}); give another checkpoint or run") from error
+            raise
+        finally:
+            checkpoints.close()
 
 
 def find_checkpoint(path: str, field: str = "path", algorithms: tuple[str, ...] = ()) -> RunCheckpoint:
@@ -183,12 +192,15 @@ def _choose(checkpoints: Checkpoints, wanted: str, path: str, field: str) -> int
     steps = checkpoints.steps()
     if not steps:
         raise UserError(f"{option(field)} is {path!r}, which has no checkpoint yet; wait for one, or give another run")
-    if wanted == "latest":
-        return steps[-1]
-    best = checkpoints.best_step()
-    if wanted == "best" and best is not None:
-        return best
+    if wanted in ("latest", "best"):
+        sound = checkpoints.latest_sound("params") if wanted == "latest" else checkpoints.best_sound("params")
+        if sound is None:
+            raise UserError(f"{option(field)} is {path!r}, all of whose checkpoints are damaged; give another run")
+        return sound
     if wanted.isdecimal() and int(wanted) in steps:
+        damage = checkpoints.damage(int(wanted), "params")
+        if damage is not None:
+            raise UserError(f"{option(field)} is {path!r}, which is damaged ({damage}); give another checkpoint or run")
         return int(wanted)
     known = ", ".join(str(step) for step in steps)
     raise UserError(f"{option(field)} is {path!r}, but the checkpoints of that run are {known}, and best")

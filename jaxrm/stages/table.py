@@ -6,8 +6,11 @@ from typing import Any
 
 import jax
 
+from jaxrm.errors import StorageError, UserError
 from jaxrm.runtime import run_lock
+from jaxrm.runtime.checkpoint import advice
 from jaxrm.runtime.run_record import note_end
+from jaxrm.runtime.storage import failure_of
 from jaxrm.stage_config import STAGES
 from jaxrm.stages.inspection import Inspection
 
@@ -25,12 +28,22 @@ def run_stage(config: Any) -> int:
 
     Raises:
       UserError: for what the user can mend.
+      StorageError: the disk refused a file.
     """
-    with run_lock.given_back():
-        status = importlib.import_module(module_of(config)).run(config)
-        if status == 0 and jax.process_index() == 0:
-            note_end(Path(config.run_dir).expanduser())
-        return status
+    folder = Path(config.run_dir).expanduser()
+    try:
+        with run_lock.given_back():
+            status = importlib.import_module(module_of(config)).run(config)
+            if status == 0 and jax.process_index() == 0:
+                note_end(folder)
+            return status
+    except (StorageError, UserError):
+        raise
+    except Exception as error:
+        reason = failure_of(error)
+        if reason is None:
+            raise
+        raise StorageError(f"the run stopped ({reason}); {advice(folder / 'checkpoints')}") from error
 
 
 def inspect_stage(config: Any) -> Inspection:

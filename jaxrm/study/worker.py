@@ -20,7 +20,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from jaxrm.errors import UserError
+from jaxrm.config.quiet import silence_libraries
+from jaxrm.errors import StorageError, UserError
 
 
 def main(arguments: list[str]) -> int:
@@ -52,21 +53,22 @@ def _execute(task: dict[str, Any]) -> dict[str, Any]:
         except UserError as error:
             print(f"jaxrm: {error}")
             return {"status": 2, "error": str(error)}
+        except StorageError as error:
+            print(f"jaxrm: {error}")
+            return {"status": 74, "error": str(error)}
         except Exception as error:  # recorded by the study, which continues with the other runs
             traceback.print_exc(file=file)
             return {"status": 1, "error": f"{type(error).__name__}: {error}"}
 
 
 def _run(experiment: dict[str, Any]) -> int:
-    import logging
-
     import jax
 
     from jaxrm.runtime import run_lock
     from jaxrm.stage_config import read_stage
     from jaxrm.stages.table import run_stage
 
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    silence_libraries()
     config = read_stage(experiment)
     # The worker of a study that was killed saves what it is at, and ends a moment later.
     run_lock.wait_until_free(Path(config.run_dir), seconds=60.0)

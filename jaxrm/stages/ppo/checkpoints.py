@@ -61,15 +61,17 @@ def restore(learner: Learner, checkpoints: Checkpoints, data: PPOData, key: jax.
     Raises:
       UserError: where the data are not those of the checkpoint.
     """
-    latest = checkpoints.steps()[-1]
-    progress = checkpoints.progress(latest)
-    if progress["data"] != data.fingerprint:
-        raise UserError(
-            f"prompts, SFT policy or reward model are no longer those that {checkpoints.folder / str(latest)} was "
-            f"trained with ({progress['data']}, now {data.fingerprint}), so it cannot be continued as it was; give the "
-            f"same ones, or put the run aside with {flag('on_existing')}=restart"
-        )
-    arrays = checkpoints.restore(latest, saved_arrays(learner.abstract, learner.networks))
+
+    def check_progress(step: int, progress: dict[str, Any]) -> None:
+        if progress["data"] != data.fingerprint:
+            raise UserError(
+                f"prompts, SFT policy or reward model are no longer those that {checkpoints.folder / str(step)} was "
+                f"trained with ({progress['data']}, now {data.fingerprint}), so it cannot be continued as it was; give "
+                f"the same ones, or put the run aside with {flag('on_existing')}=restart"
+            )
+
+    abstract_arrays = saved_arrays(learner.abstract, learner.networks)
+    latest, progress, arrays = checkpoints.restore_latest(abstract_arrays, check_progress)
     data.set_state(progress)
     config = learner.config.ppo
     return _restored(arrays, latest * config.num_epochs * config.num_minibatches, learner.abstract, key)

@@ -164,16 +164,17 @@ def restore(
     Raises:
       UserError: where the data are not those of the checkpoint.
     """
-    latest = checkpoints.steps()[-1]
-    progress = checkpoints.progress(latest)
-    if progress["data"] != data_fingerprint:
-        raise UserError(
-            f"{option('data.path')} no longer gives the examples that {checkpoints.folder / str(latest)} was "
-            f"trained on, so "
-            "its position in them means nothing; give the same data and tokenizer, or put the run aside with "
-            f"{flag('on_existing')}=restart"
-        )
-    arrays = checkpoints.restore(latest, {"params": abstract.params, "opt_state": abstract.opt_state})
+
+    def check_progress(step: int, progress: dict[str, Any]) -> None:
+        if progress["data"] != data_fingerprint:
+            raise UserError(
+                f"{option('data.path')} no longer gives the examples that {checkpoints.folder / str(step)} was trained "
+                "on, so its position in them means nothing; give the same data and tokenizer, or put the run aside "
+                f"with {flag('on_existing')}=restart"
+            )
+
+    abstract_arrays = {"params": abstract.params, "opt_state": abstract.opt_state}
+    latest, progress, arrays = checkpoints.restore_latest(abstract_arrays, check_progress)
     loader.set_state(progress["loader"])
     # Through jit, since device_put refuses a sharding over the devices of other processes.
     place = jax.jit(lambda *scalars: scalars, out_shardings=(abstract.step.sharding, abstract.key.sharding))
