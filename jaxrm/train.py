@@ -11,9 +11,10 @@ steps, memory, what is missing for later stages. --html=FILE writes the same as 
 On several hosts, start the same command on each. SLURM steps and GKE are recognized, and launch/ starts TPU VM pods.
 Elsewhere give --coordinator=HOST:PORT --num_processes=N --process_id=I, where HOST is that of process 0.
 
-Exit status: 0 done; 1 some runs of a study failed; 2 invalid input, explained in one line; 75 stopped (SIGTERM, Ctrl-C)
-and nothing lost: the same command continues; 76 another process of the job was lost: start all of them again; 77
-another launch took the folder over, since this process gave no sign of life; 130 Ctrl-C twice.
+Exit status: 0 done; 1 some runs of a study failed; 2 invalid input, explained in one line; 74 the disk refused a file,
+and one line says what is saved; 75 stopped (SIGTERM, Ctrl-C) and nothing lost: the same command continues; 76 another
+process of the job was lost: start all of them again; 77 another launch took the folder over, since this process gave no
+sign of life; 130 Ctrl-C twice.
 """
 
 import os

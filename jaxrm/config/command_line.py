@@ -11,6 +11,7 @@ Exit status: what ``main`` returns (0 for None), 2 for a user's mistake, 74 for 
 Ctrl-C.
 """
 
+import contextlib
 import os
 import re
 import sys
@@ -23,14 +24,16 @@ from absl import flags
 from jaxrm.config import dicts
 from jaxrm.config import fields as config_fields
 from jaxrm.config.files import load_config_file
-from jaxrm.config.quiet import silence_libraries
+from jaxrm.config.quiet import silence_libraries, silence_shutdown
 from jaxrm.errors import StorageError, UserError, naming
+from jaxrm.storage import failure_of
 
 Config = TypeVar("Config")
 
 EXIT_USER_ERROR = 2
 EXIT_STORAGE = 74
 EXIT_INTERRUPTED = 130
+EXIT_BROKEN_PIPE = 141
 _HELP = {"--help", "-help", "-h", "--helpfull", "--helpshort"}
 
 
@@ -83,7 +86,16 @@ def run(
     except UserError as error:
         return _say(f"error: {error}", EXIT_USER_ERROR)
     except StorageError as error:
+        silence_shutdown()
         return _say(f"error: {error}", EXIT_STORAGE)
+    except BrokenPipeError:  # the reader of our output, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return EXIT_BROKEN_PIPE
+    except OSError as error:
+        reason = failure_of(error)
+        if reason is None:
+            raise
+        return _say(f"error: {reason}; mend that or make room, and give the same command again", EXIT_STORAGE)
     except KeyboardInterrupt:
         return _say("interrupted", EXIT_INTERRUPTED)
 
@@ -109,7 +121,8 @@ def check_output_file(flag: str, path: str, example: str) -> Path:
 
 
 def _say(message: str, status: int) -> int:
-    print(f"jaxrm: {' '.join(message.splitlines())}", file=sys.stderr)
+    with contextlib.suppress(OSError):  # stderr may be a file on the disk that is full
+        print(f"jaxrm: {' '.join(message.splitlines())}", file=sys.stderr)
     return status
 
 

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import json
 import math
+import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -16,10 +17,11 @@ from jaxrm.config.fields import at_least, bounded, check
 from jaxrm.errors import StorageError, UserError, flag
 from jaxrm.runtime import checksums
 from jaxrm.runtime.preemption import agree
-from jaxrm.runtime.storage import failure_of
+from jaxrm.storage import failure_of
 
 DAMAGED = "damaged"
 """Folder of a run that damaged checkpoints are put into."""
+_UNFINISHED = "*.orbax-checkpoint-tmp*"
 _DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError)  # what reading spoiled files raises
 
 
@@ -91,12 +93,12 @@ class Checkpoints:
             lightweight_initialize=read_only,  # the same: Orbax would not open a folder with a damaged score
             create=not read_only,
             save_interval_steps=0 if read_only else 1,
-            cleanup_tmp_directories=not read_only,
             async_options=ocp.AsyncOptions(post_finalization_callback=self._write_checksums),
         )
         self._args = ocp.args
         with self._disk():
             if not read_only:
+                self._remove_unfinished()
                 self._put_aside(self._without_score())
             self._manager = ocp.CheckpointManager(self.folder, options=options)
 
@@ -236,8 +238,14 @@ class Checkpoints:
 
     def _write_checksums(self) -> None:
         """Called by Orbax, in the background, when the files of a checkpoint are there but not its name."""
-        for unfinished in self.folder.glob("*.orbax-checkpoint-tmp*"):
+        for unfinished in self.folder.glob(_UNFINISHED):
             checksums.write_checksums(unfinished)
+
+    def _remove_unfinished(self) -> None:
+        """Remove what a run that was stopped has begun to write; the lock of the folder is this job's."""
+        if jax.process_index() == 0:
+            for unfinished in self.folder.glob(_UNFINISHED):
+                shutil.rmtree(unfinished, ignore_errors=True)
 
     def _without_score(self) -> dict[int, str]:
         """Checkpoints whose score cannot be read, by step: Orbax would not open a folder that has one."""

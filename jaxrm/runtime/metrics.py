@@ -24,6 +24,7 @@ from jaxrm.runtime.run_folder import RunFolder
 
 PHASES = ("rollout", "log_probs", "scoring", "update")
 """Phases of a PPO step, each with its time and speed in the row."""
+_FLUSH_SECONDS = 30.0
 WALL_CLOCK = frozenset(
     {"time", "step_seconds", "tokens_per_second", "mfu", "host_memory_gib", "device_memory_gib"}
     | {f"{phase}_{unit}" for phase in PHASES for unit in ("seconds", "tokens_per_second")}
@@ -56,6 +57,42 @@ class LoggingConfig:
             )
 
 
+class TensorBoardWriter:
+    """Writes TensorBoard's event file, in the thread that calls it.
+
+    tensorboardX's own ``SummaryWriter`` has a thread and a queue: when the disk is full the thread ends, and training
+    waits for ever for room in the queue.
+
+    Args:
+      folder: of the event files; a new one is made.
+      purge_step: rows of earlier files from this step on are hidden; None hides none.
+    """
+
+    def __init__(self, folder: Path, *, purge_step: int | None) -> None:
+        from tensorboardX import summary
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+        folder.mkdir(parents=True, exist_ok=True)
+        self._event, self._scalar, self._next_flush = Event, summary.scalar, 0.0
+        self._events = EventsWriter(str(folder / "events"))
+        if purge_step is not None:
+            start = SessionLog(status=SessionLog.START)
+            self._events.write_event(Event(step=purge_step, session_log=start, wall_time=time.time()))
+
+    def write(self, step: int, row: Mapping[str, float], now: float) -> None:
+        """Write one row, of the time ``now`` in seconds."""
+        for name, value in row.items():
+            self._events.write_event(self._event(summary=self._scalar(name, value), step=step, wall_time=now))
+        if now >= self._next_flush:
+            self._events.flush()
+            self._next_flush = now + _FLUSH_SECONDS
+
+    def close(self) -> None:
+        """Finish the file."""
+        self._events.close()
+
+
 class MetricsWriter:
     """Writes rows of plain floats; ``open_metrics`` makes one."""
 
@@ -76,8 +113,7 @@ class MetricsWriter:
             self._file.write(json_line({"step": step, **row, "time": round(now, 3)}))
             self._file.flush()
         if self._tensorboard is not None:
-            for name, value in row.items():
-                self._tensorboard.add_scalar(name, value, step, walltime=now)
+            self._tensorboard.write(step, row, now)
         if self._wandb_run is not None:
             self._wandb_run.log(row, step=step)
 
@@ -115,10 +151,8 @@ def open_metrics(
     remove_rows_after(folder.metrics, keep)
     tensorboard = None
     if config.tensorboard and importlib.util.find_spec("tensorboardX") is not None:
-        from tensorboardX import SummaryWriter
-
-        # purge_step makes TensorBoard forget the removed rows too
-        tensorboard = SummaryWriter(str(folder.tensorboard), purge_step=keep + 1 if folder.resumed else None)
+        # TensorBoard forgets the removed rows too
+        tensorboard = TensorBoardWriter(folder.tensorboard, purge_step=keep + 1 if folder.resumed else None)
     wandb_run = None
     if config.wandb_project is not None:
         import wandb

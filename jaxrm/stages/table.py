@@ -10,9 +10,9 @@ from jaxrm.errors import StorageError, UserError
 from jaxrm.runtime import run_lock
 from jaxrm.runtime.checkpoint import advice
 from jaxrm.runtime.run_record import note_end
-from jaxrm.runtime.storage import failure_of
 from jaxrm.stage_config import STAGES
 from jaxrm.stages.inspection import Inspection
+from jaxrm.storage import failure_of
 
 
 def module_of(config: Any) -> str:

@@ -23,7 +23,7 @@ _CODES = (
     errno.ENFILE,
     errno.ENAMETOOLONG,
 )
-_IN_TEXT = re.compile(r"OS error (\d+)|\[Errno (\d+)\]")
+_IN_TEXT = re.compile(r"os_error_code='(\d+)'|\[Errno (\d+)\]")  # of tensorstore, and of an OSError as text
 
 
 def failure_of(error: BaseException) -> str | None:
