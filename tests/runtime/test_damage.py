@@ -97,7 +97,7 @@ def test_an_emptied_file_is_named(folder, name, reason, capsys):
     assert f"/3 is damaged ({reason}" in capsys.readouterr().err
 
 
-def test_a_reader_passes_over_what_it_would_read_and_moves_nothing(folder, capsys):
+def test_a_reader_passes_damage_over_and_moves_nothing(folder, capsys):
     flip(largest(folder, WEIGHTS.replace("3/", "2/")))
     flip(folder / "3/opt_state/manifest.ocdbt")
     checkpoints = Checkpoints(folder, read_only=True)
