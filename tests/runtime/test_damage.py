@@ -110,7 +110,7 @@ def test_a_reader_passes_damage_over_and_moves_nothing(folder, capsys):
     assert sorted(path.name for path in folder.iterdir()) == ["1", "2", "3"]
 
 
-def test_where_all_are_damaged_one_line_says_so_and_nothing_moves(folder):
+def test_where_all_are_damaged_one_line_says_so(folder):
     for step in "123":
         (folder / step / "progress/metadata").unlink()
     with pytest.raises(UserError) as caught:
