@@ -6,8 +6,10 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from jaxrm.data.tokenizer_conversion import from_gguf, from_sentencepiece
+from jaxrm.data.tokenizer_conversion import from_sentencepiece
+from jaxrm.data.tokenizer_gguf import from_gguf
 from jaxrm.errors import UserError, flag
+from jaxrm.gguf_file import gguf_parts, models_in
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -31,7 +33,7 @@ def load_tokenizer(path: str) -> "PreTrainedTokenizerBase":
     location = Path(path).expanduser()
     try:
         if location.is_file() and location.suffix == ".gguf":
-            return from_gguf(location)
+            return from_gguf(gguf_parts(location)[0])
         if location.is_file() and location.suffix == ".model":
             return from_sentencepiece(location)
         if location.is_dir():
@@ -214,7 +216,7 @@ def _from_folder(folder: Path) -> "PreTrainedTokenizerBase":
         return from_sentencepiece(folder / "tokenizer.model")
     if any((folder / name).is_file() for name in _FILES):
         return _from_transformers(str(folder))
-    gguf_files = sorted(folder.glob("*.gguf"))
+    gguf_files = models_in(folder)
     if len(gguf_files) == 1:
         return from_gguf(gguf_files[0])
     names = ", ".join(file.name for file in gguf_files)

@@ -121,3 +121,16 @@ def test_padding_without_a_row_is_read_as_another_id(published, small, tokenizer
     padded.save_pretrained(str(tmp_path))
     with pytest.raises(UserError, match=r"has 'typed' with id 513, but the model's vocabulary holds 512 tokens"):
         load_policy(str(published), mesh=mesh, tokenizer=str(tmp_path))
+
+
+def test_a_missing_template_is_refused_before_weights_are_read(published, tokenizer, mesh, tmp_path, monkeypatch):
+    """Those of a GGUF file take minutes."""
+    import copy
+
+    bare = copy.deepcopy(tokenizer)
+    bare.chat_template = None
+    bare.save_pretrained(str(tmp_path))
+    monkeypatch.setattr(build, "init_params", lambda *_: pytest.fail("weights were read"))
+    for load in (load_policy, load_reward_model):
+        with pytest.raises(UserError, match=r"has no chat template; name one of .*, e.g. template=hh"):
+            load(str(published), mesh=mesh, tokenizer=str(tmp_path))

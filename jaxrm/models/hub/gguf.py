@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from jaxrm.errors import UserError
+from jaxrm.gguf_file import gguf_parts, open_reader
 from jaxrm.models.config import ModelConfig, RopeScaling, alternating
 from jaxrm.models.hub.safetensors_file import StoredTensor
 
@@ -48,13 +49,29 @@ _LAYER_POST_NORMS = _LAYER | {
 }
 
 
-def _read(file: Path) -> Any:
-    import gguf
+class _Model:
+    """What the files of one model hold: the metadata of the first, the tensors of all."""
 
-    try:
-        return gguf.GGUFReader(file)
-    except (ValueError, KeyError, IndexError, OSError) as error:
-        raise UserError(f"{file} is not a GGUF file, or is cut short ({error}); fetch it again") from error
+    def __init__(self, file: Path) -> None:
+        parts = gguf_parts(file)
+        readers = [open_reader(part) for part in parts]
+        self.get_field = readers[0].get_field
+        self.tensors = [tensor for reader in readers for tensor in reader.tensors]
+        for i, (part, reader) in enumerate(zip(parts, readers, strict=True)):
+            number = _whole(reader.get_field("split.no"), i)
+            count = _whole(reader.get_field("split.count"), len(parts))
+            if max(count, 1) != len(parts) or number != i:
+                raise UserError(
+                    f"{part} is part {number + 1} of {count} of a model; give the parts the names that they were "
+                    f"published with, NAME-00001-of-{count:05d}.gguf and so on, or join them: llama-gguf-split --merge"
+                )
+        total = _whole(readers[0].get_field("split.tensors.count"), len(self.tensors))
+        if total != len(self.tensors):
+            raise UserError(f"{file} and its other parts hold {len(self.tensors)} tensors of {total}; fetch them again")
+
+
+def _whole(field: Any, default: int) -> int:
+    return default if field is None else int(field.contents())
 
 
 class _Metadata:
@@ -89,7 +106,7 @@ def gguf_model_config(file: Path) -> ModelConfig:
     Raises:
       UserError: if the architecture, or something that the file asks for, is not supported.
     """
-    reader = _read(file)
+    reader = _Model(file)
     meta = _Metadata(file, reader)
     family = _FAMILIES[meta.architecture]
     tensors = {tensor.name: tensor for tensor in reader.tensors}
@@ -204,7 +221,7 @@ def open_gguf(file: Path, config: ModelConfig) -> dict[str, StoredTensor]:
     Raises:
       UserError: if the file cannot be read.
     """
-    reader = _read(file)
+    reader = _Model(file)
     _Metadata(file, reader)  # refuses other architectures
     layer_names = _LAYER_POST_NORMS if config.post_norms else _LAYER
     stored = {}

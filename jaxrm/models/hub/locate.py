@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxrm.errors import UserError, flag, option
+from jaxrm.gguf_file import gguf_parts, models_in
 
 _HUB_NAME = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 _CONFIG_FILES = ["config.json", "generation_config.json"]
@@ -43,7 +44,7 @@ def locate(path: str, *, config_only: bool = False) -> Path:
         return _in_folder(local)
     if local.is_file():
         if local.suffix == ".gguf":
-            return local
+            return gguf_parts(local)[0]
         raise UserError(
             f"{option('model.path')} is {path!r}, which is a file; give the folder that holds config.json, or a .gguf "
             f"file, e.g. {flag('model.path')}={local.parent}"
@@ -59,12 +60,15 @@ def locate(path: str, *, config_only: bool = False) -> Path:
 def _in_folder(folder: Path) -> Path:
     if (folder / "config.json").is_file():
         return folder
-    ggufs = sorted(folder.glob("*.gguf"))
+    ggufs = models_in(folder)
     if len(ggufs) == 1:
         return ggufs[0]
     if ggufs:
         names = ", ".join(file.name for file in ggufs)
-        raise UserError(f"{folder} holds {len(ggufs)} .gguf files ({names}); give the path of one of them")
+        raise UserError(
+            f"{folder} holds {len(ggufs)} .gguf files ({names}); give the path of one of them, e.g. "
+            f"{flag('model.path')}={ggufs[0]}"
+        )
     raise UserError(f"{folder} has no config.json; a model folder needs config.json and .safetensors files")
 
 
