@@ -17,6 +17,7 @@ from jaxrm.config import command_line
 from jaxrm.errors import UserError
 
 FLAG_OF_FIELD = {"path": "--checkpoint", "model.path": "--weights", "data.tokenizer": "--tokenizer"}
+FLAG_OF_FIELD |= {"data.template": "--template"}
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -25,6 +26,7 @@ def define_flags(values: flags.FlagValues) -> None:
     text("checkpoint", None, "folder of a run, or RUN_DIR/checkpoints/STEP (or /best)", flag_values=values)
     text("weights", None, "published weights instead (a GGUF file becomes safetensors)", flag_values=values)
     text("tokenizer", None, "with --weights: tokenizer, if it is not beside them", flag_values=values)
+    text("template", None, "with --weights: chat template to carry, if not the tokenizer's own", flag_values=values)
     text("output", None, "folder to make", flag_values=values)
     dtypes = ["float32", "bfloat16", "float16"]
     flags.DEFINE_enum("dtype", "float32", dtypes, "of the exported tensors", flag_values=values)
@@ -38,8 +40,9 @@ def main(_: None, given: flags.FlagValues) -> int:
         raise UserError("--output is missing; give the folder to make, e.g. --output=exported/model")
     if (given.checkpoint is None) == (given.weights is None):
         raise UserError("give one of --checkpoint=RUN_DIR and --weights=MODEL")
-    if given.checkpoint is not None and given.tokenizer is not None:
-        raise UserError("--tokenizer goes with --weights; a run has its own, so leave it out with --checkpoint")
+    for name in ("tokenizer", "template"):
+        if given.checkpoint is not None and given[name].value is not None:
+            raise UserError(f"--{name} goes with --weights; a run has its own, so leave it out with --checkpoint")
 
     from jaxrm.data.exported_template import set_exported_template
     from jaxrm.data.tokenizer import pad_apart_from
@@ -51,8 +54,9 @@ def main(_: None, given: flags.FlagValues) -> int:
     path = check_flags(given.checkpoint, given.weights)
     is_scalar = given.checkpoint is not None and find_checkpoint(path).config.algorithm == "scalar_rm"
     load = load_reward_model if is_scalar else load_policy
-    trained = load(path, mesh=spread_mesh(path), tokenizer=given.tokenizer)
-    set_exported_template(trained.tokenizer, trained.template)
+    trained = load(path, mesh=spread_mesh(path), tokenizer=given.tokenizer, template=given.template)
+    if trained.template != "auto" or given.checkpoint is not None:
+        set_exported_template(trained.tokenizer, trained.template)
     if is_scalar:
         pad_apart_from(trained.tokenizer, trained.model.end_ids(trained.tokenizer, trained.template))
     folder = export_model(
