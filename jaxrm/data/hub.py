@@ -32,12 +32,20 @@ def hub_rows(place: Place, split: str, revision: str | None) -> Iterator[RawReco
     try:
         rows = datasets.load_dataset(repository, configuration or None, data_dir=folder or None, split=split, **pinned)
     except Exception as error:  # datasets raises whatever its storage, parsers and the network raise
-        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise UserError(
             _message(place, split, reason, f"{repository}/{configuration or folder or 'FOLDER'}")
         ) from error
-    for index, row in enumerate(rows):
-        yield f"{name}[{split}]:{index}", row
+    index = -1
+    try:
+        for index, row in enumerate(rows):
+            yield f"{name}[{split}]:{index}", row
+    except Exception as error:  # a column of images or sounds is decoded as it is read
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise UserError(
+            f"{option(place.field)} {place.path!r} cannot be read behind record {index}: {reason}; write its text to a "
+            f"file, e.g. {flag(place.field)}=pairs.jsonl"
+        ) from error
 
 
 def _message(place: Place, split: str, reason: str, folder: str) -> str:
@@ -55,7 +63,8 @@ def _message(place: Place, split: str, reason: str, folder: str) -> str:
             f"{flag(place.split_field)}={first}"
         )
     if "onfig name is missing" in reason:
-        return f"{where} has several configurations ({reason}); name one, e.g. {use}={place.path}:NAME"
+        names = re.findall(r"['\"]([\w.-]+)['\"]", reason) or ["NAME"]
+        return f"{where} has several configurations ({reason}); name one, e.g. {use}={place.path}:{names[0]}"
     return (
         f"{where} is no file or folder here, and as a data set of the hub (split {split!r}) it could not be had: "
         f"{reason}; check the name and the network, or give a file, e.g. {use}=pairs.jsonl"

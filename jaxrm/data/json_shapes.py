@@ -50,8 +50,8 @@ def is_lines(probe: bytes, *, is_all: bool) -> bool:
         is_value = not is_all and error.pos > len(text) // 2  # the end of the probe breaks it off
     except (ValueError, RecursionError):
         is_value = False
-    is_list = text.startswith("[")
-    return not is_value and (not is_list or any(isinstance(decode(line.encode()), dict) for line in lines[:100]))
+    has_records = any(isinstance(decode(line.encode()), dict) for line in lines[:100])
+    return not is_value and (text.startswith("{") or has_records)
 
 
 def value_rows(chunks: Iterator[str], name: str, place: Place, limits: tuple[int, int]) -> Iterator[tuple[str, Any]]:

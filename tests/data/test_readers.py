@@ -349,3 +349,53 @@ def test_the_data_path_needs_no_jax_torch_grain_or_datasets():
     code += "print([m for m in ('jax', 'torch', 'grain', 'datasets', 'transformers', 'pyarrow') if m in sys.modules])"
     fresh = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert fresh.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("path", "error", "message"),
+    [
+        (
+            "openai/summarize_from_feedback:comparisons",
+            RuntimeError("Dataset scripts are no longer supported, but found summarize_from_feedback.py"),
+            "is made by a loading script, .* e.g. --config.data.path=openai/summarize_from_feedback/comparisons "
+            "--config.data.revision=refs/convert/parquet, or its files, e.g. --config.data.path=pairs.jsonl",
+        ),
+        (
+            "org/data",
+            ValueError("Unknown split \"train\". Should be one of ['validation', 'test']."),
+            "has no split 'train', but 'validation', 'test'; .* e.g. --config.data.split=validation",
+        ),
+        (
+            "org/data",
+            ValueError("Config name is missing.\nPlease pick one among the available configs: ['a', 'b']"),
+            r"has several configurations .*\['a', 'b'\].* e.g. --config.data.path=org/data:a$",
+        ),
+    ],
+)
+def test_what_the_hub_refuses_says_what_to_give_instead(monkeypatch, path, error, message):
+    datasets = pytest.importorskip("datasets")
+
+    def load_dataset(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(UserError, match=message) as refusal:
+        read(path)
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_revision_is_handed_to_the_hub(monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    asked = []
+
+    def load_dataset(*args, **kwargs):
+        asked.append(kwargs)
+        rows = [{**row, "prompt": f"{kwargs['split']} {row['prompt']}"} for row in ROWS]
+        return datasets.Dataset.from_list(rows)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    train, _ = read("org/data", revision="1.0", eval_split="test")
+    assert [(call["split"], call["revision"]) for call in asked] == [("test", "1.0"), ("train", "1.0")]
+    assert len(train) == 40
+    with pytest.raises(UserError, match="would be trained on and held out"):
+        read("org/data", eval_split="train")
