@@ -64,7 +64,9 @@ def file_rows(file: DataFile, place: Place) -> Iterator[RawRecord]:
         else:
             yield from _text_rows(file, place, _compression(file, head))
     except _DAMAGE as error:  # gzip.BadGzipFile is an OSError
-        raise UserError(f"{file.path} cannot be read to its end ({error}); fetch or write it again") from error
+        raise UserError(
+            f"{file.path} cannot be read to its end ({one_line(error)}); fetch or write it again"
+        ) from error
 
 
 def import_module(module: str, purpose: str) -> Any:
@@ -73,6 +75,11 @@ def import_module(module: str, purpose: str) -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         raise UserError(f"{module} is needed to {purpose}, but is not installed; pip install datasets") from error
+
+
+def one_line(error: BaseException) -> str:
+    """What an error of a library says, as a part of a line."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def _head(file: DataFile) -> bytes:
@@ -234,7 +241,9 @@ def _arrow_errors(file: DataFile) -> Iterator[None]:
     except (pyarrow.ArrowException, ValueError, OverflowError, TypeError, KeyError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"{file.path}: not a readable table of columns ({error}); fetch or write it again") from error
+        raise UserError(
+            f"{file.path}: not a readable table of columns ({one_line(error)}); fetch or write it again"
+        ) from error
 
 
 def _batch_rows(batches: Iterator[Any], file: DataFile) -> Iterator[RawRecord]:

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from jaxrm.data.files import RawRecord, import_module
+from jaxrm.data.files import RawRecord, import_module, one_line
 from jaxrm.data.sources import SUFFIXES, Place
 from jaxrm.errors import UserError, flag, option
 
@@ -32,7 +32,7 @@ def hub_rows(place: Place, split: str, revision: str | None) -> Iterator[RawReco
     try:
         rows = datasets.load_dataset(repository, configuration or None, data_dir=folder or None, split=split, **pinned)
     except Exception as error:  # datasets raises whatever its storage, parsers and the network raise
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        reason = one_line(error)
         raise UserError(
             _message(place, split, reason, f"{repository}/{configuration or folder or 'FOLDER'}")
         ) from error
@@ -41,7 +41,7 @@ def hub_rows(place: Place, split: str, revision: str | None) -> Iterator[RawReco
         for index, row in enumerate(rows):
             yield f"{name}[{split}]:{index}", row
     except Exception as error:  # a column of images or sounds is decoded as it is read
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        reason = one_line(error)
         raise UserError(
             f"{option(place.field)} {place.path!r} cannot be read behind record {index}: {reason}; write its text to a "
             f"file, e.g. {flag(place.field)}=pairs.jsonl"
