@@ -94,13 +94,26 @@ def find_cut(prompt: np.ndarray, max_tokens: int, first_id: int | None, points: 
     assert max_tokens >= 1
     if len(prompt) <= max_tokens:
         return Cut(prompt[:0], 0, keeps_head=True)
-    if points is not None:
-        room = max_tokens - len(points.head)
-        start = next((max(a, len(prompt) - room) for a, b in points.spans if b > len(prompt) - room and a < b), None)
-        if start is not None and room > 0:
-            return Cut(points.head, start, keeps_head=points.system is None or points.system >= start)
+    cut = None if points is None else _cut_within_turn(prompt, max_tokens, points)
+    if cut is not None:
+        return cut
     num_bos = int(first_id is not None and prompt[0] == first_id)
     return Cut(prompt[:num_bos], len(prompt) - max_tokens + num_bos, keeps_head=False)
+
+
+def _cut_within_turn(prompt: np.ndarray, max_tokens: int, points: CutPoints) -> Cut | None:
+    """The cut that leaves most and begins within the text of a turn; None where not even the last one's header fits."""
+    system = len(prompt) if points.system is None else points.system
+    previous = 0
+    for start, stop in points.spans:
+        # Mistral writes the system text into the last turn, between its header and its text: there it stays.
+        own_system = prompt[system:start] if previous <= system else prompt[:0]
+        head = np.concatenate([points.head, own_system])
+        first = max(start, len(prompt) - max_tokens + len(head))
+        if first < stop and len(head) < max_tokens:
+            return Cut(head, first, keeps_head=previous <= system)
+        previous = stop
+    return None
 
 
 def cut_prompt(

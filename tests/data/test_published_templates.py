@@ -246,3 +246,28 @@ def test_an_export_keeps_the_templates_that_have_names(tmp_path):
     set_exported_template(tokenizer, "hh")
     assert sorted(tokenizer.chat_template) == ["default", "rag"]
     assert "Human" in tokenizer.chat_template["default"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_cut_prompts_keep_system_text_and_header(family):
+    """Whatever the length: what is left is the head and the end of the dialogue, from within a turn of the user."""
+    tokenizer = published_tokenizer(family)
+    system = () if family == "gemma1" else (SYSTEM,)
+    turns = [Message("user", "river stone " * 9 + "why"), Message("assistant", "good. " * 5)] * 2
+    messages = (*system, *turns, Message("user", "what is the river " * 6))
+    whole = tokenizer.decode(encode_prompt(tokenizer, messages, "auto"))
+    head = whole[: min(whole.index("river stone"), whole.index(SYSTEM.content) if "mistral" in family else 10**6)]
+    response = response_of(family)
+    least = len(tokenizer(head + SYSTEM.content + response)["input_ids"]) + 24  # the header of the response too
+    record = DemonstrationRecord((*messages, Message("assistant", response)), "f:1")
+    for max_length in range(least, len(tokenizer(whole + response)["input_ids"]) + 9, 7):
+        config = DataConfig(path="f", max_length=max_length, max_bad_share=0.0)
+        (example,), report = tokenize_demonstrations([record], tokenizer, config)
+        prompt = tokenizer.decode(example.tokens[~example.loss_mask])
+        assert len(example.tokens) <= max_length
+        assert report.cut_heads == 0
+        assert prompt.startswith(head) and (not system or SYSTEM.content in prompt)
+        rest = prompt.removeprefix(head)
+        if "mistral" in family and rest.startswith(SYSTEM.content):  # there it stands in the last turn
+            rest = rest.removeprefix(f"{SYSTEM.content}\n\n")
+        assert whole.endswith(rest) and (prompt == whole) == (report.cut_prompts == 0)
