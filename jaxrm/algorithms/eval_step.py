@@ -1,6 +1,6 @@
 """Evaluation of a loss on held-out batches."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -18,7 +18,7 @@ def build_eval_step(loss_fn: LossFn, *, params_sharding: Any, batch_sharding: An
     return jax.jit(step, in_shardings=(params_sharding, batch_sharding))
 
 
-def evaluate(eval_step: Callable[[Any, Any], Any], params: Any, batches: Sequence[Any]) -> dict[str, float]:
+def evaluate(eval_step: Callable[[Any, Any], Any], params: Any, batches: Iterable[Any]) -> dict[str, float]:
     """Mean of the loss and of each metric over all batches, each weighted by its own weight.
 
     Args:

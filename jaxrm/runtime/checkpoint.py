@@ -17,6 +17,7 @@ from jaxrm.config.fields import at_least, bounded, check
 from jaxrm.errors import StorageError, UserError, flag
 from jaxrm.runtime import checksums
 from jaxrm.runtime.preemption import agree
+from jaxrm.runtime.preservation import Preservation, SavedStep, read_late_loss, write_late_loss
 from jaxrm.storage import failure_of
 
 DAMAGED = "damaged"
@@ -71,22 +72,16 @@ class Checkpoints:
 
     def __init__(self, folder: Path | str, config: CheckpointConfig | None = None, *, read_only: bool = False):
         import orbax.checkpoint as ocp
-        from orbax.checkpoint import checkpoint_managers as policies
 
         config = config or CheckpointConfig()
+        self._preservation = Preservation(config.keep, config.keep_best)
 
         def score(metrics: dict[str, float]) -> float:
             return metrics["score"]
 
-        keep = policies.AnyPreservationPolicy(
-            [
-                policies.LatestN(config.keep),
-                policies.BestN(get_metric_fn=score, n=config.keep_best, keep_checkpoints_without_metrics=False),
-            ]
-        )
         self.folder = Path(folder).resolve()
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=None if read_only else keep,
+            preservation_policy=None if read_only else self._preservation,
             # Without it Orbax forgets the scores when the folder is opened again; a reader does not need them.
             best_fn=None if read_only else score,
             read_only=read_only,
@@ -102,7 +97,15 @@ class Checkpoints:
                 self._put_aside(self._without_score())
             self._manager = ocp.CheckpointManager(self.folder, options=options)
 
-    def save(self, step: int, arrays: dict[str, Any], progress: dict[str, Any], loss: float | None = None) -> None:
+    def save(
+        self,
+        step: int,
+        arrays: dict[str, Any],
+        progress: dict[str, Any],
+        loss: float | None = None,
+        *,
+        is_passing: bool = False,
+    ) -> None:
         """Start to write the checkpoint of ``step``; returns once the arrays may be donated.
 
         Args:
@@ -110,10 +113,16 @@ class Checkpoints:
           arrays: pytrees by name.
           progress: what JSON can hold, e.g. the loader's position.
           loss: evaluation loss of these parameters, where there is one, to keep the best by.
+          is_passing: whether it is saved only to be continued, where the run was asked to stop. It is never the best,
+            and goes when the next one is saved.
         """
+        loss = None if is_passing else loss
+        for earlier in set(self.steps()) - set(self._preservation.saved):
+            self._preservation.saved[earlier] = self._saved_step(earlier)
+        self._preservation.saved[step] = SavedStep(loss, is_passing)
         trees = {name: self._args.StandardSave(tree) for name, tree in arrays.items()}
         score = {"score": -loss} if loss is not None and math.isfinite(loss) else None
-        record = {"step": step, "loss": loss, **progress}
+        record = {"step": step, "loss": loss, "is_passing": is_passing, **progress}
         args = self._args.Composite(progress=self._args.JsonSave(record), **trees)
         with self._disk():
             self._manager.save(step, args=args, metrics=score)
@@ -124,7 +133,30 @@ class Checkpoints:
 
     def progress(self, step: int) -> dict[str, Any]:
         """The JSON object saved with ``step``, with its ``step`` and evaluation ``loss``."""
-        return self._manager.restore(step, args=self._args.Composite(progress=self._args.JsonRestore())).progress
+        progress = self._manager.restore(step, args=self._args.Composite(progress=self._args.JsonRestore())).progress
+        if progress["loss"] is None:
+            progress["loss"] = read_late_loss(self.folder / str(step))
+        return progress
+
+    def add_loss(self, step: int, loss: float) -> None:
+        """Give a checkpoint the loss that it was saved without; nothing where it has one, or is passing."""
+        if self._saved_step(step) != SavedStep():
+            return
+        with self._disk():
+            if jax.process_index() == 0:
+                write_late_loss(self.folder / str(step), loss)
+            agree(False)  # the others wait until it is done
+            for saved in self.steps():
+                self._preservation.saved[saved] = self._saved_step(saved)
+            for other in set(self.steps()) - self._preservation.kept(self.steps()):
+                self._manager.delete(other)
+
+    def _saved_step(self, step: int) -> SavedStep:
+        try:
+            progress = self.progress(step)
+            return SavedStep(progress["loss"], progress.get("is_passing", False))
+        except _DAMAGE:
+            return SavedStep()
 
     def latest_sound(self, *names: str) -> int | None:
         """The latest step whose checkpoint is not damaged, as far as checksums tell; None where there is none.

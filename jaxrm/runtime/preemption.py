@@ -24,7 +24,6 @@ EXIT_INTERRUPTED = 130
 Item = TypeVar("Item")
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
-_AGREE_EVERY = 8  # items of a loop between two questions to the other processes
 _PATIENCE = 5.0  # seconds in which the main thread ends by itself; it may be in a long compilation
 
 
@@ -49,18 +48,14 @@ class StopRequest:
         self.requested = False
         self.signal_name: str | None = None
         self.has_progress = has_progress
-        self._checks = 0
 
     def check(self) -> None:
-        """Leave what the loop is in the middle of; all processes call it equally often.
+        """Leave what the loop is in the middle of; all processes call it equally often, since they `agree`.
 
         Raises:
           StoppedError: where it was asked to stop.
         """
-        import jax
-
-        self._checks += 1
-        if (self._checks % _AGREE_EVERY == 0 or jax.process_count() == 1) and agree(self.requested):
+        if agree(self.requested):
             raise StoppedError
 
     def checked(self, items: Iterable[Item]) -> Iterator[Item]:

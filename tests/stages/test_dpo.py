@@ -1,6 +1,7 @@
 """The DPO stage on a policy made in a moment: what it keeps of its reference, stopping, bad input."""
 
 import dataclasses
+import contextlib
 import json
 
 import jax
@@ -17,7 +18,7 @@ from jaxrm.models.build import ModelSource
 from jaxrm.models.generate import SamplingConfig
 from jaxrm.runtime.checkpoint import CheckpointConfig
 from jaxrm.runtime.metrics import WALL_CLOCK, LoggingConfig, read_rows
-from jaxrm.runtime.preemption import EXIT_PREEMPTED
+from jaxrm.runtime.preemption import EXIT_PREEMPTED, StopRequest
 from jaxrm.sharding.mesh import MeshConfig, build_mesh
 from jaxrm.stage_config import DPO, POLICIES, JudgedEvaluationConfig
 from jaxrm.stages.dpo import reference as dpo_pairs
@@ -107,24 +108,16 @@ def test_a_continued_run_ends_like_one_that_was_not_stopped(unbroken, config, po
     read, times = dpo.read_reference, []
     monkeypatch.setattr(dpo, "read_reference", lambda *args, **more: times.append(1) or read(*args, **more))
 
-    class StopAt:
-        def __init__(self, step):
-            self.left = step
+    class AfterTheFirstStep(StopRequest):
+        def __init__(self):
+            super().__init__()
+            self.requested = True
 
-        @property
-        def requested(self):
-            self.left -= 1
-            return self.left <= 0
-
-    class Caught:
-        def __enter__(self):
-            return StopAt(1)
-
-        def __exit__(self, *_):
-            return None
+        def checked(self, items):  # the evaluation before it is made
+            return iter(items)
 
     with monkeypatch.context() as patch:
-        patch.setattr(supervised, "catch_signals", Caught)
+        patch.setattr(supervised, "catch_signals", lambda **_: contextlib.nullcontext(AfterTheFirstStep()))
         assert dpo.run(config(tmp_path / "dpo")) == EXIT_PREEMPTED
     assert rows(tmp_path / "dpo")[-1]["step"] < STEPS
     assert dpo.run(config(tmp_path / "dpo")) == 0

@@ -85,6 +85,10 @@ def _checkpoint(folder: Path) -> dict[str, object]:
         elif item.is_dir():
             files = (file for file in item.iterdir() if file.is_file() and file.name != "commit_success.txt")
             parts |= {f"{item.name}/{file.name}": json.loads(file.read_text()) for file in files}
+    late = folder / "late_loss.json"  # of a checkpoint that was saved before it was evaluated
+    if late.exists():
+        parts["progress/metadata"]["loss"] = json.loads(late.read_text())["loss"]  # type: ignore[index]
+    parts.pop("metrics/metrics", None)  # the loss again
     return parts
 
 

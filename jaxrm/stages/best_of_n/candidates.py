@@ -21,7 +21,7 @@ from jaxrm.data.prompts import PromptExample
 from jaxrm.errors import UserError, flag
 from jaxrm.ops.reward_scaling import Calibration
 from jaxrm.runtime.metrics import read_rows, remove_rows_after
-from jaxrm.runtime.preemption import StopRequest, agree, catch_signals
+from jaxrm.runtime.preemption import StoppedError, StopRequest, agree, catch_signals
 from jaxrm.runtime.progress import Progress
 from jaxrm.runtime.run_folder import RunFolder, from_writer
 from jaxrm.stages.best_of_n.report import candidate_rows, lines_of
@@ -59,10 +59,6 @@ class Draws:
     key: jax.Array
 
 
-class _StoppedError(Exception):
-    """Asked to stop in the middle of a batch."""
-
-
 def draw(draws: Draws, first_batch: int) -> bool:
     """Draw the batches from ``first_batch`` on, each into ``candidates.jsonl``.
 
@@ -78,7 +74,7 @@ def draw(draws: Draws, first_batch: int) -> bool:
     total, done = num_batches * batch_size * n, first_batch * batch_size * n
     with (
         Progress("best of n", total, unit="responses", done=done, enabled=draws.stage.show_progress) as progress,
-        catch_signals() as stop,
+        catch_signals(has_progress=False) as stop,  # every batch that is done is written
     ):
         for number in range(first_batch, num_batches):
             if agree(stop.requested):
@@ -86,7 +82,7 @@ def draw(draws: Draws, first_batch: int) -> bool:
             examples = draws.examples[number * batch_size : (number + 1) * batch_size]
             try:
                 best = _draw_batch(draws, number, examples, stop, progress)
-            except _StoppedError:
+            except StoppedError:
                 return False
             rewards = best.candidate_rewards[: len(examples)]
             if not all(map(math.isfinite, rewards.ravel().tolist())):
@@ -162,8 +158,7 @@ def _rows(stage: Stage, number: int, examples: Sequence[PromptExample], best: Be
 
 def _watch(stop: StopRequest, progress: Progress, before: int, batch_size: int, num_draws: int) -> None:
     progress.update(before + num_draws * batch_size)
-    if stop.requested and jax.process_count() == 1:  # several must stop together, between batches
-        raise _StoppedError
+    stop.check()
 
 
 def _append(path: Path, lines: str) -> None:

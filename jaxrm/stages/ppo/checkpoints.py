@@ -31,7 +31,14 @@ def saved_arrays(state: PPOState, networks: Networks) -> dict[str, Any]:
 
 
 def save(
-    checkpoints: Checkpoints, step: int, state: PPOState, networks: Networks, data: PPOData, eval_reward: float | None
+    checkpoints: Checkpoints,
+    step: int,
+    state: PPOState,
+    networks: Networks,
+    data: PPOData,
+    eval_reward: float | None,
+    *,
+    is_passing: bool,
 ) -> None:
     """Save a state, unless its step has been saved already.
 
@@ -42,11 +49,12 @@ def save(
       networks: that its parameters belong to.
       data: at the position that belongs to the state.
       eval_reward: held-out reward of the state, by which the best checkpoint is chosen; None where it has none.
+      is_passing: whether it is saved only to be continued.
     """
     if step not in checkpoints.steps():
         loss = None if eval_reward is None else -eval_reward
         progress = {**data.get_state(), "data": data.fingerprint}
-        checkpoints.save(step, saved_arrays(state, networks), progress, loss)
+        checkpoints.save(step, saved_arrays(state, networks), progress, loss, is_passing=is_passing)
 
 
 def restore(learner: Learner, checkpoints: Checkpoints, data: PPOData, key: jax.Array) -> PPOState:

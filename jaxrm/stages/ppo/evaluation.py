@@ -17,7 +17,7 @@ from jaxrm.data.prompts import PromptExample, transcript
 from jaxrm.data.tokenizer import token_texts
 from jaxrm.inference.sampler import response_text
 from jaxrm.runtime.metrics import append_row, read_rows
-from jaxrm.runtime.preemption import StopRequest
+from jaxrm.runtime.preemption import StoppedError, StopRequest
 from jaxrm.runtime.run_folder import RunFolder
 from jaxrm.stages.inputs.prompts import PlacedPrompts
 from jaxrm.stages.ppo.learner import Learner
@@ -63,8 +63,9 @@ class PolicyEvaluation:
           (tokens), ``eval_ended`` (share with an end token). None where it was asked to stop before it was done; it has
           written nothing then.
         """
-        responses = self._sample(state, stop)
-        if responses is None:
+        try:
+            responses = self._sample(state, stop)
+        except StoppedError:
             return None
         ids = zip(responses.tokens, responses.mask, strict=True)
         texts = [response_text(self.tokenizer, self.learner.end_ids, tokens[mask]) for tokens, mask in ids]
@@ -73,15 +74,17 @@ class PolicyEvaluation:
             self._write_samples(step, responses, texts, scores)
         return metrics
 
-    def _sample(self, state: PPOState, stop: StopRequest) -> "_Responses | None":
-        """One response to each prompt, with log-probs and rewards; None where it was asked to stop."""
+    def _sample(self, state: PPOState, stop: StopRequest) -> "_Responses":
+        """One response to each prompt, with log-probs and rewards.
+
+        Raises:
+          StoppedError: where it was asked to stop.
+        """
         replicate = _replicate(self.learner.mesh)
         decoder_params = self.learner.networks.decoder_params(state.policy.params)
         critic_params = None if state.critic is None else state.critic.params
         batches: list[tuple[ResponseBatch, TokenLogProbs, TokenRewards]] = []
-        for number, (prompts, mask) in enumerate(self.batches):
-            if stop.requested and jax.process_count() == 1:  # several processes agree at the end of a step
-                return None
+        for number, (prompts, mask) in enumerate(stop.checked(self.batches)):
             key = jax.random.fold_in(self.key, number)
             batch = self.programs.rollout(decoder_params, prompts, mask, key)
             token_log_probs = self.programs.log_probs(state.policy.params, critic_params, self.reference_params, batch)

@@ -62,9 +62,14 @@ class PPORun:
     reporter: Reporter
     stop: StopRequest
 
+    def is_saving(self, step: int) -> bool:
+        """Whether a step has a checkpoint also where nobody asks for it."""
+        return step == self.learner.num_steps or step % self.learner.config.checkpoint.every == 0
+
     def save(self, step: int, state: PPOState, eval_reward: float | None) -> None:
         """Save a state, unless its step has been saved already."""
-        save(self.checkpoints, step, state, self.learner.networks, self.data, eval_reward)
+        is_passing = step == 0 or not self.is_saving(step)
+        save(self.checkpoints, step, state, self.learner.networks, self.data, eval_reward, is_passing=is_passing)
 
     def rewind(self, step: int, state: PPOState, eval_reward: float | None, position: dict[str, Any]) -> None:
         """Drop the step after ``step``, which was begun from ``position`` of the data, and save the state before it."""
@@ -94,7 +99,10 @@ def fit(run: PPORun, state: PPOState, key: jax.Array, *, evaluation_pending: boo
     if step == 0 or evaluation_pending:
         eval_reward = _evaluate(run, step, state)
         evaluation_pending = eval_reward is None
-    while step < num_steps and not evaluation_pending:
+        if eval_reward is not None and step > 0:
+            run.checkpoints.add_loss(step, -eval_reward)
+    is_stopping = evaluation_pending
+    while step < num_steps and not is_stopping:
         clock, position = _Clock(), run.data.get_state()
         step_key, order_key = jax.random.split(jax.random.fold_in(key, step))
         try:
@@ -104,6 +112,7 @@ def fit(run: PPORun, state: PPOState, key: jax.Array, *, evaluation_pending: boo
             raise
         if collected is None:
             run.rewind(step, state, eval_reward, position)
+            is_stopping = True
             break
         rollout, feedback, metrics = collected
         if not math.isfinite(metrics["reward"]):
@@ -114,6 +123,7 @@ def fit(run: PPORun, state: PPOState, key: jax.Array, *, evaluation_pending: boo
         )
         state = dataclasses.replace(state, feedback=feedback)
         step += 1
+        run.stop.has_progress = True
 
         metrics |= _averaged(jax.device_get(updates))
         _check_finite(step, metrics, run.checkpoints)
@@ -121,14 +131,12 @@ def fit(run: PPORun, state: PPOState, key: jax.Array, *, evaluation_pending: boo
         is_last, eval_reward = step == num_steps, None
         if is_last or step % config.evaluation.every == 0:
             eval_reward = _evaluate(run, step, state)
-            evaluation_pending = eval_reward is None  # the same command makes it good
-        is_stopping = agree(run.stop.requested)
-        if is_last or step % config.checkpoint.every == 0 or is_stopping:
+            is_stopping = eval_reward is None  # the same command evaluates
+        is_stopping = is_stopping or agree(run.stop.requested)
+        if run.is_saving(step) or is_stopping:
             run.save(step, state, eval_reward)
-        if is_stopping:
-            break
     run.checkpoints.wait()
-    return state, step >= num_steps and not evaluation_pending
+    return state, step >= num_steps and not is_stopping
 
 
 def _collect(

@@ -1,7 +1,7 @@
 """Reports of a PPO run: metrics of every step, warnings with likely causes, and the closing report."""
 
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from jaxrm.errors import flag
@@ -22,6 +22,7 @@ class PPOReporter:
       every: steps between rows; evaluations always have one.
       num_steps: the last step, which always has a row.
       learning_rate: of the policy, at a step counted from 0.
+      seen: rows of earlier steps, which warnings compare with.
     """
 
     def __init__(
@@ -32,10 +33,11 @@ class PPOReporter:
         every: int,
         num_steps: int,
         learning_rate: Callable[[int], Any],
+        seen: Iterable[Mapping[str, float]] = (),
     ) -> None:
         self._writer, self._progress = writer, progress
         self._every, self._num_steps, self._learning_rate = every, num_steps, learning_rate
-        self._seen: list[Mapping[str, float]] = []
+        self._seen: list[Mapping[str, float]] = list(seen)
         self._warned: dict[str, int] = {}
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from jaxrm.runtime.preemption import catch_signals
 from jaxrm.runtime.progress import Progress
 from jaxrm.runtime.run_folder import RunFolder
 from jaxrm.stages.inputs.prompts import fixed_batches
+from jaxrm.stages.late_evaluation import is_evaluation_pending
 from jaxrm.stages.ppo.checkpoints import restore
 from jaxrm.stages.ppo.critic import Critic, zero_head
 from jaxrm.stages.ppo.data import PPOInputs
@@ -84,13 +85,16 @@ def train(stage: Stage, folder: RunFolder, opened: Opened) -> tuple[int, bool]:
         calibration = jax.device_get(state.initial_calibration)
         numbers = f"scale {calibration.scale:.4g}, center {calibration.center:.4g}"
         print(f"Token rewards: {numbers} (from responses of the SFT policy)")
-        remove_rows_after(folder.samples, first_step or -1)
-    evaluation_pending = _is_evaluation_pending(folder, first_step, num_steps, config.evaluation.every)
+    evaluation_pending = is_evaluation_pending(
+        folder, checkpoints, first_step, num_steps, config.evaluation.every, _loss_of_row
+    )
+    if stage.is_writer:  # an evaluation that was cut short may have written some of its samples
+        remove_rows_after(folder.samples, first_step - 1 if evaluation_pending or first_step == 0 else first_step)
     evaluation = _evaluation(stage, folder, opened, programs, reference, keys)
     with (
         open_metrics(folder, config.logging, after_step=first_step or None, run_config=dicts.to_dict(config)) as writer,
         Progress("ppo", num_steps, done=first_step, enabled=stage.show_progress) as progress,
-        catch_signals() as stop,
+        catch_signals(has_progress=False) as stop,
     ):
         run = PPORun(
             learner=learner,
@@ -105,6 +109,7 @@ def train(stage: Stage, folder: RunFolder, opened: Opened) -> tuple[int, bool]:
                 every=config.logging.every,
                 num_steps=num_steps,
                 learning_rate=_learning_rate_of_step(learner),
+                seen=[row for row in read_rows(folder.metrics) if "entropy" in row],
             ),
             stop=stop,
         )
@@ -159,10 +164,9 @@ def _evaluation(
     )
 
 
-def _is_evaluation_pending(folder: RunFolder, step: int, num_steps: int, every: int) -> bool:
-    """Whether the run stopped before the evaluation that belongs to its latest checkpoint."""
-    is_due = step > 0 and (step % every == 0 or step == num_steps)
-    return is_due and step not in {row["step"] for row in read_rows(folder.metrics) if "eval_reward" in row}
+def _loss_of_row(row: Mapping[str, Any]) -> float | None:
+    """What checkpoints are judged by, which is the lower the better."""
+    return None if "eval_reward" not in row else -float(row["eval_reward"])
 
 
 def _learning_rate_of_step(learner: Learner) -> Callable[[int], Any]:

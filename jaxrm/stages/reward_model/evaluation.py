@@ -15,6 +15,7 @@ from jaxrm.evaluation.ranking import length_correlation, pair_accuracy
 from jaxrm.evaluation.reliability import measure_reliability
 from jaxrm.inference.response_batches import response_batches
 from jaxrm.ops import token_rewards
+from jaxrm.runtime.preemption import StopRequest
 from jaxrm.runtime.progress import print_table
 from jaxrm.sharding import partition
 from jaxrm.types import ResponseBatch
@@ -74,8 +75,8 @@ class HeldOutPairs:
             reference.append(jax.make_array_from_callback(array.shape, self._rows, array.__getitem__))
         self._reference = reference
 
-    def reader(self, diagnostics: Callable[..., Any], params_sharding: Any) -> Callable[[Any], PairScores]:
-        """Function from parameters to the diagnostics of both sides.
+    def reader(self, diagnostics: Callable[..., Any], params_sharding: Any) -> Callable[..., PairScores]:
+        """Function ``(params, stop=None)`` to the diagnostics of both sides; it looks at the request to stop.
 
         Args:
           diagnostics: from `jaxrm.algorithms.scoring`.
@@ -83,9 +84,10 @@ class HeldOutPairs:
         """
         step = jax.jit(diagnostics, in_shardings=(params_sharding, self._rows, self._rows), out_shardings=self._copied)
 
-        def read(params: Any) -> PairScores:
+        def read(params: Any, stop: StopRequest | None = None) -> PairScores:
             sides: PairScores = {}
-            for (batch, indices), reference in zip(self._batches, self._reference, strict=True):
+            batches = zip(self._batches, self._reference, strict=True)
+            for (batch, indices), reference in batches if stop is None else stop.checked(batches):
                 for kind, names in jax.device_get(step(params, batch, reference)).items():
                     if not np.isfinite(names["sum"]).all():
                         raise UserError(

@@ -10,6 +10,7 @@ from jaxrm.data.readers import ReadReport
 from jaxrm.data.records import PreferenceRecord
 from jaxrm.inference.corrections import check_room
 from jaxrm.inference.token_scores import policy_log_probs
+from jaxrm.runtime.preemption import StopRequest
 from jaxrm.runtime.run_folder import RunFolder
 from jaxrm.stages.inputs.preferences import Preferences
 from jaxrm.stages.inputs.training_data import TrainingData
@@ -122,14 +123,18 @@ class PairEvaluation:
         self._read = pairs.reader(diagnostics, objective.model.shardings)
         self._latest: PairScores | None = None
 
-    def __call__(self, params: Any) -> dict[str, float]:
-        """Held-out loss, and how the pairs are ranked."""
-        self._latest = self.scores(params)
-        return self._loss(params) | metrics(self._latest, self._reward.kind)
+    def __call__(self, params: Any, stop: StopRequest) -> dict[str, float]:
+        """Held-out loss, and how the pairs are ranked.
 
-    def scores(self, params: Any) -> PairScores:
+        Raises:
+          StoppedError: where it was asked to stop.
+        """
+        self._latest = self.scores(params, stop)
+        return self._loss(params, stop) | metrics(self._latest, self._reward.kind)
+
+    def scores(self, params: Any, stop: StopRequest | None = None) -> PairScores:
         """Scores of both responses of every pair, by kind of token reward."""
-        scores = self._read(params)
+        scores = self._read(params, stop)
         return with_centered(scores if self._is_seq2seq else with_length_residual(scores), self._reward.center)
 
     def last_scores(self, params: Any) -> PairScores:

@@ -18,7 +18,7 @@ from jaxrm.algorithms.state import TrainState
 from jaxrm.data.loader import BatchIterator
 from jaxrm.errors import UserError, flag, option
 from jaxrm.runtime.checkpoint import Checkpoints
-from jaxrm.runtime.preemption import StopRequest, agree
+from jaxrm.runtime.preemption import StoppedError, StopRequest, agree
 from jaxrm.stages.supervised.reporter import TrainingReporter
 
 _AGREE_EVERY = 8  # steps
@@ -30,7 +30,7 @@ class Training:
 
     Attributes:
       train_step: from `jaxrm.algorithms.train_step.build_train_step`.
-      evaluate: held-out metrics of parameters, among them ``eval_loss``.
+      evaluate: held-out metrics of parameters, among them ``eval_loss``; it may raise `StoppedError`.
       loader: training batches, at the position that belongs to the state.
       data_fingerprint: of the training data, saved with every checkpoint.
       to_devices: puts a batch of this process on the devices.
@@ -43,7 +43,7 @@ class Training:
     """
 
     train_step: Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]
-    evaluate: Callable[[Any], dict[str, float]]
+    evaluate: Callable[[Any, StopRequest], dict[str, float]]
     loader: BatchIterator
     data_fingerprint: str
     to_devices: Callable[[dict[str, np.ndarray]], Any]
@@ -55,28 +55,34 @@ class Training:
     stop: StopRequest
 
 
-def fit(state: TrainState, training: Training) -> tuple[TrainState, bool]:
+def fit(state: TrainState, training: Training, *, evaluation_pending: bool = False) -> tuple[TrainState, bool]:
     """Train from ``state.step`` to ``training.num_steps``, or until asked to stop.
 
     Args:
       state: where to start; donated.
       training: everything else.
+      evaluation_pending: the run stopped before the evaluation that belongs to ``state``.
 
     Returns:
-      The state, and whether it reached ``num_steps``.
+      The state, and whether the run is complete. It is not where it was asked to stop.
 
     Raises:
       UserError: when the loss or the gradient is not finite; nothing of that step is saved.
     """
     step, num_steps = int(state.step), training.num_steps
-    if step == 0:
-        training.reporter.evaluation(0, training.evaluate(state.params))
-    late = _LateMetrics(training)
+    if step == 0 or evaluation_pending:
+        loss = _evaluate(training, step, state)
+        if loss is None:
+            return state, False
+        if step > 0:
+            training.checkpoints.add_loss(step, loss)
+    late, is_stopping = _LateMetrics(training), False
     while step < num_steps:
         batch = next(training.loader)
         placed = training.to_devices(batch)
         state, metrics = training.train_step(state, placed)
         step += 1
+        training.stop.has_progress = True
         late.report()  # of the step before, while this one runs
         late.add(step, metrics, _num_tokens(batch, placed))
 
@@ -84,23 +90,22 @@ def fit(state: TrainState, training: Training) -> tuple[TrainState, bool]:
         saving = is_last or step % training.checkpoint_every == 0
         if is_last or step % training.eval_every == 0:
             late.report()
-            held_out = training.evaluate(state.params)
-            training.reporter.evaluation(step, held_out)
-            loss = held_out["eval_loss"]
+            loss = _evaluate(training, step, state)
+            is_stopping = loss is None  # the same command evaluates
         if saving:
             late.report()
         # Looked at last, so that a signal during what was slow saves this very step. Processes that must agree wait
         # for each other, so they do it every few steps only.
         agreeing = saving or jax.process_count() == 1 or step % _AGREE_EVERY == 0
-        stopping = agreeing and agree(training.stop.requested)
-        if saving or stopping:
+        is_stopping = is_stopping or (agreeing and agree(training.stop.requested))
+        if saving or is_stopping:
             late.report()
-            _save(training, step, state, loss)
+            _save(training, step, state, loss, is_passing=not saving)
         late.skip_time()  # evaluating and saving are not training time
-        if stopping:
+        if is_stopping:
             break
     training.checkpoints.wait()
-    return state, step >= num_steps
+    return state, step >= num_steps and not is_stopping
 
 
 class _LateMetrics:
@@ -143,10 +148,20 @@ def _num_tokens(batch: dict[str, np.ndarray], placed: Any) -> int:
     return int(np.count_nonzero(batch["segment_ids"])) * num_shares
 
 
-def _save(training: Training, step: int, state: TrainState, loss: float | None) -> None:
+def _evaluate(training: Training, step: int, state: TrainState) -> float | None:
+    """Held-out loss of a state; None where the evaluation was asked to stop."""
+    try:
+        held_out = training.evaluate(state.params, training.stop)
+    except StoppedError:
+        return None
+    training.reporter.evaluation(step, held_out)
+    return held_out["eval_loss"]
+
+
+def _save(training: Training, step: int, state: TrainState, loss: float | None, *, is_passing: bool) -> None:
     arrays = {"params": state.params, "opt_state": state.opt_state}
     position = {"loader": training.loader.get_state(), "data": training.data_fingerprint}
-    training.checkpoints.save(step, arrays, position, loss)
+    training.checkpoints.save(step, arrays, position, loss, is_passing=is_passing)
 
 
 def restore(

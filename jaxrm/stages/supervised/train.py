@@ -16,18 +16,19 @@ from jaxrm.inference.sharded_model import to_devices
 from jaxrm.models import flops
 from jaxrm.runtime.checkpoint import Checkpoints, with_shardings
 from jaxrm.runtime.metrics import MetricsWriter, open_metrics
-from jaxrm.runtime.preemption import EXIT_PREEMPTED, catch_signals
+from jaxrm.runtime.preemption import EXIT_PREEMPTED, StopRequest, catch_signals
 from jaxrm.runtime.progress import Progress
 from jaxrm.runtime.run_folder import RunFolder
 from jaxrm.sharding import partition
 from jaxrm.stages.inputs.training_data import TrainingData
+from jaxrm.stages.late_evaluation import is_evaluation_pending
 from jaxrm.stages.objective import Objective
 from jaxrm.stages.stage import Stage
 from jaxrm.stages.supervised import loop
 from jaxrm.stages.supervised.reporter import TrainingReporter
 
 InitParams = Callable[[jax.Array], Any]
-Evaluate = Callable[[Any], dict[str, float]]
+Evaluate = Callable[[Any, StopRequest], dict[str, float]]
 
 
 def train(
@@ -47,7 +48,8 @@ def train(
       objective: what is minimized, over which parameters.
       data: batches.
       init_params: draws or reads the first parameters, given a key; `Stage.init_params` by default.
-      evaluate: held-out metrics of parameters, among them ``eval_loss``; `held_out_loss` by default.
+      evaluate: held-out metrics of parameters, among them ``eval_loss``; `held_out_loss` by default. It looks at the
+        request to stop between batches.
 
     Returns:
       The last state, and whether it is that of the last step. It is not where the run was asked to stop.
@@ -59,10 +61,13 @@ def train(
     state = _init_or_restore(stage, objective, data, optimizer, sharding, checkpoints, init_params or stage.init_params)
 
     first_step = int(state.step)
+    pending = is_evaluation_pending(
+        folder, checkpoints, first_step, num_steps, config.evaluation.every, lambda row: row.get("eval_loss")
+    )
     with (
         open_metrics(folder, config.logging, after_step=first_step or None, run_config=dicts.to_dict(config)) as writer,
         Progress("train", num_steps, done=first_step, enabled=stage.show_progress) as progress,
-        catch_signals() as stop,
+        catch_signals(has_progress=False) as stop,
     ):
         training = loop.Training(
             train_step=train_step.build_train_step(
@@ -83,7 +88,7 @@ def train(
             reporter=_reporter(stage, objective, data, writer, progress),
             stop=stop,
         )
-        state, finished = loop.fit(state, training)
+        state, finished = loop.fit(state, training, evaluation_pending=pending)
     checkpoints.close()
     return state, finished
 
@@ -129,7 +134,7 @@ def init_key(seed: int) -> jax.Array:
 
 
 def held_out_loss(stage: Stage, objective: Objective, batches: Sequence[dict[str, np.ndarray]]) -> Evaluate:
-    """Function from parameters to the mean of the loss and its metrics over held-out batches of this process."""
+    """Function to the mean of the loss and its metrics over held-out batches of this process."""
     step = eval_step.build_eval_step(
         objective.loss_fn,
         params_sharding=objective.model.shardings,
@@ -137,7 +142,7 @@ def held_out_loss(stage: Stage, objective: Objective, batches: Sequence[dict[str
     )
     place: Callable[[dict[str, np.ndarray]], Any] = to_devices(stage.mesh, objective.batch_type)
     placed = [place(batch) for batch in batches]
-    return lambda params: eval_step.evaluate(step, params, placed)
+    return lambda params, stop: eval_step.evaluate(step, params, stop.checked(placed))
 
 
 def exit_status(stage: Stage, state: TrainState, data: TrainingData, *, finished: bool) -> int:
