@@ -1,7 +1,7 @@
 """The DPO stage on a policy made in a moment: what it keeps of its reference, stopping, bad input."""
 
-import dataclasses
 import contextlib
+import dataclasses
 import json
 
 import jax
