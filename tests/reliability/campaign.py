@@ -15,6 +15,7 @@ differs.
 import argparse
 import dataclasses
 import json
+import os
 import random
 import shutil
 import sys
@@ -22,8 +23,8 @@ import tempfile
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+os.environ["JAX_PLATFORMS"] = "cpu"
+sys.path[:0] = [str(Path(__file__).resolve().parents[number]) for number in (1, 2)]
 
 from support.launches import KILL, NEEDS, TERM, command, environment, finish, launch
 from support.same_run import closing_report, differences
@@ -31,8 +32,9 @@ from support.same_run import closing_report, differences
 from jaxrm.runtime.preemption import EXIT_PREEMPTED
 from jaxrm.runtime.progress import format_seconds, print_table
 
-STAGES = ("sft", "scalar_rm", "seq2seq_rm", "dpo", "best_of_n", "ppo", "pipeline")
-_AGAIN = 0.4  # chance that a launch that continues a run is stopped too
+SHARES = {"sft": 3, "scalar_rm": 3, "seq2seq_rm": 3, "dpo": 3, "best_of_n": 3, "ppo": 3, "pipeline": 2}
+"""How many of the stops each stage gets; a pipeline takes five times as long as the others."""
+_AGAIN = 0.6  # chance that a launch that continues a run is stopped too
 
 
 @dataclasses.dataclass
@@ -45,7 +47,7 @@ class Stop:
       after: seconds since the launch.
       phase: what the run's folder showed then.
       problem: how the process ended where that is wrong; empty where it is right.
-      is_equal: whether the run that it belongs to ended as the unbroken one; None until it has.
+      is_equal: whether the run that it belongs to ended as the unbroken one.
     """
 
     stage: str
@@ -53,7 +55,12 @@ class Stop:
     after: float
     phase: str
     problem: str = ""
-    is_equal: bool | None = None
+    is_equal: bool = False
+
+    @property
+    def is_good(self) -> bool:
+        """Whether nothing of it differs."""
+        return self.is_equal and not self.problem
 
 
 class Campaign:
@@ -62,25 +69,29 @@ class Campaign:
     def __init__(self, folder: Path, seed: int) -> None:
         self.folder, self.rng = folder, random.Random(seed)
         self.variables = environment(folder / "compiled")
-        self.stops: list[Stop] = []
-        self.differing: list[str] = []
+        self._log = folder / "stops.jsonl"
+        rows = self._log.read_text().splitlines() if self._log.exists() else []
+        self.stops = [Stop(**json.loads(row)) for row in rows]
         self._seconds: dict[str, float] = {}
         self._reports: dict[str, str] = {}
 
     def unbroken(self, stage: str) -> None:
         """Run a stage twice without a stop: the first compiles, the second is timed; they must be the same."""
         run_dir, output = self.folder / "unbroken" / stage, self.folder / f"{stage}.txt"
-        arguments = command(stage, run_dir, self.folder / "unbroken")
-        shutil.rmtree(run_dir, ignore_errors=True)
-        finish(arguments, self.variables, output)
-        self._reports[stage] = closing_report(output.read_bytes(), run_dir)
-        if stage not in STAGES:
-            return
-        again = self.folder / "again" / stage
-        shutil.rmtree(again, ignore_errors=True)
-        self._seconds[stage] = finish(command(stage, again, self.folder / "unbroken"), self.variables, output)
-        self._compare(stage, again, output, "without a stop")
-        shutil.rmtree(again)
+        note = self.folder / "unbroken" / f"{stage}.json"
+        if not note.exists():
+            shutil.rmtree(run_dir, ignore_errors=True)
+            seconds = finish(command(stage, run_dir, self.folder / "unbroken"), self.variables, output)
+            report = closing_report(output.read_bytes(), run_dir)
+            self._reports[stage] = report
+            if stage in SHARES:
+                again = self.folder / "again" / stage
+                shutil.rmtree(again, ignore_errors=True)
+                seconds = finish(command(stage, again, self.folder / "unbroken"), self.variables, output)
+                assert not self._unlike(stage, again, output), "two unbroken runs differ"
+                shutil.rmtree(again)
+            note.write_text(json.dumps([seconds, report]))
+        self._seconds[stage], self._reports[stage] = json.loads(note.read_text())
 
     def trial(self, stage: str, moments: list[float]) -> list[Stop]:
         """Stop one run at one or more of the ``moments`` in turn, continue it to its end and compare.
@@ -97,27 +108,30 @@ class Campaign:
         arguments, stops = command(stage, run_dir, self.folder / "unbroken"), []
         while moments and (not stops or self.rng.random() < _AGAIN):
             stop = self._stop(stage, arguments, moments[-1] * self._seconds[stage], run_dir, output)
-            if stop is None:  # it was done before
-                if not stops:
-                    moments[-1] *= 0.95
-                    shutil.rmtree(run_dir, ignore_errors=True)
-                    continue
+            if stop is not None:
+                moments.pop()
+                stops.append(stop)
+            elif stops:  # it was done before
                 break
-            moments.pop()
-            stops.append(stop)
+            else:
+                moments[-1] *= 0.95
+                shutil.rmtree(run_dir, ignore_errors=True)
         try:
             finish(arguments, self.variables, output)
-            is_equal = self._compare(stage, run_dir, output, "; ".join(f"{x.signal} at {x.phase}" for x in stops))
+            unlike = self._unlike(stage, run_dir, output)
         except AssertionError as error:
-            self.differing.append(f"{stage}: {error}")
-            is_equal = False
+            unlike = [f"the last launch: {error}"]
         for stop in stops:
-            stop.is_equal = is_equal
-            if stop.problem:
-                self.differing.append(f"{stage}: {stop.signal} at {stop.phase}: {stop.problem}")
-        if not is_equal:  # to be looked at
-            run_dir.rename(self.folder / f"differing_{stage}_{len(self.differing)}")
+            stop.is_equal = not unlike
+        if not all(stop.is_good for stop in stops):  # to be looked at
+            kept = Path(tempfile.mkdtemp(prefix=f"differing-{stage}-", dir=self.folder))
+            shutil.copytree(run_dir, kept / "run")
+            lines = [f"{x.signal} at {x.after:.1f} s, {x.phase}: {x.problem or 'as it should be'}" for x in stops]
+            (kept / "what.txt").write_text("\n".join([*lines, *unlike]))
+            print("\n".join(f"  DIFFERS {line}" for line in [*lines, *unlike][:12]), flush=True)
         self.stops += stops
+        with self._log.open("a") as file:
+            file.writelines(json.dumps(dataclasses.asdict(stop)) + "\n" for stop in stops)
         return stops
 
     def _stop(self, stage: str, arguments: list[str], after: float, run_dir: Path, output: Path) -> Stop | None:
@@ -142,16 +156,11 @@ class Campaign:
             stop.problem = f"{time.monotonic() - sent:.0f} s to its end"
         return stop
 
-    def _compare(self, stage: str, run_dir: Path, output: Path, what: str) -> bool:
+    def _unlike(self, stage: str, run_dir: Path, output: Path) -> list[str]:
         unlike = differences(run_dir, self.folder / "unbroken" / stage)
-        report = closing_report(output.read_bytes(), run_dir)
-        if report != self._reports[stage]:
-            (self.folder / f"report_{stage}.txt").write_text(f"{self._reports[stage]}\n=====\n{report}")
+        if closing_report(output.read_bytes(), run_dir) != self._reports[stage]:
             unlike.append("the closing report reads otherwise")
-        if unlike:
-            self.differing += [f"{stage} ({what}): {line}" for line in unlike[:8]]
-            print("\n".join(f"  DIFFERS {line}" for line in unlike[:8]), flush=True)
-        return not unlike
+        return unlike
 
 
 def phase_of(run_dir: Path) -> str:
@@ -174,58 +183,63 @@ def phase_of(run_dir: Path) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=100)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--stages", default=",".join(STAGES))
-    parser.add_argument("--workdir", type=Path)
+    parser.add_argument("--kills", type=int, default=100, help="stops in all")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments and signals")
+    parser.add_argument("--stages", default=",".join(SHARES), help="which stages")
+    parser.add_argument("--workdir", type=Path, help="folder; given again, it is continued, its unbroken runs are kept")
     given = parser.parse_args()
     stages = given.stages.split(",")
     folder = given.workdir or Path(tempfile.mkdtemp(prefix="jaxrm-campaign-"))
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "stopped").mkdir(exist_ok=True)
+    (folder / "stopped").mkdir(parents=True, exist_ok=True)
     campaign, started = Campaign(folder, given.seed), time.monotonic()
-    print(f"{given.kills} stops of {', '.join(stages)}, seed {given.seed}, in {folder}", flush=True)
-
-    needed = dict.fromkeys(name for stage in stages for name in (*NEEDS.get(stage, ()), stage))
-    for stage in needed:
+    before = len(campaign.stops)
+    print(f"{given.kills} stops of {', '.join(stages)}, seed {given.seed}, in {folder}; {before} are done", flush=True)
+    for stage in dict.fromkeys(name for needing in stages for name in (*NEEDS.get(needing, ()), needing)):
         campaign.unbroken(stage)
         print(f"[{format_seconds(time.monotonic() - started)}] unbroken: {stage}", flush=True)
-    begun = time.monotonic()
-    moments = {}
-    for number, stage in enumerate(stages):
-        count = given.kills // len(stages) + (number < given.kills % len(stages))
-        moments[stage] = [(i + campaign.rng.random()) / count for i in range(count)]
-        campaign.rng.shuffle(moments[stage])
+    moments = moments_of(given.kills, stages, given.seed)
+    for stage in stages:
+        done = sum(stop.stage == stage for stop in campaign.stops)
+        moments[stage] = moments[stage][: max(len(moments[stage]) - done, 0)]
+    begun, left = time.monotonic(), sum(map(len, moments.values()))
     while any(moments.values()):
-        stage = max(moments, key=lambda name: len(moments[name]))
+        stage = max(moments, key=lambda name: len(moments[name]) / SHARES[name])
         stops = campaign.trial(stage, moments[stage])
-        now, done = time.monotonic(), len(campaign.stops)
-        left = (now - begun) / max(done, 1) * (given.kills - done)
+        now, remaining = time.monotonic(), sum(map(len, moments.values()))
+        seconds_left = (now - begun) / (left - remaining) * remaining
         shown = ", ".join(f"{stop.signal} at {stop.after:.1f} s, {stop.phase}" for stop in stops)
-        verdict = "equal" if all(stop.is_equal and not stop.problem for stop in stops) else "DIFFERS"
         print(
-            f"[{format_seconds(now - started)}] {done}/{given.kills} {stage}: {shown}: {verdict} · "
-            f"{format_seconds(left)} left",
+            f"[{format_seconds(now - started)}] {len(campaign.stops)}/{given.kills} {stage}: {shown}: "
+            f"{'equal' if all(stop.is_good for stop in stops) else 'DIFFERS'} · {format_seconds(seconds_left)} left",
             flush=True,
         )
-    return report(campaign, stages)
+    return report(campaign.stops, stages)
 
 
-def report(campaign: Campaign, stages: list[str]) -> int:
+def moments_of(kills: int, stages: list[str], seed: int) -> dict[str, list[float]]:
+    """Moments of the stops of each stage, as shares of its time: one in each of equal parts, in random order."""
+    rng, whole = random.Random(f"moments {seed}"), sum(SHARES[stage] for stage in stages)
+    moments, begin = {}, 0
+    for number, stage in enumerate(stages, 1):
+        end = round(kills * sum(SHARES[name] for name in stages[:number]) / whole)
+        moments[stage] = [(i + rng.random()) / (end - begin) for i in range(end - begin)]
+        rng.shuffle(moments[stage])
+        begin = end
+    return moments
+
+
+def report(stops: list[Stop], stages: list[str]) -> int:
     """Print the table, on the console and as Markdown; returns the exit status."""
     columns = ("stage", "stops", "SIGKILL", "SIGTERM", "phases", "equal")
     rows = []
     for stage in (*stages, "all"):
-        stops = [stop for stop in campaign.stops if stage in (stop.stage, "all")]
-        good = sum(bool(stop.is_equal) and not stop.problem for stop in stops)
-        kinds = [sum(stop.signal == name for stop in stops) for name in ("SIGKILL", "SIGTERM")]
-        phases = len({(stop.stage, stop.phase) for stop in stops})
-        rows.append((stage, len(stops), *kinds, phases, f"{good} of {len(stops)}"))
+        some = [stop for stop in stops if stage in (stop.stage, "all")]
+        kinds = [sum(stop.signal == name for stop in some) for name in ("SIGKILL", "SIGTERM")]
+        phases = len({(stop.stage, stop.phase) for stop in some})
+        rows.append((stage, len(some), *kinds, phases, f"{sum(stop.is_good for stop in some)} of {len(some)}"))
     print_table("Stopped runs", columns, rows)
     print("\n".join(f"| {' | '.join(map(str, row))} |" for row in [columns, ["---"] * len(columns), *rows]))
-    for line in campaign.differing:
-        print(f"DIFFERS {line}")
-    return 1 if campaign.differing else 0
+    return 0 if all(stop.is_good for stop in stops) else 1
 
 
 if __name__ == "__main__":
