@@ -26,7 +26,7 @@ from pathlib import Path
 os.environ["JAX_PLATFORMS"] = "cpu"
 sys.path[:0] = [str(Path(__file__).resolve().parents[number]) for number in (1, 2)]
 
-from support.launches import KILL, NEEDS, TERM, command, environment, finish, launch
+from support.launches import KILL, NEEDS, TERM, command, environment, errors_of, finish, launch
 from support.same_run import closing_report, differences
 
 from jaxrm.runtime.preemption import EXIT_PREEMPTED
@@ -88,7 +88,8 @@ class Campaign:
                 again = self.folder / "again" / stage
                 shutil.rmtree(again, ignore_errors=True)
                 seconds = finish(command(stage, again, self.folder / "unbroken"), self.variables, output)
-                assert not self._unlike(stage, again, output), "two unbroken runs differ"
+                unlike = self._unlike(stage, again, output)
+                assert not unlike, f"two unbroken runs differ: {unlike}"
                 shutil.rmtree(again)
             note.write_text(json.dumps([seconds, report]))
         self._seconds[stage], self._reports[stage] = json.loads(note.read_text())
@@ -147,7 +148,7 @@ class Campaign:
         sent = time.monotonic()
         status = process.wait(timeout=120)
         stop = Stop(stage, signal_.name, after, phase)
-        text = output.read_text(errors="replace")
+        text = errors_of(output).read_text(errors="replace")
         if signal_ == TERM and status not in (EXIT_PREEMPTED, 0):
             stop.problem = f"exit status {status}: {text[-600:]}"
         elif "Traceback" in text:

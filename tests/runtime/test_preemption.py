@@ -5,11 +5,12 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
 
-from jaxrm.runtime.preemption import EXIT_PREEMPTED, agree, catch_signals
+from jaxrm.runtime.preemption import EXIT_PREEMPTED, StoppedError, StopRequest, agree, catch_signals
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -84,3 +85,91 @@ def test_a_terminated_process_saves_and_exits_as_documented():
     assert (out, process.returncode) == (b"saved\n", 75)
     assert EXIT_PREEMPTED == os.EX_TEMPFAIL == 75
     assert err == b"\njaxrm: SIGTERM: saving after this step\n"
+
+
+def test_what_is_in_the_middle_is_left_between_two_items():
+    stop, seen = StopRequest(), []
+    with pytest.raises(StoppedError):
+        for item in stop.checked(range(5)):
+            seen.append(item)
+            stop.requested = item == 2
+    assert seen == [0, 1, 2]
+
+
+COMMAND = """
+import gc, sys, time
+from jaxrm.runtime import preemption
+preemption.leave_on_signals()
+{before}
+def work():
+    with preemption.catch_signals(has_progress={has_progress}) as stop:
+        try:
+            {work}
+        finally:
+            print("unwound", flush=True)
+    return 75 if stop.requested else 0
+try:
+    sys.exit(preemption.run_preemptible(work, lambda: "the same command continues"))
+except KeyboardInterrupt:
+    sys.exit(130)
+"""
+LOOPING = 'print("ready", flush=True)\n            while not stop.requested: time.sleep(0.01)'
+IN_C = 'import hashlib; print("ready", flush=True); hashlib.pbkdf2_hmac("sha256", b"", b"", 100_000_000)'
+DROPPING = """gc.callbacks.append(lambda *_: time.sleep(0.01)); print("ready", flush=True)
+            while True: gc.collect(), time.sleep(0.01)"""
+STEP = 'print("ready", flush=True); time.sleep(30)'
+DONE = 'import atexit; atexit.register(lambda: (print("ready", flush=True), time.sleep(30)))'
+
+
+def stop_command(signals, **parts):
+    """Exit status, stdout and stderr of a command that gets signals once it is ready."""
+    code = COMMAND.format(**{"before": "", "has_progress": False, "work": LOOPING} | parts)
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert b"ready\n" in iter(process.stdout.readline, b"")
+    for number in signals:
+        process.send_signal(number)
+        time.sleep(0.3 if len(signals) > 1 else 0)
+    out, err = process.communicate(timeout=30)
+    return process.returncode, out.decode(), err.decode()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    ("parts", "out"),
+    [
+        ({}, "unwound\n"),
+        ({"before": 'print("ready", flush=True); time.sleep(30)'}, ""),
+        ({"work": DROPPING}, "unwound\n"),
+    ],
+    ids=["in a loop without progress", "before its work", "in a callback that drops errors"],
+)
+def test_a_command_with_nothing_to_save_ends_at_once_in_one_line(number, parts, out):
+    status, printed, error = stop_command([number], **parts)
+    assert (status, printed) == (EXIT_PREEMPTED, out)
+    assert error.startswith(f"\njaxrm: {signal.Signals(number).name}: stopped; ") and error.count("\n") == 2
+
+
+def test_a_command_with_progress_saves_first():
+    status, printed, error = stop_command([signal.SIGTERM], has_progress=True)
+    assert (status, printed) == (EXIT_PREEMPTED, "unwound\n")
+    assert error == "\njaxrm: SIGTERM: saving after this step\n"
+
+
+def test_a_signal_in_a_long_compilation_is_heard():
+    """Python's handlers wait for the end of a call of C; a thread does not."""
+    status, _, error = stop_command([signal.SIGTERM], work=IN_C, before="preemption._PATIENCE = 0.5")
+    assert status == EXIT_PREEMPTED
+    assert error == "\njaxrm: SIGTERM: stopped; the same command continues\n"
+
+
+def test_a_signal_after_the_end_changes_nothing():
+    status, _, error = stop_command([signal.SIGTERM], work=DONE)
+    assert (status, error) == (0, "")
+
+
+def test_a_second_ctrl_c_ends_a_command_at_once():
+    """It does not wait for the step that the first one waits for."""
+    status, printed, _ = stop_command([signal.SIGINT, signal.SIGINT], has_progress=True, work=STEP)
+    assert (status, printed) == (130, "unwound\n")
+    status, _, error = stop_command([signal.SIGINT, signal.SIGINT], work=IN_C)
+    assert (status, error) == (130, "\njaxrm: interrupted\n")

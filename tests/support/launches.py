@@ -129,16 +129,19 @@ def environment(compiled: Path) -> dict[str, str]:
 
 
 def launch(arguments: list[str], variables: dict[str, str], output: Path) -> subprocess.Popen[bytes]:
-    """Start a process on one core, the first that this one may use; what it prints goes to the file ``output``."""
+    """Start a process on one core, the first that this one may use.
+
+    What it prints goes to the file ``output``, and its errors to another one, ``errors_of(output)``.
+    """
     core = min(os.sched_getaffinity(0))
-    with output.open("wb") as file:
+    with output.open("wb") as file, errors_of(output).open("wb") as errors:
         return subprocess.Popen(
             ["taskset", "-c", str(core), *arguments],
             cwd=ROOT,
             env=variables,
             stdin=subprocess.DEVNULL,
             stdout=file,
-            stderr=subprocess.STDOUT,
+            stderr=errors,
         )
 
 
@@ -150,5 +153,10 @@ def finish(arguments: list[str], variables: dict[str, str], output: Path, timeou
         status = process.wait(timeout)
     finally:
         process.kill()
-    assert status == 0, f"exit status {status}: {output.read_text(errors='replace')[-3000:]}"
+    assert status == 0, f"exit status {status}: {errors_of(output).read_text(errors='replace')[-3000:]}"
     return time.monotonic() - started
+
+
+def errors_of(output: Path) -> Path:
+    """Where the errors of a process are whose output is in a file."""
+    return output.with_suffix(".errors")
