@@ -9,6 +9,7 @@ import numpy as np
 from jaxrm.runtime.metrics import WALL_CLOCK
 
 _CLOSING = re.compile(rb"\n(Held-out data|Best of \d+ by|\d[\d,]* pairs of|Policies on)")
+_STEP_TIMES = re.compile(rb"\nA step took.*?\n\n", re.DOTALL)
 _TIME = re.compile(r"\b\d+(:\d\d)+\b|\b[\d.e-]+ s\b|\d{4}-\d\d-\d\d[T ][\d:]+\S*|\b[0-9a-f]{40}\b")
 
 
@@ -32,7 +33,7 @@ def differences(folder: Path, other: Path) -> list[str]:
 def closing_report(output: bytes, root: Path) -> str:
     """The tables and samples at the end of what a run printed, without times and without the folder's name."""
     matches = list(_CLOSING.finditer(b"\n" + output))
-    text = output[matches[0].start() :] if matches else b""
+    text = _STEP_TIMES.sub(b"", output[matches[0].start() :] if matches else b"")
     return _plain(text.decode(errors="replace"), root)
 
 
@@ -45,7 +46,7 @@ def _files(root: Path) -> set[str]:
             end = parts.index("checkpoints") + 2
             if len(parts) == end:
                 names.add("/".join(parts))
-        elif path.is_file():
+        elif path.is_file() and path.name != ".lock":
             names.add("/".join(parts))
     return names
 
