@@ -148,7 +148,7 @@ class Checkpoints:
             agree(False)  # the others wait until it is done
             for saved in self.steps():
                 self._preservation.saved[saved] = self._saved_step(saved)
-            for other in set(self.steps()) - self._preservation.kept(self.steps()):
+            for other in set(self.steps()) - self._preservation.preserved(self.steps()):
                 self._manager.delete(other)
 
     def _saved_step(self, step: int) -> SavedStep:

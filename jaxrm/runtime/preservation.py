@@ -44,10 +44,10 @@ class Preservation:
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
         """Called by Orbax when it has begun to save the last of ``checkpoints``."""
         del context
-        kept = self.kept([one.step for one in checkpoints])
-        return [one.step in kept for one in checkpoints]
+        staying = self.preserved([one.step for one in checkpoints])
+        return [one.step in staying for one in checkpoints]
 
-    def kept(self, steps: Iterable[int]) -> set[int]:
+    def preserved(self, steps: Iterable[int]) -> set[int]:
         """Those of the steps whose checkpoints are kept."""
         steps = sorted(steps)
         saved = {step: self.saved.get(step, SavedStep()) for step in steps}

@@ -27,7 +27,7 @@ def test_what_stays_is_a_matter_of_steps_and_losses(keep, keep_best, saved, kept
     preservation = Preservation(keep, keep_best)
     for step, loss in saved.items():
         preservation.saved[step] = SavedStep(None, True) if loss == "passing" else SavedStep(loss)
-    assert preservation.kept(saved) == kept
+    assert preservation.preserved(saved) == kept
 
 
 def save(folder, **losses):

@@ -83,7 +83,7 @@ def stop_at(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
-def test_an_evaluation_cut_short_is_made_when_the_run_goes_on(stage, run, stop_at, tmp_path):
+def test_an_evaluation_cut_short_is_made_on_resume(stage, run, stop_at, tmp_path):
     looks = stop_at(None)
     assert run(stage, tmp_path / "unbroken") == 0
     number_in_all = len(looks)
@@ -120,7 +120,7 @@ def test_an_evaluation_is_pending_where_its_row_is_not_there(tmp_path):
     assert evaluated(tmp_path, loss=None) == ([True, False, True, False], None)
 
 
-def test_a_row_whose_checkpoint_was_saved_before_gives_it_its_loss(tmp_path):
+def test_a_checkpoint_saved_before_its_row_gets_its_loss(tmp_path):
     """A kill between the row and the loss."""
     assert evaluated(tmp_path, loss=0.1 + 0.2) == ([False] * 4, 0.1 + 0.2)
 
