@@ -98,6 +98,8 @@ def parse_ultrafeedback(fields: Fields, source: str) -> Record:
 
 def parse_demonstration(fields: Fields, source: str) -> Record:
     """``prompt`` with ``response`` or ``completion``, or ``instruction`` (and ``input``) with ``output``."""
+    if fields.get("label") is False:  # as unpaired preferences mark a response that nobody wants
+        raise BadRecordError("'label' is False: its response is not to be imitated; leave such records out")
     usual = "output" if "instruction" in fields else "response" if "response" in fields else "completion"
     names = [name for name in _RESPONSES if given(fields, name)] or [usual]
     answers = [read_answer(fields, name) for name in names]

@@ -213,3 +213,10 @@ def test_keys_beside_the_messages_are_named_too(key):
     row = {"messages": [{"role": "user", "content": "how"}, GOOD], key: [{"name": "add"}]}
     with pytest.raises(BadRecordError, match=key):
         parse("messages", row, "f:1", "better_response_id")
+
+
+def test_a_response_labeled_false_is_not_imitated():
+    fields = {"prompt": "hi", "completion": "go away", "label": False}
+    with pytest.raises(BadRecordError, match="'label' is False"):
+        parse("demonstration", fields, "file:1", "better_response_id")
+    assert parse("demonstration", fields | {"label": True}, "file:1", "better_response_id").response == "go away"
