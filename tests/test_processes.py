@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from jaxrm.data.tasks import write_task
 from jaxrm.errors import UserError
 from jaxrm.runtime.processes import Processes, find_processes
 
@@ -195,6 +196,35 @@ def test_processes_with_other_code_all_say_so(tmp_path: Path) -> None:
     stop(second[0])
     for text in finish([first[0], second[1]]):
         assert "process 1 has another code of jaxrm than process 0; install the same commit" in text
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["config.data.path", "tokenizer"])
+def test_processes_that_read_other_inputs_all_say_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    """Another copy of the file, or of the tokenizer, under the same name: hosts that do not share a disk."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    hosts = [tmp_path / "first", tmp_path / "second"]
+    for host in hosts:
+        write_task("safety", host / "task", seed=0)
+    if what == "tokenizer":
+        special = hosts[1] / "task" / "tokenizer" / "tokenizer_config.json"
+        record = json.loads(special.read_text())
+        special.write_text(json.dumps({**record, "unk_token": record["eos_token"]}))
+    else:
+        file = hosts[1] / "task" / "train.jsonl"
+        first, *others = file.read_text().splitlines(keepends=True)
+        file.write_text("".join([*others, first]))
+    arguments = [f"--config={ROOT}/configs/sft_tiny.py", *SFT[1:], "--config.data.max_records=64"]
+    arguments += ["--config.data.path=task/train.jsonl", "--config.data.tokenizer=task/tokenizer"]
+    port = free_port()
+    first_job, second_job = (start(arguments, tmp_path / "run", 2, port, host) for host in hosts)
+    stop(first_job[1])
+    stop(second_job[0])
+    for text in finish([first_job[0], second_job[1]]):
+        assert f"the processes disagree: process 1 has another {what} than process 0; give every host the same" in text
     assert not (tmp_path / "run").exists()
 
 

@@ -165,6 +165,15 @@ def identity_of(path: str) -> str:
     return f"{checkpoint.name}, of {launches[0].get('started')}"
 
 
+def contents_of(source: ModelSource) -> str:
+    """What changes where another host has other weights under the same name: a run's checkpoint, or files and sizes."""
+    if source.path is None or is_run(source.path):
+        return "" if source.path is None else identity_of(source.path)
+    folder = Path(source.path).expanduser()
+    files = sorted(folder.glob("*")) if folder.is_dir() else [folder]
+    return str([(file.name, file.stat().st_size) for file in files if file.suffix in (".safetensors", ".gguf")])
+
+
 def name_of(source: ModelSource) -> str:
     """Which weights exactly, for people: those of a run with their step."""
     return _of_run(source).name if is_run(source.path) else str(source.path or f"chance ({source.preset})")

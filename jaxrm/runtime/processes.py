@@ -127,25 +127,40 @@ def check_agreement(config: Mapping[str, Any]) -> None:
     Raises:
       UserError: on every process, saying which processes differ from the first, and in which sections.
     """
-    from jax.experimental import multihost_utils
-
-    def differing(mine: list[bytes]) -> list[tuple[int, list[int]]]:
-        own = np.frombuffer(b"".join(hashlib.sha256(part).digest()[:8] for part in mine), np.uint8)
-        everyone = np.asarray(multihost_utils.process_allgather(own)).reshape(jax.process_count(), len(mine), 8)
-        unlike = (everyone != everyone[0]).any(axis=-1)
-        return [
-            (int(index), [int(part) for part in np.flatnonzero(unlike[index])]) for index in unlike.any(1).nonzero()[0]
-        ]
-
     versions = json.dumps([jax.__version__, sys.version_info[:2]]).encode()
     code = b"".join(path.read_bytes() for path in sorted(_ROOT.rglob("*.py")))
-    if unlike := differing([versions, code]):
+    if unlike := _differing([versions, code]):
         what = ["versions of Python or JAX", "code of jaxrm"]
         raise UserError(_disagreement(unlike, what) + "; install the same commit and requirements on every host")
     sections = sorted(config)
-    if unlike := differing([json.dumps(config[name], sort_keys=True, default=str).encode() for name in sections]):
+    if unlike := _differing([json.dumps(config[name], sort_keys=True, default=str).encode() for name in sections]):
         names = [f"{option(name)}" for name in sections]
         raise UserError(_disagreement(unlike, names) + "; start every process with the same --config and overrides")
+
+
+def check_same_inputs(contents: Mapping[str, str]) -> None:
+    """Refuse to begin where the processes have read different inputs; every process calls this once they are read.
+
+    Args:
+      contents: by name for people, a text or hash that changes with the input, in the same order everywhere.
+
+    Raises:
+      UserError: on every process, saying which processes differ from the first, and in what.
+    """
+    if jax.process_count() > 1 and (unlike := _differing([content.encode() for content in contents.values()])):
+        raise UserError(
+            _disagreement(unlike, list(contents)) + "; give every host the same files, or a folder that all of them see"
+        )
+
+
+def _differing(mine: list[bytes]) -> list[tuple[int, list[int]]]:
+    """The processes that differ from the first, each with the indices of what differs."""
+    from jax.experimental import multihost_utils
+
+    own = np.frombuffer(b"".join(hashlib.sha256(part).digest()[:8] for part in mine), np.uint8)
+    everyone = np.asarray(multihost_utils.process_allgather(own)).reshape(jax.process_count(), len(mine), 8)
+    unlike = (everyone != everyone[0]).any(axis=-1)
+    return [(int(index), [int(part) for part in np.flatnonzero(unlike[index])]) for index in unlike.any(1).nonzero()[0]]
 
 
 def _disagreement(unlike: list[tuple[int, list[int]]], names: list[str]) -> str:

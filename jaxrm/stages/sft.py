@@ -50,7 +50,7 @@ def run(config: Any) -> int:
     """
     inputs = _open_inputs(config)
     stage, data = inputs.stage, inputs.data
-    folder = stage.open_run()
+    folder = stage.open_run([inputs.demonstrations.examples, inputs.held_out.examples])
     if stage.is_writer:
         print_reading(inputs.reading)
         print_size(stage, data)

@@ -11,7 +11,7 @@ A stage runs in five phases. `jaxrm.stages.sft` is the shortest example.
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,14 +24,18 @@ from jax.sharding import Mesh
 from jaxrm.config import dicts
 from jaxrm.data import tasks
 from jaxrm.data.config import DataConfig
-from jaxrm.data.templates import bos_id
+from jaxrm.data.examples import TokenExample
+from jaxrm.data.loader import fingerprint
+from jaxrm.data.templates import bos_id, text_of
 from jaxrm.data.tokenizer import Vocabulary, load_tokenizer
+from jaxrm.errors import option
 from jaxrm.inference import sharded_model, weights
 from jaxrm.inference.load import save_shape_and_tokenizer
 from jaxrm.inference.sampler import Response, response_text
 from jaxrm.inference.sharded_model import ShardedModel
 from jaxrm.inference.task_files import Records, task_files
 from jaxrm.models import build
+from jaxrm.runtime.processes import check_same_inputs
 from jaxrm.runtime.run_folder import RunFolder, check_run, open_run
 from jaxrm.sharding import partition
 from jaxrm.sharding.mesh import batch_shards, batch_share, check_batch, check_row_length
@@ -131,20 +135,37 @@ class Stage:
         if source.path is not None and Path(source.path).expanduser().exists():
             weights.check_weights(self.model.config, source)
 
-    def open_run(self, *, keeps_model: bool = True) -> RunFolder:
+    def open_run(self, read: Sequence[Sequence[TokenExample] | str], *, keeps_model: bool = True) -> RunFolder:
         """Make or find the folder of the run; the first thing that a stage writes.
 
         Args:
+          read: the examples that were read of the data, or a text about them, alike in all processes.
           keeps_model: save the model's shape and tokenizer too, so that the run can be read without its sources.
 
         Raises:
-          UserError: where the weights cannot be read, or the folder holds another run.
+          UserError: where the weights cannot be read, the processes have read different inputs, or the folder holds
+            another run.
         """
         weights.check_weights(self.model.config, self.config.model)  # last, since a hub model is fetched for it
+        if jax.process_count() > 1:
+            self._check_same_inputs(read)
         folder = open_run_folder(self.config)
         if self.is_writer and keeps_model:
             save_shape_and_tokenizer(self.model.config, self.tokenizer, folder)
         return folder
+
+    def _check_same_inputs(self, read: Sequence[Sequence[TokenExample] | str]) -> None:
+        texts = [x if isinstance(x, str) else fingerprint(x, self.config.data) for x in read]
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        tokenizer = self.tokenizer.get_vocab() if backend is None else backend.to_str()
+        check_same_inputs(
+            {
+                "tokenizer": f"{tokenizer} {self.tokenizer.special_tokens_map}",
+                option("data.template"): f"{text_of(self.tokenizer, self.template)} {self.end_ids}",
+                option("data.path"): " ".join(texts),
+                option("model.path"): f"{self.model.config} {weights.contents_of(self.config.model)}",
+            }
+        )
 
 
 @contextmanager

@@ -58,7 +58,7 @@ def run(config: Any) -> int:
         config, stage.mesh, stage.vocabulary, prompts.examples, stage.response_text, stage.end_ids
     )
 
-    folder = stage.open_run(keeps_model=False)
+    folder = stage.open_run([examples], keeps_model=False)
     policy_name = weights.name_of(config.model)  # by every process, since they look into the checkpoints together
     if stage.is_writer:
         print_reading(inputs.reading)

@@ -69,7 +69,7 @@ def run(config: Any) -> int:
     """
     inputs = _open_inputs(config)
     stage, examples, held_out = inputs.stage, inputs.examples, inputs.held_out
-    folder = stage.open_run()
+    folder = stage.open_run([examples, held_out])
     if stage.is_writer:
         print_reading(inputs.reading)
     # The reference's parameters are gone before those of the training are there: no two models are in memory.

@@ -47,7 +47,7 @@ def run(config: Any) -> int:
     """
     inputs = _open_inputs(config)
     stage, judge = inputs.stage, judge_of(config)
-    folder = stage.open_run(keeps_model=False)
+    folder = stage.open_run([inputs.every], keeps_model=False)
     target = folder.path / ANSWERS
     _check_same_models(folder.path / _MODELS, config, has_answers=target.exists())
     if not target.exists():

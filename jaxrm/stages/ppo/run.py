@@ -38,7 +38,7 @@ def run(config: Any) -> int:
     )
     opened = Opened(inputs.learner, inputs.critic, source, with_models(inputs.data, config))
 
-    folder = stage.open_run()
+    folder = stage.open_run([opened.inputs.data.fingerprint, inputs.data.held_out.examples])
     policy_name = weights.name_of(config.model)  # by every process, since they look into the checkpoints together
     if stage.is_writer:
         _print_inputs(stage, opened, policy_name, reward_name)

@@ -64,7 +64,7 @@ def run(config: Any) -> int:
     """
     inputs = _open_inputs(config)
     stage, trained, data, ranked, request = inputs.stage, inputs.trained, inputs.data, inputs.ranked, inputs.request
-    folder = stage.open_run()
+    folder = stage.open_run([data.examples, str(inputs.reading)])
     if stage.is_writer:
         print_reading(inputs.reading)
         print_size(stage, data)
