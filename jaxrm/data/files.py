@@ -15,9 +15,10 @@ from itertools import chain, islice
 from typing import IO, Any
 
 from jaxrm.data.fields import BadRecordError
+from jaxrm.data.file_names import is_data
 from jaxrm.data.json_shapes import decode, is_lines, rows_of, value_rows
 from jaxrm.data.schemas import recognize
-from jaxrm.data.sources import SUFFIXES, DataFile, Place
+from jaxrm.data.sources import DataFile, Place
 from jaxrm.errors import UserError
 
 RawRecord = tuple[str, Any]  # its place, and a dict of fields or a BadRecordError
@@ -49,7 +50,7 @@ def file_rows(file: DataFile, place: Place) -> Iterator[RawRecord]:
     """The rows of a file, with their places.
 
     Args:
-      file: of any of ``SUFFIXES``. What its name does not say, its first bytes do.
+      file: of any known name. What its name does not say, its first bytes do.
       place: whose split is wanted of a file that holds several.
 
     Raises:
@@ -57,9 +58,9 @@ def file_rows(file: DataFile, place: Place) -> Iterator[RawRecord]:
     """
     try:
         head = _head(file)
-        if file.name.endswith(".parquet") or head.startswith(b"PAR1"):
+        if file.name.lower().endswith(".parquet") or head.startswith(b"PAR1"):
             yield from _parquet_rows(file)
-        elif file.name.endswith(".arrow"):
+        elif file.name.lower().endswith(".arrow"):
             yield from _arrow_rows(file)
         else:
             yield from _text_rows(file, place, _compression(file, head))
@@ -89,6 +90,8 @@ def _head(file: DataFile) -> bytes:
     start = head.lstrip().lower()
     if start.startswith(b"version https://git-lfs"):
         raise UserError(f"{file.path} is a pointer of Git LFS in place of the file; fetch the file, e.g. git lfs pull")
+    if file.name.lower().endswith((".xlsx", ".xls", ".ods")):
+        raise UserError(f"{file.path} is a workbook; save its sheet as a table of text, e.g. pairs.csv")
     if start.startswith((b"<!doctype html", b"<html")):
         raise UserError(f"{file.path} is a web page in place of the file; fetch the file itself")
     return head
@@ -96,17 +99,17 @@ def _head(file: DataFile) -> bytes:
 
 def _compression(file: DataFile, head: bytes) -> str:
     """The suffix of a compression, or nothing. The name says it; else the first bytes."""
-    named = next((suffix for suffix, _ in _MAGIC if file.name.endswith(suffix)), "")
+    named = next((suffix for suffix, _ in _MAGIC if file.name.lower().endswith(suffix)), "")
     return named or next((suffix for suffix, start in _MAGIC if head.startswith(start)), "")
 
 
 @contextmanager
 def _open(file: DataFile, compression: str) -> Iterator[tuple[IO[bytes], str]]:
     """The bytes of a file, unpacked, and the name that says their format."""
-    name = file.name.removesuffix(compression)
+    name = file.name[: -len(compression)] if file.name.lower().endswith(compression or " ") else file.name
     if compression == ".zip":
         with zipfile.ZipFile(file.path) as archive:
-            members = [info for info in archive.infolist() if info.filename.endswith(SUFFIXES)]
+            members = [info for info in archive.infolist() if is_data(info.filename)]
             members = [info for info in members if not info.filename.startswith("__MACOSX")]
             if len(members) != 1 or members[0].flag_bits & 1:
                 what = "is encrypted" if len(members) == 1 else f"holds {len(members)} data files, not one"
@@ -132,9 +135,9 @@ def _text_rows(file: DataFile, place: Place, compression: str) -> Iterator[RawRe
         is_all = not stream.read(1)
     encoding = next((encoding for start, encoding in _ENCODINGS if probe.startswith(start)), "utf-8-sig")
     with _open(file, compression) as (stream, name):
-        if name.endswith((".csv", ".tsv")):
+        if name.lower().endswith((".csv", ".tsv")):
             with io.TextIOWrapper(stream, encoding, newline="") as text:
-                yield from _table_rows(text, file, "\t" if name.endswith(".tsv") else "")
+                yield from _table_rows(text, file, "\t" if name.lower().endswith(".tsv") else "")
             return
         if encoding != "utf-8-sig":
             probe = probe.decode(encoding, "replace").encode("utf-8", "replace")

@@ -4,14 +4,15 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from jaxrm.data.file_names import is_data
 from jaxrm.data.files import RawRecord, import_module, one_line
-from jaxrm.data.sources import SUFFIXES, Place
+from jaxrm.data.sources import Place
 from jaxrm.errors import UserError, flag, option
 
 
 def is_hub_name(path: str) -> bool:
     """Whether a path may be ``org/name``, ``org/name:configuration`` or ``org/name/folder``."""
-    return bool(re.fullmatch(r"[\w.-]+/[\w.-]+(/[\w./-]+)?(:[\w.-]+)?", path)) and not path.endswith(SUFFIXES)
+    return bool(re.fullmatch(r"[\w.-]+/[\w.-]+(/[\w./-]+)?(:[\w.-]+)?", path)) and not is_data(path)
 
 
 def hub_rows(place: Place, split: str, revision: str | None) -> Iterator[RawRecord]:

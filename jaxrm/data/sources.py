@@ -4,27 +4,19 @@ import glob
 import json
 import os
 import shlex
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from jaxrm.data import split_names
+from jaxrm.data.card import declared_splits
+from jaxrm.data.file_names import RANKS, is_data, is_metadata, stem
 from jaxrm.data.split_names import TRAIN
 from jaxrm.errors import UserError, flag, option
 
 T = TypeVar("T")
 
-_COMPRESSED = ("", ".gz", ".bz2", ".xz", ".zst")
-# Beside lines and tables, a lone .csv or .json holds settings and numbers rather than records.
-_RANKS = (
-    (".parquet", ".arrow", *(form + end for form in (".jsonl", ".ndjson") for end in _COMPRESSED)),
-    tuple(form + end for form in (".csv", ".tsv") for end in _COMPRESSED),
-    (*(f".json{end}" for end in _COMPRESSED), ".zip"),
-)
-SUFFIXES = tuple(suffix for rank in _RANKS for suffix in rank)
-_METADATA = {"config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
-_METADATA |= {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json"}
 _NO_DATA = ("__pycache__", "__MACOSX")
 _SHOWN = 8  # names in a message
 
@@ -94,6 +86,10 @@ def _folder_files(place: Place, folder: Path) -> list[DataFile]:
     saved = _saved_data_set(place, folder)
     if saved is not None:
         return saved
+    declared = declared_splits(folder)
+    if declared:
+        split = _declared_split(place, {name: str(paths[0].relative_to(folder)) for name, paths in declared.items()})
+        return [DataFile(file, str(file.relative_to(folder))) for file in dict.fromkeys(declared[split])]
     files = _by_rank(_walk(folder, folder))
     chosen = _of_split(place, files)
     if not chosen:
@@ -106,7 +102,7 @@ def _pattern_files(place: Place, pattern: str) -> list[DataFile]:
     """Files that match a pattern. It names them itself, so copies and a lone part may be among them."""
     root = _root(pattern)
     matches = sorted(match for match in root.glob(str(Path(pattern).relative_to(root))) if match.name[0] != ".")
-    files = [DataFile(m, str(m.relative_to(root))) for m in matches if m.is_file() and m.name.endswith(SUFFIXES)]
+    files = [DataFile(m, str(m.relative_to(root))) for m in matches if m.is_file() and is_data(m.name)]
     files += [file for match in matches if match.is_dir() and "**" not in pattern for file in _walk(match, root)]
     ignored = split_names.splits(str(Path(pattern).relative_to(root)))
     chosen = _of_split(place, files, ignored)
@@ -131,7 +127,7 @@ def _walk(folder: Path, root: Path) -> list[DataFile]:
         folders[:] = sorted(name for name in folders if not name.startswith(".") and name not in _NO_DATA)
         for name in sorted(names):
             file = Path(parent, name)
-            if name.startswith((".", "cache-")) or name in _METADATA or not name.endswith(SUFFIXES):
+            if is_metadata(name) or not is_data(name):
                 continue
             if file.is_symlink() and not file.exists():
                 raise UserError(f"{file} is a link to a file that is not there; fetch it again")
@@ -143,11 +139,11 @@ def _walk(folder: Path, root: Path) -> list[DataFile]:
 
 def _by_rank(files: list[DataFile]) -> list[DataFile]:
     """The files of the first rank that is there, and those of other ranks that are named like one of them."""
-    for rank in _RANKS:
-        first = [file for file in files if file.name.endswith(rank)]
+    for rank in RANKS:
+        first = [file for file in files if file.name.lower().endswith(rank)]
         if first:
-            stems = {_stem(file.name) for file in first}
-            return [file for file in files if file in first or _stem(file.name) in stems]
+            stems = {stem(file.name) for file in first}
+            return [file for file in files if file in first or stem(file.name) in stems]
     return []
 
 
@@ -199,16 +195,7 @@ def _saved_data_set(place: Place, folder: Path) -> list[DataFile] | None:
     """The files of a folder that ``save_to_disk`` wrote, or None where it is none."""
     if (folder / "dataset_dict.json").is_file():
         declared = _json(folder / "dataset_dict.json", lambda content: [str(name) for name in content["splits"]])
-        split = split_names.choose(declared, place.split or "") if place.split else None
-        if place.split is None and len(declared) == 1:
-            split = declared[0]
-        if split is None:
-            is_held_out = place.split_field == "data.eval_split"
-            example = max(declared, key=lambda name: (TRAIN in split_names.splits(name)) != is_held_out)
-            raise UserError(
-                f"{option(place.field)} {place.path!r} has the splits {', '.join(declared)}; name one of them, e.g. "
-                f"{_example(place, example)}"
-            )
+        split = _declared_split(place, dict(zip(declared, declared, strict=True)))
         return _saved_files(folder / split, folder)
     if (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file():
         own = _json(folder / "state.json", lambda content: content.get("_split"))
@@ -219,6 +206,20 @@ def _saved_data_set(place: Place, folder: Path) -> list[DataFile] | None:
             )
         return _saved_files(folder, folder)
     return None
+
+
+def _declared_split(place: Place, declared: Mapping[str, str]) -> str:
+    """The one of several declared splits that is wanted; of each, a path below the folder."""
+    split = split_names.choose(declared, place.split or "")
+    if place.split is None and len(declared) == 1:
+        split = next(iter(declared))
+    if split is None:
+        is_held_out = place.split_field == "data.eval_split"
+        one = max(declared, key=lambda name: (TRAIN in split_names.splits(name)) != is_held_out)
+        example = f"{flag(place.split_field)}={one}" if place.split else _example(place, declared[one])
+        where = f"{option(place.field)} {place.path!r}"
+        raise UserError(f"{where} has the splits {', '.join(declared)}; name one of them, e.g. {example}")
+    return split
 
 
 def _saved_files(folder: Path, root: Path) -> list[DataFile]:
@@ -257,7 +258,7 @@ def _root(path: str) -> Path:
 def _as_pattern(names: Sequence[str]) -> str:
     """A pattern that all the names match."""
     folders = {Path(name).parent for name in names}
-    suffixes = {name.removeprefix(_stem(name)) for name in names}
+    suffixes = {name.removeprefix(stem(name)) for name in names}
     end = f"*{suffixes.pop()}" if len(suffixes) == 1 else "*"
     return str(folders.pop() / end) if len(folders) == 1 else f"**/{end}"
 
@@ -269,13 +270,7 @@ def _names(files: Sequence[DataFile]) -> str:
 
 def _parts(name: str) -> Iterable[str]:
     *folders, file = Path(name).parts
-    return (*folders, _stem(file))
-
-
-def _stem(name: str) -> str:
-    return next(
-        (name[: -len(suffix)] for suffix in sorted(SUFFIXES, key=len, reverse=True) if name.endswith(suffix)), name
-    )
+    return (*folders, stem(file))
 
 
 def _siblings(names: Iterable[str]) -> list[list[str]]:
@@ -284,7 +279,7 @@ def _siblings(names: Iterable[str]) -> list[list[str]]:
     folders: dict[str, set[str]] = {}
     for name in names:
         file = Path(name)
-        files.setdefault(str(file.parent), []).append(_stem(file.name))
+        files.setdefault(str(file.parent), []).append(stem(file.name))
         for folder in file.parents:
             if folder.name:
                 folders.setdefault(str(folder.parent), set()).add(folder.name)

@@ -92,6 +92,7 @@ def test_encodings_with_a_mark_are_read(tmp_path, shape, encoding):
         ("a.csv", table(",").encode("utf-8-sig")),
         ("a.csv", table(",").encode("utf-16")),
         ("a.csv.gz", gzip.compress(table(",").encode())),
+        ("A.CSV.GZ", gzip.compress(table(",").encode())),
     ],
 )  # fmt: skip
 def test_tables_of_text_are_read(tmp_path, name, content):
@@ -161,6 +162,7 @@ def test_arrow_files_are_read(tmp_path):
     [
         ("a.jsonl", "version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 9\n", "is a pointer of Git LFS"),
         ("a.parquet", "version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 9\n", "git lfs pull"),
+        ("a.xlsx", b"PK\x03\x04", "is a workbook; save its sheet as a table of text, e.g. pairs.csv"),
         ("a.jsonl", "<!DOCTYPE html>\n<html></html>", "is a web page"),
         ("a.jsonl", "prompt,chosen\na,b\n", "invalid JSON (2, first at a.jsonl:1); write one JSON object a line"),
         ("a.jsonl", "caf\xe9\n".encode("latin1"), "e.g. iconv -f latin1 -t utf-8"),

@@ -254,6 +254,31 @@ def test_saved_data_sets_are_read_by_their_splits(tmp_path):
         read_records(DataConfig(path=str(tmp_path / "one")))
 
 
+CARD = """---
+license: mit
+configs:
+- config_name: default
+  data_files:
+  - split: train
+    path: "seen*.jsonl"
+  - split: test
+    path: ["unseen.jsonl"]
+---
+# Pairs
+"""
+
+
+def test_the_splits_that_a_readme_declares_are_those_read(tmp_path):
+    path = make(tmp_path, "seen_1.jsonl", "seen_2.jsonl", "unseen.jsonl", "more_train.jsonl")
+    (tmp_path / "README.md").write_text(CARD)
+    assert names(path) == ["seen_1.jsonl", "seen_2.jsonl"] == names(path, eval_split="test")
+    assert names(path, held_out=True, eval_split="test") == ["unseen.jsonl"]
+    assert "has the splits train, test" in refused(path, held_out=True, eval_split="dev")
+    for card in ("# no front matter", "---\na: [\n---\n", "---\nconfigs: 3\n---\n", CARD.replace("unseen", "gone")):
+        (tmp_path / "README.md").write_text(card)
+        assert names(path) == ["more_train.jsonl"]
+
+
 def test_names_are_taken_apart_into_words():
     assert split_names.words("hhTest-01.v2") == ("hh", "test", "01", "v", "2")
     assert split_names.words("held_out_pairs") == ("heldout", "pairs")
