@@ -88,6 +88,17 @@ def test_a_template_that_does_what_it_may_not_is_stopped(template, reason):
         render(template, VARIABLES)
 
 
+def test_a_long_dialogue_is_within_the_bounds():
+    """As Qwen 3 asks for the number of messages once for each of them."""
+    template = (
+        "{% for m in messages[::-1] %}{% set index = (messages | length - 1) - loop.index0 %}"
+        "{% if messages[index].content.startswith('<tool_response>') %}tool{% endif %}{% endfor %}"
+        "{% for m in messages %}{{ m.role + m.content | trim }}{% endfor %}"
+    )
+    messages = [{"role": "user", "content": str(i)} for i in range(4000)]
+    assert render(template, {"messages": messages}) == "".join(f"user{i}" for i in range(4000))
+
+
 def test_bounds_are_for_each_rendering_anew():
     for _ in range(60):
         render("{% for i in range(9999) %}{% endfor %}", VARIABLES)
