@@ -45,6 +45,7 @@ def main(_: None, given: flags.FlagValues) -> int:
             raise UserError(f"--{name} goes with --weights; a run has its own, so leave it out with --checkpoint")
 
     from jaxrm.data.exported_template import set_exported_template
+    from jaxrm.data.templates import text_of
     from jaxrm.data.tokenizer import pad_apart_from
     from jaxrm.inference.load import check_flags, load_policy, load_reward_model, spread_mesh
     from jaxrm.inference.weights import find_checkpoint
@@ -55,16 +56,18 @@ def main(_: None, given: flags.FlagValues) -> int:
     is_scalar = given.checkpoint is not None and find_checkpoint(path).config.algorithm == "scalar_rm"
     load = load_reward_model if is_scalar else load_policy
     trained = load(path, mesh=spread_mesh(path), tokenizer=given.tokenizer, template=given.template)
+    end_ids = trained.model.end_ids(trained.tokenizer, trained.template)
     if trained.template != "auto" or given.checkpoint is not None:
         set_exported_template(trained.tokenizer, trained.template)
     if is_scalar:
-        pad_apart_from(trained.tokenizer, trained.model.end_ids(trained.tokenizer, trained.template))
+        template = text_of(trained.tokenizer, trained.template)
+        pad_apart_from(trained.tokenizer, end_ids, trained.model.config.vocab_size, template)
     folder = export_model(
         given.output,
         trained.params,
         trained.model.config,
         tokenizer=trained.tokenizer,
-        end_ids=trained.model.end_ids(trained.tokenizer, trained.template),
+        end_ids=end_ids,
         dtype=given.dtype,
         max_shard_bytes=given.max_shard_mb * 1_000_000,
         overwrite=given.overwrite,

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 _FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")  # how sentencepiece writes a token that is one byte of a character
+_USE = re.compile("pad|unused|reserved", re.IGNORECASE)  # in the names of tokens to pad with
 _UNFINISHED = "\ufffd"  # what a character is decoded to while bytes of it are missing
 _WINDOW, _CONTEXT = 12, 4  # tokens decoded together; those before them that a token's text may depend on
 
@@ -66,23 +67,47 @@ def save_tokenizer(tokenizer: "PreTrainedTokenizerBase", folder: str | Path) -> 
             file.replace(destination)
 
 
-def pad_apart_from(tokenizer: "PreTrainedTokenizerBase", ends: Collection[int]) -> None:
-    """Give the tokenizer a padding token that ends no response, if it has none.
+def pad_apart_from(
+    tokenizer: "PreTrainedTokenizerBase", ends: Collection[int], num_rows: int, template: str = ""
+) -> None:
+    """Give the tokenizer a padding token that no row of tokens has, if its own may stand in one.
 
-    Classifiers of transformers read their score at the last token that is not padding, by its id.
+    Classifiers of transformers read their score at the last token that is not padding, by its id. Earlier versions read
+    it before the first one that is, so BOS cannot be it.
+
+    Args:
+      tokenizer: changed in place.
+      ends: ids that end a response.
+      num_rows: rows of the model's embedding table.
+      template: text of the chat template, whose tokens stand in rows.
 
     Raises:
-      UserError: the tokenizer has no special token to spare.
+      UserError: the tokenizer has no special token to spare, and the model no row for a new one.
     """
-    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id not in ends:
+    taken = {*ends, tokenizer.bos_token_id, tokenizer.eos_token_id}
+
+    def is_free(id_: int | None) -> bool:
+        if id_ is None or id_ in taken or id_ >= num_rows:
+            return False
+        return str(tokenizer.convert_ids_to_tokens(id_)) not in template
+
+    if is_free(tokenizer.pad_token_id):
         return
-    spare = next((token for token in sorted(tokenizer.all_special_ids) if token not in ends), None)
-    if spare is None:
+    special = {id_ for id_, token in tokenizer.added_tokens_decoder.items() if token.special}
+    candidates = {*special, *tokenizer.all_special_ids}
+    free = {id_: str(tokenizer.convert_ids_to_tokens(id_)) for id_ in candidates if is_free(id_)}
+    # Those that are made for it come first, the unknown token last: text may become it.
+    order = sorted(free, key=lambda id_: (id_ == tokenizer.unk_token_id, _USE.search(free[id_]) is None, id_))
+    if order:
+        tokenizer.pad_token = free[order[0]]
+        return
+    ids = {*tokenizer.get_vocab().values()}
+    if max(ids) + 1 >= num_rows or "<pad>" in tokenizer.get_vocab():
         raise UserError(
-            "the tokenizer has no special token but those that end a response, and a classifier needs one to pad with; "
+            "the tokenizer has no special token that never stands in a row, and a classifier needs one to pad with; "
             "add one, e.g. tokenizer.add_special_tokens({'pad_token': '<pad>'}), where the model has room for it"
         )
-    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(spare)
+    tokenizer.add_special_tokens({"pad_token": "<pad>"})
 
 
 class Vocabulary(NamedTuple):

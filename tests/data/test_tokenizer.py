@@ -281,21 +281,57 @@ def test_token_texts_decode_each_token_a_bounded_number_of_times(any_tokenizer, 
         assert 0 < sum(decoded) <= 20 * len(ids)
 
 
-def test_padding_is_set_apart_from_what_ends_a_response():
-    class Tokenizer:
-        all_special_ids = (0, 1, 2)
-        pad_token_id = 2
+@pytest.fixture
+def llama3_like(corpus):
+    """Function to a byte-level tokenizer with Llama 3's special tokens, whose BOS is the first, and further ones."""
+    from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
+    from tokenizers.models import BPE
+    from transformers import PreTrainedTokenizerFast
 
-        def convert_ids_to_tokens(self, token):
-            return f"<{token}>"
+    def make(*special, **names):
+        backend = Tokenizer(BPE())
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        backend.decoder = decoders.ByteLevel()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        first = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|eot_id|>"]
+        backend.train_from_iterator(
+            corpus,
+            trainers.BpeTrainer(
+                vocab_size=300, initial_alphabet=alphabet, special_tokens=[*first, *special], show_progress=False
+            ),
+        )
+        names = {"bos_token": first[0], "eos_token": first[3]} | names
+        return PreTrainedTokenizerFast(tokenizer_object=backend, **names)
 
-    apart, already, none_left = Tokenizer(), Tokenizer(), Tokenizer()
-    pad_apart_from(apart, {0, 2})
-    assert apart.pad_token == "<1>"
-    pad_apart_from(already, {0})
-    assert not hasattr(already, "pad_token")
-    with pytest.raises(UserError, match="no special token"):
-        pad_apart_from(none_left, {0, 1, 2})
+    return make
+
+
+@pytest.mark.parametrize(
+    ("special", "names", "pad"),
+    [
+        (["<|reserved_1|>", "<|finetune_right_pad_id|>"], {}, "<|reserved_1|>"),
+        (["<|x|>", "<|finetune_right_pad_id|>"], {}, "<|finetune_right_pad_id|>"),
+        (["<|x|>"], {}, "<|x|>"),
+        ([], {}, "<pad>"),  # a new one, for which the model has a row
+        (["<unk>"], {"unk_token": "<unk>"}, "<unk>"),
+        (["<|reserved|>"], {"pad_token": "<|begin_of_text|>"}, "<|reserved|>"),
+        (["<|reserved|>"], {"pad_token": "<|eot_id|>"}, "<|reserved|>"),
+        (["<|reserved|>", "<|own|>"], {"pad_token": "<|own|>"}, "<|own|>"),
+    ],
+)
+def test_a_classifier_pads_with_what_stands_in_no_row(llama3_like, special, names, pad):
+    """Never with BOS, an end, or a token that the template writes."""
+    tokenizer = llama3_like(*special, **names)
+    ends = {tokenizer.convert_tokens_to_ids(token) for token in ("<|eot_id|>", "<|end_of_text|>")}
+    pad_apart_from(tokenizer, ends, 400, "{{ bos_token + '<|start_header_id|>' }}")
+    assert tokenizer.pad_token == pad
+    assert tokenizer.pad_token_id not in {*ends, tokenizer.bos_token_id, None} and tokenizer.pad_token_id < 400
+
+
+def test_a_classifier_without_a_token_to_spare_is_refused(llama3_like):
+    tokenizer = llama3_like()
+    with pytest.raises(UserError, match="no special token that never stands in a row"):
+        pad_apart_from(tokenizer, {1, 3}, len(tokenizer), "<|start_header_id|>")
 
 
 @pytest.mark.parametrize(

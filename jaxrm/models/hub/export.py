@@ -86,7 +86,7 @@ def export_model(
         dtype=dtype,
         bos_id=getattr(tokenizer, "bos_token_id", None),
         eos_ids=sorted(end_ids),
-        pad_id=getattr(tokenizer, "pad_token_id", None),
+        pad_id=_pad_id(tokenizer, config),
         scalar_head=scalar_head,
     )
     tokenizer_files = _tokenizer_files(tokenizer) if isinstance(tokenizer, str | os.PathLike) else []
@@ -94,11 +94,12 @@ def export_model(
     with _appearing(target) if writes else _nowhere() as partial_folder:
         _write_weights(partial_folder, table, params, np.dtype(dtype), max_shard_bytes)
         if partial_folder is not None:
-            _write_configs(partial_folder, fields)
+            _write_configs(partial_folder, fields, config)
             for file in tokenizer_files:
                 shutil.copyfile(file, partial_folder / file.name)
             if tokenizer is not None and not tokenizer_files:
                 tokenizer.save_pretrained(str(partial_folder))
+            _make_readable_by_both(partial_folder / "tokenizer_config.json")
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
 
@@ -135,9 +136,36 @@ def _check_shapes(table: list[NamedTensor], params: dict[str, Any]) -> None:
         assert shape == tensor.shape, ("/".join(tensor.path), leaf.shape, tensor.shape)
 
 
-def _write_configs(folder: Path, fields: dict[str, Any]) -> None:
+def _pad_id(tokenizer: Any, config: ModelConfig) -> int | None:
+    """The id of padding; None where the model has no row for it, which transformers would refuse."""
+    id_ = getattr(tokenizer, "pad_token_id", None)
+    return None if id_ is None or id_ >= config.vocab_size else id_
+
+
+def _make_readable_by_both(file: Path) -> None:
+    """Change what transformers 5 writes in a tokenizer_config.json, and 4 cannot read, to what both do.
+
+    tokenizer.json alone says how text is split. The class is the one of both versions that takes it as it is.
+    """
+    if not (file.is_file() and file.with_name("tokenizer.json").is_file()):
+        return
+    settings = json.loads(file.read_text(encoding="utf-8"))
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    extra = settings.get("extra_special_tokens")
+    if isinstance(extra, list):
+        del settings["extra_special_tokens"]
+        settings["additional_special_tokens"] = extra
+    for name in ("backend", "is_local", "local_files_only"):  # of the process that wrote it
+        settings.pop(name, None)
+    _write_json(file, settings)
+
+
+def _write_configs(folder: Path, fields: dict[str, Any], config: ModelConfig) -> None:
     _write_json(folder / "config.json", fields)
     generation = {key: fields[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    if config.drawable:  # programs that know this field never draw ids without a token either
+        drawable = {id_ for first, end in config.drawable for id_ in range(first, end)}
+        generation["suppress_tokens"] = [id_ for id_ in range(config.vocab_size) if id_ not in drawable]
     _write_json(
         folder / "generation_config.json", {key: value for key, value in generation.items() if value is not None}
     )
