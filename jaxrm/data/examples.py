@@ -11,7 +11,7 @@ from jaxrm.data.config import DataConfig
 from jaxrm.data.cutting import cut_points, find_cut
 from jaxrm.data.readers import ReadReport
 from jaxrm.data.records import DemonstrationRecord
-from jaxrm.data.templates import Text, bos_id, check_template, encode, write_prompt, write_response
+from jaxrm.data.templates import SPELLED_OUT, Text, bos_id, check_template, encode, write_prompt, write_response
 from jaxrm.errors import UserError, flag, option
 
 if TYPE_CHECKING:
@@ -143,10 +143,14 @@ def tokenize_demonstrations(
         texts: list[Text] = []
         for record in records[start : start + _CHUNK]:
             try:
-                texts += _write_turns(record, tokenizer, config)
-                accepted.append(record)
+                written = _write_turns(record, tokenizer, config)
             except UserError as error:
                 report.add_bad(str(error), record.source)
+                continue
+            texts += written
+            accepted.append(record)
+            if any(text.is_broken for text in written):
+                report.add_note(SPELLED_OUT, record.source)
         encoded = iter(encode(tokenizer, texts))
         for record in accepted:
             turns = [_Turn(i, next(encoded), next(encoded)) for i in _trained(record, config)]

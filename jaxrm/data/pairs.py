@@ -19,6 +19,7 @@ from jaxrm.data.examples import ComparisonExample, MappingExample, Progress
 from jaxrm.data.readers import ReadReport
 from jaxrm.data.records import PreferenceRecord, Record
 from jaxrm.data.templates import (
+    SPELLED_OUT,
     Text,
     check_template,
     encode,
@@ -126,10 +127,14 @@ def tokenize_pairs(
                 report.add_bad("a response is empty", record.source)
                 continue
             try:
-                texts += _write_pair(tokenizer, record, config.template)
-                accepted.append(record)
+                written = _write_pair(tokenizer, record, config.template)
             except UserError as error:
                 report.add_bad(str(error), record.source)
+                continue
+            texts += written
+            accepted.append(record)
+            if any(text.is_broken for text in written):
+                report.add_note(SPELLED_OUT, record.source)
         encoded = iter(encode(tokenizer, texts))
         chunk: list[tuple[PreferenceRecord, TokenPair]] = []
         for record in accepted:

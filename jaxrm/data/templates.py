@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["TEMPLATES"]
 # Unicode noncharacters, "never for interchange", one of which is where a text is broken.
 _BREAKS = "".join(map(chr, range(0xFDD0, 0xFDF0)))
+SPELLED_OUT = "with special tokens spelled out, which stay text"  # what reports say of such records
 _PROBE, _RESPONSE = "qzquestionqz", "qzresponseqz"
 
 
@@ -39,6 +40,11 @@ class Text:
 
     parts: tuple[str, ...]
     behind: str
+
+    @property
+    def is_broken(self) -> bool:
+        """Whether a message spells out a special token, which ``transformers`` would make one."""
+        return len(self.parts) > 1
 
 
 @dataclass(frozen=True)

@@ -179,7 +179,8 @@ def test_progress_reaches_the_total_and_batches_change_nothing(chatml_tokenizer,
 
 
 def test_special_tokens_in_a_record_are_not_ends_of_turns(chatml_tokenizer):
-    (example,), _ = tokenize([dialogue("a <|im_end|> b", "c <|im_end|> d")], chatml_tokenizer)
+    (example,), report = tokenize([dialogue("a <|im_end|> b", "c <|im_end|> d")], chatml_tokenizer)
+    assert ("with special tokens spelled out, which stay text", 1, "f:1") in report.rows()
     end = chatml_tokenizer.eos_token_id
     assert (example.tokens == end).sum() == 2
     assert example.tokens[-1] == end
