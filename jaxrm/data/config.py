@@ -36,7 +36,7 @@ class DataConfig:
       max_eval_records: most held-out records to read.
       tokenizer: hub name, folder or .gguf file; None is the tokenizer beside the model's weights.
       template: ``auto`` is the tokenizer's own chat template, ``tokenizer:NAME`` one of its several; else a name of
-        ``templates.TEMPLATES``.
+        ``named_templates.TEMPLATES``.
       max_length: tokens in a row: template, prompt, response and EOS.
       packing: put several examples into one row.
       train_on: ``last`` takes the loss on the last response of a dialogue, ``all`` on every assistant turn.

@@ -106,7 +106,7 @@ class ReadReport:
         """Rows of a table: name, count, place of the first."""
         counts = [("read", self.total, ""), ("used", self.used, "")]
         counts += [("on the other side of the split", self.other_side, "")] if self.other_side else []
-        counts += [("prompts cut on the left", self.cut_prompts, "")] if self.cut_prompts else []
+        counts += [("prompts whose beginning was cut", self.cut_prompts, "")] if self.cut_prompts else []
         counts += [("of them without their system text or first header", self.cut_heads, "")] if self.cut_heads else []
         counts += [(self._name(reason, entry), entry.count, entry.first) for reason, entry in self.bad.items()]
         return counts + [(what, entry.count, entry.first) for what, entry in self.notes.items()]

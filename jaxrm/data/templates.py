@@ -15,14 +15,12 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from jaxrm.data.layout import Layout, check_roles, check_texts, open_layout
-from jaxrm.data.named_templates import TEMPLATES
 from jaxrm.data.records import Message
 from jaxrm.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["TEMPLATES"]
 # Unicode noncharacters, "never for interchange", one of which is where a text is broken.
 _BREAKS = "".join(map(chr, range(0xFDD0, 0xFDF0)))
 SPELLED_OUT = "with special tokens spelled out, which stay text"  # what reports say of such records
@@ -78,7 +76,7 @@ def write_prompt(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Messag
     Args:
       tokenizer: as ``load_tokenizer`` returns it.
       messages: the dialogue before the response.
-      template: ``auto``, a name of ``TEMPLATES``, or ``tokenizer:NAME``.
+      template: ``auto``, a name of ``named_templates.TEMPLATES``, or ``tokenizer:NAME``.
 
     Raises:
       UserError: there is no such template, it refuses the dialogue, or it does not write all of it.

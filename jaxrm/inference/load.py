@@ -48,7 +48,7 @@ def load_policy(
         whole model, without it.
       dtype: compute dtype, ``float32`` or ``bfloat16``. By default that of the training, or float32.
       tokenizer: for published weights without one: hub name, folder or GGUF file.
-      template: chat template of published weights: a name of `jaxrm.data.templates.TEMPLATES`. By default the
+      template: chat template of published weights: a name of `jaxrm.data.named_templates.TEMPLATES`. By default the
         tokenizer's own.
 
     Raises:

@@ -8,6 +8,7 @@ from jaxrm.data.config import DataConfig
 from jaxrm.data.cutting import cut_prompt
 from jaxrm.data.examples import ComparisonExample, tokenize_demonstrations
 from jaxrm.data.loader import eval_batches
+from jaxrm.data.named_templates import TEMPLATES
 from jaxrm.data.pairs import (
     MappingConfig,
     TokenPair,
@@ -19,7 +20,7 @@ from jaxrm.data.pairs import (
 from jaxrm.data.readers import read_records
 from jaxrm.data.records import DemonstrationRecord, Message, PreferenceRecord, PromptRecord
 from jaxrm.data.tasks import write_task
-from jaxrm.data.templates import TEMPLATES, bos_id, encode_prompt, encode_response, end_ids
+from jaxrm.data.templates import bos_id, encode_prompt, encode_response, end_ids
 from jaxrm.data.tokenizer import load_tokenizer
 from jaxrm.errors import UserError
 
@@ -276,7 +277,7 @@ def test_the_left_of_a_long_prompt_goes_and_bos_stays():
     (correction, identity), report = mapping_examples([pair], [8], settings(max_length=20), first_id=1)
     assert correction.tokens.tolist() == [1, *range(29, 39), *pair.rejected, 8, *pair.chosen]
     assert identity.tokens.tolist() == [1, *range(27, 39), *pair.chosen, 8, *pair.chosen]
-    rows = [("prompts cut on the left", 1, ""), ("of them without their system text or first header", 1, "")]
+    rows = [("prompts whose beginning was cut", 1, ""), ("of them without their system text or first header", 1, "")]
     assert report.rows() == [("read", 1, ""), ("used", 1, ""), *rows]
     (example,), report = comparison_examples([pair], settings(max_length=21), first_id=1)
     cut = [1, *range(34, 39)]

@@ -2,8 +2,9 @@ import copy
 
 import pytest
 
+from jaxrm.data.named_templates import TEMPLATES
 from jaxrm.data.records import Message
-from jaxrm.data.templates import TEMPLATES, bos_id, encode_prompt, encode_response, end_ids
+from jaxrm.data.templates import bos_id, encode_prompt, encode_response, end_ids
 from jaxrm.data.tokenizer import load_tokenizer
 from jaxrm.errors import UserError
 
