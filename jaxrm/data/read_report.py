@@ -91,8 +91,8 @@ class ReadReport:
             return
         reason, entry = max(self.bad.items(), key=lambda item: item[1].count)
         often = f"most often: {reason} ({entry.count}, first at {entry.first})"
-        advice = _OF_ALL.get(reason, "mend them") if entry.count == self.total else "mend them"
-        advice = f"e.g. {self._enough(entry)}" if entry.lengths else advice
+        advice = f"e.g. {self._enough(entry)}" if entry.lengths else "mend them"
+        advice = _OF_ALL.get(reason, advice) if entry.count == self.total else advice
         start = f"{path}: {bad} of {self.total} records are unusable"
         if not self.used:
             raise UserError(f"{start} and none is left; {often}; {advice}")

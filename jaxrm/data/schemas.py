@@ -133,7 +133,10 @@ def parse_hh(fields: Fields, source: str) -> Record:
 
     Source: Bai et al. 2022, arXiv 2204.05862, the data as published.
     """
-    chosen, rejected = (read_transcript(read_text(fields, name)) for name in ("chosen", "rejected"))
+    sides = [read_text(fields, name) for name in ("chosen", "rejected")]
+    if not any(re.search(r"(Human|Assistant):", side) for side in sides):
+        raise BadRecordError(f"there is no prompt: no field {' or '.join(map(repr, QUESTIONS))}, and no transcript")
+    chosen, rejected = map(read_transcript, sides)
     if chosen[-1].role != "assistant" or rejected[-1].role != "assistant":
         raise BadRecordError("a transcript does not end with the assistant")
     if chosen[:-1] != rejected[:-1]:

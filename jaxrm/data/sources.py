@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from jaxrm.data import split_names
 from jaxrm.data.card import declared_splits
+from jaxrm.data.copies import has_copies
 from jaxrm.data.file_names import RANKS, is_data, is_metadata, stem
 from jaxrm.data.split_names import TRAIN
 from jaxrm.errors import UserError, flag, option
@@ -178,12 +179,9 @@ def _check_one_answer(place: Place, chosen: Sequence[DataFile], files: Sequence[
             f"{option(place.field)} {place.path!r} has no {missing!r}, but other parts of it; fetch it, or name the "
             f"parts that are there, e.g. {_example(place, _as_pattern(names))}"
         )
-    copies = None
-    for siblings in _siblings(names):
-        copies = copies or split_names.near_copies(siblings)
     named = [name for name in names if split_names.splits(Path(name).name)]
     shapes = {(split_names.pattern(Path(name).name), name.count(os.sep)) for name in names}
-    if copies or (named and len(shapes) > 1) or len(_snapshots(names)) > 1:
+    if has_copies({file.name: file.path for file in chosen}) or (named and len(shapes) > 1):
         what = f"split {place.split!r}" if named or (place.split and len(chosen) < len(files)) else "its data"
         raise UserError(
             f"{option(place.field)} {place.path!r} has several files that may be {what}: {_names(chosen)}; name one, "
@@ -237,9 +235,13 @@ def _json(file: Path, read: Callable[[Any], T]) -> T:
 def _no_file(place: Place, files: Sequence[DataFile]) -> UserError:
     names = _names(files) if files else "no file that ends in .jsonl, .parquet, .arrow, .csv, .tsv or .json"
     what = f"there is no file of split {place.split!r}, but {names}" if place.split else f"there is {names}"
-    known = next((split for file in files for split in sorted(split_names.splits(file.name))), None)
-    ways = [_example(place, files[0].name)] if files else [f"{flag(place.file_field)}=pairs.jsonl"]
-    ways += [f"{flag(place.split_field)}={known}"] if known and place.split_field == "data.eval_split" else []
+    # An example that goes with the side: what is called train to train on, anything else to hold out.
+    is_held_out = place.split_field == "data.eval_split"
+    splits = {file.name: split_names.splits(file.name) for file in files}
+    fitting = sorted(splits, key=lambda name: bool(splits[name] - {TRAIN}) != is_held_out)
+    ways = [_example(place, fitting[0])] if files else [f"{flag(place.file_field)}=pairs.jsonl"]
+    others = sorted(splits[fitting[0]] - {TRAIN}) if files else []
+    ways += [f"{flag(place.split_field)}={others[0]}"] if others and is_held_out and place.split else []
     return UserError(f"{place.path}: {what}; e.g. {' or '.join(ways)}")
 
 
@@ -271,21 +273,3 @@ def _names(files: Sequence[DataFile]) -> str:
 def _parts(name: str) -> Iterable[str]:
     *folders, file = Path(name).parts
     return (*folders, stem(file))
-
-
-def _siblings(names: Iterable[str]) -> list[list[str]]:
-    """The names of the files in each folder, less their suffixes, and of the folders in it."""
-    files: dict[str, list[str]] = {}
-    folders: dict[str, set[str]] = {}
-    for name in names:
-        file = Path(name)
-        files.setdefault(str(file.parent), []).append(stem(file.name))
-        for folder in file.parents:
-            if folder.name:
-                folders.setdefault(str(folder.parent), set()).add(folder.name)
-    return [*files.values(), *map(sorted, folders.values())]
-
-
-def _snapshots(names: Iterable[str]) -> set[str]:
-    """Snapshots of one data set in the hub's cache."""
-    return {part for name in names for part in Path(name).parts if len(part) == 40 and part.isalnum()}

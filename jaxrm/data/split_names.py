@@ -48,21 +48,6 @@ def choose(names: Iterable[str], split: str) -> str | None:
     return same[0] if len(same) == 1 else None
 
 
-def near_copies(names: Iterable[str]) -> tuple[str, str] | None:
-    """Two names of which one is the other with more words (``pairs``, ``pairs_backup``), or None."""
-    seen: dict[tuple[str, ...], str] = {}
-    for name in names:
-        if words(name) in seen:
-            return seen[words(name)], name
-        seen[words(name)] = name
-    for parts, name in seen.items():
-        for count in range(1, len(parts)):
-            for shorter in (parts[:count], parts[count:]):
-                if shorter in seen and not all(part.isdigit() for part in shorter):
-                    return seen[shorter], name
-    return None
-
-
 def pattern(name: str) -> str:
     """The name with its numbers as ``#``: the same for the parts of one split, another for ``v2`` or ``10k``."""
     return re.sub(r"(?<![vV\d])\d+(?![a-zA-Z\d])", "#", name)

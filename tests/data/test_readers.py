@@ -399,3 +399,19 @@ def test_a_revision_is_handed_to_the_hub(monkeypatch):
     assert len(train) == 40
     with pytest.raises(UserError, match="would be trained on and held out"):
         read("org/data", eval_split="train")
+
+
+def test_fields_that_are_not_read_are_named_once(tmp_path):
+    odd = {"passage": "a long text about rivers", "source": "a name of many words", "id": "x y z w v", "notes": "short"}
+    rows = [{**row, **odd, "echo": f" {row['prompt']}"} for row in ROWS]
+    _, report = read(write(tmp_path / "a.jsonl", as_lines(rows)))
+    assert ("fields with text that is not read", 1, "passage") in report.rows()
+    _, report = read(write(tmp_path / "b.jsonl", as_lines(ROWS)))
+    assert report.notes == {}
+
+
+def test_many_files_are_named_by_their_number_and_first(tmp_path):
+    write(tmp_path / "part-0.jsonl", as_lines(ROWS[:20]))
+    write(tmp_path / "part-1.jsonl", as_lines(ROWS[20:]))
+    _, report = read(tmp_path)
+    assert report.rows()[-1] == ("files", 2, "part-0.jsonl")

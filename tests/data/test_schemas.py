@@ -98,6 +98,7 @@ def test_tldr_prompt_ends_where_the_summary_begins():
         ("ultrafeedback", {"chosen": [USER], "rejected": [USER]}, "does not end with the assistant"),
         ("ultrafeedback", {"chosen": [GOOD], "rejected": [BAD]}, "missing field 'prompt'"),
         ("hh", {"chosen": "Human: a", "rejected": "b"}, "does not begin with a turn"),
+        ("hh", {"chosen": "a", "rejected": "b"}, "no field 'prompt' or 'question' or 'instruction', and no transcript"),
         ("hh", {"chosen": "\n\nHuman: a", "rejected": "\n\nHuman: a"}, "does not end with the assistant"),
         ("hh", {"chosen": "\n\nHuman: a\n\nAssistant:", "rejected": "\n\nHuman: a\n\nAssistant: b"}, "is empty"),
         ("hh", {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: c\n\nAssistant: b"}, "differ"),

@@ -103,6 +103,19 @@ def test_a_folder_that_gives_two_answers_is_refused(tmp_path, files):
         assert len(names(chosen, eval_share=1e-9)) == 1
 
 
+def test_the_same_file_under_two_names_is_refused(tmp_path):
+    path = make(tmp_path, "a.jsonl", "b.jsonl")
+    assert names(path, eval_share=1e-9) == ["a.jsonl", "b.jsonl"]
+    (tmp_path / "b.jsonl").write_bytes((tmp_path / "a.jsonl").read_bytes())
+    assert "several files that may be its data: a.jsonl, b.jsonl" in refused(path)
+
+
+def test_the_file_that_is_proposed_goes_with_the_side(tmp_path):
+    path = make(tmp_path, "train.jsonl", "validation.jsonl")
+    assert typed(refused(path, held_out=True, eval_split="test"))["eval_path"].endswith("validation.jsonl")
+    assert typed(refused(path, split="sft"))["path"].endswith("train.jsonl")
+
+
 @pytest.mark.parametrize(
     "files",
     [
