@@ -3,7 +3,7 @@
     python tests/reliability/campaign.py --kills=100
     python tests/reliability/campaign.py --kills=20 --stages=sft,ppo --seed=7 --workdir=/tmp/campaign
 
-Real processes of every stage get SIGKILL or SIGTERM at moments spread evenly over the time that an unbroken run takes,
+Real processes of every stage get SIGKILL or SIGTERM at moments spread evenly over the time that an unbroken run works,
 from the first second to the last save. The same command continues, may be stopped again, and runs to its end. Then
 every array of every checkpoint, metrics row, sample, evaluation and number of the closing report is compared. SIGTERM
 must end with status 75, or 0 where the run was complete.
@@ -26,15 +26,15 @@ from pathlib import Path
 os.environ["JAX_PLATFORMS"] = "cpu"
 sys.path[:0] = [str(Path(__file__).resolve().parents[number]) for number in (1, 2)]
 
-from support.launches import KILL, NEEDS, TERM, command, environment, errors_of, finish, launch
+from support.launches import KILL, NEEDS, TERM, command, cpu_seconds, environment, errors_of, finish, launch
 from support.same_run import closing_report, differences
 
 from jaxrm.runtime.preemption import EXIT_PREEMPTED
 from jaxrm.runtime.progress import format_seconds, print_table
 
-SHARES = {"sft": 3, "scalar_rm": 3, "seq2seq_rm": 3, "dpo": 3, "best_of_n": 3, "ppo": 3, "pipeline": 2}
+SHARES = {"sft": 3, "scalar_rm": 3, "seq2seq_rm": 3, "dpo": 3, "best_of_n": 3, "ppo": 3, "pipeline": 1.5}
 """How many of the stops each stage gets; a pipeline takes five times as long as the others."""
-_AGAIN = 0.6  # chance that a launch that continues a run is stopped too
+_AGAIN = 0.75  # chance that a launch that continues a run is stopped too
 
 
 @dataclasses.dataclass
@@ -44,7 +44,7 @@ class Stop:
     Attributes:
       stage: of the process.
       signal: its name.
-      after: seconds since the launch.
+      after: CPU seconds since the launch.
       phase: what the run's folder showed then.
       problem: how the process ended where that is wrong; empty where it is right.
       is_equal: whether the run that it belongs to ended as the unbroken one.
@@ -138,9 +138,8 @@ class Campaign:
     def _stop(self, stage: str, arguments: list[str], after: float, run_dir: Path, output: Path) -> Stop | None:
         signal_ = self.rng.choice([KILL, TERM])
         process = launch(arguments, self.variables, output)
-        deadline = time.monotonic() + after
-        while process.poll() is None and time.monotonic() < deadline:
-            time.sleep(min(0.005, max(deadline - time.monotonic(), 0)))
+        while process.poll() is None and cpu_seconds(process) < after:
+            time.sleep(0.003)
         if process.poll() is not None:
             return None
         phase = phase_of(run_dir)
