@@ -1,11 +1,9 @@
 """From a file to its rows: compression, encoding and format. A row takes at most ``MAX_RECORD_BYTES`` of memory."""
 
-import bz2
 import csv
-import gzip
 import importlib
 import io
-import lzma
+import sys
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -43,7 +41,7 @@ _ENCODINGS = (
     ),
     *((start.encode(name), name) for name in ("utf-16-le", "utf-16-be") for start in "{["),
 )
-_DAMAGE = (OSError, EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, NotImplementedError, UnicodeError)
+_DAMAGE = (OSError, EOFError, zlib.error, zipfile.BadZipFile, NotImplementedError, UnicodeError)
 
 
 def file_rows(file: DataFile, place: Place) -> Iterator[RawRecord]:
@@ -64,7 +62,7 @@ def file_rows(file: DataFile, place: Place) -> Iterator[RawRecord]:
             yield from _arrow_rows(file)
         else:
             yield from _text_rows(file, place, _compression(file, head))
-    except _DAMAGE as error:  # gzip.BadGzipFile is an OSError
+    except _damage() as error:  # gzip.BadGzipFile is an OSError
         raise UserError(
             f"{file.path} cannot be read to its end ({one_line(error)}); fetch or write it again"
         ) from error
@@ -76,6 +74,11 @@ def import_module(module: str, purpose: str) -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         raise UserError(f"{module} is needed to {purpose}, but is not installed; pip install datasets") from error
+
+
+def _damage() -> tuple[type[Exception], ...]:
+    """What reading a damaged file raises. Not every Python has lzma."""
+    return (*_DAMAGE, sys.modules["lzma"].LZMAError) if "lzma" in sys.modules else _DAMAGE
 
 
 def one_line(error: BaseException) -> str:
@@ -124,8 +127,9 @@ def _open(file: DataFile, compression: str) -> Iterator[tuple[IO[bytes], str]]:
         ):
             yield stream, name
     else:
-        openers: dict[str, Any] = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
-        with openers.get(compression, open)(file.path, "rb") as stream:
+        modules = {".gz": "gzip", ".xz": "lzma", ".bz2": "bz2"}
+        opener = import_module(modules[compression], f"read {compression} files").open if compression else open
+        with opener(file.path, "rb") as stream:
             yield stream, name
 
 

@@ -16,9 +16,9 @@ from jaxrm.data.records import DemonstrationRecord, Message, PreferenceRecord, R
 
 QUESTIONS = ("prompt", "question", "instruction")
 SYSTEMS = ("system", "system_prompt")
-_TURNS = ("history",)
+CONTEXT_FIELDS = (*SYSTEMS, "history")
 # Fields that belong to a prompt by their names, whatever the schema. A record that leaves one out means another thing.
-_CONTEXT = (*QUESTIONS, *SYSTEMS, *_TURNS, "input", "context", "contexts", "documents", "conversation", "conversations")
+_CONTEXT = (*QUESTIONS, *CONTEXT_FIELDS, "input", "context", "contexts", "documents", "conversation", "conversations")
 _NO_TEXT = ("tools", "functions", "image", "images", "video", "videos", "audio", "audios")
 
 Turns = tuple[Message, ...]

@@ -10,13 +10,14 @@ from itertools import chain, islice
 from typing import Any
 
 from jaxrm.data.config import DataConfig
-from jaxrm.data.fields import BadRecordError, Fields, squeeze
+from jaxrm.data.fields import BadRecordError, Fields, given, squeeze
 from jaxrm.data.files import RawRecord
+from jaxrm.data.prompt_columns import CONTEXT_FIELDS
 from jaxrm.data.read_report import Count, ReadReport
 from jaxrm.data.records import Record
 from jaxrm.data.schemas import describe_schemas, parse, recognize
 from jaxrm.data.sides import Side, check_sides_differ, find_side, split_values
-from jaxrm.data.sources import Place
+from jaxrm.data.sources import Place, is_one_file
 from jaxrm.data.unread_fields import unread_fields
 from jaxrm.errors import UserError, flag, option
 
@@ -130,7 +131,11 @@ def _add_notes(report: ReadReport, sample: Sequence[tuple[Fields, Record]], side
     unread = unread_fields(sample)
     if unread:
         report.notes["fields with text that is not read"] = Count(len(unread), ", ".join(unread[:_SHOWN]))
-    values = [] if side.is_by_field else split_values([fields for fields, _ in sample])
+    context = [name for name in CONTEXT_FIELDS if any(given(fields, name) for fields, _ in sample)]
+    if context:
+        report.notes["fields read as system text or earlier turns"] = Count(len(context), ", ".join(context))
+    is_open = is_one_file(side.place) and not side.is_by_field
+    values = split_values([fields for fields, _ in sample]) if is_open else []
     if values:
         name = "values of the field 'split', which is not read without config.data.eval_split"
         report.notes[name] = Count(len(values), ", ".join(values))

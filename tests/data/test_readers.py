@@ -408,6 +408,8 @@ def test_fields_that_are_not_read_are_named_once(tmp_path):
     assert ("fields with text that is not read", 1, "passage") in report.rows()
     _, report = read(write(tmp_path / "b.jsonl", as_lines(ROWS)))
     assert report.notes == {}
+    _, report = read(write(tmp_path / "c.jsonl", as_lines([{**row, "system": "be brief"} for row in ROWS])))
+    assert report.rows()[-1] == ("fields read as system text or earlier turns", 1, "system")
 
 
 def test_many_files_are_named_by_their_number_and_first(tmp_path):

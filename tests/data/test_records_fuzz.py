@@ -156,12 +156,18 @@ def zipped(content):
     return buffer.getvalue()
 
 
-def parquet(content):
-    pyarrow = pytest.importorskip("pyarrow.parquet")
-    import pyarrow as arrow
-
-    sink = arrow.BufferOutputStream()
-    pyarrow.write_table(arrow.Table.from_pylist([json.loads(line) for line in content.splitlines()]), sink)
+def of_columns(name):
+    """The same rows in a format of Arrow."""
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    if name.endswith(".zst"):
+        return pyarrow.Codec("zstd").compress(LINES, asbytes=True)
+    table, sink = pyarrow.Table.from_pylist(GOOD * 4), pyarrow.BufferOutputStream()
+    if name.endswith(".parquet"):
+        parquet.write_table(table, sink)
+    else:
+        with pyarrow.ipc.new_stream(sink, table.schema) as writer:
+            writer.write_table(table)
     return sink.getvalue().to_pybytes()
 
 
@@ -180,6 +186,8 @@ KINDS = {
     "a.zip": zipped(LINES),
     "utf16.jsonl": LINES.decode().encode("utf-16"),
     "a.parquet": None,
+    "a.arrow": None,
+    "a.jsonl.zst": None,
 }
 edits = st.lists(
     st.tuples(st.floats(0, 1), st.sampled_from(["flip", "cut", "insert", "drop"]), st.binary(min_size=1, max_size=9)),
@@ -191,7 +199,7 @@ edits = st.lists(
 @fuzz
 @given(st.sampled_from(sorted(KINDS)), edits, st.one_of(st.none(), st.binary(max_size=300)))
 def test_fuzz_bytes_of_files_never_crash(tmp_path_factory, name, edits, instead):
-    content = bytearray(parquet(LINES) if KINDS[name] is None else KINDS[name])
+    content = bytearray(of_columns(name) if KINDS[name] is None else KINDS[name])
     for where, edit, change in edits:
         place = int(where * len(content))
         if edit == "flip" and place < len(content):
