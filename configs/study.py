@@ -88,7 +88,7 @@ def get_config() -> Study:
             num_steps=48,
             data=prompts,
             rollout=rollout,
-            ppo=PPOConfig(missing_end_penalty=1.0),
+            ppo=PPOConfig(),
             critic=CriticConfig(optimizer=OptimizerConfig(lr=1e-3)),
             optimizer=OptimizerConfig(lr=1e-3),
             evaluation=JudgedEvaluationConfig(every=12, samples=8, sampling=SAMPLING),

@@ -380,7 +380,7 @@ def read_stage(recorded: Mapping[str, Any], where: str = "config") -> Any:
       UserError: where it is no config of a stage.
     """
     name = recorded.get("algorithm")
-    if name not in STAGES:
+    if not isinstance(name, str) or name not in STAGES:
         raise UserError(f"{where}.algorithm is {name!r}, which is no stage; the stages are {', '.join(STAGES)}")
     config_class = STAGES[name].config_class
     return dicts.from_dict(config_class, upgraded(recorded, dicts.to_dict(config_class())), where)

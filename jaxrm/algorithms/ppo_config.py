@@ -13,7 +13,7 @@ from jaxrm.sharding.mesh import MeshConfig
 class PPOConfig:
     """Proximal policy optimization (Schulman et al. 2017, arXiv 1707.06347) with a reward at every token.
 
-    The defaults are those of the published scripts of the paper's group.
+    The defaults are those of the published scripts of the paper's group, but for ``missing_end_penalty``.
 
     Attributes:
       num_epochs: passes over each rollout.
@@ -30,7 +30,10 @@ class PPOConfig:
         arXiv 1909.08593); None keeps ``kl_coef``.
       kl_horizon: responses in which the controller moves ``kl_coef`` by as much as the KL is off, a fifth at most.
       kl_loss_coef: weight of the ``k2`` estimate as a term of the loss, besides the penalty in the reward.
-      missing_end_penalty: taken off the last token's reward of a response that was cut off before its end token.
+      missing_end_penalty: taken off the last token's reward of a response that was cut off before its end token (Huang
+        et al. 2024, arXiv 2403.17031). What is left of it counts as the whole response: a scalar reward model is read
+        at its last token, and nothing is worth anything after it. Without a penalty, a policy that never ends is paid
+        like one that does. With ``config.reward.scale=unit``, 1 is the standard deviation of the SFT policy's rewards.
       whiten_advantages: give the advantages of a rollout zero mean and unit standard deviation.
       normalize_rewards: divide token rewards by their standard deviation in the rollout.
       ptx_coef: weight of the next-token loss on SFT data, where ``config.ptx`` gives any.
@@ -50,7 +53,7 @@ class PPOConfig:
     kl_target: float | None = bounded(None, above(0), finite, meaning="a fixed kl_coef")
     kl_horizon: int = bounded(10_000, at_least(1))
     kl_loss_coef: float = bounded(0.0, at_least(0), finite)
-    missing_end_penalty: float = bounded(0.0, at_least(0), finite)
+    missing_end_penalty: float = bounded(1.0, at_least(0), finite)
     whiten_advantages: bool = False
     normalize_rewards: bool = False
     ptx_coef: float = bounded(16.0, at_least(0), finite)

@@ -20,7 +20,7 @@ def gae(
     discount: float | jax.Array,
     gae_lambda: float | jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """Generalized advantage estimation, arXiv 1506.02438, over responses that end.
+    """Generalized advantage estimation, arXiv 1506.02438. A response that was cut off counts as one that ends there.
 
         delta_t = R_t + discount V_{t+1} - V_t,    V = 0 after the last response token
         A_t = sum_l (discount gae_lambda)^l delta_{t+l}

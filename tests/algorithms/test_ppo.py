@@ -235,7 +235,7 @@ def test_padding_and_its_id_change_nothing():
         for name in ("log_probs", "reference_log_probs", "values", "advantages", "returns"):
             np.testing.assert_allclose(getattr(wide, name)[:, :T], getattr(plain, name), rtol=1e-6, atol=1e-6)
             assert not np.asarray(getattr(wide, name)[:, T:]).any()
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), wide_gradient, gradient)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), wide_gradient, gradient)
         assert all(np.isclose(wide_metrics[name], metrics[name], atol=1e-5) for name in metrics)
 
 
@@ -273,7 +273,7 @@ def test_advantages_are_those_of_a_plain_loop(kind):
     if kind == "scalar":
         values = np.asarray(token_rewards.scalar(jnp.linspace(-0.8, 0.7, B), batch.response_mask))
         assert all(values[b, n - 1] != 0 and not values[b, : n - 1].any() for b, n in enumerate(lengths))
-    config = PPOConfig(kl_coef=0.3, reward_clip=0.7, discount=0.9, gae_lambda=0.7)
+    config = PPOConfig(kl_coef=0.3, reward_clip=0.7, discount=0.9, gae_lambda=0.7, missing_end_penalty=0.0)
     calibration = reward_scaling.Calibration(*map(jnp.float32, (0.5, 0.2, 0.0, 0.0)))
     rewards = scoring.as_token_rewards(
         calibration, KINDS[kind], jnp.asarray(values), batch.response_mask, batch, (EOS,)
@@ -314,6 +314,25 @@ def test_a_response_that_was_cut_off_pays_at_its_last_token():
     np.testing.assert_allclose(rollout.advantages, expected)
 
 
+def test_a_response_that_was_cut_off_is_worth_less_by_default():
+    """Two tokens each, score 2 on the last, values 1/2 and 1/4: only the first one ends, and is worth 1 more there."""
+    responses = jnp.asarray([[5, EOS], [5, 5]])
+    whole = jnp.ones((2, 2), bool)
+    batch = ResponseBatch(jnp.ones((2, 1), jnp.int32), jnp.ones((2, 1), bool), responses, whole)
+    blank = jnp.zeros((2, 2))
+    readings = TokenLogProbs(blank, blank, blank, jnp.asarray([[0.5, 0.25], [0.5, 0.25]]))
+    values = token_rewards.scalar(jnp.asarray([2.0, 2.0]), whole)
+    rewards = scoring.as_token_rewards(reward_scaling.uncalibrated(), KINDS["scalar"], values, whole, batch, (EOS,))
+    feedback = RewardAndKLState(reward_scaling.uncalibrated(), jnp.float32(0.0))
+    rollout, _, _ = ppo.estimate(
+        feedback, batch, readings, rewards, config=PPOConfig(), kind=KINDS["scalar"], center_momentum=None
+    )
+    # delta_1 = 2 - 1/4, or 1 - 1/4 where the end is missing; delta_0 = 1/4 - 1/2; A_0 = delta_0 + 0.95 delta_1
+    expected = np.asarray([[-0.25 + 0.95 * 1.75, 1.75], [-0.25 + 0.95 * 0.75, 0.75]])
+    np.testing.assert_allclose(rollout.advantages, expected, rtol=1e-6)
+    np.testing.assert_allclose(rollout.returns, expected + np.asarray([0.5, 0.25]), rtol=1e-6)
+
+
 def test_whitening_and_normalizing_look_at_response_tokens_alone():
     batch, mask, readings, values = made_up()
     rewards = scoring.as_token_rewards(
@@ -321,7 +340,7 @@ def test_whitening_and_normalizing_look_at_response_tokens_alone():
     )
 
     def estimated(**options):
-        config = PPOConfig(kl_coef=0.0, gae_lambda=0.0, discount=0.5, **options)
+        config = PPOConfig(kl_coef=0.0, gae_lambda=0.0, discount=0.5, missing_end_penalty=0.0, **options)
         estimate = jax.jit(functools.partial(ppo.estimate, config=config, kind=KINDS["margin"], center_momentum=None))
         blank = TokenLogProbs(*(jnp.zeros_like(x) for x in readings))
         zero = RewardAndKLState(reward_scaling.uncalibrated(), jnp.float32(0.0))
