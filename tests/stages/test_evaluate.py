@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import pytest
 
 from jaxrm.algorithms.ppo_config import RolloutConfig
@@ -9,8 +10,11 @@ from jaxrm.data.config import DataConfig
 from jaxrm.errors import UserError
 from jaxrm.models.build import ModelSource
 from jaxrm.models.generate import SamplingConfig
+from jaxrm.runtime.metrics import LoggingConfig
+from jaxrm.sharding.mesh import MeshConfig, build_mesh
 from jaxrm.stage_config import Evaluate, EvaluateConfig
 from jaxrm.stages.evaluate import run as evaluate
+from jaxrm.stages.evaluate.generation import AnswerGenerator
 from jaxrm.stages.stage import task_files
 
 
@@ -63,3 +67,42 @@ def test_a_split_that_a_task_has_not_is_named(config):
     has = r"config.data.eval_split is 'validation'; task:safety has train, heldout"
     with pytest.raises(UserError, match=has), task_files(data, 0, records="prompts"):
         pass
+
+
+@pytest.mark.slow
+def test_a_stopped_evaluation_asks_only_for_what_is_left(config, make_run, tmp_path, monkeypatch):
+    make_run(tmp_path / "sft")
+    config = dataclasses.replace(
+        config,
+        model=ModelSource(path=str(tmp_path / "sft")),
+        data=dataclasses.replace(config.data, max_eval_records=8),
+        mesh=MeshConfig(1, 1, 1),
+        logging=LoggingConfig(progress=False),
+    )
+    monkeypatch.setattr(evaluate, "build_mesh", lambda given: build_mesh(given, jax.devices()[:1]))
+    asked, rows = [], AnswerGenerator.rows
+
+    def stopped_after(number):
+        def answer(self, params, split, examples, decoding):
+            if len(asked) == number:
+                raise KeyboardInterrupt
+            asked.append(decoding)
+            return rows(self, params, split, examples, decoding)
+
+        monkeypatch.setattr(AnswerGenerator, "rows", answer)
+
+    stopped_after(None)
+    assert evaluate.run(config) == 0
+    assert asked == ["sampled", "greedy"]
+    unbroken, stopped = tmp_path / "run", tmp_path / "stopped"
+    asked.clear()
+    stopped_after(1)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.run(dataclasses.replace(config, run_dir=str(stopped)))
+    assert not (stopped / "answers.jsonl").exists()
+    stopped_after(None)
+    assert evaluate.run(dataclasses.replace(config, run_dir=str(stopped))) == 0
+    assert asked == ["sampled", "greedy"]
+    for name in ("answers.jsonl", "evaluation.json"):
+        assert (stopped / name).read_text() == (unbroken / name).read_text()
+    assert not (unbroken / "parts").exists() and not (stopped / "parts").exists()

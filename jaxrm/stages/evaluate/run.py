@@ -2,17 +2,20 @@
 
 In the run's folder are ``answers.jsonl``, one row an answer, written whole when all are there, and
 ``evaluation.json``, the means of each split and decoding; with ``config.evaluate.evaluate_checkpoints`` also
-``along.jsonl``, the means of each checkpoint.
+``along.jsonl``, the means of each checkpoint. What a stopped launch had answered, in whole splits, is not asked again.
 """
 
 import dataclasses
+import functools
 import json
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from jaxrm import atomic
+from jaxrm.data.loader import fingerprint
 from jaxrm.data.prompts import PromptExample
 from jaxrm.errors import UserError, flag, option
 from jaxrm.inference import weights
@@ -33,6 +36,7 @@ from jaxrm.stages.rewards.sources import check_rewards
 from jaxrm.stages.stage import Stage, check_run_folder, judge_of, open_stage, task_files
 
 ANSWERS, CHECKPOINT_MEANS = "answers.jsonl", "along.jsonl"
+_PARTS = "parts"  # answers of a split in a decoding, and of a checkpoint, while not all are there
 _MODELS = "asked.json"  # which policy answered, by which rewards: a folder may come to hold another run
 
 
@@ -49,12 +53,14 @@ def run(config: Any) -> int:
     stage, judge = inputs.stage, judge_of(config)
     folder = stage.open_run([inputs.every], keeps_model=False)
     target = folder.path / ANSWERS
-    _check_same_models(folder.path / _MODELS, config, has_answers=target.exists())
+    has_answers = target.exists() or (folder.path / _PARTS).exists()
+    _check_same_models(folder.path / _MODELS, config, has_answers=has_answers)
     if not target.exists():
         generator = open_generator(
             stage, inputs.rollout_model, inputs.every, inputs.to_calibrate, stage_prompt_length(stage, inputs.every)
         )
         _write_answers(stage, folder, generator, {split: prompts.examples for split, prompts in inputs.prompts.items()})
+    shutil.rmtree(folder.path / _PARTS, ignore_errors=True)
     rows = read_rows(target)
     report = summary(rows, judge)
     atomic.write_json(folder.path / "evaluation.json", report)
@@ -149,17 +155,39 @@ def _write_answers(
     with Progress("evaluate", total, unit="answers", enabled=stage.show_progress) as progress:
         for number, split in enumerate(splits):
             for decoding in section.decodings:
-                rows += generator.rows(generator.params, (number, split), prompts[split], decoding)
+                answer = functools.partial(generator.rows, generator.params, (number, split), prompts[split], decoding)
+                rows += _part(stage, folder, f"{split}-{decoding}", prompts[split], answer)
                 progress.update(len(rows))
         means = []
         for count, (step, path) in enumerate(checkpoints.items(), 1):
-            params = generator.load_params(path)
-            answers = generator.rows(params, (0, splits[0]), prompts[splits[0]], "sampled")
+            answer = functools.partial(_answers_of, generator, path, splits[0], prompts[splits[0]])
+            answers = _part(stage, folder, f"checkpoint-{step}", prompts[splits[0]], answer)
             means.append({"step": step, **means_of(answers, judge)})
             progress.update(len(rows) + count * len(answers))
     if checkpoints:
         atomic.write_text(folder.path / CHECKPOINT_MEANS, "".join(map(json_line, means)))
     atomic.write_text(folder.path / ANSWERS, "".join(map(json_line, rows)))
+
+
+def _answers_of(
+    generator: AnswerGenerator, path: str, split: str, prompts: Sequence[PromptExample]
+) -> list[dict[str, Any]]:
+    """Answers of a checkpoint to the prompts of the first split."""
+    return generator.rows(generator.load_params(path), (0, split), prompts, "sampled")
+
+
+def _part(
+    stage: Stage,
+    folder: RunFolder,
+    name: str,
+    prompts: Sequence[PromptExample],
+    answer: Callable[[], list[dict[str, Any]]],
+) -> list[dict[str, Any]]:
+    """Answers to these very prompts, which an earlier launch may have written."""
+    file = folder.path / _PARTS / f"{name}-{fingerprint(prompts, stage.config.data)[:16]}.jsonl"
+    if not file.exists():
+        atomic.write_text(file, "".join(map(json_line, answer())))
+    return read_rows(file)
 
 
 def _checkpoints(config: Any) -> dict[int, str]:
