@@ -6,6 +6,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from jaxrm.data.added_tokens import read_object
 from jaxrm.data.tokenizer_conversion import from_sentencepiece
 from jaxrm.data.tokenizer_gguf import from_gguf
 from jaxrm.errors import UserError, flag
@@ -33,26 +34,49 @@ def load_tokenizer(path: str) -> "PreTrainedTokenizerBase":
     """
     location = Path(path).expanduser()
     try:
-        if location.is_file() and location.suffix == ".gguf":
-            return from_gguf(gguf_parts(location)[0])
-        if location.is_file() and location.suffix == ".model":
-            return from_sentencepiece(location)
-        if location.is_dir():
-            return _from_folder(location)
-        if location.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path):
-            raise UserError(
-                f"tokenizer {path!r} is neither a folder, a .gguf file nor a hub name; "
-                f"e.g. {flag('data.tokenizer')}=org/name"
-            )
-        return _from_transformers(path)
+        tokenizer = _load(path, location)
+        _check_usable(tokenizer, location)
+        return tokenizer
     except UserError:
         raise
-    except Exception as error:  # tokenizer files are parsed by several libraries, each with errors of its own
-        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+    except BaseException as error:  # tokenizer files are parsed by several libraries, each with errors of its own
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # that of tokenizers' Rust
+            raise
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(
             f"tokenizer {path!r} could not be loaded: {reason}; give a folder with tokenizer.json or "
             f"tokenizer.model, a .gguf file, or a hub name, e.g. {flag('data.tokenizer')}=org/name"
         ) from error
+
+
+def _load(path: str, location: Path) -> "PreTrainedTokenizerBase":
+    if location.is_file() and location.suffix == ".gguf":
+        return from_gguf(gguf_parts(location)[0])
+    if location.is_file() and location.suffix == ".model":
+        return from_sentencepiece(location)
+    if location.is_dir():
+        return _from_folder(location)
+    if location.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path):
+        raise UserError(
+            f"tokenizer {path!r} is neither a folder, a .gguf file nor a hub name; "
+            f"e.g. {flag('data.tokenizer')}=org/name"
+        )
+    return _from_transformers(path)
+
+
+def _check_usable(tokenizer: "PreTrainedTokenizerBase", location: Path) -> None:
+    """Refuse a tokenizer that cannot split a text, or gives an added token another id than its file says."""
+    ids = tokenizer("a b\n1", add_special_tokens=False)["input_ids"]
+    tokenizer.decode(ids)
+    file = location / "tokenizer.json"
+    if not file.is_file():
+        return
+    for entry in read_object(file).get("added_tokens") or []:
+        if tokenizer.convert_tokens_to_ids(entry["content"]) != entry["id"]:
+            raise UserError(
+                f"{file} says that the token {entry['content']!r} has the id {entry['id']}, which its vocabulary has "
+                "no place for; fetch it again"
+            )
 
 
 def save_tokenizer(tokenizer: "PreTrainedTokenizerBase", folder: str | Path) -> None:

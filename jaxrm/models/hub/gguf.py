@@ -15,6 +15,7 @@ import numpy as np
 from jaxrm.errors import UserError
 from jaxrm.gguf_file import gguf_parts, open_reader
 from jaxrm.models.config import ModelConfig, RopeScaling, alternating
+from jaxrm.models.hub.hf_fields import MAX_LAYERS, MAX_SIZE
 from jaxrm.models.hub.safetensors_file import StoredTensor
 
 _FAMILIES = {
@@ -96,6 +97,15 @@ class _Metadata:
             raise UserError(f"{self.file} has no {self.architecture}.{key}; convert the model again")
         return value
 
+    def whole(self, key: str, default: int | None = None) -> int:
+        """A size: a whole number from 1 that is no model's undoing."""
+        value = self.get(key, default) if default is not None else self.need(key)
+        most = MAX_LAYERS if key == "block_count" else MAX_SIZE
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+            name = f"{self.architecture}.{key}"
+            raise UserError(f"{self.file}: {name} is {value!r}; it must be a whole number from 1 to {most}")
+        return value
+
 
 def gguf_model_config(file: Path) -> ModelConfig:
     """Read the ModelConfig of a GGUF file.
@@ -106,6 +116,15 @@ def gguf_model_config(file: Path) -> ModelConfig:
     Raises:
       UserError: if the architecture, or something that the file asks for, is not supported.
     """
+    try:
+        return _model_config(file)
+    except UserError:
+        raise
+    except (ValueError, TypeError, ArithmeticError, LookupError, AttributeError) as error:
+        raise UserError(f"{file} has metadata of a wrong type ({error}); fetch it again") from error
+
+
+def _model_config(file: Path) -> ModelConfig:
     reader = _Model(file)
     meta = _Metadata(file, reader)
     family = _FAMILIES[meta.architecture]
@@ -115,15 +134,15 @@ def gguf_model_config(file: Path) -> ModelConfig:
     if "token_embd.weight" not in tensors:
         raise UserError(f"{file} lacks token_embd.weight; it does not hold a whole model")
 
-    hidden_size, num_heads = meta.need("embedding_length"), meta.need("attention.head_count")
-    num_layers = meta.need("block_count")
-    window = meta.get("attention.sliding_window")
+    hidden_size, num_heads = meta.whole("embedding_length"), meta.whole("attention.head_count")
+    num_layers = meta.whole("block_count")
+    window = meta.whole("attention.sliding_window") if meta.get("attention.sliding_window") else None
     layer_is_sliding: tuple[bool, ...] = ()
     if window and family not in ("qwen2", "qwen3", "gemma"):
         pattern = {"gemma2": 2, "gemma3_text": 6}.get(family, 0)
         layer_is_sliding = alternating(num_layers, pattern) if pattern else (True,) * num_layers
         family = "mistral" if family == "llama" else family
-    head_dim = meta.get("attention.key_length", hidden_size // num_heads)
+    head_dim = meta.whole("attention.key_length", hidden_size // num_heads)
     if meta.get("rope.dimension_count", head_dim) != head_dim:
         raise UserError(
             f"{file}: {meta.architecture}.rope.dimension_count is {meta.get('rope.dimension_count')}, "
@@ -138,12 +157,12 @@ def gguf_model_config(file: Path) -> ModelConfig:
         family=family,
         vocab_size=int(tensors["token_embd.weight"].shape[-1]),
         hidden_size=hidden_size,
-        intermediate_size=meta.need("feed_forward_length"),
+        intermediate_size=meta.whole("feed_forward_length"),
         num_layers=num_layers,
         num_heads=num_heads,
-        num_kv_heads=meta.get("attention.head_count_kv", num_heads),
+        num_kv_heads=meta.whole("attention.head_count_kv", num_heads),
         head_dim=head_dim,
-        max_position=meta.need("context_length"),
+        max_position=meta.whole("context_length"),
         activation="gelu_tanh" if gemma else "silu",
         norm_eps=_short(meta.need("attention.layer_norm_rms_epsilon")),
         unit_offset_norm=gemma,

@@ -57,7 +57,7 @@ def parse_hf_config(values: dict[str, Any], *, where: str = "config.json") -> Mo
     num_layers = fields.integer("num_hidden_layers")
     num_heads = fields.integer("num_attention_heads")
     hidden_size = fields.integer("hidden_size")
-    attention_bias = bool(fields.get("attention_bias")) and family not in ("mistral", "qwen2")
+    attention_bias = fields.flag("attention_bias") and family not in ("mistral", "qwen2")
     theta, scaling, local_theta = _rope(fields)
     window, layer_is_sliding = _sliding(fields, num_layers)
     gemma = family.startswith("gemma")
@@ -73,15 +73,15 @@ def parse_hf_config(values: dict[str, Any], *, where: str = "config.json") -> Mo
         head_dim=hidden_size // num_heads if fields.get("head_dim") is None else fields.integer("head_dim"),
         max_position=fields.integer("max_position_embeddings"),
         activation=_activation(fields),
-        norm_eps=fields.number("rms_norm_eps"),
+        norm_eps=fields.positive("rms_norm_eps"),
         unit_offset_norm=gemma,
         scale_embedding=gemma,
         post_norms=late_gemma,
         qk_norm=family in ("qwen3", "gemma3_text"),
         qkv_bias=attention_bias or family == "qwen2",
         output_bias=attention_bias,
-        mlp_bias=family == "llama" and bool(fields.get("mlp_bias")),
-        tie_embeddings=bool(fields.get("tie_word_embeddings")),
+        mlp_bias=family == "llama" and fields.flag("mlp_bias"),
+        tie_embeddings=fields.flag("tie_word_embeddings"),
         query_scale=_query_scale(fields) if late_gemma else None,
         attention_softcap=fields.optional_number("attn_logit_softcapping") if family == "gemma2" else None,
         logit_softcap=fields.optional_number("final_logit_softcapping") if late_gemma else None,
@@ -107,7 +107,7 @@ def parse_end_ids(values: dict[str, Any], *, where: str) -> tuple[int, ...]:
 
 
 def _refuse_unsupported(fields: Fields) -> None:
-    if fields.get("use_bidirectional_attention"):
+    if fields.flag("use_bidirectional_attention"):
         fields.refuse("use_bidirectional_attention", "jaxrm's decoders are causal")
     if fields.family == "gemma3_text" and fields.get("attn_logit_softcapping") is not None:
         fields.refuse("attn_logit_softcapping", "Gemma 3 attention has no soft-cap: remove the field")
@@ -127,10 +127,7 @@ def _activation(fields: Fields) -> str:
 
 
 def _query_scale(fields: Fields) -> float:
-    scalar = fields.number("query_pre_attn_scalar")
-    if scalar <= 0:
-        fields.refuse("query_pre_attn_scalar", "it must be above 0")
-    return scalar**-0.5
+    return fields.positive("query_pre_attn_scalar") ** -0.5
 
 
 def _rope(fields: Fields) -> tuple[float, RopeScaling | None, float | None]:
@@ -143,14 +140,14 @@ def _rope(fields: Fields) -> tuple[float, RopeScaling | None, float | None]:
         if fields.family != "gemma3_text" and local != parameters:
             fields.refuse("rope_parameters", "only Gemma 3 may rotate sliding layers differently")
     given = parameters.get("rope_theta", fields.get("rope_theta"))
-    theta = fields.number("rope_theta", 10_000.0 if given is None else given)
+    theta = fields.positive("rope_theta", 10_000.0 if given is None else given)
     scaling = _rope_scaling(fields, fields.mapping("rope_scaling") or parameters)
     if fields.family != "gemma3_text":
         return theta, scaling, None
     if _rope_scaling(fields, local) is not None:
         fields.refuse("rope_parameters", "jaxrm does not scale the rotation of Gemma 3's sliding layers")
     given = local.get("rope_theta", fields.get("rope_local_base_freq"))
-    return theta, scaling, fields.number("rope_local_base_freq", 10_000.0 if given is None else given)
+    return theta, scaling, fields.positive("rope_local_base_freq", 10_000.0 if given is None else given)
 
 
 def _rope_scaling(fields: Fields, scaling: dict[str, Any]) -> RopeScaling | None:
@@ -167,16 +164,16 @@ def _rope_scaling(fields: Fields, scaling: dict[str, Any]) -> RopeScaling | None
             f"{fields.where}: rope_type is {kind!r}; jaxrm supports default, linear and llama3 "
             "(for a base model below its original context, remove the rope scaling)"
         )
-    factor = fields.number("rope_scaling.factor", scaling.get("factor", ""))
+    factor = fields.positive("rope_scaling.factor", scaling.get("factor", ""))
     if kind == "linear":
         return RopeScaling("linear", factor)
     original = scaling.get("original_max_position_embeddings", fields.get("max_position_embeddings"))
     return RopeScaling(
         "llama3",
         factor,
-        fields.number("rope_scaling.low_freq_factor", scaling.get("low_freq_factor", "")),
-        fields.number("rope_scaling.high_freq_factor", scaling.get("high_freq_factor", "")),
-        int(fields.number("rope_scaling.original_max_position_embeddings", original)),
+        fields.positive("rope_scaling.low_freq_factor", scaling.get("low_freq_factor", "")),
+        fields.positive("rope_scaling.high_freq_factor", scaling.get("high_freq_factor", "")),
+        int(fields.positive("rope_scaling.original_max_position_embeddings", original)),
     )
 
 
@@ -185,7 +182,7 @@ def _sliding(fields: Fields, num_layers: int) -> tuple[int | None, tuple[bool, .
     family = fields.family
     if fields.get("sliding_window") is None or family in ("llama", "gemma"):
         return None, ()
-    if family in ("qwen2", "qwen3") and not fields.get("use_sliding_window"):
+    if family in ("qwen2", "qwen3") and not fields.flag("use_sliding_window"):
         return None, ()
     window = fields.integer("sliding_window")
     layer_types = fields.get("layer_types")
@@ -206,8 +203,9 @@ def _sliding(fields: Fields, num_layers: int) -> tuple[int | None, tuple[bool, .
         first = 28 if fields.get("max_window_layers") is None else fields.integer("max_window_layers", least=0)
         sliding = tuple(layer >= first for layer in range(num_layers))
     else:
-        pattern = fields.get("sliding_window_pattern") or fields.get("_sliding_window_pattern")
-        sliding = alternating(num_layers, 2 if family == "gemma2" else pattern or 6)
+        names = ("sliding_window_pattern", "_sliding_window_pattern")
+        pattern = next((fields.integer(name) for name in names if fields.get(name) is not None), 6)
+        sliding = alternating(num_layers, 2 if family == "gemma2" else pattern)
     return (window, sliding) if any(sliding) else (None, ())
 
 

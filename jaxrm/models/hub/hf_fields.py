@@ -4,6 +4,8 @@ from typing import Any, NoReturn
 
 from jaxrm.errors import UserError
 
+MAX_LAYERS, MAX_SIZE = 10_000, 2**31 - 1  # no model is near; a damaged number would ask for all memory
+_LARGEST = 1e30
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
@@ -78,18 +80,37 @@ class Fields:
             raise UserError(f"{self.where}: {name} is {value!r}; it must be a whole number")
         if value < least:
             raise UserError(f"{self.where}: {name} is {value}; it must be at least {least}")
+        most = MAX_LAYERS if name == "num_hidden_layers" else MAX_SIZE
+        if value > most:
+            raise UserError(f"{self.where}: {name} is {value}; it must be at most {most}")
         return value
+
+    def flag(self, name: str) -> bool:
+        """True or false; an absent field and null are false."""
+        value = self.values.get(name)
+        if value is not None and not isinstance(value, bool):
+            raise UserError(f"{self.where}: {name} is {value!r}; it must be true or false")
+        return bool(value)
 
     def number(self, name: str, value: Any = None) -> float:
         """The number ``value``, or where that is None the field's; ``name`` is for the error."""
         value = self.values.get(name) if value is None else value
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise UserError(f"{self.where}: {name} is {value!r}; it must be a number")
+        if not -_LARGEST < value < _LARGEST:  # NaN too
+            raise UserError(f"{self.where}: {name} is {value}; it must be a finite number")
         return float(value)
 
+    def positive(self, name: str, value: Any = None) -> float:
+        """As ``number``, above 0."""
+        number = self.number(name, value)
+        if number <= 0:
+            raise UserError(f"{self.where}: {name} is {number}; it must be above 0")
+        return number
+
     def optional_number(self, name: str) -> float | None:
-        """The field's number, or None."""
-        return None if self.values.get(name) is None else self.number(name)
+        """The field's number, above 0, or None."""
+        return None if self.values.get(name) is None else self.positive(name)
 
     def mapping(self, name: str, value: Any = None) -> dict[str, Any]:
         """The JSON object ``value``, or where that is None the field's, empty where it is absent."""

@@ -103,8 +103,10 @@ def read_json(file: Path) -> dict[str, Any]:
         value = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UserError(f"{file} does not exist") from error
-    except ValueError as error:
-        raise UserError(f"{file} is not valid JSON: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file} is not valid JSON: {' '.join(str(error).split())[:200]}; fetch it again") from error
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror}") from error
     if not isinstance(value, dict):
         raise UserError(f"{file} holds a JSON {type(value).__name__}; it must be an object")
     return value

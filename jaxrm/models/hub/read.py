@@ -117,7 +117,13 @@ def _open(path: str, config: ModelConfig) -> tuple[list[NamedTensor], dict[str, 
 def _open_folder(folder: Path) -> dict[str, StoredTensor]:
     stored: dict[str, StoredTensor] = {}
     for file in safetensors_files(folder):
-        stored |= open_tensors(file)
+        tensors = open_tensors(file)
+        twice = next((name for name in tensors if name in stored), None)
+        if twice is not None:
+            raise UserError(
+                f"{folder} holds {twice} in {file.name} and in a file before it; remove the one that is wrong"
+            )
+        stored |= tensors
     return stored
 
 

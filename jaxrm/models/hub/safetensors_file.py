@@ -7,6 +7,7 @@ only the rows a device asks for ever leave the disk; NumPy's lack of bfloat16 is
 
 import json
 import math
+import operator
 import struct
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -56,20 +57,28 @@ def open_tensors(file: Path) -> dict[str, StoredTensor]:
             raise UserError(f"{file} is not a safetensors file, or is cut short; fetch it again")
         try:
             header = json.loads(stream.read(length))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{file} has a damaged safetensors header; fetch it again") from error
     if not isinstance(header, dict):
         raise UserError(f"{file} has a damaged safetensors header; fetch it again")
     header.pop("__metadata__", None)
     start = 8 + length
-    return {name: _stored(file, name, entry, start, size) for name, entry in header.items()}
+    stored = {name: _stored(file, name, entry, start, size) for name, entry in header.items()}
+    # As the format asks: each byte belongs to one tensor.
+    spans = sorted((int(first), int(last)) for first, last in (entry["data_offsets"] for entry in header.values()))
+    ends = [0, *(last for _, last in spans)]
+    if [first for first, _ in spans] != ends[:-1] or ends[-1] != size - start:
+        raise UserError(f"{file} has tensors that overlap, or bytes that belong to none; fetch it again")
+    return stored
 
 
 def _stored(file: Path, name: str, entry: Any, start: int, size: int) -> StoredTensor:
     try:
-        shape = tuple(int(n) for n in entry["shape"])
-        first, last = (int(n) for n in entry["data_offsets"])
+        shape = tuple(operator.index(n) for n in entry["shape"])
+        first, last = (operator.index(n) for n in entry["data_offsets"])
         dtype = _DTYPES.get(entry["dtype"])
+        if min((first, *shape)) < 0:
+            raise ValueError("a negative number")
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{file}: the header entry of {name} is damaged; fetch the file again") from error
     if start + last > size:
