@@ -196,7 +196,7 @@ def test_one_device_and_eight_give_the_same_losses(runs, algorithm):
     trained = [[row for row in rows if "grad_norm" in row] for rows in (one, eight)]
     assert [row["step"] for row in trained[0]] == [row["step"] for row in trained[1]] == list(range(1, FEW + 1))
     for name in ("loss", "weight"):  # sums in another order; each update carries the difference on
-        np.testing.assert_allclose([r[name] for r in trained[1]], [r[name] for r in trained[0]], rtol=3e-5)
+        np.testing.assert_allclose([r[name] for r in trained[1]], [r[name] for r in trained[0]], rtol=5e-5)
     first = [next(row for row in rows if "eval_loss" in row) for rows in (one, eight)]
     assert first[0].keys() == first[1].keys()
     np.testing.assert_allclose(first[1]["eval_loss"], first[0]["eval_loss"], rtol=3e-5)
@@ -233,7 +233,7 @@ def test_corrections_and_ranking_are_learnt(runs):
     run = runs.reward_model("seq2seq_rm")
     before, after = [row for row in rows_of(run) if "eval_loss" in row]
     for mapping in ("correction", "identity"):
-        assert after[f"eval_nll_{mapping}"] < 0.75 * before[f"eval_nll_{mapping}"]
+        assert after[f"eval_nll_{mapping}"] < 0.8 * before[f"eval_nll_{mapping}"]
     report = evaluation_of(run)
     literal = next(kind for kind in report["kinds"] if kind["kind"] == "literal")
     assert literal["by_sum"][1] > 0.5 and literal["verdict"] == "ranks pairs"

@@ -318,7 +318,7 @@ def test_checkpoints_keep_the_latest_and_the_best(tmp_path):
     checkpoints.wait()
     assert checkpoints.steps() == [2, 6, 7]
     assert checkpoints.best_step() == 2
-    assert checkpoints.progress(2) == {"step": 2, "loss": 1.0, "loader": {"at": 2}}
+    assert checkpoints.progress(2) == {"step": 2, "loss": 1.0, "is_passing": False, "loader": {"at": 2}}
 
 
 @pytest.mark.parametrize("name", ["adamw", "adafactor"])
