@@ -10,7 +10,7 @@ from jaxrm.runtime.metrics import WALL_CLOCK
 
 _CLOSING = re.compile(rb"\n(Held-out data|Best of \d+ by|\d[\d,]* pairs of|Policies on)")
 _STEP_TIMES = re.compile(rb"\nA step took.*?\n\n", re.DOTALL)
-_TIME = re.compile(r"\b\d+(:\d\d)+\b|\b[\d.e-]+ s\b|\d{4}-\d\d-\d\d[T ][\d:]+\S*|\b[0-9a-f]{40}\b")
+_TIME = re.compile(r"\b\d+(:\d\d)+\b|\b[\d.e-]+ s\b|\d{4}-\d\d-\d\d[T ][\d:.+]+|\b[0-9a-f]{40}\b")
 
 
 def differences(folder: Path, other: Path) -> list[str]:
@@ -85,7 +85,9 @@ def _checkpoint(folder: Path) -> dict[str, object]:
                 parts[name] = (array.dtype, array.shape, hash(array.tobytes()))
         elif item.is_dir():
             files = (file for file in item.iterdir() if file.is_file() and file.name != "commit_success.txt")
-            parts |= {f"{item.name}/{file.name}": json.loads(file.read_text()) for file in files}
+            root = folder.parents[1]  # progress of PPO names the folders of its models
+            root = root.parent if (root.parent / "pipeline.json").exists() else root
+            parts |= {f"{item.name}/{file.name}": json.loads(_plain(file.read_text(), root)) for file in files}
     late = folder / "late_loss.json"  # of a checkpoint that was saved before it was evaluated
     if late.exists():
         parts["progress/metadata"]["loss"] = json.loads(late.read_text())["loss"]  # type: ignore[index]
