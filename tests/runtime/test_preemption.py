@@ -128,7 +128,7 @@ def stop_command(signals, **parts):
     assert b"ready\n" in iter(process.stdout.readline, b"")
     for number in signals:
         process.send_signal(number)
-        time.sleep(0.3 if len(signals) > 1 else 0)
+        time.sleep(1.0 if len(signals) > 1 else 0)
     out, err = process.communicate(timeout=30)
     return process.returncode, out.decode(), err.decode()
 
