@@ -64,7 +64,7 @@ def _verdicts(stages: Mapping[str, StageCheck], done: Sequence[str]) -> list[tup
     for name, check in stages.items():
         verdict = "yes"
         if check.error is not None:
-            verdict = f"no: {check.error}"
+            verdict = f"no: {str(check.error).removeprefix(f'stage {name}: ')}"
         elif check.waits_for:
             verdict = f"not checked, since it needs {' and '.join(check.waits_for)}"
         rows.append((name, verdict))
