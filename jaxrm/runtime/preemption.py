@@ -6,6 +6,7 @@ at once (`leave_on_signals`): what is on disk is whole at every moment. Both end
 command continues. A second Ctrl-C stops at once, with ``EXIT_INTERRUPTED``.
 """
 
+import atexit
 import os
 import select
 import signal
@@ -184,6 +185,7 @@ class _Command:
             os.set_blocking(writer, False)
             signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
             threading.Thread(target=self._watch, daemon=True).start()
+            atexit.register(_ignore_signals)  # before any library's, so that it runs behind them all
             _raise_again(PreemptedError, signal.SIGTERM)
         for number in _SIGNALS:
             signal.signal(number, self.on_signal)
@@ -248,6 +250,12 @@ class _Command:
                 if self._status is None:
                     self._report(signal.Signals(first).name)
                 os._exit(EXIT_PREEMPTED if self._status is None else self._status)
+
+
+def _ignore_signals() -> None:
+    """Let the end of a process have its status: Python takes handlers away before the process is gone."""
+    for number in _SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _raise_again(kind: type[BaseException], number: int) -> None:

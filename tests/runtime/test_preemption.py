@@ -120,6 +120,13 @@ DROPPING = """gc.callbacks.append(lambda *_: time.sleep(0.01)); print("ready", f
 STEP = 'print("ready", flush=True); time.sleep(30)'
 DONE = 'import atexit; atexit.register(lambda: (print("ready", flush=True), time.sleep(30)))'
 
+FINALIZED = """import os, types
+            class Last:
+                def __del__(self, write=os.write, sleep=time.sleep):
+                    write(1, b"ready\\n"), sleep(1)
+            sys.modules["last"] = types.ModuleType("last")
+            sys.modules["last"].last = Last()"""
+
 
 def stop_command(signals, **parts):
     """Exit status, stdout and stderr of a command that gets signals once it is ready."""
@@ -164,6 +171,12 @@ def test_a_signal_in_a_long_compilation_is_heard():
 
 def test_a_signal_after_the_end_changes_nothing():
     status, _, error = stop_command([signal.SIGTERM], work=DONE)
+    assert (status, error) == (0, "")
+
+
+def test_a_signal_while_python_ends_changes_nothing():
+    """Python has given the handlers up by then."""
+    status, _, error = stop_command([signal.SIGTERM], work=FINALIZED)
     assert (status, error) == (0, "")
 
 
