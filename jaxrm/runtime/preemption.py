@@ -25,6 +25,7 @@ EXIT_INTERRUPTED = 130
 Item = TypeVar("Item")
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_stderr = 2
 _PATIENCE = 5.0  # seconds in which the main thread ends by itself; it may be in a long compilation
 
 
@@ -223,6 +224,7 @@ class _Command:
         self._signal_name = signal.Signals(number).name
         if self._unwinds:
             self._is_unwinding = True
+            _silence_others()
             raise PreemptedError
         self._report(self._signal_name)
         _exit(EXIT_PREEMPTED)
@@ -274,7 +276,17 @@ def _raise_again(kind: type[BaseException], number: int) -> None:
 
 def _say(text: str) -> None:
     # os.write, since print may be what the signal interrupted
-    os.write(2, f"\njaxrm: {text}\n".encode())
+    os.write(_stderr, f"\njaxrm: {text}\n".encode())
+
+
+def _silence_others() -> None:
+    """From now on only `_say` writes to stderr: threads of libraries print tracebacks while they are torn down."""
+    global _stderr  # a file descriptor belongs to the process
+    try:
+        _stderr = os.dup(2)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    except OSError:  # no descriptors are left, and what is printed is no more than noise
+        _stderr = 2
 
 
 def _exit(status: int) -> NoReturn:

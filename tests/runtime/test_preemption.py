@@ -114,7 +114,10 @@ except KeyboardInterrupt:
     sys.exit(130)
 """
 LOOPING = 'print("ready", flush=True)\n            while not stop.requested: time.sleep(0.01)'
-IN_C = 'import hashlib; print("ready", flush=True); hashlib.pbkdf2_hmac("sha256", b"", b"", 100_000_000)'
+# Ready is said from a thread, when the main one is in C already.
+IN_C = """import hashlib, threading
+            threading.Timer(0.5, lambda: print("ready", flush=True)).start()
+            hashlib.pbkdf2_hmac("sha256", b"", b"", 100_000_000)"""
 DROPPING = """gc.callbacks.append(lambda *_: time.sleep(0.01)); print("ready", flush=True)
             while True: gc.collect(), time.sleep(0.01)"""
 STEP = 'print("ready", flush=True); time.sleep(30)'
@@ -135,7 +138,7 @@ def stop_command(signals, **parts):
     assert b"ready\n" in iter(process.stdout.readline, b"")
     for number in signals:
         process.send_signal(number)
-        time.sleep(1.0 if len(signals) > 1 else 0)
+        time.sleep(0.5 if len(signals) > 1 else 0)
     out, err = process.communicate(timeout=30)
     return process.returncode, out.decode(), err.decode()
 
@@ -172,6 +175,14 @@ def test_a_signal_in_a_long_compilation_is_heard():
 def test_a_signal_after_the_end_changes_nothing():
     status, _, error = stop_command([signal.SIGTERM], work=DONE)
     assert (status, error) == (0, "")
+
+
+def test_threads_that_are_torn_down_print_nothing():
+    """As those that read a checkpoint do, whose event loop is gone by then."""
+    work = LOOPING.replace("while", "import os\n            while") + "\n        except BaseException:\n"
+    work += '            os.write(2, b"Event loop is closed"); raise'
+    status, _, error = stop_command([signal.SIGTERM], work=work)
+    assert (status, error) == (EXIT_PREEMPTED, "\njaxrm: SIGTERM: stopped; the same command continues\n")
 
 
 def test_a_signal_while_python_ends_changes_nothing():
