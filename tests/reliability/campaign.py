@@ -6,7 +6,7 @@
 Real processes of every stage get SIGKILL or SIGTERM at moments spread evenly over the time that an unbroken run works,
 from the first second to the last save. The same command continues, may be stopped again, and runs to its end. Then
 every array of every checkpoint, metrics row, sample, evaluation and number of the closing report is compared. SIGTERM
-must end with status 75, or 0 where the run was complete.
+must end with status 75, or 0 where the run was complete; before Python has begun, with nothing written.
 
 Each process has one core and one thread, since bits depend on the number of threads. Exit status: 1 where anything
 differs.
@@ -136,7 +136,7 @@ class Campaign:
         return stops
 
     def _stop(self, stage: str, arguments: list[str], after: float, run_dir: Path, output: Path) -> Stop | None:
-        signal_ = self.rng.choice([KILL, TERM])
+        signal_, files = self.rng.choice([KILL, TERM]), _files(run_dir)
         process = launch(arguments, self.variables, output)
         while process.poll() is None and cpu_seconds(process) < after:
             time.sleep(0.003)
@@ -148,7 +148,9 @@ class Campaign:
         status = process.wait(timeout=120)
         stop = Stop(stage, signal_.name, after, phase)
         text = errors_of(output).read_text(errors="replace")
-        if signal_ == TERM and status not in (EXIT_PREEMPTED, 0):
+        # Python itself has not begun in the first instant.
+        is_too_early = status == -TERM and after < 0.2 and _files(run_dir) == files
+        if signal_ == TERM and status not in (EXIT_PREEMPTED, 0) and not is_too_early:
             stop.problem = f"exit status {status}: {text[-600:]}"
         elif "Traceback" in text:
             stop.problem = f"a traceback: {text[-1500:]}"
@@ -161,6 +163,11 @@ class Campaign:
         if closing_report(output.read_bytes(), run_dir) != self._reports[stage]:
             unlike.append("the closing report reads otherwise")
         return unlike
+
+
+def _files(folder: Path) -> dict[Path, float]:
+    """Every file with the time of its last change."""
+    return {path: path.stat().st_mtime for path in folder.rglob("*") if path.is_file()}
 
 
 def phase_of(run_dir: Path) -> str:

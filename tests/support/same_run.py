@@ -96,7 +96,8 @@ def _checkpoint(folder: Path) -> dict[str, object]:
 
 
 def _plain(text: str, root: Path) -> str:
-    return _TIME.sub("TIME", text.replace(str(root), "RUN").replace(root.name, "RUN"))
+    named = re.sub(rf"(?<!\w){re.escape(root.name)}(?!\w)", "RUN", text.replace(str(root), "RUN"))
+    return _TIME.sub("TIME", named)
 
 
 def _first_difference(one: object, two: object) -> str:
