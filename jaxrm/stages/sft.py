@@ -36,7 +36,7 @@ class _Inputs:
     def reading(self) -> dict[str, ReadReport]:
         """What became of the records."""
         path = self.stage.config.data.path
-        return {f"Data in {path}": self.demonstrations.report, "Held-out data": self.held_out.report}
+        return {f"Data in {path}": self.demonstrations.report, "Held-out records": self.held_out.report}
 
 
 def run(config: Any) -> int:

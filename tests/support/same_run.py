@@ -9,6 +9,7 @@ import numpy as np
 from jaxrm.runtime.metrics import WALL_CLOCK
 
 _CLOSING = re.compile(rb"\n(Held-out data|Best of \d+ by|\d[\d,]* pairs of|Policies on)")
+_STAGES = re.compile(rb"\nStages in ")
 _STEP_TIMES = re.compile(rb"\nA step took.*?\n\n", re.DOTALL)
 _TIME = re.compile(r"\b\d+(:\d\d)+\b|\b[\d.e-]+ s\b|\d{4}-\d\d-\d\d[T ][\d:.+]+|\b[0-9a-f]{40}\b")
 
@@ -31,8 +32,11 @@ def differences(folder: Path, other: Path) -> list[str]:
 
 
 def closing_report(output: bytes, root: Path) -> str:
-    """The tables and samples at the end of what a run printed, without times and without the folder's name."""
-    matches = list(_CLOSING.finditer(b"\n" + output))
+    """The tables and samples at the end of what a run printed, without times and without the folder's name.
+
+    Of a pipeline those of all stages, since a launch that continues it prints the reports of the stages that were left.
+    """
+    matches = list(_STAGES.finditer(b"\n" + output)) or list(_CLOSING.finditer(b"\n" + output))
     text = _STEP_TIMES.sub(b"", output[matches[0].start() :] if matches else b"")
     return _plain(text.decode(errors="replace"), root)
 
