@@ -36,7 +36,7 @@ def stop_after(seconds, number, *arguments):
 @pytest.mark.parametrize("seconds", [0.1, 0.5, 1.0])
 @pytest.mark.parametrize("number", [TERM, CTRL_C])
 def test_training_ends_with_75_from_its_first_second(seconds, number, tmp_path):
-    run_dir = tmp_path / "run"
+    run_dir = tmp_path / "stopped-here"
     arguments = ("jaxrm.train", "--config=configs/sft_tiny.py", f"--config.run_dir={run_dir}")
     status, output = stop_after(seconds, number, *arguments)
     name = signal.Signals(number).name
@@ -84,7 +84,7 @@ def test_a_run_stopped_at_hard_moments_ends_the_same(stage, stops, needed, tmp_p
     variables, output = environment(ROOT / ".jax_cache" / "tests"), tmp_path / "output.txt"
     finish(command(stage, tmp_path / "unbroken", needed), variables, output)
     report = closing_report(output.read_bytes(), tmp_path / "unbroken")
-    run_dir = tmp_path / "run"
+    run_dir = tmp_path / "stopped-here"
     for number, text in stops:
         process = launch(command(stage, run_dir, needed), variables, output)
         files = (errors_of(output), run_dir / "metrics.jsonl", run_dir / "candidates.jsonl")
