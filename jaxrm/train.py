@@ -125,10 +125,8 @@ def run(config: StageConfig | Pipeline | Study) -> int:
       UserError: for what the user can mend.
     """
     silence_libraries()
-    from jaxrm.stages.table import (
-        inspect_stage,
-        run_stage,
-    )  # after `processes.start`: modules of stages may ask JAX for its devices
+    # After `processes.start`, since modules of stages may ask JAX for its devices.
+    from jaxrm.stages.table import inspect_stage, run_stage
 
     if isinstance(config, Pipeline):
         from jaxrm.pipeline.run import run_pipeline

@@ -1,16 +1,16 @@
 """Examples in tokens, which losses are taken on, and how demonstrations become examples."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import numpy as np
 
 from jaxrm.data.config import DataConfig
 from jaxrm.data.cutting import cut_points, find_cut
 from jaxrm.data.readers import ReadReport
-from jaxrm.data.records import DemonstrationRecord
+from jaxrm.data.records import DemonstrationRecord, PreferenceRecord
 from jaxrm.data.templates import SPELLED_OUT, Text, bos_id, check_template, encode, write_prompt, write_response
 from jaxrm.errors import UserError, flag, option
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Progress = Callable[[int, int], None]
+AnyRecord = TypeVar("AnyRecord", DemonstrationRecord, PreferenceRecord)
 _CHUNK = 512  # dialogues handed to the tokenizer at once
 
 
@@ -111,6 +112,34 @@ class ComparisonExample:
         return {"is_chosen_end": is_chosen_end, "rejected_offset": np.where(is_chosen_end, offset, 0).astype(np.int32)}
 
 
+def write_all(
+    records: Iterable[AnyRecord], write: Callable[[AnyRecord], list[Text]], report: ReadReport
+) -> tuple[list[AnyRecord], list[Text]]:
+    """The texts of records by a chat template, one record after another.
+
+    Args:
+      records: to write.
+      write: the texts of one; a `UserError` says why it is unusable.
+      report: counts those, and records whose special tokens stay text.
+
+    Returns:
+      The records that were written, and all of their texts.
+    """
+    accepted: list[AnyRecord] = []
+    texts: list[Text] = []
+    for record in records:
+        try:
+            written = write(record)
+        except UserError as error:
+            report.add_bad(str(error), record.source)
+            continue
+        texts += written
+        accepted.append(record)
+        if any(text.is_broken for text in written):
+            report.add_note(SPELLED_OUT, record.source)
+    return accepted, texts
+
+
 def tokenize_demonstrations(
     records: Sequence[DemonstrationRecord],
     tokenizer: "PreTrainedTokenizerBase",
@@ -139,18 +168,8 @@ def tokenize_demonstrations(
     report = ReadReport(total=len(records))
     examples: list[Example] = []
     for start in range(0, len(records), _CHUNK):
-        accepted: list[DemonstrationRecord] = []
-        texts: list[Text] = []
-        for record in records[start : start + _CHUNK]:
-            try:
-                written = _write_turns(record, tokenizer, config)
-            except UserError as error:
-                report.add_bad(str(error), record.source)
-                continue
-            texts += written
-            accepted.append(record)
-            if any(text.is_broken for text in written):
-                report.add_note(SPELLED_OUT, record.source)
+        chunk = records[start : start + _CHUNK]
+        accepted, texts = write_all(chunk, lambda record: _write_turns(record, tokenizer, config), report)
         encoded = iter(encode(tokenizer, texts))
         for record in accepted:
             turns = [_Turn(i, next(encoded), next(encoded)) for i in _trained(record, config)]

@@ -41,6 +41,7 @@ _ENCODINGS = (
     ),
     *((start.encode(name), name) for name in ("utf-16-le", "utf-16-be") for start in "{["),
 )
+# NotImplementedError is zipfile's for a way of packing that it does not know.
 _DAMAGE = (OSError, EOFError, zlib.error, zipfile.BadZipFile, NotImplementedError, UnicodeError)
 
 

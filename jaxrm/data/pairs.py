@@ -15,11 +15,10 @@ import numpy as np
 from jaxrm.config.fields import above, at_least, bounded, check, finite, place, wrong
 from jaxrm.data.config import DataConfig
 from jaxrm.data.cutting import CutPoints, cut_points, cut_prompt, find_cut
-from jaxrm.data.examples import ComparisonExample, MappingExample, Progress
+from jaxrm.data.examples import ComparisonExample, MappingExample, Progress, write_all
 from jaxrm.data.readers import ReadReport
 from jaxrm.data.records import PreferenceRecord, Record
 from jaxrm.data.templates import (
-    SPELLED_OUT,
     Text,
     check_template,
     encode,
@@ -114,27 +113,8 @@ def tokenize_pairs(
     report = ReadReport(total=len(records))
     pairs: list[TokenPair] = []
     for start in range(0, len(records), _CHUNK):
-        accepted: list[PreferenceRecord] = []
-        texts: list[Text] = []
-        for record in records[start : start + _CHUNK]:
-            if not isinstance(record, PreferenceRecord):
-                raise UserError(
-                    f"{record.source}: a record without a chosen and a rejected response, but training learns "
-                    "from pairs; give records with prompt, chosen and rejected, or name the schema, e.g. "
-                    f"{flag('data.schema')}=preference"
-                )
-            if not (record.chosen.strip() and record.rejected.strip()):
-                report.add_bad("a response is empty", record.source)
-                continue
-            try:
-                written = _write_pair(tokenizer, record, config.template)
-            except UserError as error:
-                report.add_bad(str(error), record.source)
-                continue
-            texts += written
-            accepted.append(record)
-            if any(text.is_broken for text in written):
-                report.add_note(SPELLED_OUT, record.source)
+        preferences = [_as_preference(record) for record in records[start : start + _CHUNK]]
+        accepted, texts = write_all(preferences, lambda pair: _write_pair(tokenizer, pair, config.template), report)
         encoded = iter(encode(tokenizer, texts))
         chunk: list[tuple[PreferenceRecord, TokenPair]] = []
         for record in accepted:
@@ -304,8 +284,19 @@ def _empty_response(tokenizer: "PreTrainedTokenizerBase", template: str) -> list
         return None  # a template that wants a thought refuses it
 
 
+def _as_preference(record: Record) -> PreferenceRecord:
+    if isinstance(record, PreferenceRecord):
+        return record
+    raise UserError(
+        f"{record.source}: a record without a chosen and a rejected response, but training learns from pairs; give "
+        f"records with prompt, chosen and rejected, or name the schema, e.g. {flag('data.schema')}=preference"
+    )
+
+
 def _write_pair(tokenizer: "PreTrainedTokenizerBase", record: PreferenceRecord, template: str) -> list[Text]:
     """The texts of the prompt, the chosen and the rejected response."""
+    if not (record.chosen.strip() and record.rejected.strip()):
+        raise UserError("a response is empty")
     responses = [write_response(tokenizer, text, template) for text in (record.chosen, record.rejected)]
     return [write_prompt(tokenizer, record.prompt, template), *responses]
 

@@ -6,7 +6,7 @@ import json
 import math
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,14 +14,15 @@ from typing import Any, NamedTuple
 import jax
 
 from jaxrm.config.fields import at_least, bounded, check
-from jaxrm.errors import StorageError, UserError, flag
+from jaxrm.errors import UserError, flag
 from jaxrm.runtime import checksums
+from jaxrm.runtime.disk import disk_errors
 from jaxrm.runtime.preemption import agree
 from jaxrm.runtime.preservation import Preservation, SavedStep, read_late_loss, write_late_loss
-from jaxrm.storage import failure_of
 
 DAMAGED = "damaged"
 """Folder of a run that damaged checkpoints are put into."""
+_NOT_WRITTEN = "a checkpoint could not be written"
 _UNFINISHED = "*.orbax-checkpoint-tmp*"
 _DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError)  # what reading spoiled files raises
 
@@ -91,7 +92,7 @@ class Checkpoints:
             async_options=ocp.AsyncOptions(post_finalization_callback=self._write_checksums),
         )
         self._args = ocp.args
-        with self._disk():
+        with disk_errors(_NOT_WRITTEN, self.folder):
             if not read_only:
                 self._remove_unfinished()
                 self._put_aside(self._without_score())
@@ -124,7 +125,7 @@ class Checkpoints:
         score = {"score": -loss} if loss is not None and math.isfinite(loss) else None
         record = {"step": step, "loss": loss, "is_passing": is_passing, **progress}
         args = self._args.Composite(progress=self._args.JsonSave(record), **trees)
-        with self._disk():
+        with disk_errors(_NOT_WRITTEN, self.folder):
             self._manager.save(step, args=args, metrics=score)
 
     def steps(self) -> list[int]:
@@ -142,7 +143,7 @@ class Checkpoints:
         """Give a checkpoint the loss that it was saved without; nothing where it has one, or is passing."""
         if self._saved_step(step) != SavedStep():
             return
-        with self._disk():
+        with disk_errors(_NOT_WRITTEN, self.folder):
             if jax.process_index() == 0:
                 write_late_loss(self.folder / str(step), loss)
             agree(False)  # the others wait until it is done
@@ -252,12 +253,12 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Return when everything that was saved is on disk."""
-        with self._disk():
+        with disk_errors(_NOT_WRITTEN, self.folder):
             self._manager.wait_until_finished()
 
     def close(self) -> None:
         """Finish writing and let go of the folder."""
-        with self._disk():
+        with disk_errors(_NOT_WRITTEN, self.folder):
             self._manager.close()
 
     def _first_sound(self, steps: Iterable[int], names: tuple[str, ...]) -> int | None:
@@ -305,30 +306,6 @@ class Checkpoints:
         agree(False)  # the others wait until it is done
         if damaged and hasattr(self, "_manager"):
             self._manager.reload()
-
-    @contextlib.contextmanager
-    def _disk(self) -> Iterator[None]:
-        try:
-            yield
-        except (StorageError, UserError):
-            raise
-        except Exception as error:
-            reason = failure_of(error)
-            if reason is None:
-                raise
-            raise StorageError(f"a checkpoint could not be written ({reason}); {advice(self.folder)}") from error
-
-
-def advice(folder: Path) -> str:
-    """What is saved in a folder of checkpoints, and what to do when the disk refuses more."""
-    with contextlib.suppress(OSError):
-        steps = sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal())
-        if steps:
-            return (
-                f"the last good checkpoint is {folder / str(steps[-1])}; make room or mend the disk and give the same "
-                "command again, which continues from there"
-            )
-    return "no checkpoint is saved yet; make room or mend the disk and give the same command again"
 
 
 def with_shardings(shapes: Any, shardings: Any) -> Any:

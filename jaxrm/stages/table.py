@@ -6,13 +6,11 @@ from typing import Any
 
 import jax
 
-from jaxrm.errors import StorageError, UserError
 from jaxrm.runtime import run_lock
-from jaxrm.runtime.checkpoint import advice
+from jaxrm.runtime.disk import disk_errors
 from jaxrm.runtime.run_record import note_end
 from jaxrm.stage_config import STAGES
 from jaxrm.stages.inspection import Inspection
-from jaxrm.storage import failure_of
 
 
 def module_of(config: Any) -> str:
@@ -31,19 +29,11 @@ def run_stage(config: Any) -> int:
       StorageError: the disk refused a file.
     """
     folder = Path(config.run_dir).expanduser()
-    try:
-        with run_lock.given_back():
-            status = importlib.import_module(module_of(config)).run(config)
-            if status == 0 and jax.process_index() == 0:
-                note_end(folder)
-            return status
-    except (StorageError, UserError):
-        raise
-    except Exception as error:
-        reason = failure_of(error)
-        if reason is None:
-            raise
-        raise StorageError(f"the run stopped ({reason}); {advice(folder / 'checkpoints')}") from error
+    with disk_errors("the run stopped", folder / "checkpoints"), run_lock.given_back():
+        status = importlib.import_module(module_of(config)).run(config)
+        if status == 0 and jax.process_index() == 0:
+            note_end(folder)
+        return int(status)
 
 
 def inspect_stage(config: Any) -> Inspection:
