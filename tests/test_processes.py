@@ -164,7 +164,9 @@ def test_a_killed_process_stops_the_job_which_continues_exactly(alone: Path, tmp
     job[3].send_signal(signal.SIGKILL)
     said = finish(job)
     assert all(process.returncode not in (0, None) for process in job), "\n".join(said)
-    assert all("another task died" in text or "another one is gone" in text for text in said[:3]), "\n".join(said)
+    # Where what a neighbor still sends meets another collective, gloo ends the process itself.
+    signs = ("another task died", "another one is gone", "gloo::EnforceNotMet")
+    assert all(any(sign in text for sign in signs) for text in said[:3]), "\n".join(said)
     shutil.copytree(killed, in_one)
     run(SFT, killed, 4)
     run(SFT, in_one, 1)
