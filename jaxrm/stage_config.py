@@ -21,6 +21,7 @@ from jaxrm.data.pairs import MappingConfig
 from jaxrm.errors import UserError
 from jaxrm.models.build import ModelSource
 from jaxrm.models.generate import SamplingConfig
+from jaxrm.models.lora import LoRAConfig
 from jaxrm.runtime.checkpoint import CheckpointConfig
 from jaxrm.runtime.metrics import LoggingConfig
 from jaxrm.runtime.run_folder import OnExisting
@@ -215,11 +216,13 @@ class TrainingConfig(StageConfig):
       num_steps: updates in all, in PPO rollouts, or None for ``num_epochs``.
       num_epochs: passes over the data, where ``num_steps`` is None.
       num_microbatches: parts that a batch is cut into, to save memory; the update is the same.
+      lora: adapters to train in place of the weights, in PPO for policy and critic alike; none by default.
     """
 
     num_steps: int | None = bounded(None, at_least(1))
     num_epochs: float = bounded(3.0, above(0), finite)
     num_microbatches: int = bounded(1, at_least(1))
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 

@@ -25,6 +25,7 @@ from jaxrm.data.readers import read_records
 from jaxrm.data.records import Message
 from jaxrm.data.templates import encode_prompt
 from jaxrm.inference.load import load_policy, load_reward_model
+from jaxrm.inference.parameters import init_key
 from jaxrm.models import config as models
 from jaxrm.models.build import ModelSource
 from jaxrm.models.generate import SamplingConfig
@@ -38,7 +39,6 @@ from jaxrm.stages.objective import build_objective
 from jaxrm.stages.reward_model import evaluation as reward_evaluation
 from jaxrm.stages.reward_model import run as reward_model
 from jaxrm.stages.stage import open_stage
-from jaxrm.stages.supervised.train import init_key
 
 pytestmark = pytest.mark.slow
 

@@ -14,6 +14,7 @@ Every reward source is treated alike: a scalar reward model differs in ``r_t`` a
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,7 @@ import numpy as np
 
 from jaxrm.algorithms.ppo_config import PPOConfig
 from jaxrm.algorithms.ppo_state import PPOBatch, PPOState, RewardAndKLState
-from jaxrm.algorithms.rollout import BatchSampler, RewardSource, TokenLogProbs
+from jaxrm.algorithms.rollout import BatchSampler, FrozenParams, RewardSource, TokenLogProbs
 from jaxrm.algorithms.state import TrainState
 from jaxrm.algorithms.train_step import Metrics
 from jaxrm.ops import advantages, kl, masking, reward_scaling
@@ -164,7 +165,7 @@ class Programs:
       estimate: `estimate`, the end of the scoring.
       minibatch: `minibatch`, the first of the update's programs.
       weigh: `weigh`.
-      update_policy: on a `PPOBatch`; the state is donated.
+      update_policy: on frozen parameters and a `PPOBatch`; the state is donated.
       update_critic: the same for the critic; None where the trunk is shared.
     """
 
@@ -174,14 +175,15 @@ class Programs:
     estimate: Callable[..., tuple[Rollout, RewardAndKLState, Metrics]]
     minibatch: Callable[..., Rollout]
     weigh: Callable[..., PPOBatch]
-    update_policy: Callable[[TrainState, PPOBatch], tuple[TrainState, Metrics]]
-    update_critic: Callable[[TrainState, PPOBatch], tuple[TrainState, Metrics]] | None
+    update_policy: Callable[[TrainState, Any, PPOBatch], tuple[TrainState, Metrics]]
+    update_critic: Callable[[TrainState, Any, PPOBatch], tuple[TrainState, Metrics]] | None
 
 
 def update(
     programs: Programs,
     config: PPOConfig,
     state: PPOState,
+    frozen: FrozenParams,
     rollout: Rollout,
     key: jax.Array,
     next_ptx: Callable[[], TokenBatch | None],
@@ -192,6 +194,7 @@ def update(
       programs: jitted.
       config: options of PPO.
       state: before; donated.
+      frozen: what is not trained of policy and critic.
       rollout: from `estimate`.
       key: typed PRNG key; epoch ``i`` is shuffled with ``fold_in(key, i)``.
       next_ptx: gives the SFT rows of each update, or None.
@@ -207,10 +210,10 @@ def update(
                 share = programs.minibatch(rollout, jax.random.fold_in(key, epoch), np.int32(index))
             ptx = next_ptx()
             batch = PPOBatch(share) if ptx is None else programs.weigh(share, ptx)
-            policy, metrics = programs.update_policy(policy, batch)
+            policy, metrics = programs.update_policy(policy, frozen.policy, batch)
             if critic is not None:
                 assert programs.update_critic is not None
-                critic, critic_metrics = programs.update_critic(critic, PPOBatch(share))
+                critic, critic_metrics = programs.update_critic(critic, frozen.critic, PPOBatch(share))
                 metrics |= {name: critic_metrics[name] for name in ("value_loss", "value_clip_fraction")}
                 metrics["critic_grad_norm"] = critic_metrics["grad_norm"]
             rows.append(metrics)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -10,6 +11,7 @@ from flax import nnx
 
 from jaxrm.algorithms import microbatches
 from jaxrm.algorithms.scoring import response_hidden, response_statistics, token_statistics
+from jaxrm.models import heads, lora
 from jaxrm.models.generate import SamplingConfig, generate
 from jaxrm.models.heads import ScalarHead
 from jaxrm.models.transformer import Decoder
@@ -49,11 +51,24 @@ class Networks:
         """The decoder's part of the policy's parameters."""
         return params["decoder"] if self.is_shared else params
 
+    def frozen(self, base: Any) -> "FrozenParams":
+        """What policy and critic do not train of themselves: the base of their adapters, as each has it in its tree."""
+        if not base:
+            return FrozenParams({}, {})
+        return FrozenParams({"decoder": base} if self.is_shared else base, heads.frozen_trunk(base))
+
     def values(self, critic_params: Any, batch: ResponseBatch) -> jax.Array:
         """Values ``[B, T]`` of a critic with a trunk of its own: of the states before each response token."""
         assert self.critic is not None, "the values of a shared trunk come with the policy's log-probs"
         critic = nnx.merge(self.critic, critic_params)
         return critic.scalar_head(response_hidden(critic.decoder, batch, pad_to_multiple_of=self.pad_to_multiple_of))
+
+
+class FrozenParams(NamedTuple):
+    """Frozen parameters of policy and critic; ``{}`` where all are trained."""
+
+    policy: Any
+    critic: Any
 
 
 class TokenLogProbs(NamedTuple):
@@ -177,12 +192,14 @@ def build_log_probs(
     critic_sharding: Any,
     reference_sharding: Any,
     batch_sharding: Any,
+    base_sharding: Any = MappingProxyType({}),
     num_microbatches: int = 1,
-) -> Callable[[Any, Any, Any, ResponseBatch], TokenLogProbs]:
-    """Jitted ``log_probs(policy_params, critic_params, reference_params, batch) -> TokenLogProbs``.
+) -> Callable[[Any, Any, Any, Any, ResponseBatch], TokenLogProbs]:
+    """Jitted ``log_probs(base, policy_params, critic_params, reference_params, batch) -> TokenLogProbs``.
 
     Log-probs come from the forward that the update trains with, not from sampling, so that before the first update
-    the ratio of new to old probabilities is 1.
+    the ratio of new to old probabilities is 1. With adapters all three models are those of each on one base, which is
+    an argument once; without, the base is ``{}``.
 
     Args:
       networks: graphs of the models.
@@ -190,10 +207,18 @@ def build_log_probs(
       critic_sharding: of the critic's; their parameters are None where the trunk is shared.
       reference_sharding: of the reference's.
       batch_sharding: of the rows.
+      base_sharding: of the base's parameters.
       num_microbatches: shares of the rows, one after another.
     """
 
-    def log_probs(policy_params: Any, critic_params: Any, reference_params: Any, batch: ResponseBatch) -> TokenLogProbs:
+    def log_probs(
+        base: Any, policy_params: Any, critic_params: Any, reference_params: Any, batch: ResponseBatch
+    ) -> TokenLogProbs:
+        frozen = networks.frozen(base)
+        policy_params, reference_params = lora.join(frozen.policy, policy_params), lora.join(base, reference_params)
+        if critic_params is not None:
+            critic_params = lora.join(frozen.critic, critic_params)
+
         def microbatch(batch: ResponseBatch) -> TokenLogProbs:
             decoder, value_head = networks.open_policy(policy_params)
             hidden = response_hidden(decoder, batch, pad_to_multiple_of=networks.pad_to_multiple_of)
@@ -214,6 +239,6 @@ def build_log_probs(
 
     return jax.jit(
         log_probs,
-        in_shardings=(policy_sharding, critic_sharding, reference_sharding, batch_sharding),
+        in_shardings=(dict(base_sharding), policy_sharding, critic_sharding, reference_sharding, batch_sharding),
         out_shardings=batch_sharding,
     )

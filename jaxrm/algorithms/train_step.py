@@ -1,6 +1,7 @@
 """The one builder of training steps: it alone knows about jit, donation and microbatches."""
 
 from collections.abc import Callable
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -9,6 +10,7 @@ import optax
 
 from jaxrm.algorithms import microbatches
 from jaxrm.algorithms.state import TrainState
+from jaxrm.models import lora
 from jaxrm.sharding import partition
 
 Metrics = dict[str, jax.Array]
@@ -22,12 +24,16 @@ def build_train_step(
     *,
     state_sharding: Any,
     batch_sharding: Any,
+    frozen_sharding: Any = MappingProxyType({}),
     num_microbatches: int = 1,
-) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:
-    """Jitted ``step(state, batch) -> (state, metrics)`` that minimizes ``loss_sum / weight`` of the whole batch.
+) -> Callable[[TrainState, Any, Any], tuple[TrainState, Metrics]]:
+    """Jitted ``step(state, frozen, batch) -> (state, metrics)`` that minimizes ``loss_sum / weight`` of the batch.
 
     Gradients of the sum and the weights are added over microbatches and devices and divided once, so a batch gives
     the same update however it is cut, even where its microbatches carry different numbers of tokens.
+
+    The loss takes the parameters of the state joined with the frozen ones (`jaxrm.models.lora.join`). Frozen ones have
+    no gradient and no moments, and are neither donated nor copied; ``{}`` where all are trained.
 
     Args:
       loss_fn: ``(params, batch, key) -> (loss_sum, weight), aux``; aux maps a metric to its own (sum, weight).
@@ -35,6 +41,7 @@ def build_train_step(
       state_sharding: pytree of shardings like the state. The state is donated: its buffers are reused. Moments that
         lie in the memory of the hosts are on the devices only during the update.
       batch_sharding: sharding of the rows of a batch, or a pytree of them.
+      frozen_sharding: pytree of shardings like the frozen parameters.
       num_microbatches: shares of the rows, one after another; divides the rows of every device.
 
     Returns:
@@ -44,27 +51,27 @@ def build_train_step(
     on_devices = partition.on_devices(state_sharding.opt_state)
     is_offloaded = on_devices != state_sharding.opt_state
 
-    def gradients(params: Any, batch: Any, key: jax.Array) -> Any:
+    def gradients(params: Any, frozen: Any, batch: Any, key: jax.Array) -> Any:
         def total(params: Any) -> Any:
-            (loss_sum, weight), aux = loss_fn(params, batch, key)
+            (loss_sum, weight), aux = loss_fn(lora.join(frozen, params), batch, key)
             return loss_sum, {"loss": (loss_sum, weight), **aux}
 
         return jax.grad(total, has_aux=True)(params)
 
-    def accumulated(params: Any, batch: Any, key: jax.Array) -> Any:
+    def accumulated(params: Any, frozen: Any, batch: Any, key: jax.Array) -> Any:
         shares = microbatches.split(batch, num_microbatches)
         keys = jax.random.split(key, num_microbatches)
         first = jax.tree.map(lambda x: x[0], (shares, keys))
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradients, params, *first))
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradients, params, frozen, *first))
 
         def add(total: Any, microbatch: Any) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, total, gradients(params, *microbatch)), None
+            return jax.tree.map(jnp.add, total, gradients(params, frozen, *microbatch)), None
 
         return jax.lax.scan(add, zeros, (shares, keys))[0]
 
-    def step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
+    def step(state: TrainState, frozen: Any, batch: Any) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(state.key, state.step)
-        grads, sums = (accumulated if num_microbatches > 1 else gradients)(state.params, batch, key)
+        grads, sums = (accumulated if num_microbatches > 1 else gradients)(state.params, frozen, batch, key)
         # An empty batch has a zero gradient; a divisor that is not zero keeps it so.
         divisor = jnp.maximum(sums["loss"][1], 1e-8).astype(jnp.float32)
         grads = jax.tree.map(lambda g: g / divisor, grads)
@@ -88,7 +95,7 @@ def build_train_step(
     # could not be reused, and the next step would compile again.
     return jax.jit(
         step,
-        in_shardings=(state_sharding, batch_sharding),
+        in_shardings=(state_sharding, dict(frozen_sharding), batch_sharding),
         out_shardings=(state_sharding, None),
         donate_argnums=0,
     )

@@ -13,6 +13,7 @@ from jaxrm import atomic
 from jaxrm.config import dicts
 from jaxrm.data.tokenizer import load_tokenizer, save_tokenizer
 from jaxrm.errors import UserError, arguments, flag, option
+from jaxrm.inference import parameters
 from jaxrm.inference.policy import Policy
 from jaxrm.inference.reward_model import RewardModel, default_kind
 from jaxrm.inference.sharded_model import check_tokenizer, shard_model, shard_scalar_model, with_tokens
@@ -34,6 +35,7 @@ _ARGUMENTS = {"model": "", "data": ""}  # fields of a config whose names are tho
 def load_policy(
     path: str,
     *,
+    adapter: str | None = None,
     mesh: Mesh | None = None,
     dtype: str | None = None,
     tokenizer: str | None = None,
@@ -44,6 +46,8 @@ def load_policy(
     Args:
       path: folder of a run of jaxrm, for its latest checkpoint; ``RUN_DIR/checkpoints/STEP``, or ``/best``; or
         published weights: a hub name, a folder with config.json and safetensors, or a GGUF file.
+      adapter: adapters that stand on those weights: the folder of a run, or a PEFT folder. A run with adapters may be
+        given as ``path`` alone, and then finds its base where it was.
       mesh: devices to put the parameters on, which need not be those of the training; all of them, each with the
         whole model, without it.
       dtype: compute dtype, ``float32`` or ``bfloat16``. By default that of the training, or float32.
@@ -55,13 +59,14 @@ def load_policy(
       UserError: where there is no such model, or the tokenizer is not that of the weights.
     """
     path, mesh = _checked_path(path), mesh or build_mesh(MeshConfig())
-    if not is_run(path):
+    if not is_run(adapter or path):
         return _load_weights(ModelSource(path=path, dtype=dtype or "float32"), mesh, tokenizer, template)
-    _check_has_own(path, tokenizer, template)
-    run = find_checkpoint(path, algorithms=LANGUAGE_MODELS)
+    _check_has_own(adapter or path, tokenizer, template)
+    run = find_checkpoint(adapter or path, algorithms=LANGUAGE_MODELS)
     run_tokenizer = run.load_tokenizer()
-    model = shard_model(as_trained(run, dtype), mesh, with_tokens(run.shape, run_tokenizer))
-    params = run.restore(model.shapes, model.shardings)
+    shape = with_tokens(run.shape, run_tokenizer)
+    model = shard_model(as_trained(run, dtype), mesh, shape, lora=run.lora)
+    params = parameters.read_run(run, model, path if adapter else None)
     return Policy(model, params, run_tokenizer, run.config.data.template, run.name)
 
 
@@ -69,6 +74,7 @@ def load_policy(
 def load_reward_model(
     path: str,
     *,
+    adapter: str | None = None,
     mesh: Mesh | None = None,
     dtype: str | None = None,
     tokenizer: str | None = None,
@@ -79,6 +85,7 @@ def load_reward_model(
 
     Args:
       path: see `load_policy`.
+      adapter: see `load_policy`.
       mesh: see `load_policy`.
       dtype: see `load_policy`.
       tokenizer: see `load_policy`.
@@ -89,12 +96,13 @@ def load_reward_model(
       UserError: where there is no such model, or it is no reward model.
     """
     path, mesh = _checked_path(path), mesh or build_mesh(MeshConfig())
-    if not is_run(path):
+    if not is_run(adapter or path):
         source = ModelSource(path=path, dtype=dtype or "float32", attention=attention)
         return _load_weights(source, mesh, tokenizer, template).as_reward_model("seq2seq")
-    _check_has_own(path, tokenizer, template)
-    model = describe_reward_model(path, mesh=mesh, dtype=dtype, attention=attention)
-    return model.with_params(find_checkpoint(path).restore(model.model.shapes, model.model.shardings))
+    _check_has_own(adapter or path, tokenizer, template)
+    model = describe_reward_model(adapter or path, mesh=mesh, dtype=dtype, attention=attention)
+    run = find_checkpoint(adapter or path)
+    return model.with_params(parameters.read_run(run, model.model, path if adapter else None))
 
 
 def describe_reward_model(path: str, *, mesh: Mesh, dtype: str | None, attention: str) -> RewardModel:
@@ -104,7 +112,9 @@ def describe_reward_model(path: str, *, mesh: Mesh, dtype: str | None, attention
     source = dataclasses.replace(as_trained(run, dtype), attention=attention)
     tokenizer = run.load_tokenizer()
     return RewardModel(
-        (shard_model if is_seq2seq else shard_scalar_model)(source, mesh, with_tokens(run.shape, tokenizer)),
+        (shard_model if is_seq2seq else shard_scalar_model)(
+            source, mesh, with_tokens(run.shape, tokenizer), lora=run.lora
+        ),
         None,
         tokenizer,
         run.config.data.template,

@@ -13,7 +13,7 @@ from jaxrm.inference.prompts import Prompt, check_count, read_prompts
 from jaxrm.inference.reward_model import RewardModel, default_kind
 from jaxrm.inference.sampler import Response, Sampler
 from jaxrm.inference.sharded_model import ShardedModel, shard_scalar_model
-from jaxrm.models import build, heads
+from jaxrm.models import build, heads, lora
 from jaxrm.models.generate import SamplingConfig
 
 if TYPE_CHECKING:
@@ -79,8 +79,8 @@ class Policy:
         return Sampler(self.model, self.params, self.tokenizer, self.template, sampling)
 
     def with_params(self, params: Any) -> "Policy":
-        """The same model with other parameters, such as those of a training state."""
-        return dataclasses.replace(self, params=params)
+        """The same model with other parameters, such as those of a training state: its adapters, where it has any."""
+        return dataclasses.replace(self, params=lora.join(lora.split(self.params)[1], params))
 
     @arguments()
     def as_reward_model(
@@ -98,7 +98,7 @@ class Policy:
         instruction = MappingConfig().instruction if instruction is None else instruction
         model, params, is_seq2seq = self.model, self.params, sort == "seq2seq"
         if not is_seq2seq:
-            model = shard_scalar_model(self.model.source, self.model.mesh, self.model.config)
+            model = shard_scalar_model(self.model.source, self.model.mesh, self.model.config, lora=self.model.lora)
             head = build.init_scalar_head(model.config, jax.random.key(seed), model.shardings["scalar_head"])
             params = heads.from_decoder_params(params, head)
         return RewardModel(

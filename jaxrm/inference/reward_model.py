@@ -14,6 +14,7 @@ from jaxrm.data.tokenizer import Vocabulary, unreadable_by
 from jaxrm.errors import UserError, arguments, flag, option
 from jaxrm.inference.prompts import Prompt, check_count, read_prompts, read_responses
 from jaxrm.inference.sharded_model import ShardedModel
+from jaxrm.models import lora
 from jaxrm.ops import token_rewards
 
 if TYPE_CHECKING:
@@ -135,8 +136,8 @@ class RewardModel:
         return [token_scores.text_of(self, token_ids) for (token_ids,) in written]
 
     def with_params(self, params: Any) -> "RewardModel":
-        """The same model with other parameters, such as those of a training state."""
-        return dataclasses.replace(self, params=params)
+        """The same model with other parameters, such as those of a training state: its adapters, where it has any."""
+        return dataclasses.replace(self, params=lora.join(lora.split(self.params)[1], params))
 
     @property
     def vocabulary(self) -> Vocabulary:

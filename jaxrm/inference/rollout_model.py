@@ -32,7 +32,7 @@ def shard_rollout_model(config: PPO, mesh: Mesh, policy: ShardedModel) -> Sharde
     check_batch(other, "data.batch_size", config.data.batch_size, mesh_field=field)
     if other.shape == mesh.shape:
         return policy
-    return sharded_model.shard_model(config.model, other, policy.config, field=field)
+    return sharded_model.shard_model(config.model, other, policy.config, lora=policy.lora, field=field)
 
 
 def build_sampler(

@@ -17,9 +17,10 @@ from jaxrm.data.config import DataConfig
 from jaxrm.data.tokenizer import first_without_row, load_tokenizer, token_ranges, vocabulary_conflict
 from jaxrm.errors import UserError, flag, option
 from jaxrm.inference import weights
-from jaxrm.models import attention, build
+from jaxrm.models import attention, build, lora
 from jaxrm.models.build import ModelSource
 from jaxrm.models.config import ModelConfig
+from jaxrm.models.lora import NO_LORA, LoRAConfig
 from jaxrm.sharding import partition
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ class ShardedModel:
       shapes: pytree of `jax.ShapeDtypeStruct`.
       shardings: the same tree of shardings.
       source: which model it is, and how it computes.
+      lora: its adapters.
     """
 
     config: ModelConfig
@@ -47,6 +49,30 @@ class ShardedModel:
     shapes: Any
     shardings: Any
     source: ModelSource
+    lora: LoRAConfig = NO_LORA
+
+    @property
+    def trained_shapes(self) -> Any:
+        """Shapes of what is trained: of all parameters, or of the adapters and a scalar head."""
+        return lora.split(self.shapes)[0]
+
+    @property
+    def trained_shardings(self) -> Any:
+        """Shardings of what is trained."""
+        return lora.split(self.shardings)[0]
+
+    @property
+    def frozen_shapes(self) -> Any:
+        """Shapes of the base under the adapters, in the compute dtype; ``{}`` where there are none."""
+        return jax.tree_util.tree_map_with_path(
+            lambda path, x: jax.ShapeDtypeStruct(x.shape, _frozen_dtype(path, x.dtype, self.source.dtype)),
+            lora.split(self.shapes)[1],
+        )
+
+    @property
+    def frozen_shardings(self) -> Any:
+        """Shardings of the base under the adapters."""
+        return lora.split(self.shardings)[1]
 
     def end_ids(self, tokenizer: "PreTrainedTokenizerBase", template: str) -> tuple[int, ...]:
         """Ids that end a response: those of template and tokenizer, and those that the model's makers list."""
@@ -55,7 +81,12 @@ class ShardedModel:
 
 
 def shard_model(
-    source: ModelSource, mesh: Mesh, config: ModelConfig | None = None, *, field: str = "mesh"
+    source: ModelSource,
+    mesh: Mesh,
+    config: ModelConfig | None = None,
+    *,
+    lora: LoRAConfig = NO_LORA,
+    field: str = "mesh",
 ) -> ShardedModel:
     """Lay a model over the devices; nothing is allocated.
 
@@ -63,22 +94,27 @@ def shard_model(
       source: which model, and how it computes.
       mesh: the devices.
       config: its shape, read from ``source`` where it is None.
+      lora: its adapters.
       field: that says how the devices lie, for messages.
 
     Raises:
       UserError: where there is no such model, or it does not fit the mesh.
     """
-    return _open(build.abstract_decoder, source, mesh, config, field)
+    return _open(build.abstract_decoder, source, mesh, config, lora, field)
 
 
-def shard_scalar_model(source: ModelSource, mesh: Mesh, config: ModelConfig | None = None) -> ShardedModel:
+def shard_scalar_model(
+    source: ModelSource, mesh: Mesh, config: ModelConfig | None = None, *, lora: LoRAConfig = NO_LORA
+) -> ShardedModel:
     """Lay a decoder with a scalar head over the devices; arguments and errors as for `shard_model`."""
-    return _open(build.abstract_scalar_model, source, mesh, config)
+    return _open(build.abstract_scalar_model, source, mesh, config, lora)
 
 
-def shard_actor_critic(source: ModelSource, mesh: Mesh, config: ModelConfig | None = None) -> ShardedModel:
+def shard_actor_critic(
+    source: ModelSource, mesh: Mesh, config: ModelConfig | None = None, *, lora: LoRAConfig = NO_LORA
+) -> ShardedModel:
     """Lay a decoder with both heads over the devices; arguments and errors as for `shard_model`."""
-    return _open(build.abstract_actor_critic, source, mesh, config)
+    return _open(build.abstract_actor_critic, source, mesh, config, lora)
 
 
 def _open(
@@ -86,6 +122,7 @@ def _open(
     source: ModelSource,
     mesh: Mesh,
     config: ModelConfig | None,
+    adapters: LoRAConfig,
     field: str = "mesh",
 ) -> ShardedModel:
     config = config or weights.read_shape(source)
@@ -98,9 +135,9 @@ def _open(
     partition.check_heads(mesh, config.num_heads, field=field)
     constrain = partition.activation_constraint(mesh)
     # The graph holds the kernel and the constraints, so the same functions run on any mesh without being told of it.
-    graphdef, shapes, axes = abstract(config, source, attend=attend, constrain=constrain)
+    graphdef, shapes, axes = abstract(config, source, attend=attend, constrain=constrain, lora=adapters)
     shardings = partition.parameter_shardings(shapes, axes, mesh, field=field)
-    return ShardedModel(config, mesh, graphdef, shapes, shardings, source)
+    return ShardedModel(config, mesh, graphdef, shapes, shardings, source, adapters)
 
 
 def state_shardings(
@@ -112,8 +149,9 @@ def state_shardings(
     """
     copied = NamedSharding(mesh, PartitionSpec())
     # Moments are as large as the parameters, so each is split like its own.
-    moments = partition.optimizer_shardings(optimizer, model.shapes, model.shardings, mesh, offload=offload)
-    return TrainState(copied, model.shardings, moments, copied)
+    shapes, shardings = model.trained_shapes, model.trained_shardings
+    moments = partition.optimizer_shardings(optimizer, shapes, shardings, mesh, offload=offload)
+    return TrainState(copied, shardings, moments, copied)
 
 
 def tokenizer_path(data: DataConfig, source: ModelSource) -> str:
@@ -177,22 +215,24 @@ def pad_id(tokenizer: "PreTrainedTokenizerBase", config: ModelConfig) -> int:
 def in_compute_dtype(params: Any, dtype: str) -> Any:
     """Parameters that are never trained, in the dtype that they are computed with anyway.
 
-    Norms and scalar heads, which compute in float32, stay in it. What is given is used up: its arrays are deleted.
+    Norms, adapters and scalar heads stay as they are. What is given is used up: arrays that had another dtype are
+    deleted.
     """
-    if dtype == "float32":
-        return params
-
-    def cast(path: tuple[Any, ...], x: jax.Array) -> jax.Array:
-        wide = path[-1].key not in ("kernel", "embedding") or path[0].key == "scalar_head"
-        return x if wide else x.astype(dtype)
 
     def one(path: tuple[Any, ...], x: jax.Array) -> jax.Array:
-        small = jax.block_until_ready(cast(path, x))
-        if small is not x:
-            x.delete()  # so that no more than one of them is there twice
+        if x.dtype == _frozen_dtype(path, x.dtype, dtype):
+            return x
+        small = jax.block_until_ready(x.astype(dtype))
+        x.delete()  # so that no more than one of them is there twice
         return small
 
     return jax.tree_util.tree_map_with_path(one, params)
+
+
+def _frozen_dtype(path: tuple[Any, ...], dtype: Any, compute_dtype: str) -> Any:
+    """Dtype of a parameter that is never trained: that of the computation, but for what computes in float32."""
+    is_wide = path[-1].key not in ("kernel", "embedding") or path[0].key == lora.SCALAR_HEAD
+    return dtype if is_wide else np.dtype(compute_dtype)
 
 
 def pad_to_multiple_of(mesh: Mesh) -> int:

@@ -14,6 +14,7 @@ from jaxrm.inference.policy import Policy
 from jaxrm.inference.prompts import check_count
 from jaxrm.inference.reward_model import RewardModel
 from jaxrm.inference.sharded_model import state_shardings
+from jaxrm.models import lora
 from jaxrm.sharding import partition
 
 
@@ -29,7 +30,7 @@ def build_training(
     """First state of a training, and its jitted step.
 
     The state has a copy of the model's parameters, so that the model stays as it is. The trained one is
-    ``model.with_params(state.params)``.
+    ``model.with_params(state.params)``. Of a model with adapters those alone are copied and trained.
 
     Args:
       model: what is trained.
@@ -47,12 +48,14 @@ def build_training(
     sharded = model.model
     shardings = state_shardings(sharded, optimizer, sharded.mesh)
     start = jax.jit(lambda params, key: create(params, optimizer, key), out_shardings=shardings, donate_argnums=0)
-    state = start(jax.tree.map(jnp.copy, model.params), jax.random.key(seed))
+    trained, frozen = lora.split(model.params)
+    state = start(jax.tree.map(jnp.copy, trained), jax.random.key(seed))
     step = build_train_step(
         loss,
         optimizer,
         state_sharding=shardings,
         batch_sharding=partition.batch_sharding(sharded.mesh),
+        frozen_sharding=sharded.frozen_shardings,
         num_microbatches=num_microbatches,
     )
-    return state, step
+    return state, lambda state, batch: step(state, frozen, batch)

@@ -17,6 +17,7 @@ from jaxrm.errors import UserError, flag, option
 from jaxrm.models import build
 from jaxrm.models.build import ModelSource
 from jaxrm.models.config import ModelConfig
+from jaxrm.models.lora import NO_LORA, LoRAConfig
 from jaxrm.runtime.checkpoint import Checkpoints, with_shardings
 from jaxrm.runtime.run_folder import RunFolder
 from jaxrm.stage_config import LANGUAGE_MODELS, read_stage
@@ -24,6 +25,8 @@ from jaxrm.stage_config import LANGUAGE_MODELS, read_stage
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+BASE_FILE = "base.json"
+"""File of a run with adapters that says what they stand on."""
 _EXAMPLES = {
     "sft": "runs/quickstart/sft",
     "seq2seq_rm": "runs/quickstart/rm_seq2seq",
@@ -48,6 +51,11 @@ class RunCheckpoint:
     shape: ModelConfig
 
     @property
+    def lora(self) -> LoRAConfig:
+        """Its adapters, which are then all that it holds, but for a scalar head."""
+        return getattr(self.config, "lora", NO_LORA)
+
+    @property
     def name(self) -> str:
         """What it is called in messages."""
         return f"{self.folder.path}, step {self.step}"
@@ -61,7 +69,7 @@ class RunCheckpoint:
         return load_tokenizer(str(self.folder.tokenizer))
 
     def restore(self, shapes: Any, shardings: Any) -> Any:
-        """Its parameters, made where ``shardings`` says."""
+        """What it holds, made where ``shardings`` says: its parameters, or its adapters and a scalar head."""
         checkpoints = Checkpoints(self.folder.checkpoints, read_only=True)
         try:
             return checkpoints.restore(self.step, {"params": with_shardings(shapes, shardings)})["params"]
@@ -125,8 +133,34 @@ def _read_json(file: Path, path: str, field: str) -> dict[str, Any]:
         raise UserError(f"{option(field)} is {path!r}, whose {file.name} is damaged ({error})") from error
 
 
+def adapter_run(source: ModelSource) -> RunCheckpoint | None:
+    """The run whose adapters ``source`` names; None where it names none.
+
+    Raises:
+      UserError: ``config.model.adapter`` is a run without adapters.
+    """
+    if source.adapter is not None:
+        run = find_checkpoint(source.adapter, "model.adapter", LANGUAGE_MODELS)
+        if not run.lora.is_on:
+            raise UserError(
+                f"{option('model.adapter')} is {source.adapter!r}, a run whose weights were all trained; give it as "
+                f"{flag('model.path')}={source.adapter} and no adapter"
+            )
+        return run
+    if not is_run(source.path):
+        return None
+    run = _of_run(source)
+    return run if run.lora.is_on else None
+
+
+def lora_of(source: ModelSource) -> LoRAConfig:
+    """The adapters that ``source`` names; those of rank 0 where it names none."""
+    run = adapter_run(source)
+    return NO_LORA if run is None else run.lora
+
+
 def is_run(path: str | None) -> bool:
-    """Whether ``config.model.path`` names a run of jaxrm, or a pipeline of runs, rather than published weights."""
+    """Whether a path names a run of jaxrm, or a pipeline of runs, rather than published weights."""
     return path is not None and any((_split(path)[0] / name).is_file() for name in ("run.json", "pipeline.json"))
 
 
@@ -176,11 +210,14 @@ def contents_of(source: ModelSource) -> str:
 
 def name_of(source: ModelSource) -> str:
     """Which weights exactly, for people: those of a run with their step."""
-    return _of_run(source).name if is_run(source.path) else str(source.path or f"chance ({source.preset})")
+    name = _of_run(source).name if is_run(source.path) else str(source.path or f"chance ({source.preset})")
+    return name if source.adapter is None else f"{name} with the adapter {source.adapter}"
 
 
 def tokenizer_of(source: ModelSource) -> str | None:
     """Where the tokenizer that belongs to the weights is; None where there are no weights."""
+    if source.adapter is not None and is_run(source.adapter):
+        return str(find_checkpoint(source.adapter, "model.adapter").folder.tokenizer)
     return str(_of_run(source).folder.tokenizer) if is_run(source.path) else source.path
 
 

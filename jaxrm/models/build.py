@@ -13,6 +13,7 @@ from jaxrm.errors import UserError, flag, option
 from jaxrm.models import attention, hub, layers
 from jaxrm.models.config import ModelConfig, preset
 from jaxrm.models.heads import ActorCritic, ScalarHead, ScalarModel
+from jaxrm.models.lora import NO_LORA, LoRAConfig
 from jaxrm.models.transformer import REMAT_POLICIES, Decoder
 
 DTYPES = ("float32", "bfloat16")
@@ -24,6 +25,8 @@ class ModelSource:
 
     Attributes:
       path: published weights: hub name, folder with config.json and safetensors, or GGUF file.
+      adapter: adapters that stand on those weights: the folder of a run, or a PEFT folder. A run with adapters can be
+        given as ``path`` too, and then finds its base by itself.
       preset: shape by public name (``jaxrm.models.config.PRESETS``), with random parameters.
       dtype: compute dtype, ``float32`` or ``bfloat16``; parameters are float32 whatever it is.
       remat: what the backward pass keeps of a layer: ``full`` least, ``dots`` matrix products, ``none`` all.
@@ -31,6 +34,7 @@ class ModelSource:
     """
 
     path: str | None = None
+    adapter: str | None = None
     preset: str | None = None
     dtype: str = bounded("float32", one_of(*DTYPES))
     remat: str = bounded("full", one_of(*REMAT_POLICIES))
@@ -42,6 +46,11 @@ class ModelSource:
             raise UserError(
                 f"{place(self)} has both path {self.path!r} and preset {self.preset!r}; give weights or a shape, "
                 f"e.g. {typed(self, 'preset', None)}"
+            )
+        if self.adapter is not None and self.path is None:
+            raise UserError(
+                f"{place(self)} has the adapter {self.adapter!r}, but no path of the weights that it stands on; give "
+                f"them, e.g. {typed(self, 'path', 'google/gemma-2b')}"
             )
 
 
@@ -92,6 +101,7 @@ def abstract_decoder(
     *,
     attend: attention.Attend = attention.xla,
     constrain: layers.Constrain = layers.unconstrained,
+    lora: LoRAConfig = NO_LORA,
 ) -> tuple[nnx.GraphDef, Any, Any]:
     """The decoder without memory: its graph, the shapes of its parameters and their logical axes.
 
@@ -99,7 +109,7 @@ def abstract_decoder(
       ``graphdef`` (static, for ``nnx.merge(graphdef, params)``), a nested dict of ``jax.ShapeDtypeStruct`` and the
       same dict of tuples of logical axis names.
     """
-    return _abstract(lambda: _decoder(config, source, nnx.Rngs(0), attend, constrain))
+    return _abstract(lambda: _decoder(config, source, nnx.Rngs(0), attend, constrain, lora))
 
 
 def abstract_scalar_model(
@@ -108,13 +118,14 @@ def abstract_scalar_model(
     *,
     attend: attention.Attend = attention.xla,
     constrain: layers.Constrain = layers.unconstrained,
+    lora: LoRAConfig = NO_LORA,
 ) -> tuple[nnx.GraphDef, Any, Any]:
     """A ``jaxrm.models.heads.ScalarModel`` without memory; arguments and returns as ``abstract_decoder``."""
     trunk = replace(config, tie_embeddings=True)  # no language head
 
     def make() -> ScalarModel:
         rngs = nnx.Rngs(0)
-        return ScalarModel(_decoder(trunk, source, rngs, attend, constrain), rngs=rngs)
+        return ScalarModel(_decoder(trunk, source, rngs, attend, constrain, lora), rngs=rngs)
 
     return _abstract(make)
 
@@ -125,12 +136,13 @@ def abstract_actor_critic(
     *,
     attend: attention.Attend = attention.xla,
     constrain: layers.Constrain = layers.unconstrained,
+    lora: LoRAConfig = NO_LORA,
 ) -> tuple[nnx.GraphDef, Any, Any]:
     """A ``jaxrm.models.heads.ActorCritic`` without memory; arguments and returns as ``abstract_decoder``."""
 
     def make() -> ActorCritic:
         rngs = nnx.Rngs(0)
-        return ActorCritic(_decoder(config, source, rngs, attend, constrain), rngs=rngs)
+        return ActorCritic(_decoder(config, source, rngs, attend, constrain, lora), rngs=rngs)
 
     return _abstract(make)
 
@@ -150,7 +162,7 @@ def init_params(config: ModelConfig, source: ModelSource, key: jax.Array, shardi
         return hub.load_params(source.path, config, shardings=shardings)
 
     def draw(key: jax.Array) -> Any:
-        decoder = _decoder(config, source, nnx.Rngs(params=key), attention.xla, layers.unconstrained)
+        decoder = _decoder(config, source, nnx.Rngs(params=key), attention.xla, layers.unconstrained, NO_LORA)
         return nnx.to_pure_dict(nnx.state(decoder))
 
     return jax.jit(draw, out_shardings=shardings)(key)
@@ -170,6 +182,7 @@ def _decoder(
     rngs: nnx.Rngs,
     attend: attention.Attend,
     constrain: layers.Constrain,
+    lora: LoRAConfig,
 ) -> Decoder:
     dtype = jnp.dtype(source.dtype)
-    return Decoder(config, rngs=rngs, dtype=dtype, remat=source.remat, attend=attend, constrain=constrain)
+    return Decoder(config, rngs=rngs, dtype=dtype, remat=source.remat, attend=attend, constrain=constrain, lora=lora)

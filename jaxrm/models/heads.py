@@ -60,4 +60,9 @@ class ActorCritic(nnx.Module):
 
 def from_decoder_params(decoder: Any, head: Any) -> Any:
     """Parameters of a ``ScalarModel`` from those of a decoder, without its language head, and of a ``ScalarHead``."""
-    return {"decoder": {name: part for name, part in decoder.items() if name != "head"}, "scalar_head": head}
+    return frozen_trunk(decoder) | {"scalar_head": head}
+
+
+def frozen_trunk(decoder: Any) -> Any:
+    """The base of a ``ScalarModel`` with adapters, from that of a decoder: all but its language head."""
+    return {"decoder": {name: part for name, part in decoder.items() if name != "head"}}

@@ -7,6 +7,7 @@ the scan over layers.
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from flax import nnx
 
 from jaxrm.models import rope
 from jaxrm.models.config import ModelConfig
+from jaxrm.models.lora import LoRAConfig
 
 _ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
@@ -41,33 +43,37 @@ def _project(x: jax.Array, kernel: jax.Array, contracted: int) -> jax.Array:
     """``tensordot(x, kernel, contracted)`` in the dtype of ``x``, with a cheaper gradient of the kernel.
 
     JAX writes that gradient as ``(dy^T x)^T``, for which XLA on CPU transposes ``dy``, the larger of the two, and all
-    that is fused into it; here it is ``x^T dy``, in the dtype of the kernel whatever that of ``x`` is.
+    that is fused into it; here it is ``x^T dy``, in the dtype of the kernel whatever that of ``x`` is. A kernel that is
+    not trained has none, and its inputs are not saved for one.
     """
     return jnp.tensordot(x, kernel.astype(x.dtype), axes=contracted)
 
 
-def _project_forward(x: jax.Array, kernel: jax.Array, contracted: int) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return jnp.tensordot(x, kernel.astype(x.dtype), axes=contracted), (x, kernel)
+def _project_forward(x: Any, kernel: Any, contracted: int) -> tuple[jax.Array, tuple[jax.Array | None, jax.Array]]:
+    saved = x.value if kernel.perturbed else None
+    return jnp.tensordot(x.value, kernel.value.astype(x.value.dtype), axes=contracted), (saved, kernel.value)
 
 
 def _project_backward(
-    contracted: int, residuals: tuple[jax.Array, jax.Array], dy: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+    contracted: int, residuals: tuple[jax.Array | None, jax.Array], dy: jax.Array
+) -> tuple[jax.Array, jax.Array | None]:
     x, kernel = residuals
-    rows = tuple(range(x.ndim - contracted))
-    out_of_dy, out_of_kernel = tuple(range(len(rows), dy.ndim)), tuple(range(contracted, kernel.ndim))
-    dx = jax.lax.dot_general(dy, kernel.astype(x.dtype), ((out_of_dy, out_of_kernel), ((), ())))
-    d_kernel = jax.lax.dot_general(x, dy, ((rows, rows), ((), ())), preferred_element_type=kernel.dtype)
-    return dx, d_kernel
+    num_rows = dy.ndim - (kernel.ndim - contracted)
+    out_of_dy, out_of_kernel = tuple(range(num_rows, dy.ndim)), tuple(range(contracted, kernel.ndim))
+    dx = jax.lax.dot_general(dy, kernel.astype(dy.dtype), ((out_of_dy, out_of_kernel), ((), ())))
+    if x is None:
+        return dx, None
+    rows = tuple(range(num_rows))
+    return dx, jax.lax.dot_general(x, dy, ((rows, rows), ((), ())), preferred_element_type=kernel.dtype)
 
 
-_project.defvjp(_project_forward, _project_backward)
+_project.defvjp(_project_forward, _project_backward, symbolic_zeros=True)
 
 
 class Projection(nnx.Module):
     """Matrix product over the first ``contracted`` axes of the kernel, and a bias over the rest.
 
-    Decoding uses the kernel transposed, see ``transpose``.
+    With adapters (`jaxrm.models.lora`) it adds their part. Decoding uses the kernel transposed, see ``transpose``.
     """
 
     def __init__(
@@ -80,6 +86,7 @@ class Projection(nnx.Module):
         bias: bool,
         stddev: float,
         dtype: jnp.dtype,
+        adapter: LoRAConfig | None = None,
     ):
         assert axes[0] == "layers", axes
         self.contracted, self.dtype = contracted, dtype
@@ -88,11 +95,22 @@ class Projection(nnx.Module):
         outputs = [i for i in range(len(axes)) if not 1 <= i < 1 + contracted]
         zeros = jnp.zeros([shape[i] for i in outputs])
         self.bias = nnx.Param(zeros, logical_axes=tuple(axes[i] for i in outputs)) if bias else None
+        if adapter is not None:
+            inputs, rank = range(1, 1 + contracted), adapter.rank
+            bound = math.prod(shape[i] for i in inputs) ** -0.5
+            a = jax.random.uniform(rngs.params(), (shape[0], *(shape[i] for i in inputs), rank), minval=-bound)
+            self.lora_a = nnx.Param(a * bound, logical_axes=("layers", *(axes[i] for i in inputs), "rank"))
+            b = jnp.zeros((shape[0], rank, *(shape[i] for i in outputs[1:])))
+            self.lora_b = nnx.Param(b, logical_axes=("layers", "rank", *(axes[i] for i in outputs[1:])))
+        self.adapter_scale = None if adapter is None else adapter.scale
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Apply to ``x [B, T, *contracted]``."""
         if self.output_shape is None:
             y = _project(x, self.kernel[...], self.contracted)
+            if self.adapter_scale is not None:
+                low = _project(x, self.lora_a[...], self.contracted)
+                y = y + self.adapter_scale * _project(low, self.lora_b[...], 1)
         else:
             rows = x.shape[: x.ndim - self.contracted]
             matrix = self.kernel[...].astype(x.dtype)
@@ -106,12 +124,31 @@ class Projection(nnx.Module):
         """Store the kernel of one layer, without the stack, as a matrix with a row for each output.
 
         Products of a few rows then read it along its memory: on CPU, at 32 rows, in four fifths of the time. With
-        its axes kept apart, XLA there copies the kernel that comes after attention at every token.
+        its axes kept apart, XLA there copies the kernel that comes after attention at every token. Adapters are added
+        to it, since it is a copy anyway.
         """
         assert self.output_shape is None
         kernel = self.kernel[...]
+        if self.adapter_scale is not None:
+            product = jnp.tensordot(self.lora_a[...], self.lora_b[...], axes=1)
+            kernel = (kernel.astype(jnp.float32) + self.adapter_scale * product).astype(kernel.dtype)
         inputs, self.output_shape = kernel.shape[: self.contracted], kernel.shape[self.contracted :]
         self.kernel.set_value(kernel.reshape(math.prod(inputs), -1).T)
+
+
+def _projection(
+    rngs: nnx.Rngs,
+    dtype: jnp.dtype,
+    lora: LoRAConfig,
+    part: str,
+    name: str,
+    shape: tuple[int, ...],
+    axes: tuple[str, ...],
+    **options: Any,
+) -> Projection:
+    """The projection ``name`` of a layer's ``part``, with adapters where the config has them there."""
+    adapter = lora if lora.has(part, name) else None
+    return Projection(rngs, shape, axes, dtype=dtype, adapter=adapter, **options)
 
 
 class RMSNorm(nnx.Module):
@@ -133,14 +170,15 @@ class RMSNorm(nnx.Module):
 class Attention(nnx.Module):
     """Grouped-query attention with rotary positions; the kernel that attends is given by the caller."""
 
-    def __init__(self, rngs: nnx.Rngs, config: ModelConfig, stack: tuple[int, ...], dtype: jnp.dtype):
+    def __init__(self, rngs: nnx.Rngs, config: ModelConfig, stack: tuple[int, ...], dtype: jnp.dtype, lora: LoRAConfig):
         D, N, K, H = config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim
-        project = functools.partial(Projection, rngs, dtype=dtype)
+        project = functools.partial(_projection, rngs, dtype, lora, "attention")
         into = functools.partial(project, bias=config.qkv_bias, stddev=D**-0.5)
-        self.query = into((*stack, D, N, H), ("layers", "embed", "heads", "head_dim"))
-        self.key = into((*stack, D, K, H), ("layers", "embed", "kv_heads", "head_dim"))
-        self.value = into((*stack, D, K, H), ("layers", "embed", "kv_heads", "head_dim"))
+        self.query = into("query", (*stack, D, N, H), ("layers", "embed", "heads", "head_dim"))
+        self.key = into("key", (*stack, D, K, H), ("layers", "embed", "kv_heads", "head_dim"))
+        self.value = into("value", (*stack, D, K, H), ("layers", "embed", "kv_heads", "head_dim"))
         self.output = project(
+            "output",
             (*stack, N, H, D),
             ("layers", "heads", "head_dim", "embed"),
             contracted=2,
@@ -161,12 +199,13 @@ class Attention(nnx.Module):
 class MLP(nnx.Module):
     """Gated MLP: ``down(act(gate(x)) * up(x))`` (Shazeer 2020, arXiv 2002.05202)."""
 
-    def __init__(self, rngs: nnx.Rngs, config: ModelConfig, stack: tuple[int, ...], dtype: jnp.dtype):
+    def __init__(self, rngs: nnx.Rngs, config: ModelConfig, stack: tuple[int, ...], dtype: jnp.dtype, lora: LoRAConfig):
         D, F = config.hidden_size, config.intermediate_size
-        project = functools.partial(Projection, rngs, bias=config.mlp_bias, dtype=dtype)
-        self.gate = project((*stack, D, F), ("layers", "embed", "mlp"), stddev=D**-0.5)
-        self.up = project((*stack, D, F), ("layers", "embed", "mlp"), stddev=D**-0.5)
-        self.down = project((*stack, F, D), ("layers", "mlp", "embed"), stddev=(2 * config.num_layers * F) ** -0.5)
+        project = functools.partial(_projection, rngs, dtype, lora, "mlp", bias=config.mlp_bias)
+        self.gate = project("gate", (*stack, D, F), ("layers", "embed", "mlp"), stddev=D**-0.5)
+        self.up = project("up", (*stack, D, F), ("layers", "embed", "mlp"), stddev=D**-0.5)
+        down_stddev = (2 * config.num_layers * F) ** -0.5
+        self.down = project("down", (*stack, F, D), ("layers", "mlp", "embed"), stddev=down_stddev)
         self.activation = _ACTIVATIONS[config.activation]
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -177,11 +216,11 @@ class MLP(nnx.Module):
 class Layer(nnx.Module):
     """One decoder layer, or a stack of them when its parameters carry the leading ``layers`` axis."""
 
-    def __init__(self, rngs: nnx.Rngs, config: ModelConfig, stack: tuple[int, ...], dtype: jnp.dtype):
+    def __init__(self, rngs: nnx.Rngs, config: ModelConfig, stack: tuple[int, ...], dtype: jnp.dtype, lora: LoRAConfig):
         norm = functools.partial(RMSNorm, config, stack, config.hidden_size)
         self.attention_norm, self.mlp_norm = norm(), norm()
-        self.attention = Attention(rngs, config, stack, dtype)
-        self.mlp = MLP(rngs, config, stack, dtype)
+        self.attention = Attention(rngs, config, stack, dtype, lora)
+        self.mlp = MLP(rngs, config, stack, dtype, lora)
         self.post_attention_norm = norm() if config.post_norms else _identity
         self.post_mlp_norm = norm() if config.post_norms else _identity
 

@@ -15,6 +15,7 @@ from flax import nnx
 
 from jaxrm.models import attention, blockwise, cache, layers, rope
 from jaxrm.models.config import ModelConfig
+from jaxrm.models.lora import NO_LORA, LoRAConfig
 from jaxrm.ops import vocab
 
 REMAT_POLICIES = ("full", "dots", "none")
@@ -35,6 +36,7 @@ class Decoder(nnx.Module):
         ``none`` everything.
       attend: attention kernel, see ``jaxrm.models.attention.choose``.
       constrain: pins activations to devices where a mesh is used.
+      lora: adapters of the projections; none by default.
     """
 
     def __init__(
@@ -46,6 +48,7 @@ class Decoder(nnx.Module):
         remat: str = "full",
         attend: attention.Attend = attention.xla,
         constrain: layers.Constrain = layers.unconstrained,
+        lora: LoRAConfig = NO_LORA,
     ):
         assert remat in REMAT_POLICIES, remat
         dtype = jnp.dtype(dtype)
@@ -53,7 +56,7 @@ class Decoder(nnx.Module):
         self.attend, self.constrain = attend, constrain
         self.scale = config.head_dim**-0.5 if config.query_scale is None else config.query_scale
         self.embedder = layers.Embedding(rngs, config)
-        self.layers = layers.Layer(rngs, config, (config.num_layers,), dtype)
+        self.layers = layers.Layer(rngs, config, (config.num_layers,), dtype, lora)
         self.final_norm = layers.RMSNorm(config, (), config.hidden_size)
         self.head = None if config.tie_embeddings else layers.Embedding(rngs, config)
 
@@ -92,8 +95,8 @@ class Decoder(nnx.Module):
             layer = nnx.merge(graphdef, jax.tree.map(lambda p: p[i], stacked))
             for _, part in nnx.iter_modules(layer):
                 if isinstance(part, layers.Projection):
-                    part.kernel.set_value(part.kernel[...].astype(self.dtype))
                     part.transpose()
+                    part.kernel.set_value(part.kernel[...].astype(self.dtype))
             return layer
 
         return tuple(one_layer(i) for i in range(self.config.num_layers))

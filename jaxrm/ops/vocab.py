@@ -11,11 +11,12 @@ every chunk, and no device ever gathers it.
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import chex
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 
 DEFAULT_CHUNK = 4096
 Ranges = tuple[tuple[int, int], ...]
@@ -155,6 +156,14 @@ def _statistics(
     return _forward(hidden, head, targets, softcap, temperature, drawable, chunk_size)[0]
 
 
+def _forward_to_train(
+    hidden: Any, head: Any, targets: Any, *options: Any
+) -> tuple[tuple[jax.Array, ...], tuple[Any, ...]]:
+    outputs, residuals = _forward(hidden.value, head.value, targets.value, *options)
+    # Of the last one it counts only whether it is None: what is saved comes back as arrays.
+    return outputs, (*residuals, head.value if head.perturbed else None)
+
+
 def _forward(
     hidden: jax.Array,
     head: jax.Array,
@@ -208,13 +217,15 @@ def _backward(
     drawable: Ranges,
     chunk_size: int,
     residuals: tuple[jax.Array, ...],
-    cotangents: tuple[jax.Array, ...],
-) -> tuple[jax.Array, jax.Array, None]:
-    hidden, head, targets, log_normalizer, entropy = residuals
-    d_log_prob, d_entropy = cotangents[0], cotangents[1]
+    cotangents: tuple[Any, ...],
+) -> tuple[jax.Array, jax.Array | None, None]:
+    hidden, head, targets, log_normalizer, entropy, trained_head = residuals
+    d_log_prob, d_entropy = (
+        jnp.zeros(targets.shape, jnp.float32) if isinstance(x, SymbolicZero) else x for x in cotangents[:2]
+    )
     chunks = _chunked_head(head, chunk_size)
 
-    def one_chunk(carry: tuple[jax.Array, ...], chunk: jax.Array) -> tuple[tuple[jax.Array, ...], None]:
+    def one_chunk(carry: tuple[Any, ...], chunk: jax.Array) -> tuple[tuple[Any, ...], None]:
         d_hidden, d_chunks = carry
         logits, ids, weights = _chunk_logits(hidden, chunks, chunk, head.shape[0], softcap, temperature, drawable)
         ids = jnp.expand_dims(ids, range(targets.ndim))
@@ -229,14 +240,20 @@ def _backward(
             d_logits *= 1.0 - capped**2
         d_logits = d_logits.astype(hidden.dtype)
         d_hidden += jnp.einsum("...v,vd->...d", d_logits, weights, preferred_element_type=jnp.float32)
+        if d_chunks is None:
+            return (d_hidden, None), None
         d_weights = _head_gradient(hidden, d_logits)
         d_chunks = jax.lax.dynamic_update_index_in_dim(d_chunks, d_weights.astype(head.dtype), chunk, axis=1)
         return (d_hidden, d_chunks), None
 
-    start: tuple[jax.Array, ...] = (jnp.zeros(hidden.shape, jnp.float32), jnp.zeros(chunks.shape, head.dtype))
+    # A head that is not trained needs no gradient, which is as large as the head.
+    d_head = None if trained_head is None else jnp.zeros(chunks.shape, head.dtype)
+    start: tuple[Any, ...] = (jnp.zeros(hidden.shape, jnp.float32), d_head)
     (d_hidden, d_chunks), _ = jax.lax.scan(one_chunk, start, jnp.arange(chunks.shape[1], dtype=jnp.int32))
+    if d_chunks is None:
+        return d_hidden.astype(hidden.dtype), None, None
     d_head = d_chunks.reshape(-1, head.shape[1])[: head.shape[0]]
     return d_hidden.astype(hidden.dtype), d_head, None
 
 
-_statistics.defvjp(_forward, _backward)
+_statistics.defvjp(_forward_to_train, _backward, symbolic_zeros=True)

@@ -12,8 +12,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxrm.algorithms import ppo, scoring
 from jaxrm.algorithms.ppo_state import PPOBatch, PPOState
+from jaxrm.algorithms.rollout import FrozenParams
 from jaxrm.inference import sharded_model
 from jaxrm.inference.sharded_model import ShardedModel
+from jaxrm.models import lora
 from jaxrm.models.config import ModelConfig
 from jaxrm.models.flops import forward_flops, training_flops_per_token
 from jaxrm.ops import reward_scaling
@@ -40,7 +42,8 @@ class PPOStage:
       learner: of policy and critic.
       jitted: the jitted functions of a step.
       state: abstract, of policy and critic.
-      reference: abstract parameters of the reference, in the compute dtype.
+      base: abstract parameters under the adapters of all models, in the compute dtype; ``{}`` where they have none.
+      reference: abstract parameters of the reference, in the compute dtype; its adapters where there is a base.
     """
 
     config: PPO
@@ -48,6 +51,7 @@ class PPOStage:
     learner: Learner
     jitted: ppo.Programs
     state: PPOState
+    base: Any
     reference: Any
 
     @property
@@ -78,7 +82,12 @@ class PPOStage:
     @property
     def policy_params(self) -> Any:
         """Abstract parameters of the policy's decoder."""
-        return self.learner.networks.decoder_params(self.state.policy.params)
+        return self.learner.decoder_params(self.base, self.state.policy.params)
+
+    @property
+    def frozen(self) -> FrozenParams:
+        """Abstract frozen parameters of policy and critic."""
+        return self.learner.networks.frozen(self.base)
 
     @property
     def forward_flops(self) -> Callable[..., float]:
@@ -114,18 +123,24 @@ class PPOStage:
 
 def build(config: PPO, mesh: Mesh, decoder: ShardedModel) -> StagePrograms:
     """The programs of a PPO step."""
-    critic = None if config.ppo.shared_trunk else sharded_model.shard_scalar_model(config.model, mesh, decoder.config)
+    critic = None
+    if not config.ppo.shared_trunk:
+        critic = sharded_model.shard_scalar_model(config.model, mesh, decoder.config, lora=decoder.lora)
     learner = open_learner(config, mesh, decoder, critic, num_steps=config.num_steps or 1000, end_ids=(0,))
-    reference = _in_dtype(with_shardings(decoder.shapes, decoder.shardings), config.model.dtype)
-    stage = PPOStage(config, mesh, learner, learner.programs(_no_reward), learner.abstract, reference)
-    residents = {"policy": stage.state.policy, "reference": reference}
+    base = with_shardings(decoder.frozen_shapes, decoder.frozen_shardings)
+    reference = with_shardings(decoder.trained_shapes, decoder.trained_shardings)
+    reference = reference if base else _in_dtype(reference, config.model.dtype)
+    stage = PPOStage(config, mesh, learner, learner.programs(_no_reward), learner.abstract, base, reference)
+    residents = {"policy": stage.state.policy, "reference": reference} | ({"base": base} if base else {})
     programs = [*_rollout(stage), _log_probs(stage)]
     if stage.state.critic is not None:
         residents["critic"] = stage.state.critic
     if config.reward.function is None:
         model, scorer = _scorer(config, mesh, decoder)
-        residents["reward model"] = _in_dtype(with_shardings(model.shapes, model.shardings), config.model.dtype)
-        programs.append(_scoring(stage, model, scorer, residents["reward model"]))
+        trained = with_shardings(model.trained_shapes, model.trained_shardings)
+        residents["reward model"] = trained if base else _in_dtype(trained, config.model.dtype)
+        whole = lora.join(with_shardings(model.frozen_shapes, model.frozen_shardings), residents["reward model"])
+        programs.append(_scoring(stage, model, scorer, whole))
     programs.append(_policy_update(stage))
     if stage.state.critic is not None:
         programs.append(_critic_update(stage))
@@ -169,9 +184,9 @@ def _log_probs(stage: PPOStage) -> Program:
     return Program(
         "log_probs",
         stage.jitted.log_probs,
-        (*models, stage.responses(stage.batch_size)),
+        (stage.base, *models, stage.responses(stage.batch_size)),
         stage.batch_size * stage.config.data.max_length,
-        models,
+        (stage.base, *models),
         stage.batch_size * (2 * stage.log_prob_flops + stage.value_flops),
     )
 
@@ -223,9 +238,9 @@ def _policy_update(stage: PPOStage) -> Program:
     return Program(
         "policy update",
         stage.jitted.update_policy,
-        (stage.state.policy, batch),
+        (stage.state.policy, stage.frozen.policy, batch),
         tokens,
-        stage.state.policy,
+        (stage.state.policy, stage.frozen.policy),
         model_flops,
         times=stage.updates,
     )
@@ -236,9 +251,9 @@ def _critic_update(stage: PPOStage) -> Program:
     return Program(
         "critic update",
         stage.jitted.update_critic,
-        (stage.state.critic, PPOBatch(stage.rollout())),
+        (stage.state.critic, stage.frozen.critic, PPOBatch(stage.rollout())),
         stage.minibatch_size * stage.config.data.max_length,
-        stage.state.critic,
+        (stage.state.critic, stage.frozen.critic),
         3 * stage.minibatch_size * stage.value_flops,
         times=stage.updates,
     )
@@ -248,7 +263,7 @@ def _scorer(config: PPO, mesh: Mesh, decoder: ShardedModel) -> tuple[ShardedMode
     """A reward model of the policy's shape, of the sort that the kind belongs to."""
     kind, model = find_kind(config.reward.kind), decoder
     if kind.needs == "scalar":
-        model = sharded_model.shard_scalar_model(config.model, mesh, decoder.config)
+        model = sharded_model.shard_scalar_model(config.model, mesh, decoder.config, lora=decoder.lora)
     return model, scoring.build_scorer(
         kind,
         model.graphdef,

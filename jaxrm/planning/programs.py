@@ -32,7 +32,7 @@ def stage_programs(config: TrainingConfig, mesh: Mesh) -> StagePrograms:
     if config.algorithm not in PLANNED:
         raise UserError(f"{option('algorithm')} is {config.algorithm!r}; what can be planned is {', '.join(PLANNED)}")
     check_batch(mesh, "data.batch_size", config.data.batch_size, config.num_microbatches)
-    decoder = sharded_model.shard_model(config.model, mesh)
+    decoder = sharded_model.shard_model(config.model, mesh, lora=config.lora)
     build.check_length(decoder.config, "data.max_length", config.data.max_length)
     if isinstance(config, PPO):
         return ppo_programs.build(config, mesh, decoder)
@@ -50,15 +50,17 @@ def _supervised(config: TrainingConfig, mesh: Mesh, decoder: ShardedModel) -> St
         optimizer,
         state_sharding=sharding,
         batch_sharding=partition.batch_sharding(mesh),
+        frozen_sharding=objective.model.frozen_shardings,
         num_microbatches=config.num_microbatches,
     )
-    state = with_shardings(
-        jax.eval_shape(lambda params: create(params, optimizer, jax.random.key(0)), objective.model.shapes), sharding
-    )
+    shapes = objective.model.trained_shapes
+    state = with_shardings(jax.eval_shape(lambda p: create(p, optimizer, jax.random.key(0)), shapes), sharding)
+    base = with_shardings(objective.model.frozen_shapes, objective.model.frozen_shardings)
     rows, length = config.data.batch_size, config.data.max_length
     batch = abstract_batch(objective.batch_type, rows, length, mesh)
     model_flops = (
         rows * length * training_flops_per_token(decoder.config, length, scalar_head=objective.has_scalar_head)
     )
-    program = Program("train step", step, (state, batch), rows * length, state, model_flops)
-    return StagePrograms((program,), {"state": state}, count_parameters(objective.model), decoder.config)
+    program = Program("train step", step, (state, base, batch), rows * length, (state, base), model_flops)
+    residents = {"state": state, "base": base} if base else {"state": state}
+    return StagePrograms((program,), residents, count_parameters(objective.model), decoder.config)

@@ -1,6 +1,7 @@
 """Checksums of a checkpoint's files, since no other part of it notices a flipped bit in the weights."""
 
 import functools
+import hashlib
 import json
 import os
 import zlib
@@ -9,10 +10,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from jaxrm import atomic
+from jaxrm.runtime.progress import Progress
 
 _FILE = "checksums.json"
 _UNCHECKED = {_FILE, "_CHECKPOINT_METADATA", "commit_success.txt"}  # written after the checksums, or no content
 _BLOCK = 1 << 22  # bytes
+_SHOWN = 1 << 31  # bytes whose reading takes a few seconds
 
 
 def write_checksums(folder: Path) -> None:
@@ -50,6 +53,22 @@ def find_damage(folder: Path, parts: Iterable[str] = (), *, share: int = 0, num_
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         complaints = pool.map(lambda pair: _complaint(folder / pair[0], pair[0], pair[1]), mine)
         return next((complaint for complaint in complaints if complaint is not None), None)
+
+
+def content_hash(paths: Iterable[Path]) -> str:
+    """SHA-256 of the names and bytes of files, in this order; a bar shows it where they are large."""
+    paths = list(paths)
+    total = sum(path.stat().st_size for path in paths)
+    digest, done = hashlib.sha256(), 0
+    with Progress("hash the base", total, unit="bytes", enabled=total > _SHOWN) as progress:
+        for path in paths:
+            digest.update(f"{path.name} {path.stat().st_size}\n".encode())
+            with path.open("rb") as file:
+                while block := file.read(_BLOCK):
+                    digest.update(block)
+                    done += len(block)
+                    progress.update(done)
+    return digest.hexdigest()
 
 
 def _complaint(path: Path, name: str, expected: tuple[int, int]) -> str | None:

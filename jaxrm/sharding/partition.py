@@ -30,6 +30,7 @@ LOGICAL_TO_MESH: dict[str, str | tuple[str, ...] | None] = {
     "head_dim": None,
     "mlp": "tensor",
     "norm": None,
+    "rank": None,  # of adapters: small
 }
 
 

@@ -54,10 +54,10 @@ def run(config: Any) -> int:
     if stage.is_writer:
         print_reading(inputs.reading)
         print_size(stage, data)
-    state, finished = train(stage, folder, build_objective(config, stage.model), data)
-    if finished:
-        _print_samples(stage, folder, state.params, inputs.held_out, inputs.max_prompt_tokens)
-    return exit_status(stage, state, data, finished=finished)
+    trained = train(stage, folder, build_objective(config, stage.model), data)
+    if trained.is_complete:
+        _print_samples(stage, folder, trained.params, inputs.held_out, inputs.max_prompt_tokens)
+    return exit_status(stage, trained, data)
 
 
 def inspect(config: Any) -> Inspection:

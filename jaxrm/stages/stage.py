@@ -29,17 +29,19 @@ from jaxrm.data.loader import fingerprint
 from jaxrm.data.templates import bos_id, text_of
 from jaxrm.data.tokenizer import Vocabulary, load_tokenizer
 from jaxrm.errors import option
-from jaxrm.inference import sharded_model, weights
+from jaxrm.inference import parameters, sharded_model, weights
+from jaxrm.inference.base import keep_base
 from jaxrm.inference.load import save_shape_and_tokenizer
 from jaxrm.inference.sampler import Response, response_text
 from jaxrm.inference.sharded_model import ShardedModel
 from jaxrm.inference.task_files import Records, task_files
 from jaxrm.models import build
+from jaxrm.models.lora import LoRAConfig
 from jaxrm.runtime.processes import check_same_inputs
 from jaxrm.runtime.run_folder import RunFolder, check_run, open_run
 from jaxrm.sharding import partition
 from jaxrm.sharding.mesh import batch_shards, batch_share, check_batch, check_row_length
-from jaxrm.stage_config import POLICIES, RESUMABLE_FIELDS
+from jaxrm.stage_config import POLICIES, RESUMABLE_FIELDS, TrainingConfig
 from jaxrm.stages.trained_template import check_trained_template
 
 if TYPE_CHECKING:
@@ -125,9 +127,8 @@ class Stage:
         return response_text(self.tokenizer, self.end_ids, tokens)
 
     def init_params(self, key: jax.Array) -> Any:
-        """First parameters of the decoder, float32: read from ``config.model.path``, or drawn with ``key``."""
-        model = self.model
-        return weights.load_or_init_params(model.config, self.config.model, key, model.shapes, model.shardings)
+        """First parameters of the decoder: read from ``config.model.path``, or drawn with ``key``."""
+        return parameters.init_params(self.model, key, self.config.seed)
 
     def check_local_weights(self) -> None:
         """Refuse weights of this machine that cannot be read; those of the hub are not fetched for it."""
@@ -149,9 +150,13 @@ class Stage:
         weights.check_weights(self.model.config, self.config.model)  # last, since a hub model is fetched for it
         if jax.process_count() > 1:
             self._check_same_inputs(read)
+        has_adapters = keeps_model and self.model.lora.is_on
+        base = parameters.base_of(self.config.model, self.config.seed) if has_adapters else None
         folder = open_run_folder(self.config)
         if self.is_writer and keeps_model:
             save_shape_and_tokenizer(self.model.config, self.tokenizer, folder)
+        if base is not None:
+            keep_base(folder, base)
         return folder
 
     def _check_same_inputs(self, read: Sequence[Sequence[TokenExample] | str]) -> None:
@@ -183,7 +188,8 @@ def open_stage(config: Any, mesh: Mesh, *, records: Records) -> Iterator[Stage]:
       UserError: no such model, tokenizer or task; rows longer than the model reads; a folder that holds another run; a
         template that the model's run was not trained with.
     """
-    model = sharded_model.shard_model(config.model, mesh)
+    adapters = _adapters(config)
+    model = sharded_model.shard_model(config.model, mesh, lora=adapters)
     build.check_length(model.config, "data.max_length", config.data.max_length)
     check_run_folder(config)
     with task_files(config.data, config.seed, records=records) as data:
@@ -191,8 +197,24 @@ def open_stage(config: Any, mesh: Mesh, *, records: Records) -> Iterator[Stage]:
         tokenizer = load_tokenizer(path)
         sharded_model.check_tokenizer(tokenizer, path, data.template, config.model, model.config)
         check_trained_template(config, tokenizer)
-        model = sharded_model.shard_model(config.model, mesh, sharded_model.with_tokens(model.config, tokenizer))
+        shape = sharded_model.with_tokens(model.config, tokenizer)
+        model = sharded_model.shard_model(config.model, mesh, shape, lora=adapters)
         yield Stage(config, mesh, model, data, tokenizer)
+
+
+def _adapters(config: Any) -> LoRAConfig:
+    """The adapters of a stage's model: those that it trains, or in a stage that trains nothing those of its source.
+
+    Raises:
+      UserError: it trains others than those that it goes on from.
+    """
+    source = config.model
+    if not isinstance(config, TrainingConfig):
+        return weights.lora_of(source)
+    run = weights.adapter_run(source)
+    if run is not None:
+        parameters.check_adapters(run, config.lora)
+    return config.lora
 
 
 def check_run_folder(config: Any) -> None:

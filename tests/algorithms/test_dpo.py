@@ -211,7 +211,7 @@ class Setup:
     def run(self, batches):
         state, metrics = self.state, []
         for batch in batches:
-            state, found = self.step(state, jax.device_put(batch, self.rows))
+            state, found = self.step(state, {}, jax.device_put(batch, self.rows))
             metrics.append({name: float(value) for name, value in found.items()})
         return state, metrics
 

@@ -103,7 +103,7 @@ class Setup:
     def log_probs(self, batch, state=None):
         state = state or self.state
         critic = None if state.critic is None else state.critic.params
-        return self.programs.log_probs(state.policy.params, critic, self.reference, batch)
+        return self.programs.log_probs({}, state.policy.params, critic, self.reference, batch)
 
 
 @functools.cache
@@ -409,7 +409,7 @@ def test_the_sft_term_is_its_own_mean_however_the_batch_is_cut(parts):
     sgd = dataclasses.replace(state, opt_state=optimizer.init(state.params))
     sharding = dataclasses.replace(s.learner.shardings.policy, opt_state=jax.tree.map(lambda _: rows, sgd.opt_state))
     step = build_train_step(loss_fn, optimizer, state_sharding=sharding, batch_sharding=rows, num_microbatches=parts)
-    moved, metrics = step(sgd, jax.jit(ppo.weigh)(rollout, ptx_rows()))
+    moved, metrics = step(sgd, {}, jax.jit(ppo.weigh)(rollout, ptx_rows()))
 
     def expected(params):
         (total, weight), _ = loss_fn(params, PPOBatch(rollout), KEY)
@@ -432,7 +432,7 @@ def test_a_shared_trunk_adds_both_losses_under_one_optimizer():
     mask = np.asarray(rollout.responses.response_mask)
     assert np.isclose(parts["value_loss"], 0.5 * np.mean(np.asarray(rollout.returns)[mask] ** 2), atol=1e-6)
     head = np.asarray(s.state.policy.params["scalar_head"]["kernel"])
-    state, rows = ppo.update(s.programs, s.config.ppo, s.state, rollout, KEY, lambda: None)
+    state, rows = ppo.update(s.programs, s.config.ppo, s.state, s.learner.networks.frozen({}), rollout, KEY, lambda: None)
     assert state.critic is None and not np.array_equal(state.policy.params["scalar_head"]["kernel"], head)
     assert {"policy_loss", "value_loss", "grad_norm"} <= set(rows[0])
 
@@ -511,6 +511,7 @@ def fit(
     run = PPORun(
         learner=dataclasses.replace(s.learner, config=config, num_steps=num_steps),
         programs=s.programs if reward is None else dataclasses.replace(s.programs, scoring=reward),
+        base={},
         reference_params=s.reference,
         data=data_of(rows),
         evaluate=evaluate or (lambda step, state: {"eval_reward": float(step)}),
@@ -583,8 +584,8 @@ def test_moments_of_both_optimizers_may_lie_with_the_hosts():
     rollout, _, _ = rollout_of(here, batch_of())
     for s in (here, away):
         state = s.init_state(3)
-        of_policy = s.programs.update_policy(state.policy, PPOBatch(rollout))
-        of_critic = s.programs.update_critic(state.critic, PPOBatch(rollout))
+        of_policy = s.programs.update_policy(state.policy, {}, PPOBatch(rollout))
+        of_critic = s.programs.update_critic(state.critic, {}, PPOBatch(rollout))
         kinds = {x.sharding.memory_kind for x in jax.tree.leaves((of_policy[0].opt_state, of_critic[0].opt_state))}
         assert ("pinned_host" in kinds) == (s is away)
         found.append(jax.device_get((of_policy[0].params, of_policy[1], of_critic[0].params, of_critic[1])))
@@ -603,8 +604,8 @@ def test_a_step_is_the_same_where_devices_share_a_rows_tokens(mesh):
     for s in (separate(), Setup(experiment(), mesh)):
         rollout, _, metrics = rollout_of(s, batch_of())
         state = s.init_state(3)
-        _, of_policy = s.programs.update_policy(state.policy, PPOBatch(rollout))
-        _, of_critic = s.programs.update_critic(state.critic, PPOBatch(rollout))
+        _, of_policy = s.programs.update_policy(state.policy, {}, PPOBatch(rollout))
+        _, of_critic = s.programs.update_critic(state.critic, {}, PPOBatch(rollout))
         found.append(jax.device_get((rollout, metrics, of_policy, of_critic)))
     one, several = found
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5), several, one)

@@ -219,7 +219,7 @@ class Setup:
     def run(self, steps):
         state, metrics = self.state, []
         for i in range(steps):
-            state, found = self.step(state, jax.device_put(polite_batch(i), self.rows))
+            state, found = self.step(state, {}, jax.device_put(polite_batch(i), self.rows))
             metrics.append({name: float(value) for name, value in found.items()})
         return state, metrics
 

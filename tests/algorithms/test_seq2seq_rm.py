@@ -242,7 +242,7 @@ class Setup:
     def run(self, steps, lengths=(1, 6)):
         state, metrics = self.state, []
         for i in range(steps):
-            state, found = self.step(state, jax.device_put(lowering_batch(i, lengths), self.rows))
+            state, found = self.step(state, {}, jax.device_put(lowering_batch(i, lengths), self.rows))
             metrics.append({name: float(value) for name, value in found.items()})
         return state, metrics
 

@@ -98,7 +98,7 @@ class Setup:
         state, losses = self.state if state is None else state, []
         for i in range(steps):
             batch = TokenBatch(**jax.device_put(copy_batch(i % 3), self.rows))
-            state, metrics = self.step(state, batch)
+            state, metrics = self.step(state, {}, batch)
             losses.append(float(metrics["loss"]))
         return state, losses
 
@@ -186,7 +186,7 @@ def test_loss_is_the_sum_over_tokens_divided_by_their_number():
         one = TokenBatch(**{name: jnp.asarray(x[row : row + 1]) for name, x in batch.items()})
         (loss_sum, weight), _ = loss_fn(params, one, jax.random.key(0))
         total, tokens = total + float(loss_sum), tokens + float(weight)
-    _, metrics = setup.step(setup.state, TokenBatch(**jax.device_put(batch, setup.rows)))
+    _, metrics = setup.step(setup.state, {}, TokenBatch(**jax.device_put(batch, setup.rows)))
     np.testing.assert_allclose(float(metrics["loss"]), total / tokens, rtol=1e-5)
     assert float(metrics["weight"]) == tokens == batch["loss_mask"].sum()
 
@@ -204,7 +204,7 @@ def test_an_empty_batch_moves_nothing_but_decay():
     setup = Setup(ONE)
     before = jax.device_get(setup.state.params)
     empty = {name: np.zeros_like(x) for name, x in copy_batch().items()}
-    state, metrics = setup.step(setup.state, TokenBatch(**jax.device_put(empty, setup.rows)))
+    state, metrics = setup.step(setup.state, {}, TokenBatch(**jax.device_put(empty, setup.rows)))
     assert float(metrics["loss"]) == 0.0
     chex.assert_trees_all_equal(jax.device_get(state.params), before)
 

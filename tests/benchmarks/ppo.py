@@ -128,6 +128,7 @@ def jaxrm_side(arguments, ids):
         run = PPORun(
             learner=learner,
             programs=programs,
+            base={},
             reference_params=params(0),
             data=PPOData(Prompts(ids), lambda ids: (jnp.asarray(ids), jnp.ones(ids.shape, bool)), fingerprint=""),
             evaluate=lambda *_: {"eval_reward": 0.0},

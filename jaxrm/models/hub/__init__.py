@@ -2,6 +2,7 @@
 
 from jaxrm.models.hub.export import check_export_folder, export_model
 from jaxrm.models.hub.hf_config import parse_hf_config, to_hf_config
+from jaxrm.models.hub.locate import model_files
 from jaxrm.models.hub.read import check_weights, load_params, read_model_config
 
 __all__ = [
@@ -9,6 +10,7 @@ __all__ = [
     "check_weights",
     "export_model",
     "load_params",
+    "model_files",
     "parse_hf_config",
     "read_model_config",
     "to_hf_config",

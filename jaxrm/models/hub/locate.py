@@ -93,6 +93,18 @@ def _download(name: str, patterns: list[str]) -> Path:
     return folder
 
 
+def model_files(path: str) -> list[Path]:
+    """The files of a published model that decide what it computes: its config and its weights, in order.
+
+    Raises:
+      UserError: as `locate` and `safetensors_files`.
+    """
+    source = locate(path)
+    if source.is_file():
+        return gguf_parts(source)
+    return [source / "config.json", *safetensors_files(source)]
+
+
 def read_json(file: Path) -> dict[str, Any]:
     """Read a JSON object.
 

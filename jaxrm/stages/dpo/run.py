@@ -17,6 +17,7 @@ from jaxrm.data.readers import ReadReport
 from jaxrm.data.records import PreferenceRecord
 from jaxrm.errors import UserError, flag, option
 from jaxrm.inference import weights
+from jaxrm.inference.parameters import init_key
 from jaxrm.inference.sampler import Sampler, answerable, prompt_room
 from jaxrm.inference.sharded_model import ShardedModel
 from jaxrm.runtime.checkpoint import Checkpoints
@@ -36,7 +37,7 @@ from jaxrm.stages.judge import check_judge, judge_response
 from jaxrm.stages.objective import Objective, build_objective
 from jaxrm.stages.report import print_held_out, print_reading, print_size
 from jaxrm.stages.stage import Stage, check_is_policy, check_training, judge_of, open_stage
-from jaxrm.stages.supervised.train import exit_status, init_key, train
+from jaxrm.stages.supervised.train import exit_status, train
 
 
 @dataclass(frozen=True)
@@ -78,10 +79,10 @@ def run(config: Any) -> int:
     data = dataclasses.replace(data, fingerprint=fingerprint(examples, config.data))  # that of the pairs alone
     if stage.is_writer:
         print_size(stage, data)
-    state, finished = train(stage, folder, build_objective(config, stage.model), data)
-    if finished:
-        _print_samples(stage, folder, state.params, inputs.prompts)
-    return exit_status(stage, state, data, finished=finished)
+    trained = train(stage, folder, build_objective(config, stage.model), data)
+    if trained.is_complete:
+        _print_samples(stage, folder, trained.params, inputs.prompts)
+    return exit_status(stage, trained, data)
 
 
 def inspect(config: Any) -> Inspection:

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from jaxrm.data.prompts import PromptExample
-from jaxrm.inference import weights
+from jaxrm.inference import parameters
 from jaxrm.inference.rollout_model import build_sampler
 from jaxrm.inference.sharded_model import ShardedModel
 from jaxrm.stages.evaluate.answers import answer_rows, draw_answers, log_ratio
@@ -145,5 +145,6 @@ def open_generator(
 
 
 def _load_params(stage: Stage, path: str) -> Any:
-    model, source = stage.model, dataclasses.replace(stage.config.model, path=path)
-    return weights.load_or_init_params(model.config, source, jax.random.key(0), model.shapes, model.shardings)
+    source = dataclasses.replace(stage.config.model, path=path)
+    model = dataclasses.replace(stage.model, source=source)
+    return parameters.init_params(model, jax.random.key(0), stage.config.seed)

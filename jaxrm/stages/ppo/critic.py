@@ -9,11 +9,12 @@ import jax.numpy as jnp
 
 from jaxrm.data.tokenizer import unreadable_by
 from jaxrm.errors import UserError, flag, option
-from jaxrm.inference import sharded_model
+from jaxrm.inference import parameters, sharded_model
 from jaxrm.inference.load import as_trained
 from jaxrm.inference.sharded_model import ShardedModel
 from jaxrm.inference.weights import RunCheckpoint, find_checkpoint
 from jaxrm.models import heads
+from jaxrm.models.build import ModelSource
 from jaxrm.stage_config import CRITIC_TRUNKS, REWARD_MODELS
 from jaxrm.stages.stage import Stage
 
@@ -46,9 +47,9 @@ class Critic:
         if self.run is None:
             trunk = stage.init_params(key)
         elif self.run_decoder is None:
-            trunk = self.run.restore(self.model.shapes, self.model.shardings)["decoder"]
+            trunk = parameters.read_run(self.run, self.model)["decoder"]
         else:
-            trunk = self.run.restore(self.run_decoder.shapes, self.run_decoder.shardings)
+            trunk = parameters.read_run(self.run, self.run_decoder)
         return heads.from_decoder_params(trunk, zero_head(self.model))
 
 
@@ -56,10 +57,11 @@ def open_critic(stage: Stage) -> Critic:
     """The critic of a run, over the devices; nothing is allocated.
 
     The trunk is that of ``config.critic.path``; without it, that of the scalar reward model where rewards come from
-    one, else the policy's.
+    one, else the policy's. With adapters it stands on the policy's base.
 
     Raises:
-      UserError: where ``config.critic.path`` has no such run, or one that cannot read the policy's tokens.
+      UserError: where ``config.critic.path`` has no such run, or one that cannot read the policy's tokens; or where the
+        critic has adapters, and the run others, or another base.
     """
     config, run = stage.config, None
     if config.critic.path is not None:
@@ -69,16 +71,33 @@ def open_critic(stage: Stage) -> Critic:
         reward_model = find_checkpoint(config.reward.model, "reward.model", REWARD_MODELS)
         run = reward_model if reward_model.config.algorithm == "scalar_rm" else None
     if run is None:
-        model = sharded_model.shard_scalar_model(config.model, stage.mesh, stage.model.config)
+        model = sharded_model.shard_scalar_model(config.model, stage.mesh, stage.model.config, lora=stage.model.lora)
         return Critic(model, "the policy")
 
+    if stage.model.lora.is_on:
+        _check_stands_on_base(config, run)
     source = dataclasses.replace(
         as_trained(run, config.model.dtype), remat=config.model.remat, attention=config.model.attention
     )
-    model = sharded_model.shard_scalar_model(source, stage.mesh, run.shape)
+    adapters = stage.model.lora
+    model = sharded_model.shard_scalar_model(source, stage.mesh, run.shape, lora=adapters)
     is_scalar = run.config.algorithm == "scalar_rm"
-    decoder = None if is_scalar else sharded_model.shard_model(source, stage.mesh, run.shape)
+    decoder = None if is_scalar else sharded_model.shard_model(source, stage.mesh, run.shape, lora=adapters)
     return Critic(model, run.name, run, decoder)
+
+
+def _check_stands_on_base(config: Any, run: RunCheckpoint) -> None:
+    """Refuse a critic whose adapters could not be trained on the policy's base."""
+    policy = parameters.base_of(config.model, config.seed)
+    base = parameters.base_of(ModelSource(path=str(run.folder.path)), config.seed) if run.lora.is_on else None
+    if run.lora == config.lora and base is not None and base.sha256 == policy.sha256:
+        return
+    stands = "all of its weights trained" if base is None else f"{run.lora}, on the base {base.path or base.preset}"
+    raise UserError(
+        f"the critic starts from {run.name}, which has {stands}, but {option('lora')} is {config.lora}, on the base "
+        f"{policy.path or policy.preset}, which the critic has to share; start it from the policy, "
+        f"{flag('critic.path')}={config.model.adapter or config.model.path}"
+    )
 
 
 def _check_reads_policy(stage: Stage, run: RunCheckpoint) -> None:

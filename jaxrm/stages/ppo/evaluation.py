@@ -35,7 +35,8 @@ class PolicyEvaluation:
     Attributes:
       learner: networks, devices and config.
       programs: of the run, with a sampler for ``config.evaluation.sampling``.
-      reference_params: of the frozen SFT policy.
+      base: under the adapters of all models; ``{}`` where they have none.
+      reference_params: of the frozen SFT policy; its adapters alone where there is a base.
       prompts: the held-out prompts.
       batches: the same on the devices.
       key: of the sampling, the same at every evaluation.
@@ -45,6 +46,7 @@ class PolicyEvaluation:
 
     learner: Learner
     programs: Programs
+    base: Any
     reference_params: Any
     prompts: Sequence[PromptExample]
     batches: Sequence[PlacedPrompts]
@@ -81,13 +83,15 @@ class PolicyEvaluation:
           StoppedError: where it was asked to stop.
         """
         replicate = _replicate(self.learner.mesh)
-        decoder_params = self.learner.networks.decoder_params(state.policy.params)
+        decoder_params = self.learner.decoder_params(self.base, state.policy.params)
         critic_params = None if state.critic is None else state.critic.params
         batches: list[tuple[ResponseBatch, TokenLogProbs, TokenRewards]] = []
         for number, (prompts, mask) in enumerate(stop.checked(self.batches)):
             key = jax.random.fold_in(self.key, number)
             batch = self.programs.rollout(decoder_params, prompts, mask, key)
-            token_log_probs = self.programs.log_probs(state.policy.params, critic_params, self.reference_params, batch)
+            token_log_probs = self.programs.log_probs(
+                self.base, state.policy.params, critic_params, self.reference_params, batch
+            )
             rewards = self.programs.scoring(state.initial_calibration, batch, token_log_probs.reference_log_probs)
             batches.append(jax.device_get(replicate((batch, token_log_probs, rewards))))
         count = len(self.prompts)  # the last batch is filled up

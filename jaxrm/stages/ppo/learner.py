@@ -19,6 +19,7 @@ from jaxrm.algorithms.train_step import build_train_step
 from jaxrm.inference import sharded_model
 from jaxrm.inference.rollout_model import build_sampler, shard_rollout_model
 from jaxrm.inference.sharded_model import ShardedModel
+from jaxrm.models import lora
 from jaxrm.models.generate import SamplingConfig
 from jaxrm.ops import reward_scaling
 from jaxrm.ops.token_rewards import find_kind
@@ -101,12 +102,16 @@ class Learner:
         """Shapes and places of the state, to be restored into."""
         shapes = jax.eval_shape(
             lambda policy, critic, calibration, key: self._create(policy, critic, calibration, key),
-            self.policy.shapes,
-            None if self.critic is None else self.critic.shapes,
+            self.policy.trained_shapes,
+            None if self.critic is None else self.critic.trained_shapes,
             reward_scaling.uncalibrated(),
             jax.random.key(0),
         )
         return with_shardings(shapes, self.shardings)
+
+    def decoder_params(self, base: Any, policy_params: Any) -> Any:
+        """The whole decoder of a policy, its base among it."""
+        return lora.join(base, self.networks.decoder_params(policy_params))
 
     def init_state(self, policy: Any, critic: Any, key: jax.Array) -> PPOState:
         """The state before the first step, not calibrated yet; the parameters are donated."""
@@ -153,15 +158,21 @@ class Learner:
         update_critic = None
         if self.critic is not None:
             loss_fn = ppo_loss.critic_loss(self.networks, config.ppo)
-            update_critic = build_step(loss_fn, self.critic_optimizer, state_sharding=shardings.critic)
+            update_critic = build_step(
+                loss_fn,
+                self.critic_optimizer,
+                state_sharding=shardings.critic,
+                frozen_sharding=self.critic.frozen_shardings,
+            )
         return ppo.Programs(
             rollout=self.sampler(config.rollout.sampling),
             log_probs=build_log_probs(
                 self.networks,
-                policy_sharding=self.policy.shardings,
-                critic_sharding=None if self.critic is None else self.critic.shardings,
-                reference_sharding=self.decoder.shardings,
+                policy_sharding=self.policy.trained_shardings,
+                critic_sharding=None if self.critic is None else self.critic.trained_shardings,
+                reference_sharding=self.decoder.trained_shardings,
                 batch_sharding=rows,
+                base_sharding=self.decoder.frozen_shardings,
                 num_microbatches=config.num_microbatches,
             ),
             scoring=source,
@@ -173,7 +184,10 @@ class Learner:
             minibatch=jax.jit(minibatch, in_shardings=(rows, None, None), out_shardings=rows),
             weigh=jax.jit(ppo.weigh, in_shardings=(rows, rows), out_shardings=rows),
             update_policy=build_step(
-                ppo_loss.policy_loss(self.networks, config.ppo), self.policy_optimizer, state_sharding=shardings.policy
+                ppo_loss.policy_loss(self.networks, config.ppo),
+                self.policy_optimizer,
+                state_sharding=shardings.policy,
+                frozen_sharding=self.policy.frozen_shardings,
             ),
             update_critic=update_critic,
         )
@@ -206,7 +220,9 @@ def open_learner(
     Raises:
       UserError: where policy or batch do not fit ``config.rollout.mesh``.
     """
-    policy = decoder if critic is not None else sharded_model.shard_actor_critic(config.model, mesh, decoder.config)
+    policy = decoder
+    if critic is None:
+        policy = sharded_model.shard_actor_critic(config.model, mesh, decoder.config, lora=decoder.lora)
     rollout_model = shard_rollout_model(config, mesh, decoder)
     return Learner(config, decoder, rollout_model, policy, critic, num_steps, end_ids)
 

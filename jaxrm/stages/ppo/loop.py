@@ -45,7 +45,8 @@ class PPORun:
     Attributes:
       learner: config, networks and number of steps.
       programs: jitted, from `Learner.programs`.
-      reference_params: of the frozen SFT policy.
+      base: under the adapters of all models; ``{}`` where they have none.
+      reference_params: of the frozen SFT policy; its adapters alone where there is a base.
       data: at the position that belongs to the state.
       evaluate: ``(step, state)`` to held-out metrics, among them ``eval_reward``; None where it was asked to stop.
       checkpoints: where to save.
@@ -55,6 +56,7 @@ class PPORun:
 
     learner: Learner
     programs: Programs
+    base: Any
     reference_params: Any
     data: PPOData
     evaluate: Callable[[int, PPOState], dict[str, float] | None]
@@ -118,8 +120,9 @@ def fit(run: PPORun, state: PPOState, key: jax.Array, *, evaluation_pending: boo
         if not math.isfinite(metrics["reward"]):
             run.rewind(step, state, eval_reward, position)
             raise _not_finite_reward(step + 1, metrics["reward"], run.checkpoints)
+        frozen = run.learner.networks.frozen(run.base)
         state, updates = clock.time(
-            "update", ppo.update, run.programs, config.ppo, state, rollout, order_key, run.data.next_ptx
+            "update", ppo.update, run.programs, config.ppo, state, frozen, rollout, order_key, run.data.next_ptx
         )
         state = dataclasses.replace(state, feedback=feedback)
         step += 1
@@ -148,12 +151,12 @@ def _collect(
       UserError: of a reward function.
     """
     programs, critic_params = run.programs, None if state.critic is None else state.critic.params
-    decoder_params = run.learner.networks.decoder_params(state.policy.params)
+    decoder_params = run.learner.decoder_params(run.base, state.policy.params)
     batch = clock.time("rollout", programs.rollout, decoder_params, *run.data.next_prompts(), key)
     if _must_stop(run):
         return None
     token_log_probs = clock.time(
-        "log_probs", programs.log_probs, state.policy.params, critic_params, run.reference_params, batch
+        "log_probs", programs.log_probs, run.base, state.policy.params, critic_params, run.reference_params, batch
     )
     rewards = clock.time(
         "scoring", programs.scoring, state.feedback.calibration, batch, token_log_probs.reference_log_probs

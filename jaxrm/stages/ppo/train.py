@@ -14,6 +14,8 @@ from jaxrm.algorithms.ppo_state import PPOState, steps_of
 from jaxrm.algorithms.rollout import RewardSource
 from jaxrm.config import dicts
 from jaxrm.inference import sharded_model
+from jaxrm.inference.parameters import init_key
+from jaxrm.models import lora
 from jaxrm.runtime.checkpoint import Checkpoints
 from jaxrm.runtime.metrics import open_metrics, read_rows, remove_rows_after
 from jaxrm.runtime.preemption import catch_signals
@@ -30,7 +32,6 @@ from jaxrm.stages.ppo.loop import PPORun, fit
 from jaxrm.stages.ppo.report import PPOReporter
 from jaxrm.stages.rewards.calibration import PolicyRewards, calibration_of
 from jaxrm.stages.stage import Stage
-from jaxrm.stages.supervised.train import init_key
 
 
 @dataclass(frozen=True)
@@ -73,13 +74,15 @@ def train(stage: Stage, folder: RunFolder, opened: Opened) -> tuple[int, bool]:
     """
     config, learner, num_steps = stage.config, opened.learner, opened.inputs.num_steps
     keys = _Keys(*jax.random.split(jax.random.key(config.seed), 4))
-    reference = sharded_model.in_compute_dtype(stage.init_params(init_key(config.seed)), config.model.dtype)
+    reference, base = lora.split(stage.init_params(init_key(config.seed)))
+    reference = sharded_model.in_compute_dtype(reference, config.model.dtype)
     programs = learner.programs(opened.source)
     checkpoints = Checkpoints(folder.checkpoints, config.checkpoint)
     if checkpoints.steps():
         state = restore(learner, checkpoints, opened.inputs.data, keys.optimizer)
     else:
-        state = _calibrated(stage, opened, programs, reference, _init_state(stage, opened, keys.optimizer), keys)
+        state = _init_state(stage, opened, keys.optimizer)
+        state = _calibrated(stage, opened, programs, lora.join(base, reference), base, state, keys)
     first_step = steps_of(state, config.ppo)
     if stage.is_writer:
         calibration = jax.device_get(state.initial_calibration)
@@ -90,7 +93,7 @@ def train(stage: Stage, folder: RunFolder, opened: Opened) -> tuple[int, bool]:
     )
     if stage.is_writer:  # an evaluation that was cut short may have written some of its samples
         remove_rows_after(folder.samples, first_step - 1 if evaluation_pending or first_step == 0 else first_step)
-    evaluation = _evaluation(stage, folder, opened, programs, reference, keys)
+    evaluation = _evaluation(stage, folder, opened, programs, base, reference, keys)
     with (
         open_metrics(folder, config.logging, after_step=first_step or None, run_config=dicts.to_dict(config)) as writer,
         Progress("ppo", num_steps, done=first_step, enabled=stage.show_progress) as progress,
@@ -99,6 +102,7 @@ def train(stage: Stage, folder: RunFolder, opened: Opened) -> tuple[int, bool]:
         run = PPORun(
             learner=learner,
             programs=programs,
+            base=base,
             reference_params=reference,
             data=opened.inputs.data,
             evaluate=functools.partial(evaluation, stop=stop),
@@ -124,12 +128,12 @@ def _init_state(stage: Stage, opened: Opened, key: jax.Array) -> PPOState:
     if opened.critic is None:
         params = {"decoder": params, "scalar_head": zero_head(opened.learner.policy)}
     else:
-        critic_params = opened.critic.init_params(stage, init_key(stage.config.seed))
-    return opened.learner.init_state(params, critic_params, key)
+        critic_params, _ = lora.split(opened.critic.init_params(stage, init_key(stage.config.seed)))
+    return opened.learner.init_state(lora.split(params)[0], critic_params, key)
 
 
 def _calibrated(
-    stage: Stage, opened: Opened, programs: Programs, reference: Any, state: PPOState, keys: _Keys
+    stage: Stage, opened: Opened, programs: Programs, reference: Any, base: Any, state: PPOState, keys: _Keys
 ) -> PPOState:
     """The state with scale and center of the rewards, from responses of the policy that it starts with."""
     learner, inputs = opened.learner, opened.inputs
@@ -138,7 +142,7 @@ def _calibrated(
         stage.mesh,
         inputs.train.examples,
         inputs.prompt_length,
-        functools.partial(programs.rollout, learner.networks.decoder_params(state.policy.params)),
+        functools.partial(programs.rollout, learner.decoder_params(base, state.policy.params)),
         PolicyRewards(stage.config, stage.model, reference, opened.source),
         keys.calibration,
         stage.show_progress,
@@ -147,7 +151,7 @@ def _calibrated(
 
 
 def _evaluation(
-    stage: Stage, folder: RunFolder, opened: Opened, programs: Programs, reference: Any, keys: _Keys
+    stage: Stage, folder: RunFolder, opened: Opened, programs: Programs, base: Any, reference: Any, keys: _Keys
 ) -> PolicyEvaluation:
     config, inputs = stage.config, opened.inputs
     if config.evaluation.sampling != config.rollout.sampling:
@@ -155,6 +159,7 @@ def _evaluation(
     return PolicyEvaluation(
         learner=opened.learner,
         programs=programs,
+        base=base,
         reference_params=reference,
         prompts=inputs.held_out.examples,
         batches=fixed_batches(inputs.held_out.examples, config.data.batch_size, inputs.prompt_length, stage.mesh),

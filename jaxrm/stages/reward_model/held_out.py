@@ -9,6 +9,7 @@ from jaxrm.data.pairs import TokenPair, readable_pairs
 from jaxrm.data.readers import ReadReport
 from jaxrm.data.records import PreferenceRecord
 from jaxrm.inference.corrections import check_room
+from jaxrm.inference.parameters import init_key
 from jaxrm.inference.token_scores import policy_log_probs
 from jaxrm.runtime.preemption import StopRequest
 from jaxrm.runtime.run_folder import RunFolder
@@ -24,7 +25,7 @@ from jaxrm.stages.reward_model.evaluation import (
     with_length_residual,
 )
 from jaxrm.stages.stage import Stage
-from jaxrm.stages.supervised.train import held_out_loss, init_key
+from jaxrm.stages.supervised.train import held_out_loss
 
 
 @dataclass(frozen=True)

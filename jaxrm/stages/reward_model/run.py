@@ -38,7 +38,7 @@ class _Inputs:
 
     Attributes:
       stage: that was opened.
-      trained: the objective.
+      objective: what is minimized.
       data: batches.
       reading: what became of the pairs, by the name of the data.
       ranked: held-out pairs that are ranked.
@@ -46,7 +46,7 @@ class _Inputs:
     """
 
     stage: Stage
-    trained: Objective
+    objective: Objective
     data: TrainingData
     reading: Mapping[str, ReadReport]
     ranked: RankedPairs
@@ -63,26 +63,26 @@ def run(config: Any) -> int:
       UserError: for what the user can mend, before anything is written wherever it can be known by then.
     """
     inputs = _open_inputs(config)
-    stage, trained, data, ranked, request = inputs.stage, inputs.trained, inputs.data, inputs.ranked, inputs.request
+    stage, objective, data, ranked, request = inputs.stage, inputs.objective, inputs.data, inputs.ranked, inputs.request
     folder = stage.open_run([data.examples, str(inputs.reading)])
     if stage.is_writer:
         print_reading(inputs.reading)
         print_size(stage, data)
-    evaluation = PairEvaluation(stage, folder, trained, data, ranked, request)
-    state, finished = train(
+    evaluation = PairEvaluation(stage, folder, objective, data, ranked, request)
+    trained = train(
         stage,
         folder,
-        trained,
+        objective,
         data,
-        init_params=lambda key: init_params(stage, trained, key),
+        init_params=lambda key: init_params(stage, objective, key),
         evaluate=evaluation,
     )
-    if finished:
-        scores, step = evaluation.last_scores(state.params), int(state.step)
-        corrections = _correct(stage, state.params, ranked.corrected, request)
+    if trained.is_complete:
+        scores = evaluation.last_scores(trained.params)
+        corrections = _correct(stage, trained.params, ranked.corrected, request)
         if stage.is_writer:
-            _report(stage, folder, step, scores, ranked, corrections)
-    return exit_status(stage, state, data, finished=finished)
+            _report(stage, folder, trained.step, scores, ranked, corrections)
+    return exit_status(stage, trained, data)
 
 
 def inspect(config: Any) -> Inspection:
@@ -112,7 +112,7 @@ def _open_inputs(config: Any) -> _Inputs:
 def objective(config: Any, decoder: ShardedModel) -> Objective:
     """Sequence MLE of a seq2seq reward model, or the Bradley-Terry loss of a scalar one."""
     if config.algorithm == "scalar_rm":
-        model = sharded_model.shard_scalar_model(config.model, decoder.mesh, decoder.config)
+        model = sharded_model.shard_scalar_model(config.model, decoder.mesh, decoder.config, lora=decoder.lora)
         loss_fn = scalar_rm.scalar_rm_loss(model.graphdef, config.scalar_rm)
         return Objective(model, loss_fn, ComparisonBatch, has_scalar_head=True)
     mapping = config.mapping

@@ -17,6 +17,7 @@ import numpy as np
 from jaxrm.algorithms.state import TrainState
 from jaxrm.data.loader import BatchIterator
 from jaxrm.errors import UserError, flag, option
+from jaxrm.models import lora
 from jaxrm.runtime.checkpoint import Checkpoints
 from jaxrm.runtime.preemption import StoppedError, StopRequest, agree
 from jaxrm.stages.supervised.reporter import TrainingReporter
@@ -30,6 +31,7 @@ class Training:
 
     Attributes:
       train_step: from `jaxrm.algorithms.train_step.build_train_step`.
+      frozen: parameters that are not trained; ``{}`` where all are.
       evaluate: held-out metrics of parameters, among them ``eval_loss``; it may raise `StoppedError`.
       loader: training batches, at the position that belongs to the state.
       data_fingerprint: of the training data, saved with every checkpoint.
@@ -42,7 +44,8 @@ class Training:
       stop: looked at after every step.
     """
 
-    train_step: Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]
+    train_step: Callable[[TrainState, Any, Any], tuple[TrainState, dict[str, jax.Array]]]
+    frozen: Any
     evaluate: Callable[[Any, StopRequest], dict[str, float]]
     loader: BatchIterator
     data_fingerprint: str
@@ -80,7 +83,7 @@ def fit(state: TrainState, training: Training, *, evaluation_pending: bool = Fal
     while step < num_steps:
         batch = next(training.loader)
         placed = training.to_devices(batch)
-        state, metrics = training.train_step(state, placed)
+        state, metrics = training.train_step(state, training.frozen, placed)
         step += 1
         training.stop.has_progress = True
         late.report()  # of the step before, while this one runs
@@ -151,7 +154,7 @@ def _num_tokens(batch: dict[str, np.ndarray], placed: Any) -> int:
 def _evaluate(training: Training, step: int, state: TrainState) -> float | None:
     """Held-out loss of a state; None where the evaluation was asked to stop."""
     try:
-        held_out = training.evaluate(state.params, training.stop)
+        held_out = training.evaluate(lora.join(training.frozen, state.params), training.stop)
     except StoppedError:
         return None
     training.reporter.evaluation(step, held_out)

@@ -1,7 +1,7 @@
 """Training an objective in a run's folder: the state, checkpoints, metrics and signals around the host loop."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -12,8 +12,9 @@ from jaxrm.algorithms.optimizer import build_optimizer, learning_rate
 from jaxrm.algorithms.state import TrainState, create
 from jaxrm.config import dicts
 from jaxrm.inference import sharded_model
+from jaxrm.inference.parameters import init_key
 from jaxrm.inference.sharded_model import to_devices
-from jaxrm.models import flops
+from jaxrm.models import flops, lora
 from jaxrm.runtime.checkpoint import Checkpoints, with_shardings
 from jaxrm.runtime.metrics import MetricsWriter, open_metrics
 from jaxrm.runtime.preemption import EXIT_PREEMPTED, StopRequest, catch_signals
@@ -28,6 +29,22 @@ from jaxrm.stages.supervised import loop
 from jaxrm.stages.supervised.reporter import TrainingReporter
 
 InitParams = Callable[[jax.Array], Any]
+
+
+class Trained(NamedTuple):
+    """What a training came to.
+
+    Attributes:
+      step: updates made.
+      params: of the model, frozen ones among them.
+      is_complete: whether the last step was reached. It was not where the run was asked to stop.
+    """
+
+    step: int
+    params: Any
+    is_complete: bool
+
+
 Evaluate = Callable[[Any, StopRequest], dict[str, float]]
 
 
@@ -39,7 +56,7 @@ def train(
     *,
     init_params: InitParams | None = None,
     evaluate: Evaluate | None = None,
-) -> tuple[TrainState, bool]:
+) -> Trained:
     """Train in ``folder``, from its latest checkpoint if it has one.
 
     Args:
@@ -50,15 +67,14 @@ def train(
       init_params: draws or reads the first parameters, given a key; `Stage.init_params` by default.
       evaluate: held-out metrics of parameters, among them ``eval_loss``; `held_out_loss` by default. It looks at the
         request to stop between batches.
-
-    Returns:
-      The last state, and whether it is that of the last step. It is not where the run was asked to stop.
     """
     config, num_steps = stage.config, data.num_steps
     optimizer = build_optimizer(config.optimizer, num_steps)
     sharding = sharded_model.state_shardings(objective.model, optimizer, stage.mesh, offload=config.optimizer.offload)
     checkpoints = Checkpoints(folder.checkpoints, config.checkpoint)
-    state = _init_or_restore(stage, objective, data, optimizer, sharding, checkpoints, init_params or stage.init_params)
+    state, frozen = _init_or_restore(
+        stage, objective, data, optimizer, sharding, checkpoints, init_params or stage.init_params
+    )
 
     first_step = int(state.step)
     pending = is_evaluation_pending(
@@ -75,8 +91,10 @@ def train(
                 optimizer,
                 state_sharding=sharding,
                 batch_sharding=partition.batch_sharding(stage.mesh),
+                frozen_sharding=objective.model.frozen_shardings,
                 num_microbatches=config.num_microbatches,
             ),
+            frozen=frozen,
             evaluate=evaluate or held_out_loss(stage, objective, data.eval_batches),
             loader=data.loader,
             data_fingerprint=data.fingerprint,
@@ -90,7 +108,7 @@ def train(
         )
         state, finished = loop.fit(state, training, evaluation_pending=pending)
     checkpoints.close()
-    return state, finished
+    return Trained(int(state.step), lora.join(frozen, state.params), finished)
 
 
 def _reporter(
@@ -118,19 +136,20 @@ def _init_or_restore(
     sharding: TrainState,
     checkpoints: Checkpoints,
     init_params: InitParams,
-) -> TrainState:
+) -> tuple[TrainState, Any]:
+    """The state, and the frozen parameters."""
     _, step_key = jax.random.split(jax.random.key(stage.config.seed))
-    if checkpoints.steps():
-        shapes = jax.eval_shape(lambda params: create(params, optimizer, step_key), objective.model.shapes)
-        return loop.restore(with_shardings(shapes, sharding), checkpoints, data.loader, data.fingerprint, step_key)
+    is_resumed = bool(checkpoints.steps())
+    frozen: Any = {}
+    if not is_resumed or objective.model.lora.is_on:
+        params, frozen = lora.split(init_params(init_key(stage.config.seed)))
+    if is_resumed:
+        shapes = jax.eval_shape(lambda params: create(params, optimizer, step_key), objective.model.trained_shapes)
+        abstract = with_shardings(shapes, sharding)
+        return loop.restore(abstract, checkpoints, data.loader, data.fingerprint, step_key), frozen
     # Donated: the first parameters become the state's, so that they are in memory once.
     start = jax.jit(lambda p, k: create(p, optimizer, k), out_shardings=sharding, donate_argnums=0)
-    return start(init_params(init_key(stage.config.seed)), step_key)
-
-
-def init_key(seed: int) -> jax.Array:
-    """Key that the first parameters of a run are drawn with."""
-    return jax.random.split(jax.random.key(seed))[0]
+    return start(params, step_key), frozen
 
 
 def held_out_loss(stage: Stage, objective: Objective, batches: Sequence[dict[str, np.ndarray]]) -> Evaluate:
@@ -145,12 +164,10 @@ def held_out_loss(stage: Stage, objective: Objective, batches: Sequence[dict[str
     return lambda params, stop: eval_step.evaluate(step, params, stop.checked(placed))
 
 
-def exit_status(stage: Stage, state: TrainState, data: TrainingData, *, finished: bool) -> int:
+def exit_status(stage: Stage, trained: Trained, data: TrainingData) -> int:
     """0 for a run that is complete; else `EXIT_PREEMPTED`, with a line that says where it continues."""
-    if finished:
+    if trained.is_complete:
         return 0
     if stage.is_writer:
-        print(
-            f"Stopped and saved at step {int(state.step)} of {data.num_steps}; the same command continues from there."
-        )
+        print(f"Stopped and saved at step {trained.step} of {data.num_steps}; the same command continues from there.")
     return EXIT_PREEMPTED

@@ -1,0 +1,169 @@
+"""The base of adapters: frozen weights that any number of models stand on, in memory once.
+
+A run with adapters saves those alone. Its ``base.json`` says where the base was, and a hash of its content, so that
+adapters never stand on other weights than they were trained on. A base that is loaded while the same one is in use, on
+the same devices and in the same form, is that one.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import weakref
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxrm import atomic
+from jaxrm.config import dicts
+from jaxrm.errors import UserError, flag, option
+from jaxrm.inference import weights
+from jaxrm.inference.sharded_model import ShardedModel, in_compute_dtype
+from jaxrm.models import build, hub
+from jaxrm.models.build import ModelSource
+from jaxrm.runtime import checksums
+from jaxrm.runtime.run_folder import RunFolder
+
+
+@dataclass(frozen=True)
+class Base:
+    """Where a base is, and which it is.
+
+    Attributes:
+      path: published weights, or ``RUN_DIR/checkpoints/STEP``; None for weights drawn by chance.
+      preset: shape of drawn weights.
+      seed: that drawn weights follow from.
+      sha256: of the content.
+    """
+
+    path: str | None
+    preset: str | None
+    seed: int
+    sha256: str
+
+
+def describe_base(source: ModelSource, seed: int) -> Base:
+    """The weights that ``source`` names, as the base of adapters; their files are read for it.
+
+    Raises:
+      UserError: where there are none, or they are adapters themselves.
+    """
+    if source.path is None:
+        shape = dicts.to_dict(build.read_shape(source))
+        drawn = json.dumps({"drawn": shape, "seed": seed}, sort_keys=True)
+        return Base(None, source.preset, seed, hashlib.sha256(drawn.encode()).hexdigest())
+    if not weights.is_run(source.path):
+        return Base(source.path, None, 0, _content(tuple(hub.model_files(source.path))))
+    run = weights.find_checkpoint(source.path, "model.path", weights.LANGUAGE_MODELS)
+    step = run.folder.checkpoints / str(run.step)
+    files = sorted(path for path in (step / "params").rglob("*") if path.is_file())
+    return Base(str(step), None, 0, _content((run.folder.model, *files)))
+
+
+def read_base(run: weights.RunCheckpoint, path: str | None = None) -> Base:
+    """The base that the adapters of a run stand on, which is there and has not changed.
+
+    Args:
+      run: with adapters.
+      path: where it is now; None where it was.
+
+    Raises:
+      UserError: it is elsewhere, or has another content; with what to type.
+    """
+    recorded = _recorded(run.folder)
+    if recorded is None:
+        raise UserError(f"{run.folder.path} has adapters, but no {weights.BASE_FILE} that says what they stand on")
+    place = path or recorded.path
+    instead = (
+        f"say where it is now, {flag('model.path')}=BASE {flag('model.adapter')}={run.folder.path}"
+        if path is None
+        else "give that one"
+    )
+    if place is not None and path is None and not _is_there(place):
+        raise UserError(f"{run.name} stands on the base {place}, where there is none now; {instead}")
+    source = ModelSource(path=place) if place is not None else ModelSource(preset=recorded.preset)
+    present = describe_base(source, recorded.seed)
+    if present.sha256 != recorded.sha256:
+        raise UserError(
+            f"{run.name} stands on the base {recorded.path or recorded.preset} (sha256 {recorded.sha256[:12]}), but "
+            f"{place or recorded.preset} is now another (sha256 {present.sha256[:12]}); {instead}"
+        )
+    return present
+
+
+def keep_base(folder: RunFolder, base: Base) -> None:
+    """Note the base of a run in its folder, or refuse to go on with another one.
+
+    Raises:
+      UserError: the run was begun on another base.
+    """
+    recorded = _recorded(folder)
+    if recorded is None:
+        if folder.is_writer:
+            atomic.write_json(folder.path / weights.BASE_FILE, dataclasses.asdict(base))
+    elif recorded.sha256 != base.sha256:
+        raise UserError(
+            f"{folder.path} was begun on the base {recorded.path or recorded.preset} (sha256 {recorded.sha256[:12]}), "
+            f"but {option('model.path')} now gives {base.path or base.preset} (sha256 {base.sha256[:12]}); give the "
+            f"same one, or put the run aside with {flag('on_existing')}=restart"
+        )
+
+
+def load_base(base: Base, model: ShardedModel, key: jax.Array) -> Any:
+    """The frozen parameters of a decoder, in its compute dtype: those that are in use already, or read or drawn now.
+
+    Args:
+      base: from `describe_base` or `read_base`.
+      model: the decoder, with adapters.
+      key: that drawn weights are drawn with.
+    """
+    source = model.source
+    name = (base.sha256, model.mesh, source.dtype)
+    shared = _in_use.get(name)
+    if shared is not None:
+        leaves = [reference() for reference in shared[0]]
+        if all(leaf is not None and not leaf.is_deleted() for leaf in leaves):
+            return jax.tree.unflatten(shared[1], leaves)
+    frozen = _read(base, model, key)
+    leaves, structure = jax.tree.flatten(frozen)
+    _in_use[name] = ([weakref.ref(leaf) for leaf in leaves], structure)
+    return frozen
+
+
+_in_use: dict[Any, Any] = {}  # weak references to the parameters of each base, and the structure of their tree
+
+
+def _read(base: Base, model: ShardedModel, key: jax.Array) -> Any:
+    shardings = model.frozen_shardings
+    if base.path is not None and weights.is_run(base.path):
+        run = weights.find_checkpoint(base.path, "model.path")
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, "float32"), model.frozen_shapes)
+        return in_compute_dtype(run.restore(shapes, shardings), model.source.dtype)
+    source = dataclasses.replace(model.source, path=base.path, preset=base.preset, adapter=None)
+    return in_compute_dtype(build.init_params(model.config, source, key, shardings), model.source.dtype)
+
+
+def _recorded(folder: RunFolder) -> Base | None:
+    file = folder.path / weights.BASE_FILE
+    try:
+        return Base(**json.loads(file.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{file} is damaged ({error}); give another run") from error
+
+
+def _is_there(path: str) -> bool:
+    return weights.is_run(path) or Path(path).expanduser().exists() or not path.startswith(("/", ".", "~"))
+
+
+@functools.lru_cache(64)
+def _content_of(stamps: tuple[tuple[Path, int, int], ...]) -> str:
+    return checksums.content_hash([path for path, _, _ in stamps])
+
+
+def _content(files: tuple[Path, ...]) -> str:
+    """Hash of the names and bytes of files; read once as long as none changes."""
+    return _content_of(tuple((file, file.stat().st_size, file.stat().st_mtime_ns) for file in files))

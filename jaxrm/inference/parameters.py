@@ -1,0 +1,102 @@
+"""Parameters of a model as its graph has them: read or drawn, and with adapters joined to their base or merged."""
+
+from typing import Any
+
+import jax
+
+from jaxrm.errors import UserError, flag, option
+from jaxrm.inference import sharded_model, weights
+from jaxrm.inference.base import Base, describe_base, load_base, read_base
+from jaxrm.inference.sharded_model import ShardedModel
+from jaxrm.inference.weights import RunCheckpoint
+from jaxrm.models import heads, lora
+from jaxrm.models.build import ModelSource
+
+
+def init_key(seed: int) -> jax.Array:
+    """Key that the first parameters of a run are drawn with."""
+    return jax.random.split(jax.random.key(seed))[0]
+
+
+def base_of(source: ModelSource, seed: int) -> Base:
+    """The base that a run from ``source`` stands on: that of its adapters, or else its weights.
+
+    Raises:
+      UserError: where it has moved or changed.
+    """
+    run = weights.adapter_run(source)
+    return describe_base(source, seed) if run is None else read_base(run, source.path if source.adapter else None)
+
+
+def init_params(model: ShardedModel, key: jax.Array, seed: int) -> Any:
+    """First parameters of a decoder: of its source, or drawn.
+
+    With adapters they are the frozen base, in the compute dtype, joined with adapters: those of the source, or first
+    ones, which change nothing. Without adapters those of the source are merged into its weights.
+
+    Args:
+      model: the decoder.
+      key: typed PRNG key of what is drawn.
+      seed: that a drawn base follows from.
+    """
+    run = weights.adapter_run(model.source)
+    if not model.lora.is_on and run is None:
+        return weights.load_or_init_params(model.config, model.source, key, model.shapes, model.shardings)
+    base = base_of(model.source, seed)
+    if run is not None:
+        return _read_adapters(run, model, base)
+    frozen = load_base(base, model, init_key(seed))
+    first = lora.init_adapters(model.trained_shapes, jax.random.fold_in(key, 1), model.trained_shardings)
+    return lora.join(frozen, first)
+
+
+def read_run(run: RunCheckpoint, model: ShardedModel, base_path: str | None = None) -> Any:
+    """Parameters of a run's checkpoint, of a decoder or of one with a scalar head.
+
+    Args:
+      run: with or without adapters.
+      model: of the run. Where it has no adapters and the run has, those are merged.
+      base_path: where the base of its adapters is now; None where it was.
+    """
+    if not run.lora.is_on:
+        return run.restore(model.shapes, model.shardings)
+    return _read_adapters(run, model, read_base(run, base_path))
+
+
+def check_adapters(run: RunCheckpoint, wanted: lora.LoRAConfig) -> None:
+    """Refuse adapters to go on from that are not those which the config trains.
+
+    Raises:
+      UserError: another rank, scale or targets.
+    """
+    if wanted.is_on and run.lora.is_on and run.lora != wanted:
+        raise UserError(
+            f"{option('lora')} is {wanted}, but {run.name} has {run.lora}; train those on, {_as_flags(run.lora)}, or "
+            f"merge them first: python -m jaxrm.export --checkpoint={run.folder.path} --merge --output=MERGED and "
+            f"{flag('model.path')}=MERGED"
+        )
+
+
+def _as_flags(config: lora.LoRAConfig) -> str:
+    default = lora.NO_LORA
+    values = {"rank": config.rank, "alpha": config.alpha, "rank_stabilized": config.rank_stabilized}
+    texts = [f"{flag(f'lora.{name}')}={value:g}" for name, value in values.items() if value != getattr(default, name)]
+    if config.targets != default.targets:
+        texts.append(f"{flag('lora.targets')}={','.join(config.targets)}")
+    return " ".join(texts)
+
+
+def _read_adapters(run: RunCheckpoint, model: ShardedModel, base: Base) -> Any:
+    """The base joined with the adapters of a run, or merged with them where the model has none."""
+    has_head = run.config.algorithm == "scalar_rm"
+    shard = sharded_model.shard_scalar_model if has_head else sharded_model.shard_model
+    whole = model if model.lora.is_on else shard(model.source, model.mesh, model.config, lora=run.lora)
+    assert whole.lora == run.lora, "refused by check_adapters"
+    decoder = sharded_model.shard_model(model.source, model.mesh, model.config, lora=run.lora) if has_head else whole
+    frozen = load_base(base, decoder, init_key(base.seed))
+    if has_head:
+        frozen = heads.frozen_trunk(frozen)
+    joined = lora.join(frozen, run.restore(whole.trained_shapes, whole.trained_shardings))
+    if model.lora.is_on:
+        return joined
+    return jax.jit(lambda params: lora.merge(params, run.lora), out_shardings=model.shardings)(joined)
