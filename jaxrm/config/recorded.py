@@ -10,7 +10,8 @@ _RENAMED = {"answers": "evaluate", "along": "evaluate_checkpoints", "draw": "sam
 def upgraded(recorded: Mapping[str, Any], like: Mapping[str, Any]) -> dict[str, Any]:
     """A recorded config with today's names, and without the sections that its stage does not have.
 
-    A field that it lacks and that is None today was added since, and changes nothing.
+    A field that it lacks and that is None today was added since, and changes nothing. Nor had it adapters before there
+    were any.
 
     Args:
       recorded: from ``run.json``, ``pipeline.json`` or ``study.json``; one of today passes unchanged.
@@ -37,4 +38,7 @@ def _restricted(recorded: Mapping[str, Any], like: Mapping[str, Any]) -> dict[st
 
 
 def _added(recorded: Mapping[str, Any], like: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: None for name, value in like.items() if value is None and name not in recorded}
+    added: dict[str, Any] = {name: None for name, value in like.items() if value is None and name not in recorded}
+    if "lora" in like and "lora" not in recorded:
+        added["lora"] = {**like["lora"], "rank": 0}
+    return added

@@ -137,7 +137,7 @@ def test_sharing_the_tokens_of_long_rows_saves_memory(capfd):
         step = build_train_step(sft.sft_loss(model.graphdef), optimizer, state_sharding=sharding, batch_sharding=rows)
         state = jax.eval_shape(lambda params: create(params, optimizer, jax.random.key(0)), model.shapes)
         batch = jax.eval_shape(lambda: TokenBatch(**copy_batch(B=1, T=1024)))
-        return step.trace(state, batch).lower().compile(), sum(x.size for x in jax.tree.leaves(model.shapes))
+        return step.trace(state, {}, batch).lower().compile(), sum(x.size for x in jax.tree.leaves(model.shapes))
 
     one, _ = compiled(1)
     four, parameters = compiled(4)
