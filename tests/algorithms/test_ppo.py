@@ -432,7 +432,8 @@ def test_a_shared_trunk_adds_both_losses_under_one_optimizer():
     mask = np.asarray(rollout.responses.response_mask)
     assert np.isclose(parts["value_loss"], 0.5 * np.mean(np.asarray(rollout.returns)[mask] ** 2), atol=1e-6)
     head = np.asarray(s.state.policy.params["scalar_head"]["kernel"])
-    state, rows = ppo.update(s.programs, s.config.ppo, s.state, s.learner.networks.frozen({}), rollout, KEY, lambda: None)
+    frozen = s.learner.networks.frozen({})
+    state, rows = ppo.update(s.programs, s.config.ppo, s.state, frozen, rollout, KEY, lambda: None)
     assert state.critic is None and not np.array_equal(state.policy.params["scalar_head"]["kernel"], head)
     assert {"policy_loss", "value_loss", "grad_norm"} <= set(rows[0])
 
