@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
+from support.adapters import LLAMA, adapter_folder, change_config
 from support.fuzz import damaged, damages, fuzz
 from support.gguf_files import hub_tensors, write_gguf
 
@@ -16,6 +17,8 @@ from jaxrm.errors import UserError
 from jaxrm.models.config import PRESETS, ModelConfig
 from jaxrm.models.hub import check_weights, load_params, parse_hf_config, read_model_config, to_hf_config
 from jaxrm.models.hub.hf_fields import ARCHITECTURES
+from jaxrm.models.hub.peft import read_adapter
+from jaxrm.models.hub.peft_config import _NEUTRAL, _READ, _REFUSED
 from jaxrm.models.hub.safetensors_file import open_tensors
 
 SMALL = ModelConfig("llama", 24, 32, 64, 2, 4, 2, 8, max_position=128, norm_eps=1e-5, rope_theta=500.0)
@@ -128,6 +131,28 @@ def test_fuzz_a_safetensors_file_is_read_or_refused(checkpoint, damage):
         check_weights(str(checkpoint), SMALL)
     except UserError as error:
         one_line(error)
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory):
+    return adapter_folder(tmp_path_factory.mktemp("adapters") / "adapter")
+
+
+@fuzz
+@given(
+    st.dictionaries(st.sampled_from(sorted(_READ | _NEUTRAL | _REFUSED.keys())), st.sampled_from(VALUES), max_size=3)
+)
+def test_fuzz_an_adapter_config_is_read_or_refused(adapters, fields):
+    """What is read has the rank of the tensors, and a scale that is a number."""
+    whole = (adapters / "adapter_config.json").read_text()
+    change_config(adapters, **fields)
+    try:
+        adapter, _ = read_adapter(str(adapters), LLAMA)
+        assert adapter.lora.rank == 4 and 0 < adapter.lora.scale < 1e31
+    except UserError as error:
+        one_line(error)
+    finally:
+        (adapters / "adapter_config.json").write_text(whole)
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
 """Published weights in (safetensors folders, hub names, GGUF files) and out (safetensors folders)."""
 
-from jaxrm.models.hub.export import check_export_folder, export_model
+from jaxrm.models.hub.export import export_model
+from jaxrm.models.hub.export_folder import check_export_folder
 from jaxrm.models.hub.hf_config import parse_hf_config, to_hf_config
 from jaxrm.models.hub.locate import model_files
 from jaxrm.models.hub.read import check_weights, load_params, read_model_config

@@ -10,12 +10,7 @@ from jaxrm.gguf_file import gguf_parts, models_in
 
 _HUB_NAME = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 _CONFIG_FILES = ["config.json", "generation_config.json"]
-# The name "model*" leaves out second copies in another layout, such as Mistral's consolidated.safetensors.
-_MODEL_FILES = [
-    "config.json",
-    "generation_config.json",
-    "model*.safetensors",
-    "model.safetensors.index.json",
+_TOKENIZER_FILES = [
     "tokenizer*",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -23,6 +18,9 @@ _MODEL_FILES = [
     "merges.txt",
     "chat_template*",
 ]
+# The name "model*" leaves out second copies in another layout, such as Mistral's consolidated.safetensors.
+_MODEL_FILES = [*_CONFIG_FILES, "model*.safetensors", "model.safetensors.index.json", *_TOKENIZER_FILES]
+_ADAPTER_FILES = ["adapter_config.json", "adapter_model.safetensors", *_TOKENIZER_FILES]
 
 
 def locate(path: str, *, config_only: bool = False) -> Path:
@@ -57,6 +55,23 @@ def locate(path: str, *, config_only: bool = False) -> Path:
     )
 
 
+def locate_adapter(path: str) -> Path:
+    """Find the PEFT folder that ``path`` names, downloading it if it is a hub name.
+
+    Raises:
+      UserError: if nothing is there, or what is there is not an adapter.
+    """
+    local = Path(path).expanduser()
+    if (local / "adapter_config.json").is_file():
+        return local
+    example = f"give a folder of PEFT, e.g. {flag('model.adapter')}=exported/sft_lora"
+    if local.exists():
+        raise UserError(f"{option('model.adapter')} is {path!r}, which has no adapter_config.json; {example}")
+    if not _HUB_NAME.fullmatch(path):
+        raise UserError(f"{option('model.adapter')} is {path!r}, but there is nothing at that place; {example}")
+    return _download(path, _ADAPTER_FILES, "model.adapter")
+
+
 def _in_folder(folder: Path) -> Path:
     if (folder / "config.json").is_file():
         return folder
@@ -72,7 +87,7 @@ def _in_folder(folder: Path) -> Path:
     raise UserError(f"{folder} has no config.json; a model folder needs config.json and .safetensors files")
 
 
-def _download(name: str, patterns: list[str]) -> Path:
+def _download(name: str, patterns: list[str], field: str = "model.path") -> Path:
     import huggingface_hub
     from huggingface_hub.errors import GatedRepoError
 
@@ -85,11 +100,11 @@ def _download(name: str, patterns: list[str]) -> Path:
     except Exception as error:  # which HTTP client, and so which errors, depends on the hub library's version
         reason = " ".join(str(error).split())[:200]
         raise UserError(
-            f"{option('model.path')}: {name} is neither a folder here nor a model that could be fetched from the hub "
-            f"({reason}); check the name and the network, or give a folder, e.g. {flag('model.path')}=models/gemma-2b"
+            f"{option(field)}: {name} is neither a folder here nor a model that could be fetched from the hub "
+            f"({reason}); check the name and the network, or give a folder, e.g. {flag(field)}=models/gemma-2b"
         ) from error
-    if not (folder / "config.json").is_file():
-        raise UserError(f"the hub model {name} has no config.json; choose one with config.json and safetensors")
+    if not (folder / patterns[0]).is_file():
+        raise UserError(f"the hub model {name} has no {patterns[0]}; choose one with {patterns[0]} and safetensors")
     return folder
 
 

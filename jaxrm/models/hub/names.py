@@ -6,6 +6,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from jaxrm.models.config import ModelConfig
+from jaxrm.models.lora import PROJECTIONS, LoRAConfig
+
+SCORE = "base_model.model.score.weight"  # of a classifier that PEFT saved
 
 
 @dataclass(frozen=True)
@@ -64,9 +67,58 @@ def tensor_table(config: ModelConfig, *, prefix: str = "model.", head: str = "lm
 def scalar_table(config: ModelConfig) -> list[NamedTensor]:
     """Every tensor of a sequence classification checkpoint of one label: a ``jaxrm.models.heads.ScalarModel``."""
     trunk = tensor_table(replace(config, tie_embeddings=True))
+    return [*(replace(tensor, path=("decoder", *tensor.path)) for tensor in trunk), _score(config, "score.weight")]
+
+
+def adapter_table(
+    config: ModelConfig, lora: LoRAConfig, *, prefix: str = "base_model.model.model.", scalar_head: bool = False
+) -> list[NamedTensor]:
+    """Every tensor of a PEFT folder's adapters: ``lora_A`` ``[rank, in]`` and ``lora_B`` ``[out, rank]``.
+
+    Args:
+      config: the base.
+      lora: rank and targets.
+      prefix: what precedes ``layers`` in the names.
+      scalar_head: of a sequence classification model of one label, which has its head beside the adapters.
+    """
+    contracted_axes = dict(PROJECTIONS.values())
+    table = []
+    for tensor in tensor_table(config, prefix=prefix):
+        part, projection, name = tensor.path[-3:] if tensor.layer is not None else ("", "", "")
+        if name == "kernel" and lora.has(part, projection):
+            table += _adapters(tensor, lora.rank, contracted_axes[part, projection])
+    if not scalar_head:
+        return table
+    return [*(replace(tensor, path=("decoder", *tensor.path)) for tensor in table), _score(config, SCORE)]
+
+
+def _adapters(kernel: NamedTensor, rank: int, contracted: int) -> list[NamedTensor]:
+    """The two adapters of a projection, whose kernel contracts its first axes."""
+    inputs, outputs = kernel.shape[:contracted], kernel.shape[contracted:]
+    place, module = kernel.path[:-1], kernel.name.removesuffix(".weight")
+    into, out = len(inputs), len(outputs)
+    a = NamedTensor(
+        (*place, "lora_a"),
+        kernel.layer,
+        f"{module}.lora_A.weight",
+        (rank, math.prod(inputs)),
+        (rank, *inputs),
+        (*range(1, into + 1), 0),
+    )
+    b = NamedTensor(
+        (*place, "lora_b"),
+        kernel.layer,
+        f"{module}.lora_B.weight",
+        (math.prod(outputs), rank),
+        (*outputs, rank),
+        (out, *range(out)),
+    )
+    return [a, b]
+
+
+def _score(config: ModelConfig, name: str) -> NamedTensor:
     D = config.hidden_size
-    score = NamedTensor(("scalar_head", "kernel"), None, "score.weight", (1, D), (D,), (0,))
-    return [*(replace(tensor, path=("decoder", *tensor.path)) for tensor in trunk), score]
+    return NamedTensor(("scalar_head", "kernel"), None, name, (1, D), (D,), (0,))
 
 
 def _plain(path: tuple[str, ...], layer: int | None, name: str, shape: tuple[int, ...]) -> NamedTensor:
