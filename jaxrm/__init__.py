@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from jaxrm.models.build import ModelSource as Model  # noqa: F401  # public name
     from jaxrm.models.build import ModelSource as ModelSource
     from jaxrm.models.generate import SamplingConfig as SamplingConfig
+    from jaxrm.models.lora import LoRAConfig as LoRAConfig
     from jaxrm.ops.token_rewards import reward_kind as reward_kind
     from jaxrm.pipeline.config import Pipeline as Pipeline
     from jaxrm.pipeline.config import pipeline as make_pipeline  # noqa: F401  # public name
@@ -95,6 +96,7 @@ _NAMES = {
     "inference.training": ("build_training",),
     "models.build": ("ModelSource",),
     "models.generate": ("SamplingConfig",),
+    "models.lora": ("LoRAConfig",),
     "ops.token_rewards": ("reward_kind",),
     "pipeline.config": ("Pipeline",),
     "runtime.checkpoint": ("CheckpointConfig",),

@@ -9,7 +9,7 @@ import optax
 
 from jaxrm.config.fields import above, at_least, at_most, below, bounded, check, finite, one_of
 
-_DECAYED = ("kernel", "embedding")
+_DECAYED = ("kernel", "embedding", "lora_a", "lora_b")
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class OptimizerConfig:
       b1: decay of the first moment.
       b2: decay of the second moment.
       eps: added to the root of the second moment.
-      weight_decay: decoupled; on kernels and embeddings, never on norms and biases.
+      weight_decay: decoupled; on kernels, embeddings and adapters, never on norms and biases.
       clip_norm: largest global norm of the gradients, or None for no clipping.
       moment_dtype: of the first moment, ``float32`` or ``bfloat16``. The second stays in float32: at b2 near 1
         its updates are smaller than the spacing of bfloat16 and it would never move (jaxrm choice).
@@ -94,5 +94,5 @@ def build_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTr
 
 
 def decay_mask(params: Any) -> Any:
-    """True for the parameters that weight decay applies to: kernels and embeddings."""
+    """True for the parameters that weight decay applies to: kernels, embeddings and adapters."""
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in _DECAYED, params)

@@ -12,12 +12,15 @@ from jaxrm.errors import UserError, arguments
 from jaxrm.inference.prompts import Prompt, check_count, read_prompts
 from jaxrm.inference.reward_model import RewardModel, default_kind
 from jaxrm.inference.sampler import Response, Sampler
-from jaxrm.inference.sharded_model import ShardedModel, shard_scalar_model
-from jaxrm.models import build, heads, lora
+from jaxrm.inference.sharded_model import ShardedModel, shard_model, shard_scalar_model
+from jaxrm.models import build, heads
 from jaxrm.models.generate import SamplingConfig
+from jaxrm.models.lora import LoRAConfig, init_adapters, join, split
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+DEFAULT_LORA = LoRAConfig(rank=8)
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,13 +77,30 @@ class Policy:
         batches = self.sampler(sampling).in_batches(messages, jax.random.key(seed), batch_size)
         return [response for batch in batches for response in batch]
 
+    def with_adapters(self, lora: LoRAConfig = DEFAULT_LORA, *, seed: int = 0) -> "Policy":
+        """The same model as the base of new adapters, which are then what is trained of it, and change nothing yet.
+
+        Args:
+          lora: their rank, scale and targets.
+          seed: of their first values.
+
+        Raises:
+          UserError: where it has adapters already, or the rank is 0.
+        """
+        if self.model.lora.is_on or not lora.is_on:
+            problem = f"{self.name} has {self.model.lora} already" if self.model.lora.is_on else "lora.rank is 0"
+            raise UserError(f"{problem}; give a model without adapters a rank, e.g. lora=jaxrm.LoRAConfig(rank=8)")
+        model = shard_model(self.model.source, self.model.mesh, self.model.config, lora=lora)
+        first = init_adapters(model.trained_shapes, jax.random.key(seed), model.trained_shardings)
+        return dataclasses.replace(self, model=model, params=join(self.params, first))
+
     def sampler(self, sampling: SamplingConfig) -> Sampler:
         """What generates responses to messages, or continues token ids."""
         return Sampler(self.model, self.params, self.tokenizer, self.template, sampling)
 
     def with_params(self, params: Any) -> "Policy":
         """The same model with other parameters, such as those of a training state: its adapters, where it has any."""
-        return dataclasses.replace(self, params=lora.join(lora.split(self.params)[1], params))
+        return dataclasses.replace(self, params=join(split(self.params)[1], params))
 
     @arguments()
     def as_reward_model(

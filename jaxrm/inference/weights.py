@@ -199,10 +199,15 @@ def identity_of(path: str) -> str:
     return f"{checkpoint.name}, of {launches[0].get('started')}"
 
 
+def identity_of_source(source: ModelSource) -> str:
+    """Which weights and adapters exactly, as `identity_of`; empty for weights that are drawn."""
+    return " + ".join(identity_of(path) for path in (source.path, source.adapter) if path is not None)
+
+
 def contents_of(source: ModelSource) -> str:
     """What changes where another host has other weights under the same name: a run's checkpoint, or files and sizes."""
-    if source.path is None or is_run(source.path):
-        return "" if source.path is None else identity_of(source.path)
+    if source.path is None or is_run(source.path) or source.adapter is not None:
+        return identity_of_source(source)
     folder = Path(source.path).expanduser()
     files = sorted(folder.glob("*")) if folder.is_dir() else [folder]
     return str([(file.name, file.stat().st_size) for file in files if file.suffix in (".safetensors", ".gguf")])

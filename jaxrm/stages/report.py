@@ -1,8 +1,12 @@
 """What a run prints when it opens and when it is complete."""
 
+import math
 from collections.abc import Mapping
 
+import jax
+
 from jaxrm.data.readers import ReadReport
+from jaxrm.inference import parameters
 from jaxrm.runtime.metrics import read_rows
 from jaxrm.runtime.progress import print_table
 from jaxrm.runtime.run_folder import RunFolder
@@ -17,11 +21,26 @@ def print_reading(reports: Mapping[str, ReadReport]) -> None:
 
 
 def print_size(stage: Stage, data: TrainingData) -> None:
-    """One line: rows of an epoch, and steps."""
+    """One line: rows of an epoch, and steps; before it one of the adapters, where they are trained."""
     section = stage.config.data
+    if stage.model.lora.is_on:
+        print(adapters_in_words(stage))
     print(
         f"{data.rows_per_epoch:,} rows of {section.max_length:,} tokens; {data.num_steps:,} steps of "
         f"{section.batch_size} rows"
+    )
+
+
+def adapters_in_words(stage: Stage) -> str:
+    """Which adapters are trained, how many parameters those are, and what they stand on."""
+    model, base = stage.model, parameters.base_of(stage.config.model, stage.config.seed)
+    trained, frozen = (
+        sum(math.prod(x.shape) for x in jax.tree.leaves(part)) for part in (model.trained_shapes, model.frozen_shapes)
+    )
+    where = base.path or f"chance ({base.preset}, seed {base.seed})"
+    return (
+        f"{model.lora}: {trained:,} parameters, {100 * trained / (trained + frozen):.2g} % of the model, on the base "
+        f"{where} (sha256 {base.sha256[:12]})"
     )
 
 

@@ -254,13 +254,15 @@ def check_training(config: Any, mesh: Mesh) -> None:
 
 
 def check_is_policy(config: Any) -> None:
-    """Refuse a ``config.model.path`` that is the run of something else than a policy.
+    """Refuse a model or an adapter that is the run of something else than a policy.
 
     Raises:
       UserError: naming what the run holds.
     """
-    if weights.is_run(config.model.path):
-        weights.find_checkpoint(config.model.path, "model.path", POLICIES)
+    for name in ("path", "adapter"):
+        path = getattr(config.model, name)
+        if weights.is_run(path):
+            weights.find_checkpoint(path, f"model.{name}", POLICIES)
 
 
 def judge_of(config: Any) -> str | None:

@@ -176,8 +176,8 @@ def _open_draws(inputs: _Inputs, folder: RunFolder, source: RewardSource) -> tup
 
 def _identity(config: Any, examples: Sequence[PromptExample]) -> str:
     """What the candidates are drawn from: prompts, policy, source of rewards."""
-    sources = (config.model.path, config.reward.model or config.reward.function)
-    models = "; ".join(weights.identity_of(path) for path in sources if path)
+    reward = config.reward.model or config.reward.function
+    models = "; ".join(filter(None, [weights.identity_of_source(config.model), reward and weights.identity_of(reward)]))
     return f"prompts {fingerprint(examples, config.data)[:12]}; {models}"
 
 

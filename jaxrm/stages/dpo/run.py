@@ -150,7 +150,7 @@ def _reference_log_probs(stage: Stage, folder: RunFolder, examples: Sequence[DPO
         {
             "data": fingerprint(examples, config.data),
             "pairs": len(examples),
-            "policy": weights.identity_of(str(config.model.path)),
+            "policy": weights.identity_of_source(config.model),
         },
         lambda: read_reference(
             examples,

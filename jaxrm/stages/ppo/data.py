@@ -10,7 +10,7 @@ import numpy as np
 from jaxrm.data.loader import BatchIterator
 from jaxrm.data.prompts import PromptExample
 from jaxrm.inference.sharded_model import to_devices
-from jaxrm.inference.weights import identity_of
+from jaxrm.inference.weights import identity_of, identity_of_source
 from jaxrm.stages.inputs.prompts import (
     PlacedPrompts,
     Prompts,
@@ -117,8 +117,8 @@ def open_inputs(stage: Stage) -> PPOInputs:
 
 def with_models(inputs: PPOInputs, config: Any) -> PPOInputs:
     """The same with policy, reward source and critic in the fingerprint, so that none of them is replaced midway."""
-    paths = (config.model.path, config.reward.model or config.reward.function, config.critic.path)
-    models = "; ".join(identity_of(path) for path in paths if path)
+    others = [identity_of(path) for path in (config.reward.model or config.reward.function, config.critic.path) if path]
+    models = "; ".join(filter(None, [identity_of_source(config.model), *others]))
     return dataclasses.replace(
         inputs, data=dataclasses.replace(inputs.data, fingerprint=f"{inputs.data.fingerprint}; {models}")
     )
