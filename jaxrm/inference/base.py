@@ -44,22 +44,36 @@ class Base:
     sha256: str
 
 
+def locate_base(source: ModelSource, seed: int) -> Base:
+    """Where the weights are that ``source`` names, as the base of adapters; without a hash of their content.
+
+    Raises:
+      UserError: where there are none.
+    """
+    if source.path is None:
+        return Base(None, source.preset, seed, "")
+    if not weights.is_run(source.path):
+        return Base(source.path, None, 0, "")
+    run = weights.find_checkpoint(source.path, "model.path", weights.LANGUAGE_MODELS)
+    return Base(str(run.folder.checkpoints / str(run.step)), None, 0, "")
+
+
 def describe_base(source: ModelSource, seed: int) -> Base:
     """The weights that ``source`` names, as the base of adapters; their files are read for it.
 
     Raises:
-      UserError: where there are none, or they are adapters themselves.
+      UserError: where there are none.
     """
-    if source.path is None:
+    base = locate_base(source, seed)
+    if base.path is None:
         shape = dicts.to_dict(build.read_shape(source))
         drawn = json.dumps({"drawn": shape, "seed": seed}, sort_keys=True)
-        return Base(None, source.preset, seed, hashlib.sha256(drawn.encode()).hexdigest())
-    if not weights.is_run(source.path):
-        return Base(source.path, None, 0, _content(tuple(hub.model_files(source.path))))
-    run = weights.find_checkpoint(source.path, "model.path", weights.LANGUAGE_MODELS)
-    step = run.folder.checkpoints / str(run.step)
+        return dataclasses.replace(base, sha256=hashlib.sha256(drawn.encode()).hexdigest())
+    if not weights.is_run(base.path):
+        return dataclasses.replace(base, sha256=_content(tuple(hub.model_files(base.path))))
+    step = Path(base.path)
     files = sorted(path for path in (step / "params").rglob("*") if path.is_file())
-    return Base(str(step), None, 0, _content((run.folder.model, *files)))
+    return dataclasses.replace(base, sha256=_content((step.parents[1] / "model.json", *files)))
 
 
 def read_base(run: weights.RunCheckpoint, path: str | None = None) -> Base:
@@ -72,9 +86,7 @@ def read_base(run: weights.RunCheckpoint, path: str | None = None) -> Base:
     Raises:
       UserError: it is elsewhere, or has another content; with what to type.
     """
-    recorded = _recorded(run.folder)
-    if recorded is None:
-        raise UserError(f"{run.folder.path} has adapters, but no {weights.BASE_FILE} that says what they stand on")
+    recorded = recorded_base(run)
     place = path or recorded.path
     instead = (
         f"say where it is now, {flag('model.path')}=BASE {flag('model.adapter')}={run.folder.path}"
@@ -91,6 +103,21 @@ def read_base(run: weights.RunCheckpoint, path: str | None = None) -> Base:
             f"{place or recorded.preset} is now another (sha256 {present.sha256[:12]}); {instead}"
         )
     return present
+
+
+def recorded_base(run: weights.RunCheckpoint) -> Base:
+    """The base that a run with adapters was trained on, which may be there no more.
+
+    Raises:
+      UserError: its record is gone, or damaged.
+    """
+    recorded = _recorded(run.folder)
+    if recorded is None:
+        raise UserError(
+            f"{run.folder.path} has adapters, but no {weights.BASE_FILE}, which says what they stand on; give another "
+            "run, or put that file back"
+        )
+    return recorded
 
 
 def keep_base(folder: RunFolder, base: Base) -> None:

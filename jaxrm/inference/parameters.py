@@ -6,7 +6,7 @@ import jax
 
 from jaxrm.errors import UserError, flag, option
 from jaxrm.inference import sharded_model, weights
-from jaxrm.inference.base import Base, describe_base, load_base, read_base
+from jaxrm.inference.base import Base, describe_base, load_base, locate_base, read_base, recorded_base
 from jaxrm.inference.sharded_model import ShardedModel
 from jaxrm.inference.weights import RunCheckpoint
 from jaxrm.models import heads, lora
@@ -26,6 +26,15 @@ def base_of(source: ModelSource, seed: int) -> Base:
     """
     run = weights.adapter_run(source)
     return describe_base(source, seed) if run is None else read_base(run, source.path if source.adapter else None)
+
+
+def stands_on_base_of(run: RunCheckpoint, source: ModelSource, seed: int) -> bool:
+    """Whether a run with adapters stands on the base of ``source``: the same place, or else the same content."""
+    adapters, mine = weights.adapter_run(source), recorded_base(run)
+    other = locate_base(source, seed) if adapters is None else recorded_base(adapters)
+    if (mine.path, mine.preset, mine.seed) == (other.path, other.preset, other.seed):
+        return True
+    return mine.sha256 == base_of(source, seed).sha256
 
 
 def init_params(model: ShardedModel, key: jax.Array, seed: int) -> Any:

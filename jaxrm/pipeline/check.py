@@ -15,10 +15,13 @@ from typing import Any
 from jaxrm import atomic
 from jaxrm.config import dicts
 from jaxrm.errors import UserError, naming
+from jaxrm.inference import weights
+from jaxrm.inference.base import keep_base, locate_base, recorded_base
 from jaxrm.inference.load import save_shape_and_tokenizer
 from jaxrm.pipeline.config import Pipeline, resolve
 from jaxrm.runtime.checkpoint import Checkpoints
 from jaxrm.runtime.run_folder import RunFolder
+from jaxrm.stage_config import TrainingConfig
 from jaxrm.stages.inspection import Inspection
 
 
@@ -90,6 +93,10 @@ def _write_stand_in(folder: Path, config: Any, inspection: Inspection) -> None:
         return
     run = RunFolder(folder, resumed=False, message="")
     save_shape_and_tokenizer(inspection.shape, inspection.tokenizer, run)
+    if isinstance(config, TrainingConfig) and config.lora.is_on:
+        adapters = weights.adapter_run(config.model)
+        base = locate_base(config.model, config.seed) if adapters is None else recorded_base(adapters)
+        keep_base(run, base)
     checkpoints = Checkpoints(run.checkpoints)
     checkpoints.save(0, {}, {}, loss=0.0)  # no arrays: it is looked for, and never read
     checkpoints.close()

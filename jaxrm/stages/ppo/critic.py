@@ -10,11 +10,11 @@ import jax.numpy as jnp
 from jaxrm.data.tokenizer import unreadable_by
 from jaxrm.errors import UserError, flag, option
 from jaxrm.inference import parameters, sharded_model
+from jaxrm.inference.base import recorded_base
 from jaxrm.inference.load import as_trained
 from jaxrm.inference.sharded_model import ShardedModel
 from jaxrm.inference.weights import RunCheckpoint, find_checkpoint
 from jaxrm.models import heads
-from jaxrm.models.build import ModelSource
 from jaxrm.stage_config import CRITIC_TRUNKS, REWARD_MODELS
 from jaxrm.stages.stage import Stage
 
@@ -88,14 +88,13 @@ def open_critic(stage: Stage) -> Critic:
 
 def _check_stands_on_base(config: Any, run: RunCheckpoint) -> None:
     """Refuse a critic whose adapters could not be trained on the policy's base."""
-    policy = parameters.base_of(config.model, config.seed)
-    base = parameters.base_of(ModelSource(path=str(run.folder.path)), config.seed) if run.lora.is_on else None
-    if run.lora == config.lora and base is not None and base.sha256 == policy.sha256:
+    if run.lora == config.lora and parameters.stands_on_base_of(run, config.model, config.seed):
         return
+    base = recorded_base(run) if run.lora.is_on else None
     stands = "all of its weights trained" if base is None else f"{run.lora}, on the base {base.path or base.preset}"
     raise UserError(
-        f"the critic starts from {run.name}, which has {stands}, but {option('lora')} is {config.lora}, on the base "
-        f"{policy.path or policy.preset}, which the critic has to share; start it from the policy, "
+        f"the critic starts from {run.name}, which has {stands}; but {option('lora')} is {config.lora}, and it has to "
+        f"share the policy's base; start it from the policy, "
         f"{flag('critic.path')}={config.model.adapter or config.model.path}"
     )
 
