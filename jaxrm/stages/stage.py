@@ -36,12 +36,13 @@ from jaxrm.inference.sampler import Response, response_text
 from jaxrm.inference.sharded_model import ShardedModel
 from jaxrm.inference.task_files import Records, task_files
 from jaxrm.models import build
-from jaxrm.models.lora import LoRAConfig
+from jaxrm.models.build import ModelSource
+from jaxrm.models.lora import NO_LORA, LoRAConfig
 from jaxrm.runtime.processes import check_same_inputs
 from jaxrm.runtime.run_folder import RunFolder, check_run, open_run
 from jaxrm.sharding import partition
 from jaxrm.sharding.mesh import batch_shards, batch_share, check_batch, check_row_length
-from jaxrm.stage_config import POLICIES, RESUMABLE_FIELDS, TrainingConfig
+from jaxrm.stage_config import POLICIES, RESUMABLE_FIELDS, Evaluate, TrainingConfig
 from jaxrm.stages.trained_template import check_trained_template
 
 if TYPE_CHECKING:
@@ -209,6 +210,10 @@ def _adapters(config: Any) -> LoRAConfig:
       UserError: it trains others than those that it goes on from.
     """
     source = config.model
+    if isinstance(config, Evaluate) and config.evaluate.reference is not None:
+        # One graph serves policy and reference: where their adapters differ, both are merged into their weights.
+        own, other = weights.lora_of(source), weights.lora_of(ModelSource(path=config.evaluate.reference))
+        return own if other in (own, NO_LORA) else NO_LORA
     if not isinstance(config, TrainingConfig):
         return weights.lora_of(source)
     run = weights.adapter_run(source)
