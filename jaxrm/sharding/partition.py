@@ -31,7 +31,14 @@ LOGICAL_TO_MESH: dict[str, str | tuple[str, ...] | None] = {
     "mlp": "tensor",
     "norm": None,
     "rank": None,  # of adapters: small
+    # scales of quantized kernels, one for a block of the axis
+    "embed_blocks": ("fsdp", "context"),
+    "heads_blocks": "tensor",
+    "head_dim_blocks": None,
+    "mlp_blocks": "tensor",
 }
+# Axes that are copied where the mesh does not divide them: heads shared by several queries, and few scales of many.
+_COPIED = ("kv_heads", "embed_blocks", "heads_blocks", "mlp_blocks")
 
 
 def parameter_shardings(shapes: Any, axes: Any, mesh: Mesh, *, field: str = "mesh") -> Any:
@@ -45,7 +52,7 @@ def parameter_shardings(shapes: Any, axes: Any, mesh: Mesh, *, field: str = "mes
 
     Raises:
       UserError: where a parameter has an axis that the table does not cover, or a size that the mesh does not
-        divide. Heads shared by several queries (``kv_heads``) are copied where they do not divide.
+        divide. Heads shared by several queries (``kv_heads``) and scales are copied where they do not divide.
     """
 
     def one(path: tuple[Any, ...], leaf: Any, names: tuple[str, ...]) -> NamedSharding:
@@ -61,7 +68,7 @@ def parameter_shardings(shapes: Any, axes: Any, mesh: Mesh, *, field: str = "mes
                 )
             axis = LOGICAL_TO_MESH[name]
             if size % _devices(mesh, axis):
-                if name != "kv_heads":
+                if name not in _COPIED:
                     raise _does_not_divide(mesh, field, axis, size, f"axis {name!r} of parameter {where}")
                 axis = None
             spec.append(axis)
