@@ -145,10 +145,10 @@ def _product_backward(
 ) -> tuple[jax.Array, None, None]:
     codes, scales = residuals
     outputs = codes.ndim - contracted
-    of_dy, of_kernel = tuple(range(dy.ndim - outputs, dy.ndim)), tuple(range(contracted, codes.ndim))
+    axes_dy, axes_kernel = tuple(range(dy.ndim - outputs, dy.ndim)), tuple(range(contracted, codes.ndim))
 
     def multiply(kernel: jax.Array) -> jax.Array:
-        return jax.lax.dot_general(dy, kernel, ((of_dy, of_kernel), ((), ())))
+        return jax.lax.dot_general(dy, kernel, ((axes_dy, axes_kernel), ((), ())))
 
     rows = dy.ndim - outputs
     return _by_tile(multiply, codes, scales, dy.dtype, axis=0, result_axis=rows, tile=tile), None, None
