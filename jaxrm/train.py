@@ -2,8 +2,9 @@
 
     python -m jaxrm.train --config=configs/quickstart.py --config.seed=1
 
-The fields of a pipeline's stage have its name in front: --config.sft.optimizer.lr=1e-4. --config.stages=sft,pairs runs
-some of the stages. Runs that are done are not repeated.
+The fields of a pipeline's stage have its name in front: --config.sft.optimizer.lr=1e-4. "--config.*.lora.rank=8" sets
+a field of all stages that have it. --config.stages=sft,pairs runs some of the stages. Runs that are done are not
+repeated.
 
 --dry_run does all the checks and nothing else: what was read and dropped, examples with the tokens that are trained on,
 steps, memory, what is missing for later stages. --html=FILE writes the same as a page.

@@ -4,8 +4,9 @@
 
 ``--config=file.py[:argument]`` names a Python file whose ``get_config([argument])`` returns the config, a tree of
 frozen dataclasses. ``--config.section.field=value`` overrides one field (``--noconfig.section.field`` switches off a
-boolean). A value is judged by its field's type, an absent section is made by naming one of its fields, ``None`` can be
-typed, and every mistake is answered in one line.
+boolean), ``--config.*.section.field=value`` that of every stage of a pipeline which has it. A value is judged by its
+field's type, an absent section is made by naming one of its fields, ``None`` can be typed, and every mistake is
+answered in one line.
 
 Exit status: what ``main`` returns (0 for None), 2 for a user's mistake, 74 for a disk that refuses a file, 130 for
 Ctrl-C.
@@ -21,7 +22,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from absl import flags
 
-from jaxrm.config import dicts
+from jaxrm.config import dicts, every_stage
 from jaxrm.config import fields as config_fields
 from jaxrm.config.files import load_config_file
 from jaxrm.config.quiet import silence_libraries, silence_shutdown
@@ -151,7 +152,11 @@ def _parse(
 ) -> dict[str, str]:
     """Parse the whole command line: own flags land in `values`, overrides are returned as text by name."""
     overrides: dict[str, str] = {}
-    names = config_fields.field_names(type(loaded.config)) if loaded is not None else {}
+    names: dict[str, Any] = {}
+    if loaded is not None:
+        every = every_stage.fields_of_stages(type(loaded.config))
+        names = {name: next(iter(types.values())) for name, types in every.items()}
+        names |= config_fields.field_names(type(loaded.config))
     if takes_config:
         flags.DEFINE_string("config", None, "the config file", flag_values=values)
     for name, annotation in names.items():
@@ -163,8 +168,7 @@ def _parse(
         if takes_config and loaded is None and error.flagname.startswith(("config.", "noconfig.")):
             name = error.flagname.split("=")[0]
             raise UserError(f"--{name} overrides nothing; give its file too, --config=configs/….py") from None
-        config_class = None if loaded is None else type(loaded.config)
-        raise _unknown_flag(error.flagname.split("=")[0], values, config_class) from None
+        raise _unknown_flag(error.flagname.split("=")[0], values, loaded) from None
     except (flags.Error, ValueError) as error:
         raise _wrong_flag(str(error), values) from None
     if rest:
@@ -172,10 +176,13 @@ def _parse(
     return overrides
 
 
-def _unknown_flag(name: str, values: flags.FlagValues, config_class: type | None) -> UserError:
+def _unknown_flag(name: str, values: flags.FlagValues, loaded: _Loaded | None) -> UserError:
     fields = [known for known in values if known.startswith("config.")]
-    if config_class is not None and re.match(r"(no)?config\.", name):
-        return config_fields.unknown_field(name.removeprefix("no"), config_class)
+    if loaded is not None and re.match(r"(no)?config\.", name):
+        name = name.removeprefix("no")
+        if name.startswith(every_stage.PREFIX):
+            return every_stage.unknown_field(name, type(loaded.config), loaded.path)
+        return config_fields.unknown_field(name, type(loaded.config))
     own = [f"--{known}" for known in values if known not in fields]
     advice = config_fields.did_you_mean(f"--{name}", own)
     advice = advice or config_fields.did_you_mean(f"--config.{name}", [f"--{field}" for field in fields])
@@ -214,11 +221,13 @@ class _Override(flags.Flag):
 
 def _changes(config: Any, overrides: Mapping[str, str]) -> dict[str, Any]:
     """What was typed as values of the fields' types, by name without ``config.``."""
-    names = config_fields.field_names(type(config))
+    names, every = config_fields.field_names(type(config)), every_stage.fields_of_stages(type(config))
     changes = {}
-    for name, text in overrides.items():
-        field = name.removeprefix("config.")
-        changes[field] = dicts.parse_text(text, names[name], name, example=_value_of(config, field))
+    for name in sorted(overrides, key=lambda name: name not in every):  # what is said of one stage stands last
+        for own_name, annotation in (every.get(name) or {name: names[name]}).items():
+            field = own_name.removeprefix("config.")
+            changes.pop(field, None)
+            changes[field] = dicts.parse_text(overrides[name], annotation, name, example=_value_of(config, field))
     return changes
 
 
@@ -248,5 +257,6 @@ def _help(
         return "\n".join([*lines, "", "--config=configs/….py --help lists the fields of the config too."])
     lines += ["", f"{loaded.path}:", *(f"  {line}" for line in (loaded.docstring or "").strip().splitlines())]
     lines += ["", f"Fields of the config, with the values of {loaded.path}:"]
+    lines += [f"  {line}" for line in every_stage.help_lines(type(loaded.config))]
     lines += [f"  --{line}" for line in config_fields.describe(type(loaded.config), loaded.config)]
     return "\n".join(lines)

@@ -191,6 +191,29 @@ def test_fields_of_a_stage_are_set_under_its_name():
     assert config.stages == ("pairs", "sft") and stage_names(config) == NAMES
 
 
+def test_a_star_sets_a_field_of_every_stage_that_has_it():
+    """``pairs`` samples and trains nothing, so it has neither adapters nor steps."""
+    config = parse("--config.*.lora.rank=8", "--config.*.num_steps=3", "--noconfig.*.data.packing", "--config.*.seed=4")
+    assert (config.sft.lora.rank, config.model.lora.rank) == (8, 8)
+    assert (config.sft.num_steps, config.model.num_steps) == (3, 3)
+    assert [stage.data.packing for stage in (config.sft, config.pairs, config.model)] == [False] * 3
+    assert [stage.seed for stage in (config.sft, config.pairs, config.model)] == [4] * 3
+    assert config.seed is None
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+def test_a_stages_own_name_goes_before_the_star(is_first):
+    named = ["--config.*.lora.rank=8", "--config.sft.lora.rank=0"]
+    config = parse(*(reversed(named) if is_first else named))
+    assert (config.sft.lora.rank, config.model.lora.rank) == (0, 8)
+
+
+def test_a_star_in_a_config_without_stages_is_refused(refuse):
+    message = refuse("--config.*.lora.rank=8", file="one.py")
+    assert message.startswith("config.*.lora.rank is a field of every stage of a pipeline, but one.py has no stages")
+    assert "--config.lora.rank=" in message
+
+
 def test_a_file_of_one_stage_is_read_as_before():
     config = parse("--config.optimizer.lr=2", file="one.py")
     assert isinstance(config, SFT) and config.optimizer.lr == 2.0
@@ -203,6 +226,7 @@ def test_help_lists_the_stages_fields_with_their_values(capsys):
     for line in ("stages=sft,pairs,model  (tuple of str)", "seed=None  (int or None)", "pairs.seed=5  (int)"):
         assert f"--config.{line}" in out
     assert out.index("--config.sft.run_dir") < out.index("--config.pairs.run_dir")
+    assert out.count("--config.*.FIELD=value") == 1
 
 
 @pytest.mark.parametrize(
@@ -240,6 +264,12 @@ def test_help_lists_the_stages_fields_with_their_values(capsys):
          "e.g. --config.stages=sft,pairs"),
         ("--config.stages=pairs", "config.pairs.model.path refers to the stage sft, which is not done in runs/q/sft "
          "and not among those to run; e.g. --config.stages=sft,pairs"),
+        ("--config.*.lora.rank=x", "config.*.lora.rank is 'x'; required int; e.g. --config.*.lora.rank=0"),
+        ("--config.*.lora.rank=-1", "config.sft.lora.rank is -1; it must be at least 0"),
+        ("--config.*.lora.rnak=1", "config.*.lora.rnak is no field of any stage, which are sft, pairs, model; did you "
+         "mean --config.*.lora.rank?"),
+        ("--config.*.lora=1", "config.*.lora is a section; set its fields, e.g. --config.*.lora.rank=…"),
+        ("--config.*=1", "config.* is no field of the config"),
         ("--config.run_dir=", "config.run_dir is empty; required a folder"),
         ("--config.run_dir=three.py", "config.run_dir is 'three.py', which cannot be written"),
     ],
