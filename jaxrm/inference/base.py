@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import os
 import weakref
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,28 +82,30 @@ def read_base(run: weights.RunCheckpoint, path: str | None = None) -> Base:
 
     Args:
       run: with adapters.
-      path: where it is now; None where it was.
+      path: where it is now. None: where it was, or beside the run as it was, where both were moved together.
 
     Raises:
       UserError: it is elsewhere, or has another content; with what to type.
     """
     recorded = recorded_base(run)
-    place = path or recorded.path
-    instead = (
-        f"say where it is now, {flag('model.path')}=BASE {flag('model.adapter')}={run.folder.path}"
-        if path is None
-        else "give that one"
-    )
-    if place is not None and path is None and not _is_there(place):
-        raise UserError(f"{run.name} stands on the base {place}, where there is none now; {instead}")
-    source = ModelSource(path=place) if place is not None else ModelSource(preset=recorded.preset)
-    present = describe_base(source, recorded.seed)
-    if present.sha256 != recorded.sha256:
-        raise UserError(
-            f"{run.name} stands on the base {recorded.path or recorded.preset} (sha256 {recorded.sha256[:12]}), but "
-            f"{place or recorded.preset} is now another (sha256 {present.sha256[:12]}); {instead}"
-        )
-    return present
+    stands = f"{run.name} stands on the base {recorded.path or recorded.preset}"
+    instead = "give that one"
+    if path is None:
+        instead = f"say where it is now, {flag('model.path')}=BASE {flag('model.adapter')}={run.folder.path}"
+    places = [path or recorded.path] if path or recorded.path is None else _places(run, recorded.path)
+    if not places:
+        raise UserError(f"{stands}, where there is none now; {instead}")
+    others = []
+    for place in places:
+        source = ModelSource(path=place) if place is not None else ModelSource(preset=recorded.preset)
+        try:
+            present = describe_base(source, recorded.seed)
+        except UserError as error:
+            raise UserError(f"{stands}, which cannot be read ({error}); {instead}") from error
+        if present.sha256 == recorded.sha256:
+            return present
+        others.append(f"{place or recorded.preset} is now another (sha256 {present.sha256[:12]})")
+    raise UserError(f"{stands} (sha256 {recorded.sha256[:12]}), but {others[0]}; {instead}")
 
 
 def recorded_base(run: weights.RunCheckpoint) -> Base:
@@ -182,8 +185,14 @@ def _recorded(folder: RunFolder) -> Base | None:
         raise UserError(f"{file} is damaged ({error}); give another run") from error
 
 
+def _places(run: weights.RunCheckpoint, path: str) -> list[str | None]:
+    """Where there is something that may be the base: where it was, or as far from the run as it was."""
+    beside = Path(os.path.normpath(run.folder.path / os.path.relpath(path, run.config.run_dir)))
+    return [place for place in dict.fromkeys((path, str(beside))) if _is_there(place)]
+
+
 def _is_there(path: str) -> bool:
-    return weights.is_run(path) or Path(path).expanduser().exists() or not path.startswith(("/", ".", "~"))
+    return Path(path).expanduser().exists() or hub.is_hub_name(path)
 
 
 @functools.lru_cache(64)

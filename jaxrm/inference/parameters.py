@@ -66,7 +66,12 @@ def read_run(run: RunCheckpoint, model: ShardedModel, base_path: str | None = No
       run: with or without adapters.
       model: of the run. Where it has no adapters and the run has, those are merged.
       base_path: where the base of its adapters is now; None where it was.
+
+    Raises:
+      UserError: there is a base for it, but it has no adapters; or the base is not there, or another one.
     """
+    if base_path is not None:
+        weights.check_has_adapters(run)
     if not run.lora.is_on:
         return run.restore(model.shapes, model.shardings)
     return _read_adapters(run, model, read_base(run, base_path))
@@ -108,4 +113,9 @@ def _read_adapters(run: RunCheckpoint, model: ShardedModel, base: Base) -> Any:
     joined = lora.join(frozen, run.restore(whole.trained_shapes, whole.trained_shardings))
     if model.lora.is_on:
         return joined
-    return jax.jit(lambda params: lora.merge(params, run.lora), out_shardings=model.shardings)(joined)
+    dtypes = jax.tree.map(lambda x: x.dtype, model.shapes)  # those that are trained, whatever the base is computed in
+
+    def merged(params: Any) -> Any:
+        return jax.tree.map(lambda x, dtype: x.astype(dtype), lora.merge(params, run.lora), dtypes)
+
+    return jax.jit(merged, out_shardings=model.shardings)(joined)

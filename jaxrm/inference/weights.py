@@ -141,16 +141,25 @@ def adapter_run(source: ModelSource) -> RunCheckpoint | None:
     """
     if source.adapter is not None:
         run = find_checkpoint(source.adapter, "model.adapter", LANGUAGE_MODELS)
-        if not run.lora.is_on:
-            raise UserError(
-                f"{option('model.adapter')} is {source.adapter!r}, a run whose weights were all trained; give it as "
-                f"{flag('model.path')}={source.adapter} and no adapter"
-            )
+        check_has_adapters(run)
         return run
     if not is_run(source.path):
         return None
     run = _of_run(source)
     return run if run.lora.is_on else None
+
+
+def check_has_adapters(run: RunCheckpoint) -> None:
+    """Refuse a run as ``config.model.adapter`` that has none.
+
+    Raises:
+      UserError: its weights were all trained.
+    """
+    if not run.lora.is_on:
+        raise UserError(
+            f"{option('model.adapter')} is {run.folder.path}, a run whose weights were all trained; give it as "
+            f"{flag('model.path')}={run.folder.path} and no adapter"
+        )
 
 
 def lora_of(source: ModelSource) -> LoRAConfig:

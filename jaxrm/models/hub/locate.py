@@ -23,6 +23,11 @@ _MODEL_FILES = [*_CONFIG_FILES, "model*.safetensors", "model.safetensors.index.j
 _ADAPTER_FILES = ["adapter_config.json", "adapter_model.safetensors", *_TOKENIZER_FILES]
 
 
+def is_hub_name(path: str) -> bool:
+    """Whether a path may be a name of the hub, such as ``google/gemma-2b``; a folder of that name goes first."""
+    return _HUB_NAME.fullmatch(path) is not None
+
+
 def locate(path: str, *, config_only: bool = False) -> Path:
     """Find the model that ``path`` names, downloading it into the Hugging Face cache if it is a hub name.
 
@@ -47,7 +52,7 @@ def locate(path: str, *, config_only: bool = False) -> Path:
             f"{option('model.path')} is {path!r}, which is a file; give the folder that holds config.json, or a .gguf "
             f"file, e.g. {flag('model.path')}={local.parent}"
         )
-    if _HUB_NAME.fullmatch(path) and local.suffix not in (".gguf", ".safetensors"):
+    if is_hub_name(path) and local.suffix not in (".gguf", ".safetensors"):
         return _download(path, _CONFIG_FILES if config_only else _MODEL_FILES)
     raise UserError(
         f"{option('model.path')} is {path!r}, but there is no model at that place; give a folder with config.json and "
@@ -67,7 +72,7 @@ def locate_adapter(path: str) -> Path:
     example = f"give a folder of PEFT, e.g. {flag('model.adapter')}=exported/sft_lora"
     if local.exists():
         raise UserError(f"{option('model.adapter')} is {path!r}, which has no adapter_config.json; {example}")
-    if not _HUB_NAME.fullmatch(path):
+    if not is_hub_name(path):
         raise UserError(f"{option('model.adapter')} is {path!r}, but there is nothing at that place; {example}")
     return _download(path, _ADAPTER_FILES, "model.adapter")
 
