@@ -222,7 +222,7 @@ class _Override(flags.Flag):
 def _changes(config: Any, overrides: Mapping[str, str]) -> dict[str, Any]:
     """What was typed as values of the fields' types, by name without ``config.``."""
     names, every = config_fields.field_names(type(config)), every_stage.fields_of_stages(type(config))
-    changes = {}
+    changes: dict[str, Any] = {}
     for name in sorted(overrides, key=lambda name: name not in every):  # what is said of one stage stands last
         for own_name, annotation in (every.get(name) or {name: names[name]}).items():
             field = own_name.removeprefix("config.")
