@@ -15,7 +15,7 @@ from flax import nnx
 
 from jaxrm.models import rope
 from jaxrm.models.config import ModelConfig
-from jaxrm.models.lora import LoRAConfig
+from jaxrm.models.lora import LoRAConfig, merged_product, merging_is_less_work
 
 _ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
@@ -107,10 +107,7 @@ class Projection(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Apply to ``x [B, T, *contracted]``."""
         if self.output_shape is None:
-            y = _project(x, self.kernel[...], self.contracted)
-            if self.adapter_scale is not None:
-                low = _project(x, self.lora_a[...], self.contracted)
-                y = y + self.adapter_scale * _project(low, self.lora_b[...], 1)
+            y = self._product(x)
         else:
             rows = x.shape[: x.ndim - self.contracted]
             matrix = self.kernel[...].astype(x.dtype)
@@ -119,6 +116,17 @@ class Projection(nnx.Module):
             return y
         bias = self.bias[...].astype(self.dtype)
         return y + jnp.expand_dims(bias, tuple(range(y.ndim - bias.ndim)))
+
+    def _product(self, x: jax.Array) -> jax.Array:
+        """Of the input with the kernel, and with the adapters in whichever way is less work."""
+        kernel = self.kernel[...]
+        if self.adapter_scale is None:
+            return _project(x, kernel, self.contracted)
+        a, b = self.lora_a[...], self.lora_b[...]
+        if merging_is_less_work(x, kernel, a, b):
+            return merged_product(x, kernel, a, b, self.adapter_scale, self.contracted)
+        low = _project(x, a, self.contracted)
+        return _project(x, kernel, self.contracted) + self.adapter_scale * _project(low, b, 1)
 
     def transpose(self) -> None:
         """Store the kernel of one layer, without the stack, as a matrix with a row for each output.

@@ -8,6 +8,7 @@ here works on such trees, of a decoder or of a decoder with a scalar head, which
 """
 
 import difflib
+import functools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -122,6 +123,73 @@ def merge(params: Any, config: LoRAConfig) -> Any:
         return rest | {"kernel": _merged(rest["kernel"], tree[A], tree[B], config.scale)}
 
     return one(params, "")
+
+
+def merging_is_less_work(x: jax.Array, kernel: jax.Array, a: jax.Array, b: jax.Array) -> bool:
+    """Whether `merged_product` is exact and has fewer multiplications than two narrow products; so it is for many rows.
+
+    The merged kernel rounds to the dtype of the kernel, so that is float32.
+    """
+    num_inputs, num_outputs = math.prod(a.shape[:-1]), math.prod(b.shape[1:])
+    num_rows = x.size // num_inputs
+    return x.dtype == kernel.dtype == jnp.float32 and num_rows * (num_inputs + num_outputs) > num_inputs * num_outputs
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def merged_product(
+    x: jax.Array, kernel: jax.Array, a: jax.Array, b: jax.Array, scale: float, contracted: int
+) -> jax.Array:
+    """``x (kernel + scale a b)``, whose gradients of ``a`` and ``b`` are those of ``scale (x a) b``.
+
+    Beside less work than that of two narrow products, it is one pass over the result and over the gradient of ``x``
+    instead of two.
+
+    Args:
+      x: ``[..., *contracted]``.
+      kernel: ``[*contracted, *outputs]``; where it is not trained it has no gradient.
+      a: ``[*contracted, rank]``.
+      b: ``[rank, *outputs]``.
+      scale: of the adapters.
+      contracted: how many axes are summed over.
+
+    Returns:
+      ``[..., *outputs]``.
+    """
+    return jnp.tensordot(x, _merged_kernel(kernel, a, b, scale), axes=contracted)
+
+
+def _merged_kernel(kernel: jax.Array, a: jax.Array, b: jax.Array, scale: float) -> jax.Array:
+    return kernel + scale * jnp.tensordot(a, b, axes=1)
+
+
+def _merged_product_forward(
+    x: Any, kernel: Any, a: Any, b: Any, scale: float, contracted: int
+) -> tuple[jax.Array, tuple[Any, ...]]:
+    # Not a call of `merged_product`, inside of which policies of remat would see no matrix product.
+    product = jnp.tensordot(x.value, _merged_kernel(kernel.value, a.value, b.value, scale), axes=contracted)
+    # Of the last one it counts only whether it is None: what is saved comes back as arrays.
+    return product, (x.value, kernel.value, a.value, b.value, kernel.value if kernel.perturbed else None)
+
+
+def _merged_product_backward(
+    scale: float, contracted: int, residuals: tuple[Any, ...], dy: jax.Array
+) -> tuple[jax.Array | None, ...]:
+    x, kernel, a, b, trained_kernel = residuals
+    num_rows = x.ndim - contracted
+    rows, outputs = tuple(range(num_rows)), tuple(range(num_rows, dy.ndim))
+    over_rows = ((rows, rows), ((), ()))
+    low = scale * jnp.tensordot(x, a, axes=contracted)
+    d_low = jax.lax.dot_general(dy, scale * b, ((outputs, tuple(range(1, b.ndim))), ((), ())))
+    kernel_outputs = tuple(range(contracted, kernel.ndim))
+    return (
+        jax.lax.dot_general(dy, _merged_kernel(kernel, a, b, scale), ((outputs, kernel_outputs), ((), ()))),
+        None if trained_kernel is None else jax.lax.dot_general(x, dy, over_rows),
+        jax.lax.dot_general(x, d_low, over_rows),
+        jax.lax.dot_general(low, dy, over_rows),
+    )
+
+
+merged_product.defvjp(_merged_product_forward, _merged_product_backward, symbolic_zeros=True)
 
 
 def init_adapters(shapes: Any, key: jax.Array, shardings: Any) -> Any:

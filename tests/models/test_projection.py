@@ -1,11 +1,13 @@
 """The projection's own gradient against that which JAX derives from the same product."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxrm.models.layers import _project
+from jaxrm.models.lora import merged_product
 
 SHAPES = {  # x, kernel, contracted axes
     "into heads": ((2, 5, 6), (6, 4, 3), 1),
@@ -82,3 +84,27 @@ def test_jit_agrees():
     gradient = jax.grad(lambda x, kernel: jnp.sum(_project(x, kernel, contracted) ** 2), argnums=(0, 1))
     for a, b in zip(jax.jit(gradient)(x, kernel), gradient(x, kernel), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_merged_adapters_equal_narrow_products(name):
+    """Values and the gradients of everything, of the kernel too, which is most often frozen."""
+    x, kernel, contracted = case(name, jnp.float32)
+    rng, rank = np.random.default_rng(2), 3
+    a = jnp.asarray(rng.normal(size=(*kernel.shape[:contracted], rank)), jnp.float32)
+    b = jnp.asarray(rng.normal(size=(rank, *kernel.shape[contracted:])), jnp.float32)
+
+    def narrow(x, kernel, a, b):
+        return tensordot(x, kernel, contracted) + 0.7 * tensordot(tensordot(x, a, contracted), b, 1)
+
+    def merged(x, kernel, a, b):
+        return merged_product(x, kernel, a, b, 0.7, contracted)
+
+    def run(product):
+        def loss(*arguments):
+            y = product(*arguments)
+            return jnp.sum(jnp.sin(y)), y
+
+        return jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3), has_aux=True))(x, kernel, a, b)
+
+    chex.assert_trees_all_close(run(merged), run(narrow), rtol=1e-4, atol=1e-4)
