@@ -155,6 +155,18 @@ def test_ppo_in_several_processes_trains_as_in_one(alone: Path, tmp_path: Path, 
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("count", COUNTS)
+def test_adapters_in_several_processes_train_as_in_one(alone: Path, tmp_path: Path, count: int) -> None:
+    """Policy and critic on one base, which all processes read a part of."""
+    arguments = [*ppo(alone), "--config.lora.rank=4", "--config.mesh.data=1", "--config.mesh.fsdp=-1"]
+    run(arguments, tmp_path / "one", 1)
+    run(arguments, tmp_path / "several", count)
+    for name in ("reward", "policy_loss", "value_loss", "kl"):
+        same_curve(tmp_path / "one", tmp_path / "several", name)
+    assert (tmp_path / "one" / "base.json").read_text() == (tmp_path / "several" / "base.json").read_text()
+
+
+@pytest.mark.slow
 def test_a_killed_process_stops_the_job_which_continues_exactly(alone: Path, tmp_path: Path) -> None:
     killed, in_one = tmp_path / "killed", tmp_path / "in_one"
     job = start(SFT, killed, 4)

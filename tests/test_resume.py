@@ -27,7 +27,7 @@ REWARD_MODEL = {
     "evaluation.judge": "task:safety",
 }
 SAMPLES = {"evaluation.samples": 1, "evaluation.sampling.max_new_tokens": 4}
-CONFIGS = {"sft": "sft_tiny", "seq2seq_rm": "rm_seq2seq_tiny", "scalar_rm": "rm_scalar_tiny"}
+CONFIGS = {"sft": "sft_tiny", "adapters": "sft_tiny", "seq2seq_rm": "rm_seq2seq_tiny", "scalar_rm": "rm_scalar_tiny"}
 ALGORITHMS = {
     "sft": SAMPLES,
     # After half of the steps the warm-up is over: launches begin in either phase of the loader.
@@ -35,6 +35,7 @@ ALGORITHMS = {
     | SAMPLES
     | {"evaluation.corrections": 1, "mapping.identity_warmup_steps": STEPS // 4, "mapping.instruction": ""},
     "scalar_rm": REWARD_MODEL | {"reward.kind": "scalar"},
+    "adapters": SAMPLES | {"lora.rank": 4},
 }
 KILL, TERM = signal.SIGKILL, signal.SIGTERM
 
@@ -145,7 +146,12 @@ def assert_same_run(run_dir, other):
 
 @pytest.mark.parametrize(
     ("algorithm", "signals"),
-    [("sft", [TERM, KILL, KILL]), ("seq2seq_rm", [TERM, KILL]), ("scalar_rm", [KILL, TERM])],
+    [
+        ("sft", [TERM, KILL, KILL]),
+        ("seq2seq_rm", [TERM, KILL]),
+        ("scalar_rm", [KILL, TERM]),
+        ("adapters", [KILL, TERM]),
+    ],
     ids=list(ALGORITHMS),
 )
 def test_a_stopped_run_ends_with_the_same_bits(environment, unbroken_run, tmp_path, algorithm, signals):

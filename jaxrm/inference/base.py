@@ -92,7 +92,7 @@ def read_base(run: weights.RunCheckpoint, path: str | None = None) -> Base:
     instead = "give that one"
     if path is None:
         instead = f"say where it is now, {flag('model.path')}=BASE {flag('model.adapter')}={run.folder.path}"
-    places = [path or recorded.path] if path or recorded.path is None else _places(run, recorded.path)
+    places = [path or recorded.path] if path or recorded.path is None else _places(run, recorded, recorded.path)
     if not places:
         raise UserError(f"{stands}, where there is none now; {instead}")
     others = []
@@ -103,6 +103,7 @@ def read_base(run: weights.RunCheckpoint, path: str | None = None) -> Base:
         except UserError as error:
             raise UserError(f"{stands}, which cannot be read ({error}); {instead}") from error
         if present.sha256 == recorded.sha256:
+            _seen[present.sha256] = place
             return present
         others.append(f"{place or recorded.preset} is now another (sha256 {present.sha256[:12]})")
     raise UserError(f"{stands} (sha256 {recorded.sha256[:12]}), but {others[0]}; {instead}")
@@ -162,6 +163,7 @@ def load_base(base: Base, model: ShardedModel, key: jax.Array) -> Any:
     return frozen
 
 
+_seen: dict[str, str | None] = {}  # the place of each base that was read, by its content
 _in_use: dict[Any, Any] = {}  # weak references to the parameters of each base, and the structure of their tree
 
 
@@ -185,10 +187,11 @@ def _recorded(folder: RunFolder) -> Base | None:
         raise UserError(f"{file} is damaged ({error}); give another run") from error
 
 
-def _places(run: weights.RunCheckpoint, path: str) -> list[str | None]:
-    """Where there is something that may be the base: where it was, or as far from the run as it was."""
+def _places(run: weights.RunCheckpoint, recorded: Base, path: str) -> list[str | None]:
+    """Where there is something that may be the base: where it was, as far from the run as it was, where it was seen."""
     beside = Path(os.path.normpath(run.folder.path / os.path.relpath(path, run.config.run_dir)))
-    return [place for place in dict.fromkeys((path, str(beside))) if _is_there(place)]
+    seen = _seen.get(recorded.sha256) or path
+    return [place for place in dict.fromkeys((path, str(beside), seen)) if _is_there(place)]
 
 
 def _is_there(path: str) -> bool:

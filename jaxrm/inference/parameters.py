@@ -52,9 +52,13 @@ def init_params(model: ShardedModel, key: jax.Array, seed: int) -> Any:
     if not model.lora.is_on and run is None:
         return weights.load_or_init_params(model.config, model.source, key, model.shapes, model.shardings)
     base = base_of(model.source, seed)
-    if run is not None:
+    if run is not None and (run.lora == model.lora or not model.lora.is_on):
         return _read_adapters(run, model, base)
-    frozen = load_base(base, model, init_key(seed))
+    if run is None:
+        frozen = load_base(base, model, init_key(seed))
+    else:  # other adapters than the model's, which only an evaluation has: they are merged into what is frozen
+        whole = sharded_model.shard_model(model.source, model.mesh, model.config)
+        frozen = sharded_model.in_compute_dtype(_read_adapters(run, whole, base), model.source.dtype)
     first = lora.init_adapters(model.trained_shapes, jax.random.fold_in(key, 1), model.trained_shardings)
     return lora.join(frozen, first)
 

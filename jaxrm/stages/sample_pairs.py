@@ -19,7 +19,7 @@ from jaxrm.data.config import DataConfig
 from jaxrm.data.readers import ReadReport, read_records
 from jaxrm.data.records import Message, PreferenceRecord
 from jaxrm.data.tasks.prompts import prompt_field
-from jaxrm.errors import UserError, flag, option
+from jaxrm.errors import UserError, flag, naming, option
 from jaxrm.inference.load import load_policy
 from jaxrm.inference.sampler import Sampler, prompt_room
 from jaxrm.inference.weights import find_checkpoint
@@ -43,7 +43,9 @@ def run(config: Any) -> int:
       UserError: where there is no embedded task or no policy to sample from.
     """
     records, task = _open_inputs(config), config.data.path.removeprefix(tasks.PREFIX)
-    policy = load_policy(config.model.path, mesh=build_mesh(config.mesh), dtype=config.model.dtype)
+    source = config.model
+    with naming({"path": option("model.path")}):
+        policy = load_policy(source.path, adapter=source.adapter, mesh=build_mesh(config.mesh), dtype=source.dtype)
     folder = open_run_folder(config)
     target = folder.path / PAIRS
     if not target.exists():
@@ -59,7 +61,7 @@ def inspect(config: Any) -> Inspection:
     records = _open_inputs(config)
     reading = ReadReport(total=len(records), used=len(records))
     rows = [_row(record.prompt, record.chosen, record.rejected) for record in records]
-    facts = {"pairs": f"up to {len(records):,}, sampled from {config.model.path}"}
+    facts = {"pairs": f"up to {len(records):,}, sampled from {config.model.adapter or config.model.path}"}
     return Inspection({f"Prompts of {config.data.path}": reading}, facts=facts, outputs={PAIRS: rows})
 
 
@@ -68,7 +70,8 @@ def _open_inputs(config: Any) -> list[PreferenceRecord]:
     _check(config)
     check_run_folder(config)
     records = _prompt_records(config)
-    checkpoint = find_checkpoint(config.model.path, "model.path", LANGUAGE_MODELS)
+    field = "model.path" if config.model.adapter is None else "model.adapter"
+    checkpoint = find_checkpoint(config.model.adapter or config.model.path, field, LANGUAGE_MODELS)
     prompt_room(checkpoint.shape, config.pairs.sampling, "pairs.sampling.max_new_tokens")
     return records
 

@@ -14,6 +14,7 @@ from jaxrm.algorithms.ppo_config import CriticConfig, RolloutConfig
 from jaxrm.algorithms.reward_config import RewardConfig
 from jaxrm.data.config import DataConfig
 from jaxrm.errors import UserError
+from jaxrm.inference import base as bases
 from jaxrm.inference import parameters
 from jaxrm.inference.load import load_policy, load_reward_model
 from jaxrm.inference.sharded_model import shard_model
@@ -57,6 +58,12 @@ def place(made, make_run, tmp_path):
     make_run(tmp_path / "base")
     make_run(tmp_path / "adapters", base=tmp_path / "base", lora=LORA, data=DATA)
     return tmp_path
+
+
+@pytest.fixture(autouse=True)
+def nothing_seen(monkeypatch):
+    """Bases of other tests, which have the same content, are not remembered."""
+    monkeypatch.setattr(bases, "_seen", {})
 
 
 def same(mine, theirs):
@@ -116,6 +123,27 @@ def test_a_stage_says_what_to_type_for_a_base_that_moved(place, mesh):
     model = shard_model(pointed, mesh, lora=LORA)
     loaded = load_policy(str(pointed.path), adapter=pointed.adapter, mesh=mesh).params
     same(parameters.init_params(model, jax.random.key(0), 0), loaded)
+
+
+def test_a_base_that_was_shown_is_there_for_all_that_stand_on_it(place, make_run, mesh):
+    """A reward model on the base of a policy that says where it is now."""
+    make_run(place / "reward_model", "scalar_rm", base=place / "base", lora=LORA)
+    (place / "base").rename(place / "moved")
+    with pytest.raises(UserError, match="where there is none now"):
+        load_reward_model(str(place / "reward_model"), mesh=mesh)
+    parameters.base_of(ModelSource(path=str(place / "moved"), adapter=str(place / "adapters")), 0)
+    assert load_reward_model(str(place / "reward_model"), mesh=mesh).model.lora == LORA
+
+
+def test_other_adapters_are_merged_where_nothing_is_trained(made, make_run, tmp_path, mesh):
+    """As those of a reference whose rank is not the policy's."""
+    other = LoRAConfig(rank=3, alpha=2)
+    make_run(tmp_path / "other", base=made / "base", lora=other)
+    model = shard_model(ModelSource(path=str(tmp_path / "other")), mesh, lora=LORA)
+    mine = lora.merge(parameters.init_params(model, jax.random.key(0), 0), LORA)
+    theirs = lora.merge(load_policy(str(tmp_path / "other"), mesh=mesh).params, other)
+    for a, b in zip(jax.tree.leaves(mine), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
 
 
 @pytest.mark.parametrize("is_relative", [False, True])

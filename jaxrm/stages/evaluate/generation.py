@@ -49,7 +49,7 @@ class AnswerGenerator:
 
     def load_params(self, path: str) -> Any:
         """Parameters of other weights of the policy's shape."""
-        return _load_params(self.stage, path)
+        return _load_others(self.stage, path)
 
     def rows(
         self, params: Any, split: tuple[int, str], examples: Sequence[PromptExample], decoding: str
@@ -109,8 +109,8 @@ def open_generator(
       UserError: where the rewards cannot score the policy's answers.
     """
     config, sampling = stage.config, stage.config.rollout.sampling
-    params = _load_params(stage, config.model.path)
-    reference = None if config.evaluate.reference is None else _load_params(stage, config.evaluate.reference)
+    params = stage.init_params(jax.random.key(0))
+    reference = None if config.evaluate.reference is None else _load_others(stage, config.evaluate.reference)
     build = functools.partial(
         build_sampler,
         stage.model,
@@ -144,7 +144,7 @@ def open_generator(
     return AnswerGenerator(stage, params, reference, samplers, score, ratio, prompt_length, key)
 
 
-def _load_params(stage: Stage, path: str) -> Any:
-    source = dataclasses.replace(stage.config.model, path=path)
+def _load_others(stage: Stage, path: str) -> Any:
+    source = dataclasses.replace(stage.config.model, path=path, adapter=None)
     model = dataclasses.replace(stage.model, source=source)
     return parameters.init_params(model, jax.random.key(0), stage.config.seed)

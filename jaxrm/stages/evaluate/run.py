@@ -194,7 +194,7 @@ def _checkpoints(config: Any) -> dict[int, str]:
     """The checkpoints that are evaluated too, by step, each as a path of weights; the reference is step 0."""
     if not config.evaluate.evaluate_checkpoints:
         return {}
-    latest = weights.find_checkpoint(config.model.path, "model.path", POLICIES)
+    latest = weights.find_checkpoint(config.model.adapter or config.model.path, "model.path", POLICIES)
     checkpoints = Checkpoints(latest.folder.checkpoints, read_only=True)
     steps = checkpoints.steps()
     checkpoints.close()
@@ -203,8 +203,9 @@ def _checkpoints(config: Any) -> dict[int, str]:
 
 def _check_same_models(file: Path, config: Any, *, has_answers: bool) -> None:
     """Refuse answers of another model than the one that a path names now; write down which ones it names."""
-    paths = {"model.path": config.model.path, "reward.model": config.reward.model}
-    models = {name: weights.identity_of(path) for name, path in paths.items() if path is not None}
+    models = {"model.path": weights.identity_of_source(config.model)}
+    if config.reward.model is not None:
+        models["reward.model"] = weights.identity_of(config.reward.model)
     if has_answers and file.exists():
         before = json.loads(file.read_text(encoding="utf-8"))
         for name, now in models.items():

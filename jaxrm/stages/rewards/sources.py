@@ -18,7 +18,7 @@ from jaxrm.data.prompts import PromptExample
 from jaxrm.data.template_comparison import write_alike
 from jaxrm.data.tokenizer import Vocabulary, unreadable_by
 from jaxrm.errors import UserError, flag, naming, option
-from jaxrm.inference import sharded_model
+from jaxrm.inference import parameters, sharded_model
 from jaxrm.inference.load import describe_reward_model, load_reward_model
 from jaxrm.inference.reward_model import RewardModel
 from jaxrm.inference.token_scores import build_scorer
@@ -69,6 +69,8 @@ def open_rewards(
             end_ids=end_ids,
             mesh=mesh,
         ), name
+    if config.model.adapter is not None:
+        parameters.base_of(config.model, config.seed)  # where it is now, for a reward model that stands on it too
     with naming({"path": option("reward.model")}):
         model = load_reward_model(
             config.reward.model, mesh=mesh, dtype=config.model.dtype, attention=config.model.attention
