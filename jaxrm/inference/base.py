@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from jaxrm import atomic
 from jaxrm.config import dicts
@@ -151,7 +152,7 @@ def load_base(base: Base, model: ShardedModel, key: jax.Array) -> Any:
       key: that drawn weights are drawn with.
     """
     source = model.source
-    name = (base.sha256, model.mesh, source.dtype)
+    name = (base.sha256, model.mesh, source.dtype, source.quantize)
     shared = _in_use.get(name)
     if shared is not None:
         leaves = [reference() for reference in shared[0]]
@@ -171,10 +172,15 @@ def _read(base: Base, model: ShardedModel, key: jax.Array) -> Any:
     shardings = model.frozen_shardings
     if base.path is not None and weights.is_run(base.path):
         run = weights.find_checkpoint(base.path, "model.path")
-        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, "float32"), model.frozen_shapes)
+        shapes = jax.tree.map(_as_saved, model.frozen_shapes)
         return in_compute_dtype(run.restore(shapes, shardings), model.source.dtype)
     source = dataclasses.replace(model.source, path=base.path, preset=base.preset, adapter=None)
     return in_compute_dtype(build.init_params(model.config, source, key, shardings), model.source.dtype)
+
+
+def _as_saved(shape: Any) -> Any:
+    """The shape as a run's checkpoint has it, in float32; codes are made of what it has."""
+    return shape if jnp.issubdtype(shape.dtype, jnp.integer) else jax.ShapeDtypeStruct(shape.shape, "float32")
 
 
 def _recorded(folder: RunFolder) -> Base | None:

@@ -40,6 +40,7 @@ def load_policy(
     dtype: str | None = None,
     tokenizer: str | None = None,
     template: str | None = None,
+    quantize: str | None = None,
 ) -> Policy:
     """Load a language model: a policy, or a seq2seq reward model as the decoder that it is.
 
@@ -54,18 +55,22 @@ def load_policy(
       tokenizer: for published weights without one: hub name, folder or GGUF file.
       template: chat template of published weights: a name of `jaxrm.data.named_templates.TEMPLATES`. By default the
         tokenizer's own.
+      quantize: how weights that are not adapters are stored, ``int8`` or ``nf4``, see
+        `jaxrm.models.build.ModelSource`. By default as in the training, or as they are.
 
     Raises:
       UserError: where there is no such model, or the tokenizer is not that of the weights.
     """
     path, mesh = _checked_path(path), mesh or build_mesh(MeshConfig())
     if not is_run(adapter or path):
-        return _load_weights(ModelSource(path=path, dtype=dtype or "float32"), mesh, tokenizer, template)
+        return _load_weights(
+            ModelSource(path=path, dtype=dtype or "float32", quantize=quantize), mesh, tokenizer, template
+        )
     _check_has_own(adapter or path, tokenizer, template)
     run = find_checkpoint(adapter or path, algorithms=LANGUAGE_MODELS)
     run_tokenizer = run.load_tokenizer()
     shape = with_tokens(run.shape, run_tokenizer)
-    model = shard_model(as_trained(run, dtype), mesh, shape, lora=run.lora)
+    model = shard_model(as_trained(run, dtype, quantize), mesh, shape, lora=run.lora)
     params = parameters.read_run(run, model, path if adapter else None)
     return Policy(model, params, run_tokenizer, run.config.data.template, run.name)
 
@@ -80,6 +85,7 @@ def load_reward_model(
     tokenizer: str | None = None,
     template: str | None = None,
     attention: str = "auto",
+    quantize: str | None = None,
 ) -> RewardModel:
     """Load a reward model of either sort; published weights are read as a seq2seq one.
 
@@ -91,25 +97,28 @@ def load_reward_model(
       tokenizer: see `load_policy`.
       template: see `load_policy`.
       attention: kernel, as in `jaxrm.models.build.ModelSource`.
+      quantize: see `load_policy`.
 
     Raises:
       UserError: where there is no such model, or it is no reward model.
     """
     path, mesh = _checked_path(path), mesh or build_mesh(MeshConfig())
     if not is_run(adapter or path):
-        source = ModelSource(path=path, dtype=dtype or "float32", attention=attention)
+        source = ModelSource(path=path, dtype=dtype or "float32", attention=attention, quantize=quantize)
         return _load_weights(source, mesh, tokenizer, template).as_reward_model("seq2seq")
     _check_has_own(adapter or path, tokenizer, template)
-    model = describe_reward_model(adapter or path, mesh=mesh, dtype=dtype, attention=attention)
+    model = describe_reward_model(adapter or path, mesh=mesh, dtype=dtype, attention=attention, quantize=quantize)
     run = find_checkpoint(adapter or path)
     return model.with_params(parameters.read_run(run, model.model, path if adapter else None))
 
 
-def describe_reward_model(path: str, *, mesh: Mesh, dtype: str | None, attention: str) -> RewardModel:
+def describe_reward_model(
+    path: str, *, mesh: Mesh, dtype: str | None, attention: str, quantize: str | None = None
+) -> RewardModel:
     """The reward model of a run without its parameters, which are None; arguments and errors as `load_reward_model`."""
     run = find_checkpoint(path, algorithms=REWARD_MODELS)
     is_seq2seq = run.config.algorithm == "seq2seq_rm"
-    source = dataclasses.replace(as_trained(run, dtype), attention=attention)
+    source = dataclasses.replace(as_trained(run, dtype, quantize), attention=attention)
     tokenizer = run.load_tokenizer()
     return RewardModel(
         (shard_model if is_seq2seq else shard_scalar_model)(
@@ -149,9 +158,11 @@ def spread_mesh(path: str) -> Mesh:
     return build_mesh(MeshConfig(data=-1, fsdp=math.gcd(jax.device_count(), shape.hidden_size)))
 
 
-def as_trained(run: RunCheckpoint, dtype: str | None = None) -> ModelSource:
-    """How to compute with a run's model: in its dtype unless another is given, with this platform's attention."""
-    return ModelSource(preset="as trained", dtype=dtype or run.config.model.dtype)
+def as_trained(run: RunCheckpoint, dtype: str | None = None, quantize: str | None = None) -> ModelSource:
+    """How to compute with a run's model: in its dtype and quantized as it was, unless another is given, with this
+    platform's attention."""
+    trained = run.config.model
+    return ModelSource(preset="as trained", dtype=dtype or trained.dtype, quantize=quantize or trained.quantize)
 
 
 def save_shape_and_tokenizer(config: ModelConfig, tokenizer: "PreTrainedTokenizerBase", folder: RunFolder) -> None:

@@ -1,5 +1,6 @@
 """Parameters of a model as its graph has them: read or drawn, and with adapters joined to their base or merged."""
 
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -9,7 +10,7 @@ from jaxrm.inference import sharded_model, weights
 from jaxrm.inference.base import Base, describe_base, load_base, locate_base, read_base, recorded_base
 from jaxrm.inference.sharded_model import ShardedModel
 from jaxrm.inference.weights import RunCheckpoint
-from jaxrm.models import heads, lora
+from jaxrm.models import heads, lora, quantized
 from jaxrm.models.build import ModelSource
 
 
@@ -108,18 +109,22 @@ def _read_adapters(run: RunCheckpoint, model: ShardedModel, base: Base) -> Any:
     """The base joined with the adapters of a run, or merged with them where the model has none."""
     has_head = run.config.algorithm == "scalar_rm"
     shard = sharded_model.shard_scalar_model if has_head else sharded_model.shard_model
-    whole = model if model.lora.is_on else shard(model.source, model.mesh, model.config, lora=run.lora)
+    # Merged, they are those of the base that they were trained on.
+    source = replace(model.source, quantize=run.config.model.quantize)
+    whole = model if model.lora.is_on else shard(source, model.mesh, model.config, lora=run.lora)
     assert whole.lora == run.lora, "refused by check_adapters"
-    decoder = sharded_model.shard_model(model.source, model.mesh, model.config, lora=run.lora) if has_head else whole
+    decoder = sharded_model.shard_model(whole.source, model.mesh, model.config, lora=run.lora) if has_head else whole
     frozen = load_base(base, decoder, init_key(base.seed))
     if has_head:
         frozen = heads.frozen_trunk(frozen)
     joined = lora.join(frozen, run.restore(whole.trained_shapes, whole.trained_shardings))
     if model.lora.is_on:
         return joined
+    assert model.source.quantize is None, "refused by check_trainable"
     dtypes = jax.tree.map(lambda x: x.dtype, model.shapes)  # those that are trained, whatever the base is computed in
 
     def merged(params: Any) -> Any:
-        return jax.tree.map(lambda x, dtype: x.astype(dtype), lora.merge(params, run.lora), dtypes)
+        whole = lora.merge(quantized.dequantize_params(params), run.lora)
+        return jax.tree.map(lambda x, dtype: x.astype(dtype), whole, dtypes)
 
     return jax.jit(merged, out_shardings=model.shardings)(joined)

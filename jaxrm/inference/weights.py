@@ -14,7 +14,7 @@ import jax
 from jaxrm.config import dicts
 from jaxrm.data.tokenizer import Vocabulary, load_tokenizer
 from jaxrm.errors import UserError, flag, option
-from jaxrm.models import build
+from jaxrm.models import build, quantized
 from jaxrm.models.build import ModelSource
 from jaxrm.models.config import ModelConfig
 from jaxrm.models.lora import NO_LORA, LoRAConfig
@@ -69,7 +69,14 @@ class RunCheckpoint:
         return load_tokenizer(str(self.folder.tokenizer))
 
     def restore(self, shapes: Any, shardings: Any) -> Any:
-        """What it holds, made where ``shardings`` says: its parameters, or its adapters and a scalar head."""
+        """What it holds, made where ``shardings`` says: its parameters, or its adapters and a scalar head.
+
+        Kernels that are quantized by ``shapes`` are restored as they are, and then quantized one after another.
+        """
+        kind = quantized.kind_of(shapes)
+        if kind is not None:
+            plain = self.restore(quantized.plain_shapes(shapes), quantized.plain_shardings(shardings))
+            return quantized.quantize_params(plain, kind, shardings)
         checkpoints = Checkpoints(self.folder.checkpoints, read_only=True)
         try:
             return checkpoints.restore(self.step, {"params": with_shardings(shapes, shardings)})["params"]

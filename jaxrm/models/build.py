@@ -10,7 +10,7 @@ from flax import nnx
 
 from jaxrm.config.fields import bounded, check, one_of, place, typed
 from jaxrm.errors import UserError, flag, option
-from jaxrm.models import attention, hub, layers
+from jaxrm.models import attention, hub, layers, quantized
 from jaxrm.models.config import ModelConfig, preset
 from jaxrm.models.heads import ActorCritic, ScalarHead, ScalarModel
 from jaxrm.models.lora import NO_LORA, LoRAConfig
@@ -27,6 +27,8 @@ class ModelSource:
       path: published weights: hub name, folder with config.json and safetensors, or GGUF file.
       adapter: adapters that stand on those weights: the folder of a run, or a PEFT folder. A run with adapters can be
         given as ``path`` too, and then finds its base by itself.
+      quantize: how the frozen base of adapters is stored: ``int8``, a byte for each weight of a projection, or ``nf4``,
+        half a byte; None as it is.
       preset: shape by public name (``jaxrm.models.config.PRESETS``), with random parameters.
       dtype: compute dtype, ``float32`` or ``bfloat16``; parameters are float32 whatever it is.
       remat: what the backward pass keeps of a layer: ``full`` least, ``dots`` matrix products, ``none`` all.
@@ -35,6 +37,7 @@ class ModelSource:
 
     path: str | None = None
     adapter: str | None = None
+    quantize: str | None = bounded(None, one_of(*quantized.KINDS))
     preset: str | None = None
     dtype: str = bounded("float32", one_of(*DTYPES))
     remat: str = bounded("full", one_of(*REMAT_POLICIES))
@@ -93,6 +96,20 @@ def check_weights(config: ModelConfig, source: ModelSource) -> None:
     """
     if source.path is not None:
         hub.check_weights(source.path, config)
+
+
+def check_trainable(source: ModelSource, lora: LoRAConfig) -> None:
+    """Refuse to train quantized weights.
+
+    Raises:
+      UserError: ``config.model.quantize`` without adapters.
+    """
+    if source.quantize is not None and not lora.is_on:
+        raise UserError(
+            f"{option('model.quantize')} is {source.quantize!r}, but {option('lora.rank')} is 0, which trains all "
+            f"weights, and quantized ones cannot be trained; train adapters, e.g. {flag('lora.rank')}=16, or give "
+            f"{flag('model.quantize')}=None"
+        )
 
 
 def abstract_decoder(
@@ -157,9 +174,12 @@ def init_scalar_head(config: ModelConfig, key: jax.Array, shardings: Any) -> Any
 
 
 def init_params(config: ModelConfig, source: ModelSource, key: jax.Array, shardings: Any) -> Any:
-    """First parameters, float32, each made where it lies: read from ``source.path``, or drawn with ``key``."""
+    """First parameters, each made where it lies: read from ``source.path``, or drawn with ``key``.
+
+    They are float32, but for kernels that the source quantizes.
+    """
     if source.path is not None:
-        return hub.load_params(source.path, config, shardings=shardings)
+        return hub.load_params(source.path, config, shardings=shardings, quantize=source.quantize)
 
     def draw(key: jax.Array) -> Any:
         decoder = _decoder(config, source, nnx.Rngs(params=key), attention.xla, layers.unconstrained, NO_LORA)
@@ -184,5 +204,13 @@ def _decoder(
     constrain: layers.Constrain,
     lora: LoRAConfig,
 ) -> Decoder:
-    dtype = jnp.dtype(source.dtype)
-    return Decoder(config, rngs=rngs, dtype=dtype, remat=source.remat, attend=attend, constrain=constrain, lora=lora)
+    return Decoder(
+        config,
+        rngs=rngs,
+        dtype=jnp.dtype(source.dtype),
+        remat=source.remat,
+        attend=attend,
+        constrain=constrain,
+        lora=lora,
+        quantize=source.quantize,
+    )

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxrm.models import rope
+from jaxrm.models import quantized, rope
 from jaxrm.models.config import ModelConfig
 from jaxrm.models.lora import LoRAConfig, merged_product, merging_is_less_work
 
@@ -73,7 +73,8 @@ _project.defvjp(_project_forward, _project_backward, symbolic_zeros=True)
 class Projection(nnx.Module):
     """Matrix product over the first ``contracted`` axes of the kernel, and a bias over the rest.
 
-    With adapters (`jaxrm.models.lora`) it adds their part. Decoding uses the kernel transposed, see ``transpose``.
+    With adapters (`jaxrm.models.lora`) it adds their part. A quantized one (`jaxrm.models.quantized`) has codes and
+    scales in place of the kernel. Decoding uses the kernel transposed, see ``transpose``.
     """
 
     def __init__(
@@ -87,11 +88,21 @@ class Projection(nnx.Module):
         stddev: float,
         dtype: jnp.dtype,
         adapter: LoRAConfig | None = None,
+        quantize: str | None = None,
     ):
         assert axes[0] == "layers", axes
         self.contracted, self.dtype = contracted, dtype
         self.output_shape: tuple[int, ...] | None = None  # set once the kernel is transposed
-        self.kernel = nnx.Param(stddev * jax.random.normal(rngs.params(), shape), logical_axes=axes)
+        kernel = stddev * jax.random.normal(rngs.params(), shape)
+        self.is_quantized = quantize is not None
+        if quantize is None:
+            self.kernel = nnx.Param(kernel, logical_axes=axes)
+        else:
+            one_layer = functools.partial(quantized.quantize, kind=quantize, contracted=contracted)
+            codes, scales = jax.vmap(one_layer)(kernel)
+            self.codes = nnx.Param(codes, logical_axes=axes)
+            scales_axes = quantized.scales_axes(axes[1:], contracted)
+            self.scales = nnx.Param(scales, logical_axes=("layers", *scales_axes))
         outputs = [i for i in range(len(axes)) if not 1 <= i < 1 + contracted]
         zeros = jnp.zeros([shape[i] for i in outputs])
         self.bias = nnx.Param(zeros, logical_axes=tuple(axes[i] for i in outputs)) if bias else None
@@ -119,23 +130,31 @@ class Projection(nnx.Module):
 
     def _product(self, x: jax.Array) -> jax.Array:
         """Of the input with the kernel, and with the adapters in whichever way is less work."""
-        kernel = self.kernel[...]
         if self.adapter_scale is None:
-            return _project(x, kernel, self.contracted)
+            return self._base_product(x)
         a, b = self.lora_a[...], self.lora_b[...]
-        if merging_is_less_work(x, kernel, a, b):
-            return merged_product(x, kernel, a, b, self.adapter_scale, self.contracted)
+        if not self.is_quantized and merging_is_less_work(x, self.kernel[...], a, b):
+            return merged_product(x, self.kernel[...], a, b, self.adapter_scale, self.contracted)
         low = _project(x, a, self.contracted)
-        return _project(x, kernel, self.contracted) + self.adapter_scale * _project(low, b, 1)
+        return self._base_product(x) + self.adapter_scale * _project(low, b, 1)
+
+    def _base_product(self, x: jax.Array) -> jax.Array:
+        if self.is_quantized:
+            return quantized.product(x, self.codes[...], self.scales[...], self.contracted)
+        return _project(x, self.kernel[...], self.contracted)
 
     def transpose(self) -> None:
         """Store the kernel of one layer, without the stack, as a matrix with a row for each output.
 
         Products of a few rows then read it along its memory: on CPU, at 32 rows, in four fifths of the time. With
         its axes kept apart, XLA there copies the kernel that comes after attention at every token. Adapters are added
-        to it, since it is a copy anyway.
+        to it, and codes dequantized, since it is a copy anyway.
         """
         assert self.output_shape is None
+        if self.is_quantized:
+            kernel = quantized.dequantize(self.codes[...], self.scales[...], jnp.float32)
+            del self.codes, self.scales
+            self.kernel, self.is_quantized = nnx.Param(kernel), False
         kernel = self.kernel[...]
         if self.adapter_scale is not None:
             product = jnp.tensordot(self.lora_a[...], self.lora_b[...], axes=1)
@@ -178,9 +197,17 @@ class RMSNorm(nnx.Module):
 class Attention(nnx.Module):
     """Grouped-query attention with rotary positions; the kernel that attends is given by the caller."""
 
-    def __init__(self, rngs: nnx.Rngs, config: ModelConfig, stack: tuple[int, ...], dtype: jnp.dtype, lora: LoRAConfig):
+    def __init__(
+        self,
+        rngs: nnx.Rngs,
+        config: ModelConfig,
+        stack: tuple[int, ...],
+        dtype: jnp.dtype,
+        lora: LoRAConfig,
+        quantize: str | None,
+    ):
         D, N, K, H = config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim
-        project = functools.partial(_projection, rngs, dtype, lora, "attention")
+        project = functools.partial(_projection, rngs, dtype, lora, "attention", quantize=quantize)
         into = functools.partial(project, bias=config.qkv_bias, stddev=D**-0.5)
         self.query = into("query", (*stack, D, N, H), ("layers", "embed", "heads", "head_dim"))
         self.key = into("key", (*stack, D, K, H), ("layers", "embed", "kv_heads", "head_dim"))
@@ -207,9 +234,17 @@ class Attention(nnx.Module):
 class MLP(nnx.Module):
     """Gated MLP: ``down(act(gate(x)) * up(x))`` (Shazeer 2020, arXiv 2002.05202)."""
 
-    def __init__(self, rngs: nnx.Rngs, config: ModelConfig, stack: tuple[int, ...], dtype: jnp.dtype, lora: LoRAConfig):
+    def __init__(
+        self,
+        rngs: nnx.Rngs,
+        config: ModelConfig,
+        stack: tuple[int, ...],
+        dtype: jnp.dtype,
+        lora: LoRAConfig,
+        quantize: str | None,
+    ):
         D, F = config.hidden_size, config.intermediate_size
-        project = functools.partial(_projection, rngs, dtype, lora, "mlp", bias=config.mlp_bias)
+        project = functools.partial(_projection, rngs, dtype, lora, "mlp", bias=config.mlp_bias, quantize=quantize)
         self.gate = project("gate", (*stack, D, F), ("layers", "embed", "mlp"), stddev=D**-0.5)
         self.up = project("up", (*stack, D, F), ("layers", "embed", "mlp"), stddev=D**-0.5)
         down_stddev = (2 * config.num_layers * F) ** -0.5
@@ -224,11 +259,19 @@ class MLP(nnx.Module):
 class Layer(nnx.Module):
     """One decoder layer, or a stack of them when its parameters carry the leading ``layers`` axis."""
 
-    def __init__(self, rngs: nnx.Rngs, config: ModelConfig, stack: tuple[int, ...], dtype: jnp.dtype, lora: LoRAConfig):
+    def __init__(
+        self,
+        rngs: nnx.Rngs,
+        config: ModelConfig,
+        stack: tuple[int, ...],
+        dtype: jnp.dtype,
+        lora: LoRAConfig,
+        quantize: str | None,
+    ):
         norm = functools.partial(RMSNorm, config, stack, config.hidden_size)
         self.attention_norm, self.mlp_norm = norm(), norm()
-        self.attention = Attention(rngs, config, stack, dtype, lora)
-        self.mlp = MLP(rngs, config, stack, dtype, lora)
+        self.attention = Attention(rngs, config, stack, dtype, lora, quantize)
+        self.mlp = MLP(rngs, config, stack, dtype, lora, quantize)
         self.post_attention_norm = norm() if config.post_norms else _identity
         self.post_mlp_norm = norm() if config.post_norms else _identity
 

@@ -37,6 +37,7 @@ class Decoder(nnx.Module):
       attend: attention kernel, see ``jaxrm.models.attention.choose``.
       constrain: pins activations to devices where a mesh is used.
       lora: adapters of the projections; none by default.
+      quantize: how the kernels of the projections are stored, see ``jaxrm.models.quantized``; None: as they are.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class Decoder(nnx.Module):
         attend: attention.Attend = attention.xla,
         constrain: layers.Constrain = layers.unconstrained,
         lora: LoRAConfig = NO_LORA,
+        quantize: str | None = None,
     ):
         assert remat in REMAT_POLICIES, remat
         dtype = jnp.dtype(dtype)
@@ -56,7 +58,7 @@ class Decoder(nnx.Module):
         self.attend, self.constrain = attend, constrain
         self.scale = config.head_dim**-0.5 if config.query_scale is None else config.query_scale
         self.embedder = layers.Embedding(rngs, config)
-        self.layers = layers.Layer(rngs, config, (config.num_layers,), dtype, lora)
+        self.layers = layers.Layer(rngs, config, (config.num_layers,), dtype, lora, quantize)
         self.final_norm = layers.RMSNorm(config, (), config.hidden_size)
         self.head = None if config.tie_embeddings else layers.Embedding(rngs, config)
 
@@ -87,7 +89,8 @@ class Decoder(nnx.Module):
     def unstack_layers(self) -> tuple[layers.Layer, ...]:
         """The layers one by one, for ``decode``; outside the decoding loop, which then reads each in place.
 
-        Their weights are as the loop reads them at every token: in the compute dtype and transposed.
+        Their weights are as the loop reads them at every token: in the compute dtype and transposed. Those of a
+        quantized base are dequantized for the loop's length (jaxrm choice): reading codes at every token takes longer.
         """
         graphdef, stacked = nnx.split(self.layers)
 

@@ -32,6 +32,7 @@ def stage_programs(config: TrainingConfig, mesh: Mesh) -> StagePrograms:
     if config.algorithm not in PLANNED:
         raise UserError(f"{option('algorithm')} is {config.algorithm!r}; what can be planned is {', '.join(PLANNED)}")
     check_batch(mesh, "data.batch_size", config.data.batch_size, config.num_microbatches)
+    build.check_trainable(config.model, config.lora)
     decoder = sharded_model.shard_model(config.model, mesh, lora=config.lora)
     build.check_length(decoder.config, "data.max_length", config.data.max_length)
     if isinstance(config, PPO):

@@ -219,6 +219,7 @@ def _adapters(config: Any) -> LoRAConfig:
     run = weights.adapter_run(source)
     if run is not None:
         parameters.check_adapters(run, config.lora)
+    build.check_trainable(source, config.lora)
     return config.lora
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from jaxrm.errors import UserError
+from jaxrm.models import quantized
 from jaxrm.models.config import ModelConfig
 from jaxrm.models.hub.gguf import gguf_model_config, open_gguf
 from jaxrm.models.hub.hf_config import parse_end_ids, parse_hf_config
@@ -51,7 +52,14 @@ def read_model_config(path: str) -> ModelConfig:
     return config
 
 
-def load_params(path: str, config: ModelConfig, *, shardings: Params | None = None, dtype: Any = jnp.float32) -> Params:
+def load_params(
+    path: str,
+    config: ModelConfig,
+    *,
+    shardings: Params | None = None,
+    dtype: Any = jnp.float32,
+    quantize: str | None = None,
+) -> Params:
     """Read a model's weights into the decoder's parameter tree, layers stacked on a leading axis.
 
     Names and shapes are checked before anything is allocated. Then one tensor at a time is read, converted
@@ -63,9 +71,12 @@ def load_params(path: str, config: ModelConfig, *, shardings: Params | None = No
       config: what the weights must fit, usually ``read_model_config(path)``.
       shardings: the parameter tree with a sharding in place of every array; None: the default device.
       dtype: of the parameters.
+      quantize: one of ``jaxrm.models.quantized.KINDS``; each kernel of a projection is quantized on its devices as soon
+        as it is read, so that the model is nowhere whole before. None: they are kept as they are.
 
     Returns:
-      A nested dict of ``jax.Array``, e.g. ``params["layers"]["mlp"]["up"]["kernel"]`` of ``[L, D, F]``.
+      A nested dict of ``jax.Array``, e.g. ``params["layers"]["mlp"]["up"]["kernel"]`` of ``[L, D, F]``, or ``codes``
+      and ``scales`` in its place.
 
     Raises:
       UserError: naming the missing, extra or misshapen tensors.
@@ -76,15 +87,19 @@ def load_params(path: str, config: ModelConfig, *, shardings: Params | None = No
         tensors.setdefault(tensor.path, []).append(tensor)
     params: Params = {}
     for parameter, parts in tensors.items():
-        sharding = _lookup(shardings, parameter)
-        if parts[0].layer is None:
-            array = _to_devices(parts[0], stored, sharding, dtype)
-        else:
-            array = _stack(parts, stored, sharding, dtype)
         node = params
         for key in parameter[:-1]:
             node = node.setdefault(key, {})
-        node[parameter[-1]] = array
+        place, name = parameter[:-1], parameter[-1]
+        contracted = quantized.contracted_axes(place) if name == "kernel" else None
+        if quantize is not None and contracted is not None:
+            names = ("codes", "scales")
+            sharding = {name: _lookup(shardings, (*place, name)) for name in names}
+            node |= _quantized_stack(parts, stored, sharding, quantize, contracted)
+        elif parts[0].layer is None:
+            node[name] = _to_devices(parts[0], stored, _lookup(shardings, parameter), dtype)
+        else:
+            node[name] = _stack(parts, stored, _lookup(shardings, parameter), dtype)
     return params
 
 
@@ -177,6 +192,28 @@ def _stack(parts: list[NamedTensor], stored: dict[str, StoredTensor], sharding: 
         layer = _to_devices(part, stored, _without_layers(sharding), dtype)
         buffer = write(buffer, layer, jnp.int32(part.layer)).block_until_ready()
     return buffer
+
+
+def _quantized_stack(
+    parts: list[NamedTensor],
+    stored: dict[str, StoredTensor],
+    shardings: dict[str, Sharding],
+    kind: str,
+    contracted: int,
+) -> dict[str, jax.Array]:
+    """Codes and scales of a stack of kernels; one kernel at a time is on the devices as it is in the file."""
+    of_layer = {name: _without_layers(sharding) for name, sharding in shardings.items()}
+    quantize = quantized.quantizer(kind, contracted, of_layer["codes"], of_layer["scales"], stacked=False)
+    buffers: dict[str, jax.Array] = {}
+    for part in parts:
+        kernel = _to_devices(part, stored, of_layer["codes"], jnp.float32)
+        for name, layer in quantize(kernel).items():
+            if name not in buffers:
+                buffers[name] = _zeros_maker((len(parts), *layer.shape), layer.dtype, shardings[name])()
+            write = _layer_writer(shardings[name])
+            buffers[name] = write(buffers[name], layer, jnp.int32(part.layer)).block_until_ready()
+        kernel.delete()
+    return buffers
 
 
 # Parameters of one shape and sharding, such as keys and values, share these compiled functions.

@@ -77,7 +77,10 @@ def open_critic(stage: Stage) -> Critic:
     if stage.model.lora.is_on:
         _check_stands_on_base(config, run)
     source = dataclasses.replace(
-        as_trained(run, config.model.dtype), remat=config.model.remat, attention=config.model.attention
+        as_trained(run, config.model.dtype),
+        remat=config.model.remat,
+        attention=config.model.attention,
+        quantize=config.model.quantize,
     )
     adapters = stage.model.lora
     model = sharded_model.shard_scalar_model(source, stage.mesh, run.shape, lora=adapters)

@@ -72,8 +72,13 @@ def open_rewards(
     if config.model.adapter is not None:
         parameters.base_of(config.model, config.seed)  # where it is now, for a reward model that stands on it too
     with naming({"path": option("reward.model")}):
+        has_adapters = find_checkpoint(config.reward.model, "reward.model").lora.is_on
         model = load_reward_model(
-            config.reward.model, mesh=mesh, dtype=config.model.dtype, attention=config.model.attention
+            config.reward.model,
+            mesh=mesh,
+            dtype=config.model.dtype,
+            attention=config.model.attention,
+            quantize=config.model.quantize if has_adapters else None,  # that it may stand on the policy's base
         )
     frozen = dataclasses.replace(model, params=sharded_model.in_compute_dtype(model.params, config.model.dtype))
     return ModelRewards(frozen, kind, mesh, num_microbatches=config.num_microbatches, end_ids=end_ids), name
