@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxrm.inference.sharded_model import ShardedModel
+from jaxrm.models import quantized
 from jaxrm.models.config import ModelConfig
 from jaxrm.sharding import partition
 
@@ -88,8 +89,8 @@ def abstract_batch(batch_type: type, rows: int, length: int, mesh: Mesh) -> Any:
 
 
 def count_parameters(model: ShardedModel) -> int:
-    """Number of parameters of a model."""
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(model.shapes))
+    """Number of parameters of a model; quantized ones are counted as what they stand for."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(quantized.plain_shapes(model.shapes)))
 
 
 def _item_bytes(dtype: Any) -> int:

@@ -7,6 +7,7 @@ import jax
 
 from jaxrm.data.readers import ReadReport
 from jaxrm.inference import parameters
+from jaxrm.models import quantized
 from jaxrm.runtime.metrics import read_rows
 from jaxrm.runtime.progress import print_table
 from jaxrm.runtime.run_folder import RunFolder
@@ -35,7 +36,8 @@ def adapters_in_words(stage: Stage) -> str:
     """Which adapters are trained, how many parameters those are, and what they stand on."""
     model, base = stage.model, parameters.base_of(stage.config.model, stage.config.seed)
     trained, frozen = (
-        sum(math.prod(x.shape) for x in jax.tree.leaves(part)) for part in (model.trained_shapes, model.frozen_shapes)
+        sum(math.prod(x.shape) for x in jax.tree.leaves(part))
+        for part in (model.trained_shapes, quantized.plain_shapes(model.frozen_shapes))
     )
     where = base.path or f"chance ({base.preset}, seed {base.seed})"
     return (

@@ -19,7 +19,7 @@ from jaxrm.models.lora import LoRAConfig
 from jaxrm.models.transformer import positions_from_mask
 from jaxrm.sharding import partition
 
-CONFIG = dataclasses.replace(preset("tiny"), num_heads=4, num_kv_heads=2, head_dim=32, vocab_size=320, tie_embeddings=False)
+CONFIG = dataclasses.replace(preset("tiny"), vocab_size=320, tie_embeddings=False)
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, CONFIG.vocab_size, (2, 12)), jnp.int32)
 ADAPTERS = LoRAConfig(rank=4)
 
