@@ -202,11 +202,11 @@ def _quantized_stack(
     contracted: int,
 ) -> dict[str, jax.Array]:
     """Codes and scales of a stack of kernels; one kernel at a time is on the devices as it is in the file."""
-    of_layer = {name: _without_layers(sharding) for name, sharding in shardings.items()}
-    quantize = quantized.quantizer(kind, contracted, of_layer["codes"], of_layer["scales"], stacked=False)
+    layer_shardings = {name: _without_layers(sharding) for name, sharding in shardings.items()}
+    quantize = quantized.quantizer(kind, contracted, layer_shardings["codes"], layer_shardings["scales"], stacked=False)
     buffers: dict[str, jax.Array] = {}
     for part in parts:
-        kernel = _to_devices(part, stored, of_layer["codes"], jnp.float32)
+        kernel = _to_devices(part, stored, layer_shardings["codes"], jnp.float32)
         for name, layer in quantize(kernel).items():
             if name not in buffers:
                 buffers[name] = _zeros_maker((len(parts), *layer.shape), layer.dtype, shardings[name])()
