@@ -2,9 +2,17 @@
 
 python -m jaxrm.export --checkpoint=runs/quickstart/sft --output=exported/quickstart
 python -m jaxrm.export --checkpoint=runs/quickstart/sft/checkpoints/best --output=exported/best --dtype=bfloat16
+
+Of a run with adapters it writes those, as a PEFT folder; with --merge the whole model, its adapters added to its
+weights. Adapters that others trained are merged into their base likewise.
+
+python -m jaxrm.export --checkpoint=runs/sft_lora --output=exported/adapter
+python -m jaxrm.export --checkpoint=runs/sft_lora --merge --output=exported/merged
+python -m jaxrm.export --weights=google/gemma-2b --adapter=exported/adapter --merge --output=exported/merged
 """
 
 import sys
+from typing import Any
 
 from jaxrm.runtime import preemption
 
@@ -16,8 +24,8 @@ from absl import flags
 from jaxrm.config import command_line
 from jaxrm.errors import UserError
 
-FLAG_OF_FIELD = {"path": "--checkpoint", "model.path": "--weights", "data.tokenizer": "--tokenizer"}
-FLAG_OF_FIELD |= {"data.template": "--template"}
+FLAG_OF_FIELD = {"path": "--checkpoint", "model.path": "--weights", "model.adapter": "--adapter"}
+FLAG_OF_FIELD |= {"data.tokenizer": "--tokenizer", "data.template": "--template"}
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -25,6 +33,8 @@ def define_flags(values: flags.FlagValues) -> None:
     text = flags.DEFINE_string
     text("checkpoint", None, "folder of a run, or RUN_DIR/checkpoints/STEP (or /best)", flag_values=values)
     text("weights", None, "published weights instead (a GGUF file becomes safetensors)", flag_values=values)
+    text("adapter", None, "with --weights: adapters that stand on them, a PEFT folder or a run", flag_values=values)
+    flags.DEFINE_bool("merge", False, "add adapters to the weights, and write the whole model", flag_values=values)
     text("tokenizer", None, "with --weights: tokenizer, if it is not beside them", flag_values=values)
     text("template", None, "with --weights: chat template to carry, if not the tokenizer's own", flag_values=values)
     text("output", None, "folder to make", flag_values=values)
@@ -38,42 +48,124 @@ def main(_: None, given: flags.FlagValues) -> int:
     """Read the parameters and write the folder."""
     if given.output is None:
         raise UserError("--output is missing; give the folder to make, e.g. --output=exported/model")
-    if (given.checkpoint is None) == (given.weights is None):
-        raise UserError("give one of --checkpoint=RUN_DIR and --weights=MODEL")
     for name in ("tokenizer", "template"):
         if given.checkpoint is not None and given[name].value is not None:
             raise UserError(f"--{name} goes with --weights; a run has its own, so leave it out with --checkpoint")
 
-    from jaxrm.data.exported_template import set_exported_template
-    from jaxrm.data.templates import text_of
-    from jaxrm.data.tokenizer import pad_apart_from
-    from jaxrm.inference.load import check_flags, load_policy, load_reward_model, spread_mesh
-    from jaxrm.inference.weights import find_checkpoint
-    from jaxrm.models.hub import check_export_folder, export_model
+    from jaxrm.inference.load import check_flags
+    from jaxrm.inference.weights import check_has_adapters, find_checkpoint, is_run
+    from jaxrm.models.hub import check_export_folder
 
     check_export_folder(given.output, overwrite=given.overwrite)
-    path = check_flags(given.checkpoint, given.weights)
-    is_scalar = given.checkpoint is not None and find_checkpoint(path).config.algorithm == "scalar_rm"
+    path = check_flags(given.checkpoint, given.weights, given.adapter)
+    trained = given.adapter or path
+    run = find_checkpoint(trained, "model.adapter" if given.adapter else "path") if is_run(trained) else None
+    if run is not None and given.adapter:
+        check_has_adapters(run)
+    has_adapters = given.adapter is not None if run is None else run.lora.is_on
+    if given.merge and not has_adapters:
+        raise UserError(f"--merge adds adapters to their weights, and {trained} has none; leave it out")
+    if has_adapters and not given.merge:
+        if run is None:
+            raise UserError(f"--adapter is {trained!r}, a PEFT folder already; write the whole model with --merge")
+        name, folder = _write_adapters(given, run)
+    else:
+        name, folder = _write_model(given, path, is_scalar=_is_scalar(given, path, run))
+    print(f"{name} is now in {folder}")
+    return 0
+
+
+def _is_scalar(given: flags.FlagValues, path: str, run: Any) -> bool:
+    from jaxrm.inference import weights
+    from jaxrm.models.build import ModelSource
+
+    if run is not None:
+        return bool(run.config.algorithm == "scalar_rm")
+    adapter = weights.peft_adapter(ModelSource(path=path, adapter=given.adapter))
+    return adapter is not None and adapter.scalar_head
+
+
+def _write_model(given: flags.FlagValues, path: str, *, is_scalar: bool) -> tuple[str, Any]:
+    """The whole model, adapters merged."""
+    from jaxrm.data.exported_template import set_exported_template
+    from jaxrm.inference.load import load_policy, load_reward_model, spread_mesh
+    from jaxrm.inference.parameters import merge
+    from jaxrm.models.hub import export_model
+
     load = load_reward_model if is_scalar else load_policy
-    trained = load(path, mesh=spread_mesh(path), tokenizer=given.tokenizer, template=given.template)
-    end_ids = trained.model.end_ids(trained.tokenizer, trained.template)
+    trained = load(
+        path,
+        adapter=given.adapter,
+        mesh=spread_mesh(path),
+        dtype="float32",  # nothing is computed, and the base of adapters is kept in the compute dtype
+        tokenizer=given.tokenizer,
+        template=given.template,
+    )
+    model, params = trained.model, trained.params
     if trained.template != "auto" or given.checkpoint is not None:
         set_exported_template(trained.tokenizer, trained.template)
+    end_ids = model.end_ids(trained.tokenizer, trained.template)
     if is_scalar:
-        template = text_of(trained.tokenizer, trained.template)
-        pad_apart_from(trained.tokenizer, end_ids, trained.model.config.vocab_size, template)
+        _pad_apart(trained.tokenizer, trained.template, model.config.vocab_size, end_ids)
+    if model.lora.is_on:
+        params = merge(model, params)
     folder = export_model(
         given.output,
-        trained.params,
-        trained.model.config,
+        params,
+        model.config,
         tokenizer=trained.tokenizer,
         end_ids=end_ids,
         dtype=given.dtype,
         max_shard_bytes=given.max_shard_mb * 1_000_000,
         overwrite=given.overwrite,
     )
-    print(f"{trained.name} is now in {folder}")
-    return 0
+    return trained.name, folder
+
+
+def _write_adapters(given: flags.FlagValues, run: Any) -> tuple[str, Any]:
+    """The adapters of a run alone; their base is not read."""
+    from jaxrm.data.exported_template import set_exported_template
+    from jaxrm.inference.base import read_base, recorded_base
+    from jaxrm.inference.load import spread_mesh
+    from jaxrm.inference.parameters import read_trained
+    from jaxrm.inference.weights import is_run
+    from jaxrm.models.hub import write_adapter
+
+    base = read_base(run, given.weights) if given.weights else recorded_base(run)
+    if base.path is None:
+        raise UserError(
+            f"{run.name} has adapters of weights drawn by chance, which no one else has; write the whole model, --merge"
+        )
+    model, adapters, tokenizer = read_trained(run, spread_mesh(str(run.folder.path)))
+    template = run.config.data.template
+    end_ids = model.end_ids(tokenizer, template)
+    set_exported_template(tokenizer, template)
+    if run.config.algorithm == "scalar_rm":
+        _pad_apart(tokenizer, template, model.config.vocab_size, end_ids)
+    folder = write_adapter(
+        given.output,
+        adapters,
+        model.config,
+        model.lora,
+        base=base.path,
+        tokenizer=tokenizer,
+        dtype=given.dtype,
+        overwrite=given.overwrite,
+    )
+    if is_run(base.path):
+        print(
+            f"its base is {base.path}, which PEFT cannot open: export it too, python -m jaxrm.export "
+            f"--checkpoint={base.path} --output=BASE, and give BASE as base_model_name_or_path in {folder}"
+        )
+    return run.name, folder
+
+
+def _pad_apart(tokenizer: Any, template: str, vocab_size: int, end_ids: tuple[int, ...]) -> None:
+    """A classifier's score is read at the last token that is not padding, so no end of a response may pad."""
+    from jaxrm.data.templates import text_of
+    from jaxrm.data.tokenizer import pad_apart_from
+
+    pad_apart_from(tokenizer, end_ids, vocab_size, text_of(tokenizer, template))
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from jaxrm.errors import UserError
 
 FLAG_OF_FIELD = {"path": "--checkpoint", "model.path": "--weights", "data.eval_path": "--input"}
 FLAG_OF_FIELD |= {"data.tokenizer": "--tokenizer", "data.template": "--template", "max_new_tokens": "--max_new_tokens"}
+FLAG_OF_FIELD |= {"model.adapter": "--adapter"}
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -26,6 +27,7 @@ def define_flags(values: flags.FlagValues) -> None:
     text, number, real = flags.DEFINE_string, flags.DEFINE_integer, flags.DEFINE_float
     text("checkpoint", None, "folder of a run, or RUN_DIR/checkpoints/STEP (or /best)", flag_values=values)
     text("weights", None, "published weights instead: hub name, folder or GGUF file", flag_values=values)
+    text("adapter", None, "with --weights: adapters that stand on them, a PEFT folder or a run", flag_values=values)
     text("tokenizer", None, "with --weights: tokenizer, if it is not beside them", flag_values=values)
     text("template", "auto", "with --weights: chat template", flag_values=values)
     flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "compute dtype", flag_values=values)
@@ -67,8 +69,9 @@ def main(_: None, given: flags.FlagValues) -> int:
     names = ("max_new_tokens", "temperature", "top_k", "top_p")
     sampling = dicts.from_dict(SamplingConfig, {name: given[name].value for name in names}, "--")
     prompts = None if given.input is None else read_prompt_file(given.input)
-    path, template = check_flags(given.checkpoint, given.weights), given.template if given.weights else None
-    policy = load_policy(path, dtype=given.dtype, tokenizer=given.tokenizer, template=template)
+    path = check_flags(given.checkpoint, given.weights, given.adapter)
+    template = None if given.checkpoint is not None or given.template == "auto" else given.template
+    policy = load_policy(path, adapter=given.adapter, dtype=given.dtype, tokenizer=given.tokenizer, template=template)
     sampler, key = policy.sampler(sampling), jax.random.key(given.seed)
     if given.interactive:
         print(f"{policy.name}; an empty line ends the chat", file=sys.stderr)

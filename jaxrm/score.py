@@ -6,6 +6,8 @@ python -m jaxrm.score --checkpoint=runs/rm_seq2seq_tiny --kind=soft --input=pair
 The input holds pairs, or prompts with one response, in any schema that jaxrm reads. Records that cannot be scored are
 counted and left out. Token rewards are written before scale and centre, which belong to a run of PPO. A config is
 needed only to lay the model over devices (config.mesh) or to name the kind (config.reward.kind).
+
+python -m jaxrm.score --weights=google/gemma-2b --adapter=exported/rm --input=pairs.jsonl --output=scored.jsonl
 """
 
 import sys
@@ -25,7 +27,7 @@ from jaxrm.stage_config import PPO, BestOfN, Evaluate, ScalarRM, Seq2SeqRM
 
 _SAME = ("kind", "reference", "max_new_tokens")
 FLAG_OF_FIELD = {"path": "--checkpoint", "data.path": "--input", "data.eval_path": "--input"}
-FLAG_OF_FIELD |= {name: f"--{name}" for name in _SAME}
+FLAG_OF_FIELD |= {"model.path": "--weights", "model.adapter": "--adapter"} | {name: f"--{name}" for name in _SAME}
 
 CONFIG_CLASSES = (Seq2SeqRM, ScalarRM, PPO, BestOfN, Evaluate)  # those that name a kind of reward
 
@@ -33,8 +35,10 @@ CONFIG_CLASSES = (Seq2SeqRM, ScalarRM, PPO, BestOfN, Evaluate)  # those that nam
 def define_flags(values: flags.FlagValues) -> None:
     """The flags of this command."""
     text, integer = flags.DEFINE_string, flags.DEFINE_integer
-    run = "required: folder of a reward model's run, or RUN_DIR/checkpoints/STEP (or /best)"
+    run = "folder of a reward model's run, or RUN_DIR/checkpoints/STEP (or /best)"
     text("checkpoint", None, run, flag_values=values)
+    text("weights", None, "published weights instead, of a seq2seq reward model or of a base", flag_values=values)
+    text("adapter", None, "with --weights: adapters that stand on them, a PEFT folder or a run", flag_values=values)
     text("input", None, "required: file of pairs, or of prompts and responses", flag_values=values)
     text("output", None, "required: JSONL to write, one record a line", flag_values=values)
     text("html", None, "page to draw, one self-contained file", flag_values=values)
@@ -52,29 +56,43 @@ def define_flags(values: flags.FlagValues) -> None:
 
 def main(config: Any, given: flags.FlagValues) -> int:
     """Open the model, score, write and draw."""
-    examples = {"checkpoint": "runs/rm_seq2seq_tiny", "input": "pairs.jsonl", "output": "scored.jsonl"}
+    examples = {"input": "pairs.jsonl", "output": "scored.jsonl"}
+    if given.weights is None:
+        examples = {"checkpoint": "runs/rm_seq2seq_tiny"} | examples
     for name, example in examples.items():
         if not getattr(given, name):
             raise UserError(f"--{name} is missing; e.g. --{name}={example}")
     check_output_files(given.input, {"output": given.output, "html": given.html}, "scored")
 
+    from jaxrm.data.config import DataConfig
     from jaxrm.inference import score_file
-    from jaxrm.inference.load import load_policy, load_reward_model
-    from jaxrm.inference.weights import find_checkpoint
+    from jaxrm.inference.load import check_flags, load_policy, load_reward_model
+    from jaxrm.inference.weights import find_checkpoint, is_run
     from jaxrm.sharding.mesh import MeshConfig, build_mesh
     from jaxrm.stage_config import REWARD_MODELS
 
-    run = find_checkpoint(given.checkpoint, "path", REWARD_MODELS)
-    kind = score_file.choose_kind_of_run(run, given.kind, None if config is None else config.reward.kind)
-    score_file.check_reference_run(given.reference, kind, run)
-    records = score_file.read_records_to_score(given.input, run.config.data, given.held_out, given.max_records)
+    path = check_flags(given.checkpoint, given.weights, given.adapter)
+    configured, run = None if config is None else config.reward.kind, None
+    if given.checkpoint is not None:
+        run = find_checkpoint(path, "path", REWARD_MODELS)
+    elif is_run(given.adapter):
+        run = find_checkpoint(given.adapter, "model.adapter", REWARD_MODELS)
+    if run is not None:
+        kind = score_file.choose_kind_of_run(run, given.kind, configured)
+        score_file.check_reference_run(given.reference, kind, run)
+    elif given.held_out:
+        raise UserError("--held_out goes with a run, which says what it held out; leave it out with --weights")
+    data = DataConfig() if run is None else run.config.data
+    records = score_file.read_records_to_score(given.input, data, given.held_out, given.max_records)
     mesh = build_mesh(config.mesh if config is not None else MeshConfig())
-    model = load_reward_model(given.checkpoint, mesh=mesh, dtype=given.dtype)
+    model = load_reward_model(path, adapter=given.adapter, mesh=mesh, dtype=given.dtype)
     reference = None if given.reference is None else load_policy(given.reference, mesh=mesh, dtype=given.dtype)
+    if run is None:
+        kind = score_file.choose_kind_of_model(model, reference, given.kind, configured)
     max_new_tokens = given.max_new_tokens if given.corrections and model.is_seq2seq else None
     rows = score_file.score_records(model, records, kind, given.batch_size, reference, max_new_tokens)
     score_file.write_lines(given.output, rows)
-    is_training_data = run.config.data.path == given.input and not given.held_out
+    is_training_data = data.path == given.input and not given.held_out
     score_file.print_scored(records, rows, model.name, kind, given.output, is_training_data)
     if given.html is not None:
         score_file.write_page(given.html, rows, model.name, kind)

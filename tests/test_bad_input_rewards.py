@@ -505,7 +505,7 @@ def test_help_of_score_lists_what_is_required(capsys):
     assert run_score("--help") == 0
     out = capsys.readouterr().out
     assert "usage: python -m jaxrm.… [--config=configs/….py [--config.section.field=value …]] [flags]" in out
-    assert out.count("required: ") == 3 and "--nocorrections" in out
+    assert out.count("required: ") == 2 and "--nocorrections" in out
     assert "--config.optimizer" not in out
 
 

@@ -13,12 +13,12 @@ from jaxrm import atomic
 from jaxrm.config import dicts
 from jaxrm.data.tokenizer import load_tokenizer, save_tokenizer
 from jaxrm.errors import UserError, arguments, flag, option
-from jaxrm.inference import parameters
+from jaxrm.inference import parameters, weights
 from jaxrm.inference.policy import Policy
 from jaxrm.inference.reward_model import RewardModel, default_kind
 from jaxrm.inference.sharded_model import check_tokenizer, shard_model, shard_scalar_model, with_tokens
 from jaxrm.inference.weights import RunCheckpoint, find_checkpoint, is_run
-from jaxrm.models import build
+from jaxrm.models import build, hub
 from jaxrm.models.build import ModelSource
 from jaxrm.models.config import ModelConfig
 from jaxrm.runtime.run_folder import RunFolder
@@ -63,9 +63,8 @@ def load_policy(
     """
     path, mesh = _checked_path(path), mesh or build_mesh(MeshConfig())
     if not is_run(adapter or path):
-        return _load_weights(
-            ModelSource(path=path, dtype=dtype or "float32", quantize=quantize), mesh, tokenizer, template
-        )
+        source = ModelSource(path=path, adapter=adapter, dtype=dtype or "float32", quantize=quantize)
+        return _load_weights(source, mesh, tokenizer, template)
     _check_has_own(adapter or path, tokenizer, template)
     run = find_checkpoint(adapter or path, algorithms=LANGUAGE_MODELS)
     run_tokenizer = run.load_tokenizer()
@@ -104,7 +103,12 @@ def load_reward_model(
     """
     path, mesh = _checked_path(path), mesh or build_mesh(MeshConfig())
     if not is_run(adapter or path):
-        source = ModelSource(path=path, dtype=dtype or "float32", attention=attention, quantize=quantize)
+        source = ModelSource(
+            path=path, adapter=adapter, dtype=dtype or "float32", attention=attention, quantize=quantize
+        )
+        peft = weights.peft_adapter(source)
+        if peft is not None and peft.scalar_head:
+            return _load_classifier(source, peft, mesh, tokenizer, template)
         return _load_weights(source, mesh, tokenizer, template).as_reward_model("seq2seq")
     _check_has_own(adapter or path, tokenizer, template)
     model = describe_reward_model(adapter or path, mesh=mesh, dtype=dtype, attention=attention, quantize=quantize)
@@ -134,17 +138,29 @@ def describe_reward_model(
     )
 
 
-def check_flags(run: str | None, published: str | None) -> str:
+def check_flags(run: str | None, published: str | None, adapter: str | None = None) -> str:
     """What a command loads: the run that one of its flags names, or the published weights that the other names.
 
+    Args:
+      run: ``--checkpoint``.
+      published: ``--weights``.
+      adapter: ``--adapter``, which stands on published weights or on those of a run.
+
     Raises:
-      UserError: where the one is no run, or the other is one.
+      UserError: not one of both, the one is no run, the other is one, or an adapter has nothing to stand on.
     """
+    if (run is None) == (published is None):
+        raise UserError(f"give one of {flag('path')}=RUN_DIR and {flag('model.path')}=MODEL")
     if run is not None:
+        if adapter is not None:
+            raise UserError(
+                f"{option('model.adapter')} goes with {option('model.path')}, not with {option('path')}: give what the "
+                f"adapter stands on, {flag('model.path')}=BASE {flag('model.adapter')}={adapter}"
+            )
         find_checkpoint(run)
         return run
     assert published is not None
-    if is_run(published):
+    if is_run(published) and adapter is None:
         raise UserError(
             f"{option('model.path')} is {published!r}, the folder of a run; required are published weights, so give "
             f"it as {flag('path')}={published}"
@@ -176,14 +192,38 @@ def save_shape_and_tokenizer(config: ModelConfig, tokenizer: "PreTrainedTokenize
 
 
 def _load_weights(source: ModelSource, mesh: Mesh, tokenizer_path: str | None, template: str | None) -> Policy:
-    assert source.path is not None
-    path = tokenizer_path or source.path
-    shape = build.read_shape(source)
+    shape, tokenizer, template = _shape_and_tokenizer(source, tokenizer_path, template)
+    model = shard_model(source, mesh, shape, lora=weights.lora_of(source))
+    params = parameters.init_params(model, jax.random.key(0), 0)
+    return Policy(model, params, tokenizer, template, weights.name_of(source))
+
+
+def _load_classifier(
+    source: ModelSource, adapter: hub.Adapter, mesh: Mesh, tokenizer_path: str | None, template: str | None
+) -> RewardModel:
+    """A scalar reward model whose adapters and head are a PEFT folder of SEQ_CLS."""
+    shape, tokenizer, template = _shape_and_tokenizer(source, tokenizer_path, template)
+    model = shard_scalar_model(source, mesh, shape, lora=adapter.lora)
+    params = parameters.read_adapted(model)
+    name, kind = weights.name_of(source), default_kind(False, None)
+    return RewardModel(model, params, tokenizer, template, name, is_seq2seq=False, instruction="", kind=kind)
+
+
+def _shape_and_tokenizer(
+    source: ModelSource, tokenizer_path: str | None, template: str | None
+) -> tuple[ModelConfig, "PreTrainedTokenizerBase", str]:
+    """Of published weights, of an adapter on them, or of an adapter on a run: shape, tokenizer, chat template."""
+    own = weights.tokenizer_of(source)
+    path = tokenizer_path or own
+    assert path is not None, source
+    run = find_checkpoint(source.path) if source.path is not None and is_run(source.path) else None
+    if template is None and run is not None and own == str(run.folder.tokenizer):
+        template = run.config.data.template  # an adapter without a tokenizer of its own
+    template = template or "auto"
+    shape = weights.read_shape(source)
     tokenizer = load_tokenizer(path)
-    check_tokenizer(tokenizer, path, template or "auto", source, shape)
-    model = shard_model(source, mesh, with_tokens(shape, tokenizer))
-    params = build.init_params(model.config, source, jax.random.key(0), model.shardings)
-    return Policy(model, params, tokenizer, template or "auto", source.path)
+    check_tokenizer(tokenizer, path, template, source, shape)
+    return with_tokens(shape, tokenizer), tokenizer, template
 
 
 def _checked_path(path: object) -> str:

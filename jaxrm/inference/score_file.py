@@ -21,6 +21,7 @@ from jaxrm.inference.reward_model import (
     check_reference_template,
     choose_kind,
     default_kind,
+    vocabulary_of,
 )
 from jaxrm.inference.weights import RunCheckpoint, find_checkpoint, is_run
 from jaxrm.reports import page
@@ -38,6 +39,24 @@ def choose_kind_of_run(run: RunCheckpoint, kind: str | None, configured: str | N
     if kind is None and configured is None:
         return default_kind(is_seq2seq, run.config.reward.kind)
     return choose_kind(run.name, is_seq2seq, kind or configured or "", "kind" if kind else "reward.kind")
+
+
+def choose_kind_of_model(model: RewardModel, reference: Policy | None, kind: str | None, configured: str | None) -> str:
+    """The same for a reward model that is no run, and for the policy that ``contrast`` compares with.
+
+    Raises:
+      UserError: where the reward model cannot give the kind, or the reference reads other token ids or templates.
+    """
+    if kind is not None or configured is not None:
+        chosen = choose_kind(model.name, model.is_seq2seq, kind or configured or "", "kind" if kind else "reward.kind")
+    else:
+        chosen = model.kind
+    check_needs_reference(chosen, reference)
+    if reference is not None:
+        check_reference(model.vocabulary, reference.name, vocabulary_of(reference))
+        theirs = (reference.tokenizer, reference.template)
+        check_reference_template((model.tokenizer, model.template), model.name, theirs, reference.name)
+    return chosen
 
 
 def check_reference_run(path: str | None, kind: str, run: RunCheckpoint) -> None:

@@ -14,7 +14,7 @@ import jax
 from jaxrm.config import dicts
 from jaxrm.data.tokenizer import Vocabulary, load_tokenizer
 from jaxrm.errors import UserError, flag, option
-from jaxrm.models import build, quantized
+from jaxrm.models import build, hub, quantized
 from jaxrm.models.build import ModelSource
 from jaxrm.models.config import ModelConfig
 from jaxrm.models.lora import NO_LORA, LoRAConfig
@@ -146,6 +146,8 @@ def adapter_run(source: ModelSource) -> RunCheckpoint | None:
     Raises:
       UserError: ``config.model.adapter`` is a run without adapters.
     """
+    if peft_path(source) is not None:
+        return None
     if source.adapter is not None:
         run = find_checkpoint(source.adapter, "model.adapter", LANGUAGE_MODELS)
         check_has_adapters(run)
@@ -169,9 +171,42 @@ def check_has_adapters(run: RunCheckpoint) -> None:
         )
 
 
+def peft_path(source: ModelSource) -> str | None:
+    """The PEFT folder, or its hub name, that ``source`` names as its adapter; None where it names none."""
+    return None if is_run(source.adapter) else source.adapter
+
+
+def peft_adapter(source: ModelSource) -> hub.Adapter | None:
+    """What the PEFT folder that ``source`` names holds, by its headers; None where it names none.
+
+    Raises:
+      UserError: it does not fit its base, needs what jaxrm does not do, or its base has adapters already.
+    """
+    path = peft_path(source)
+    if path is None:
+        return None
+    if is_run(source.path) and _of_run(source).lora.is_on:
+        raise UserError(
+            f"{option('model.adapter')} is {path!r}, but {option('model.path')} is {source.path!r}, which has adapters "
+            f"already; merge those first: python -m jaxrm.export --checkpoint={source.path} --merge --output=MERGED"
+        )
+    return hub.describe_adapter(path, read_shape(source))
+
+
 def lora_of(source: ModelSource) -> LoRAConfig:
-    """The adapters that ``source`` names; those of rank 0 where it names none."""
-    run = adapter_run(source)
+    """The adapters of a language model that ``source`` names; those of rank 0 where it names none.
+
+    Raises:
+      UserError: they are those of a scalar reward model.
+    """
+    run, adapter = adapter_run(source), peft_adapter(source)
+    if adapter is not None and adapter.scalar_head:
+        raise UserError(
+            f"{option('model.adapter')} is {source.adapter!r}, of a scalar reward model (SEQ_CLS); it must be of a "
+            "language model (CAUSAL_LM)"
+        )
+    if adapter is not None:
+        return adapter.lora
     return NO_LORA if run is None else run.lora
 
 
@@ -197,6 +232,7 @@ def check_weights(config: ModelConfig, source: ModelSource) -> None:
     """
     if not is_run(source.path):
         build.check_weights(config, source)
+    peft_adapter(source)
 
 
 def load_or_init_params(config: ModelConfig, source: ModelSource, key: jax.Array, shapes: Any, shardings: Any) -> Any:
@@ -239,6 +275,9 @@ def tokenizer_of(source: ModelSource) -> str | None:
     """Where the tokenizer that belongs to the weights is; None where there are no weights."""
     if source.adapter is not None and is_run(source.adapter):
         return str(find_checkpoint(source.adapter, "model.adapter").folder.tokenizer)
+    adapter = peft_adapter(source)
+    if adapter is not None and adapter.has_tokenizer:
+        return str(adapter.folder)
     return str(_of_run(source).folder.tokenizer) if is_run(source.path) else source.path
 
 

@@ -43,4 +43,4 @@ def _initial_model(model: ModelSource, models: Mapping[str, ModelSource]) -> Mod
 def _with_preset(config: Any, preset: str | None) -> Any:
     if preset is None:
         return config
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, path=None, preset=preset))
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, path=None, adapter=None, preset=preset))

@@ -22,7 +22,7 @@ from jaxrm.data.tasks.prompts import prompt_field
 from jaxrm.errors import UserError, flag, naming, option
 from jaxrm.inference.load import load_policy
 from jaxrm.inference.sampler import Sampler, prompt_room
-from jaxrm.inference.weights import find_checkpoint
+from jaxrm.inference.weights import find_checkpoint, lora_of, peft_path, read_shape
 from jaxrm.runtime.progress import Progress, print_table
 from jaxrm.sharding.mesh import build_mesh
 from jaxrm.stage_config import LANGUAGE_MODELS
@@ -70,9 +70,13 @@ def _open_inputs(config: Any) -> list[PreferenceRecord]:
     _check(config)
     check_run_folder(config)
     records = _prompt_records(config)
-    field = "model.path" if config.model.adapter is None else "model.adapter"
-    checkpoint = find_checkpoint(config.model.adapter or config.model.path, field, LANGUAGE_MODELS)
-    prompt_room(checkpoint.shape, config.pairs.sampling, "pairs.sampling.max_new_tokens")
+    if peft_path(config.model) is None:
+        field = "model.path" if config.model.adapter is None else "model.adapter"
+        shape = find_checkpoint(config.model.adapter or config.model.path, field, LANGUAGE_MODELS).shape
+    else:
+        lora_of(config.model)  # refuses what does not stand on the policy
+        shape = read_shape(config.model)
+    prompt_room(shape, config.pairs.sampling, "pairs.sampling.max_new_tokens")
     return records
 
 

@@ -216,9 +216,7 @@ def _adapters(config: Any) -> LoRAConfig:
         return own if other in (own, NO_LORA) else NO_LORA
     if not isinstance(config, TrainingConfig):
         return weights.lora_of(source)
-    run = weights.adapter_run(source)
-    if run is not None:
-        parameters.check_adapters(run, config.lora)
+    parameters.check_adapters(source, config.lora)
     build.check_trainable(source, config.lora)
     return config.lora
 

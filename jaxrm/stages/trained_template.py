@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def check_trained_template(config: Any, tokenizer: "PreTrainedTokenizerBase") -> None:
-    """Refuse a template with which the run at ``config.model.path`` never saw a prompt.
+    """Refuse a template with which the run that the model or its adapter comes from never saw a prompt.
 
     SFT may teach another one. It says so.
 
@@ -23,14 +23,16 @@ def check_trained_template(config: Any, tokenizer: "PreTrainedTokenizerBase") ->
     """
     template = config.data.template
     check_template(tokenizer, template)
-    if not weights.is_run(config.model.path):
+    field = "model.path" if config.model.adapter is None else "model.adapter"
+    path = config.model.adapter or config.model.path
+    if not weights.is_run(path):
         return
-    run = weights.find_checkpoint(config.model.path, "model.path")
+    run = weights.find_checkpoint(path, field)
     trained = run.config.data.template
     if write_alike((tokenizer, template), (run.load_tokenizer(), trained)):
         return
     difference = (
-        f"{option('data.template')} is {template!r}, but {config.model.path} was trained with {trained!r}, which "
+        f"{option('data.template')} is {template!r}, but {path} was trained with {trained!r}, which "
         f"writes a dialogue differently"
     )
     if config.algorithm != "sft":

@@ -13,7 +13,7 @@ from support.adapters import (
     adapter_folder,
     change_config,
     change_tensors,
-    plain_logits,
+    our_logits,
     random_adapters,
     random_params,
 )
@@ -21,7 +21,7 @@ from support.adapters import (
 from jaxrm.errors import UserError
 from jaxrm.models import lora as low_rank
 from jaxrm.models.hub import export_model
-from jaxrm.models.hub.peft import describe_adapter, is_peft_folder, read_adapter, write_adapter
+from jaxrm.models.hub.peft import describe_adapter, read_adapter, write_adapter
 from jaxrm.models.lora import LoRAConfig
 
 Q = "base_model.model.model.layers.1.self_attn.q_proj"
@@ -44,7 +44,6 @@ def test_a_written_folder_is_read_back_bit_by_bit(tmp_path, lora, scalar_head):
     adapter, again = read_adapter(str(folder), BIASED)
     assert (adapter.lora, adapter.scalar_head, adapter.base) == (lora, scalar_head, "Qwen/Qwen2-tiny")
     assert describe_adapter(str(folder), BIASED) == adapter
-    assert is_peft_folder(str(folder))
     assert_trees_equal(again, tree)
 
 
@@ -84,16 +83,19 @@ def test_adapters_in_16_bits_are_read_as_their_exact_values(tmp_path):
 
 
 def test_merged_weights_compute_what_base_and_adapter_do():
-    """``x W + scale (x A) B`` of each projection, by a loop over layers; and the model's logits do change."""
+    """``W + scale A B`` of a projection, by a loop over layers; and the logits of the forward pass with adapters."""
     lora = LoRAConfig(4, rank_stabilized=True)
     base, adapters = random_params(LLAMA), random_adapters(LLAMA, lora)
-    merged = low_rank.merge(low_rank.join(base, adapters), lora)
+    joined = low_rank.join(base, adapters)
+    merged = low_rank.merge(joined, lora)
     down, pair = base["layers"]["mlp"]["down"]["kernel"], adapters["layers"]["mlp"]["down"]
     for layer in range(LLAMA.num_layers):
         expected = down[layer] + 16 / 2 * pair["lora_a"][layer] @ pair["lora_b"][layer]
         assert np.abs(np.asarray(merged["layers"]["mlp"]["down"]["kernel"][layer]) - expected).max() < 1e-5
     tokens = np.arange(1, 9)[None]
-    assert np.abs(plain_logits(merged, LLAMA, tokens) - plain_logits(base, LLAMA, tokens)).max() > 0.01
+    logits = our_logits(merged, LLAMA, tokens)
+    assert np.abs(logits - our_logits(joined, LLAMA, tokens, lora)).max() < 1e-5
+    assert np.abs(logits - our_logits(base, LLAMA, tokens)).max() > 0.01
 
 
 def test_names_with_the_name_of_the_adapter_are_read(tmp_path):

@@ -6,7 +6,7 @@ import importlib.util
 import jax
 import numpy as np
 import pytest
-from support.adapters import LLAMA, plain_logits, random_adapters, random_params
+from support.adapters import LLAMA, our_logits, random_adapters, random_params
 
 from jaxrm.models import lora as low_rank
 from jaxrm.models.hub import export_model
@@ -74,9 +74,9 @@ def torch_logits(model) -> np.ndarray:
         ).logits.numpy()
 
 
-def our_logits(base, adapters, config, lora) -> np.ndarray:
-    ours = plain_logits(low_rank.merge(low_rank.join(base, adapters), lora), config, TOKENS)
-    return ours[:, -1:] if "scalar_head" in adapters else ours
+def adapted_logits(base, adapters, config, lora) -> np.ndarray:
+    logits = our_logits(low_rank.join(base, adapters), config, TOKENS, lora)
+    return logits[:, -1:] if "scalar_head" in adapters else logits
 
 
 def random_peft_model(base, lora, scalar_head=False):
@@ -119,8 +119,8 @@ def test_peft_reads_a_folder_written_here_alike(exported, tmp_path, config, lora
     folder = write_adapter(tmp_path / "out", adapters, config, lora, base=str(base))
     model = PeftModel.from_pretrained(opened(base), folder).eval()
     theirs = torch_logits(model)
-    assert np.abs(theirs - our_logits(params, adapters, config, lora)).max() < TOLERANCE
-    assert np.abs(theirs - plain_logits(params, config, TOKENS)).max() > 100 * TOLERANCE
+    assert np.abs(theirs - adapted_logits(params, adapters, config, lora)).max() < TOLERANCE
+    assert np.abs(theirs - our_logits(params, config, TOKENS)).max() > 100 * TOLERANCE
 
 
 @every_family
@@ -131,7 +131,7 @@ def test_a_folder_that_peft_wrote_is_read_alike(exported, tmp_path, config, lora
     model.save_pretrained(tmp_path)
     adapter, adapters = read_adapter(str(tmp_path), config)
     assert (adapter.lora, adapter.scalar_head, adapter.base) == (lora, False, str(base))
-    assert np.abs(torch_logits(model) - our_logits(params, adapters, config, lora)).max() < TOLERANCE
+    assert np.abs(torch_logits(model) - adapted_logits(params, adapters, config, lora)).max() < TOLERANCE
 
 
 @pytest.mark.parametrize("config", [LLAMA, GEMMA], ids=lambda config: config.family)
@@ -144,13 +144,13 @@ def test_classifiers_of_peft_score_alike_both_ways(exported, tmp_path, config):
     folder = write_adapter(tmp_path / "ours", adapters, config, lora, base=str(base))
     frozen = {"decoder": params["decoder"]}
     theirs = torch_logits(PeftModel.from_pretrained(opened(base, True), folder).eval())
-    assert np.abs(theirs - our_logits(frozen, adapters, config, lora)).max() < TOLERANCE
+    assert np.abs(theirs - adapted_logits(frozen, adapters, config, lora)).max() < TOLERANCE
 
     model = random_peft_model(base, lora, scalar_head=True)
     model.save_pretrained(tmp_path / "theirs")
     adapter, adapters = read_adapter(str(tmp_path / "theirs"), config)
     assert adapter.scalar_head
-    assert np.abs(torch_logits(model) - our_logits(frozen, adapters, config, lora)).max() < TOLERANCE
+    assert np.abs(torch_logits(model) - adapted_logits(frozen, adapters, config, lora)).max() < TOLERANCE
 
 
 @every_family

@@ -14,7 +14,7 @@ from jaxrm.models.build import ModelSource
 from jaxrm.models.config import ModelConfig
 from jaxrm.models.hub.names import adapter_table
 from jaxrm.models.hub.peft import CONFIG, TENSORS, write_adapter
-from jaxrm.models.lora import LoRAConfig
+from jaxrm.models.lora import NO_LORA, LoRAConfig
 
 SOURCE = ModelSource(preset="given")
 LLAMA = ModelConfig(
@@ -54,11 +54,11 @@ def random_params(config: ModelConfig, *, scalar_head: bool = False) -> dict:
     return heads.from_decoder_params(decoder, {"kernel": rng.normal(size=config.hidden_size).astype(np.float32)})
 
 
-def plain_logits(params: dict, config: ModelConfig, tokens: np.ndarray) -> np.ndarray:
-    """Logits ``[B, T, V]`` of a decoder without adapters, or the scalar model's numbers ``[B, T]``."""
+def our_logits(params: dict, config: ModelConfig, tokens: np.ndarray, lora: LoRAConfig = NO_LORA) -> np.ndarray:
+    """Logits ``[B, T, V]`` of a decoder, or a scalar model's numbers ``[B, T]``; with adapters where ``lora`` has."""
     is_scalar = "scalar_head" in params
     make = build.abstract_scalar_model if is_scalar else build.abstract_decoder
-    graphdef, _, _ = make(config, SOURCE)
+    graphdef, _, _ = make(config, SOURCE, lora=lora)
 
     @jax.jit
     def forward(params, tokens):

@@ -1,19 +1,24 @@
-"""Published weights in (safetensors folders, hub names, GGUF files) and out (safetensors folders)."""
+"""Published weights in (safetensors folders, hub names, GGUF files, PEFT's adapters) and out."""
 
 from jaxrm.models.hub.export import export_model
 from jaxrm.models.hub.export_folder import check_export_folder
 from jaxrm.models.hub.hf_config import parse_hf_config, to_hf_config
 from jaxrm.models.hub.locate import is_hub_name, model_files
+from jaxrm.models.hub.peft import Adapter, describe_adapter, read_adapter, write_adapter
 from jaxrm.models.hub.read import check_weights, load_params, read_model_config
 
 __all__ = [
+    "Adapter",
     "check_export_folder",
     "check_weights",
+    "describe_adapter",
     "export_model",
     "is_hub_name",
     "load_params",
     "model_files",
     "parse_hf_config",
+    "read_adapter",
     "read_model_config",
     "to_hf_config",
+    "write_adapter",
 ]

@@ -2,6 +2,7 @@
 
 import json
 import re
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -74,12 +75,18 @@ def locate_adapter(path: str) -> Path:
         raise UserError(f"{option('model.adapter')} is {path!r}, which has no adapter_config.json; {example}")
     if not is_hub_name(path):
         raise UserError(f"{option('model.adapter')} is {path!r}, but there is nothing at that place; {example}")
-    return _download(path, _ADAPTER_FILES, "model.adapter")
+    return _download_adapter(path)
 
 
 def _in_folder(folder: Path) -> Path:
     if (folder / "config.json").is_file():
         return folder
+    if (folder / "adapter_config.json").is_file():
+        base = read_json(folder / "adapter_config.json").get("base_model_name_or_path") or "BASE"
+        raise UserError(
+            f"{option('model.path')} is {str(folder)!r}, an adapter; give the weights that it stands on as well, "
+            f"{flag('model.path')}={base} {flag('model.adapter')}={folder}"
+        )
     ggufs = models_in(folder)
     if len(ggufs) == 1:
         return ggufs[0]
@@ -90,6 +97,11 @@ def _in_folder(folder: Path) -> Path:
             f"{flag('model.path')}={ggufs[0]}"
         )
     raise UserError(f"{folder} has no config.json; a model folder needs config.json and .safetensors files")
+
+
+@cache  # it is read several times, and the hub is asked at each download
+def _download_adapter(name: str) -> Path:
+    return _download(name, _ADAPTER_FILES, "model.adapter")
 
 
 def _download(name: str, patterns: list[str], field: str = "model.path") -> Path:
@@ -103,10 +115,10 @@ def _download(name: str, patterns: list[str], field: str = "model.path") -> Path
             f"{name} asks you to accept its license: do so on its hub page, then run `hf auth login`"
         ) from error
     except Exception as error:  # which HTTP client, and so which errors, depends on the hub library's version
-        reason = " ".join(str(error).split())[:200]
+        reason, example = " ".join(str(error).split())[:200], "models/gemma-2b" if field == "model.path" else "adapter"
         raise UserError(
             f"{option(field)}: {name} is neither a folder here nor a model that could be fetched from the hub "
-            f"({reason}); check the name and the network, or give a folder, e.g. {flag(field)}=models/gemma-2b"
+            f"({reason}); check the name and the network, or give a folder, e.g. {flag(field)}={example}"
         ) from error
     if not (folder / patterns[0]).is_file():
         raise UserError(f"the hub model {name} has no {patterns[0]}; choose one with {patterns[0]} and safetensors")

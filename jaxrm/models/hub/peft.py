@@ -64,10 +64,10 @@ class Adapter:
     base: str | None
     folder: Path
 
-
-def is_peft_folder(path: str) -> bool:
-    """Whether a path is a folder with an ``adapter_config.json``."""
-    return (Path(path).expanduser() / CONFIG).is_file()
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether a tokenizer lies beside the tensors: that of the adapter's training."""
+        return any((self.folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
 
 
 def describe_adapter(path: str, config: ModelConfig) -> Adapter:
