@@ -32,7 +32,7 @@ from jaxrm.ops import losses, vocab
 PAIRS = Path(__file__).resolve().parents[3] / "shared" / "data" / "pandalm_pairs.jsonl"
 
 
-def mean_log_probs(policy: jaxrm.Policy, pairs: list[TokenPair], side: str, length: int) -> tuple[np.ndarray, ...]:
+def log_probs(policy: jaxrm.Policy, pairs: list[TokenPair], side: str) -> tuple[np.ndarray, ...]:
     """Sum of log-probs and number of tokens of each pair's response."""
     graphdef = policy.model.graphdef
 
@@ -46,6 +46,8 @@ def mean_log_probs(policy: jaxrm.Policy, pairs: list[TokenPair], side: str, leng
 
     sums, counts = [], []
     for first in range(0, len(pairs), 8):
+        longest = max(len(pair.prompt) + len(getattr(pair, side)) for pair in pairs[first : first + 8])
+        length = -(-longest // 64) * 64
         tokens, loss_mask, is_token = (np.zeros((8, length), dtype) for dtype in (np.int32, bool, bool))
         for row, pair in enumerate(pairs[first : first + 8]):
             response = getattr(pair, side)
@@ -65,10 +67,9 @@ def row(kind: str | None, args: argparse.Namespace) -> list[str]:
     pairs, _ = tokenize_pairs(read_records(data)[0], policy.tokenizer, data)
     pairs = [p for p in pairs if len(p.prompt) + max(len(p.chosen), len(p.rejected)) <= args.length]
     pairs = pairs[:: max(1, len(pairs) // args.count)][: args.count]  # from all of the file
+    pairs.sort(key=lambda pair: len(pair.prompt) + len(pair.chosen))  # so that rows are filled
     start = time.perf_counter()
-    (chosen, tokens), (rejected, others) = (
-        mean_log_probs(policy, pairs, s, args.length) for s in ("chosen", "rejected")
-    )
+    (chosen, tokens), (rejected, others) = (log_probs(policy, pairs, side) for side in ("chosen", "rejected"))
     seconds = time.perf_counter() - start
     leaves = jax.tree_util.tree_leaves_with_path(policy.params)
     whole = sum(x.nbytes for _, x in leaves)
