@@ -9,7 +9,7 @@ import optax
 
 from jaxrm.algorithms.state import TrainState, create
 from jaxrm.algorithms.train_step import LossFn, Metrics, build_train_step
-from jaxrm.errors import arguments
+from jaxrm.errors import UserError, arguments
 from jaxrm.inference.policy import Policy
 from jaxrm.inference.prompts import check_count
 from jaxrm.inference.reward_model import RewardModel
@@ -42,10 +42,18 @@ def build_training(
     Returns:
       ``state`` and ``step(state, batch) -> (state, metrics)``. The step takes the state's memory over: use the one that
       it returns. Metrics are float32 scalars, among them ``loss`` and ``grad_norm``.
+
+    Raises:
+      UserError: the model's weights are quantized, and it has no adapters.
     """
     check_count("num_microbatches", num_microbatches)
     check_count("seed", seed, 0)
     sharded = model.model
+    if sharded.source.quantize is not None and not sharded.lora.is_on:
+        raise UserError(
+            f"the weights of {model.name} are {sharded.source.quantize}, which cannot be trained; train adapters on "
+            f"them, model.with_adapters(), or load the model without quantize={sharded.source.quantize!r}"
+        )
     shardings = state_shardings(sharded, optimizer, sharded.mesh)
     start = jax.jit(lambda params, key: create(params, optimizer, key), out_shardings=shardings, donate_argnums=0)
     trained, frozen = lora.split(model.params)
