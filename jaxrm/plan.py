@@ -8,9 +8,10 @@ No device and no weights are needed: every program of the stage is compiled with
 the compiler that comes with pip install 'jax[tpu]'; GPUs (h100:8, or h100:2x8 for two hosts) that of 'jax[cuda13]', but
 no driver; cpu:8 needs nothing. Of a pipeline every stage that trains is planned.
 
-Where a config does not fit, changes to it are compiled, the mildest first, until one does. --find compiles the most
-promising meshes and names the fastest that fits. --weak_scaling --topology=v5e:2x4,v5e:4x4,v5e:4x8 compares topologies
-on which every device has the same work. jaxrm/planning/README.md says how to read the figures.
+Where a config does not fit, changes to it are compiled, the mildest first, until one does; the last are adapters (LoRA)
+on a frozen base. --find compiles the most promising meshes and names the fastest that fits. --weak_scaling
+--topology=v5e:2x4,v5e:4x4,v5e:4x8 compares topologies on which every device has the same work. jaxrm/planning/README.md
+says how to read the figures.
 
 Exit status: 0 it fits, or --find found one that does; 1 it does not; 2 invalid input, with a one-line message.
 """

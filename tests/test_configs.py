@@ -14,6 +14,7 @@ from jaxrm.algorithms.scoring import as_token_rewards
 from jaxrm.algorithms.state import create
 from jaxrm.config.files import load_config_file
 from jaxrm.inference.sharded_model import shard_model, shard_scalar_model
+from jaxrm.models import lora
 from jaxrm.models.config import preset
 from jaxrm.models.generate import check_on_policy
 from jaxrm.ops.token_rewards import KINDS
@@ -77,19 +78,24 @@ def test_a_step_of_the_config_builds_on_eight_devices(path, stage):
         check_a_step_of_ppo(dataclasses.replace(config, model=source), preset(name), mesh)
         return
     config = dataclasses.replace(config, model=source)
-    objective = build_objective(config, shard_model(source, mesh, preset(name)))
+    objective = build_objective(config, shard_model(source, mesh, preset(name), lora=config.lora))
     model, loss_fn, batch_type = objective.model, objective.loss_fn, objective.batch_type
     optimizer = build_optimizer(config.optimizer, 100)
-    state = jax.eval_shape(lambda p: create(p, optimizer, jax.random.key(0)), model.shapes)
+    state = jax.eval_shape(lambda p: create(p, optimizer, jax.random.key(0)), model.trained_shapes)
 
     rows = (config.data.batch_size, config.data.max_length)
     names = [field.name for field in dataclasses.fields(batch_type)]
     batch = batch_type(**{name: jax.ShapeDtypeStruct(rows, COLUMNS.get(name, "int32")) for name in names})
-    grads = jax.eval_shape(
-        lambda p, b: jax.grad(lambda p: loss_fn(p, b, jax.random.key(0))[0][0])(p), state.params, batch
-    )
+
+    def gradients(params, frozen, batch):
+        return jax.grad(lambda p: loss_fn(lora.join(frozen, p), batch, jax.random.key(0))[0][0])(params)
+
+    grads = jax.eval_shape(gradients, state.params, model.frozen_shapes, batch)
     assert jax.tree.map(lambda x: x.shape, grads) == jax.tree.map(lambda x: x.shape, state.params)
-    counted = sum(math.prod(x.shape) for x in jax.tree.leaves(state.params))
+    counted = sum(math.prod(x.shape) for x in jax.tree.leaves(model.shapes))
+    if config.lora.is_on:
+        counted -= sum(math.prod(x.shape) for x in jax.tree.leaves(state.params))
+        counted += preset(name).hidden_size if config.algorithm == "scalar_rm" else 0  # the head, which is trained too
     known = {"gemma-2b": 2_506_172_416, "llama-2-7b": 6_738_415_616}.get(name)
     if known is not None and config.algorithm == "scalar_rm":  # a head of D in place of Llama's [V, D]
         known += preset(name).hidden_size - (0 if preset(name).tie_embeddings else 32_000 * 4096)
@@ -98,7 +104,9 @@ def test_a_step_of_the_config_builds_on_eight_devices(path, stage):
 
 def check_a_step_of_ppo(config, shape, mesh):
     """Rollout, log-probs, advantages and both updates, abstractly, with whatever the config asks for."""
-    decoder, critic = shard_model(config.model, mesh, shape), shard_scalar_model(config.model, mesh, shape)
+    decoder, critic = (
+        shard(config.model, mesh, shape, lora=config.lora) for shard in (shard_model, shard_scalar_model)
+    )
     learner = open_learner(config, mesh, decoder, critic, num_steps=10, end_ids=(1,))
     programs, state = learner.programs(lambda *_: None), learner.abstract
     B, T = config.data.batch_size, config.rollout.sampling.max_new_tokens
@@ -108,7 +116,8 @@ def check_a_step_of_ppo(config, shape, mesh):
     prompts, mask = (jax.ShapeDtypeStruct((B, P), dtype) for dtype in ("int32", "bool"))
     batch = jax.eval_shape(programs.rollout, decoder.shapes, prompts, mask, jax.random.key(0))
     assert batch.responses.shape == (B, T)
-    log_probs = jax.eval_shape(programs.log_probs, state.policy.params, state.critic.params, decoder.shapes, batch)
+    trained = (state.policy.params, state.critic.params, decoder.trained_shapes)
+    log_probs = jax.eval_shape(programs.log_probs, decoder.frozen_shapes, *trained, batch)
     score = functools.partial(as_token_rewards, end_ids=(1,))
     values, tags = (jax.ShapeDtypeStruct((B, T), dtype) for dtype in ("float32", "bool"))
     kind = KINDS[config.reward.kind]
@@ -126,8 +135,9 @@ def check_a_step_of_ppo(config, shape, mesh):
         names = [field.name for field in dataclasses.fields(TokenBatch)]
         ptx = TokenBatch(**{name: jax.ShapeDtypeStruct(rows, COLUMNS.get(name, "int32")) for name in names})
         update = jax.eval_shape(programs.weigh, rollout, ptx)
-    policy, _ = jax.eval_shape(programs.update_policy, state.policy, update)
-    critic_state, _ = jax.eval_shape(programs.update_critic, state.critic, PPOBatch(rollout))
+    frozen = learner.networks.frozen(decoder.frozen_shapes)
+    policy, _ = jax.eval_shape(programs.update_policy, state.policy, frozen.policy, update)
+    critic_state, _ = jax.eval_shape(programs.update_critic, state.critic, frozen.critic, PPOBatch(rollout))
     for after, before in ((policy, state.policy), (critic_state, state.critic)):
         assert jax.tree.map(lambda x: x.shape, after) == jax.tree.map(lambda x: x.shape, before)
 

@@ -16,13 +16,18 @@ def split(tree: Any, num_microbatches: int) -> Any:
     )
 
 
+def merge(tree: Any) -> Any:
+    """Leaves ``[N, B / N, ...] -> [B, ...]``, in the order that the rows had before `split`."""
+    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), tree)
+
+
 def in_microbatches(function: Callable[[Any], Result], num_microbatches: int) -> Callable[[Any], Result]:
     """The same function of a batch, computed in microbatches; its results have the rows of the batch, in order."""
     if num_microbatches == 1:
         return function
 
     def whole(batch: Any) -> Result:
-        results = jax.lax.map(function, split(batch, num_microbatches))
-        return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), results)
+        merged: Result = merge(jax.lax.map(function, split(batch, num_microbatches)))
+        return merged
 
     return whole

@@ -12,7 +12,7 @@ from flax import nnx
 from jaxrm.algorithms import microbatches
 from jaxrm.algorithms.scoring import response_hidden, response_statistics, token_statistics
 from jaxrm.models import heads, lora
-from jaxrm.models.generate import SamplingConfig, generate
+from jaxrm.models.generate import Generation, SamplingConfig, generate
 from jaxrm.models.heads import ScalarHead
 from jaxrm.models.transformer import Decoder
 from jaxrm.ops import reward_scaling
@@ -142,6 +142,7 @@ def build_sample(
     end_ids: tuple[int, ...],
     params_sharding: Any,
     batch_sharding: Any,
+    num_microbatches: int = 1,
 ) -> Callable[[Any, jax.Array, jax.Array, jax.Array], ResponseBatch]:
     """Jitted ``sample(params, prompts [B, P], prompt_mask [B, P], key) -> ResponseBatch``.
 
@@ -151,10 +152,19 @@ def build_sample(
       end_ids: ids that end a response.
       params_sharding: of the decoder's parameters.
       batch_sharding: of the rows.
+      num_microbatches: parts of the rows, one after another; each has a key of its own.
     """
 
     def sample(params: Any, prompts: jax.Array, prompt_mask: jax.Array, key: jax.Array) -> ResponseBatch:
-        generated = generate(graphdef, params, prompts, prompt_mask, key, sampling=sampling, end_ids=end_ids)
+        def part(rows: tuple[jax.Array, jax.Array], key: jax.Array) -> Generation:
+            return generate(graphdef, params, *rows, key, sampling=sampling, end_ids=end_ids)
+
+        rows = (prompts, prompt_mask)
+        if num_microbatches == 1:
+            generated = part(rows, key)
+        else:
+            keyed = microbatches.split(rows, num_microbatches), jax.random.split(key, num_microbatches)
+            generated = microbatches.merge(jax.lax.map(lambda one: part(*one), keyed))
         return ResponseBatch(prompts, prompt_mask, jnp.where(generated.mask, generated.tokens, 0), generated.mask)
 
     return jax.jit(

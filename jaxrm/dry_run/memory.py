@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from jaxrm.models.config import ModelConfig
 from jaxrm.ops.vocab import DEFAULT_CHUNK
-from jaxrm.planning.abstract import device_bytes
+from jaxrm.planning.abstract import BASE, device_bytes
 from jaxrm.planning.programs import stage_programs
 from jaxrm.sharding.mesh import batch_shards, build_mesh
 from jaxrm.stage_config import PLANNED
@@ -66,7 +66,7 @@ def reckon(config: Any) -> Memory | None:
         return None
     mesh = build_mesh(config.mesh)
     stage = stage_programs(config, mesh)
-    residents = {name: device_bytes(tree) for name, tree in stage.residents.items()}
+    residents = {_name(name, config): device_bytes(tree) for name, tree in stage.residents.items()}
     trained = [tree.params for tree in stage.residents.values() if hasattr(tree, "params")]
     rows = max(config.data.batch_size // (batch_shards(mesh) * config.num_microbatches), 1)
     return Memory(
@@ -75,6 +75,16 @@ def reckon(config: Any) -> Memory | None:
         _activations(stage.shape, rows * config.data.max_length, jnp.dtype(config.model.dtype).itemsize),
         _limit(),
     )
+
+
+def _name(resident: str, config: Any) -> str:
+    """What a resident is called; with adapters, those of a state are told from the base that they stand on."""
+    if not config.lora.is_on:
+        return resident
+    if resident == BASE:
+        quantized = getattr(config.model, "quantize", None)
+        return f"base in {quantized or config.model.dtype}"
+    return "adapters and their optimizer" if resident == "state" else f"adapters of the {resident}"
 
 
 def _activations(shape: ModelConfig, tokens: int, itemsize: int) -> float:

@@ -25,18 +25,23 @@ def shard_rollout_model(config: PPO, mesh: Mesh, policy: ShardedModel) -> Sharde
     Raises:
       UserError: where model or batch do not fit ``config.rollout.mesh``.
     """
-    field = "rollout.mesh"
-    if config.rollout.mesh is None:
-        return policy
-    other = reshape_mesh(mesh, config.rollout.mesh, field)
-    check_batch(other, "data.batch_size", config.data.batch_size, mesh_field=field)
+    rollout, batch_size = config.rollout, config.data.batch_size
+    field = "mesh" if rollout.mesh is None else "rollout.mesh"
+    other = mesh if rollout.mesh is None else reshape_mesh(mesh, rollout.mesh, field)
+    check_batch(other, "data.batch_size", batch_size, rollout.num_microbatches or 1, mesh_field=field)
     if other.shape == mesh.shape:
         return policy
     return sharded_model.shard_model(config.model, other, policy.config, lora=policy.lora, field=field)
 
 
 def build_sampler(
-    policy: ShardedModel, rollout_model: ShardedModel, *, dtype: str, sampling: SamplingConfig, end_ids: tuple[int, ...]
+    policy: ShardedModel,
+    rollout_model: ShardedModel,
+    *,
+    dtype: str,
+    sampling: SamplingConfig,
+    end_ids: tuple[int, ...],
+    num_microbatches: int | None = None,
 ) -> BatchSampler:
     """The programs by which a policy answers.
 
@@ -46,6 +51,7 @@ def build_sampler(
       dtype: compute dtype.
       sampling: see `jaxrm.models.generate.generate`.
       end_ids: ids that end a response.
+      num_microbatches: parts of a batch of prompts that are answered one after another; None for all at once.
     """
     rows = partition.batch_sharding(rollout_model.mesh)
     sample = rollout.build_sample(
@@ -54,6 +60,7 @@ def build_sampler(
         end_ids=end_ids,
         params_sharding=rollout_model.shardings,
         batch_sharding=rows,
+        num_microbatches=num_microbatches or 1,
     )
     if rollout_model is policy:
         return BatchSampler(sample)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from jaxrm.models.config import ModelConfig
+from jaxrm.models.lora import NO_LORA, LoRAConfig
 
 # Dense matrix products of one jax device, in 10^12 FLOP/s, as (bfloat16, float32), from the makers' data sheets
 # (without sparsity). float32 is what jax computes by default: one bfloat16 pass on TPU, TF32 on GPUs that have it.
@@ -34,7 +35,9 @@ _PEAK_TFLOPS: dict[str, tuple[float, float]] = {
 }
 
 
-def forward_flops(config: ModelConfig, length: int, *, predicted: int, scalar_head: bool = False) -> float:
+def forward_flops(
+    config: ModelConfig, length: int, *, predicted: int, scalar_head: bool = False, lora: LoRAConfig = NO_LORA
+) -> float:
     """FLOPs of one row forward: 2 a weight for each token, and attention.
 
     Args:
@@ -42,17 +45,30 @@ def forward_flops(config: ModelConfig, length: int, *, predicted: int, scalar_he
       length: tokens in a row; a token attends to half of them on average, or to its window.
       predicted: tokens of the row that the head is applied to.
       scalar_head: a scalar head stands in place of the one over the vocabulary.
+      lora: adapters of the projections.
     """
-    return _layers(config, length) * length + _head(config, scalar_head) * predicted
+    weights = _projections(config) + _adapters(config, lora)
+    return (2.0 * weights + _attention(config, length)) * length + 2.0 * _head(config, scalar_head) * predicted
 
 
-def training_flops_per_token(config: ModelConfig, length: int, *, scalar_head: bool = False) -> float:
-    """FLOPs of forward and backward for one token: 2 a weight forward, 4 backward, and attention.
+def training_flops(
+    config: ModelConfig, length: int, *, predicted: int, scalar_head: bool = False, lora: LoRAConfig = NO_LORA
+) -> float:
+    """FLOPs of one row forward and backward: 2 a weight forward, 4 backward, and attention three times.
 
+    Of a weight that is not trained, as those under adapters, the gradient is not computed: 2 forward, 2 backward.
     Recomputation under remat is not counted: it is a cost of the method, not of the model (the MFU of PaLM,
     Chowdhery et al. 2022, arXiv 2204.02311, appendix B). Arguments as for ``forward_flops``.
     """
-    return 3.0 * (_layers(config, length) + _head(config, scalar_head))
+    layers, head = _training(config, length, scalar_head, lora)
+    return layers * length + head * predicted
+
+
+def training_flops_per_token(
+    config: ModelConfig, length: int, *, scalar_head: bool = False, lora: LoRAConfig = NO_LORA
+) -> float:
+    """FLOPs of forward and backward for one token of rows whose every token is trained; see ``training_flops``."""
+    return sum(_training(config, length, scalar_head, lora))
 
 
 def peak_flops(device_kind: str, dtype: str = "bfloat16") -> float | None:
@@ -91,15 +107,37 @@ def mfu(flops: float, seconds: float, devices: Sequence[Any], dtype: str = "bflo
     return flops / (seconds * sum(peak for peak in peaks if peak is not None))
 
 
-def _layers(config: ModelConfig, length: int) -> float:
-    """FLOPs of the layers for one token of a row."""
+def _training(config: ModelConfig, length: int, scalar_head: bool, lora: LoRAConfig) -> tuple[float, float]:
+    """FLOPs of forward and backward for one token of a row: of the layers, and of the head."""
+    per_weight = 4.0 if lora.is_on else 6.0
+    layers = per_weight * _projections(config) + 6.0 * _adapters(config, lora) + 3.0 * _attention(config, length)
+    return layers, (6.0 if scalar_head else per_weight) * _head(config, scalar_head)
+
+
+def _projections(config: ModelConfig) -> int:
+    """Weights of the projections of all layers."""
     D, F, H = config.hidden_size, config.intermediate_size, config.head_dim
-    weights = config.num_layers * (2 * D * (config.num_heads + config.num_kv_heads) * H + 3 * D * F)
+    return config.num_layers * (2 * D * (config.num_heads + config.num_kv_heads) * H + 3 * D * F)
+
+
+def _adapters(config: ModelConfig, lora: LoRAConfig) -> int:
+    """Weights of the adapters of all layers."""
+    if not lora.is_on:
+        return 0
+    D, F = config.hidden_size, config.intermediate_size
+    queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    outputs = {"q_proj": queries, "k_proj": keys, "v_proj": keys, "o_proj": queries}  # and o_proj's inputs
+    return config.num_layers * lora.rank * sum(D + outputs.get(name, F) for name in lora.targets)
+
+
+def _attention(config: ModelConfig, length: int) -> float:
+    """FLOPs of attention forward for one token of a row, in all layers."""
     sliding = sum(config.layer_is_sliding)
     window = min(config.sliding_window or length, length / 2)
     seen = (config.num_layers - sliding) * length / 2 + sliding * window
-    return 2.0 * weights + 4.0 * seen * config.num_heads * H
+    return 4.0 * seen * config.num_heads * config.head_dim
 
 
-def _head(config: ModelConfig, scalar_head: bool) -> float:
-    return 2.0 * config.hidden_size * (1 if scalar_head else config.vocab_size)
+def _head(config: ModelConfig, scalar_head: bool) -> int:
+    """Weights of the head."""
+    return config.hidden_size * (1 if scalar_head else config.vocab_size)

@@ -10,10 +10,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from jaxrm.inference.sharded_model import ShardedModel
 from jaxrm.models import quantized
 from jaxrm.models.config import ModelConfig
 from jaxrm.sharding import partition
+
+BASE = "base"  # name of the resident that all adapters stand on
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Program:
       while_trips: most iterations of a loop whose length depends on the data; None where there is no such loop.
       cache_bytes: bytes of the key-value cache on one device.
       times: how often a step runs it.
-      copied_parameter_bytes: bytes on one device of parameters that exist only while it runs.
+      copied_parameters: abstract parameters that exist only while it runs; None where there are none.
     """
 
     name: str
@@ -42,7 +43,7 @@ class Program:
     while_trips: int | None = None
     cache_bytes: float = 0.0
     times: int = 1
-    copied_parameter_bytes: float = 0.0
+    copied_parameters: Any = None
 
 
 @dataclass(frozen=True)
@@ -53,12 +54,14 @@ class StagePrograms:
       programs: in the order in which a step runs them.
       residents: abstract pytrees by name: states, frozen models.
       parameters: number of parameters of the largest model.
+      trained_parameters: how many of them are trained.
       shape: of its decoder.
     """
 
     programs: tuple[Program, ...]
     residents: Mapping[str, Any]
     parameters: int
+    trained_parameters: int
     shape: ModelConfig
 
     def bytes_beside(self, program: Program) -> float:
@@ -88,9 +91,9 @@ def abstract_batch(batch_type: type, rows: int, length: int, mesh: Mesh) -> Any:
     )
 
 
-def count_parameters(model: ShardedModel) -> int:
-    """Number of parameters of a model; quantized ones are counted as what they stand for."""
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(quantized.plain_shapes(model.shapes)))
+def count_parameters(shapes: Any) -> int:
+    """Number of parameters in a tree of abstract arrays; quantized ones are counted as what they stand for."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(quantized.plain_shapes(shapes)))
 
 
 def _item_bytes(dtype: Any) -> int:

@@ -9,8 +9,9 @@ from typing import Any
 
 from jaxrm.algorithms.state import TrainState
 from jaxrm.errors import UserError, flag
+from jaxrm.models import lora
 from jaxrm.models.flops import peak_flops
-from jaxrm.planning.abstract import Program, StagePrograms, device_bytes
+from jaxrm.planning.abstract import BASE, Program, StagePrograms, device_bytes
 from jaxrm.planning.cost import Cost, ProgramPlan, StagePlan, subtract
 from jaxrm.planning.flops import matmul_flops
 from jaxrm.planning.programs import stage_programs
@@ -84,6 +85,7 @@ def plan_stage(
         config.data.batch_size,
         config.num_microbatches,
         stage.parameters,
+        stage.trained_parameters,
         {name: device_bytes(tree) for name, tree in stage.residents.items()},
         tuple(plans),
         None if topology.chip is None else topology.chip.memory * GIB,
@@ -176,11 +178,14 @@ def _parts(peak: float | None, program: Program, residents: Mapping[str, Any]) -
     """What the peak consists of; without activations, which are the rest, where the peak is unknown."""
     states = [tree for tree in residents.values() if isinstance(tree, TrainState)]
     optimizer = sum(device_bytes(state.opt_state) for state in states)
-    parts = {
-        "parameters": device_bytes(dict(residents)) - optimizer + program.copied_parameter_bytes,
-        "optimizer": optimizer,
-        "cache": program.cache_bytes,
-    }
+    rest = device_bytes(dict(residents)) - optimizer
+    if BASE in residents:
+        adapters, base = lora.split(program.copied_parameters or {})
+        base_bytes = device_bytes(residents[BASE])
+        parts = {"base": base_bytes + device_bytes(base), "adapters": rest - base_bytes + device_bytes(adapters)}
+    else:
+        parts = {"parameters": rest + device_bytes(program.copied_parameters)}
+    parts |= {"optimizer": optimizer, "cache": program.cache_bytes}
     return parts if peak is None else parts | {"activations": max(0.0, peak - sum(parts.values()))}
 
 

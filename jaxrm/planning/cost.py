@@ -51,7 +51,8 @@ class ProgramPlan:
         it does not fit.
       needed: bytes that the compiler said it would need, where that is more than there are.
       parts: of ``peak``: parameters, optimizer, cache, and activations. Activations are the rest, so gradients and the
-        batch are among them.
+        batch are among them. With adapters, the base that all of them stand on and the adapters are in place of the
+        parameters.
       model_flops: FLOPs of the model on all devices, without recomputation, counted by hand.
       cost: of the whole program.
       decode: the part of ``cost`` that generates token by token; None where there is none.
@@ -97,6 +98,7 @@ class StagePlan:
       batch_size: rows of a step.
       num_microbatches: of its config.
       parameters: number of parameters of its largest model.
+      trained_parameters: how many of them are trained, in PPO of the policy.
       residents: bytes on one device of what stays there between programs, by name.
       programs: in the order of a step.
       memory: bytes of one device; None where that is unknown.
@@ -109,6 +111,7 @@ class StagePlan:
     batch_size: int
     num_microbatches: int
     parameters: int
+    trained_parameters: int
     residents: dict[str, float]
     programs: tuple[ProgramPlan, ...]
     memory: float | None

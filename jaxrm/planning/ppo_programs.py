@@ -1,7 +1,6 @@
 """The jitted programs of a PPO step with abstract sharded inputs, in the order in which a step runs them."""
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -17,10 +16,10 @@ from jaxrm.inference import sharded_model
 from jaxrm.inference.sharded_model import ShardedModel
 from jaxrm.models import lora
 from jaxrm.models.config import ModelConfig
-from jaxrm.models.flops import forward_flops, training_flops_per_token
+from jaxrm.models.flops import forward_flops, training_flops
 from jaxrm.ops import reward_scaling
 from jaxrm.ops.token_rewards import find_kind
-from jaxrm.planning.abstract import Program, StagePrograms, abstract_batch, count_parameters, device_bytes
+from jaxrm.planning.abstract import BASE, Program, StagePrograms, abstract_batch, count_parameters
 from jaxrm.runtime.checkpoint import with_shardings
 from jaxrm.sharding import partition
 from jaxrm.sharding.mesh import batch_shards
@@ -89,22 +88,10 @@ class PPOStage:
         """Abstract frozen parameters of policy and critic."""
         return self.learner.networks.frozen(self.base)
 
-    @property
-    def forward_flops(self) -> Callable[..., float]:
-        """FLOPs of a forward pass over one row."""
-        return functools.partial(forward_flops, self.learner.decoder.config)
-
-    @property
-    def log_prob_flops(self) -> float:
-        """FLOPs of a forward pass for the log-probs of one response."""
-        return self.forward_flops(self.config.data.max_length, predicted=self.response_length)
-
-    @property
-    def value_flops(self) -> float:
-        """FLOPs of a forward pass for the values of one response; 0 where policy and critic share a trunk."""
-        if self.state.critic is None:
-            return 0.0
-        return self.forward_flops(self.config.data.max_length, predicted=self.response_length, scalar_head=True)
+    def row_flops(self, flops: Callable[..., float], *, scalar_head: bool = False) -> float:
+        """FLOPs of a pass over one prompt and response: ``flops`` is `forward_flops` or `training_flops`."""
+        decoder, length = self.learner.decoder, self.config.data.max_length
+        return flops(decoder.config, length, predicted=self.response_length, scalar_head=scalar_head, lora=decoder.lora)
 
     def rows(self, shape: tuple[int, ...], dtype: Any, *, mesh: Mesh | None = None) -> Any:
         """An abstract array whose first axis is that of the batch, on the stage's mesh or another."""
@@ -131,7 +118,7 @@ def build(config: PPO, mesh: Mesh, decoder: ShardedModel) -> StagePrograms:
     reference = with_shardings(decoder.trained_shapes, decoder.trained_shardings)
     reference = reference if base else _in_dtype(reference, config.model.dtype)
     stage = PPOStage(config, mesh, learner, learner.programs(_no_reward), learner.abstract, base, reference)
-    residents = {"policy": stage.state.policy, "reference": reference} | ({"base": base} if base else {})
+    residents = {"policy": stage.state.policy, "reference": reference} | ({BASE: base} if base else {})
     programs = [*_rollout(stage), _log_probs(stage)]
     if stage.state.critic is not None:
         residents["critic"] = stage.state.critic
@@ -144,17 +131,18 @@ def build(config: PPO, mesh: Mesh, decoder: ShardedModel) -> StagePrograms:
     programs.append(_policy_update(stage))
     if stage.state.critic is not None:
         programs.append(_critic_update(stage))
-    return StagePrograms(tuple(programs), residents, count_parameters(decoder), decoder.config)
+    counts = count_parameters(decoder.shapes), count_parameters(decoder.trained_shapes)
+    return StagePrograms(tuple(programs), residents, *counts, decoder.config)
 
 
 def _rollout(stage: PPOStage) -> list[Program]:
     """Generation, after a copy of the policy to the rollout's mesh where that is another one."""
     sampler, rollout_model, params = stage.jitted.rollout, stage.learner.rollout_model, stage.policy_params
-    programs, resident, copied_bytes = [], params, 0.0
+    programs, resident, copied = [], params, None
     if sampler.reshard is not None:
         programs.append(Program("reshard", sampler.reshard.params, (params,), 0, params, 0.0))
         params = with_shardings(jax.eval_shape(sampler.reshard.params, params), rollout_model.shardings)
-        resident, copied_bytes = None, device_bytes(params)  # the copy exists only while this program runs
+        resident, copied = None, params  # the copy exists only while this program runs
     rows, length = stage.batch_size, stage.config.data.max_length
     prompts = [stage.rows((rows, stage.prompt_length), t, mesh=rollout_model.mesh) for t in (jnp.int32, jnp.bool_)]
     key = jax.eval_shape(lambda: jax.random.key(0))
@@ -166,12 +154,16 @@ def _rollout(stage: PPOStage) -> list[Program]:
             (params, *prompts, key),
             rows * length,
             resident,
-            rows * stage.log_prob_flops,
+            rows * stage.row_flops(forward_flops),
             while_trips=stage.response_length - 1,
             cache_bytes=_cache_bytes(
-                stage.learner.decoder.config, rows, length, stage.config.model.dtype, rollout_model.mesh
+                stage.learner.decoder.config,
+                rows // (stage.config.rollout.num_microbatches or 1),
+                length,
+                stage.config.model.dtype,
+                rollout_model.mesh,
             ),
-            copied_parameter_bytes=copied_bytes,
+            copied_parameters=copied,
         )
     )
     return programs
@@ -180,6 +172,7 @@ def _rollout(stage: PPOStage) -> list[Program]:
 def _log_probs(stage: PPOStage) -> Program:
     """Log-probs of policy and reference, and values of the critic."""
     critic = None if stage.state.critic is None else stage.state.critic.params
+    value_flops = 0.0 if critic is None else stage.row_flops(forward_flops, scalar_head=True)
     models = (stage.state.policy.params, critic, stage.reference)
     return Program(
         "log_probs",
@@ -187,7 +180,7 @@ def _log_probs(stage: PPOStage) -> Program:
         (stage.base, *models, stage.responses(stage.batch_size)),
         stage.batch_size * stage.config.data.max_length,
         (stage.base, *models),
-        stage.batch_size * (2 * stage.log_prob_flops + stage.value_flops),
+        stage.batch_size * (2 * stage.row_flops(forward_flops) + value_flops),
     )
 
 
@@ -220,21 +213,21 @@ def _scoring(stage: PPOStage, model: ShardedModel, scorer: scoring.Scorer, weigh
         (weights, calibration, stage.responses(rows), reference),
         rows * length,
         weights,
-        rows * stage.forward_flops(length, predicted=predicted, scalar_head=is_scalar),
+        rows * forward_flops(model.config, length, predicted=predicted, scalar_head=is_scalar, lora=model.lora),
     )
 
 
 def _policy_update(stage: PPOStage) -> Program:
     """One update of the policy on a minibatch, with its share of pre-training texts where there are any (PTX)."""
     tokens = stage.minibatch_size * stage.config.data.max_length
-    model_flops = 3 * stage.minibatch_size * stage.log_prob_flops
+    model_flops = stage.minibatch_size * stage.row_flops(training_flops)
     batch, ptx = PPOBatch(stage.rollout()), stage.config.ptx
     if ptx is not None:
         texts = abstract_batch(TokenBatch, ptx.batch_size, ptx.max_length, stage.mesh)
         batch = dataclasses.replace(batch, ptx=texts, ptx_weight=stage.rows((ptx.batch_size,), jnp.float32))
         tokens += ptx.batch_size * ptx.max_length
-        per_token = training_flops_per_token(stage.learner.decoder.config, ptx.max_length)
-        model_flops += ptx.batch_size * ptx.max_length * per_token
+        decoder, length = stage.learner.decoder, ptx.max_length
+        model_flops += ptx.batch_size * training_flops(decoder.config, length, predicted=length, lora=decoder.lora)
     return Program(
         "policy update",
         stage.jitted.update_policy,
@@ -254,7 +247,7 @@ def _critic_update(stage: PPOStage) -> Program:
         (stage.state.critic, stage.frozen.critic, PPOBatch(stage.rollout())),
         stage.minibatch_size * stage.config.data.max_length,
         (stage.state.critic, stage.frozen.critic),
-        3 * stage.minibatch_size * stage.value_flops,
+        stage.minibatch_size * stage.row_flops(training_flops, scalar_head=True),
         times=stage.updates,
     )
 

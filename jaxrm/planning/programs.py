@@ -13,9 +13,9 @@ from jaxrm.errors import UserError, option
 from jaxrm.inference import sharded_model
 from jaxrm.inference.sharded_model import ShardedModel
 from jaxrm.models import build
-from jaxrm.models.flops import training_flops_per_token
+from jaxrm.models.flops import training_flops
 from jaxrm.planning import ppo_programs
-from jaxrm.planning.abstract import Program, StagePrograms, abstract_batch, count_parameters
+from jaxrm.planning.abstract import BASE, Program, StagePrograms, abstract_batch, count_parameters
 from jaxrm.runtime.checkpoint import with_shardings
 from jaxrm.sharding import partition
 from jaxrm.sharding.mesh import check_batch, check_row_length
@@ -59,9 +59,10 @@ def _supervised(config: TrainingConfig, mesh: Mesh, decoder: ShardedModel) -> St
     base = with_shardings(objective.model.frozen_shapes, objective.model.frozen_shardings)
     rows, length = config.data.batch_size, config.data.max_length
     batch = abstract_batch(objective.batch_type, rows, length, mesh)
-    model_flops = (
-        rows * length * training_flops_per_token(decoder.config, length, scalar_head=objective.has_scalar_head)
+    model_flops = rows * training_flops(
+        decoder.config, length, predicted=length, scalar_head=objective.has_scalar_head, lora=decoder.lora
     )
     program = Program("train step", step, (state, base, batch), rows * length, (state, base), model_flops)
-    residents = {"state": state, "base": base} if base else {"state": state}
-    return StagePrograms((program,), residents, count_parameters(objective.model), decoder.config)
+    residents = {"state": state} | ({BASE: base} if base else {})
+    counts = count_parameters(objective.model.shapes), count_parameters(shapes)
+    return StagePrograms((program,), residents, *counts, decoder.config)

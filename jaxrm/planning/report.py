@@ -37,8 +37,8 @@ def stage_naming(name: str) -> Iterator[None]:
 
 def print_plan(plan: StagePlan) -> None:
     """Print a plan as tables."""
-    print(f"\n{plan.algorithm}, {plan.parameters / 1e9:.3g} billion parameters, on {plan.topology} as {_mesh(plan)}")
-    parts = ("parameters", "optimizer", "cache", "activations")
+    print(f"\n{plan.algorithm}, {_size(plan)}, on {plan.topology} as {_mesh(plan)}")
+    parts = list(dict.fromkeys(part for program in plan.programs for part in program.parts))
     print_table(
         "Memory of a device, GiB",
         ["", "fits", "peak", *parts, "compiled in s"],
@@ -113,7 +113,8 @@ def write_page(path: Path, plans: Mapping[str, tuple[StagePlan, Sequence[Trial]]
         if trials:
             with stage_naming(name):
                 tables.append(_trial_table(trials, f"{prefix}what was tried"))
-    about = [("command", command), *((name or "plan", verdict(plan)) for name, (plan, _) in plans.items())]
+    sized = ((name or "plan", f"{_size(plan)}; {verdict(plan)}") for name, (plan, _) in plans.items())
+    about = [("command", command), *sized]
     write_report(path, title="Does it fit?", about=about, tables=tables, curves=(), examples=(), bars=bars)
 
 
@@ -186,6 +187,14 @@ def _time_rows(program: ProgramPlan) -> list[list[str]]:
 
 def _name(program: ProgramPlan) -> str:
     return program.name if program.times == 1 else f"{program.name}, {program.times} times"
+
+
+def _size(plan: StagePlan) -> str:
+    """Number of parameters, and of those that are trained where these are adapters."""
+    size = f"{plan.parameters / 1e9:.3g} billion parameters"
+    if plan.trained_parameters == plan.parameters:
+        return size
+    return f"{size}, {plan.trained_parameters / 1e6:.3g} million of them trained"
 
 
 def _mesh(plan: StagePlan) -> str:

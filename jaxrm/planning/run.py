@@ -115,6 +115,8 @@ def _print_search(trials: list[Trial]) -> None:
     best = next((each for each in trials if each.plan.fits), None)
     if best is not None:
         print(f"Use {best.as_flags()}: {report.verdict(best.plan)}")
+        if "lora.rank" in best.changes:
+            print("That trains adapters (LoRA) on frozen weights, usually at about ten times the learning rate.")
     else:
         print(
             f"None of the {len(trials)} tried fits; use more devices, a smaller {flag('data.batch_size')}, "

@@ -1,10 +1,12 @@
 """Search for plans that fit: the mildest change to a config that does, and the fastest mesh. Both are compiled."""
 
+import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from jaxrm.config.dicts import with_changes
@@ -17,6 +19,8 @@ from jaxrm.planning.topology import GIB, Topology
 from jaxrm.runtime.progress import Progress
 from jaxrm.sharding.mesh import AXES, batch_shards, build_mesh
 from jaxrm.stage_config import PPO, TrainingConfig
+
+SUGGESTED_RANK = 16  # of adapters (jaxrm choice)
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,8 @@ def nearest_fit(config: TrainingConfig, topology: Topology, *, most: int, show_p
     """Try changes, the mildest first, up to the first that fits, which is the last one.
 
     More microbatches do not change the result and cost least, so they come first; then recomputed layers, then meshes
-    that split the model further.
+    that split the model further. The other half of the trials is for what trains something else: adapters in place of
+    the weights (LoRA), then adapters on a quantized base.
 
     Args:
       config: that does not fit.
@@ -50,7 +55,9 @@ def nearest_fit(config: TrainingConfig, topology: Topology, *, most: int, show_p
     """
     trials: list[Trial] = []
     with Progress("look for one that fits", most, unit="tries", enabled=show_progress) as progress:
-        for changes in _where_residents_fit(config, topology, _mild_changes(config, topology)):
+        mild = _where_residents_fit(config, topology, _mild_changes(config, topology))
+        adapters = _where_residents_fit(config, topology, _adapter_changes(config, topology))
+        for changes in itertools.chain(itertools.islice(mild, max(1, most // 2)), adapters):
             trials.append(_try(config, changes, topology))
             progress.update(len(trials))
             if trials[-1].plan.fits or len(trials) == most:
@@ -104,6 +111,21 @@ def _mild_changes(config: TrainingConfig, topology: Topology) -> Iterator[dict[s
             yield {**mesh_changes, **remats[-1], "num_microbatches": num_microbatches}
 
 
+def _adapter_changes(config: TrainingConfig, topology: Topology) -> Iterator[dict[str, Any]]:
+    """Changes to training adapters on a frozen base, then on a quantized one; each as written, then in small parts."""
+    adapters: dict[str, Any] = {} if config.lora.is_on else {"lora.rank": SUGGESTED_RANK}
+    quantized = {} if getattr(config.model, "quantize", "") is not None else {"model.quantize": "nf4"}
+    meshes = [{}] if _divides(config, topology) else _mesh_changes(config, topology)[:1]
+    for base in dict.fromkeys((tuple(adapters.items()), (*adapters.items(), *quantized.items()))):
+        for mesh_changes in meshes if base else []:
+            whole = dict(base) | mesh_changes
+            yield whole
+            parts = _microbatches(with_changes(config, whole), topology)[-1]
+            yield (
+                whole | ({} if config.model.remat == "full" else {"model.remat": "full"}) | {"num_microbatches": parts}
+            )
+
+
 def _divides(config: TrainingConfig, topology: Topology) -> bool:
     """Whether the config's mesh divides model and batch."""
     try:
@@ -145,12 +167,41 @@ def _communication(config: TrainingConfig, stage: StagePrograms, sizes: Mapping[
 def _where_residents_fit(
     config: TrainingConfig, topology: Topology, candidates: Iterable[dict[str, Any]]
 ) -> Iterator[dict[str, Any]]:
-    """The changes with which at least the residents fit; the others need not be compiled."""
+    """The changes with which at least the residents fit; the others need not be compiled.
+
+    Where the key-value cache of a rollout does not fit beside them, prompts are answered in parts.
+    """
+    memory = math.inf if topology.chip is None else topology.chip.memory * GIB
     for changes in candidates:
         changed = with_changes(config, changes)
-        residents = stage_programs(changed, build_mesh(changed.mesh, topology.devices)).residents
-        if topology.chip is None or device_bytes(dict(residents)) <= topology.chip.memory * GIB:
-            yield changes
+        mesh = build_mesh(changed.mesh, topology.devices)
+        stage = stage_programs(changed, mesh)
+        if device_bytes(dict(stage.residents)) > memory:
+            continue
+        parts = _rollout_parts(changed, stage, memory) if isinstance(changed, PPO) else None
+        yield changes if parts is None else {**changes, "rollout.num_microbatches": parts}
+
+
+def _rollout_parts(config: PPO, stage: StagePrograms, memory: float) -> int | None:
+    """Number of parts to answer prompts in, so that the cache of one fits; None where that of the config may do.
+
+    A rule of thumb (jaxrm choice): half of the cache exists twice, while it is filled with the prompts, and the loop
+    over tokens has the layers once more in the compute dtype.
+    """
+    rollout = next(program for program in stage.programs if program.name == "rollout")
+    weights, *_ = rollout.arguments
+    in_compute_dtype = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, config.model.dtype, sharding=x.sharding), weights
+    )
+    taken = device_bytes(dict(stage.residents)) + device_bytes(rollout.copied_parameters)
+    free = memory - taken - device_bytes(in_compute_dtype)
+    present = config.rollout.num_microbatches or 1
+    if 1.5 * rollout.cache_bytes <= free:
+        return None
+    rows = config.data.batch_size // batch_shards(rollout.arguments[1].sharding.mesh)
+    choices = [each for each in _divisors(rows) if each.bit_count() == 1 and each > present]
+    fitting = [each for each in choices if 1.5 * rollout.cache_bytes * present / each <= free]
+    return next(iter(fitting), choices[-1] if choices else None)
 
 
 def _microbatches(config: TrainingConfig, topology: Topology) -> list[int]:

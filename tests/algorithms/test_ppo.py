@@ -15,7 +15,7 @@ from jaxrm.algorithms.optimizer import OptimizerConfig
 from jaxrm.algorithms.ppo_config import CriticConfig, PPOConfig, RolloutConfig
 from jaxrm.algorithms.ppo_state import PPOBatch, RewardAndKLState, steps_of
 from jaxrm.algorithms.reward_config import RewardConfig
-from jaxrm.algorithms.rollout import TokenLogProbs
+from jaxrm.algorithms.rollout import TokenLogProbs, build_sample
 from jaxrm.data.config import DataConfig
 from jaxrm.errors import UserError
 from jaxrm.inference import sharded_model, weights
@@ -27,6 +27,7 @@ from jaxrm.ops import reward_scaling, token_rewards
 from jaxrm.ops.token_rewards import KINDS
 from jaxrm.runtime.checkpoint import CheckpointConfig, Checkpoints
 from jaxrm.runtime.preemption import StopRequest
+from jaxrm.sharding import partition
 from jaxrm.sharding.mesh import MeshConfig, build_mesh
 from jaxrm.stage_config import PPO, JudgedEvaluationConfig
 from jaxrm.stages.ppo.checkpoints import restore, saved_arrays
@@ -633,6 +634,28 @@ def test_a_policy_samples_alike_on_another_layout_of_devices(rollout_model):
     kernel = sampler.reshard.params(other.reference)["layers"]["mlp"]["gate"]["kernel"]
     shape = (2, 32 // rollout_model.context, 64 // rollout_model.tensor)
     assert {shard.data.shape for shard in kernel.addressable_shards} == {shape}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [ONE, EIGHT], ids=["one device", "eight"])
+def test_prompts_answered_in_parts_have_a_key_each(mesh):
+    """Part ``i`` has the rows ``i, i + 2, ...``, and the responses come back in the order of the prompts."""
+    s = Setup(experiment(), mesh)
+    build = functools.partial(
+        build_sample,
+        s.decoder.graphdef,
+        sampling=s.config.rollout.sampling,
+        end_ids=(EOS,),
+        params_sharding=s.decoder.shardings,
+        batch_sharding=partition.batch_sharding(s.mesh),
+    )
+    prompts, mask = map(np.asarray, Rows(s.config, s.mesh).place(1))
+    batch = build(num_microbatches=2)(s.reference, prompts, mask, KEY)
+    np.testing.assert_array_equal(batch.prompts, prompts)
+    for part, key in enumerate(jax.random.split(KEY)):
+        alone = build()(s.reference, prompts[part::2], mask[part::2], key)
+        np.testing.assert_array_equal(batch.responses[part::2], alone.responses)
+        np.testing.assert_array_equal(batch.response_mask[part::2], alone.response_mask)
 
 
 def test_a_copy_to_answer_with_is_in_the_compute_dtype():

@@ -19,6 +19,7 @@ from jaxrm.data.config import DataConfig
 from jaxrm.models.build import ModelSource
 from jaxrm.models.config import preset
 from jaxrm.models.flops import training_flops_per_token
+from jaxrm.models.lora import LoRAConfig
 from jaxrm.planning.compile import plan_stage
 from jaxrm.planning.flops import matmul_flops
 from jaxrm.planning.programs import stage_programs
@@ -54,10 +55,12 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--remat", default="full")
+    parser.add_argument("--rank", type=int, default=0, help="of adapters; 0 trains all weights")
     args = parser.parse_args()
     config = STAGES[args.algorithm].config_class(
         model=ModelSource(preset=args.preset, dtype=args.dtype, remat=args.remat),
         data=DataConfig(path="task:safety", max_length=args.length, batch_size=args.rows),
+        lora=LoRAConfig(rank=args.rank),
     )
     device = jax.devices()[0]
     here = Topology("here", tuple(jax.devices()), None, device.device_kind)
@@ -65,22 +68,22 @@ def main() -> None:
     (program,) = stage_programs(config, build_mesh(config.mesh, here.devices)).programs
     compiled = program.jitted.trace(*program.arguments).lower().compile()
     before = resident_bytes(peak=False)
-    state, batch = (jax.tree.map(allocate, tree) for tree in program.arguments)
+    state, base, batch = (jax.tree.map(allocate, tree) for tree in program.arguments)
     for _ in range(2):
-        state, metrics = compiled(state, batch)
+        state, metrics = compiled(state, base, batch)
         jax.block_until_ready((state, metrics))
     forget_peak()
-    state, metrics = compiled(state, batch)
+    state, metrics = compiled(state, base, batch)
     assert np.isfinite(float(metrics["loss"]))
     on_device = device_memory()
     measured = resident_bytes(peak=True) - before if on_device is None else on_device.peak * GIB
     print(f"{args.algorithm}, {args.preset}, {args.rows} x {args.length}, {args.dtype}, remat {args.remat}, "
-          f"{len(jax.devices())} x {device.device_kind}")  # fmt: skip
+          f"rank {args.rank}, {len(jax.devices())} x {device.device_kind}")  # fmt: skip
     print(f"peak memory: predicted {predicted.peak / GIB:.3f} GiB, measured {measured / GIB:.3f}, "
           f"ratio {predicted.peak / measured:.3f}")  # fmt: skip
     shape, tokens = preset(args.preset), args.rows * args.length
     is_scalar = args.algorithm == "scalar_rm"
-    model_flops = training_flops_per_token(shape, args.length, scalar_head=is_scalar) * tokens
+    model_flops = training_flops_per_token(shape, args.length, scalar_head=is_scalar, lora=config.lora) * tokens
     none = dataclasses.replace(config, model=dataclasses.replace(config.model, remat="none"))
     (program,) = stage_programs(none, build_mesh(config.mesh, here.devices)).programs
     without_remat = matmul_flops(program.jitted.trace(*program.arguments).jaxpr)

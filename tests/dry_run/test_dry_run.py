@@ -13,6 +13,7 @@ from jaxrm.data.config import DataConfig
 from jaxrm.dry_run import memory
 from jaxrm.errors import UserError
 from jaxrm.models.build import ModelSource
+from jaxrm.models.lora import LoRAConfig
 from jaxrm.runtime.metrics import LoggingConfig
 from jaxrm.sharding.mesh import MeshConfig
 
@@ -170,6 +171,15 @@ def test_the_memory_that_stays_is_that_of_the_plan():
     assert needed.gradients == pytest.approx(needed.residents["state"] / 3, rel=1e-3)  # Adam has two moments
     whole = memory.reckon(sft(mesh=MeshConfig(8, 1, 1)))
     assert whole.gradients == pytest.approx(8 * needed.gradients, rel=0.05)  # norms are not split
+
+
+def test_with_adapters_the_base_is_named_apart():
+    whole = memory.reckon(sft())
+    needed = memory.reckon(sft(lora=LoRAConfig(rank=4)))
+    adapters, base = needed.residents["adapters and their optimizer"], needed.residents["base in float32"]
+    assert base == pytest.approx(whole.gradients) and adapters == pytest.approx(3 * needed.gradients, rel=1e-3)
+    assert needed.gradients < whole.gradients / 2
+    assert "base in float32" in needed.as_text()
 
 
 def launch(*arguments):

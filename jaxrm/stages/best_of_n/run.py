@@ -149,6 +149,7 @@ def _open_draws(inputs: _Inputs, folder: RunFolder, source: RewardSource) -> tup
         dtype=config.model.dtype,
         sampling=config.rollout.sampling,
         end_ids=stage.end_ids,
+        num_microbatches=config.rollout.num_microbatches,
     )
     score = PolicyRewards(config, stage.model, params, source)
     run_key, _, calibration_key, _ = jax.random.split(jax.random.key(config.seed), 4)  # as those of PPO

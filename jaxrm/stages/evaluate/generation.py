@@ -117,6 +117,7 @@ def open_generator(
         rollout_model,
         dtype=config.model.dtype,
         end_ids=stage.end_ids,
+        num_microbatches=config.rollout.num_microbatches,
     )
     samplers = {
         "sampled": build(sampling=sampling),

@@ -141,7 +141,12 @@ class Learner:
     def sampler(self, sampling: SamplingConfig) -> BatchSampler:
         """Samples from the policy."""
         return build_sampler(
-            self.decoder, self.rollout_model, dtype=self.config.model.dtype, sampling=sampling, end_ids=self.end_ids
+            self.decoder,
+            self.rollout_model,
+            dtype=self.config.model.dtype,
+            sampling=sampling,
+            end_ids=self.end_ids,
+            num_microbatches=self.config.rollout.num_microbatches,
         )
 
     def programs(self, source: RewardSource) -> ppo.Programs:

@@ -122,7 +122,10 @@ def _reporter(
         num_steps=data.num_steps,
         learning_rate=learning_rate(config.optimizer, data.num_steps),
         flops_per_token=flops.training_flops_per_token(
-            objective.model.config, config.data.max_length, scalar_head=objective.has_scalar_head
+            objective.model.config,
+            config.data.max_length,
+            scalar_head=objective.has_scalar_head,
+            lora=objective.model.lora,
         ),
         dtype=config.model.dtype,
     )

