@@ -112,18 +112,19 @@ def _mild_changes(config: TrainingConfig, topology: Topology) -> Iterator[dict[s
 
 
 def _adapter_changes(config: TrainingConfig, topology: Topology) -> Iterator[dict[str, Any]]:
-    """Changes to training adapters on a frozen base, then on a quantized one; each as written, then in small parts."""
+    """Changes to training adapters on a frozen base, then on a quantized one; each as written, then in more parts."""
     adapters: dict[str, Any] = {} if config.lora.is_on else {"lora.rank": SUGGESTED_RANK}
     quantized = {} if getattr(config.model, "quantize", "") is not None else {"model.quantize": "nf4"}
+    least = {} if config.model.remat == "full" else {"model.remat": "full"}
     meshes = [{}] if _divides(config, topology) else _mesh_changes(config, topology)[:1]
-    for base in dict.fromkeys((tuple(adapters.items()), (*adapters.items(), *quantized.items()))):
+    for base in (adapters, {**adapters, **quantized} if quantized else {}):
         for mesh_changes in meshes if base else []:
-            whole = dict(base) | mesh_changes
-            yield whole
-            parts = _microbatches(with_changes(config, whole), topology)[-1]
-            yield (
-                whole | ({} if config.model.remat == "full" else {"model.remat": "full"}) | {"num_microbatches": parts}
-            )
+            changes = {**base, **mesh_changes}
+            yield changes
+            choices = _microbatches(with_changes(config, changes), topology)
+            for num_microbatches in dict.fromkeys((choices[len(choices) // 2], choices[-1])):
+                if least or num_microbatches > config.num_microbatches:
+                    yield {**changes, **least, "num_microbatches": num_microbatches}
 
 
 def _divides(config: TrainingConfig, topology: Topology) -> bool:
