@@ -82,8 +82,7 @@ def _name(resident: str, config: Any) -> str:
     if not config.lora.is_on:
         return resident
     if resident == BASE:
-        quantized = getattr(config.model, "quantize", None)
-        return f"base in {quantized or config.model.dtype}"
+        return f"base in {config.model.quantize or config.model.dtype}"
     return "adapters and their optimizer" if resident == "state" else f"adapters of the {resident}"
 
 

@@ -114,7 +114,7 @@ def _mild_changes(config: TrainingConfig, topology: Topology) -> Iterator[dict[s
 def _adapter_changes(config: TrainingConfig, topology: Topology) -> Iterator[dict[str, Any]]:
     """Changes to training adapters on a frozen base, then on a quantized one; each as written, then in more parts."""
     adapters: dict[str, Any] = {} if config.lora.is_on else {"lora.rank": SUGGESTED_RANK}
-    quantized = {} if getattr(config.model, "quantize", "") is not None else {"model.quantize": "nf4"}
+    quantized = {} if config.model.quantize is not None else {"model.quantize": "nf4"}
     least = {} if config.model.remat == "full" else {"model.remat": "full"}
     meshes = [{}] if _divides(config, topology) else _mesh_changes(config, topology)[:1]
     for base in (adapters, {**adapters, **quantized} if quantized else {}):

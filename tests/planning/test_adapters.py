@@ -9,6 +9,7 @@ from support.planning import config, with_memory
 
 from jaxrm.algorithms.ppo_config import RolloutConfig
 from jaxrm.algorithms.reward_config import RewardConfig
+from jaxrm.config.dicts import with_changes
 from jaxrm.data.config import DataConfig
 from jaxrm.models.build import ModelSource
 from jaxrm.models.generate import SamplingConfig
@@ -76,6 +77,23 @@ def test_a_scalar_head_is_trained_beside_the_adapters(here):
     assert scalar.trained_parameters - sft.trained_parameters == scalar.shape.hidden_size
 
 
+@pytest.mark.parametrize(("quantize", "bits"), [("int8", 8), ("nf4", 4)])
+def test_a_quantized_base_has_the_bytes_of_codes_and_scales(here, quantize, bits):
+    """The projections alone are quantized; scales are less than an eighth of the codes."""
+    plain, quantized = (stage_of(with_changes(adapted(), {"model.quantize": kind}), here) for kind in (None, quantize))
+    shape = plain.shape
+    projections = (
+        shape.num_layers
+        * shape.hidden_size
+        * (2 * (shape.num_heads + shape.num_kv_heads) * shape.head_dim + 3 * shape.intermediate_size)
+    )
+    before, after = (bytes_of(stage.residents["base"]) for stage in (plain, quantized))
+    codes = projections * bits / 8
+    assert codes < after - (before - 4 * projections) < 1.25 * codes
+    assert quantized.parameters == plain.parameters and quantized.trained_parameters == plain.trained_parameters
+    assert bytes_of(quantized.residents["state"].opt_state) == bytes_of(plain.residents["state"].opt_state)
+
+
 @pytest.mark.slow
 def test_the_parts_of_a_peak_are_base_and_adapters(here, capsys):
     (program,) = plan_stage(adapted(), here).programs
@@ -138,10 +156,11 @@ def test_where_weights_do_not_fit_adapters_are_suggested(here):
         config(),
         model=ModelSource(preset="smollm2-135m"),
         data=DataConfig(path="task:safety", max_length=32, batch_size=8),
-        mesh=MeshConfig(data=8),
+        mesh=MeshConfig(),
     )
-    state = device_bytes(dict(stage_of(one, here).residents))
-    trials = search.nearest_fit(one, with_memory(here, 0.8 * state / 2**30), most=8)
+    alone = dataclasses.replace(here, devices=here.devices[:1])
+    state = device_bytes(dict(stage_of(one, alone).residents))
+    trials = search.nearest_fit(one, with_memory(alone, 0.8 * state / 2**30), most=8)
     assert [each.as_flags() for each in trials] == ["--config.lora.rank=16"] and trials[0].plan.fits
 
 
@@ -150,5 +169,5 @@ def test_half_of_the_trials_are_for_adapters(here, monkeypatch):
     plan = Plan(fits=False)
     monkeypatch.setattr(search, "plan_stage", lambda *_, **__: plan)
     trials = search.nearest_fit(config(), with_memory(here, 1.0), most=6)
-    assert [("lora.rank" in each.changes) for each in trials[:5]] == [False] * 3 + [True] * 2
+    assert [("lora.rank" in each.changes) for each in trials] == [False] * 3 + [True] * 3
     assert trials[3].changes == {"lora.rank": 16}
