@@ -3,8 +3,9 @@
     python -m jaxrm.train --config=configs/rm_scalar_lora_gemma_2b.py
 
 Needs: an account that may download google/gemma-2b (or --config.model.path=FOLDER, or of the SFT run with adapters,
-which is what the paper starts from). FIGURES. The learning rate is ten times that of `configs/rm_scalar_gemma_2b.py`,
-the factor that LoRA Without Regret (Schulman et al. 2025) found, with its alpha. The rest is as there.
+which is what the paper starts from). `python -m jaxrm.plan --config=configs/rm_scalar_lora_gemma_2b.py --model=gemma-2b
+--topology=h100:1` says what it takes. The learning rate is ten times that of `configs/rm_scalar_gemma_2b.py`, the
+factor that LoRA Without Regret (Schulman et al. 2025) found, with its alpha. The rest is as there.
 """
 
 from jaxrm.algorithms.optimizer import OptimizerConfig

@@ -3,7 +3,8 @@
     python -m jaxrm.train --config=configs/rm_seq2seq_lora_llama_2_7b.py
 
 Needs: an account that may download meta-llama/Llama-2-7b-hf (or --config.model.path=FOLDER, or of the SFT run with
-adapters, which is what the paper starts from). FIGURES. The learning rate is ten times that of
+adapters, which is what the paper starts from). By `jaxrm.plan` one H100 is enough: 20.4 GiB of 59 and about 5.6 s a
+step. So are eight TPU v5e: 4.2 GiB of 15.75 each. The learning rate is ten times that of
 `configs/rm_seq2seq_llama_2_7b.py`, the factor that LoRA Without Regret (Schulman et al. 2025) found, with its alpha.
 The rest is as there.
 """

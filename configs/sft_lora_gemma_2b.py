@@ -2,7 +2,8 @@
 
     python -m jaxrm.train --config=configs/sft_lora_gemma_2b.py
 
-Needs: an account that may download google/gemma-2b (or --config.model.path=FOLDER). FIGURES. The learning rate is ten
+Needs: an account that may download google/gemma-2b (or --config.model.path=FOLDER). `python -m jaxrm.plan
+--config=configs/sft_lora_gemma_2b.py --model=gemma-2b --topology=h100:1` says what it takes. The learning rate is ten
 times that of `configs/sft_gemma_2b.py`, the factor that LoRA Without Regret (Schulman et al. 2025) found, with its
 alpha. The rest is as there.
 """
