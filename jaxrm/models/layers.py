@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxrm.models import quantized, rope
 from jaxrm.models.config import ModelConfig
@@ -22,7 +23,8 @@ _ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
 }
-
+# What a projection gives, before its bias, for policies of what the backward pass keeps: once, with adapters too.
+PROJECTED = "projected"
 
 # Pins an activation, given the logical name of each of its axes, to devices; single-device code leaves it alone.
 Constrain = Callable[[jax.Array, tuple[str | None, ...]], jax.Array]
@@ -118,7 +120,7 @@ class Projection(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Apply to ``x [B, T, *contracted]``."""
         if self.output_shape is None:
-            y = self._product(x)
+            y = checkpoint_name(self._product(x), PROJECTED)
         else:
             rows = x.shape[: x.ndim - self.contracted]
             matrix = self.kernel[...].astype(x.dtype)

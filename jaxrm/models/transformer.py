@@ -212,10 +212,8 @@ class Decoder(nnx.Module):
             return x, qkv[1:] if return_kv else None
 
         if self.remat != "none":
-            policies = jax.checkpoint_policies
-            policy = policies.save_only_these_names(*blockwise.SAVED_BY_REMAT)
-            if self.remat == "dots":
-                policy = policies.save_from_both_policies(policy, policies.dots_with_no_batch_dims_saveable)
+            names = (*blockwise.SAVED_BY_REMAT, layers.PROJECTED) if self.remat == "dots" else blockwise.SAVED_BY_REMAT
+            policy = jax.checkpoint_policies.save_only_these_names(*names)
             one_layer = jax.checkpoint(one_layer, policy=policy, prevent_cse=False)
         x, kv = jax.lax.scan(one_layer, self._embed(tokens), (stacked, jnp.asarray(flags)))
         return self.final_norm(x), kv

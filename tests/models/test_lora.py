@@ -387,3 +387,21 @@ def test_a_projection_saves_inputs_for_a_trained_kernel_only(is_frozen):
     _, back = jax.vjp(lambda x, kernel=kernel: layers._project(x, kernel, 1), *arguments)
     saved = {leaf.shape for leaf in jax.tree.leaves(back)}
     assert (x.shape in saved) != is_frozen and kernel.shape in saved
+
+
+@pytest.mark.parametrize("options", [{}, {"dtype": "bfloat16"}, {"quantize": "int8"}], ids=lambda x: str(x))
+def test_kept_matrix_products_are_kept_once(options):
+    """A sum of the base's product and the adapters' is one array; for the gate and for up, of all layers."""
+    model = opened(LLAMA, RANK_4, remat="dots", **options)
+    rows = rows_of(LLAMA)
+
+    def backward(trained, frozen):
+        def states(trained):
+            decoder = nnx.merge(model.graphdef, lora.join(frozen, trained))
+            return decoder(rows[0], positions=rows[1], segment_ids=rows[2])
+
+        return jax.vjp(states, trained)[1]
+
+    kept = [leaf.shape for leaf in jax.tree.leaves(jax.eval_shape(backward, model.trained_shapes, model.frozen_shapes))]
+    assert kept.count((2, *rows[0].shape, LLAMA.intermediate_size)) == 2
+    assert kept.count((2, *rows[0].shape, LLAMA.num_heads, LLAMA.head_dim)) == 2  # queries, and what attention gives
