@@ -9,8 +9,11 @@ import numpy as np
 import pytest
 from absl import flags
 from support.adapters import change_config
+from support.stage_configs import stage_config
 
+import jaxrm
 from jaxrm import export, generate, score
+from jaxrm.data.config import DataConfig
 from jaxrm.data.records import Message
 from jaxrm.data.templates import encode_prompt
 from jaxrm.errors import UserError, naming
@@ -19,7 +22,7 @@ from jaxrm.inference.load import load_policy, load_reward_model
 from jaxrm.inference.sharded_model import shard_model
 from jaxrm.models import lora as low_rank
 from jaxrm.models.build import ModelSource
-from jaxrm.models.hub import describe_adapter, read_model_config
+from jaxrm.models.hub import read_model_config
 from jaxrm.models.lora import LoRAConfig
 from jaxrm.sharding.mesh import MeshConfig, build_mesh
 
@@ -180,15 +183,24 @@ def test_what_does_not_go_together_is_one_line(folders, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_dry_check_reads_the_headers_of_an_adapter(folders, tmp_path):
+@pytest.mark.parametrize("algorithm", ["sft", "seq2seq_rm", "scalar_rm", "dpo"])
+def test_a_dry_run_reads_the_headers_of_an_adapter(folders, tmp_path, algorithm):
+    """It takes the tokenizer beside it, and refuses what the adapter needs, or other adapters than are trained."""
     shutil.copytree(folders / "peft/sft", tmp_path / "adapter")
-    change_config(tmp_path / "adapter", use_dora=True)
     source = ModelSource(path=str(folders / "base"), adapter=str(tmp_path / "adapter"))
-    from jaxrm.inference import weights
+    pairs = [{"prompt": f"lamp {i}", "chosen": f"with water {i}", "rejected": f"no {i}"} for i in range(200)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    data = DataConfig(path=str(tmp_path / "pairs.jsonl"), max_length=96, batch_size=8)
 
-    config = read_model_config(str(folders / "base"))
-    assert "DoRA" in refusal(lambda: weights.check_weights(config, source))
-    assert describe_adapter(str(folders / "peft/sft"), config).base == str(folders / "base")
+    def check(lora):
+        config = stage_config(algorithm, run_dir=str(tmp_path / "run"), model=source, data=data, lora=lora)
+        assert not jaxrm.check(config).errors
+
+    check(LORA)
+    check(LoRAConfig())
+    assert "has LoRA of rank 3" in refusal(lambda: check(LoRAConfig(8)))
+    change_config(tmp_path / "adapter", use_dora=True)
+    assert "jaxrm does not do DoRA" in refusal(lambda: check(LORA))
 
 
 def test_adapters_of_a_base_by_chance_are_written_merged_alone(make_run, tmp_path):

@@ -15,6 +15,7 @@ from jaxrm.models.hub.peft_config import _NEUTRAL, _READ, _REFUSED
 from jaxrm.models.lora import LoRAConfig
 
 pytestmark = [
+    pytest.mark.slow,  # for the import of peft
     pytest.mark.torch,
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),  # peft's use of it
     pytest.mark.skipif(
