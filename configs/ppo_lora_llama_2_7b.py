@@ -4,10 +4,10 @@
 
 Needs: the runs of `configs/sft_lora_llama_2_7b.py` and `configs/rm_seq2seq_lora_llama_2_7b.py` (or other folders, as
 --config.model.path and --config.reward.model; the reward model takes no memory of its own where it stands on the same
-base). By `jaxrm.plan` one H100 is enough: 50 GiB of 59, where all weights take eight (`configs/ppo_llama_2_7b.py`), and
-about 45 s a step. Learning rates are ten times those of `configs/ppo_llama_2_7b.py`, the factor that LoRA Without
-Regret (Schulman et al. 2025) found, with its alpha. The rest is as there, in microbatches. For the baseline add
---config.reward.kind=scalar --config.reward.model=runs/rm_scalar_lora_llama_2_7b
+base). By `jaxrm.plan` one H100 is enough: 50.0 GiB of 59 and about 45 s a step, where all weights take eight; with
+--config.model.quantize=nf4 it is 33.6 GiB. Learning rates are ten times those of `configs/ppo_llama_2_7b.py`, the
+factor that LoRA Without Regret (Schulman et al. 2025) found, with its alpha. The rest is as there, in microbatches. For
+the baseline add --config.reward.kind=scalar --config.reward.model=runs/rm_scalar_lora_llama_2_7b
 --config.run_dir=runs/ppo_scalar_lora_llama_2_7b.
 """
 

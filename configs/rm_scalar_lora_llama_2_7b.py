@@ -3,10 +3,9 @@
     python -m jaxrm.train --config=configs/rm_scalar_lora_llama_2_7b.py
 
 Needs: an account that may download meta-llama/Llama-2-7b-hf (or --config.model.path=FOLDER, or of the SFT run with
-adapters, which is what the paper starts from). `python -m jaxrm.plan --config=configs/rm_scalar_lora_llama_2_7b.py
---model=llama-2-7b --topology=h100:1` says what it takes. The learning rate is ten times that of
-`configs/rm_scalar_llama_2_7b.py`, the factor that LoRA Without Regret (Schulman et al. 2025) found, with its alpha. The
-rest is as there.
+adapters, which is what the paper starts from). By `jaxrm.plan` one H100 is enough: 20.2 GiB of 59 and about 5.5 s a
+step. The learning rate is ten times that of `configs/rm_scalar_llama_2_7b.py`, the factor that LoRA Without Regret
+(Schulman et al. 2025) found, with its alpha. The rest is as there.
 """
 
 from jaxrm.algorithms.optimizer import OptimizerConfig

@@ -65,7 +65,7 @@ def row(model: str, algorithm: str, topology: str, changes: tuple[str, ...]) -> 
     """One row of the table in Markdown."""
     plan = load_or_make_plan(model, algorithm, topology, changes)
     peak = max(program["peak"] or program["needed"] or float("nan") for program in plan["programs"]) / 2**30
-    mesh = " × ".join(f"{axis} {size}" for axis, size in plan["mesh"].items() if size > 1)
+    mesh = " × ".join(f"{axis} {size}" for axis, size in plan["mesh"].items() if size > 1) or "one device"
     fits, speed = "yes", "–"
     if not plan["fits"]:
         fitting = [each["change"] for each in plan["tried"] if each["fits"]]
@@ -73,7 +73,7 @@ def row(model: str, algorithm: str, topology: str, changes: tuple[str, ...]) -> 
         fits = f"no; with `{flags}`" if fitting else "no"
     elif plan["seconds"]:
         tokens = next(program["tokens"] * program["times"] for program in plan["programs"] if program["tokens"])
-        speed = f"{tokens / plan['seconds'][1] / 1e3:,.0f}k to {tokens / plan['seconds'][0] / 1e3:,.0f}k"
+        speed = " to ".join(dict.fromkeys(f"{tokens / each / 1e3:,.0f}k" for each in reversed(plan["seconds"])))
     command = f"python -m jaxrm.train --config={config_of(model, algorithm)}"
     command += "".join(f" --config.{change}" for change in changes)
     memory = f"{peak:.3g} of {plan['memory'] / 2**30:g}"

@@ -171,3 +171,15 @@ def test_half_of_the_trials_are_for_adapters(here, monkeypatch):
     trials = search.nearest_fit(config(), with_memory(here, 1.0), most=6)
     assert [("lora.rank" in each.changes) for each in trials] == [False] * 3 + [True] * 3
     assert trials[3].changes == {"lora.rank": 16}
+
+
+def test_prompts_are_answered_in_parts_where_the_cache_is_large(here, monkeypatch):
+    """Before anything is compiled: half of the cache fits beside residents and the weights of the loop over tokens."""
+    one = ppo()
+    stage = stage_of(one, here)
+    rollout = next(program for program in stage.programs if program.name == "rollout")
+    weights = device_bytes(rollout.arguments[0])
+    memory = device_bytes(dict(stage.residents)) + weights + 1.5 * 0.6 * rollout.cache_bytes
+    monkeypatch.setattr(search, "plan_stage", lambda *_, **__: Plan(fits=True))
+    (trial,) = search.nearest_fit(one, with_memory(here, memory / 2**30), most=4)
+    assert trial.changes == {"num_microbatches": 2, "rollout.num_microbatches": 2}
