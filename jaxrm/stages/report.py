@@ -6,7 +6,6 @@ from collections.abc import Mapping
 import jax
 
 from jaxrm.data.readers import ReadReport
-from jaxrm.inference import parameters
 from jaxrm.models import quantized
 from jaxrm.runtime.metrics import read_rows
 from jaxrm.runtime.progress import print_table
@@ -34,7 +33,7 @@ def print_size(stage: Stage, data: TrainingData) -> None:
 
 def adapters_in_words(stage: Stage) -> str:
     """Which adapters are trained, how many parameters those are, and what they stand on."""
-    model, base = stage.model, parameters.base_of(stage.config.model, stage.config.seed)
+    model, base = stage.model, stage.base
     trained, frozen = (
         sum(math.prod(x.shape) for x in jax.tree.leaves(part))
         for part in (model.trained_shapes, quantized.plain_shapes(model.frozen_shapes))

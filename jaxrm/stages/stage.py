@@ -30,7 +30,7 @@ from jaxrm.data.templates import bos_id, text_of
 from jaxrm.data.tokenizer import Vocabulary, load_tokenizer
 from jaxrm.errors import option
 from jaxrm.inference import parameters, sharded_model, weights
-from jaxrm.inference.base import keep_base
+from jaxrm.inference.base import Base, keep_base
 from jaxrm.inference.load import save_shape_and_tokenizer
 from jaxrm.inference.sampler import Response, response_text
 from jaxrm.inference.sharded_model import ShardedModel
@@ -102,6 +102,11 @@ class Stage:
         """The template's first id, which stays where a prompt is cut."""
         return bos_id(self.tokenizer, self.template)
 
+    @functools.cached_property
+    def base(self) -> Base:
+        """What the adapters stand on. All processes look for it together, in `open_run`."""
+        return parameters.base_of(self.config.model, self.config.seed)
+
     @property
     def pad_to_multiple_of(self) -> int:
         """What the width of rows made on the devices is a multiple of."""
@@ -152,7 +157,7 @@ class Stage:
         if jax.process_count() > 1:
             self._check_same_inputs(read)
         has_adapters = keeps_model and self.model.lora.is_on
-        base = parameters.base_of(self.config.model, self.config.seed) if has_adapters else None
+        base = self.base if has_adapters else None
         folder = open_run_folder(self.config)
         if self.is_writer and keeps_model:
             save_shape_and_tokenizer(self.model.config, self.tokenizer, folder)
