@@ -4,9 +4,9 @@
 
 Needs: the runs of `configs/sft_lora_gemma_2b.py` and `configs/rm_seq2seq_lora_gemma_2b.py` (or other folders, as
 --config.model.path and --config.reward.model; the reward model takes no memory of its own where it stands on the same
-base). `python -m jaxrm.plan --config=configs/ppo_lora_gemma_2b.py --model=gemma-2b --topology=h100:1` says what it
-takes. Learning rates are ten times those of `configs/ppo_gemma_2b.py`, the factor that LoRA Without Regret (Schulman et
-al. 2025) found, with its alpha. The rest is as there, in microbatches. For the baseline add --config.reward.kind=scalar
+base). By `jaxrm.plan` one H100 is enough: 14.4 GiB of 59 and about 7.6 s a step. Learning rates are ten times those of
+`configs/ppo_gemma_2b.py`, the factor that LoRA Without Regret (Schulman et al. 2025) found, with its alpha. The rest is
+as there, in microbatches. For the baseline add --config.reward.kind=scalar
 --config.reward.model=runs/rm_scalar_lora_gemma_2b --config.run_dir=runs/ppo_scalar_lora_gemma_2b.
 """
 
