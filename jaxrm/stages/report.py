@@ -4,8 +4,10 @@ import math
 from collections.abc import Mapping
 
 import jax
+import jax.numpy as jnp
 
 from jaxrm.data.readers import ReadReport
+from jaxrm.inference.sharded_model import ShardedModel
 from jaxrm.models import quantized
 from jaxrm.runtime.metrics import read_rows
 from jaxrm.runtime.progress import print_table
@@ -25,6 +27,7 @@ def print_size(stage: Stage, data: TrainingData) -> None:
     section = stage.config.data
     if stage.model.lora.is_on:
         print(adapters_in_words(stage))
+    print_quantized(stage.model)
     print(
         f"{data.rows_per_epoch:,} rows of {section.max_length:,} tokens; {data.num_steps:,} steps of "
         f"{section.batch_size} rows"
@@ -43,6 +46,21 @@ def adapters_in_words(stage: Stage) -> str:
         f"{model.lora}: {trained:,} parameters, {100 * trained / (trained + frozen):.2g} % of the model, on the base "
         f"{where} (sha256 {base.sha256[:12]})"
     )
+
+
+def print_quantized(model: ShardedModel) -> None:
+    """One line where the base is quantized: what that saves, and what it cost where it was measured."""
+    kind = model.source.quantize
+    if kind is not None:
+        plain, width = quantized.plain_shapes(model.frozen_shapes), jnp.dtype(model.source.dtype).itemsize
+        kernels = {path for path, _ in jax.tree_util.tree_leaves_with_path(plain)}
+        kernels -= {path for path, _ in jax.tree_util.tree_leaves_with_path(model.frozen_shapes)}
+        whole = sum(
+            math.prod(x.shape) * (width if path in kernels else x.dtype.itemsize)
+            for path, x in jax.tree_util.tree_leaves_with_path(plain)
+        )
+        stored = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(model.frozen_shapes))
+        print(f"Base: {kind}, {stored / 1e6:,.0f} MB in place of {whole / 1e6:,.0f} MB ({quantized.MEASURED[kind]})")
 
 
 def print_held_out(folder: RunFolder) -> None:

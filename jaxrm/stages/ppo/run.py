@@ -17,7 +17,7 @@ from jaxrm.stages.ppo.evaluation import print_samples
 from jaxrm.stages.ppo.learner import Learner, open_learner
 from jaxrm.stages.ppo.report import closing_report
 from jaxrm.stages.ppo.train import Opened, train
-from jaxrm.stages.report import adapters_in_words, print_held_out, print_reading
+from jaxrm.stages.report import adapters_in_words, print_held_out, print_quantized, print_reading
 from jaxrm.stages.rewards.sources import check_rewards, open_rewards
 from jaxrm.stages.stage import Stage, open_stage
 
@@ -110,6 +110,7 @@ def _print_inputs(stage: Stage, opened: Opened, policy_name: str, reward_name: s
     print_reading(_reading(stage, inputs))
     if stage.model.lora.is_on:
         print(f"{adapters_in_words(stage)}, in memory once for all models on it")
+    print_quantized(stage.model)
     print(
         f"{inputs.num_steps:,} steps of {config.data.batch_size} responses of up to "
         f"{config.rollout.sampling.max_new_tokens} tokens to prompts of up to {inputs.prompt_length}; policy from "
