@@ -28,7 +28,7 @@ class ModelSource:
       adapter: adapters that stand on those weights: the folder of a run, or a PEFT folder. A run with adapters can be
         given as ``path`` too, and then finds its base by itself.
       quantize: how the frozen base of adapters is stored: ``int8``, a byte for each weight of a projection, or ``nf4``,
-        half a byte; None as it is. Perplexity of SmolLM2-135M goes from 2.51 to 2.51 or 2.71
+        half a byte; None as it is. Perplexity of SmolLM2-135M goes from 3.50 to 3.50 or 4.08
         (tests/benchmarks/quantize.py).
       preset: shape by public name (``jaxrm.models.config.PRESETS``), with random parameters.
       dtype: compute dtype, ``float32`` or ``bfloat16``; parameters are float32 whatever it is.
