@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from jaxrm.config.fields import as_text
 from jaxrm.errors import UserError, flag, option
 from jaxrm.inference import sharded_model, weights
 from jaxrm.inference.base import Base, describe_base, load_base, locate_base, read_base, recorded_base
@@ -119,7 +120,8 @@ def _in_order(config: lora.LoRAConfig) -> lora.LoRAConfig:
 def _as_flags(config: lora.LoRAConfig) -> str:
     default = lora.NO_LORA
     values = {"rank": config.rank, "alpha": config.alpha, "rank_stabilized": config.rank_stabilized}
-    texts = [f"{flag(f'lora.{name}')}={value:g}" for name, value in values.items() if value != getattr(default, name)]
+    changed = {name: value for name, value in values.items() if value != getattr(default, name)}
+    texts = [f"{flag(f'lora.{name}')}={as_text(value)}" for name, value in changed.items()]
     if config.targets != default.targets:
         texts.append(f"{flag('lora.targets')}={','.join(config.targets)}")
     return " ".join(texts)
