@@ -16,7 +16,7 @@ from jaxrm.inference import sharded_model, weights
 from jaxrm.inference.base import Base, describe_base, load_base, locate_base, read_base, recorded_base
 from jaxrm.inference.sharded_model import ShardedModel
 from jaxrm.inference.weights import RunCheckpoint
-from jaxrm.models import heads, hub, lora, quantized
+from jaxrm.models import heads, hub, lora, quantized_params
 from jaxrm.models.build import ModelSource
 
 if TYPE_CHECKING:
@@ -145,7 +145,7 @@ def merge(model: ShardedModel, params: Any, shardings: Any = None) -> Any:
         shardings = shard(dataclasses.replace(model.source, quantize=None), model.mesh, model.config).shardings
 
     def merged(params: Any) -> Any:
-        return lora.merge(quantized.dequantize_params(params), model.lora)
+        return lora.merge(quantized_params.dequantize_params(params), model.lora)
 
     return jax.jit(merged, out_shardings=shardings)(params)
 

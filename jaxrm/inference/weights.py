@@ -14,7 +14,7 @@ import jax
 from jaxrm.config import dicts
 from jaxrm.data.tokenizer import Vocabulary, load_tokenizer
 from jaxrm.errors import UserError, flag, option
-from jaxrm.models import build, hub, quantized
+from jaxrm.models import build, hub, quantized_params
 from jaxrm.models.build import ModelSource
 from jaxrm.models.config import ModelConfig
 from jaxrm.models.lora import NO_LORA, LoRAConfig
@@ -73,10 +73,10 @@ class RunCheckpoint:
 
         Kernels that are quantized by ``shapes`` are restored as they are, and then quantized one after another.
         """
-        kind = quantized.kind_of(shapes)
+        kind = quantized_params.kind_of(shapes)
         if kind is not None:
-            plain = self.restore(quantized.plain_shapes(shapes), quantized.plain_shardings(shardings))
-            return quantized.quantize_params(plain, kind, shardings)
+            plain = self.restore(quantized_params.plain_shapes(shapes), quantized_params.plain_shardings(shardings))
+            return quantized_params.quantize_params(plain, kind, shardings)
         checkpoints = Checkpoints(self.folder.checkpoints, read_only=True)
         try:
             return checkpoints.restore(self.step, {"params": with_shardings(shapes, shardings)})["params"]

@@ -7,6 +7,7 @@ the scan over layers.
 import functools
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -72,6 +73,21 @@ def _project_backward(
 _project.defvjp(_project_forward, _project_backward, symbolic_zeros=True)
 
 
+@dataclass(frozen=True)
+class ProjectionOptions:
+    """What all projections of a decoder have in common.
+
+    Attributes:
+      dtype: compute dtype.
+      lora: adapters.
+      quantize: how kernels are stored, one of ``jaxrm.models.quantized.KINDS``; None as they are.
+    """
+
+    dtype: jnp.dtype
+    lora: LoRAConfig
+    quantize: str | None
+
+
 class Projection(nnx.Module):
     """Matrix product over the first ``contracted`` axes of the kernel, and a bias over the rest.
 
@@ -82,40 +98,37 @@ class Projection(nnx.Module):
     def __init__(
         self,
         rngs: nnx.Rngs,
+        options: ProjectionOptions,
+        place: tuple[str, str],
         shape: tuple[int, ...],
         axes: tuple[str, ...],
         *,
         contracted: int = 1,
         bias: bool,
         stddev: float,
-        dtype: jnp.dtype,
-        adapter: LoRAConfig | None = None,
-        quantize: str | None = None,
     ):
         assert axes[0] == "layers", axes
-        self.contracted, self.dtype = contracted, dtype
+        self.contracted, self.dtype = contracted, options.dtype
         self.output_shape: tuple[int, ...] | None = None  # set once the kernel is transposed
         kernel = stddev * jax.random.normal(rngs.params(), shape)
-        self.is_quantized = quantize is not None
-        if quantize is None:
+        self.is_quantized = options.quantize is not None
+        if options.quantize is None:
             self.kernel = nnx.Param(kernel, logical_axes=axes)
         else:
-            one_layer = functools.partial(quantized.quantize, kind=quantize, contracted=contracted)
+            one_layer = functools.partial(quantized.quantize, kind=options.quantize, contracted=contracted)
             codes, scales = jax.vmap(one_layer)(kernel)
             self.codes = nnx.Param(codes, logical_axes=axes)
-            scales_axes = quantized.scales_axes(axes[1:], contracted)
-            self.scales = nnx.Param(scales, logical_axes=("layers", *scales_axes))
-        outputs = [i for i in range(len(axes)) if not 1 <= i < 1 + contracted]
-        zeros = jnp.zeros([shape[i] for i in outputs])
-        self.bias = nnx.Param(zeros, logical_axes=tuple(axes[i] for i in outputs)) if bias else None
-        if adapter is not None:
-            inputs, rank = range(1, 1 + contracted), adapter.rank
-            bound = math.prod(shape[i] for i in inputs) ** -0.5
-            a = jax.random.uniform(rngs.params(), (shape[0], *(shape[i] for i in inputs), rank), minval=-bound)
-            self.lora_a = nnx.Param(a * bound, logical_axes=("layers", *(axes[i] for i in inputs), "rank"))
-            b = jnp.zeros((shape[0], rank, *(shape[i] for i in outputs[1:])))
-            self.lora_b = nnx.Param(b, logical_axes=("layers", "rank", *(axes[i] for i in outputs[1:])))
-        self.adapter_scale = None if adapter is None else adapter.scale
+            self.scales = nnx.Param(scales, logical_axes=("layers", *quantized.scales_axes(axes[1:], contracted)))
+        first_output = 1 + contracted
+        zeros = jnp.zeros((shape[0], *shape[first_output:]))
+        self.bias = nnx.Param(zeros, logical_axes=("layers", *axes[first_output:])) if bias else None
+        lora = options.lora
+        self.adapter_scale = lora.scale if lora.has(*place) else None
+        if self.adapter_scale is not None:
+            # Shapes and axes alone: first values are drawn by `jaxrm.models.lora.init_adapters`, apart from the base.
+            a, b = (*shape[:first_output], lora.rank), (shape[0], lora.rank, *shape[first_output:])
+            self.lora_a = nnx.Param(jnp.zeros(a), logical_axes=(*axes[:first_output], "rank"))
+            self.lora_b = nnx.Param(jnp.zeros(b), logical_axes=("layers", "rank", *axes[first_output:]))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Apply to ``x [B, T, *contracted]``."""
@@ -165,21 +178,6 @@ class Projection(nnx.Module):
         self.kernel.set_value(kernel.reshape(math.prod(inputs), -1).T)
 
 
-def _projection(
-    rngs: nnx.Rngs,
-    dtype: jnp.dtype,
-    lora: LoRAConfig,
-    part: str,
-    name: str,
-    shape: tuple[int, ...],
-    axes: tuple[str, ...],
-    **options: Any,
-) -> Projection:
-    """The projection ``name`` of a layer's ``part``, with adapters where the config has them there."""
-    adapter = lora if lora.has(part, name) else None
-    return Projection(rngs, shape, axes, dtype=dtype, adapter=adapter, **options)
-
-
 class RMSNorm(nnx.Module):
     """Root-mean-square norm over the last axis, in float32 (Zhang & Sennrich 2019, arXiv 1910.07467)."""
 
@@ -199,23 +197,15 @@ class RMSNorm(nnx.Module):
 class Attention(nnx.Module):
     """Grouped-query attention with rotary positions; the kernel that attends is given by the caller."""
 
-    def __init__(
-        self,
-        rngs: nnx.Rngs,
-        config: ModelConfig,
-        stack: tuple[int, ...],
-        dtype: jnp.dtype,
-        lora: LoRAConfig,
-        quantize: str | None,
-    ):
+    def __init__(self, rngs: nnx.Rngs, config: ModelConfig, stack: tuple[int, ...], options: ProjectionOptions):
         D, N, K, H = config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim
-        project = functools.partial(_projection, rngs, dtype, lora, "attention", quantize=quantize)
+        project = functools.partial(Projection, rngs, options)
         into = functools.partial(project, bias=config.qkv_bias, stddev=D**-0.5)
-        self.query = into("query", (*stack, D, N, H), ("layers", "embed", "heads", "head_dim"))
-        self.key = into("key", (*stack, D, K, H), ("layers", "embed", "kv_heads", "head_dim"))
-        self.value = into("value", (*stack, D, K, H), ("layers", "embed", "kv_heads", "head_dim"))
+        self.query = into(("attention", "query"), (*stack, D, N, H), ("layers", "embed", "heads", "head_dim"))
+        self.key = into(("attention", "key"), (*stack, D, K, H), ("layers", "embed", "kv_heads", "head_dim"))
+        self.value = into(("attention", "value"), (*stack, D, K, H), ("layers", "embed", "kv_heads", "head_dim"))
         self.output = project(
-            "output",
+            ("attention", "output"),
             (*stack, N, H, D),
             ("layers", "heads", "head_dim", "embed"),
             contracted=2,
@@ -236,21 +226,13 @@ class Attention(nnx.Module):
 class MLP(nnx.Module):
     """Gated MLP: ``down(act(gate(x)) * up(x))`` (Shazeer 2020, arXiv 2002.05202)."""
 
-    def __init__(
-        self,
-        rngs: nnx.Rngs,
-        config: ModelConfig,
-        stack: tuple[int, ...],
-        dtype: jnp.dtype,
-        lora: LoRAConfig,
-        quantize: str | None,
-    ):
+    def __init__(self, rngs: nnx.Rngs, config: ModelConfig, stack: tuple[int, ...], options: ProjectionOptions):
         D, F = config.hidden_size, config.intermediate_size
-        project = functools.partial(_projection, rngs, dtype, lora, "mlp", bias=config.mlp_bias, quantize=quantize)
-        self.gate = project("gate", (*stack, D, F), ("layers", "embed", "mlp"), stddev=D**-0.5)
-        self.up = project("up", (*stack, D, F), ("layers", "embed", "mlp"), stddev=D**-0.5)
+        project = functools.partial(Projection, rngs, options, bias=config.mlp_bias)
+        self.gate = project(("mlp", "gate"), (*stack, D, F), ("layers", "embed", "mlp"), stddev=D**-0.5)
+        self.up = project(("mlp", "up"), (*stack, D, F), ("layers", "embed", "mlp"), stddev=D**-0.5)
         down_stddev = (2 * config.num_layers * F) ** -0.5
-        self.down = project("down", (*stack, F, D), ("layers", "mlp", "embed"), stddev=down_stddev)
+        self.down = project(("mlp", "down"), (*stack, F, D), ("layers", "mlp", "embed"), stddev=down_stddev)
         self.activation = _ACTIVATIONS[config.activation]
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -261,19 +243,11 @@ class MLP(nnx.Module):
 class Layer(nnx.Module):
     """One decoder layer, or a stack of them when its parameters carry the leading ``layers`` axis."""
 
-    def __init__(
-        self,
-        rngs: nnx.Rngs,
-        config: ModelConfig,
-        stack: tuple[int, ...],
-        dtype: jnp.dtype,
-        lora: LoRAConfig,
-        quantize: str | None,
-    ):
+    def __init__(self, rngs: nnx.Rngs, config: ModelConfig, stack: tuple[int, ...], options: ProjectionOptions):
         norm = functools.partial(RMSNorm, config, stack, config.hidden_size)
         self.attention_norm, self.mlp_norm = norm(), norm()
-        self.attention = Attention(rngs, config, stack, dtype, lora, quantize)
-        self.mlp = MLP(rngs, config, stack, dtype, lora, quantize)
+        self.attention = Attention(rngs, config, stack, options)
+        self.mlp = MLP(rngs, config, stack, options)
         self.post_attention_norm = norm() if config.post_norms else _identity
         self.post_mlp_norm = norm() if config.post_norms else _identity
 

@@ -58,7 +58,8 @@ class Decoder(nnx.Module):
         self.attend, self.constrain = attend, constrain
         self.scale = config.head_dim**-0.5 if config.query_scale is None else config.query_scale
         self.embedder = layers.Embedding(rngs, config)
-        self.layers = layers.Layer(rngs, config, (config.num_layers,), dtype, lora, quantize)
+        options = layers.ProjectionOptions(dtype, lora, quantize)
+        self.layers = layers.Layer(rngs, config, (config.num_layers,), options)
         self.final_norm = layers.RMSNorm(config, (), config.hidden_size)
         self.head = None if config.tie_embeddings else layers.Embedding(rngs, config)
 

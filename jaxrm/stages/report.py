@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from jaxrm.data.readers import ReadReport
 from jaxrm.inference.sharded_model import ShardedModel
-from jaxrm.models import quantized
+from jaxrm.models import quantized, quantized_params
 from jaxrm.runtime.metrics import read_rows
 from jaxrm.runtime.progress import print_table
 from jaxrm.runtime.run_folder import RunFolder
@@ -39,7 +39,7 @@ def adapters_in_words(stage: Stage) -> str:
     model, base = stage.model, stage.base
     trained, frozen = (
         sum(math.prod(x.shape) for x in jax.tree.leaves(part))
-        for part in (model.trained_shapes, quantized.plain_shapes(model.frozen_shapes))
+        for part in (model.trained_shapes, quantized_params.plain_shapes(model.frozen_shapes))
     )
     where = base.path or f"chance ({base.preset}, seed {base.seed})"
     return (
@@ -52,7 +52,7 @@ def print_quantized(model: ShardedModel) -> None:
     """One line where the base is quantized: what that saves, and what it cost where it was measured."""
     kind = model.source.quantize
     if kind is not None:
-        plain, width = quantized.plain_shapes(model.frozen_shapes), jnp.dtype(model.source.dtype).itemsize
+        plain, width = quantized_params.plain_shapes(model.frozen_shapes), jnp.dtype(model.source.dtype).itemsize
         kernels = {path for path, _ in jax.tree_util.tree_leaves_with_path(plain)}
         kernels -= {path for path, _ in jax.tree_util.tree_leaves_with_path(model.frozen_shapes)}
         whole = sum(

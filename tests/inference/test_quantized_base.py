@@ -12,7 +12,7 @@ from jaxrm.errors import UserError
 from jaxrm.inference import parameters
 from jaxrm.inference.load import load_policy, load_reward_model
 from jaxrm.inference.sharded_model import shard_model
-from jaxrm.models import lora, quantized
+from jaxrm.models import lora, quantized, quantized_params
 from jaxrm.models.build import ModelSource
 from jaxrm.models.lora import LoRAConfig
 from jaxrm.sharding.mesh import MeshConfig, build_mesh
@@ -41,8 +41,8 @@ def base(make_run, wide, tmp_path_factory):
 @pytest.mark.parametrize("kind", quantized.KINDS)
 def test_codes_are_those_of_the_restored_kernels(base, mesh, kind):
     whole, stored = load_policy(str(base), mesh=mesh), load_policy(str(base), mesh=mesh, quantize=kind)
-    assert quantized.kind_of(stored.params) == kind
-    expected = quantized.quantize_params(whole.params, kind, stored.model.shardings)
+    assert quantized_params.kind_of(stored.params) == kind
+    expected = quantized_params.quantize_params(whole.params, kind, stored.model.shardings)
     jax.tree.map(np.testing.assert_array_equal, stored.params, expected)
 
 
@@ -54,9 +54,9 @@ def test_a_policy_and_its_reward_model_share_a_quantized_base(base, make_run, wi
     reward_model = load_reward_model(str(tmp_path / "rm"), mesh=mesh, quantize="nf4")
     mine, theirs = (lora.split(x)[1] for x in (params, reward_model.params))
     assert all(a is b for a, b in zip(jax.tree.leaves(mine), jax.tree.leaves(theirs), strict=True))
-    assert quantized.kind_of(mine) == "nf4"
+    assert quantized_params.kind_of(mine) == "nf4"
     unquantized = load_reward_model(str(tmp_path / "rm"), mesh=mesh)
-    assert quantized.kind_of(unquantized.params) is None
+    assert quantized_params.kind_of(unquantized.params) is None
 
 
 def test_a_quantized_policy_is_trained_by_adapters_alone(base, mesh):

@@ -11,7 +11,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from jaxrm.errors import UserError
-from jaxrm.models import build, hub, lora, quantized
+from jaxrm.models import build, hub, lora, quantized, quantized_params
 from jaxrm.models.build import ModelSource
 from jaxrm.models.config import preset
 from jaxrm.models.hub import read
@@ -49,21 +49,23 @@ def hidden(graphdef, params):
 def test_drawn_codes_are_those_of_the_drawn_kernels(kind):
     """To rounding: a kernel that is drawn in one program with its codes may differ in the last bit."""
     codes = drawn(kind)
-    again = quantized.quantize_params(drawn(None), kind, on_one_device(codes))
+    again = quantized_params.quantize_params(drawn(None), kind, on_one_device(codes))
     for a, b in zip(jax.tree.leaves(codes), jax.tree.leaves(again), strict=True):
         assert a.dtype == b.dtype and np.mean(np.isclose(a, b, rtol=1e-6)) > 0.999
-    assert quantized.kind_of(codes) == kind and quantized.kind_of(drawn(None)) is None
+    assert quantized_params.kind_of(codes) == kind and quantized_params.kind_of(drawn(None)) is None
     _, _, shapes, axes = model(kind)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), shapes) == jax.tree.map(lambda x: (x.shape, x.dtype), codes)
     assert axes["layers"]["attention"]["output"]["scales"] == ("layers", "heads_blocks", "head_dim_blocks", "embed")
     plain = model(None)[2]
-    assert jax.tree.map(lambda x: x.shape, quantized.plain_shapes(shapes)) == jax.tree.map(lambda x: x.shape, plain)
+    assert jax.tree.map(lambda x: x.shape, quantized_params.plain_shapes(shapes)) == jax.tree.map(
+        lambda x: x.shape, plain
+    )
 
 
 def test_only_projections_are_quantized_and_used_up():
     params = drawn(None)
     kernel, table = params["layers"]["mlp"]["up"]["kernel"], params["embedder"]["embedding"]
-    stored = quantized.quantize_params(params, "nf4", on_one_device(drawn("nf4")))
+    stored = quantized_params.quantize_params(params, "nf4", on_one_device(drawn("nf4")))
     assert kernel.is_deleted() and stored["embedder"]["embedding"] is table
     assert stored["head"]["embedding"].dtype == jnp.float32
     assert set(stored["layers"]["mlp"]["up"]) == {"codes", "scales"}
@@ -73,7 +75,7 @@ def test_only_projections_are_quantized_and_used_up():
 @pytest.mark.parametrize("kind", quantized.KINDS)
 def test_hidden_states_are_those_of_the_dequantized_model(kind, remat):
     params = drawn(kind)
-    expected = hidden(model(None)[1], quantized.dequantize_params(params))
+    expected = hidden(model(None)[1], quantized_params.dequantize_params(params))
     np.testing.assert_allclose(hidden(model(kind, remat=remat)[1], params), expected, rtol=1e-4, atol=1e-5)
 
 
@@ -90,7 +92,7 @@ def test_gradients_of_adapters_are_those_on_dequantized_kernels():
         return jnp.mean(hidden(model(kind, adapters=ADAPTERS)[1], lora.join(base, adapters)) ** 2 * TOKENS[..., None])
 
     gradients = jax.jit(jax.grad(loss), static_argnums=2)(adapters, base, "nf4")
-    expected = jax.jit(jax.grad(loss), static_argnums=2)(adapters, quantized.dequantize_params(base), None)
+    expected = jax.jit(jax.grad(loss), static_argnums=2)(adapters, quantized_params.dequantize_params(base), None)
     assert all(np.any(x) for x in jax.tree.leaves(gradients))
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-5), gradients, expected)
 
@@ -125,8 +127,8 @@ def test_streamed_codes_are_those_of_loaded_kernels(kind, folder):
     mesh = Mesh(devices, ("data", "fsdp", "context", "tensor"))
     shardings = partition.parameter_shardings(*model(kind)[2:], mesh)
     streamed = read.load_params(folder, CONFIG, shardings=shardings, quantize=kind)
-    whole = read.load_params(folder, CONFIG, shardings=quantized.plain_shardings(shardings))
-    afterwards = quantized.quantize_params(whole, kind, shardings)
+    whole = read.load_params(folder, CONFIG, shardings=quantized_params.plain_shardings(shardings))
+    afterwards = quantized_params.quantize_params(whole, kind, shardings)
     jax.tree.map(np.testing.assert_array_equal, streamed, afterwards)
     assert jax.tree.map(lambda x: x.sharding, streamed) == shardings
     codes = streamed["layers"]["mlp"]["up"]["codes"]

@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from jaxrm.errors import UserError
-from jaxrm.models import quantized
+from jaxrm.models import quantized_params
 from jaxrm.models.config import ModelConfig
 from jaxrm.models.hub.gguf import gguf_model_config, open_gguf
 from jaxrm.models.hub.hf_config import parse_end_ids, parse_hf_config
@@ -91,7 +91,7 @@ def load_params(
         for key in parameter[:-1]:
             node = node.setdefault(key, {})
         place, name = parameter[:-1], parameter[-1]
-        contracted = quantized.contracted_axes(place) if name == "kernel" else None
+        contracted = quantized_params.contracted_axes(place) if name == "kernel" else None
         if quantize is not None and contracted is not None:
             names = ("codes", "scales")
             sharding = {name: _lookup(shardings, (*place, name)) for name in names}
@@ -203,7 +203,9 @@ def _quantized_stack(
 ) -> dict[str, jax.Array]:
     """Codes and scales of a stack of kernels; one kernel at a time is on the devices as it is in the file."""
     layer_shardings = {name: _without_layers(sharding) for name, sharding in shardings.items()}
-    quantize = quantized.quantizer(kind, contracted, layer_shardings["codes"], layer_shardings["scales"], stacked=False)
+    quantize = quantized_params.quantizer(
+        kind, contracted, layer_shardings["codes"], layer_shardings["scales"], stacked=False
+    )
     buffers: dict[str, jax.Array] = {}
     for part in parts:
         kernel = _to_devices(part, stored, layer_shardings["codes"], jnp.float32)
