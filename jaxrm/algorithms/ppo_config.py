@@ -80,13 +80,13 @@ class RolloutConfig:
         a parameter in bfloat16, and for the loop over tokens that once more, both divided by what ``fsdp``,
         ``context`` and ``tensor`` are here. Tokens are drawn alike.
       num_microbatches: parts that a batch of prompts is answered in, one after another, so that the key-value cache is
-        that of a part; None answers all at once. The weights are read once for each part and token. Tokens are drawn
+        that of a part. The weights are read once for each part and token. Tokens are drawn
         from the same distribution, with other random numbers.
     """
 
     sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(max_new_tokens=128))
     mesh: MeshConfig | None = None
-    num_microbatches: int | None = bounded(None, at_least(1), meaning="all at once")
+    num_microbatches: int = bounded(1, at_least(1))
 
     def __post_init__(self) -> None:
         check(self)

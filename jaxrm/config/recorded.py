@@ -4,14 +4,15 @@ from collections.abc import Mapping
 from typing import Any
 
 _FIELDS = {"algorithm", "answers", "scalar_rm", "dpo", "ppo"}  # of the one class that served all stages
+_SINCE = {"lora": {"rank": 0}, "num_microbatches": 1}
 _RENAMED = {"answers": "evaluate", "along": "evaluate_checkpoints", "draw": "sampling_seed"}
 
 
 def upgraded(recorded: Mapping[str, Any], like: Mapping[str, Any]) -> dict[str, Any]:
     """A recorded config with today's names, and without the sections that its stage does not have.
 
-    A field that it lacks and that is None today was added since, and changes nothing. Nor had it adapters before there
-    were any.
+    A field that it lacks and that is None today was added since, and changes nothing. So were those of ``_SINCE``:
+    runs before them computed with these values.
 
     Args:
       recorded: from ``run.json``, ``pipeline.json`` or ``study.json``; one of today passes unchanged.
@@ -39,6 +40,7 @@ def _restricted(recorded: Mapping[str, Any], like: Mapping[str, Any]) -> dict[st
 
 def _added(recorded: Mapping[str, Any], like: Mapping[str, Any]) -> dict[str, Any]:
     added: dict[str, Any] = {name: None for name, value in like.items() if value is None and name not in recorded}
-    if "lora" in like and "lora" not in recorded:
-        added["lora"] = {**like["lora"], "rank": 0}
+    for name, since in _SINCE.items():
+        if name in like and name not in recorded:
+            added[name] = {**like[name], **since} if isinstance(since, Mapping) else since
     return added

@@ -96,18 +96,20 @@ def read_base(run: weights.RunCheckpoint, path: str | None = None) -> Base:
     places = [path or recorded.path] if path or recorded.path is None else _places(run, recorded, recorded.path)
     if not places:
         raise UserError(f"{stands}, where there is none now; {instead}")
-    others = []
+    problems = []
     for place in places:
         source = ModelSource(path=place) if place is not None else ModelSource(preset=recorded.preset)
         try:
             present = describe_base(source, recorded.seed)
         except UserError as error:
-            raise UserError(f"{stands}, which cannot be read ({error}); {instead}") from error
+            problems.append(f"which cannot be read ({error})")
+            continue
         if present.sha256 == recorded.sha256:
             _seen[present.sha256] = place
             return present
-        others.append(f"{place or recorded.preset} is now another (sha256 {present.sha256[:12]})")
-    raise UserError(f"{stands} (sha256 {recorded.sha256[:12]}), but {others[0]}; {instead}")
+        other = f"{place or recorded.preset} is now another (sha256 {present.sha256[:12]})"
+        problems.append(f"sha256 {recorded.sha256[:12]}, but {other}")
+    raise UserError(f"{stands}, {problems[0]}; {instead}")
 
 
 def recorded_base(run: weights.RunCheckpoint) -> Base:
@@ -116,7 +118,7 @@ def recorded_base(run: weights.RunCheckpoint) -> Base:
     Raises:
       UserError: its record is gone, or damaged.
     """
-    recorded = _recorded(run.folder)
+    recorded = _recorded(run.folder.path)
     if recorded is None:
         raise UserError(
             f"{run.folder.path} has adapters, but no {weights.BASE_FILE}, which says what they stand on; give another "
@@ -125,19 +127,33 @@ def recorded_base(run: weights.RunCheckpoint) -> Base:
     return recorded
 
 
+def is_same_place(one: Base, other: Base) -> bool:
+    """Whether two bases are the same by where they are; what is there may have changed."""
+
+    def place(base: Base) -> tuple[str | None, str | None, int]:
+        local = None if base.path is None else Path(base.path).expanduser()
+        return str(local.resolve()) if local is not None and local.exists() else base.path, base.preset, base.seed
+
+    return place(one) == place(other)
+
+
 def keep_base(folder: RunFolder, base: Base) -> None:
-    """Note the base of a run in its folder, or refuse to go on with another one.
+    """Note the base of a run in its folder, if it is not there."""
+    if folder.is_writer and not (folder.path / weights.BASE_FILE).exists():
+        atomic.write_json(folder.path / weights.BASE_FILE, dataclasses.asdict(base))
+
+
+def check_kept(run_dir: str, base: Base) -> None:
+    """Refuse to go on in the folder of a run on another base than it was begun on.
 
     Raises:
       UserError: the run was begun on another base.
     """
+    folder = Path(run_dir).expanduser()
     recorded = _recorded(folder)
-    if recorded is None:
-        if folder.is_writer:
-            atomic.write_json(folder.path / weights.BASE_FILE, dataclasses.asdict(base))
-    elif recorded.sha256 != base.sha256:
+    if recorded is not None and recorded.sha256 != base.sha256:
         raise UserError(
-            f"{folder.path} was begun on the base {recorded.path or recorded.preset} (sha256 {recorded.sha256[:12]}), "
+            f"{folder} was begun on the base {recorded.path or recorded.preset} (sha256 {recorded.sha256[:12]}), "
             f"but {option('model.path')} now gives {base.path or base.preset} (sha256 {base.sha256[:12]}); give the "
             f"same one, or put the run aside with {flag('on_existing')}=restart"
         )
@@ -183,13 +199,13 @@ def _as_saved(shape: Any) -> Any:
     return shape if jnp.issubdtype(shape.dtype, jnp.integer) else jax.ShapeDtypeStruct(shape.shape, "float32")
 
 
-def _recorded(folder: RunFolder) -> Base | None:
-    file = folder.path / weights.BASE_FILE
+def _recorded(folder: Path) -> Base | None:
+    file = folder / weights.BASE_FILE
     try:
-        return Base(**json.loads(file.read_text(encoding="utf-8")))
+        return dicts.from_dict(Base, json.loads(file.read_text(encoding="utf-8")), weights.BASE_FILE)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{file} is damaged ({error}); give another run") from error
 
 

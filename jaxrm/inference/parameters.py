@@ -13,7 +13,15 @@ from jax.sharding import Mesh
 from jaxrm.config.fields import as_text
 from jaxrm.errors import UserError, flag, option
 from jaxrm.inference import sharded_model, weights
-from jaxrm.inference.base import Base, describe_base, load_base, locate_base, read_base, recorded_base
+from jaxrm.inference.base import (
+    Base,
+    describe_base,
+    is_same_place,
+    load_base,
+    locate_base,
+    read_base,
+    recorded_base,
+)
 from jaxrm.inference.sharded_model import ShardedModel
 from jaxrm.inference.weights import RunCheckpoint
 from jaxrm.models import heads, hub, lora, quantized_params
@@ -38,13 +46,18 @@ def base_of(source: ModelSource, seed: int) -> Base:
     return describe_base(source, seed) if run is None else read_base(run, source.path if source.adapter else None)
 
 
-def stands_on_base_of(run: RunCheckpoint, source: ModelSource, seed: int) -> bool:
-    """Whether a run with adapters stands on the base of ``source``: the same place, or else the same content."""
-    adapters, mine = weights.adapter_run(source), recorded_base(run)
-    other = locate_base(source, seed) if adapters is None else recorded_base(adapters)
-    if (mine.path, mine.preset, mine.seed) == (other.path, other.preset, other.seed):
+def located_base(source: ModelSource, seed: int) -> Base:
+    """The same by the records alone; nothing is read, and it may have moved or changed."""
+    run = weights.adapter_run(source)
+    return locate_base(source, seed) if run is None else recorded_base(run)
+
+
+def stands_on_base_of(run: RunCheckpoint, source: ModelSource, seed: int) -> bool | None:
+    """Whether a run with adapters stands on the base of ``source``, by the records; None where they do not tell."""
+    mine, other = recorded_base(run), located_base(source, seed)
+    if is_same_place(mine, other):
         return True
-    return mine.sha256 == base_of(source, seed).sha256
+    return mine.sha256 == other.sha256 if mine.sha256 and other.sha256 else None
 
 
 def init_params(model: ShardedModel, key: jax.Array, seed: int) -> Any:
@@ -69,7 +82,7 @@ def init_params(model: ShardedModel, key: jax.Array, seed: int) -> Any:
     base = base_of(model.source, seed)
     if read is None:
         frozen = load_base(base, model, init_key(seed))
-    elif not model.lora.is_on or _in_order(weights.lora_of(model.source)) == _in_order(model.lora):
+    elif not model.lora.is_on or weights.lora_of(model.source) == model.lora:
         return read(model, base)
     else:  # other adapters than the model's, which only an evaluation has: they are merged into what is frozen
         plain = sharded_model.shard_model(model.source, model.mesh, model.config)
@@ -103,7 +116,7 @@ def check_adapters(source: ModelSource, wanted: lora.LoRAConfig) -> None:
       UserError: another rank, scale or targets.
     """
     present = weights.lora_of(source)
-    if not (wanted.is_on and present.is_on) or _in_order(present) == _in_order(wanted):
+    if not (wanted.is_on and present.is_on) or present == wanted:
         return
     given = f"--weights={source.path} --adapter={source.adapter}" if source.adapter else f"--checkpoint={source.path}"
     raise UserError(
@@ -111,10 +124,6 @@ def check_adapters(source: ModelSource, wanted: lora.LoRAConfig) -> None:
         f"{_as_flags(present)}, or merge them first: python -m jaxrm.export {given} --merge --output=MERGED and "
         f"{flag('model.path')}=MERGED"
     )
-
-
-def _in_order(config: lora.LoRAConfig) -> lora.LoRAConfig:
-    return dataclasses.replace(config, targets=tuple(sorted(config.targets)))
 
 
 def _as_flags(config: lora.LoRAConfig) -> str:

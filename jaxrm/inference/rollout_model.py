@@ -28,7 +28,7 @@ def shard_rollout_model(config: PPO, mesh: Mesh, policy: ShardedModel) -> Sharde
     rollout, batch_size = config.rollout, config.data.batch_size
     field = "mesh" if rollout.mesh is None else "rollout.mesh"
     other = mesh if rollout.mesh is None else reshape_mesh(mesh, rollout.mesh, field)
-    check_batch(other, "data.batch_size", batch_size, rollout.num_microbatches or 1, mesh_field=field)
+    check_batch(other, "data.batch_size", batch_size, rollout.num_microbatches, mesh_field=field)
     if other.shape == mesh.shape:
         return policy
     return sharded_model.shard_model(config.model, other, policy.config, lora=policy.lora, field=field)
@@ -41,7 +41,7 @@ def build_sampler(
     dtype: str,
     sampling: SamplingConfig,
     end_ids: tuple[int, ...],
-    num_microbatches: int | None = None,
+    num_microbatches: int = 1,
 ) -> BatchSampler:
     """The programs by which a policy answers.
 
@@ -51,7 +51,7 @@ def build_sampler(
       dtype: compute dtype.
       sampling: see `jaxrm.models.generate.generate`.
       end_ids: ids that end a response.
-      num_microbatches: parts of a batch of prompts that are answered one after another; None for all at once.
+      num_microbatches: parts of a batch of prompts that are answered one after another.
     """
     rows = partition.batch_sharding(rollout_model.mesh)
     sample = rollout.build_sample(
@@ -60,7 +60,7 @@ def build_sampler(
         end_ids=end_ids,
         params_sharding=rollout_model.shardings,
         batch_sharding=rows,
-        num_microbatches=num_microbatches or 1,
+        num_microbatches=num_microbatches,
     )
     if rollout_model is policy:
         return BatchSampler(sample)

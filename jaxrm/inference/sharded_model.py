@@ -135,7 +135,9 @@ def _open(
     partition.check_heads(mesh, config.num_heads, field=field)
     constrain = partition.activation_constraint(mesh)
     # The graph holds the kernel and the constraints, so the same functions run on any mesh without being told of it.
-    graphdef, shapes, axes = abstract(config, source, attend=attend, constrain=constrain, lora=adapters)
+    graphdef, shapes, axes = abstract(
+        config, source, attend=attend, constrain=constrain, lora=adapters, merges_adapters=platform == "cpu"
+    )
     shardings = partition.parameter_shardings(shapes, axes, mesh, field=field)
     return ShardedModel(config, mesh, graphdef, shapes, shardings, source, adapters)
 

@@ -4,6 +4,7 @@
 one starts from.
 """
 
+import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -210,6 +211,19 @@ def lora_of(source: ModelSource) -> LoRAConfig:
     return NO_LORA if run is None else run.lora
 
 
+def as_stored(source: ModelSource) -> ModelSource:
+    """The source with its base quantized as the run of its adapters was trained on, unless it says otherwise."""
+    run = adapter_run(source)
+    if run is None or source.quantize is not None:
+        return source
+    return dataclasses.replace(source, quantize=run.config.model.quantize)
+
+
+def trained_place(source: ModelSource) -> tuple[str, str]:
+    """The field that names what was trained last, ``model.adapter`` or ``model.path``, and the path that it has."""
+    return ("model.path", str(source.path)) if source.adapter is None else ("model.adapter", source.adapter)
+
+
 def is_run(path: str | None) -> bool:
     """Whether a path names a run of jaxrm, or a pipeline of runs, rather than published weights."""
     return path is not None and any((_split(path)[0] / name).is_file() for name in ("run.json", "pipeline.json"))
@@ -258,11 +272,16 @@ def identity_of_source(source: ModelSource) -> str:
 
 def contents_of(source: ModelSource) -> str:
     """What changes where another host has other weights under the same name: a run's checkpoint, or files and sizes."""
-    if source.path is None or is_run(source.path) or source.adapter is not None:
-        return identity_of_source(source)
-    folder = Path(source.path).expanduser()
+    return " + ".join(_content_of(path) for path in (source.path, source.adapter) if path is not None)
+
+
+def _content_of(path: str) -> str:
+    if is_run(path):
+        return identity_of(path)
+    folder = Path(path).expanduser()
     files = sorted(folder.glob("*")) if folder.is_dir() else [folder]
-    return str([(file.name, file.stat().st_size) for file in files if file.suffix in (".safetensors", ".gguf")])
+    listed = [file for file in files if file.suffix in (".safetensors", ".gguf") and file.exists()]
+    return str([(file.name, file.stat().st_size) for file in listed])
 
 
 def name_of(source: ModelSource) -> str:

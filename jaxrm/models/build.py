@@ -120,6 +120,7 @@ def abstract_decoder(
     attend: attention.Attend = attention.xla,
     constrain: layers.Constrain = layers.unconstrained,
     lora: LoRAConfig = NO_LORA,
+    merges_adapters: bool = False,
 ) -> tuple[nnx.GraphDef, Any, Any]:
     """The decoder without memory: its graph, the shapes of its parameters and their logical axes.
 
@@ -127,7 +128,7 @@ def abstract_decoder(
       ``graphdef`` (static, for ``nnx.merge(graphdef, params)``), a nested dict of ``jax.ShapeDtypeStruct`` and the
       same dict of tuples of logical axis names.
     """
-    return _abstract(lambda: _decoder(config, source, nnx.Rngs(0), attend, constrain, lora))
+    return _abstract(lambda: _decoder(config, source, nnx.Rngs(0), attend, constrain, lora, merges_adapters))
 
 
 def abstract_scalar_model(
@@ -137,13 +138,14 @@ def abstract_scalar_model(
     attend: attention.Attend = attention.xla,
     constrain: layers.Constrain = layers.unconstrained,
     lora: LoRAConfig = NO_LORA,
+    merges_adapters: bool = False,
 ) -> tuple[nnx.GraphDef, Any, Any]:
     """A ``jaxrm.models.heads.ScalarModel`` without memory; arguments and returns as ``abstract_decoder``."""
     trunk = replace(config, tie_embeddings=True)  # no language head
 
     def make() -> ScalarModel:
         rngs = nnx.Rngs(0)
-        return ScalarModel(_decoder(trunk, source, rngs, attend, constrain, lora), rngs=rngs)
+        return ScalarModel(_decoder(trunk, source, rngs, attend, constrain, lora, merges_adapters), rngs=rngs)
 
     return _abstract(make)
 
@@ -155,12 +157,13 @@ def abstract_actor_critic(
     attend: attention.Attend = attention.xla,
     constrain: layers.Constrain = layers.unconstrained,
     lora: LoRAConfig = NO_LORA,
+    merges_adapters: bool = False,
 ) -> tuple[nnx.GraphDef, Any, Any]:
     """A ``jaxrm.models.heads.ActorCritic`` without memory; arguments and returns as ``abstract_decoder``."""
 
     def make() -> ActorCritic:
         rngs = nnx.Rngs(0)
-        return ActorCritic(_decoder(config, source, rngs, attend, constrain, lora), rngs=rngs)
+        return ActorCritic(_decoder(config, source, rngs, attend, constrain, lora, merges_adapters), rngs=rngs)
 
     return _abstract(make)
 
@@ -204,6 +207,7 @@ def _decoder(
     attend: attention.Attend,
     constrain: layers.Constrain,
     lora: LoRAConfig,
+    merges_adapters: bool = False,
 ) -> Decoder:
     return Decoder(
         config,
@@ -212,6 +216,5 @@ def _decoder(
         remat=source.remat,
         attend=attend,
         constrain=constrain,
-        lora=lora,
-        quantize=source.quantize,
+        projections=layers.ProjectionOptions(lora=lora, quantize=source.quantize, merges_adapters=merges_adapters),
     )

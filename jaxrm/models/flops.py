@@ -60,7 +60,9 @@ def training_flops(
     Recomputation under remat is not counted: it is a cost of the method, not of the model (the MFU of PaLM,
     Chowdhery et al. 2022, arXiv 2204.02311, appendix B). Arguments as for ``forward_flops``.
     """
-    layers, head = _training(config, length, scalar_head, lora)
+    per_weight = 4.0 if lora.is_on else 6.0
+    layers = per_weight * _projections(config) + 6.0 * _adapters(config, lora) + 3.0 * _attention(config, length)
+    head = (6.0 if scalar_head else per_weight) * _head(config, scalar_head)
     return layers * length + head * predicted
 
 
@@ -68,7 +70,7 @@ def training_flops_per_token(
     config: ModelConfig, length: int, *, scalar_head: bool = False, lora: LoRAConfig = NO_LORA
 ) -> float:
     """FLOPs of forward and backward for one token of rows whose every token is trained; see ``training_flops``."""
-    return sum(_training(config, length, scalar_head, lora))
+    return training_flops(config, length, predicted=length, scalar_head=scalar_head, lora=lora) / length
 
 
 def peak_flops(device_kind: str, dtype: str = "bfloat16") -> float | None:
@@ -105,13 +107,6 @@ def mfu(flops: float, seconds: float, devices: Sequence[Any], dtype: str = "bflo
     if not peaks or None in peaks or seconds <= 0:
         return None
     return flops / (seconds * sum(peak for peak in peaks if peak is not None))
-
-
-def _training(config: ModelConfig, length: int, scalar_head: bool, lora: LoRAConfig) -> tuple[float, float]:
-    """FLOPs of forward and backward for one token of a row: of the layers, and of the head."""
-    per_weight = 4.0 if lora.is_on else 6.0
-    layers = per_weight * _projections(config) + 6.0 * _adapters(config, lora) + 3.0 * _attention(config, length)
-    return layers, (6.0 if scalar_head else per_weight) * _head(config, scalar_head)
 
 
 def _projections(config: ModelConfig) -> int:

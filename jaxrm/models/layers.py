@@ -17,7 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jaxrm.models import quantized, rope
 from jaxrm.models.config import ModelConfig
-from jaxrm.models.lora import LoRAConfig, merged_product, merging_is_less_work
+from jaxrm.models.lora import NO_LORA, LoRAConfig, merged_kernel, merged_product, merging_is_less_work
 
 _ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
@@ -81,11 +81,17 @@ class ProjectionOptions:
       dtype: compute dtype.
       lora: adapters.
       quantize: how kernels are stored, one of ``jaxrm.models.quantized.KINDS``; None as they are.
+      merges_adapters: whether float32 adapters may be added to float32 kernels before a product. It takes devices whose
+        products do not round: in bfloat16 or TF32, small adapters are lost beside a kernel.
     """
 
-    dtype: jnp.dtype
-    lora: LoRAConfig
-    quantize: str | None
+    dtype: jnp.dtype | type = jnp.float32
+    lora: LoRAConfig = NO_LORA
+    quantize: str | None = None
+    merges_adapters: bool = False
+
+
+PLAIN = ProjectionOptions()
 
 
 class Projection(nnx.Module):
@@ -124,6 +130,7 @@ class Projection(nnx.Module):
         self.bias = nnx.Param(zeros, logical_axes=("layers", *axes[first_output:])) if bias else None
         lora = options.lora
         self.adapter_scale = lora.scale if lora.has(*place) else None
+        self.merges_adapters = options.merges_adapters and not self.is_quantized
         if self.adapter_scale is not None:
             # Shapes and axes alone: first values are drawn by `jaxrm.models.lora.init_adapters`, apart from the base.
             a, b = (*shape[:first_output], lora.rank), (shape[0], lora.rank, *shape[first_output:])
@@ -148,7 +155,7 @@ class Projection(nnx.Module):
         if self.adapter_scale is None:
             return self._base_product(x)
         a, b = self.lora_a[...], self.lora_b[...]
-        if not self.is_quantized and merging_is_less_work(x, self.kernel[...], a, b):
+        if self.merges_adapters and merging_is_less_work(x, self.kernel[...], a, b):
             return merged_product(x, self.kernel[...], a, b, self.adapter_scale, self.contracted)
         low = _project(x, a, self.contracted)
         return self._base_product(x) + self.adapter_scale * _project(low, b, 1)
@@ -172,8 +179,8 @@ class Projection(nnx.Module):
             self.kernel, self.is_quantized = nnx.Param(kernel), False
         kernel = self.kernel[...]
         if self.adapter_scale is not None:
-            product = jnp.tensordot(self.lora_a[...], self.lora_b[...], axes=1)
-            kernel = (kernel.astype(jnp.float32) + self.adapter_scale * product).astype(kernel.dtype)
+            merged = merged_kernel(kernel, self.lora_a[...], self.lora_b[...], self.adapter_scale)
+            kernel = merged.astype(kernel.dtype)
         inputs, self.output_shape = kernel.shape[: self.contracted], kernel.shape[self.contracted :]
         self.kernel.set_value(kernel.reshape(math.prod(inputs), -1).T)
 

@@ -63,6 +63,8 @@ class LoRAConfig:
                 )
         if not self.targets or len(set(self.targets)) < len(self.targets):
             raise wrong(self, "targets", "each projection once, at least one", ("q_proj", "v_proj"))
+        # In one order, since the same targets in another are the same adapters.
+        object.__setattr__(self, "targets", tuple(name for name in PROJECTIONS if name in self.targets))
 
     @property
     def is_on(self) -> bool:
@@ -114,21 +116,27 @@ def join(frozen: Any, trained: Any) -> Any:
 def merge(params: Any, config: LoRAConfig) -> Any:
     """Parameters of the model without adapters that computes the same: ``W + scale A B``, in float32."""
 
-    def one(tree: Any, name: str) -> Any:
+    def one(tree: Any) -> Any:
         if not isinstance(tree, dict):
             return tree
         if A not in tree:
-            return {key: one(part, key) for key, part in tree.items()}
-        rest = {key: part for key, part in tree.items() if key not in (A, B)}
-        return rest | {"kernel": _merged(rest["kernel"], tree[A], tree[B], config.scale)}
+            return {name: one(part) for name, part in tree.items()}
+        rest = {name: part for name, part in tree.items() if name not in (A, B)}
+        merged = jax.vmap(functools.partial(merged_kernel, scale=config.scale))(rest["kernel"], tree[A], tree[B])
+        return rest | {"kernel": merged}
 
-    return one(params, "")
+    return one(params)
+
+
+def merged_kernel(kernel: jax.Array, a: jax.Array, b: jax.Array, scale: float) -> jax.Array:
+    """``W + scale A B`` of one layer, float32."""
+    return kernel.astype(jnp.float32) + scale * jnp.tensordot(a, b, axes=1, precision=jax.lax.Precision.HIGHEST)
 
 
 def merging_is_less_work(x: jax.Array, kernel: jax.Array, a: jax.Array, b: jax.Array) -> bool:
-    """Whether `merged_product` is exact and has fewer multiplications than two narrow products; so it is for many rows.
+    """Whether `merged_product` has fewer multiplications than two narrow products: for many rows, and in float32.
 
-    The merged kernel rounds to the dtype of the kernel, so that is float32.
+    A merged kernel of 16 bits would round the adapters away.
     """
     num_inputs, num_outputs = math.prod(a.shape[:-1]), math.prod(b.shape[1:])
     num_rows = x.size // num_inputs
@@ -155,26 +163,20 @@ def merged_product(
     Returns:
       ``[..., *outputs]``.
     """
-    return jnp.tensordot(x, _merged_kernel(kernel, a, b, scale), axes=contracted)
-
-
-def _merged_kernel(kernel: jax.Array, a: jax.Array, b: jax.Array, scale: float) -> jax.Array:
-    return kernel + scale * jnp.tensordot(a, b, axes=1)
+    return jnp.tensordot(x, merged_kernel(kernel, a, b, scale), axes=contracted)
 
 
 def _merged_product_forward(
     x: Any, kernel: Any, a: Any, b: Any, scale: float, contracted: int
 ) -> tuple[jax.Array, tuple[Any, ...]]:
-    # Not a call of `merged_product`, inside of which policies of remat would see no matrix product.
-    product = jnp.tensordot(x.value, _merged_kernel(kernel.value, a.value, b.value, scale), axes=contracted)
-    # Of the last one it counts only whether it is None: what is saved comes back as arrays.
-    return product, (x.value, kernel.value, a.value, b.value, kernel.value if kernel.perturbed else None)
+    values = (x.value, kernel.value, a.value, b.value)
+    return merged_product(*values, scale, contracted), (*values, () if kernel.perturbed else None)
 
 
 def _merged_product_backward(
     scale: float, contracted: int, residuals: tuple[Any, ...], dy: jax.Array
 ) -> tuple[jax.Array | None, ...]:
-    x, kernel, a, b, trained_kernel = residuals
+    x, kernel, a, b, is_trained = residuals  # the last is () or None, since a flag would come back as an array
     num_rows = x.ndim - contracted
     rows, outputs = tuple(range(num_rows)), tuple(range(num_rows, dy.ndim))
     over_rows = ((rows, rows), ((), ()))
@@ -182,8 +184,8 @@ def _merged_product_backward(
     d_low = jax.lax.dot_general(dy, scale * b, ((outputs, tuple(range(1, b.ndim))), ((), ())))
     kernel_outputs = tuple(range(contracted, kernel.ndim))
     return (
-        jax.lax.dot_general(dy, _merged_kernel(kernel, a, b, scale), ((outputs, kernel_outputs), ((), ()))),
-        None if trained_kernel is None else jax.lax.dot_general(x, dy, over_rows),
+        jax.lax.dot_general(dy, merged_kernel(kernel, a, b, scale), ((outputs, kernel_outputs), ((), ()))),
+        None if is_trained is None else jax.lax.dot_general(x, dy, over_rows),
         jax.lax.dot_general(x, d_low, over_rows),
         jax.lax.dot_general(low, dy, over_rows),
     )
@@ -214,15 +216,6 @@ def _first(path: tuple[Any, ...], shape: Any, key: jax.Array) -> jax.Array:
         return jnp.zeros(shape.shape, shape.dtype)
     bound = math.prod(shape.shape[1:-1]) ** -0.5
     return jax.random.uniform(key, shape.shape, shape.dtype, -bound, bound)
-
-
-def _merged(kernel: jax.Array, a: jax.Array, b: jax.Array, scale: float) -> jax.Array:
-    """``W + scale A B`` of a stack of layers."""
-    layers, rank = a.shape[0], a.shape[-1]
-    product = jnp.einsum(
-        "lir,lro->lio", a.reshape(layers, -1, rank), b.reshape(layers, rank, -1), precision=jax.lax.Precision.HIGHEST
-    )
-    return kernel.astype(jnp.float32) + scale * product.reshape(kernel.shape)
 
 
 def _only(tree: Any, trained: bool) -> Any:

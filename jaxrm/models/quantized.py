@@ -69,13 +69,6 @@ def scales_shape(shape: tuple[int, ...], kind: str, contracted: int) -> tuple[in
     return (*inputs[:-1], inputs[-1] // _block(inputs[-1]), *outputs)
 
 
-def codes_shape(shape: tuple[int, ...], kind: str, contracted: int) -> tuple[int, ...]:
-    """Shape of the codes of a kernel; ``nf4`` has two weights in a byte, along the last contracted axis."""
-    if kind == "int8":
-        return shape
-    return (*shape[: contracted - 1], shape[contracted - 1] // 2, *shape[contracted:])
-
-
 def scales_axes(axes: tuple[str, ...], contracted: int) -> tuple[str, ...]:
     """Logical axes of the scales of a kernel with ``axes``; a contracted ``embed`` becomes ``embed_blocks``."""
     return tuple(f"{name}_blocks" if i < contracted else name for i, name in enumerate(axes))
@@ -90,7 +83,8 @@ def quantize(kernel: jax.Array, kind: str, contracted: int) -> tuple[jax.Array, 
       contracted: how many of the axes a product sums over.
 
     Returns:
-      Codes of ``codes_shape``, int8 or uint8, and float32 scales of ``scales_shape``.
+      Codes: int8 of the kernel's shape, or uint8 with half as many along the last contracted axis. And float32 scales
+      of ``scales_shape``.
     """
     shape = scales_shape(kernel.shape, kind, contracted)
     blocks = kernel.astype(jnp.float32).reshape(_by_block(kernel.shape, shape))

@@ -1,6 +1,7 @@
 """Trees of parameters whose kernels are quantized (`jaxrm.models.quantized`): to and from plain ones."""
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -49,6 +50,11 @@ def plain_shapes(shapes: Any) -> Any:
         return {"kernel": jax.ShapeDtypeStruct(codes.shape if codes.dtype == jnp.int8 else double, jnp.float32)}
 
     return _at_kernels(shapes, "codes", one, shapes)
+
+
+def count_parameters(shapes: Any) -> int:
+    """Number of parameters in a tree of arrays or shapes; quantized ones are counted as what they stand for."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(plain_shapes(shapes)))
 
 
 def plain_shardings(shardings: Any) -> Any:

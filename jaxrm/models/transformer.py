@@ -15,7 +15,6 @@ from flax import nnx
 
 from jaxrm.models import attention, blockwise, cache, layers, rope
 from jaxrm.models.config import ModelConfig
-from jaxrm.models.lora import NO_LORA, LoRAConfig
 from jaxrm.ops import vocab
 
 REMAT_POLICIES = ("full", "dots", "none")
@@ -36,8 +35,7 @@ class Decoder(nnx.Module):
         ``none`` everything.
       attend: attention kernel, see ``jaxrm.models.attention.choose``.
       constrain: pins activations to devices where a mesh is used.
-      lora: adapters of the projections; none by default.
-      quantize: how the kernels of the projections are stored, see ``jaxrm.models.quantized``; None: as they are.
+      projections: their adapters, and how their kernels are stored; in ``dtype`` whatever theirs is.
     """
 
     def __init__(
@@ -49,8 +47,7 @@ class Decoder(nnx.Module):
         remat: str = "full",
         attend: attention.Attend = attention.xla,
         constrain: layers.Constrain = layers.unconstrained,
-        lora: LoRAConfig = NO_LORA,
-        quantize: str | None = None,
+        projections: layers.ProjectionOptions = layers.PLAIN,
     ):
         assert remat in REMAT_POLICIES, remat
         dtype = jnp.dtype(dtype)
@@ -58,7 +55,7 @@ class Decoder(nnx.Module):
         self.attend, self.constrain = attend, constrain
         self.scale = config.head_dim**-0.5 if config.query_scale is None else config.query_scale
         self.embedder = layers.Embedding(rngs, config)
-        options = layers.ProjectionOptions(dtype, lora, quantize)
+        options = dataclasses.replace(projections, dtype=dtype)
         self.layers = layers.Layer(rngs, config, (config.num_layers,), options)
         self.final_norm = layers.RMSNorm(config, (), config.hidden_size)
         self.head = None if config.tie_embeddings else layers.Embedding(rngs, config)

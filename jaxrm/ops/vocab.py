@@ -160,8 +160,7 @@ def _forward_to_train(
     hidden: Any, head: Any, targets: Any, *options: Any
 ) -> tuple[tuple[jax.Array, ...], tuple[Any, ...]]:
     outputs, residuals = _forward(hidden.value, head.value, targets.value, *options)
-    # Of the last one it counts only whether it is None: what is saved comes back as arrays.
-    return outputs, (*residuals, head.value if head.perturbed else None)
+    return outputs, (*residuals, () if head.perturbed else None)
 
 
 def _forward(
@@ -219,7 +218,8 @@ def _backward(
     residuals: tuple[jax.Array, ...],
     cotangents: tuple[Any, ...],
 ) -> tuple[jax.Array, jax.Array | None, None]:
-    hidden, head, targets, log_normalizer, entropy, trained_head = residuals
+    # The last is () or None, since a flag would come back as an array.
+    hidden, head, targets, log_normalizer, entropy, is_trained = residuals
     d_log_prob, d_entropy = (
         jnp.zeros(targets.shape, jnp.float32) if isinstance(x, SymbolicZero) else x for x in cotangents[:2]
     )
@@ -247,7 +247,7 @@ def _backward(
         return (d_hidden, d_chunks), None
 
     # A head that is not trained needs no gradient, which is as large as the head.
-    d_head = None if trained_head is None else jnp.zeros(chunks.shape, head.dtype)
+    d_head = None if is_trained is None else jnp.zeros(chunks.shape, head.dtype)
     start: tuple[Any, ...] = (jnp.zeros(hidden.shape, jnp.float32), d_head)
     (d_hidden, d_chunks), _ = jax.lax.scan(one_chunk, start, jnp.arange(chunks.shape[1], dtype=jnp.int32))
     if d_chunks is None:

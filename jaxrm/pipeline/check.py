@@ -15,8 +15,8 @@ from typing import Any
 from jaxrm import atomic
 from jaxrm.config import dicts
 from jaxrm.errors import UserError, naming
-from jaxrm.inference import weights
-from jaxrm.inference.base import keep_base, locate_base, recorded_base
+from jaxrm.inference import parameters
+from jaxrm.inference.base import keep_base
 from jaxrm.inference.load import save_shape_and_tokenizer
 from jaxrm.pipeline.config import Pipeline, resolve
 from jaxrm.runtime.checkpoint import Checkpoints
@@ -94,9 +94,7 @@ def _write_stand_in(folder: Path, config: Any, inspection: Inspection) -> None:
     run = RunFolder(folder, resumed=False, message="")
     save_shape_and_tokenizer(inspection.shape, inspection.tokenizer, run)
     if isinstance(config, TrainingConfig) and config.lora.is_on:
-        adapters = weights.adapter_run(config.model)
-        base = locate_base(config.model, config.seed) if adapters is None else recorded_base(adapters)
-        keep_base(run, base)
+        keep_base(run, parameters.located_base(config.model, config.seed))
     checkpoints = Checkpoints(run.checkpoints)
     checkpoints.save(0, {}, {}, loss=0.0)  # no arrays: it is looked for, and never read
     checkpoints.close()

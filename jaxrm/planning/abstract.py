@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from jaxrm.models import quantized_params
 from jaxrm.models.config import ModelConfig
 from jaxrm.sharding import partition
 
@@ -89,11 +88,6 @@ def abstract_batch(batch_type: type, rows: int, length: int, mesh: Mesh) -> Any:
             for field in dataclasses.fields(batch_type)
         }
     )
-
-
-def count_parameters(shapes: Any) -> int:
-    """Number of parameters in a tree of abstract arrays; quantized ones are counted as what they stand for."""
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(quantized_params.plain_shapes(shapes)))
 
 
 def _item_bytes(dtype: Any) -> int:

@@ -17,9 +17,10 @@ from jaxrm.inference.sharded_model import ShardedModel
 from jaxrm.models import lora
 from jaxrm.models.config import ModelConfig
 from jaxrm.models.flops import forward_flops, training_flops
+from jaxrm.models.quantized_params import count_parameters
 from jaxrm.ops import reward_scaling
 from jaxrm.ops.token_rewards import find_kind
-from jaxrm.planning.abstract import BASE, Program, StagePrograms, abstract_batch, count_parameters
+from jaxrm.planning.abstract import BASE, Program, StagePrograms, abstract_batch
 from jaxrm.runtime.checkpoint import with_shardings
 from jaxrm.sharding import partition
 from jaxrm.sharding.mesh import batch_shards
@@ -158,7 +159,7 @@ def _rollout(stage: PPOStage) -> list[Program]:
             while_trips=stage.response_length - 1,
             cache_bytes=_cache_bytes(
                 stage.learner.decoder.config,
-                rows // (stage.config.rollout.num_microbatches or 1),
+                rows // stage.config.rollout.num_microbatches,
                 length,
                 stage.config.model.dtype,
                 rollout_model.mesh,

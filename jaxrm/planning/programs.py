@@ -14,8 +14,9 @@ from jaxrm.inference import sharded_model
 from jaxrm.inference.sharded_model import ShardedModel
 from jaxrm.models import build
 from jaxrm.models.flops import training_flops
+from jaxrm.models.quantized_params import count_parameters
 from jaxrm.planning import ppo_programs
-from jaxrm.planning.abstract import BASE, Program, StagePrograms, abstract_batch, count_parameters
+from jaxrm.planning.abstract import BASE, Program, StagePrograms, abstract_batch
 from jaxrm.runtime.checkpoint import with_shardings
 from jaxrm.sharding import partition
 from jaxrm.sharding.mesh import check_batch, check_row_length

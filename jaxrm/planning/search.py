@@ -11,11 +11,13 @@ import jax.numpy as jnp
 
 from jaxrm.config.dicts import with_changes
 from jaxrm.errors import UserError, flag
+from jaxrm.models import quantized_params
 from jaxrm.planning.abstract import StagePrograms, device_bytes
 from jaxrm.planning.compile import plan_stage
 from jaxrm.planning.cost import StagePlan
 from jaxrm.planning.programs import stage_programs
 from jaxrm.planning.topology import GIB, Topology
+from jaxrm.runtime.checkpoint import with_shardings
 from jaxrm.runtime.progress import Progress
 from jaxrm.sharding.mesh import AXES, batch_shards, build_mesh
 from jaxrm.stage_config import PPO, TrainingConfig
@@ -57,7 +59,8 @@ def nearest_fit(config: TrainingConfig, topology: Topology, *, most: int, show_p
     with Progress("look for one that fits", most, unit="tries", enabled=show_progress) as progress:
         mild = _where_residents_fit(config, topology, _mild_changes(config, topology))
         adapters = _where_residents_fit(config, topology, _adapter_changes(config, topology))
-        for changes in itertools.chain(itertools.islice(mild, max(1, most // 2)), adapters):
+        # Half of the tries for mild changes, then adapters; what is left, where none of those fits, is for mild ones.
+        for changes in itertools.chain(itertools.islice(mild, max(1, most // 2)), adapters, mild):
             trials.append(_try(config, changes, topology))
             progress.update(len(trials))
             if trials[-1].plan.fits or len(trials) == most:
@@ -175,8 +178,10 @@ def _where_residents_fit(
     memory = math.inf if topology.chip is None else topology.chip.memory * GIB
     for changes in candidates:
         changed = with_changes(config, changes)
-        mesh = build_mesh(changed.mesh, topology.devices)
-        stage = stage_programs(changed, mesh)
+        try:
+            stage = stage_programs(changed, build_mesh(changed.mesh, topology.devices))
+        except UserError:  # such as a mesh that divides kernels, but not their codes
+            continue
         if device_bytes(dict(stage.residents)) > memory:
             continue
         parts = _rollout_parts(changed, stage, memory) if isinstance(changed, PPO) else None
@@ -191,12 +196,14 @@ def _rollout_parts(config: PPO, stage: StagePrograms, memory: float) -> int | No
     """
     rollout = next(program for program in stage.programs if program.name == "rollout")
     weights, *_ = rollout.arguments
+    shardings = jax.tree.map(lambda x: x.sharding, weights)
+    plain = with_shardings(quantized_params.plain_shapes(weights), quantized_params.plain_shardings(shardings))
     in_compute_dtype = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, config.model.dtype, sharding=x.sharding), weights
+        lambda x: jax.ShapeDtypeStruct(x.shape, config.model.dtype, sharding=x.sharding), plain
     )
     taken = device_bytes(dict(stage.residents)) + device_bytes(rollout.copied_parameters)
     free = memory - taken - device_bytes(in_compute_dtype)
-    present = config.rollout.num_microbatches or 1
+    present = config.rollout.num_microbatches
     if 1.5 * rollout.cache_bytes <= free:
         return None
     rows = config.data.batch_size // batch_shards(rollout.arguments[1].sharding.mesh)

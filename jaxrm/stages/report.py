@@ -37,10 +37,7 @@ def print_size(stage: Stage, data: TrainingData) -> None:
 def adapters_in_words(stage: Stage) -> str:
     """Which adapters are trained, how many parameters those are, and what they stand on."""
     model, base = stage.model, stage.base
-    trained, frozen = (
-        sum(math.prod(x.shape) for x in jax.tree.leaves(part))
-        for part in (model.trained_shapes, quantized_params.plain_shapes(model.frozen_shapes))
-    )
+    trained, frozen = map(quantized_params.count_parameters, (model.trained_shapes, model.frozen_shapes))
     where = base.path or f"chance ({base.preset}, seed {base.seed})"
     return (
         f"{model.lora}: {trained:,} parameters, {100 * trained / (trained + frozen):.2g} % of the model, on the base "

@@ -22,7 +22,7 @@ from jaxrm.data.tasks.prompts import prompt_field
 from jaxrm.errors import UserError, flag, naming, option
 from jaxrm.inference.load import load_policy
 from jaxrm.inference.sampler import Sampler, prompt_room
-from jaxrm.inference.weights import find_checkpoint, lora_of, peft_path, read_shape
+from jaxrm.inference.weights import find_checkpoint, lora_of, peft_path, read_shape, trained_place
 from jaxrm.runtime.progress import Progress, print_table
 from jaxrm.sharding.mesh import build_mesh
 from jaxrm.stage_config import LANGUAGE_MODELS
@@ -45,7 +45,13 @@ def run(config: Any) -> int:
     records, task = _open_inputs(config), config.data.path.removeprefix(tasks.PREFIX)
     source = config.model
     with naming({"path": option("model.path")}):
-        policy = load_policy(source.path, adapter=source.adapter, mesh=build_mesh(config.mesh), dtype=source.dtype)
+        policy = load_policy(
+            source.path,
+            adapter=source.adapter,
+            mesh=build_mesh(config.mesh),
+            dtype=source.dtype,
+            quantize=source.quantize,
+        )
     folder = open_run_folder(config)
     target = folder.path / PAIRS
     if not target.exists():
@@ -61,7 +67,7 @@ def inspect(config: Any) -> Inspection:
     records = _open_inputs(config)
     reading = ReadReport(total=len(records), used=len(records))
     rows = [_row(record.prompt, record.chosen, record.rejected) for record in records]
-    facts = {"pairs": f"up to {len(records):,}, sampled from {config.model.adapter or config.model.path}"}
+    facts = {"pairs": f"up to {len(records):,}, sampled from {trained_place(config.model)[1]}"}
     return Inspection({f"Prompts of {config.data.path}": reading}, facts=facts, outputs={PAIRS: rows})
 
 
@@ -71,8 +77,8 @@ def _open_inputs(config: Any) -> list[PreferenceRecord]:
     check_run_folder(config)
     records = _prompt_records(config)
     if peft_path(config.model) is None:
-        field = "model.path" if config.model.adapter is None else "model.adapter"
-        shape = find_checkpoint(config.model.adapter or config.model.path, field, LANGUAGE_MODELS).shape
+        field, path = trained_place(config.model)
+        shape = find_checkpoint(path, field, LANGUAGE_MODELS).shape
     else:
         lora_of(config.model)  # refuses what does not stand on the policy
         shape = read_shape(config.model)

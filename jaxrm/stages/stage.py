@@ -30,7 +30,7 @@ from jaxrm.data.templates import bos_id, text_of
 from jaxrm.data.tokenizer import Vocabulary, load_tokenizer
 from jaxrm.errors import option
 from jaxrm.inference import parameters, sharded_model, weights
-from jaxrm.inference.base import Base, keep_base
+from jaxrm.inference.base import Base, check_kept, keep_base, load_base
 from jaxrm.inference.load import save_shape_and_tokenizer
 from jaxrm.inference.sampler import Response, response_text
 from jaxrm.inference.sharded_model import ShardedModel
@@ -107,6 +107,13 @@ class Stage:
         """What the adapters stand on. All processes look for it together, in `open_run`."""
         return parameters.base_of(self.config.model, self.config.seed)
 
+    def load_base(self) -> Any:
+        """The frozen parameters under the adapters; ``{}`` where there are none.
+
+        As long as somebody has them, other models on this base find them in memory.
+        """
+        return load_base(self.base, self.model, parameters.init_key(self.base.seed)) if self.model.lora.is_on else {}
+
     @property
     def pad_to_multiple_of(self) -> int:
         """What the width of rows made on the devices is a multiple of."""
@@ -154,18 +161,19 @@ class Stage:
             another run.
         """
         weights.check_weights(self.model.config, self.config.model)  # last, since a hub model is fetched for it
+        base = self.base if self.model.lora.is_on else None
         if jax.process_count() > 1:
-            self._check_same_inputs(read)
-        has_adapters = keeps_model and self.model.lora.is_on
-        base = self.base if has_adapters else None
+            self._check_same_inputs(read, "" if base is None else base.sha256)
+        if base is not None and keeps_model and self.config.on_existing != "restart":
+            check_kept(self.config.run_dir, base)
         folder = open_run_folder(self.config)
         if self.is_writer and keeps_model:
             save_shape_and_tokenizer(self.model.config, self.tokenizer, folder)
-        if base is not None:
+        if base is not None and keeps_model:
             keep_base(folder, base)
         return folder
 
-    def _check_same_inputs(self, read: Sequence[Sequence[TokenExample] | str]) -> None:
+    def _check_same_inputs(self, read: Sequence[Sequence[TokenExample] | str], base: str) -> None:
         texts = [x if isinstance(x, str) else fingerprint(x, self.config.data) for x in read]
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         tokenizer = self.tokenizer.get_vocab() if backend is None else backend.to_str()
@@ -174,7 +182,7 @@ class Stage:
                 "tokenizer": f"{tokenizer} {self.tokenizer.special_tokens_map}",
                 option("data.template"): f"{text_of(self.tokenizer, self.template)} {self.end_ids}",
                 option("data.path"): " ".join(texts),
-                option("model.path"): f"{self.model.config} {weights.contents_of(self.config.model)}",
+                option("model.path"): f"{self.model.config} {weights.contents_of(self.config.model)} {base}",
             }
         )
 
@@ -195,7 +203,8 @@ def open_stage(config: Any, mesh: Mesh, *, records: Records) -> Iterator[Stage]:
         template that the model's run was not trained with.
     """
     adapters = _adapters(config)
-    model = sharded_model.shard_model(config.model, mesh, lora=adapters)
+    source = weights.as_stored(config.model) if adapters.is_on else config.model
+    model = sharded_model.shard_model(source, mesh, lora=adapters)
     build.check_length(model.config, "data.max_length", config.data.max_length)
     check_run_folder(config)
     with task_files(config.data, config.seed, records=records) as data:
@@ -204,7 +213,7 @@ def open_stage(config: Any, mesh: Mesh, *, records: Records) -> Iterator[Stage]:
         sharded_model.check_tokenizer(tokenizer, path, data.template, config.model, model.config)
         check_trained_template(config, tokenizer)
         shape = sharded_model.with_tokens(model.config, tokenizer)
-        model = sharded_model.shard_model(config.model, mesh, shape, lora=adapters)
+        model = sharded_model.shard_model(source, mesh, shape, lora=adapters)
         yield Stage(config, mesh, model, data, tokenizer)
 
 
@@ -218,7 +227,7 @@ def _adapters(config: Any) -> LoRAConfig:
     if isinstance(config, Evaluate) and config.evaluate.reference is not None:
         # One graph serves policy and reference: where their adapters differ, both are merged into their weights.
         own, other = weights.lora_of(source), weights.lora_of(ModelSource(path=config.evaluate.reference))
-        return own if other in (own, NO_LORA) else NO_LORA
+        return own if other == own or not other.is_on else NO_LORA
     if not isinstance(config, TrainingConfig):
         return weights.lora_of(source)
     parameters.check_adapters(source, config.lora)

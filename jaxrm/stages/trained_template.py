@@ -23,8 +23,7 @@ def check_trained_template(config: Any, tokenizer: "PreTrainedTokenizerBase") ->
     """
     template = config.data.template
     check_template(tokenizer, template)
-    field = "model.path" if config.model.adapter is None else "model.adapter"
-    path = config.model.adapter or config.model.path
+    field, path = weights.trained_place(config.model)
     if not weights.is_run(path):
         return
     run = weights.find_checkpoint(path, field)

@@ -59,7 +59,8 @@ def test_llama_2_7b_is_near_its_published_size():
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_table_that_is_only_looked_up_costs_nothing(tied):
     config = dataclasses.replace(SMALL, tie_embeddings=tied)
-    assert training_flops_per_token(config, length=0) == 6 * products_per_token(config)
+    once, twice = (training_flops_per_token(config, length) for length in (1, 2))
+    assert 2 * once - twice == 6 * products_per_token(config)  # attention is in proportion to the length
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,9 @@ from jaxrm.data.config import DataConfig
 from jaxrm.models.build import ModelSource
 from jaxrm.models.generate import SamplingConfig
 from jaxrm.models.lora import LoRAConfig
+from jaxrm.models.quantized_params import count_parameters
 from jaxrm.planning import search
-from jaxrm.planning.abstract import count_parameters, device_bytes
+from jaxrm.planning.abstract import device_bytes
 from jaxrm.planning.compile import plan_stage
 from jaxrm.planning.programs import stage_programs
 from jaxrm.planning.report import print_plan
@@ -96,12 +97,11 @@ def test_a_quantized_base_has_the_bytes_of_codes_and_scales(here, quantize, bits
 
 @pytest.mark.slow
 def test_the_parts_of_a_peak_are_base_and_adapters(here, capsys):
-    (program,) = plan_stage(adapted(), here).programs
-    stage = stage_of(adapted(), here)
+    plan, stage = plan_stage(adapted(), here), stage_of(adapted(), here)
+    (program,) = plan.programs
     assert list(program.parts) == ["base", "adapters", "optimizer", "cache", "activations"]
     assert program.parts["base"] == device_bytes(stage.residents["base"])
     assert sum(program.parts.values()) == pytest.approx(program.peak)
-    plan = plan_stage(adapted(), here)
     print_plan(plan)
     printed = capsys.readouterr().out
     assert f"{plan.trained_parameters / 1e6:.3g} million of them trained" in printed

@@ -54,7 +54,8 @@ def test_other_commands_answer_ctrl_c_in_one_line(seconds, name):
     if name != "plan":
         arguments = (f"jaxrm.{name}", "--checkpoint=nowhere")
     status, output = stop_after(seconds, CTRL_C, *arguments)
-    if status == 2:  # it was refused before
+    # It was refused before; while Python ends, a signal decides the status.
+    if status == 2 or (status == -signal.SIGINT and output.startswith("jaxrm: error: ")):
         return
     assert (status, output.strip()) == (EXIT_INTERRUPTED, "jaxrm: interrupted")
 

@@ -3,8 +3,10 @@
 The runs are made in a moment; `test_adapters_in_training.py` trains some.
 """
 
+import hashlib
 import json
 import shutil
+import weakref
 
 import jax
 import numpy as np
@@ -98,8 +100,10 @@ def test_models_on_one_base_share_its_arrays(made, mesh):
     assert all(a is b for a, b in zip(jax.tree.leaves(policy), jax.tree.leaves(seq2seq), strict=True))
     trunk = {name: part for name, part in policy.items() if name != "head"}
     assert all(a is b for a, b in zip(jax.tree.leaves(trunk), jax.tree.leaves(scalar), strict=True))
+    gone = weakref.ref(jax.tree.leaves(policy)[0])
     del policy, seq2seq, scalar, trunk
-    load_policy(str(made / "sft"), mesh=mesh)  # read again, since nobody has it any more
+    assert gone() is None  # nobody has it any more
+    load_policy(str(made / "sft"), mesh=mesh)  # so it is read again
 
 
 def test_a_base_that_moved_is_given_beside_its_adapters(place, mesh):
@@ -345,4 +349,7 @@ def test_an_unknown_projection_is_answered_with_the_list():
 
 def test_the_record_of_a_base_has_its_place_and_its_content(made):
     record = json.loads((made / "sft" / "base.json").read_text())
-    assert record["path"] == str(made / "base" / "checkpoints" / "4") and len(record["sha256"]) == 64
+    step, digest = made / "base" / "checkpoints" / "4", hashlib.sha256()
+    for path in (made / "base" / "model.json", *sorted(p for p in (step / "params").rglob("*") if p.is_file())):
+        digest.update(f"{path.name} {path.stat().st_size}\n".encode() + path.read_bytes())
+    assert record["path"] == str(step) and record["sha256"] == digest.hexdigest()

@@ -10,18 +10,18 @@ from jaxrm.errors import UserError, flag, option
 from jaxrm.gguf_file import gguf_parts, models_in
 
 _HUB_NAME = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
-_CONFIG_FILES = ["config.json", "generation_config.json"]
-_TOKENIZER_FILES = [
+_CONFIG_FILES = ("config.json", "generation_config.json")
+_TOKENIZER_FILES = (
     "tokenizer*",
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.json",
     "merges.txt",
     "chat_template*",
-]
+)
 # The name "model*" leaves out second copies in another layout, such as Mistral's consolidated.safetensors.
-_MODEL_FILES = [*_CONFIG_FILES, "model*.safetensors", "model.safetensors.index.json", *_TOKENIZER_FILES]
-_ADAPTER_FILES = ["adapter_config.json", "adapter_model.safetensors", *_TOKENIZER_FILES]
+_MODEL_FILES = (*_CONFIG_FILES, "model*.safetensors", "model.safetensors.index.json", *_TOKENIZER_FILES)
+_ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", *_TOKENIZER_FILES)
 
 
 def is_hub_name(path: str) -> bool:
@@ -75,7 +75,7 @@ def locate_adapter(path: str) -> Path:
         raise UserError(f"{option('model.adapter')} is {path!r}, which has no adapter_config.json; {example}")
     if not is_hub_name(path):
         raise UserError(f"{option('model.adapter')} is {path!r}, but there is nothing at that place; {example}")
-    return _download_adapter(path)
+    return _download(path, _ADAPTER_FILES, "model.adapter")
 
 
 def _in_folder(folder: Path) -> Path:
@@ -99,17 +99,13 @@ def _in_folder(folder: Path) -> Path:
     raise UserError(f"{folder} has no config.json; a model folder needs config.json and .safetensors files")
 
 
-@cache  # it is read several times, and the hub is asked at each download
-def _download_adapter(name: str) -> Path:
-    return _download(name, _ADAPTER_FILES, "model.adapter")
-
-
-def _download(name: str, patterns: list[str], field: str = "model.path") -> Path:
+@cache  # it is looked for several times, and a later look could find another revision
+def _download(name: str, patterns: tuple[str, ...], field: str = "model.path") -> Path:
     import huggingface_hub
     from huggingface_hub.errors import GatedRepoError
 
     try:
-        folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns))
+        folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=list(patterns)))
     except GatedRepoError as error:
         raise UserError(
             f"{name} asks you to accept its license: do so on its hub page, then run `hf auth login`"

@@ -54,6 +54,7 @@ def run(config: Any) -> int:
         return _close(open_run_folder(config), config)
     inputs = _open_inputs(config)
     stage, prompts, examples = inputs.stage, inputs.prompts, inputs.examples
+    base = stage.load_base()  # before the reward model, which may have only a part of it
     source, reward_name = open_rewards(
         config, stage.mesh, stage.vocabulary, prompts.examples, stage.response_text, stage.end_ids
     )
@@ -68,6 +69,7 @@ def run(config: Any) -> int:
             f"{config.reward.kind} rewards from {reward_name}"
         )
     draws, num_drawn = _open_draws(inputs, folder, source)
+    del base  # the policy has it now
     if not draw(draws, num_drawn):
         if stage.is_writer:
             print("Stopped and saved; the same command continues from there.")

@@ -57,9 +57,9 @@ def _check_checkpoints(config: Any) -> None:
             f"{option('evaluate.evaluate_checkpoints')} is True, which needs a {option('evaluate.reference')}, where "
             f"training began, and sampled answers; e.g. {flag('evaluate.reference')}=runs/quickstart/sft"
         )
-    path = config.model.adapter or config.model.path
+    field, path = weights.trained_place(config.model)
     if not weights.is_run(path):
         raise UserError(
-            f"{option('evaluate.evaluate_checkpoints')} is True, but {option('model.path')} is {path!r}, "
+            f"{option('evaluate.evaluate_checkpoints')} is True, but {option(field)} is {path!r}, "
             f"which is no run and has no checkpoints; use {flag('evaluate.evaluate_checkpoints')}=False"
         )

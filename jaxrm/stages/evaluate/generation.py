@@ -146,6 +146,6 @@ def open_generator(
 
 
 def _load_others(stage: Stage, path: str) -> Any:
-    source = dataclasses.replace(stage.config.model, path=path, adapter=None)
+    source = dataclasses.replace(stage.model.source, path=path, adapter=None)
     model = dataclasses.replace(stage.model, source=source)
     return parameters.init_params(model, jax.random.key(0), stage.config.seed)

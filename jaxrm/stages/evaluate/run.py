@@ -194,7 +194,8 @@ def _checkpoints(config: Any) -> dict[int, str]:
     """The checkpoints that are evaluated too, by step, each as a path of weights; the reference is step 0."""
     if not config.evaluate.evaluate_checkpoints:
         return {}
-    latest = weights.find_checkpoint(config.model.adapter or config.model.path, "model.path", POLICIES)
+    field, path = weights.trained_place(config.model)
+    latest = weights.find_checkpoint(path, field, POLICIES)
     checkpoints = Checkpoints(latest.folder.checkpoints, read_only=True)
     steps = checkpoints.steps()
     checkpoints.close()

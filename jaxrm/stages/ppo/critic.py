@@ -13,7 +13,7 @@ from jaxrm.inference import parameters, sharded_model
 from jaxrm.inference.base import recorded_base
 from jaxrm.inference.load import as_trained
 from jaxrm.inference.sharded_model import ShardedModel
-from jaxrm.inference.weights import RunCheckpoint, find_checkpoint
+from jaxrm.inference.weights import RunCheckpoint, find_checkpoint, trained_place
 from jaxrm.models import heads
 from jaxrm.stage_config import CRITIC_TRUNKS, REWARD_MODELS
 from jaxrm.stages.stage import Stage
@@ -34,6 +34,15 @@ class Critic:
     name: str
     run: RunCheckpoint | None = None
     run_decoder: ShardedModel | None = None
+
+    def check_base(self, stage: Stage) -> None:
+        """Refuse a trunk whose adapters stand on a base of another content than the policy's.
+
+        Raises:
+          UserError: naming both.
+        """
+        if self.run is not None and stage.model.lora.is_on and recorded_base(self.run).sha256 != stage.base.sha256:
+            raise _cannot_share_base(stage.config, self.run)
 
     def init_params(self, stage: Stage, key: jax.Array) -> Any:
         """First parameters: the trunk, and a head that is 0 everywhere.
@@ -74,13 +83,15 @@ def open_critic(stage: Stage) -> Critic:
         model = sharded_model.shard_scalar_model(config.model, stage.mesh, stage.model.config, lora=stage.model.lora)
         return Critic(model, "the policy")
 
-    if stage.model.lora.is_on:
-        _check_stands_on_base(config, run)
+    if stage.model.lora.is_on and (
+        run.lora != stage.model.lora or parameters.stands_on_base_of(run, config.model, config.seed) is False
+    ):
+        raise _cannot_share_base(config, run)
     source = dataclasses.replace(
         as_trained(run, config.model.dtype),
         remat=config.model.remat,
         attention=config.model.attention,
-        quantize=config.model.quantize,
+        quantize=stage.model.source.quantize,
     )
     adapters = stage.model.lora
     model = sharded_model.shard_scalar_model(source, stage.mesh, run.shape, lora=adapters)
@@ -89,16 +100,14 @@ def open_critic(stage: Stage) -> Critic:
     return Critic(model, run.name, run, decoder)
 
 
-def _check_stands_on_base(config: Any, run: RunCheckpoint) -> None:
-    """Refuse a critic whose adapters could not be trained on the policy's base."""
-    if run.lora == config.lora and parameters.stands_on_base_of(run, config.model, config.seed):
-        return
+def _cannot_share_base(config: Any, run: RunCheckpoint) -> UserError:
+    """The error for a critic whose adapters could not be trained on the policy's base."""
     base = recorded_base(run) if run.lora.is_on else None
     stands = "all of its weights trained" if base is None else f"{run.lora}, on the base {base.path or base.preset}"
-    raise UserError(
+    return UserError(
         f"the critic starts from {run.name}, which has {stands}; but {option('lora')} is {config.lora}, and it has to "
         f"share the policy's base; start it from the policy, "
-        f"{flag('critic.path')}={config.model.adapter or config.model.path}"
+        f"{flag('critic.path')}={trained_place(config.model)[1]}"
     )
 
 

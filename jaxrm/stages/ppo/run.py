@@ -33,10 +33,13 @@ def run(config: Any) -> int:
     """
     inputs = _open_inputs(config)
     stage = inputs.stage
+    if inputs.critic is not None:
+        inputs.critic.check_base(stage)
+    base = stage.load_base()  # before the reward model, which may have only a part of it
     source, reward_name = open_rewards(
         config, stage.mesh, stage.vocabulary, inputs.data.every_prompt, stage.response_text, stage.end_ids
     )
-    opened = Opened(inputs.learner, inputs.critic, source, with_models(inputs.data, config))
+    opened = Opened(inputs.learner, inputs.critic, source, with_models(inputs.data, config), base)
 
     folder = stage.open_run([opened.inputs.data.fingerprint, inputs.data.held_out.examples])
     policy_name = weights.name_of(config.model)  # by every process, since they look into the checkpoints together

@@ -43,12 +43,14 @@ class Opened:
       critic: where the critic starts from; None where the trunk is shared.
       source: of token rewards.
       inputs: prompts, and SFT rows where they are mixed in.
+      base: frozen parameters under the adapters of all models; ``{}`` where they have none.
     """
 
     learner: Learner
     critic: Critic | None
     source: RewardSource
     inputs: PPOInputs
+    base: Any
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ def train(stage: Stage, folder: RunFolder, opened: Opened) -> tuple[int, bool]:
     """
     config, learner, num_steps = stage.config, opened.learner, opened.inputs.num_steps
     keys = _Keys(*jax.random.split(jax.random.key(config.seed), 4))
-    reference, base = lora.split(stage.init_params(init_key(config.seed)))
+    (reference, _), base = lora.split(stage.init_params(init_key(config.seed))), opened.base
     reference = sharded_model.in_compute_dtype(reference, config.model.dtype)
     programs = learner.programs(opened.source)
     checkpoints = Checkpoints(folder.checkpoints, config.checkpoint)

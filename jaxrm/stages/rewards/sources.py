@@ -22,7 +22,7 @@ from jaxrm.inference import parameters, sharded_model
 from jaxrm.inference.load import describe_reward_model, load_reward_model
 from jaxrm.inference.reward_model import RewardModel
 from jaxrm.inference.token_scores import build_scorer
-from jaxrm.inference.weights import find_checkpoint
+from jaxrm.inference.weights import as_stored, find_checkpoint
 from jaxrm.ops import token_rewards
 from jaxrm.ops.reward_scaling import Calibration
 from jaxrm.ops.token_rewards import Kind, Source, find_kind
@@ -69,16 +69,16 @@ def open_rewards(
             end_ids=end_ids,
             mesh=mesh,
         ), name
-    if config.model.adapter is not None:
-        parameters.base_of(config.model, config.seed)  # where it is now, for a reward model that stands on it too
     with naming({"path": option("reward.model")}):
-        has_adapters = find_checkpoint(config.reward.model, "reward.model").lora.is_on
+        run, quantize = find_checkpoint(config.reward.model, "reward.model"), None
+        if run.lora.is_on and parameters.stands_on_base_of(run, config.model, config.seed) is not False:
+            quantize = as_stored(config.model).quantize  # so that it is the policy's base
         model = load_reward_model(
             config.reward.model,
             mesh=mesh,
             dtype=config.model.dtype,
             attention=config.model.attention,
-            quantize=config.model.quantize if has_adapters else None,  # that it may stand on the policy's base
+            quantize=quantize,
         )
     frozen = dataclasses.replace(model, params=sharded_model.in_compute_dtype(model.params, config.model.dtype))
     return ModelRewards(frozen, kind, mesh, num_microbatches=config.num_microbatches, end_ids=end_ids), name
