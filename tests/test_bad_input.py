@@ -252,7 +252,8 @@ def test_a_wrong_field_is_named(refuse_train, arguments, message):
     [
         (["--config.data.batch_size=30"], "is 30, but the data and fsdp axes of config.mesh have 8 devices; use a "
          "multiple of 8, e.g. --config.data.batch_size=32"),
-        (["--config.num_microbatches=3"], "8 devices x 3 microbatches; use a multiple of 24, e.g. "
+        (["--config.num_microbatches=3"], "config.num_microbatches is 3, which does not divide the rows of "
+         "a device (config.data.batch_size 8 over 8: 1); use --config.num_microbatches=1, or a multiple of 24, e.g. "
          "--config.data.batch_size=24"),
         (["--config.mesh.data=3"], "config.mesh is data 3 x fsdp 1 x tensor 1, which does not fit 8 devices"),
         (["--config.mesh.fsdp=16"], "config.mesh is data -1 x fsdp 16 x tensor 1, which does not fit 8 devices"),

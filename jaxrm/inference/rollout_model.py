@@ -28,7 +28,14 @@ def shard_rollout_model(config: PPO, mesh: Mesh, policy: ShardedModel) -> Sharde
     rollout, batch_size = config.rollout, config.data.batch_size
     field = "mesh" if rollout.mesh is None else "rollout.mesh"
     other = mesh if rollout.mesh is None else reshape_mesh(mesh, rollout.mesh, field)
-    check_batch(other, "data.batch_size", batch_size, rollout.num_microbatches, mesh_field=field)
+    check_batch(
+        other,
+        "data.batch_size",
+        batch_size,
+        rollout.num_microbatches,
+        mesh_field=field,
+        microbatches_field="rollout.num_microbatches",
+    )
     if other.shape == mesh.shape:
         return policy
     return sharded_model.shard_model(config.model, other, policy.config, lora=policy.lora, field=field)

@@ -133,17 +133,23 @@ def batch_share(mesh: Mesh) -> tuple[int, int]:
 
 
 def check_batch(
-    mesh: Mesh, field: str, batch_size: int, num_microbatches: int = 1, *, mesh_field: str = "mesh"
+    mesh: Mesh,
+    field: str,
+    batch_size: int,
+    num_microbatches: int = 1,
+    *,
+    mesh_field: str = "mesh",
+    microbatches_field: str = "num_microbatches",
 ) -> None:
     """Refuse a batch that does not divide over the mesh and its microbatches; the fields are for the message.
 
     Raises:
-      UserError: naming ``field``, and the nearest size that divides.
+      UserError: naming ``field``, or ``microbatches_field`` where that alone does not divide; and what does.
     """
     shards = batch_shards(mesh)
     unit = shards * num_microbatches
-    if batch_size % unit:
-        nearest = max(unit, round(batch_size / unit) * unit)
+    nearest = max(unit, round(batch_size / unit) * unit)
+    if batch_size % shards:
         microbatches = f" x {num_microbatches} microbatches" if num_microbatches > 1 else ""
         fewer = math.gcd(shards, batch_size // math.gcd(batch_size, num_microbatches))
         split = (
@@ -155,6 +161,14 @@ def check_batch(
             f"{option(field)} is {batch_size}, but the data and fsdp axes of {option(mesh_field)} have {shards} "
             f"devices{microbatches}; "
             f"use a multiple of {unit}, e.g. {flag(field)}={nearest}{split}"
+        )
+    if batch_size % unit:
+        rows = batch_size // shards
+        divisor = max(each for each in range(1, min(rows, num_microbatches) + 1) if rows % each == 0)
+        raise UserError(
+            f"{option(microbatches_field)} is {num_microbatches}, which does not divide the rows of a device "
+            f"({option(field)} {batch_size} over {shards}: {rows}); use {flag(microbatches_field)}={divisor}, "
+            f"or a multiple of {unit}, e.g. {flag(field)}={nearest}"
         )
 
 

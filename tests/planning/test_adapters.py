@@ -145,8 +145,8 @@ def test_prompts_answered_in_parts_have_a_part_of_the_cache(here):
         one = dataclasses.replace(ppo(), rollout=RolloutConfig(sampling=sampling, num_microbatches=parts))
         return next(program for program in stage_of(one, here).programs if program.name == "rollout")
 
-    assert rollout(None).cache_bytes == 4 * rollout(4).cache_bytes > 0
-    assert rollout(None).model_flops == rollout(4).model_flops
+    assert rollout(1).cache_bytes == 4 * rollout(4).cache_bytes > 0
+    assert rollout(1).model_flops == rollout(4).model_flops
 
 
 @pytest.mark.slow

@@ -306,6 +306,12 @@ def test_sampling_from_another_distribution_is_refused(refuse, sampling, field, 
             "use a multiple of 48, e.g. --config.data.batch_size=48",
         ),
         (
+            {"rollout": RolloutConfig(sampling=SamplingConfig(max_new_tokens=24), num_microbatches=3)},
+            "config.rollout.num_microbatches is 3, which does not divide the rows of a device (config.data.batch_size "
+            "8 over 8: 1); use --config.rollout.num_microbatches=1, or a multiple of 24, e.g. "
+            "--config.data.batch_size=24",
+        ),
+        (
             {"data": {"max_length": 24}},
             "config.rollout.sampling.max_new_tokens is 24, but config.data.max_length, prompt and response together, "
             "is 24; e.g. --config.data.max_length=48",
@@ -329,7 +335,17 @@ def test_sampling_from_another_distribution_is_refused(refuse, sampling, field, 
             "config.ptx.max_length is 300, but the model reads at most 256 tokens; e.g. --config.ptx.max_length=256",
         ),
     ],
-    ids=["mesh", "minibatches", "microbatches", "no room", "positions", "evaluation", "ptx batch", "ptx length"],
+    ids=[
+        "mesh",
+        "minibatches",
+        "microbatches",
+        "parts of a rollout",
+        "no room",
+        "positions",
+        "evaluation",
+        "ptx batch",
+        "ptx length",
+    ],
 )
 def test_sizes_that_do_not_fit_are_answered_with_one_that_does(refuse, changes, message):
     assert refuse(**changes) == message
