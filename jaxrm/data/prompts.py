@@ -1,8 +1,8 @@
 """Prompts for a policy: from records to tokens, and batches padded on the left."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -26,11 +26,13 @@ class PromptExample:
       tokens: int32 ``[n]``, the header that opens the response included.
       messages: the same as text.
       source: the place of the record.
+      fields: the record's other columns by name, e.g. a reference answer.
     """
 
     tokens: np.ndarray
     messages: tuple[Message, ...]
     source: str
+    fields: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def segment_lengths(self) -> tuple[int, ...]:

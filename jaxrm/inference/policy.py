@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import jax
 
 from jaxrm.data.pairs import MappingConfig
+from jaxrm.data.responses import Response
 from jaxrm.errors import UserError, arguments
 from jaxrm.inference.prompts import Prompt, check_count, read_prompts
 from jaxrm.inference.reward_model import RewardModel, default_kind
-from jaxrm.inference.sampler import Response, Sampler
+from jaxrm.inference.sampler import Sampler
 from jaxrm.inference.sharded_model import ShardedModel, shard_model, shard_scalar_model
 from jaxrm.models import build, heads
 from jaxrm.models.generate import SamplingConfig

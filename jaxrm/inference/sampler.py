@@ -1,6 +1,6 @@
 """Text in, text out: a model's responses to chat prompts."""
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -8,6 +8,7 @@ import numpy as np
 
 from jaxrm.data import templates
 from jaxrm.data.records import Message
+from jaxrm.data.responses import Response, response_text
 from jaxrm.errors import UserError, flag, option
 from jaxrm.inference.sharded_model import ShardedModel
 from jaxrm.models.config import ModelConfig
@@ -51,20 +52,6 @@ def answerable(
             continue
         if len(ids) <= room:
             yield prompt
-
-
-class Response(str):
-    """A response as text, without its end token, other special tokens and white space around it.
-
-    Attributes:
-      raw: the text with all of these but the end token, as the tokenizer writes them.
-      token_ids: ``[T]`` int32, as they were drawn, the end token included where it was reached.
-      ended: whether it was; False where the response was cut off at ``max_new_tokens``.
-    """
-
-    raw: str
-    token_ids: np.ndarray
-    ended: bool
 
 
 class Sampler:
@@ -170,15 +157,3 @@ class Sampler:
     def text(self, tokens: Sequence[int] | np.ndarray) -> Response:
         """A response as text, without its end token."""
         return response_text(self._tokenizer, self._end_ids, tokens)
-
-
-def response_text(
-    tokenizer: "PreTrainedTokenizerBase", end_ids: Collection[int], tokens: Sequence[int] | np.ndarray
-) -> Response:
-    """A response as text, without its end token."""
-    content = [int(token) for token in tokens if int(token) not in end_ids]
-    response = Response(str(tokenizer.decode(content, skip_special_tokens=True)).strip())
-    response.raw = str(tokenizer.decode(content, skip_special_tokens=False))
-    response.token_ids = np.asarray(tokens, np.int32)
-    response.ended = bool(len(tokens)) and int(tokens[-1]) in end_ids
-    return response

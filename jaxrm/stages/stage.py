@@ -26,13 +26,13 @@ from jaxrm.data import tasks
 from jaxrm.data.config import DataConfig
 from jaxrm.data.examples import TokenExample
 from jaxrm.data.loader import fingerprint
+from jaxrm.data.responses import Response, response_text
 from jaxrm.data.templates import bos_id, text_of
 from jaxrm.data.tokenizer import Vocabulary, load_tokenizer
 from jaxrm.errors import option
 from jaxrm.inference import parameters, sharded_model, weights
 from jaxrm.inference.base import Base, check_kept, keep_base, load_base
 from jaxrm.inference.load import save_shape_and_tokenizer
-from jaxrm.inference.sampler import Response, response_text
 from jaxrm.inference.sharded_model import ShardedModel
 from jaxrm.inference.task_files import Records, task_files
 from jaxrm.models import build

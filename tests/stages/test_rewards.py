@@ -14,19 +14,21 @@ from support.published import published_tokenizer
 
 from jaxrm.algorithms import scoring
 from jaxrm.data.pairs import correction_request
+from jaxrm.data.prompts import PromptExample
 from jaxrm.data.records import Message
+from jaxrm.data.responses import response_text
 from jaxrm.data.tasks.safety.task import ideal_response, parse_request
 from jaxrm.data.templates import end_ids
 from jaxrm.data.tokenizer import Vocabulary, load_tokenizer
 from jaxrm.errors import UserError
 from jaxrm.inference.load import load_reward_model
-from jaxrm.inference.sampler import response_text
 from jaxrm.ops import reward_scaling
 from jaxrm.ops.token_rewards import KINDS, names_for
 from jaxrm.sharding.mesh import MeshConfig, build_mesh
 from jaxrm.stages.rewards.calibration import calibrate
-from jaxrm.stages.rewards.functions import FunctionRewards, open_function
+from jaxrm.stages.rewards.functions import FunctionScorer, open_function
 from jaxrm.stages.rewards.sources import ModelRewards, check_reward_model
+from jaxrm.stages.rewards.text import TextRewards
 from jaxrm.types import ResponseBatch, TokenRewards
 
 END = 9
@@ -76,8 +78,9 @@ def text_of(ids):
 
 
 def source_of(function, mesh, kind="scalar", prompts=PROMPTS):
-    messages = {np.array(prompt, np.int32).tobytes(): message_of(prompt) for prompt in prompts}
-    return FunctionRewards("mine:f", function, KINDS[kind], messages=messages, text=text_of, end_ids=(END,), mesh=mesh)
+    examples = [PromptExample(np.array(prompt, np.int32), message_of(prompt), "a record") for prompt in prompts]
+    scorer = FunctionScorer("mine:f", function)
+    return TextRewards(scorer, KINDS[kind], examples=examples, text=text_of, end_ids=(END,), mesh=mesh)
 
 
 def call(source, batch=BATCH, calibration=None):
@@ -134,11 +137,10 @@ def test_a_function_gets_the_raw_text_too(one):
         return [float("<answer>" in response.raw) for response in responses]
 
     batch = respond([[1], [1]], [[start, *words, end, eos], words], T=len(words) + 3)
-    source = FunctionRewards(
-        "mine:f",
-        function,
+    source = TextRewards(
+        FunctionScorer("mine:f", function),
         KINDS["scalar"],
-        messages={np.array([1], np.int32).tobytes(): message_of([1])},
+        examples=[PromptExample(np.array([1], np.int32), message_of([1]), "a record")],
         text=lambda ids: response_text(tokenizer, {eos}, ids),
         end_ids=(eos,),
         mesh=one,

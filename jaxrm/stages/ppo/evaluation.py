@@ -14,8 +14,8 @@ from jaxrm.algorithms.ppo_state import PPOState
 from jaxrm.algorithms.rollout import TokenLogProbs
 from jaxrm.data import tasks
 from jaxrm.data.prompts import PromptExample, transcript
+from jaxrm.data.responses import response_text
 from jaxrm.data.tokenizer import token_texts
-from jaxrm.inference.sampler import response_text
 from jaxrm.runtime.metrics import append_row, read_rows
 from jaxrm.runtime.preemption import StoppedError, StopRequest
 from jaxrm.runtime.run_folder import RunFolder

@@ -11,32 +11,28 @@ It takes a batch, prompts and responses in the same order, and returns one numbe
 A prompt is its messages (`jaxrm.data.records.Message`); the last one's ``content`` is the question. A response is text
 without special tokens and without white space around it. What was drawn is there too: ``response.raw`` is the text with
 them, so that a format of special tokens such as ``<answer>`` can be rewarded; ``response.ended`` says whether the end
-was reached, and ``response.token_ids`` are its ids (`jaxrm.inference.sampler.Response`).
+was reached, and ``response.token_ids`` are its ids (`jaxrm.data.responses.Response`).
 
     def has_answer(prompts: list[list[Message]], responses: list[Response]) -> list[float]:
         return [1.0 if "<answer>" in response.raw else 0.0 for response in responses]
 
-The same responses must always get the same rewards: several processes each call it, and a resumed run calls it again.
+The same responses must always get the same rewards, since a resumed run calls it again. In a job of several processes,
+process 0 calls it for all of them.
 """
 
 import importlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxrm.algorithms import scoring
 from jaxrm.data import tasks
 from jaxrm.data.records import Message
+from jaxrm.data.responses import Response
 from jaxrm.errors import UserError, flag, option
-from jaxrm.ops.reward_scaling import Calibration
-from jaxrm.ops.token_rewards import Kind
-from jaxrm.sharding import partition
-from jaxrm.types import ResponseBatch, TokenRewards
+from jaxrm.inference.text_scorer import TextSample
 
-RewardFunction = Callable[[list[Sequence[Message]], list[str]], Sequence[float]]
+RewardFunction = Callable[[list[Sequence[Message]], list[Response]], Sequence[float]]
 _SHOWN = 60  # characters of a response or a value that a message quotes
 
 
@@ -74,83 +70,49 @@ def open_function(name: str) -> RewardFunction:
     return function
 
 
-class FunctionRewards:
-    """Reward source of a function of text. Its number for a response becomes the reward of the last token.
-
-    A call raises `UserError` where the function raises, or returns anything but one finite number a response.
+class FunctionScorer:
+    """A function of text as a `jaxrm.inference.text_scorer.TextScorer`.
 
     Args:
       name: of the function, for messages.
       function: prompts and responses to one number each.
-      kind: that a function can give: ``scalar`` or ``scalar_length_residual``.
-      messages: of each prompt, by the bytes of its int32 token ids.
-      text: a response's ids as text, a `jaxrm.inference.sampler.Response`.
-      end_ids: ids that end a response.
-      mesh: the devices.
     """
 
-    def __init__(
-        self,
-        name: str,
-        function: RewardFunction,
-        kind: Kind,
-        *,
-        messages: Mapping[bytes, Sequence[Message]],
-        text: Callable[[np.ndarray], str],
-        end_ids: tuple[int, ...],
-        mesh: Mesh,
-    ) -> None:
-        self._name, self._function, self._messages, self._text = name, function, messages, text
-        self._rows = partition.batch_sharding(mesh)
-        self._replicate = jax.jit(lambda batch: batch, out_shardings=NamedSharding(mesh, PartitionSpec()))
+    is_collective = False
 
-        def as_rewards(calibration: Calibration, batch: ResponseBatch, scores: jax.Array) -> TokenRewards:
-            values = kind.values(scores, batch.responses, batch.response_mask, None)
-            return scoring.as_token_rewards(calibration, kind, values, batch.response_mask, batch, end_ids)
+    def __init__(self, name: str, function: RewardFunction) -> None:
+        self.name, self._function = name, function
+        self._option = option("reward.function")  # as it is named where the source is opened
 
-        self._as_rewards = jax.jit(as_rewards, in_shardings=(None, self._rows, self._rows), out_shardings=self._rows)
+    def __call__(self, samples: Sequence[TextSample]) -> np.ndarray:
+        """One finite number a response, ``[B]`` float32.
 
-    def __call__(
-        self, calibration: Calibration, batch: ResponseBatch, reference_log_probs: jax.Array | None
-    ) -> TokenRewards:
-        """Score responses; the reference's log-probs are not read."""
-        del reference_log_probs
-        host = jax.device_get(self._replicate(batch))
-        prompts = [
-            self._messages[ids[mask].astype(np.int32).tobytes()]
-            for ids, mask in zip(host.prompts, host.prompt_mask, strict=True)
-        ]
-        responses = [self._text(ids[mask]) for ids, mask in zip(host.responses, host.response_mask, strict=True)]
-        scores = np.asarray(_scores(self._name, self._function, prompts, responses), np.float32)
-        on_devices = jax.make_array_from_callback(scores.shape, self._rows, scores.__getitem__)
-        return self._as_rewards(calibration, batch, on_devices)
+        Raises:
+          UserError: where the function raises, or returns anything else.
+        """
+        prompts, responses = [sample.prompt for sample in samples], [sample.response for sample in samples]
+        return np.asarray(_scores(f"{self._option} {self.name}", self._function, prompts, responses), np.float32)
 
 
-def _scores(name: str, function: RewardFunction, prompts: list[Sequence[Message]], responses: list[str]) -> list[float]:
+def _scores(
+    where: str, function: RewardFunction, prompts: list[Sequence[Message]], responses: list[Response]
+) -> list[float]:
     required = "required one finite number for each response"
     try:
         returned = function(prompts, responses)
         scores = list(returned) if isinstance(returned, Iterable) else None
     except Exception as error:  # whatever the user's function raises
         at = _first_failure(function, prompts, responses)
-        where = "on the whole batch" if at is None else f"on response {at} of the batch, {responses[at][:_SHOWN]!r}"
-        raise UserError(
-            f"{option('reward.function')} {name} raised {type(error).__name__}: {error}, {where}; {required}"
-        ) from error
+        on = "on the whole batch" if at is None else f"on response {at} of the batch, {responses[at][:_SHOWN]!r}"
+        raise UserError(f"{where} raised {type(error).__name__}: {error}, {on}; {required}") from error
     if scores is None:
-        raise UserError(
-            f"{option('reward.function')} {name} returned {_shown(returned)} for {len(responses)} responses; {required}"
-        )
+        raise UserError(f"{where} returned {_shown(returned)} for {len(responses)} responses; {required}")
     if len(scores) != len(responses):
-        raise UserError(
-            f"{option('reward.function')} {name} returned {len(scores)} rewards for {len(responses)} responses; "
-            f"{required}"
-        )
+        raise UserError(f"{where} returned {len(scores)} rewards for {len(responses)} responses; {required}")
     for i, score in enumerate(scores):
         if not _is_finite(score):
             raise UserError(
-                f"{option('reward.function')} {name} returned {_shown(score)} for response {i} of the batch, "
-                f"{responses[i][:_SHOWN]!r}; {required}"
+                f"{where} returned {_shown(score)} for response {i} of the batch, {responses[i][:_SHOWN]!r}; {required}"
             )
     return [float(score) for score in scores]
 
@@ -169,7 +131,7 @@ def _shown(value: Any) -> str:
     return " ".join(repr(value).split())[:_SHOWN]
 
 
-def _first_failure(function: RewardFunction, prompts: list[Sequence[Message]], responses: list[str]) -> int | None:
+def _first_failure(function: RewardFunction, prompts: list[Sequence[Message]], responses: list[Response]) -> int | None:
     """Index of the first response that the function cannot take alone; None where it takes each."""
     for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
         try:

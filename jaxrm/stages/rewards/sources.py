@@ -6,15 +6,17 @@ Either is a `jaxrm.algorithms.rollout.RewardSource`: calibration, responses and 
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from jaxrm.algorithms import scoring
 from jaxrm.algorithms.rollout import RewardSource
 from jaxrm.data import tasks
 from jaxrm.data.prompts import PromptExample
+from jaxrm.data.responses import Response
 from jaxrm.data.template_comparison import write_alike
 from jaxrm.data.tokenizer import Vocabulary, unreadable_by
 from jaxrm.errors import UserError, flag, naming, option
@@ -29,7 +31,8 @@ from jaxrm.ops.token_rewards import Kind, Source, find_kind
 from jaxrm.sharding import partition
 from jaxrm.stage_config import PPO, REWARD_MODELS, BestOfN, Evaluate
 from jaxrm.stages.inputs.prompts import check_judgeable
-from jaxrm.stages.rewards.functions import FunctionRewards, open_function
+from jaxrm.stages.rewards.functions import FunctionScorer, open_function
+from jaxrm.stages.rewards.text import TextRewards
 from jaxrm.types import ResponseBatch, TokenRewards
 
 if TYPE_CHECKING:
@@ -41,7 +44,7 @@ def open_rewards(
     mesh: Mesh,
     policy: Vocabulary,
     examples: Sequence[PromptExample],
-    text: Callable[[Any], str],
+    text: Callable[[np.ndarray], Response],
     end_ids: tuple[int, ...],
 ) -> tuple[RewardSource, str]:
     """The reward model or function of ``config.reward`` as a source of token rewards, and its name for people.
@@ -60,15 +63,8 @@ def open_rewards(
     name = check_rewards(config, mesh, policy, examples)
     kind = find_kind(config.reward.kind)
     if config.reward.model is None:
-        return FunctionRewards(
-            name,
-            open_function(name),
-            kind,
-            messages={example.tokens.tobytes(): example.messages for example in examples},
-            text=text,
-            end_ids=end_ids,
-            mesh=mesh,
-        ), name
+        scorer = FunctionScorer(name, open_function(name))
+        return TextRewards(scorer, kind, examples=examples, text=text, end_ids=end_ids, mesh=mesh), name
     with naming({"path": option("reward.model")}):
         run, quantize = find_checkpoint(config.reward.model, "reward.model"), None
         if run.lora.is_on and parameters.stands_on_base_of(run, config.model, config.seed) is not False:
