@@ -6,6 +6,10 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from jaxrm.ops.masking import masked_mean, masked_sum
+
+AGGREGATIONS = ("token", "sequence", "constant")
+
 
 class PolicyLoss(NamedTuple):
     """The clipped surrogate, token by token.
@@ -129,10 +133,12 @@ def clipped_policy_loss(
     advantages: jax.Array,
     *,
     clip: float,
+    clip_high: float | None = None,
 ) -> PolicyLoss:
-    """PPO's clipped surrogate, ``-min(rho A, clip(rho, 1 - clip, 1 + clip) A)`` with ``rho = pi / pi_old``.
+    """PPO's clipped surrogate, ``-min(rho A, clip(rho, 1 - clip, 1 + clip_high) A)`` with ``rho = pi / pi_old``.
 
-    "Proximal Policy Optimization Algorithms", arXiv 1707.06347, equation 7.
+    "Proximal Policy Optimization Algorithms", arXiv 1707.06347, equation 7. A higher ``clip_high`` lets rare tokens
+    grow more, arXiv 2503.14476.
 
     A mask over the result protects the loss, but not its gradient: where the inputs are not finite, 0 x inf is NaN.
     So replace the inputs outside the mask first.
@@ -142,6 +148,7 @@ def clipped_policy_loss(
       old_log_probs: ``[...]`` float, under the policy that sampled them; constants.
       advantages: ``[...]`` float; constants.
       clip: clip range of the ratio around 1, e.g. 0.2.
+      clip_high: the range above 1; None is ``clip``.
 
     Returns:
       ``PolicyLoss``, unreduced. Its gradient where the ratio is 1 is ``-A`` times that of ``log_probs``.
@@ -151,11 +158,10 @@ def clipped_policy_loss(
     advantages = jax.lax.stop_gradient(advantages.astype(jnp.float32))
     log_ratio = log_probs.astype(jnp.float32) - jax.lax.stop_gradient(old_log_probs.astype(jnp.float32))
     ratio = jax.lax.stop_gradient(jnp.exp(log_ratio))
-    is_clipped = ((advantages > 0) & (ratio > 1.0 + clip)) | ((advantages < 0) & (ratio < 1.0 - clip))
+    lowest, highest = 1.0 - clip, 1.0 + (clip if clip_high is None else clip_high)
+    is_clipped = ((advantages > 0) & (ratio > highest)) | ((advantages < 0) & (ratio < lowest))
     # The exponential sees no clipped token: a ratio that overflows would turn the gradient 0 of its token into NaN.
-    counted = jnp.where(
-        is_clipped, jnp.clip(ratio, 1.0 - clip, 1.0 + clip), jnp.exp(jnp.where(is_clipped, 0.0, log_ratio))
-    )
+    counted = jnp.where(is_clipped, jnp.clip(ratio, lowest, highest), jnp.exp(jnp.where(is_clipped, 0.0, log_ratio)))
     return PolicyLoss(-counted * advantages, ratio, is_clipped)
 
 
@@ -189,3 +195,40 @@ def clipped_value_loss(
     # Inside the clip range the two errors are equal, so the first is taken, with its gradient.
     is_clipped = clipped_error > error
     return ValueLoss(0.5 * jnp.where(is_clipped, clipped_error, error), is_clipped)
+
+
+def aggregate(loss: jax.Array, mask: jax.Array, aggregation: str) -> tuple[jax.Array, jax.Array]:
+    """The losses of tokens as a sum and its weight; both are added over microbatches and devices and divided once.
+
+        token     sum over all tokens / tokens
+        sequence  sum over responses of the mean over their tokens / responses            GRPO, arXiv 2402.03300
+        constant  sum over all tokens / (responses x T)                                   Dr. GRPO, arXiv 2503.20783
+
+    Args:
+      loss: ``[B, T]`` float losses of tokens; T is the most tokens that a response may have.
+      mask: ``[B, T]`` bool. A response without a token is not counted.
+      aggregation: one of ``AGGREGATIONS``.
+
+    Returns:
+      The sum and `aggregation_weight`, float32 scalars.
+    """
+    chex.assert_equal_shape([loss, mask])
+    if aggregation == "sequence":
+        return jnp.sum(masked_mean(loss, mask, axis=1)), aggregation_weight(mask, aggregation)
+    return masked_sum(loss, mask), aggregation_weight(mask, aggregation)
+
+
+def aggregation_weight(mask: jax.Array, aggregation: str) -> jax.Array:
+    """What the sum of `aggregate` is divided by, a float32 scalar.
+
+    Args:
+      mask: ``[B, T]`` bool.
+      aggregation: one of ``AGGREGATIONS``.
+    """
+    chex.assert_rank(mask, 2)
+    chex.assert_type(mask, bool)
+    assert aggregation in AGGREGATIONS, aggregation
+    if aggregation == "token":
+        return jnp.sum(mask, dtype=jnp.float32)
+    responses = jnp.sum(jnp.any(mask, axis=1), dtype=jnp.float32)
+    return responses if aggregation == "sequence" else responses * mask.shape[1]

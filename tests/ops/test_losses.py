@@ -9,6 +9,7 @@ import optax
 import pytest
 
 from jaxrm.ops.losses import (
+    aggregate,
     bradley_terry_loss,
     clipped_policy_loss,
     clipped_value_loss,
@@ -414,3 +415,34 @@ def test_dpo_refuses_unlike_shapes_integers_and_smoothed_squares():
         dpo_loss(jnp.ones(3, jnp.int32), jnp.ones(3, jnp.int32), beta=0.1)
     with pytest.raises(AssertionError):
         dpo_loss(jnp.ones(3), jnp.ones(3), beta=0.1, label_smoothing=0.1, kind="ipo")
+
+
+# --- sums over tokens
+
+
+def test_aggregations_by_hand():
+    """Losses 1, 2, 3 and 5 of responses of three, one and no token, of four at most."""
+    loss = jnp.asarray([[1.0, 2.0, 3.0, jnp.nan], [5.0, jnp.inf, 0.0, 0.0], [7.0, 7.0, 7.0, 7.0]])
+    mask = jnp.asarray([[True, True, True, False], [True, False, False, False], [False] * 4])
+    assert [tuple(map(float, aggregate(loss, mask, name))) for name in ("token", "sequence", "constant")] == [
+        (11.0, 4.0),
+        (7.0, 2.0),
+        (11.0, 8.0),
+    ]
+
+
+@pytest.mark.parametrize("aggregation", ["token", "sequence", "constant"])
+def test_sums_and_weights_of_microbatches_add_up(aggregation):
+    rng = np.random.default_rng(12)
+    loss = jnp.asarray(rng.normal(size=(8, 5)), jnp.float32)
+    mask = jnp.asarray(np.arange(5) < rng.integers(0, 6, 8)[:, None])
+    parts = [aggregate(loss[i::4], mask[i::4], aggregation) for i in range(4)]
+    np.testing.assert_allclose(np.sum(parts, axis=0), aggregate(loss, mask, aggregation), rtol=1e-5)
+
+
+def test_rare_tokens_may_grow_by_another_clip():
+    """Ratios 1.25 and 0.75 at clips 0.2 and 0.3: the one that grows is within its clip, the other is not."""
+    log_probs = jnp.log(jnp.asarray([1.25, 1.35, 0.75]))
+    got = clipped_policy_loss(log_probs, jnp.zeros(3), jnp.asarray([1.0, 1.0, -1.0]), clip=0.2, clip_high=0.3)
+    np.testing.assert_allclose(got.loss, [-1.25, -1.3, 0.8], rtol=1e-6)
+    assert got.is_clipped.tolist() == [False, True, True]

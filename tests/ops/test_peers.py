@@ -1,4 +1,4 @@
-"""PPO's maths against what peers have published: rlax live, TRL 0.11.4 by a recording (tests/ops/record_trl.py)."""
+"""PPO's maths against what peers have published: rlax live, TRL by recordings (tests/ops/record_trl*.py)."""
 
 import functools
 import warnings
@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrm.ops import kl, token_rewards
+from jaxrm.ops import advantages, kl, token_rewards
 from jaxrm.ops.advantages import gae
-from jaxrm.ops.losses import clipped_policy_loss, clipped_value_loss
+from jaxrm.ops.losses import aggregate, clipped_policy_loss, clipped_value_loss
 from jaxrm.ops.masking import masked_mean, masked_whiten
 
 RECORDED = Path(__file__).parent / "recorded" / "trl.npz"
@@ -152,3 +152,39 @@ def test_the_adaptive_controller_is_trls(trl):
         coefficient = update(coefficient, seen, target=trl["target"], horizon=trl["horizon"], count=trl["batch"])
         coefficients.append(float(coefficient))
     np.testing.assert_allclose(coefficients, trl["trl_coefficients"], rtol=1e-6)
+
+
+# --- TRL's GRPO and RLOO (tests/ops/record_trl_grpo.py)
+
+
+@pytest.fixture(scope="module")
+def trl_grpo():
+    with np.load(RECORDED.parent / "trl_grpo.npz", allow_pickle=False) as recorded:
+        return {name: jnp.asarray(array) for name, array in recorded.items()}
+
+
+@pytest.mark.parametrize("function", [advantages.grpo, advantages.rloo])
+def test_group_advantages_of_a_terminal_reward_are_trls(trl_grpo, function):
+    mask = trl_grpo["mask"]
+    rewards = token_rewards.scalar(trl_grpo["rewards"], mask)
+    got = jax.jit(functools.partial(function, group_size=int(trl_grpo["n"]), is_terminal=True))(rewards, mask)
+    expected = jnp.where(mask, trl_grpo[f"trl_{function.__name__}_advantages"][:, None], 0.0)
+    np.testing.assert_allclose(got, expected, **TOLERANCE)
+    assert not got[-int(trl_grpo["n"]) :].any()
+
+
+@pytest.mark.parametrize("aggregation", ["token", "sequence", "constant"])
+def test_the_loss_of_grpo_and_its_gradient_are_trls(trl_grpo, aggregation):
+    mask = trl_grpo["mask"]
+    advantage = jnp.where(mask, trl_grpo["trl_grpo_advantages"][:, None], 0.0)
+    low, high = float(trl_grpo["epsilon_low"]), float(trl_grpo["epsilon_high"])
+
+    def ours(log_probs):
+        surrogate = clipped_policy_loss(log_probs, trl_grpo["old_log_probs"], advantage, clip=low, clip_high=high)
+        penalty = kl.kl_estimate("k3", log_probs, trl_grpo["reference_log_probs"])
+        total, weight = aggregate(surrogate.loss + trl_grpo["beta"] * penalty, mask, aggregation)
+        return total / weight
+
+    loss, gradient = jax.jit(jax.value_and_grad(ours))(trl_grpo["log_probs"])
+    np.testing.assert_allclose(loss, trl_grpo[f"trl_{aggregation}_loss"], **TOLERANCE)
+    np.testing.assert_allclose(gradient, trl_grpo[f"trl_{aggregation}_gradient"], **TOLERANCE)
