@@ -102,14 +102,14 @@ def read_base(run: weights.RunCheckpoint, path: str | None = None) -> Base:
         try:
             present = describe_base(source, recorded.seed)
         except UserError as error:
-            problems.append(f"which cannot be read ({error})")
+            problems.append(f", which cannot be read ({error})")
             continue
         if present.sha256 == recorded.sha256:
             _seen[present.sha256] = place
             return present
         other = f"{place or recorded.preset} is now another (sha256 {present.sha256[:12]})"
-        problems.append(f"sha256 {recorded.sha256[:12]}, but {other}")
-    raise UserError(f"{stands}, {problems[0]}; {instead}")
+        problems.append(f" (sha256 {recorded.sha256[:12]}), but {other}")
+    raise UserError(f"{stands}{problems[0]}; {instead}")
 
 
 def recorded_base(run: weights.RunCheckpoint) -> Base:
