@@ -396,7 +396,7 @@ def test_a_run_given_as_published_weights_is_told_its_flag(refuse, command, rest
             {"checkpoint": "scalar_rm"},
             ["--config=config.py"],
             "config.reward.kind is 'literal', but scalar_rm, step 1 is a scalar reward model, whose kinds are scalar, "
-            "scalar_length_residual; e.g. --kind=scalar",
+            "scalar_length_residual, value_difference; e.g. --kind=scalar",
         ),
         ({}, ["--config.reward.kind=soft"], "--config.reward.kind overrides nothing; give its file too"),
         ({}, ["--kind=contrast"], "the kind is contrast, and --reference is None; contrast compares with a reference"),

@@ -304,9 +304,9 @@ def test_the_report_of_a_scalar_reward_model_has_every_number(runs):
     run = runs.reward_model("scalar_rm")
     report = evaluation_of(run)
     assert report.keys() == {"step", "pairs", "kinds", "calibration"}
-    check_kinds(report, ("scalar", "scalar_length_residual"))
+    check_kinds(report, ("scalar", "value_difference", "scalar_length_residual"))
     assert all(kind["by_centered"] == kind["by_sum"] for kind in report["kinds"])  # a score has no centre
-    assert abs(report["kinds"][1]["length_correlation"]) < 1e-6
+    assert abs(report["kinds"][2]["length_correlation"]) < 1e-6
     assert sum(count for _, _, count in report["calibration"]["rows"]) == report["pairs"]
     last = [row for row in rows_of(run) if "eval_loss" in row][-1]
     # Packed two to a row and in one row each, the responses are ranked alike; the loss is the ranking's log loss.

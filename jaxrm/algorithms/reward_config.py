@@ -34,7 +34,8 @@ class RewardKindConfig:
     """The kind of token reward that the evaluation of a reward model counts.
 
     Attributes:
-      kind: as in `RewardConfig`; a scalar reward model has ``scalar`` and ``scalar_length_residual``.
+      kind: as in `RewardConfig`; a scalar reward model has ``scalar``, ``scalar_length_residual`` and
+        ``value_difference``.
       center: as in `RewardConfig`; with ``none`` nothing is taken off.
     """
 
@@ -55,7 +56,8 @@ class RewardConfig:
 
     Attributes:
       kind: one of `jaxrm.ops.token_rewards.KINDS`; ``literal`` is the paper's, ``scalar`` and
-        ``scalar_length_residual`` belong to a scalar reward model, or to a function, and the others to a seq2seq one.
+        ``scalar_length_residual`` belong to a scalar reward model, or to a function, ``value_difference`` to a scalar
+        reward model, and the others to a seq2seq one.
         One's own is ``package.module:function``, see `jaxrm.ops.token_rewards.reward_kind`.
       model: folder of the reward model's run, for PPO.
       function: in place of a reward model, for rewards that can be verified: ``package.module:name`` of a Python
@@ -86,6 +88,6 @@ class RewardConfig:
                 f"{place(self)} has both model {self.model!r} and function {self.function!r}; rewards come from one of "
                 f"them, e.g. {typed(self, 'function', None)}"
             )
-        if self.function is not None and self.kind not in token_rewards.names_for("scalar"):
+        if self.function is not None and self.kind not in token_rewards.names_for("scalar", "response"):
             required = f"of a scalar reward, since {place(self, 'function')} rewards the whole response"
             raise wrong(self, "kind", required, "scalar")

@@ -16,7 +16,7 @@ from jaxrm.algorithms import microbatches
 from jaxrm.models.transformer import Decoder
 from jaxrm.ops import masking, reward_scaling, token_rewards, vocab
 from jaxrm.ops.reward_scaling import Calibration
-from jaxrm.ops.token_rewards import Kind, Source
+from jaxrm.ops.token_rewards import Kind, Reads, Source
 from jaxrm.types import ResponseBatch, TokenRewards
 
 
@@ -97,15 +97,27 @@ def response_statistics(
     return token_statistics(model, hidden, batch, temperature=temperature)
 
 
+def prefix_scores(
+    graphdef: nnx.GraphDef, params: Any, batch: ResponseBatch, *, pad_to_multiple_of: int = 1
+) -> jax.Array:
+    """Rewards that a scalar reward model gives to the first 0, 1, ... T tokens of each response, by one forward.
+
+    Returns:
+      ``[B, T + 1]`` float32, read from the last token of the prompt and from each token of the response. Beyond the
+      end of a response they mean nothing.
+    """
+    model = nnx.merge(graphdef, params)
+    tokens, mask, start = _rows(batch, None, pad_to_multiple_of)
+    rewards = model(tokens, positions=_positions(tokens), segment_ids=mask.astype(jnp.int32))
+    steps = jnp.arange(batch.responses.shape[1] + 1, dtype=jnp.int32)[None, :]
+    return jnp.take_along_axis(rewards, jnp.maximum(start[:, None] - 1 + steps, 0), axis=1)
+
+
 def response_scores(
     graphdef: nnx.GraphDef, params: Any, batch: ResponseBatch, *, pad_to_multiple_of: int = 1
 ) -> jax.Array:
     """Reward ``[B]`` of a scalar reward model, float32, read from the last token of each response."""
-    model = nnx.merge(graphdef, params)
-    tokens, mask, start = _rows(batch, None, pad_to_multiple_of)
-    rewards = model(tokens, positions=_positions(tokens), segment_ids=mask.astype(jnp.int32))
-    last = jnp.maximum(start + jnp.sum(batch.response_mask, axis=1, dtype=jnp.int32) - 1, 0)
-    return jnp.take_along_axis(rewards, last[:, None], axis=1)[:, 0]
+    return _of_whole(prefix_scores(graphdef, params, batch, pad_to_multiple_of=pad_to_multiple_of), batch)
 
 
 def build_scorer(
@@ -130,8 +142,8 @@ def build_scorer(
     def score(
         params: Any, calibration: Calibration, batch: ResponseBatch, reference_log_probs: jax.Array | None = None
     ) -> TokenRewards:
-        reading, tags = read(params, batch)
-        values = kind.values(reading, batch.responses, batch.response_mask, reference_log_probs)
+        readings, tags = read(params, batch)
+        values = kind.values(readings[kind.reads], batch.responses, batch.response_mask, reference_log_probs)
         return as_token_rewards(calibration, kind, values, tags, batch, end_ids)
 
     return score
@@ -159,14 +171,14 @@ def build_diagnostics(
     def diagnostics(
         params: Any, batch: ResponseBatch, reference_log_probs: jax.Array | None
     ) -> dict[str, dict[str, jax.Array]]:
-        reading, tags = read(params, batch)
+        readings, tags = read(params, batch)
         calibration = reward_scaling.uncalibrated()
         by_kind = {}
         for name, kind in token_rewards.KINDS.items():
             lacks_reference = kind.needs_reference and reference_log_probs is None
             if kind.needs != needs or kind.removes_length or lacks_reference:
                 continue
-            values = kind.values(reading, batch.responses, batch.response_mask, reference_log_probs)
+            values = kind.values(readings[kind.reads], batch.responses, batch.response_mask, reference_log_probs)
             by_kind[name] = as_token_rewards(calibration, kind, values, tags, batch, end_ids).diagnostics
         return by_kind
 
@@ -175,17 +187,25 @@ def build_diagnostics(
 
 def _build_read(
     needs: Source, graphdef: nnx.GraphDef, request: tuple[int, ...], pad_to_multiple_of: int
-) -> Callable[[Any, ResponseBatch], tuple[Any, jax.Array]]:
-    """``(params, batch) -> reading, tags [B, T]``; see `Kind.values`. A scalar reward model tags every token +."""
+) -> Callable[[Any, ResponseBatch], tuple[dict[Reads, Any], jax.Array]]:
+    """``(params, batch) -> readings by name, tags [B, T]``; see `Kind.reads`. A scalar one tags every token +."""
 
-    def read_seq2seq(params: Any, batch: ResponseBatch) -> tuple[vocab.TokenStatistics, jax.Array]:
+    def read_seq2seq(params: Any, batch: ResponseBatch) -> tuple[dict[Reads, Any], jax.Array]:
         statistics = response_statistics(graphdef, params, batch, request, pad_to_multiple_of=pad_to_multiple_of)
-        return statistics, token_rewards.token_tags(batch.responses, statistics.argmax, batch.response_mask)
+        tags = token_rewards.token_tags(batch.responses, statistics.argmax, batch.response_mask)
+        return {"tokens": statistics}, tags
 
-    def read_scalar(params: Any, batch: ResponseBatch) -> tuple[jax.Array, jax.Array]:
-        return response_scores(graphdef, params, batch, pad_to_multiple_of=pad_to_multiple_of), batch.response_mask
+    def read_scalar(params: Any, batch: ResponseBatch) -> tuple[dict[Reads, Any], jax.Array]:
+        scores = prefix_scores(graphdef, params, batch, pad_to_multiple_of=pad_to_multiple_of)
+        return {"prefixes": scores, "response": _of_whole(scores, batch)}, batch.response_mask
 
     return read_seq2seq if needs == "seq2seq" else read_scalar
+
+
+def _of_whole(scores: jax.Array, batch: ResponseBatch) -> jax.Array:
+    """Score ``[B]`` of each whole response, from the scores ``[B, T + 1]`` of its prefixes."""
+    length = jnp.sum(batch.response_mask, axis=1, dtype=jnp.int32)
+    return jnp.take_along_axis(scores, length[:, None], axis=1)[:, 0]
 
 
 def build_score_step(

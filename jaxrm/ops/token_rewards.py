@@ -27,6 +27,7 @@ from jaxrm.ops.masking import last_token
 from jaxrm.ops.vocab import TokenStatistics
 
 Source = Literal["seq2seq", "scalar"]
+Reads = Literal["tokens", "response", "prefixes"]
 # (reading, responses, mask, reference_log_probs) -> u_t
 Values = Callable[[Any, jax.Array, jax.Array, jax.Array | None], jax.Array]
 CustomKind = Callable[[TokenStatistics, jax.Array, jax.Array], jax.Array]
@@ -159,6 +160,25 @@ def scalar(scores: jax.Array, mask: jax.Array) -> jax.Array:
     return jnp.where(last_token(mask), scores.astype(jnp.float32)[:, None], 0.0)
 
 
+def value_difference(scores: jax.Array, mask: jax.Array) -> jax.Array:
+    """``r(x, y_<=t) - r(x, y_<t)``: what each token adds to the score of what is written (RED, arXiv 2411.08302).
+
+    The sum over a response is ``r(x, y) - r(x, empty)``, so no length pays by itself.
+
+    Args:
+      scores: ``[B, T + 1]`` float, a scalar reward model's score of the first 0, 1, ... T tokens of the response.
+      mask: ``[B, T]`` bool; a response begins in column 0.
+
+    Returns:
+      ``[B, T]`` float32.
+    """
+    check_arrays(mask)
+    chex.assert_shape(scores, (mask.shape[0], mask.shape[1] + 1))
+    chex.assert_type(scores, float)
+    scores = scores.astype(jnp.float32)
+    return inside_mask(mask, scores[:, 1:] - scores[:, :-1])
+
+
 # --- the table of kinds
 
 
@@ -171,8 +191,10 @@ class Kind:
       needs: the sort of reward model that it reads. A function of text counts as a scalar one.
       is_centered: whether the mean value of a token is taken off. Tags and soft values need it, since they pay for
         every token that is written; the other kinds have a zero of their own.
-      values: ``(reading, responses, mask, reference_log_probs) -> u_t``, all ``[B, T]``, float32. The reading is the
-        `TokenStatistics` of a seq2seq reward model, or the scores ``[B]`` of a scalar one.
+      values: ``(reading, responses, mask, reference_log_probs) -> u_t``, all ``[B, T]``, float32.
+      reads: what the reading is: ``tokens``, the `TokenStatistics` of a seq2seq reward model; ``response``, the scores
+        ``[B]`` of a scalar one or of a function of text; ``prefixes``, the scores ``[B, T + 1]`` that a scalar one
+        gives to the first 0, 1, ... T tokens of a response.
       needs_reference: whether ``values`` reads the reference policy's log-probs ``[B, T]``; else they may be None.
       removes_length: whether the linear effect of length is taken off the score, on the last response token.
     """
@@ -181,6 +203,7 @@ class Kind:
     needs: Source
     is_centered: bool
     values: Values
+    reads: Reads = "tokens"
     needs_reference: bool = False
     removes_length: bool = False
 
@@ -200,21 +223,35 @@ KINDS = {
             lambda q, y, mask, reference: contrast(q.log_probs, reference, mask),
             needs_reference=True,
         ),
-        Kind("scalar", "scalar", False, lambda scores, y, mask, _: scalar(scores, mask)),
+        Kind("scalar", "scalar", False, lambda scores, y, mask, _: scalar(scores, mask), reads="response"),
         Kind(
             "scalar_length_residual",
             "scalar",
             False,
             lambda scores, y, mask, _: scalar(scores, mask),
+            reads="response",
             removes_length=True,
+        ),
+        Kind(
+            "value_difference",
+            "scalar",
+            False,
+            lambda scores, y, mask, _: value_difference(scores, mask),
+            reads="prefixes",
         ),
     )
 }
 
 
-def names_for(needs: Source) -> tuple[str, ...]:
-    """Names of the kinds in the table that one sort of reward model can give, in the table's order."""
-    return tuple(name for name, kind in KINDS.items() if kind.needs == needs)
+def names_for(needs: Source, reads: Reads | None = None) -> tuple[str, ...]:
+    """Names of the kinds in the table that one sort of reward model can give, in the table's order.
+
+    Args:
+      needs: the sort.
+      reads: only those of one reading; of a scalar reward model ``response`` has the kinds that a function of text can
+        give too.
+    """
+    return tuple(name for name, kind in KINDS.items() if kind.needs == needs and reads in (None, kind.reads))
 
 
 def is_custom(name: str) -> bool:

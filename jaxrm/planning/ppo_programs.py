@@ -207,7 +207,7 @@ def _scoring(stage: PPOStage, model: ShardedModel, scorer: scoring.Scorer, weigh
     length = config.data.max_length
     if not is_scalar:  # which reads the response, the request, and the correction
         length += REQUEST_TOKENS + stage.response_length
-    predicted = 1 if is_scalar else stage.response_length
+    predicted = 1 if kind.reads == "response" else stage.response_length
     return Program(
         "scoring",
         step,

@@ -31,6 +31,9 @@ ARMS = (
     "dpo",
     *(f"{PPO}{kind}" for kind in (*names_for("scalar"), *names_for("seq2seq"))),
 )
+# What an ordinary study leaves out: kinds that came later than its published tables.
+OPTIONAL_ARMS = ("ppo_value_difference",)
+DEFAULT_ARMS = tuple(arm for arm in ARMS if arm not in OPTIONAL_ARMS)
 SIZES = {"tiny": "lab-tiny", "small": "lab-small", "base": "lab-base"}
 _SMOKE_ARMS = ("sft", "sft_chosen", "dpo", "ppo_scalar", "ppo_literal")
 
@@ -48,7 +51,8 @@ class Study:
       preset: ``full`` leaves the config as it is; ``smoke`` reduces it to one world, two seeds, few arms and few steps.
       size: of the policy: ``tiny`` (0.36 M parameters), ``small`` (6 M) or ``base`` (31 M).
       worlds: embedded tasks.
-      arms: see `ARMS`; the kind of ``ppo_KIND`` may be a custom one (see `jaxrm.algorithms.reward_config`).
+      arms: of `ARMS`, by default all but `OPTIONAL_ARMS`; the kind of ``ppo_KIND`` may be a custom one (see
+        `jaxrm.algorithms.reward_config`).
       seeds: seeds of the final runs; each seed has its own SFT policy, pairs and reward models.
       selection_seeds: seeds of the runs that settings are chosen with.
       kl_coefs: KL coefficients of PPO, ascending; with ``learning_rates`` they are its grid.
@@ -65,7 +69,7 @@ class Study:
     preset: Literal["full", "smoke"] = "full"
     size: Literal["tiny", "small", "base"] = "tiny"
     worlds: tuple[str, ...] = tasks.TASKS
-    arms: tuple[str, ...] = ARMS
+    arms: tuple[str, ...] = DEFAULT_ARMS
     seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
     selection_seeds: tuple[int, ...] = (1001,)
     kl_coefs: tuple[float, ...] = (0.05, 0.2)

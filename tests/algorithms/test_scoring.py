@@ -419,11 +419,31 @@ def test_a_score_is_the_head_on_the_last_response_token(scorers):
         return nnx.merge(scorers.decoder, params)(rows, positions=index, segment_ids=jnp.ones_like(rows))
 
     want = np.asarray(forward(scorers.params))[:, -1] @ np.asarray(scorers.scalar_params["scalar_head"]["kernel"])
-    for kind in names_for("scalar"):
+    for kind in names_for("scalar", "response"):
         got = scorers.score(kind, batch_of(prompts, responses, P=14, T=15, fill=9))
         np.testing.assert_allclose(got.diagnostics["sum"], want, atol=1e-5)
         at_the_end = np.asarray(got.rewards)[np.arange(4), np.array(lengths) - 1]
         np.testing.assert_allclose(at_the_end, want, atol=1e-5)
+
+
+def test_value_difference_is_the_head_at_every_token(scorers):
+    """Of rows of unequal prompts, 12 tokens each; the head is applied in NumPy, from the last prompt token on."""
+    rng = np.random.default_rng(3)
+    lengths = [1, 4, 7, 11]
+    responses, prompts = random_texts(rng, lengths, 32), random_texts(rng, [12 - n for n in lengths], 32)
+    rows = jnp.asarray([np.concatenate(row) for row in zip(prompts, responses, strict=True)], jnp.int32)
+
+    @jax.jit
+    def forward(params):
+        index = jnp.broadcast_to(jnp.arange(12, dtype=jnp.int32)[None], rows.shape)
+        return nnx.merge(scorers.decoder, params)(rows, positions=index, segment_ids=jnp.ones_like(rows))
+
+    scores = np.asarray(forward(scorers.params)) @ np.asarray(scorers.scalar_params["scalar_head"]["kernel"])
+    got = jax.device_get(scorers.score("value_difference", batch_of(prompts, responses, P=14, T=15, fill=9)))
+    for row, n in enumerate(lengths):
+        np.testing.assert_allclose(got.rewards[row, :n], np.diff(scores[row, 11 - n :]), atol=1e-5)
+        np.testing.assert_allclose(got.diagnostics["sum"][row], scores[row, -1] - scores[row, 11 - n], atol=1e-5)
+    assert (got.tags == got.mask).all() and not got.rewards[~got.mask].any()
 
 
 def test_contrast_compares_with_the_policys_own_log_probs(scorers):
@@ -448,8 +468,9 @@ def test_diagnostics_of_all_kinds_are_those_of_their_scorers(scorers):
     assert set(of_all(scorers.params, batch, None)) == set(names_for("seq2seq")) - {"contrast"}
     of_scalar = jax.jit(scoring.build_diagnostics("scalar", scorers.scalar, request=(), end_ids=ENDS))
     found = of_scalar(scorers.scalar_params, batch, None)
-    assert list(found) == ["scalar"]
-    chex.assert_trees_all_close(found["scalar"], scorers.score("scalar", batch).diagnostics, atol=1e-6)
+    assert list(found) == ["scalar", "value_difference"]
+    for kind, diagnostics in found.items():
+        chex.assert_trees_all_close(diagnostics, scorers.score(kind, batch).diagnostics, atol=1e-6)
 
 
 def test_no_end_token_is_no_end_tag(scorers):
@@ -461,7 +482,7 @@ def test_no_end_token_is_no_end_tag(scorers):
 # --- devices and memory
 
 
-@pytest.mark.parametrize("kind", ["literal", "contrast", "scalar_length_residual"])
+@pytest.mark.parametrize("kind", ["literal", "contrast", "scalar_length_residual", "value_difference"])
 def test_one_device_and_eight_give_the_same_rewards(scorers, kind):
     batch = small_batch(B=8, vocab=32)
     mesh = build_mesh(MeshConfig(2, 2, 2))

@@ -43,6 +43,8 @@ _update_center = jax.jit(reward_scaling.update_center, static_argnames=("kind", 
 def values_of(kind, case):
     """A kind's values by its row of the table, from what a reward model says; token 0 is the one that it writes."""
     mask, reading = case["mask"], case.get("scores")
+    if KINDS[kind].reads == "prefixes":
+        reading = jnp.concatenate([case["prompt_scores"][:, None], case["prefix_scores"]], axis=1)
     responses = jnp.zeros(mask.shape, jnp.int32)
     if KINDS[kind].needs == "seq2seq":
         tags = case.get("tags", mask)
@@ -66,6 +68,8 @@ def random_case(seed=0, B=9, T=11):
         "max_log_probs": max_log_probs.astype(np.float32),
         "reference_log_probs": np.log(rng.uniform(0.05, 1.0, (B, T))).astype(np.float32),
         "scores": (rng.normal(size=B) + 0.37 * lengths - 1.5).astype(np.float32),
+        "prompt_scores": rng.normal(size=B).astype(np.float32),
+        "prefix_scores": rng.normal(size=(B, T)).cumsum(axis=1).astype(np.float32),  # after token t
     }
     return {name: jnp.asarray(array) for name, array in {**case, "mask": mask}.items()}
 
@@ -95,6 +99,9 @@ def numpy_values(kind, case):
                 values[b, t] = max(-1, q - float(case["max_log_probs"][b, t]))
             elif kind == "contrast":
                 values[b, t] = min(1, max(-1, q - float(case["reference_log_probs"][b, t])))
+            elif kind == "value_difference":
+                before = case["prefix_scores"][b, t - 1] if t else case["prompt_scores"][b]
+                values[b, t] = float(case["prefix_scores"][b, t]) - float(before)
             elif not case["mask"][b, t + 1 :].any():
                 values[b, t] = float(case["scores"][b])
     return values
@@ -192,6 +199,27 @@ def test_a_score_sits_whole_on_the_last_response_token():
     np.testing.assert_array_equal(values, np.asarray(expected, np.float32))
 
 
+def test_value_difference_by_hand():
+    """What a token adds; the sum over a response is the whole score less that of no response, -0.5."""
+    case = {
+        "prompt_scores": jnp.asarray([0.5, 1.0]),
+        "prefix_scores": jnp.asarray([[0.75, 0.25, 1.0, 0.0, 0.0, 9.0], [jnp.nan] * 6]),
+        "mask": jnp.concatenate([MASK, jnp.zeros_like(MASK)]),
+    }
+    values = values_of("value_difference", case)
+    assert values.tolist() == [[0.25, -0.5, 0.75, -1.0, 0.0, 0.0], [0.0] * 6] and values.dtype == jnp.float32
+    assert float(values[0].sum()) == -0.5
+
+
+def test_value_differences_add_up_to_the_whole_score():
+    """Less the score of the prompt alone, whatever lies between; a response of no token earns 0."""
+    case = random_case(12, B=30)
+    values, lengths = np.asarray(values_of("value_difference", case), np.float64), np.asarray(case["mask"]).sum(axis=1)
+    prefixes = np.concatenate([case["prompt_scores"][:, None], case["prefix_scores"]], axis=1)
+    want = prefixes[np.arange(30), lengths] - prefixes[:, 0]
+    np.testing.assert_allclose(values.sum(axis=1), want, atol=1e-5)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_values_equal_a_numpy_loop(kind):
     case = random_case(2)
@@ -221,6 +249,7 @@ def test_what_stands_outside_the_mask_changes_nothing(kind):
             if x.dtype == jnp.float32 and x.ndim == 2
         }
         poisoned |= {"tags": case["tags"] | ~case["mask"], "mask": case["mask"]}
+        poisoned["prompt_scores"] = case["prompt_scores"]
         poisoned["scores"] = jnp.where(case["mask"].any(axis=1), case["scores"], poison)
         np.testing.assert_array_equal(values_of(kind, poisoned), values)
     wide = {name: jnp.pad(x, ((0, 2), (0, 3))[: x.ndim]) for name, x in case.items()}
@@ -228,7 +257,7 @@ def test_what_stands_outside_the_mask_changes_nothing(kind):
     assert not values_of(kind, wide)[9:].any() and not values_of(kind, wide)[:, 11:].any()
 
 
-@pytest.mark.parametrize("kind", TOKEN_KINDS)
+@pytest.mark.parametrize("kind", [*TOKEN_KINDS, "value_difference"])
 def test_what_comes_later_changes_no_earlier_value(kind):
     case = random_case(5)
     changed = {
@@ -237,7 +266,7 @@ def test_what_comes_later_changes_no_earlier_value(kind):
         if x.ndim == 2 and name != "mask"
     }
     changed["tags"] &= case["mask"]
-    before, after = values_of(kind, case), values_of(kind, {**changed, "mask": case["mask"]})
+    before, after = values_of(kind, case), values_of(kind, {**case, **changed})
     np.testing.assert_array_equal(before[:, :6], after[:, :6])
 
 
@@ -512,7 +541,8 @@ def test_arrays_of_another_type_or_shape_are_refused():
 
 def test_kinds_belong_to_one_of_two_sorts_of_reward_model():
     assert names_for("seq2seq") == TOKEN_KINDS
-    assert names_for("scalar") == ("scalar", "scalar_length_residual")
+    assert names_for("scalar") == ("scalar", "scalar_length_residual", "value_difference")
+    assert names_for("scalar", "response") == ("scalar", "scalar_length_residual")  # a function's too
     assert [name for name, kind in KINDS.items() if kind.needs_reference] == ["contrast"]
     assert [find_kind(name).name for name in KINDS] == list(KINDS)
     with pytest.raises(UserError, match=r"config.reward.kind is 'literally'; it must be one of literal, .*=literal$"):

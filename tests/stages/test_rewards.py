@@ -423,7 +423,9 @@ def test_a_seq2seq_reward_model_needs_room_for_two_responses(models, tokenizer):
         check(models["seq2seq_rm"], tokenizer, length=length + 1, response_length=40)
 
 
-@pytest.mark.parametrize(("name", "kind"), [("seq2seq_rm", "contrast"), ("scalar_rm", "scalar")])
+@pytest.mark.parametrize(
+    ("name", "kind"), [("seq2seq_rm", "contrast"), ("scalar_rm", "scalar"), ("scalar_rm", "value_difference")]
+)
 def test_a_batch_is_scored_as_each_response_alone(models, tokenizer, one, name, kind):
     model, ends = models[name], tuple(sorted(end_ids(tokenizer, "auto")))
     rng = np.random.default_rng(0)

@@ -154,7 +154,7 @@ def metrics(sides: PairScores, kind: str) -> dict[str, float]:
             numbers[f"eval_reward_sum/{name}_{side}"] = float(np.mean(scores["sum"][i]))
         numbers[f"eval_pairs/{name}_by_sum"] = pair_accuracy(*scores["sum"]).accuracy
         numbers[f"eval_pairs/{name}_by_centered_sum"] = pair_accuracy(*scores["centered"]).accuracy
-        if token_rewards.KINDS[name].needs == "seq2seq":
+        if token_rewards.KINDS[name].reads != "response":
             numbers[f"eval_pairs/{name}_by_mean"] = pair_accuracy(*scores["mean"]).accuracy
         correlation = length_correlation(scores["sum"].ravel(), scores["length"].ravel())
         if correlation is not None:
@@ -180,7 +180,9 @@ def print_ranking(sides: PairScores, marks: np.ndarray | None = None) -> list[di
         accuracy = {name: pair_accuracy(*names[name]) for name in ("centered", "sum", "mean")}
         correlation = length_correlation(names["sum"].ravel(), names["length"].ravel())
         shown = [f"{100 * p.accuracy:.1f} % [{100 * p.low:.1f}, {100 * p.high:.1f}]" for p in accuracy.values()]
-        if token_rewards.KINDS[kind].needs == "scalar":  # a score for the whole has no mean over tokens, and no center
+        if (
+            token_rewards.KINDS[kind].reads == "response"
+        ):  # a score for the whole has no mean over tokens, and no center
             shown = ["–", shown[1], "–"]
         if better is not None and marks is not None:
             ranked = np.take_along_axis(names["centered"], better, axis=0)[:, marks[0] != marks[1]]
