@@ -54,7 +54,7 @@ def wheel(tmp_path_factory):
 def test_the_wheel_has_all_of_jaxrm_and_the_configs(wheel):
     """Python files, what draws the pages, and ``configs/`` as ``jaxrm/configs/``; the version is that of jaxrm."""
     names = set(zipfile.ZipFile(wheel).namelist())
-    package = [path for path in (ROOT / "jaxrm").rglob("*") if path.suffix in {".py", ".html", ".css", ".js"}]
+    package = [path for path in (ROOT / "jaxrm").rglob("*") if path.suffix in {".py", ".html", ".css", ".js", ".txt"}]
     assert {path.relative_to(ROOT).as_posix() for path in package} <= names
     assert {f"jaxrm/configs/{path.name}" for path in (ROOT / "configs").glob("*.py")} <= names
     assert not [name for name in names if not name.startswith("jaxrm")]

@@ -1,0 +1,58 @@
+"""Answers on disk by what decided them, so that a question which was answered is never sent, and paid for, again."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from jaxrm import atomic
+from jaxrm.errors import UserError
+
+
+class AnswerCache:
+    """One file an answer, which appears whole: a process may be killed at any time, and several may share the folder.
+
+    Args:
+      folder: made with the first answer.
+    """
+
+    def __init__(self, folder: str) -> None:
+        self._folder = Path(folder).expanduser()
+
+    @staticmethod
+    def key(url: str, body: bytes) -> str:
+        """SHA-256 of all that decides an answer: the address, and the request without its headers."""
+        return hashlib.sha256(url.encode() + b"\n" + body).hexdigest()
+
+    def get(self, key: str) -> str | None:
+        """The answer; None where there is none, or the file is damaged."""
+        try:
+            answer = json.loads(self._file(key).read_text(encoding="utf-8"))["answer"]
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
+            return None
+        return answer if isinstance(answer, str) else None
+
+    def put(self, key: str, answer: str, **others: Any) -> None:
+        """Keep an answer, and beside it what helps whoever reads the file."""
+        text = json.dumps({**others, "answer": answer}, indent=2, ensure_ascii=False)
+        with atomic.open_for_writing(self._file(key), "wb") as file:
+            file.write(text.encode("utf-8", "backslashreplace"))  # half a surrogate pair, escaped as JSON does it
+
+    def check(self, field: str) -> None:
+        """Refuse a folder that answers cannot be written to.
+
+        Raises:
+          UserError: naming ``field``.
+        """
+        folder = self._folder
+        existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        if existing.is_dir() and os.access(existing, os.W_OK | os.X_OK):
+            return
+        reason = "cannot be written to" if existing.is_dir() else "is no folder"
+        raise UserError(
+            f"{field} is {str(folder)!r}, but {existing} {reason}; give a folder of your own, e.g. judge_answers"
+        )
+
+    def _file(self, key: str) -> Path:
+        return self._folder / key[:2] / f"{key}.json"  # 256 folders, since one of 10^6 files is slow to list

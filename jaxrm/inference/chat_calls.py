@@ -1,0 +1,198 @@
+"""The calls of `jaxrm.inference.chat_endpoint`: concurrent, each with a limit of time, retried where that may help.
+
+A call may be retried when nothing was said against the question itself: no connection, no answer in time, status 408,
+429 or 5xx, or an answer that cannot be read. Status 3xx and 4xx are final. A wait doubles from
+``EndpointConfig.retry_seconds`` to a minute, with chance in it, so that calls which failed together do not come back
+together. ``Retry-After`` holds up all calls, for five minutes at most.
+"""
+
+import asyncio
+import contextlib
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import httpx2
+
+from jaxrm.algorithms.endpoint_config import EndpointConfig
+from jaxrm.inference.http_requests import (
+    CHAT,
+    LONGEST_RETRY_AFTER,
+    CallError,
+    RetryableError,
+    first_words,
+    in_loop_of_its_own,
+    open_client,
+    request,
+    retry_after,
+    status_text,
+    wait_before_retry,
+)
+
+if TYPE_CHECKING:
+    from jaxrm.inference.chat_endpoint import EndpointCost
+
+_USAGE = ("prompt_tokens", "completion_tokens")
+
+
+class Answer(NamedTuple):
+    """An answer to a question.
+
+    Attributes:
+      text: of the answer; empty where it cannot be used.
+      unusable: the text of an answer that cannot be used, for whoever looks for the reason.
+    """
+
+    text: str
+    unusable: str = ""
+
+
+class Calls:
+    """The calls of one batch of questions.
+
+    Args:
+      config: of the endpoint.
+      headers: of every request.
+      cost: is added to.
+      keep: is given the key and the text of every answer, once.
+      problem: what is wrong with an answer; None where nothing is.
+      keep_unusable: whether an answer with a problem is one after the retries.
+    """
+
+    def __init__(
+        self,
+        config: EndpointConfig,
+        headers: Mapping[str, str],
+        cost: "EndpointCost",
+        *,
+        keep: Callable[[str, Answer], None],
+        problem: Callable[[str], str | None],
+        keep_unusable: bool,
+    ) -> None:
+        self._config, self._headers, self._cost = config, headers, cost
+        self._keep, self._problem, self._keep_unusable = keep, problem, keep_unusable
+        self._answers: dict[str, str] = {}
+        self._failure: tuple[str, str] | None = None
+        self._paused_until = 0.0  # of `time.monotonic`
+
+    def run(self, requests: Mapping[str, bytes]) -> tuple[dict[str, str], tuple[str, str] | None]:
+        """Texts of answers by the keys of ``requests``, and the key and reason of the first failure.
+
+        After a failure no new call is made, but those under way are waited for.
+        """
+        in_loop_of_its_own(self._run, requests)
+        return self._answers, self._failure
+
+    async def _run(self, requests: Mapping[str, bytes]) -> None:
+        self._stopped = asyncio.Event()
+        waiting = iter(requests.items())
+        number = min(self._config.concurrency, len(requests))
+        async with open_client(self._config, self._headers) as client:
+            await asyncio.gather(*(self._work(client, waiting) for _ in range(number)))
+
+    async def _work(self, client: httpx2.AsyncClient, waiting: Iterator[tuple[str, bytes]]) -> None:
+        for key, body in waiting:
+            if self._stopped.is_set():
+                return
+            try:
+                answer = await self._answer(client, body)
+            except CallError as failure:
+                self._failure = self._failure or (key, str(failure))
+                self._stopped.set()
+                return
+            self._keep(key, answer)
+            self._answers[key] = answer.text
+
+    async def _answer(self, client: httpx2.AsyncClient, body: bytes) -> Answer:
+        """The answer to one question, in as many calls as it takes.
+
+        Raises:
+          CallError: there is none.
+        """
+        retries = self._config.retries
+        for attempt in range(retries + 1):
+            while (pause := self._paused_until - time.monotonic()) > 0:
+                await self._sleep(pause)
+            self._cost.retries += attempt > 0
+            try:
+                return await self._call(client, body)
+            except RetryableError as failure:
+                if failure.retry_after > LONGEST_RETRY_AFTER:
+                    raise CallError(f"{failure}, and asks to wait {failure.retry_after:,.0f} s") from None
+                if attempt == retries:
+                    if failure.answer is not None and self._keep_unusable:
+                        return Answer("", failure.answer)
+                    raise CallError(f"{failure}{f', in the last of {attempt + 1} calls' if attempt else ''}") from None
+                self._paused_until = max(self._paused_until, time.monotonic() + failure.retry_after)
+                await self._sleep(wait_before_retry(self._config.retry_seconds, attempt))
+        raise AssertionError("the last attempt returns or raises")
+
+    async def _sleep(self, seconds: float) -> None:
+        """Wait, unless another question fails for good.
+
+        Raises:
+          CallError: it does.
+        """
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._stopped.wait(), seconds)
+        if self._stopped.is_set():
+            raise CallError("another question failed")
+
+    async def _call(self, client: httpx2.AsyncClient, body: bytes) -> Answer:
+        """One call.
+
+        Raises:
+          CallError: another call would fail alike.
+          RetryableError: another one may not.
+        """
+        self._cost.calls += 1
+        response = await request(client, "POST", CHAT, self._config.timeout, body)
+        status = response.status_code
+        if status in (408, 429) or status >= 500:
+            raise RetryableError(status_text(response), retry_after(response))
+        if status >= 300:
+            raise CallError(status_text(response))
+        try:
+            answer = self._read(response)
+            if (reason := self._problem(answer)) is not None:
+                raise RetryableError(reason, answer=answer)
+        except RetryableError as failure:
+            self._cost.malformed += 1
+            raise RetryableError(f"the answer cannot be used, since {failure}", answer=failure.answer) from None
+        return Answer(answer)
+
+    def _read(self, response: httpx2.Response) -> str:
+        """The text of an answer; its tokens are counted also where it is not one.
+
+        Raises:
+          RetryableError: it is not one.
+        """
+        try:
+            fields = json.loads(response.content)
+        except (ValueError, RecursionError):
+            raise RetryableError(f"it is no JSON but {first_words(response)!r}") from None
+        self._count_tokens(fields)
+        try:
+            choice = fields["choices"][0]
+            text, is_cut = choice["message"]["content"] or "", choice.get("finish_reason") == "length"
+        except (KeyError, IndexError, TypeError, AttributeError):
+            raise RetryableError(f"it has no choices[0].message.content but is {first_words(response)}") from None
+        if not isinstance(text, str):
+            raise RetryableError(f"its content is no text but {first_words(response)}")
+        if is_cut:  # what looks like "Score: 1" may be the beginning of 10
+            limit = self._config.max_tokens
+            at = "at the endpoint's limit" if limit is None else f"at max_tokens, {limit}"
+            raise RetryableError(f"it was cut off {at}", answer=text)
+        if not text.strip():
+            raise RetryableError("it is empty", answer=text)
+        return text
+
+    def _count_tokens(self, fields: Any) -> None:
+        usage = fields.get("usage") if isinstance(fields, dict) else None
+        prompt, completion = (usage.get(name) if isinstance(usage, dict) else None for name in _USAGE)
+        if type(prompt) is int and type(completion) is int and min(prompt, completion) >= 0:
+            self._cost.prompt_tokens += prompt
+            self._cost.completion_tokens += completion
+        else:
+            self._cost.unmetered += 1

@@ -1,0 +1,104 @@
+"""A judge behind a chat endpoint as a scorer of text: a rubric and one number for each response.
+
+    python -m jaxrm.train --config=configs/ppo_tiny.py --config.reward.model=None --config.reward.kind=scalar \\
+        --config.reward.endpoint.url=http://localhost:8000/v1 --config.reward.endpoint.model=my-judge
+
+The rubric and the reading of answers are in `jaxrm.inference.rubric`, the calls in `jaxrm.inference.chat_endpoint`.
+"""
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from jaxrm.algorithms.endpoint_config import EndpointConfig
+from jaxrm.data.prompts import PromptExample
+from jaxrm.errors import UserError, flag, option
+from jaxrm.inference.chat_endpoint import ChatEndpoint, EndpointCost
+from jaxrm.inference.rubric import Rubric, UnreadableScoreError
+from jaxrm.inference.text_scorer import TextSample
+
+_SHOWN = 60  # characters of a response that a message quotes
+
+
+class EndpointScorer:
+    """A judge as a `jaxrm.inference.text_scorer.TextScorer`.
+
+    Args:
+      config: of the endpoint.
+      section: of the config, for messages.
+
+    Raises:
+      UserError: the rubric cannot be used, or the environment has no key.
+    """
+
+    is_collective = False
+
+    def __init__(self, config: EndpointConfig, section: str = "reward.endpoint") -> None:
+        self.name = f"{config.model} at {config.url}"
+        self._endpoint, self._rubric = ChatEndpoint(config, section), Rubric(config, section)
+        self._column, self._unreadable = config.reference, config.unreadable
+        self._column_option, self._column_flag = option(f"{section}.reference"), flag(f"{section}.reference")
+
+    @property
+    def cost(self) -> EndpointCost:
+        """What was asked so far, and what it came to."""
+        return self._endpoint.cost
+
+    def check(self) -> None:
+        """Refuse an endpoint that cannot be asked; see `ChatEndpoint.check`."""
+        self._endpoint.check()
+
+    def check_references(self, examples: Iterable[PromptExample]) -> None:
+        """Refuse records without the reference that the rubric wants.
+
+        Raises:
+          UserError: naming the record.
+        """
+        if not self._rubric.needs_reference:
+            return
+        for example in examples:
+            if not _is_text(example.fields.get(self._column)):
+                columns = ", ".join(example.fields) or "none"
+                raise UserError(
+                    f"{self._column_option} is {self._column!r}, which the rubric wants, but {example.source} has no "
+                    f"such text; its other columns: {columns}; e.g. {self._column_flag}=answer"
+                )
+
+    def __call__(self, samples: Sequence[TextSample]) -> np.ndarray:
+        """Scores ``[B]`` float32, on the scale of ``config.answer``.
+
+        Raises:
+          UserError: naming the sample that got no score.
+        """
+        questions = [
+            self._rubric.question(
+                sample.prompt,
+                sample.response,
+                str(sample.fields[self._column]) if self._rubric.needs_reference else None,
+            )
+            for sample in samples
+        ]
+        answers = self._endpoint.ask(
+            questions,
+            problem=self._problem,
+            keep_unusable=self._unreadable is not None,
+            name=lambda number: f"response {number} of the batch, {samples[number].response[:_SHOWN]!r}",
+        )
+        return np.array([self._score(answer) for answer in answers], np.float32)
+
+    def _score(self, answer: str) -> float:
+        if not answer:
+            assert self._unreadable is not None, "an answer that cannot be used is an error"
+            return self._unreadable
+        return self._rubric.score(answer)
+
+    def _problem(self, answer: str) -> str | None:
+        try:
+            self._rubric.score(answer)
+        except UnreadableScoreError as error:
+            return str(error)
+        return None
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str | int | float) and not isinstance(value, bool) and str(value).strip() != ""
