@@ -147,7 +147,7 @@ def _heads(stored: Mapping[str, StoredTensor]) -> list[str]:
 
 def _open(
     path: str,
-) -> tuple[list[NamedTensor], Mapping[str, StoredTensor], int | None, StoredTensor | None]:
+) -> tuple[list[NamedTensor], dict[str, StoredTensor], int | None, StoredTensor | None]:
     """Table and tensors of a classifier, which have been checked; its padding id, if that decides where its score is
     read; and the bias of its head."""
     config, values, source = _read_config(path, config_only=False)
@@ -195,7 +195,9 @@ def _other_heads(stored: Mapping[str, StoredTensor]) -> str:
 def _pad_id(values: Mapping[str, Any], source: Path) -> int | None:
     """The padding id that transformers would go by."""
     text = values.get("text_config")
-    value = (text if isinstance(text, dict) and "pad_token_id" in text else values).get("pad_token_id")
+    fields = text if isinstance(text, dict) else values
+    default = 0 if str(values.get("model_type")).startswith("gemma") else None  # which config.json may leave out
+    value = fields.get("pad_token_id", default)
     if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
         raise UserError(f"{source / 'config.json'}: pad_token_id is {value!r}; it must be a token id")
     return value
