@@ -25,13 +25,13 @@ from jaxrm.errors import UserError, arguments, flag, option
 from jaxrm.inference import sharded_model
 from jaxrm.inference.prompts import Prompt, check_count, read_prompts, read_responses
 from jaxrm.inference.response_batches import bucket
-from jaxrm.inference.reward_model import check_needs_reference, choose_kind, default_kind
+from jaxrm.inference.reward_model import default_kind
 from jaxrm.inference.scores import Scores
 from jaxrm.inference.sharded_model import ShardedModel
 from jaxrm.inference.text_scorer import TextSample
 from jaxrm.inference.token_scores import EncodedRecord, TokenScores, as_record, without_length
 from jaxrm.models import hub
-from jaxrm.ops.token_rewards import find_kind
+from jaxrm.ops.token_rewards import find_kind, names_for
 from jaxrm.runtime.progress import Progress
 from jaxrm.sharding import partition
 from jaxrm.sharding.mesh import batch_shards
@@ -92,8 +92,8 @@ class Classifier:
           UserError: naming the prompt, response or argument that is wrong.
         """
         check_count("batch_size", batch_size)
-        kind = choose_kind(self.name, self.is_seq2seq, kind or self.kind, "kind")
-        check_needs_reference(kind, None)
+        kind = kind or self.kind
+        self.check_kind(kind, "kind")
         messages = read_prompts(prompts)
         records = []
         for i, (prompt, response) in enumerate(zip(messages, read_responses(responses, len(messages)), strict=True)):
@@ -106,6 +106,19 @@ class Classifier:
     def correct(self, prompts: Sequence[Prompt], responses: Sequence[str], *, max_new_tokens: int = 128) -> list[str]:
         """Refused: a classifier gives a number."""
         raise UserError(f"{self.name} is a classifier, which writes no corrections; use a seq2seq reward model")
+
+    def check_kind(self, kind: str, field: str) -> None:
+        """Refuse a kind of token reward that a score of a whole response cannot give; ``field`` says it.
+
+        Raises:
+          UserError: with the kinds that it can give.
+        """
+        kinds = names_for("scalar", "response")
+        if kind not in kinds:
+            raise UserError(
+                f"{option(field)} is {kind!r}, but {self.name} is a classifier, which scores whole responses by its "
+                f"own tokens; its kinds are {', '.join(kinds)}, e.g. {flag(field)}={kinds[0]}"
+            )
 
     def write(self, prompt: Sequence[Message], response: str) -> Text:
         """A dialogue with its response as text.

@@ -50,7 +50,10 @@ def choose_kind_of_model(
     Raises:
       UserError: where the reward model cannot give the kind, or the reference reads other token ids or templates.
     """
-    if kind is not None or configured is not None:
+    if isinstance(model, Classifier):
+        chosen = kind or configured or model.kind
+        model.check_kind(chosen, "kind" if kind else "reward.kind")
+    elif kind is not None or configured is not None:
         chosen = choose_kind(model.name, model.is_seq2seq, kind or configured or "", "kind" if kind else "reward.kind")
     else:
         chosen = model.kind

@@ -267,7 +267,9 @@ def test_load_reward_model_opens_a_classifier(folders, one):
     residual = model.score(prompts, responses, kind="scalar_length_residual").sum
     assert np.abs(residual - scores.sum).max() > 1e-3
     assert "writes no corrections" in refusal(model.correct, ["hello"], ["good"])
-    assert "kind is 'literal'" in refusal(model.score, ["hello"], ["good"], kind="literal")
+    for kind in ("literal", "value_difference"):
+        message = refusal(model.score, ["hello"], ["good"], kind=kind)
+        assert message.startswith(f"kind is {kind!r}, but {model.name} is a classifier"), message
 
 
 def test_score_takes_a_classifier(folders, tmp_path):
