@@ -158,7 +158,7 @@ class Learner:
             config=config.ppo,
             kind=find_kind(config.reward.kind),
             center_momentum=config.reward.center_momentum if config.reward.center == "running" else None,
-            groups=ppo.Groups(config.rollout.responses_per_prompt, find_kind(config.reward.kind).needs == "scalar"),
+            groups=ppo.Groups(config.rollout.responses_per_prompt, find_kind(config.reward.kind).reads == "response"),
         )
         minibatch = functools.partial(ppo.minibatch, num_minibatches=config.ppo.num_minibatches)
         build_step = functools.partial(build_train_step, batch_sharding=rows, num_microbatches=config.num_microbatches)
