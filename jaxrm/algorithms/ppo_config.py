@@ -1,6 +1,7 @@
 """The `ppo`, `rollout` and `critic` sections of a config."""
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from jaxrm.algorithms.optimizer import OptimizerConfig
 from jaxrm.config.fields import above, at_least, at_most, below, bounded, check, finite, one_of, place, typed, wrong
@@ -165,8 +166,17 @@ class CriticConfig:
     Attributes:
       path: folder of the run that its trunk starts from, a scalar reward model or a policy. None takes the scalar
         reward model where rewards come from one, else the policy.
+      head: what it reads values with at first. ``zero`` is 0 everywhere, so that advantages are those of the rewards
+        alone until it has learned. ``reward_model`` is the head of the scalar reward model whose trunk it has, in the
+        units of its calibrated rewards: a value is then the score of what is written so far. That wants rewards of the
+        kind ``scalar`` from the same run, best one whose head was trained to be a value function
+        (`jaxrm.algorithms.scalar_rm.ScalarRMConfig.prefix_coef`, arXiv 2604.22981).
       optimizer: of the critic; its schedule has the steps of the policy's. A shared trunk is trained by the policy's.
     """
 
     path: str | None = None
+    head: Literal["zero", "reward_model"] = "zero"
     optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=5e-6))
+
+    def __post_init__(self) -> None:
+        check(self)

@@ -116,10 +116,21 @@ def refuse(launch, place):
         {"ppo": {"shared_trunk": True}},
         {"critic": {"path": "scalar_rm"}},
         {"critic": {"path": "sft/checkpoints/best"}},
+        {"reward": RewardConfig(kind="scalar", model="scalar_rm"), "critic": {"head": "reward_model"}},
         {"evaluation": {"judge": "task:safety"}},
         {"ptx": DataConfig(path="train.jsonl", max_length=64, batch_size=8)},
     ],
-    ids=["seq2seq", "scalar", "function", "shared trunk", "critic of RM", "critic of SFT", "judge", "ptx"],
+    ids=[
+        "seq2seq",
+        "scalar",
+        "function",
+        "shared trunk",
+        "critic of RM",
+        "critic of SFT",
+        "critic's head",
+        "judge",
+        "ptx",
+    ],
 )
 def test_the_good_configs_come_as_far_as_opening_their_folder(launch, changes):
     with pytest.raises(OpenedError):
@@ -409,6 +420,36 @@ def test_a_critic_of_its_own_beside_a_shared_trunk_is_refused(refuse):
         "config.critic.path is 'sft', but config.ppo.shared_trunk gives the critic the policy's trunk; use "
         "--config.critic.path=None or --config.ppo.shared_trunk=False"
     )
+
+
+@pytest.mark.parametrize(
+    ("changes", "has"),
+    [
+        (
+            {},
+            "but the critic starts from the policy, which has no such head; required rewards of the kind scalar from ",
+        ),
+        ({"ppo": {"shared_trunk": True}}, "but config.ppo.shared_trunk gives the critic the policy's trunk; use "),
+        ({"critic": {"path": "sft"}}, "but the critic starts from sft, step 4, a run of sft, which has no head; "),
+        ({"critic": {"path": "scalar_rm"}}, "but the kind is literal; required "),
+        (
+            {"critic": {"path": "scalar_rm"}, "reward": RewardConfig(kind="scalar", function="task:safety")},
+            "but task:safety pays; required ",
+        ),
+        (
+            {"critic": {"path": "scalar_copy"}, "reward": RewardConfig(kind="scalar", model="scalar_rm")},
+            "but rewards come from scalar_rm, step 4 and the critic from scalar_copy, step 4; required ",
+        ),
+    ],
+    ids=["no run", "shared", "policy", "kind", "function", "another run"],
+)
+def test_a_head_that_is_not_that_of_the_rewards_is_refused(refuse, place, changes, has):
+    if not (place / "scalar_copy").exists():
+        shutil.copytree(place / "scalar_rm", place / "scalar_copy")
+    critic = {"path": None, **changes.get("critic", {}), "head": "reward_model"}
+    message = refuse(**{**changes, "critic": critic})
+    assert message.startswith("config.critic.head is 'reward_model', " + has[:20]) and has in message
+    assert "--config.critic.head=zero" in message
 
 
 # --- advantages

@@ -90,6 +90,11 @@ def _check_models(config: Any) -> None:
             f"the policy's "
             f"trunk; use {flag('critic.path')}=None or {flag('ppo.shared_trunk')}=False"
         )
+    if config.critic.head == "reward_model" and config.ppo.shared_trunk:
+        raise UserError(
+            f"{option('critic.head')} is 'reward_model', but {option('ppo.shared_trunk')} gives the critic the "
+            f"policy's trunk; use {flag('critic.head')}=zero or {flag('ppo.shared_trunk')}=False"
+        )
     if config.reward.model is None and config.reward.function is None:
         raise UserError(
             f"{option('reward')} has neither model nor function, so there is nothing to learn from; give the run of "

@@ -149,7 +149,10 @@ def _calibrated(
         keys.calibration,
         stage.show_progress,
     )
-    return learner.calibrated(state, calibration)
+    state = learner.calibrated(state, calibration)
+    if opened.critic is None or state.critic is None:
+        return state
+    return dataclasses.replace(state, critic=opened.critic.calibrated(state.critic, calibration))
 
 
 def _evaluation(
