@@ -34,6 +34,8 @@ RESUMABLE_FIELDS = frozenset(
         "on_existing",
         "mesh",
         "rollout.mesh",
+        "reward.function_workers",
+        "reward.function_timeout",
         "optimizer.offload",
         "critic.optimizer.offload",
         "checkpoint",

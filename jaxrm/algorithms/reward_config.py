@@ -4,10 +4,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from jaxrm.config.fields import Bound, at_least, below, bounded, check, one_of, place, typed, wrong
+from jaxrm.config.fields import Bound, above, at_least, below, bounded, check, finite, place, typed, wrong
 from jaxrm.errors import UserError
-from jaxrm.models import quantized
-from jaxrm.models.build import DTYPES
 from jaxrm.ops import token_rewards
 
 _SCALE = Bound(lambda scale: scale == "unit" or 0 < scale < math.inf, "unit or a finite number above 0", "unit")
@@ -50,28 +48,6 @@ class RewardKindConfig:
 
 
 @dataclass(frozen=True)
-class ClassifierConfig:
-    """How a classifier of the hub reads the policy's responses; what is None is as its makers have it.
-
-    Attributes:
-      max_length: most tokens of prompt and response; longer texts are cut on the side that its tokenizer truncates.
-        None is the least of its tokenizer's ``model_max_length`` and its positions.
-      template: chat template in place of its tokenizer's own: a name of `jaxrm.data.named_templates.TEMPLATES`, or a
-        file of Jinja.
-      dtype: compute dtype; None is that of ``config.model``.
-      quantize: how its weights are stored, as in `jaxrm.models.build.ModelSource`.
-    """
-
-    max_length: int | None = bounded(None, at_least(1), meaning="that of its tokenizer and positions")
-    template: str | None = None
-    dtype: str | None = bounded(None, one_of(*DTYPES))
-    quantize: str | None = bounded(None, one_of(*quantized.KINDS))
-
-    def __post_init__(self) -> None:
-        check(self)
-
-
-@dataclass(frozen=True)
 class RewardConfig:
     """Where rewards come from, and how they become token rewards.
 
@@ -87,6 +63,8 @@ class RewardConfig:
       function: in place of a reward model, for rewards that can be verified: ``package.module:name`` of a Python
         function ``(prompts, responses) -> rewards`` (see `jaxrm.stages.rewards.functions`), or the exact judge of an
         embedded task, ``task:safety``.
+      function_workers: processes that call the function, each with a part of the batch; 0 calls it in the run's own.
+      function_timeout: seconds that a call in one of them may take; None for any.
         What follows is set by a calibration pass before PPO and read there; a reward model's own evaluation reads
         ``center`` alone.
       scale: ``unit`` gives the sum over a response unit standard deviation over a calibration set; or a number.
@@ -99,6 +77,8 @@ class RewardConfig:
     kind: str = "literal"
     model: str | None = None
     function: str | None = None
+    function_workers: int = bounded(0, at_least(0))
+    function_timeout: float | None = bounded(None, above(0), finite)
     scale: float | Literal["unit"] = bounded("unit", _SCALE)
     center: Literal["running", "fixed", "none"] = "running"
     center_momentum: float = bounded(0.9, at_least(0), below(1))
@@ -112,6 +92,19 @@ class RewardConfig:
                 f"{place(self)} has both model {self.model!r} and function {self.function!r}; rewards come from one of "
                 f"them, e.g. {typed(self, 'function', None)}"
             )
-        if self.function is not None and self.kind not in token_rewards.names_for("scalar", "response"):
-            required = f"of a scalar reward, since {place(self, 'function')} rewards the whole response"
+        kinds = (*token_rewards.names_for("scalar", "response"), *token_rewards.names_for("text"))
+        if self.function is not None and self.kind not in kinds:
+            required = f"one of {', '.join(kinds)}, since {place(self, 'function')} reads text"
             raise wrong(self, "kind", required, "scalar")
+        self._check_processes()
+
+    def _check_processes(self) -> None:
+        """Refuse processes without a function, and what needs processes without any."""
+        for name in ("function_workers", "function_timeout"):
+            if self.function is None and getattr(self, name):
+                raise wrong(self, name, f"left out without {place(self, 'function')}", getattr(type(self), name))
+        if self.function_timeout is not None and not self.function_workers:
+            required = f"None without {place(self, 'function_workers')}, since a function that hangs in the run itself "
+            raise wrong(self, "function_timeout", required + "cannot be stopped", None)
+        if self.function_workers and str(self.function).startswith("__main__:"):
+            raise wrong(self, "function", "in a module, which worker processes can import", "my_rewards:score")

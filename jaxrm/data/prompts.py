@@ -26,7 +26,7 @@ class PromptExample:
       tokens: int32 ``[n]``, the header that opens the response included.
       messages: the same as text.
       source: the place of the record.
-      fields: the record's other columns by name, e.g. a reference answer.
+      fields: the columns of the record's row by name, e.g. a reference answer, where they were read.
     """
 
     tokens: np.ndarray
@@ -85,7 +85,7 @@ def tokenize_prompts(
         if len(ids) > max_prompt_tokens:
             report.add_bad(too_long_reason(max_prompt_tokens), record.source, length=len(ids) + max_new_tokens)
             continue
-        examples.append(PromptExample(np.array(ids, np.int32), tuple(record.prompt), record.source))
+        examples.append(PromptExample(np.array(ids, np.int32), tuple(record.prompt), record.source, record.fields))
         if progress and (number % _CHUNK == 0 or number == len(records)):
             progress(number, len(records))
     report.used = len(examples)

@@ -6,6 +6,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
+from dataclasses import replace
 from itertools import chain, islice
 from typing import Any
 
@@ -29,12 +30,19 @@ _SHOWN = 5  # names in a row of a table
 _INVISIBLE = re.compile(r"[\u200b\u2060\ufeff]")  # zero-width spaces and the byte order mark
 
 
-def read_records(config: DataConfig, *, held_out: bool = False) -> tuple[list[Record], ReadReport]:
+def read_records(
+    config: DataConfig, *, held_out: bool = False, with_fields: bool = False
+) -> tuple[list[Record], ReadReport]:
     """Read the training records, or the held-out ones.
 
     Without ``config.eval_path`` and ``config.eval_split``, a hash of the prompt's text decides what is held out. So a
     prompt is never on both sides, and it stays on its side when records are added at the end. Prompts that differ in
     white space or letter case alone go with the first of them.
+
+    Args:
+      config: the section.
+      held_out: which side.
+      with_fields: give each record the columns of its row too.
 
     Returns:
       The records in the order of the files, and the report.
@@ -50,7 +58,7 @@ def read_records(config: DataConfig, *, held_out: bool = False) -> tuple[list[Re
         first_rows = list(islice(rows, _SAMPLE))
         side = side.by_field(first_rows)
         schema = config.schema if config.schema != "auto" else _recognize_most(first_rows, side.place)
-        every = _parsed(chain(first_rows, rows), side, schema, config.preferred)
+        every = _parsed(chain(first_rows, rows), side, schema, config.preferred, with_fields)
         records, report = _select(every, config, side, reserved, held_out=held_out)
     _check_report(report, config, side, held_out=held_out)
     return records, report
@@ -78,14 +86,15 @@ def _held_out_prompts(config: DataConfig, side: Side) -> set[bytes]:
     return {prompt_key(record) for record in read_records(config, held_out=True)[0]}
 
 
-def _parsed(rows: Iterable[RawRecord], side: Side, schema: str, preferred: str) -> Iterator[Parsed]:
+def _parsed(rows: Iterable[RawRecord], side: Side, schema: str, preferred: str, with_fields: bool) -> Iterator[Parsed]:
     """Each row with its record: None where it is of another split, an error where it is unusable."""
     for source, row in rows:
         try:
             if isinstance(row, BadRecordError):
                 raise row
             is_meant = not isinstance(row, dict) or side.reads_row(row)
-            yield source, row, parse(schema, row, source, preferred) if is_meant else None
+            record = parse(schema, row, source, preferred) if is_meant else None
+            yield source, row, replace(record, fields=row) if with_fields and record is not None else record
         except BadRecordError as error:
             yield source, row, error
 

@@ -1,6 +1,12 @@
-"""The three kinds of record. Every data set is read into them, and tokenizers take nothing else."""
+"""The three kinds of record. Every data set is read into them, and tokenizers take nothing else.
 
-from dataclasses import dataclass
+A record may have ``fields``, all columns of its row by name, for rewards that look at e.g. a reference answer. They say
+nothing of what the record is: records that differ in them alone are equal.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from jaxrm.errors import UserError, flag
 
@@ -29,12 +35,14 @@ class PreferenceRecord:
       chosen: y⁺.
       rejected: y⁻.
       source: the place of the record, ``file:line``.
+      fields: all columns of its row, where they were asked for.
     """
 
     prompt: tuple[Message, ...]
     chosen: str
     rejected: str
     source: str
+    fields: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
 
 @dataclass(frozen=True)
@@ -43,6 +51,7 @@ class DemonstrationRecord:
 
     messages: tuple[Message, ...]
     source: str
+    fields: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
     @property
     def prompt(self) -> tuple[Message, ...]:
@@ -61,6 +70,7 @@ class PromptRecord:
 
     prompt: tuple[Message, ...]
     source: str
+    fields: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
 
 Record = PreferenceRecord | DemonstrationRecord | PromptRecord

@@ -17,7 +17,7 @@ class TextSample:
     Attributes:
       prompt: the turns before the response.
       response: its text, with what was drawn.
-      fields: the other columns of the prompt's record, e.g. a reference answer.
+      fields: the columns of the prompt's record by name, e.g. a reference answer.
     """
 
     prompt: Sequence[Message]

@@ -26,8 +26,8 @@ from jaxrm.errors import UserError, flag, option
 from jaxrm.ops.masking import last_token
 from jaxrm.ops.vocab import TokenStatistics
 
-Source = Literal["seq2seq", "scalar"]
-Reads = Literal["tokens", "response", "prefixes"]
+Source = Literal["seq2seq", "scalar", "text"]
+Reads = Literal["tokens", "response", "prefixes", "spans"]
 # (reading, responses, mask, reference_log_probs) -> u_t
 Values = Callable[[Any, jax.Array, jax.Array, jax.Array | None], jax.Array]
 CustomKind = Callable[[TokenStatistics, jax.Array, jax.Array], jax.Array]
@@ -188,13 +188,14 @@ class Kind:
 
     Attributes:
       name: as in ``config.reward.kind``.
-      needs: the sort of reward model that it reads. A function of text counts as a scalar one.
+      needs: the sort of reward model that it reads. A function of text counts as a scalar one; ``text`` is a kind that
+        such a function alone can give.
       is_centered: whether the mean value of a token is taken off. Tags and soft values need it, since they pay for
         every token that is written; the other kinds have a zero of their own.
       values: ``(reading, responses, mask, reference_log_probs) -> u_t``, all ``[B, T]``, float32.
       reads: what the reading is: ``tokens``, the `TokenStatistics` of a seq2seq reward model; ``response``, the scores
         ``[B]`` of a scalar one or of a function of text; ``prefixes``, the scores ``[B, T + 1]`` that a scalar one
-        gives to the first 0, 1, ... T tokens of a response.
+        gives to the first 0, 1, ... T tokens of a response; ``spans``, the numbers ``[B, T]`` of a function's spans.
       needs_reference: whether ``values`` reads the reference policy's log-probs ``[B, T]``; else they may be None.
       removes_length: whether the linear effect of length is taken off the score, on the last response token.
     """
@@ -239,6 +240,7 @@ KINDS = {
             lambda scores, y, mask, _: value_difference(scores, mask),
             reads="prefixes",
         ),
+        Kind("spans", "text", False, lambda numbers, y, mask, _: inside_mask(mask, numbers), reads="spans"),
     )
 }
 

@@ -45,6 +45,8 @@ def values_of(kind, case):
     mask, reading = case["mask"], case.get("scores")
     if KINDS[kind].reads == "prefixes":
         reading = jnp.concatenate([case["prompt_scores"][:, None], case["prefix_scores"]], axis=1)
+    if KINDS[kind].reads == "spans":
+        reading = case["span_numbers"]
     responses = jnp.zeros(mask.shape, jnp.int32)
     if KINDS[kind].needs == "seq2seq":
         tags = case.get("tags", mask)
@@ -70,6 +72,7 @@ def random_case(seed=0, B=9, T=11):
         "scores": (rng.normal(size=B) + 0.37 * lengths - 1.5).astype(np.float32),
         "prompt_scores": rng.normal(size=B).astype(np.float32),
         "prefix_scores": rng.normal(size=(B, T)).cumsum(axis=1).astype(np.float32),  # after token t
+        "span_numbers": rng.normal(size=(B, T)).astype(np.float32),
     }
     return {name: jnp.asarray(array) for name, array in {**case, "mask": mask}.items()}
 
@@ -102,6 +105,8 @@ def numpy_values(kind, case):
             elif kind == "value_difference":
                 before = case["prefix_scores"][b, t - 1] if t else case["prompt_scores"][b]
                 values[b, t] = float(case["prefix_scores"][b, t]) - float(before)
+            elif kind == "spans":
+                values[b, t] = float(case["span_numbers"][b, t])
             elif not case["mask"][b, t + 1 :].any():
                 values[b, t] = float(case["scores"][b])
     return values
@@ -542,6 +547,7 @@ def test_arrays_of_another_type_or_shape_are_refused():
 def test_kinds_belong_to_one_of_two_sorts_of_reward_model():
     assert names_for("seq2seq") == TOKEN_KINDS
     assert names_for("scalar") == ("scalar", "scalar_length_residual", "value_difference")
+    assert names_for("text") == ("spans",)
     assert names_for("scalar", "response") == ("scalar", "scalar_length_residual")  # a function's too
     assert [name for name, kind in KINDS.items() if kind.needs_reference] == ["contrast"]
     assert [find_kind(name).name for name in KINDS] == list(KINDS)

@@ -30,7 +30,14 @@ from jaxrm.stage_config import POLICIES
 from jaxrm.stages.evaluate.answers import means_of, summary
 from jaxrm.stages.evaluate.checks import check, has_rewards
 from jaxrm.stages.evaluate.generation import AnswerGenerator, open_generator
-from jaxrm.stages.inputs.prompts import Prompts, check_judgeable, load_prompts, stage_prompt_length, stage_prompts
+from jaxrm.stages.inputs.prompts import (
+    Prompts,
+    check_judgeable,
+    load_prompts,
+    reads_fields,
+    stage_prompt_length,
+    stage_prompts,
+)
 from jaxrm.stages.inspection import Inspection, inspect_prompts
 from jaxrm.stages.rewards.sources import check_rewards
 from jaxrm.stages.stage import Stage, check_run_folder, judge_of, open_stage, task_files
@@ -140,6 +147,7 @@ def _split_prompts(stage: Stage, split: str) -> Prompts:
             max_new_tokens=max_new_tokens,
             held_out=True,
             show_progress=stage.show_progress,
+            with_fields=reads_fields(config),
         )
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -46,6 +46,7 @@ def load_prompts(
     max_new_tokens: int,
     held_out: bool,
     show_progress: bool,
+    with_fields: bool = False,
 ) -> Prompts:
     """Read and tokenize the prompts of one side of the split.
 
@@ -55,6 +56,7 @@ def load_prompts(
       max_new_tokens: what of it is for the response.
       held_out: which side.
       show_progress: draw a bar.
+      with_fields: give each prompt the columns of its record, for rewards of text.
 
     Raises:
       UserError: where every prompt is too long, or too many are unusable for another reason.
@@ -66,7 +68,7 @@ def load_prompts(
             f"prompt and "
             f"response together, is {data.max_length}; e.g. {flag('data.max_length')}={2 * max_new_tokens}"
         )
-    records, report = read_records(data, held_out=held_out)
+    records, report = read_records(data, held_out=held_out, with_fields=with_fields)
     label = "tokenize held-out" if held_out else "tokenize"
     with Progress(label, len(records), unit="prompts", enabled=show_progress) as progress:
         examples, tokenized = tokenize_prompts(
@@ -99,7 +101,13 @@ def stage_prompts(stage: Stage, *, held_out: bool) -> Prompts:
         max_new_tokens=stage.config.rollout.sampling.max_new_tokens,
         held_out=held_out,
         show_progress=stage.show_progress,
+        with_fields=reads_fields(stage.config),
     )
+
+
+def reads_fields(config: Any) -> bool:
+    """Whether the rewards of a stage may look at the columns of a prompt's record, since they read text."""
+    return config.reward.function is not None
 
 
 def stage_prompt_length(stage: Stage, examples: Sequence[PromptExample]) -> int:

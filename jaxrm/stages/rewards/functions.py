@@ -8,66 +8,102 @@ It takes a batch, prompts and responses in the same order, and returns one numbe
     python -m jaxrm.train --config=configs/ppo_tiny.py --config.reward.model=None \\
         --config.reward.function=my_rewards:ends_with_thanks --config.reward.kind=scalar
 
-A prompt is its messages (`jaxrm.data.records.Message`); the last one's ``content`` is the question. A response is text
-without special tokens and without white space around it. What was drawn is there too: ``response.raw`` is the text with
-them, so that a format of special tokens such as ``<answer>`` can be rewarded; ``response.ended`` says whether the end
-was reached, and ``response.token_ids`` are its ids (`jaxrm.data.responses.Response`).
+**Texts.** A prompt is its messages (`jaxrm.data.records.Message`); the last one's ``content`` is the question. A
+response is text without special tokens and without white space around it. What was drawn is there too:
+``response.raw`` is the text with them, so that a format of special tokens such as ``<answer>`` can be rewarded;
+``response.ended`` says whether the end was reached, and ``response.token_ids`` are its ids
+(`jaxrm.data.responses.Response`).
 
     def has_answer(prompts: list[list[Message]], responses: list[Response]) -> list[float]:
         return [1.0 if "<answer>" in response.raw else 0.0 for response in responses]
 
-The same responses must always get the same rewards, since a resumed run calls it again. In a job of several processes,
-process 0 calls it for all of them.
+**Fields.** A third argument, ``fields``, has for each prompt all columns of its record, of JSONL, Parquet or the hub:
+
+    def is_right(prompts, responses, fields: list[dict]) -> list[float]:
+        return [float(row["answer"] in response) for response, row in zip(responses, fields)]
+
+**Spans.** With ``kind=spans`` it returns for each response a list of ``(start, end, number)``:
+
+    def politeness(prompts, responses) -> list[list[tuple[int, int, float]]]:
+        return [[(m.start(), m.end(), 1.0) for m in re.finditer("please|thanks", r)] for r in responses]
+
+Places are characters of the response as it is given, as ``re.finditer(pattern, response)`` counts them, and not of
+``response.raw``. A number is the reward of its whole span, and stands on the last token that writes a character of it.
+Numbers on one token add; other tokens get 0. The empty span at the end, ``(len(response), len(response), number)``, is
+the response as a whole: its number stands on the last token, which is the end token where that was reached.
+
+**Processes.** In a job of several processes, process 0 calls the function for all of them. The same responses must
+always get the same rewards, since a resumed run calls it again. ``config.reward.function_workers=4`` calls it in four
+processes, each with a part of the batch, so it must not compare the responses of a batch. They start no JAX, import
+its module by themselves, and end with the run. ``config.reward.function_timeout=10`` is the seconds that one call may
+take, for which it must be in a process that can be stopped. Where one takes longer, or its process dies, it is tried
+again with one response at a time; a response that fails then too stops the run, and the state before is saved.
 """
 
-import importlib
+import functools
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from jaxrm.data import tasks
-from jaxrm.data.records import Message
+from jaxrm.algorithms.reward_config import RewardConfig
+from jaxrm.data.prompts import PromptExample
 from jaxrm.data.responses import Response
-from jaxrm.errors import UserError, flag, option
+from jaxrm.data.token_spans import Span, lay_on_tokens
+from jaxrm.errors import UserError, option
 from jaxrm.inference.text_scorer import TextSample
+from jaxrm.ops.token_rewards import find_kind
+from jaxrm.stages.rewards.function_call import SHOWN, FunctionFault, RewardFunction, call, takes_fields
+from jaxrm.stages.rewards.function_call import open_function as open_function
+from jaxrm.stages.rewards.function_processes import FunctionProcesses
 
-RewardFunction = Callable[[list[Sequence[Message]], list[Response]], Sequence[float]]
-_SHOWN = 60  # characters of a response or a value that a message quotes
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# response and its spans -> [T], a number for each of its tokens
+SpanLayout = Callable[[Response, Iterable[Span]], np.ndarray]
 
 
-def open_function(name: str) -> RewardFunction:
-    """The function that ``config.reward.function`` names.
+def open_scorer(
+    source: RewardConfig, tokenizer: "PreTrainedTokenizerBase", end_ids: tuple[int, ...]
+) -> "FunctionScorer":
+    """The function of a source of rewards, ready to score.
+
+    Args:
+      source: the section, with a function.
+      tokenizer: of the policy.
+      end_ids: ids that end its responses.
 
     Raises:
-      UserError: where there is no such module or function.
+      UserError: as `jaxrm.stages.rewards.function_call.open_function`.
     """
-    if name.startswith(tasks.PREFIX):
-        task = name.removeprefix(tasks.PREFIX)
-        if task not in tasks.TASKS:
-            known = ", ".join(tasks.PREFIX + known for known in tasks.TASKS)
-            raise UserError(f"{option('reward.function')} is {name!r}; embedded tasks with a judge are {known}")
-        return lambda prompts, responses: [
-            tasks.judge(task, prompt, response) for prompt, response in zip(prompts, responses, strict=True)
-        ]
-    module_name, _, function_name = name.partition(":")
-    form = f"required package.module:function, e.g. {flag('reward.function')}=my_rewards:score, or task:safety"
-    if not module_name or module_name.startswith(".") or not function_name:
-        raise UserError(f"{option('reward.function')} is {name!r}; {form}")
-    try:
-        module = importlib.import_module(module_name)
-    except Exception as error:  # whatever the user's module raises
-        raise UserError(
-            f"{option('reward.function')} is {name!r}, but importing {module_name} raised {type(error).__name__}: "
-            f"{error}; "
-            f"{form}"
-        ) from error
-    function = getattr(module, function_name, None)
-    if not callable(function):
-        raise UserError(
-            f"{option('reward.function')} is {name!r}, but {module_name} has no function {function_name!r}; {form}"
-        )
-    return function
+    name = str(source.function)
+    layout = functools.partial(lay_on_tokens, tokenizer, end_ids) if find_kind(source.kind).reads == "spans" else None
+    return FunctionScorer(
+        name, open_function(name), layout, workers=source.function_workers, timeout=source.function_timeout
+    )
+
+
+def check_scorer(source: RewardConfig, examples: Sequence[PromptExample]) -> None:
+    """Refuse a function that looks at fields where records with one prompt differ in them.
+
+    A response is known by its prompt alone, so it would be scored with the fields of one of them.
+
+    Raises:
+      UserError: naming two such records.
+    """
+    name = str(source.function)
+    if not takes_fields(open_function(name)):
+        return
+    by_prompt: dict[bytes, PromptExample] = {}
+    for example in examples:
+        first = by_prompt.setdefault(example.tokens.tobytes(), example)
+        unlike = [column for column in example.fields if example.fields[column] != first.fields.get(column)]
+        if unlike:
+            raise UserError(
+                f"{option('reward.function')} {name} reads fields, but {first.source} and {example.source} have one "
+                f"prompt and differ in {', '.join(unlike)}; leave one of them out, or the function's third argument"
+            )
 
 
 class FunctionScorer:
@@ -75,67 +111,54 @@ class FunctionScorer:
 
     Args:
       name: of the function, for messages.
-      function: prompts and responses to one number each.
+      function: prompts and responses to one number each, or to spans.
+      layout: lays spans onto tokens; None where the function returns numbers.
+      workers: processes that call it; 0 for this one.
+      timeout: seconds that a call in one of them may take; None for any.
     """
 
     is_collective = False
 
-    def __init__(self, name: str, function: RewardFunction) -> None:
-        self.name, self._function = name, function
-        self._option = option("reward.function")  # as it is named where the source is opened
+    def __init__(
+        self,
+        name: str,
+        function: RewardFunction,
+        layout: SpanLayout | None = None,
+        *,
+        workers: int = 0,
+        timeout: float | None = None,
+    ) -> None:
+        self.name, self._function, self._layout = name, function, layout
+        self._where = f"{option('reward.function')} {name}"  # as it is named where the source is opened
+        what = "one finite number" if layout is None else "a list of (start, end, finite number)"
+        self._required = f"required {what} for each response"
+        if layout is not None:
+            self._required += ", 0 <= start < end <= len(response)"
+        if timeout is not None:
+            self._required += f", within {timeout:g} s ({option('reward.function_timeout')})"
+        self._processes = FunctionProcesses(name, workers, timeout, is_spans=layout is not None) if workers else None
 
-    def __call__(self, samples: Sequence[TextSample]) -> np.ndarray:
-        """One finite number a response, ``[B]`` float32.
+    def __call__(self, samples: Sequence[TextSample]) -> np.ndarray | list[np.ndarray]:
+        """One finite number a response, ``[B]`` float32; or of each response one a token, ``[T_i]``.
 
         Raises:
-          UserError: where the function raises, or returns anything else.
+          UserError: where the function raises, takes too long, or returns anything else.
         """
-        prompts, responses = [sample.prompt for sample in samples], [sample.response for sample in samples]
-        return np.asarray(_scores(f"{self._option} {self.name}", self._function, prompts, responses), np.float32)
-
-
-def _scores(
-    where: str, function: RewardFunction, prompts: list[Sequence[Message]], responses: list[Response]
-) -> list[float]:
-    required = "required one finite number for each response"
-    try:
-        returned = function(prompts, responses)
-        scores = list(returned) if isinstance(returned, Iterable) else None
-    except Exception as error:  # whatever the user's function raises
-        at = _first_failure(function, prompts, responses)
-        on = "on the whole batch" if at is None else f"on response {at} of the batch, {responses[at][:_SHOWN]!r}"
-        raise UserError(f"{where} raised {type(error).__name__}: {error}, {on}; {required}") from error
-    if scores is None:
-        raise UserError(f"{where} returned {_shown(returned)} for {len(responses)} responses; {required}")
-    if len(scores) != len(responses):
-        raise UserError(f"{where} returned {len(scores)} rewards for {len(responses)} responses; {required}")
-    for i, score in enumerate(scores):
-        if not _is_finite(score):
-            raise UserError(
-                f"{where} returned {_shown(score)} for response {i} of the batch, {responses[i][:_SHOWN]!r}; {required}"
-            )
-    return [float(score) for score in scores]
-
-
-def _is_finite(score: Any) -> bool:
-    """Whether it is a number, of Python or an array of no axes, that float32 can hold."""
-    if getattr(score, "ndim", 0):
-        return False
-    try:
-        return abs(float(score + 0)) <= float(np.finfo(np.float32).max)  # what is text cannot be added to
-    except (TypeError, ValueError, OverflowError):
-        return False
-
-
-def _shown(value: Any) -> str:
-    return " ".join(repr(value).split())[:_SHOWN]
-
-
-def _first_failure(function: RewardFunction, prompts: list[Sequence[Message]], responses: list[Response]) -> int | None:
-    """Index of the first response that the function cannot take alone; None where it takes each."""
-    for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
         try:
-            function([prompt], [response])
-        except Exception:  # the same one again
-            return i
-    return None
+            if self._processes is not None:
+                results = self._processes(samples)
+            else:
+                results = call(self._function, samples, is_spans=self._layout is not None)
+        except FunctionFault as fault:
+            which = ""
+            if fault.index is not None:
+                which = f" response {fault.index} of the batch, {samples[fault.index].response[:SHOWN]!r}"
+            raise UserError(f"{self._where} {fault.problem}{which}; {self._required}") from fault.__cause__ or fault
+        if self._layout is None:
+            return np.asarray(results, np.float32)
+        return [self._layout(sample.response, spans) for sample, spans in zip(samples, results, strict=True)]
+
+    def close(self) -> None:
+        """End its processes, if any."""
+        if self._processes is not None:
+            self._processes.close()

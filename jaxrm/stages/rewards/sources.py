@@ -31,7 +31,7 @@ from jaxrm.ops.token_rewards import Kind, Source, find_kind
 from jaxrm.sharding import partition
 from jaxrm.stage_config import PPO, REWARD_MODELS, BestOfN, Evaluate
 from jaxrm.stages.inputs.prompts import check_judgeable
-from jaxrm.stages.rewards.functions import FunctionScorer, open_function
+from jaxrm.stages.rewards.functions import check_scorer, open_scorer
 from jaxrm.stages.rewards.text import TextRewards
 from jaxrm.types import ResponseBatch, TokenRewards
 
@@ -63,7 +63,7 @@ def open_rewards(
     name = check_rewards(config, mesh, policy, examples)
     kind = find_kind(config.reward.kind)
     if config.reward.model is None:
-        scorer = FunctionScorer(name, open_function(name))
+        scorer = open_scorer(config.reward, policy.tokenizer, end_ids)
         return TextRewards(scorer, kind, examples=examples, text=text, end_ids=end_ids, mesh=mesh), name
     with naming({"path": option("reward.model")}):
         run, quantize = find_checkpoint(config.reward.model, "reward.model"), None
@@ -76,7 +76,6 @@ def open_rewards(
             attention=config.model.attention,
             quantize=quantize,
         )
-        assert isinstance(model, RewardModel), model  # of a run, not a classifier
     frozen = dataclasses.replace(model, params=sharded_model.in_compute_dtype(model.params, config.model.dtype))
     return ModelRewards(frozen, kind, mesh, num_microbatches=config.num_microbatches, end_ids=end_ids), name
 
@@ -100,6 +99,7 @@ def check_rewards(
         name = str(config.reward.function)
         if name.startswith(tasks.PREFIX):
             check_judgeable(examples, name, "reward.function")
+        check_scorer(config.reward, examples)
         return name
     find_checkpoint(config.reward.model, "reward.model", REWARD_MODELS)  # published weights are no reward model
     with naming({"path": option("reward.model")}):

@@ -23,11 +23,13 @@ _MESSAGE_BYTES = 4096  # of an error that process 0 sends to the others
 class TextRewards:
     """Reward source of a scorer of text. A number for a response becomes the reward of its last token.
 
+    Numbers of tokens, of the kind ``spans``, stay where they are.
+
     A call raises the scorer's `UserError`, in every process of the job.
 
     Args:
       scorer: samples to scores.
-      kind: of the scores, e.g. ``scalar`` or ``scalar_length_residual``.
+      kind: of the scores: ``scalar``, ``scalar_length_residual`` or ``spans``.
       examples: every prompt whose responses will be scored.
       text: a response's ids as text.
       end_ids: ids that end a response.
@@ -44,7 +46,7 @@ class TextRewards:
         end_ids: tuple[int, ...],
         mesh: Mesh,
     ) -> None:
-        self._scorer, self._text = scorer, text
+        self._scorer, self._text, self._is_of_tokens = scorer, text, kind.reads == "spans"
         self._examples = {example.tokens.tobytes(): example for example in examples}
         self._rows = partition.batch_sharding(mesh)
         self._replicate = jax.jit(lambda batch: batch, out_shardings=NamedSharding(mesh, PartitionSpec()))
@@ -61,29 +63,44 @@ class TextRewards:
         """Score responses; the reference's log-probs are not read."""
         del reference_log_probs
         host = jax.device_get(self._replicate(batch))
-        scores = self._score(host) if self._scorer.is_collective else _once_a_job(self._score, host)
+        if self._scorer.is_collective:
+            scores = self._score(host)
+        else:
+            shape = host.responses.shape if self._is_of_tokens else host.responses.shape[:1]
+            scores = _once_a_job(lambda: self._score(host), shape)
         on_devices = jax.make_array_from_callback(scores.shape, self._rows, scores.__getitem__)
         return self._as_rewards(calibration, batch, on_devices)
 
     def _score(self, batch: ResponseBatch) -> np.ndarray:
-        """Scores ``[B]`` of a batch on the host."""
+        """Scores of a batch on the host, ``[B]``; of a kind of tokens ``[B, T]``."""
         samples = []
         for ids, mask, response, response_mask in zip(
             batch.prompts, batch.prompt_mask, batch.responses, batch.response_mask, strict=True
         ):
             example = self._examples[ids[mask].astype(np.int32).tobytes()]
             samples.append(TextSample(example.messages, self._text(response[response_mask]), example.fields))
-        return np.asarray(self._scorer(samples), np.float32)
+        scores = self._scorer(samples)
+        if not self._is_of_tokens:
+            return np.asarray(scores, np.float32)
+        numbers = np.zeros(batch.responses.shape, np.float32)
+        for row, mask, values in zip(numbers, batch.response_mask, scores, strict=True):
+            row[mask] = values
+        return numbers
 
 
-def _once_a_job(score: Callable[[ResponseBatch], np.ndarray], batch: ResponseBatch) -> np.ndarray:
-    """The scores of process 0 in every process, or its error: so all of them stop at the same place."""
+def _once_a_job(score: Callable[[], np.ndarray], shape: tuple[int, ...]) -> np.ndarray:
+    """The scores of process 0 in every process, or its error: so all of them stop at the same place.
+
+    Args:
+      score: float32 scores.
+      shape: of them.
+    """
     if jax.process_count() == 1:
-        return score(batch)
-    scores, failure = np.zeros(batch.responses.shape[0], np.float32), None
+        return score()
+    scores, failure = np.zeros(shape, np.float32), None
     if jax.process_index() == 0:
         try:
-            scores = score(batch)
+            scores = score()
         except Exception as error:  # whatever it is, the others must not wait for scores
             failure = error
     message = np.zeros(_MESSAGE_BYTES, np.uint8)
