@@ -88,6 +88,7 @@ def _is_scalar(given: flags.FlagValues, path: str, run: Any) -> bool:
 def _write_model(given: flags.FlagValues, path: str, *, is_scalar: bool) -> tuple[str, Any]:
     """The whole model, adapters merged."""
     from jaxrm.data.exported_template import set_exported_template
+    from jaxrm.inference.classifier import Classifier
     from jaxrm.inference.load import load_policy, load_reward_model, spread_mesh
     from jaxrm.inference.parameters import merge
     from jaxrm.models.hub import export_model
@@ -101,6 +102,7 @@ def _write_model(given: flags.FlagValues, path: str, *, is_scalar: bool) -> tupl
         tokenizer=given.tokenizer,
         template=given.template,
     )
+    assert not isinstance(trained, Classifier), trained  # which is what an export makes
     model, params = trained.model, trained.params
     if trained.template != "auto" or given.checkpoint is not None:
         set_exported_template(trained.tokenizer, trained.template)

@@ -8,6 +8,7 @@ counted and left out. Token rewards are written before scale and centre, which b
 needed only to lay the model over devices (config.mesh) or to name the kind (config.reward.kind).
 
 python -m jaxrm.score --weights=google/gemma-2b --adapter=exported/rm --input=pairs.jsonl --output=scored.jsonl
+python -m jaxrm.score --weights=Skywork/Skywork-Reward-V2-Qwen3-0.6B --input=pairs.jsonl --output=scored.jsonl
 """
 
 import sys
@@ -27,7 +28,9 @@ from jaxrm.stage_config import PPO, BestOfN, Evaluate, ScalarRM, Seq2SeqRM
 
 _SAME = ("kind", "reference", "max_new_tokens")
 FLAG_OF_FIELD = {"path": "--checkpoint", "data.path": "--input", "data.eval_path": "--input"}
-FLAG_OF_FIELD |= {"model.path": "--weights", "model.adapter": "--adapter"} | {name: f"--{name}" for name in _SAME}
+FLAG_OF_FIELD |= {"model.path": "--weights", "reward.model": "--weights", "model.adapter": "--adapter"}
+FLAG_OF_FIELD |= {"data.template": "--template", "reward.classifier.template": "--template"}
+FLAG_OF_FIELD |= {"reward.classifier.dtype": "--dtype"} | {name: f"--{name}" for name in _SAME}
 
 CONFIG_CLASSES = (Seq2SeqRM, ScalarRM, PPO, BestOfN, Evaluate)  # those that name a kind of reward
 
@@ -37,8 +40,14 @@ def define_flags(values: flags.FlagValues) -> None:
     text, integer = flags.DEFINE_string, flags.DEFINE_integer
     run = "folder of a reward model's run, or RUN_DIR/checkpoints/STEP (or /best)"
     text("checkpoint", None, run, flag_values=values)
-    text("weights", None, "published weights instead, of a seq2seq reward model or of a base", flag_values=values)
+    text(
+        "weights",
+        None,
+        "published weights instead: a classifier of one label, a seq2seq reward model, or a base",
+        flag_values=values,
+    )
     text("adapter", None, "with --weights: adapters that stand on them, a PEFT folder or a run", flag_values=values)
+    text("template", None, "with --weights: chat template, a name or for a classifier a file", flag_values=values)
     text("input", None, "required: file of pairs, or of prompts and responses", flag_values=values)
     text("output", None, "required: JSONL to write, one record a line", flag_values=values)
     text("html", None, "page to draw, one self-contained file", flag_values=values)
@@ -85,7 +94,7 @@ def main(config: Any, given: flags.FlagValues) -> int:
     data = DataConfig() if run is None else run.config.data
     records = score_file.read_records_to_score(given.input, data, given.held_out, given.max_records)
     mesh = build_mesh(config.mesh if config is not None else MeshConfig())
-    model = load_reward_model(path, adapter=given.adapter, mesh=mesh, dtype=given.dtype)
+    model = load_reward_model(path, adapter=given.adapter, mesh=mesh, dtype=given.dtype, template=given.template)
     reference = None if given.reference is None else load_policy(given.reference, mesh=mesh, dtype=given.dtype)
     if run is None:
         kind = score_file.choose_kind_of_model(model, reference, given.kind, configured)

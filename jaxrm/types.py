@@ -115,14 +115,14 @@ class Rollout:
       responses: prompts and responses.
       log_probs: log pi_old(y_t | x, y_<t), recomputed by the training forward.
       reference_log_probs: log pi_ref(y_t | x, y_<t).
-      values: V_old of the state before y_t.
+      values: V_old of the state before y_t; None where there is no critic.
       advantages: A_t.
-      returns: G_t = A_t + V_old.
+      returns: G_t = A_t + V_old; None where there is no critic.
     """
 
     responses: ResponseBatch
     log_probs: jax.Array
     reference_log_probs: jax.Array
-    values: jax.Array
+    values: jax.Array | None
     advantages: jax.Array
-    returns: jax.Array
+    returns: jax.Array | None

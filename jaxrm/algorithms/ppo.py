@@ -25,9 +25,22 @@ from jaxrm.algorithms.ppo_state import PPOBatch, PPOState, RewardAndKLState
 from jaxrm.algorithms.rollout import BatchSampler, FrozenParams, RewardSource, TokenLogProbs
 from jaxrm.algorithms.state import TrainState
 from jaxrm.algorithms.train_step import Metrics
-from jaxrm.ops import advantages, kl, masking, reward_scaling
+from jaxrm.ops import advantages, kl, losses, masking, reward_scaling
 from jaxrm.ops.token_rewards import Kind
 from jaxrm.types import ResponseBatch, Rollout, TokenBatch, TokenRewards
+
+
+@dataclasses.dataclass(frozen=True)
+class Groups:
+    """How responses are compared where there is no critic.
+
+    Attributes:
+      size: n, responses to a prompt; they lie next to each other.
+      is_terminal: whether every source of rewards rewards a response as a whole, on its last token.
+    """
+
+    size: int = 1
+    is_terminal: bool = False
 
 
 def estimate(
@@ -39,6 +52,7 @@ def estimate(
     config: PPOConfig,
     kind: Kind,
     center_momentum: float | None,
+    groups: Groups = Groups(),
 ) -> tuple[Rollout, RewardAndKLState, Metrics]:
     """From token rewards to advantages, and to the calibration and KL coefficient of the next step.
 
@@ -50,6 +64,7 @@ def estimate(
       config: options of PPO.
       kind: of token reward.
       center_momentum: of a running center; None where the center stays.
+      groups: how responses are compared.
 
     Returns:
       The rollout ``[B, T]`` to update on; the next ``feedback``; metrics, float32 scalars.
@@ -60,23 +75,24 @@ def estimate(
         token_log_probs.log_probs,
         token_log_probs.reference_log_probs,
         mask,
-        coefficient=feedback.kl_coef,
+        coefficient=0.0 if config.advantage == "grpo" else feedback.kl_coef,
         limit=config.reward_clip,
         estimator=config.kl_estimator,
     )
-    advantage, returns = advantages.gae(
-        penalized, token_log_probs.values, mask, discount=config.discount, gae_lambda=config.gae_lambda
-    )
-    explained = advantages.explained_variance(token_log_probs.values, returns, mask)
+    values = token_log_probs.values
+    advantage, returns = _advantages(penalized, values, mask, config, groups)
     deviation = jnp.sqrt(masking.masked_mean(jnp.square(advantage - masking.masked_mean(advantage, mask)), mask))
-    if config.whiten_advantages:
+    metrics = _rollout_metrics(batch, token_log_probs, rewards, penalized)
+    if values is not None and returns is not None:
+        metrics["explained_variance"] = advantages.explained_variance(values, returns, mask)
+    elif groups.size > 1:
+        metrics["equal_groups"] = advantages.equal_groups(advantage, mask, group_size=groups.size)
+    if config.is_whitened:
         advantage = masking.masked_whiten(advantage, mask)
 
-    metrics = _rollout_metrics(batch, token_log_probs, rewards, penalized)
     metrics |= {
         "kl_coef": feedback.kl_coef,
         "center": feedback.calibration.center,
-        "explained_variance": explained,
         "advantage_std": deviation,
     }
     calibration, kl_coef = feedback.calibration, feedback.kl_coef
@@ -91,8 +107,22 @@ def estimate(
             count=jnp.sum(jnp.any(mask, axis=1)),
         )
     log_probs, reference_log_probs = token_log_probs.log_probs, token_log_probs.reference_log_probs
-    rollout = Rollout(batch, log_probs, reference_log_probs, token_log_probs.values, advantage, returns)
+    rollout = Rollout(batch, log_probs, reference_log_probs, values, advantage, returns)
     return rollout, RewardAndKLState(calibration, kl_coef), metrics
+
+
+def _advantages(
+    rewards: jax.Array, values: jax.Array | None, mask: jax.Array, config: PPOConfig, groups: Groups
+) -> tuple[jax.Array, jax.Array | None]:
+    """Advantages ``[B, T]``, not whitened; and the critic's targets where there are values."""
+    if values is not None:
+        return advantages.gae(rewards, values, mask, discount=config.discount, gae_lambda=config.gae_lambda)
+    function = {
+        "rloo": advantages.rloo,
+        "grpo": advantages.grpo,
+        "reinforce++": advantages.reinforce_plus_plus,
+    }[config.advantage]
+    return function(rewards, mask, group_size=groups.size, is_terminal=groups.is_terminal), None
 
 
 def _shaped_rewards(rewards: TokenRewards, mask: jax.Array, config: PPOConfig) -> jax.Array:
@@ -123,11 +153,12 @@ def _rollout_metrics(
         "kl": mean_kl,
         "kl_error": jnp.sqrt(variance / jnp.maximum(jnp.sum(responses), 1)),
         "kl_per_token": masking.masked_mean(log_ratio, mask),
-        "value": masking.masked_mean(token_log_probs.values, mask),
         "response_length": masking.masked_mean(rewards.diagnostics["length"], responses),
         "tokens": jnp.sum(mask, dtype=jnp.float32),
         "prompt_tokens": jnp.sum(batch.prompt_mask, dtype=jnp.float32),
     }
+    if token_log_probs.values is not None:
+        metrics["value"] = masking.masked_mean(token_log_probs.values, mask)
     for name in ("ended", "tag_rate", "divergence", "end_tag"):
         metrics[name] = masking.masked_mean(rewards.diagnostics[name], responses)
     return metrics
@@ -147,10 +178,10 @@ def minibatch(rollout: Rollout, key: jax.Array, index: jax.Array, *, num_minibat
     return jax.tree.map(lambda x: x[chosen], rollout)
 
 
-def weigh(rollout: Rollout, ptx: TokenBatch) -> PPOBatch:
+def weigh(rollout: Rollout, ptx: TokenBatch, *, aggregation: str = "token") -> PPOBatch:
     """A rollout and rows of SFT data as one batch (see `PPOBatch`)."""
-    response_tokens = jnp.sum(rollout.responses.response_mask, dtype=jnp.float32)
-    weight = response_tokens / jnp.maximum(jnp.sum(ptx.loss_mask, dtype=jnp.float32), 1.0)
+    weight = losses.aggregation_weight(rollout.responses.response_mask, aggregation)
+    weight /= jnp.maximum(jnp.sum(ptx.loss_mask, dtype=jnp.float32), 1.0)
     return PPOBatch(rollout, ptx, jnp.full((ptx.tokens.shape[0],), weight))
 
 
@@ -166,7 +197,7 @@ class Programs:
       minibatch: `minibatch`, the first of the update's programs.
       weigh: `weigh`.
       update_policy: on frozen parameters and a `PPOBatch`; the state is donated.
-      update_critic: the same for the critic; None where the trunk is shared.
+      update_critic: the same for the critic; None where it has no trunk of its own.
     """
 
     rollout: BatchSampler

@@ -1,12 +1,17 @@
 """The `ppo`, `rollout` and `critic` sections of a config."""
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from jaxrm.algorithms.optimizer import OptimizerConfig
-from jaxrm.config.fields import above, at_least, at_most, below, bounded, check, finite, one_of, place, wrong
+from jaxrm.config.fields import above, at_least, at_most, below, bounded, check, finite, one_of, place, typed, wrong
+from jaxrm.errors import UserError
 from jaxrm.models.generate import SamplingConfig
-from jaxrm.ops import kl
+from jaxrm.ops import kl, losses
 from jaxrm.sharding.mesh import MeshConfig
+
+ADVANTAGES = ("gae", "rloo", "grpo", "reinforce++")
+_OF_VALUES = ("gae_lambda", "value_clip", "value_coef", "shared_trunk")
 
 
 @dataclass(frozen=True)
@@ -16,34 +21,48 @@ class PPOConfig:
     The defaults are those of the published scripts of the paper's group, but for ``missing_end_penalty``.
 
     Attributes:
+      advantage: what a token is worth. ``gae`` asks a critic. The others have none, and compare the responses to a
+        prompt, ``config.rollout.responses_per_prompt`` of them, with each other (`jaxrm.ops.advantages`): ``rloo``
+        (arXiv 2402.14740) and ``grpo`` (arXiv 2402.03300) from two on; ``reinforce++`` (arXiv 2501.03262) also one
+        alone, since it is whitened over the batch.
       num_epochs: passes over each rollout.
       num_minibatches: updates in a pass, each on its share of the responses.
-      clip: epsilon, how far the ratio of new to old probabilities pays.
+      clip: epsilon, how far the ratio of new to old probabilities pays. With one epoch of one minibatch the ratio is 1.
+      clip_high: the same above 1, where it is to be wider (arXiv 2503.14476); None is ``clip``.
+      loss_aggregation: how the losses of tokens are averaged: over all tokens of the batch (``token``), first over
+        those of each response (``sequence``, as in the paper of GRPO), or over the most tokens that the responses may
+        have (``constant``, Dr. GRPO, arXiv 2503.20783). A critic's loss alike.
       value_clip: epsilon_v, how far a value may move from the old one and still be trained.
       reward_clip: c, bound on the absolute reward of a token, KL penalty included.
       discount: gamma.
       gae_lambda: lambda of the generalized advantage estimate (Schulman et al. 2015, arXiv 1506.02438).
-      kl_coef: beta, nats to rewards; where ``kl_target`` is given, the first one.
+      kl_coef: beta, the weight of the KL to the reference, in rewards a nat; where ``kl_target`` is given, the first
+        one. It counts once: as a penalty in the reward, and with ``grpo`` as a term of the loss instead, as published.
       kl_estimator: of the penalty in the reward: ``k1`` is the log-ratio itself, ``k2`` half its square, ``k3`` the
         one that is never negative.
       kl_target: KL to the reference in nats a response that an adaptive controller aims at (Ziegler et al. 2019,
         arXiv 1909.08593); None keeps ``kl_coef``.
       kl_horizon: responses in which the controller moves ``kl_coef`` by as much as the KL is off, a fifth at most.
-      kl_loss_coef: weight of the ``k2`` estimate as a term of the loss, besides the penalty in the reward.
+      kl_loss_coef: weight of a KL as a term of the loss, besides the penalty in the reward; not with ``grpo``.
+      kl_loss_estimator: of the KL in the loss, ``k2`` or ``k3``. ``k2`` is the one whose gradient is that of the KL;
+        None takes ``k3`` with ``grpo``, as published, else ``k2``.
       missing_end_penalty: taken off the last token's reward of a response that was cut off before its end token (Huang
         et al. 2024, arXiv 2403.17031). What is left of it counts as the whole response: a scalar reward model is read
         at its last token, and nothing is worth anything after it. Without a penalty, a policy that never ends is paid
         like one that does. With ``config.reward.scale=unit``, 1 is the standard deviation of the SFT policy's rewards.
-      whiten_advantages: give the advantages of a rollout zero mean and unit standard deviation.
+      whiten_advantages: give the advantages of a rollout zero mean and unit standard deviation; ``reinforce++`` does.
       normalize_rewards: divide token rewards by their standard deviation in the rollout.
       ptx_coef: weight of the next-token loss on SFT data, where ``config.ptx`` gives any.
       shared_trunk: one trunk with two heads in place of a critic of its own; halves the memory.
       value_coef: weight of the value loss where the trunk is shared.
     """
 
+    advantage: str = bounded("gae", one_of(*ADVANTAGES))
     num_epochs: int = bounded(1, at_least(1))
     num_minibatches: int = bounded(1, at_least(1))
     clip: float = bounded(0.2, above(0), below(1))
+    clip_high: float | None = bounded(None, above(0), finite, meaning="that of clip")
+    loss_aggregation: str = bounded("token", one_of(*losses.AGGREGATIONS))
     value_clip: float = bounded(5.0, above(0))
     reward_clip: float = bounded(50.0, above(0))
     discount: float = bounded(1.0, above(0), at_most(1))
@@ -53,6 +72,7 @@ class PPOConfig:
     kl_target: float | None = bounded(None, above(0), finite, meaning="a fixed kl_coef")
     kl_horizon: int = bounded(10_000, at_least(1))
     kl_loss_coef: float = bounded(0.0, at_least(0), finite)
+    kl_loss_estimator: str | None = bounded(None, one_of("k2", "k3"), meaning="that of the advantage")
     missing_end_penalty: float = bounded(1.0, at_least(0), finite)
     whiten_advantages: bool = False
     normalize_rewards: bool = False
@@ -65,6 +85,50 @@ class PPOConfig:
         if self.kl_target is not None and self.kl_coef == 0:
             required = f"above 0, since the controller of {place(self, 'kl_target')} can never raise 0"
             raise wrong(self, "kl_coef", required, 0.02)
+        if not self.has_values:
+            for name in (*_OF_VALUES, "discount"):
+                lacks = "sums rewards without a discount" if name == "discount" else "has no critic"
+                self._refuse(name, f"{place(self, 'advantage')}={self.advantage} {lacks}")
+        if self.advantage == "grpo":
+            in_loss = f"{place(self, 'advantage')}=grpo has its KL in the loss"
+            self._refuse("kl_target", f"{in_loss}, which no controller moves")
+            self._refuse("kl_estimator", f"{in_loss}, see {place(self, 'kl_loss_estimator')}")
+            self._refuse("kl_loss_coef", f"{in_loss}, weighed by {place(self, 'kl_coef')}, and it would count twice")
+        elif self.kl_loss_estimator is not None and self.kl_loss_coef == 0:
+            raise UserError(
+                f"{place(self, 'kl_loss_estimator')} is {self.kl_loss_estimator!r}, but the loss has no KL; use "
+                f"{typed(self, 'kl_loss_coef', 0.02)} or {typed(self, 'kl_loss_estimator', None)}"
+            )
+
+    @property
+    def has_values(self) -> bool:
+        """Whether there are values of states: a critic's, or a value head's on the policy's trunk."""
+        return self.advantage == "gae"
+
+    @property
+    def is_whitened(self) -> bool:
+        """Whether advantages are whitened over the batch."""
+        return self.whiten_advantages or self.advantage == "reinforce++"
+
+    @property
+    def loss_kl(self) -> tuple[float, str]:
+        """Weight and estimator of the KL that is a term of the loss."""
+        if self.advantage == "grpo":
+            return self.kl_coef, self.kl_loss_estimator or "k3"
+        return self.kl_loss_coef, self.kl_loss_estimator or "k2"
+
+    def _refuse(self, name: str, reason: str) -> None:
+        """Refuse a field that is not at its default.
+
+        Raises:
+          UserError: naming the field.
+        """
+        value, default = getattr(self, name), type(self).__dataclass_fields__[name].default
+        if value != default:
+            raise UserError(
+                f"{place(self, name)} is {value!r}, but {reason}; use {typed(self, name, default)} or "
+                f"{typed(self, 'advantage', 'gae')}"
+            )
 
 
 @dataclass(frozen=True)
@@ -82,11 +146,14 @@ class RolloutConfig:
       num_microbatches: parts that a batch of prompts is answered in, one after another, so that the key-value cache is
         that of a part. The weights are read once for each part and token. Tokens are drawn
         from the same distribution, with other random numbers.
+      responses_per_prompt: n, in PPO: responses to each prompt of a step. ``config.data.batch_size`` counts responses,
+        so a step has 1 / n as many prompts. A prompt is read, and its keys and values stored, once for all n.
     """
 
     sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(max_new_tokens=128))
     mesh: MeshConfig | None = None
     num_microbatches: int = bounded(1, at_least(1))
+    responses_per_prompt: int = bounded(1, at_least(1))
 
     def __post_init__(self) -> None:
         check(self)
@@ -99,8 +166,17 @@ class CriticConfig:
     Attributes:
       path: folder of the run that its trunk starts from, a scalar reward model or a policy. None takes the scalar
         reward model where rewards come from one, else the policy.
+      head: what it reads values with at first. ``zero`` is 0 everywhere, so that advantages are those of the rewards
+        alone until it has learned. ``reward_model`` is the head of the scalar reward model whose trunk it has, in the
+        units of its calibrated rewards: a value is then the score of what is written so far. That wants rewards of the
+        kind ``scalar`` from the same run, best one whose head was trained to be a value function
+        (`jaxrm.algorithms.scalar_rm.ScalarRMConfig.prefix_coef`, arXiv 2604.22981).
       optimizer: of the critic; its schedule has the steps of the policy's. A shared trunk is trained by the policy's.
     """
 
     path: str | None = None
+    head: Literal["zero", "reward_model"] = "zero"
     optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=5e-6))
+
+    def __post_init__(self) -> None:
+        check(self)

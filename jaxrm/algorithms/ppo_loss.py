@@ -19,32 +19,39 @@ def policy_loss(networks: Networks, config: PPOConfig) -> LossFn:
     """Loss of the policy: the clipped surrogate, with the optional terms of `PPOConfig`.
 
     Returns:
-      ``loss_fn(params, PPOBatch, key)``. Aux, means over response tokens: ``policy_loss``, ``approx_kl`` (k3 of the
-      new policy from the old), ``ratio_error`` (``|rho - 1|``), ``clip_fraction``, ``entropy``; ``ptx_loss``; and where
-      the trunk is shared those of `critic_loss`.
+      ``loss_fn(params, PPOBatch, key)``. Aux: ``policy_loss``; means over response tokens, ``approx_kl`` (k3 of the new
+      policy from the old), ``ratio_error`` (``|rho - 1|``), ``clip_fraction``, ``entropy``; ``kl_loss`` where the loss
+      has one; ``ptx_loss``; and where the trunk is shared those of `critic_loss`.
     """
 
     def loss_fn(params: Any, batch: PPOBatch, key: jax.Array) -> Any:
         rollout, mask = batch.rollout, batch.rollout.responses.response_mask
-        weight = jnp.sum(mask, dtype=jnp.float32)
         decoder, value_head = networks.open_policy(params)
         hidden = response_hidden(decoder, rollout.responses, pad_to_multiple_of=networks.pad_to_multiple_of)
         token = token_statistics(decoder, hidden, rollout.responses, temperature=networks.temperature)
-        surrogate = losses.clipped_policy_loss(token.log_probs, rollout.log_probs, rollout.advantages, clip=config.clip)
-        loss = surrogate.loss
-        if config.kl_loss_coef:
-            loss += config.kl_loss_coef * kl.kl_estimate("k2", token.log_probs, rollout.reference_log_probs)
-        total = masking.masked_sum(loss, mask)
+        surrogate = losses.clipped_policy_loss(
+            token.log_probs, rollout.log_probs, rollout.advantages, clip=config.clip, clip_high=config.clip_high
+        )
+        loss, (kl_coef, kl_estimator) = surrogate.loss, config.loss_kl
+        if kl_coef:
+            kl_loss = kl.kl_estimate(kl_estimator, token.log_probs, rollout.reference_log_probs)
+            loss += kl_coef * kl_loss
+        total, weight = losses.aggregate(loss, mask, config.loss_aggregation)
+        policy_sum, _ = losses.aggregate(surrogate.loss, mask, config.loss_aggregation)
 
         approx_kl = jax.lax.stop_gradient(kl.kl_estimate("k3", rollout.log_probs, token.log_probs))
         observed = {
-            "policy_loss": surrogate.loss,
             "approx_kl": approx_kl,
             "ratio_error": jnp.abs(surrogate.ratio - 1.0),
             "clip_fraction": surrogate.is_clipped.astype(jnp.float32),
             "entropy": token.entropy,
         }
-        aux = {name: (jax.lax.stop_gradient(masking.masked_sum(x, mask)), weight) for name, x in observed.items()}
+        tokens = jnp.sum(mask, dtype=jnp.float32)
+        aux = {name: (masking.masked_sum(x, mask), tokens) for name, x in observed.items()}
+        aux["policy_loss"] = (policy_sum, weight)
+        if kl_coef:
+            aux["kl_loss"] = losses.aggregate(kl_loss, mask, config.loss_aggregation)
+        aux = jax.lax.stop_gradient(aux)
         if value_head is not None:
             value_sum, critic_aux = _value_terms(value_head(hidden), rollout, config)
             total, aux = total + config.value_coef * value_sum, aux | critic_aux
@@ -75,10 +82,10 @@ def critic_loss(networks: Networks, config: PPOConfig) -> LossFn:
 
 def _value_terms(values: jax.Array, rollout: Rollout, config: PPOConfig) -> tuple[jax.Array, Any]:
     mask = rollout.responses.response_mask
-    weight = jnp.sum(mask, dtype=jnp.float32)
+    assert rollout.values is not None and rollout.returns is not None, "values are trained where there are any"
     clipped = losses.clipped_value_loss(values, rollout.values, rollout.returns, clip=config.value_clip)
-    total = masking.masked_sum(clipped.loss, mask)
+    total, weight = losses.aggregate(clipped.loss, mask, config.loss_aggregation)
     return total, {
         "value_loss": (jax.lax.stop_gradient(total), weight),
-        "value_clip_fraction": (masking.masked_sum(clipped.is_clipped, mask), weight),
+        "value_clip_fraction": (masking.masked_sum(clipped.is_clipped, mask), jnp.sum(mask, dtype=jnp.float32)),
     }

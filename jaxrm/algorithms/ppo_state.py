@@ -31,7 +31,7 @@ class PPOState:
 
     Attributes:
       policy: of the decoder, or of both heads on one trunk.
-      critic: None where the trunk is shared.
+      critic: None where it has no trunk of its own.
       feedback: as it is now.
       initial_calibration: as it was before the first step; evaluations use it, so that they can be compared.
     """
@@ -50,9 +50,9 @@ class PPOBatch:
     Attributes:
       rollout: responses ``[B, T]``.
       ptx: rows of SFT data, or None.
-      ptx_weight: ``[rows]`` float32, response tokens over SFT tokens, the same in every row: it makes of the sum over
-        SFT tokens response tokens times their mean, so that both losses are divided by the same number; None without
-        ``ptx``.
+      ptx_weight: ``[rows]`` float32, the weight of the responses' loss over SFT tokens, the same in every row: it makes
+        of the sum over SFT tokens that weight times their mean, so that both losses are divided by the same number;
+        None without ``ptx``.
     """
 
     rollout: Rollout

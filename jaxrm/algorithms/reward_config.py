@@ -4,8 +4,10 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from jaxrm.config.fields import Bound, above, at_least, below, bounded, check, finite, place, typed, wrong
+from jaxrm.config.fields import Bound, above, at_least, below, bounded, check, finite, one_of, place, typed, wrong
 from jaxrm.errors import UserError
+from jaxrm.models import quantized
+from jaxrm.models.build import DTYPES
 from jaxrm.ops import token_rewards
 
 _SCALE = Bound(lambda scale: scale == "unit" or 0 < scale < math.inf, "unit or a finite number above 0", "unit")
@@ -45,6 +47,28 @@ class RewardKindConfig:
     def __post_init__(self) -> None:
         check(self)
         check_kind(self.kind, place(self, "kind"), typed(self, "kind", "literal"))
+
+
+@dataclass(frozen=True)
+class ClassifierConfig:
+    """How a classifier of the hub reads the policy's responses; what is None is as its makers have it.
+
+    Attributes:
+      max_length: most tokens of prompt and response; longer texts are cut on the side that its tokenizer truncates.
+        None is the least of its tokenizer's ``model_max_length`` and its positions.
+      template: chat template in place of its tokenizer's own: a name of `jaxrm.data.named_templates.TEMPLATES`, or a
+        file of Jinja.
+      dtype: compute dtype; None is that of ``config.model``.
+      quantize: how its weights are stored, as in `jaxrm.models.build.ModelSource`.
+    """
+
+    max_length: int | None = bounded(None, at_least(1), meaning="that of its tokenizer and positions")
+    template: str | None = None
+    dtype: str | None = bounded(None, one_of(*DTYPES))
+    quantize: str | None = bounded(None, one_of(*quantized.KINDS))
+
+    def __post_init__(self) -> None:
+        check(self)
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,8 @@ class Networks:
     Attributes:
       decoder: of a `jaxrm.models.transformer.Decoder`: the reference, and the policy unless the trunk is shared.
       policy: what the policy's parameters belong to: ``decoder``, or a `jaxrm.models.heads.ActorCritic`.
-      critic: of a `jaxrm.models.heads.ScalarModel`; None where the trunk is shared.
+      critic: of a `jaxrm.models.heads.ScalarModel`; None where the trunk is shared, or there are no values.
+      is_shared: whether policy and critic have one trunk.
       temperature: of sampling; it divides the logits of every log-prob.
       pad_to_multiple_of: see `jaxrm.algorithms.scoring.response_hidden`.
     """
@@ -34,13 +35,9 @@ class Networks:
     decoder: nnx.GraphDef
     policy: nnx.GraphDef
     critic: nnx.GraphDef | None
+    is_shared: bool = False
     temperature: float = 1.0
     pad_to_multiple_of: int = 1
-
-    @property
-    def is_shared(self) -> bool:
-        """Whether policy and critic have one trunk."""
-        return self.critic is None
 
     def open_policy(self, params: Any) -> tuple[Decoder, ScalarHead | None]:
         """The policy, and the value head where it is on the same trunk."""
@@ -55,7 +52,8 @@ class Networks:
         """What policy and critic do not train of themselves: the base of their adapters, as each has it in its tree."""
         if not base:
             return FrozenParams({}, {})
-        return FrozenParams({"decoder": base} if self.is_shared else base, heads.frozen_trunk(base))
+        critic = {} if self.critic is None else heads.frozen_trunk(base)
+        return FrozenParams({"decoder": base} if self.is_shared else base, critic)
 
     def values(self, critic_params: Any, batch: ResponseBatch) -> jax.Array:
         """Values ``[B, T]`` of a critic with a trunk of its own: of the states before each response token."""
@@ -78,13 +76,13 @@ class TokenLogProbs(NamedTuple):
       log_probs: log-prob under the policy.
       entropy: of the policy, nats.
       reference_log_probs: log-prob under the reference.
-      values: the critic's, of the state before each token.
+      values: the critic's, of the state before each token; None where there are none.
     """
 
     log_probs: jax.Array
     entropy: jax.Array
     reference_log_probs: jax.Array
-    values: jax.Array
+    values: jax.Array | None
 
 
 class RewardSource(Protocol):
@@ -214,7 +212,7 @@ def build_log_probs(
     Args:
       networks: graphs of the models.
       policy_sharding: of the policy's parameters.
-      critic_sharding: of the critic's; their parameters are None where the trunk is shared.
+      critic_sharding: of the critic's; their parameters are None where it has no trunk of its own.
       reference_sharding: of the reference's.
       batch_sharding: of the rows.
       base_sharding: of the base's parameters.
@@ -241,9 +239,11 @@ def build_log_probs(
                 pad_to_multiple_of=networks.pad_to_multiple_of,
                 temperature=networks.temperature,
             )
-            values = networks.values(critic_params, batch) if value_head is None else value_head(hidden)
+            values = None if value_head is None else value_head(hidden)
+            if critic_params is not None:
+                values = networks.values(critic_params, batch)
             every = TokenLogProbs(policy.log_probs, policy.entropy, reference.log_probs, values)
-            return TokenLogProbs(*(jnp.where(batch.response_mask, x, 0.0) for x in every))
+            return jax.tree.map(lambda x: jnp.where(batch.response_mask, x, 0.0), every)
 
         return microbatches.in_microbatches(microbatch, num_microbatches)(batch)
 

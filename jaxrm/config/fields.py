@@ -70,6 +70,11 @@ _SYNONYMS = {
     "kl_coef": ("ppo.kl_coef",),
     "cliprange": ("ppo.clip",),
     "clip_range": ("ppo.clip",),
+    "epsilon": ("ppo.clip",),
+    "epsilon_high": ("ppo.clip_high",),
+    "loss_type": ("ppo.loss_aggregation",),
+    "advantage_estimator": ("ppo.advantage",),
+    "num_generations": ("rollout.responses_per_prompt",),
     "gamma": ("ppo.discount",),
     "lam": ("ppo.gae_lambda",),
 }  # what others call a field, only used for hints; the first that the config has is meant

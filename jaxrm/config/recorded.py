@@ -4,7 +4,13 @@ from collections.abc import Mapping
 from typing import Any
 
 _FIELDS = {"algorithm", "answers", "scalar_rm", "dpo", "ppo"}  # of the one class that served all stages
-_SINCE = {"lora": {"rank": 0}, "num_microbatches": 1}
+_SINCE = {
+    "lora": {"rank": 0},
+    "num_microbatches": 1,
+    "advantage": "gae",
+    "loss_aggregation": "token",
+    "responses_per_prompt": 1,
+}
 _RENAMED = {"answers": "evaluate", "along": "evaluate_checkpoints", "draw": "sampling_seed"}
 
 

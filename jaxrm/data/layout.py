@@ -111,8 +111,23 @@ def open_layout(tokenizer: "PreTrainedTokenizerBase", template: str) -> Layout:
     Raises:
       UserError: there is no such template, or it cannot be used.
     """
+    return _measure(tokenizer, template, _jinja(tokenizer, template))
+
+
+def open_dialogue_layout(tokenizer: "PreTrainedTokenizerBase", template: str) -> Layout:
+    """A template that writes whole dialogues alone, as a classifier reads them: of a response nothing is measured.
+
+    Arguments as for `open_layout`.
+
+    Raises:
+      UserError: there is no such template, or it refuses a question with its response.
+    """
+    return _describe(tokenizer, template, _jinja(tokenizer, template))
+
+
+def _jinja(tokenizer: "PreTrainedTokenizerBase", template: str) -> str:
     if template in TEMPLATES:
-        return _measure(tokenizer, template, TEMPLATES[template])
+        return TEMPLATES[template]
     own = tokenizer.chat_template
     if isinstance(own, dict) and (template == "auto" or template.startswith(OWN)):
         own = own.get("default" if template == "auto" else template.removeprefix(OWN))
@@ -132,7 +147,7 @@ def open_layout(tokenizer: "PreTrainedTokenizerBase", template: str) -> Layout:
             f"{option('data.template')} is {template!r}, but the tokenizer has no chat template; name one of "
             f"{', '.join(TEMPLATES)}, e.g. {flag('data.template')}=hh"
         )
-    return _measure(tokenizer, template, own)
+    return own
 
 
 @lru_cache(maxsize=1024)
@@ -189,6 +204,28 @@ def _left_out(layout: Layout, role: str) -> UserError:
         f"{layout} leaves out or changes the text of a message of the role {role!r}; take such messages out, or name "
         f"another template, e.g. {flag('data.template')}={other}"
     )
+
+
+@lru_cache(maxsize=256)
+def check_dialogue_roles(
+    tokenizer: "PreTrainedTokenizerBase", template: str, jinja: str, roles: tuple[str, ...]
+) -> None:
+    """Check, with words that stand nowhere else, that a template writes every message of a whole dialogue.
+
+    Raises:
+      UserError: it refuses these roles, or leaves out or moves a message.
+    """
+    layout = _describe(tokenizer, template, jinja)
+    messages = [Message(role, f"qz{i}message{i}qz") for i, role in enumerate(roles)]
+    check_texts(layout, messages, layout.render(messages, generates=False))
+
+
+@lru_cache(maxsize=16)
+def _describe(tokenizer: "PreTrainedTokenizerBase", template: str, jinja: str) -> Layout:
+    layout = Layout(template, jinja, _variables(tokenizer, template, jinja))
+    whole = layout.render([Message("user", _QUESTION), Message("assistant", _RESPONSE)], generates=False)
+    control = _control(tokenizer, _turns(layout, whole), thoughts="<think>")
+    return replace(layout, control=re.compile(f"(?={control}).", re.DOTALL))
 
 
 @lru_cache(maxsize=16)

@@ -14,7 +14,14 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from jaxrm.data.layout import Layout, check_roles, check_texts, open_layout
+from jaxrm.data.layout import (
+    Layout,
+    check_dialogue_roles,
+    check_roles,
+    check_texts,
+    open_dialogue_layout,
+    open_layout,
+)
 from jaxrm.data.records import Message
 from jaxrm.errors import UserError
 
@@ -100,6 +107,21 @@ def write_response(tokenizer: "PreTrainedTokenizerBase", text: str, template: st
     layout = open_layout(tokenizer, template)
     mark = _free_mark([text])
     return Text(tuple(layout.response(_break(text, mark, layout)).split(mark)), layout.prompt)
+
+
+def write_dialogue(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message], template: str) -> Text:
+    """The text of a whole dialogue, its last response included: what ``apply_chat_template(messages)`` gives.
+
+    Arguments as for `write_prompt`.
+
+    Raises:
+      UserError: there is no such template, it refuses the dialogue, or it does not write all of such a dialogue.
+    """
+    layout = open_dialogue_layout(tokenizer, template)
+    check_dialogue_roles(tokenizer, template, layout.jinja, tuple(message.role for message in messages))
+    mark = _free_mark([message.content for message in messages])
+    broken = [Message(message.role, _break(message.content, mark, layout)) for message in messages]
+    return Text(tuple(layout.render(broken, generates=False).split(mark)), behind="")
 
 
 def write_request(tokenizer: "PreTrainedTokenizerBase", template: str, instruction: str) -> Text:

@@ -10,10 +10,13 @@ import jax
 from jax.sharding import Mesh
 
 from jaxrm import atomic
+from jaxrm.algorithms.reward_config import ClassifierConfig
 from jaxrm.config import dicts
 from jaxrm.data.tokenizer import load_tokenizer, save_tokenizer
 from jaxrm.errors import UserError, arguments, flag, option
 from jaxrm.inference import parameters, weights
+from jaxrm.inference.classifier import Classifier
+from jaxrm.inference.open_classifier import open_classifier
 from jaxrm.inference.policy import Policy
 from jaxrm.inference.reward_model import RewardModel, default_kind
 from jaxrm.inference.sharded_model import check_tokenizer, shard_model, shard_scalar_model, with_tokens
@@ -28,7 +31,8 @@ from jaxrm.stage_config import LANGUAGE_MODELS, REWARD_MODELS
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_ARGUMENTS = {"model": "", "data": ""}  # fields of a config whose names are those of the arguments here
+# Fields of a config and the arguments here that stand for them.
+_ARGUMENTS = {"model": "", "data": "", "reward.model": "path", "reward.classifier": ""}
 
 
 @arguments(_ARGUMENTS)
@@ -85,8 +89,8 @@ def load_reward_model(
     template: str | None = None,
     attention: str = "auto",
     quantize: str | None = None,
-) -> RewardModel:
-    """Load a reward model of either sort; published weights are read as a seq2seq one.
+) -> RewardModel | Classifier:
+    """Load a reward model of any sort: published weights are a classifier, where they have its head, or a seq2seq one.
 
     Args:
       path: see `load_policy`.
@@ -94,7 +98,7 @@ def load_reward_model(
       mesh: see `load_policy`.
       dtype: see `load_policy`.
       tokenizer: see `load_policy`.
-      template: see `load_policy`.
+      template: see `load_policy`; of a classifier also a file of Jinja.
       attention: kernel, as in `jaxrm.models.build.ModelSource`.
       quantize: see `load_policy`.
 
@@ -102,13 +106,16 @@ def load_reward_model(
       UserError: where there is no such model, or it is no reward model.
     """
     path, mesh = _checked_path(path), mesh or build_mesh(MeshConfig())
+    if adapter is None and not is_run(path) and hub.is_classifier(path):
+        options = ClassifierConfig(template=template, dtype=dtype, quantize=quantize)
+        return open_classifier(path, options, mesh=mesh, attention=attention, tokenizer=tokenizer)
     if not is_run(adapter or path):
         source = ModelSource(
             path=path, adapter=adapter, dtype=dtype or "float32", attention=attention, quantize=quantize
         )
         peft = weights.peft_adapter(source)
         if peft is not None and peft.scalar_head:
-            return _load_classifier(source, peft, mesh, tokenizer, template)
+            return _load_scalar_adapter(source, peft, mesh, tokenizer, template)
         return _load_weights(source, mesh, tokenizer, template).as_reward_model("seq2seq")
     _check_has_own(adapter or path, tokenizer, template)
     model = describe_reward_model(adapter or path, mesh=mesh, dtype=dtype, attention=attention, quantize=quantize)
@@ -198,7 +205,7 @@ def _load_weights(source: ModelSource, mesh: Mesh, tokenizer_path: str | None, t
     return Policy(model, params, tokenizer, template, weights.name_of(source))
 
 
-def _load_classifier(
+def _load_scalar_adapter(
     source: ModelSource, adapter: hub.Adapter, mesh: Mesh, tokenizer_path: str | None, template: str | None
 ) -> RewardModel:
     """A scalar reward model whose adapters and head are a PEFT folder of SEQ_CLS."""

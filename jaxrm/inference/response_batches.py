@@ -64,11 +64,11 @@ def _batches(
     shards = batch_shards(mesh)
     rows = -(-rows // shards) * shards
     sharding = partition.batch_sharding(mesh)
-    order = sorted(range(len(prompts)), key=lambda i: (_bucket(len(responses[i])), len(prompts[i]), i))
+    order = sorted(range(len(prompts)), key=lambda i: (bucket(len(responses[i])), len(prompts[i]), i))
     for start in range(0, len(order), rows):
         indices = order[start : start + rows]
-        P = _bucket(max(len(prompts[i]) for i in indices))
-        T = _bucket(max(len(responses[i]) for i in indices))
+        P = bucket(max(len(prompts[i]) for i in indices))
+        T = bucket(max(len(responses[i]) for i in indices))
         prompt_ids, prompt_mask = np.zeros((rows, P), np.int32), np.zeros((rows, P), bool)
         ids, mask = np.zeros((rows, T), np.int32), np.zeros((rows, T), bool)
         for row, i in enumerate(indices):
@@ -81,7 +81,7 @@ def _batches(
         yield ResponseBatch(*placed), indices
 
 
-def _bucket(length: int) -> int:
+def bucket(length: int) -> int:
     """Least power of two, or one and a half of it, that holds ``length``."""
     power = max(_SMALLEST, 1 << max(length - 1, 0).bit_length())
     return power * 3 // 4 if power > _SMALLEST and length <= power * 3 // 4 else power

@@ -13,6 +13,7 @@ from jaxrm.data.records import Record
 from jaxrm.errors import UserError, option
 from jaxrm.evaluation.ranking import pair_accuracy
 from jaxrm.inference import token_scores
+from jaxrm.inference.classifier import Classifier
 from jaxrm.inference.policy import Policy
 from jaxrm.inference.reward_model import (
     RewardModel,
@@ -41,18 +42,24 @@ def choose_kind_of_run(run: RunCheckpoint, kind: str | None, configured: str | N
     return choose_kind(run.name, is_seq2seq, kind or configured or "", "kind" if kind else "reward.kind")
 
 
-def choose_kind_of_model(model: RewardModel, reference: Policy | None, kind: str | None, configured: str | None) -> str:
+def choose_kind_of_model(
+    model: RewardModel | Classifier, reference: Policy | None, kind: str | None, configured: str | None
+) -> str:
     """The same for a reward model that is no run, and for the policy that ``contrast`` compares with.
 
     Raises:
       UserError: where the reward model cannot give the kind, or the reference reads other token ids or templates.
     """
-    if kind is not None or configured is not None:
+    if isinstance(model, Classifier):
+        chosen = kind or configured or model.kind
+        model.check_kind(chosen, "kind" if kind else "reward.kind")
+    elif kind is not None or configured is not None:
         chosen = choose_kind(model.name, model.is_seq2seq, kind or configured or "", "kind" if kind else "reward.kind")
     else:
         chosen = model.kind
     check_needs_reference(chosen, reference)
     if reference is not None:
+        assert isinstance(model, RewardModel), model  # a classifier gives no kind that compares
         check_reference(model.vocabulary, reference.name, vocabulary_of(reference))
         theirs = (reference.tokenizer, reference.template)
         check_reference_template((model.tokenizer, model.template), model.name, theirs, reference.name)
@@ -123,7 +130,7 @@ def read_records_to_score(path: str, data: DataConfig, held_out: bool, max_recor
 
 
 def score_records(
-    model: RewardModel,
+    model: RewardModel | Classifier,
     read: RecordsToScore,
     kind: str,
     batch_size: int,
@@ -143,13 +150,18 @@ def score_records(
     Raises:
       UserError: where nothing can be scored, or corrections have no room.
     """
-    encoded = token_scores.encode(read.records, model, read.report, reference=reference)
+    if isinstance(model, Classifier):
+        encoded = _encode_for_classifier(model, read)
+    else:
+        encoded = token_scores.encode(read.records, model, read.report, reference=reference)
     if not encoded:
         reason, count = next(iter(read.report.bad.items()))
         raise UserError(
             f"--input is {read.path!r}, of which nothing can be scored: {reason} (first at {count.first}); required "
             "are prompts with a chosen and a rejected response, or with one response, e.g. --input=pairs.jsonl"
         )
+    if isinstance(model, Classifier):
+        return model.score_records(encoded, kind, batch_size=batch_size)
     if max_new_tokens is not None:
         token_scores.check_corrections(model, encoded, max_new_tokens)
     scores = token_scores.score(model, encoded, kind, batch_size=batch_size, reference=reference)
@@ -160,6 +172,19 @@ def score_records(
         token_scores.as_record(model, record, values, written, kind)
         for record, values, written in zip(encoded, scores, corrections, strict=True)
     ]
+
+
+def _encode_for_classifier(model: Classifier, read: RecordsToScore) -> list[token_scores.EncodedRecord]:
+    """Records as a classifier reads them; what its template refuses is reported."""
+    encoded = []
+    for record in read.records:
+        try:
+            texts = token_scores.responses_of(record)
+            encoded.append(model.encode_record(record.source, record.prompt, texts))
+        except UserError as error:
+            read.report.add_bad(str(error), record.source)
+    read.report.used = len(encoded)
+    return encoded
 
 
 def write_lines(path: str, rows: Sequence[dict[str, Any]]) -> None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,9 @@ from jaxrm.ops.token_rewards import Kind, find_kind
 from jaxrm.runtime.progress import Progress
 from jaxrm.sharding import partition
 from jaxrm.types import ResponseBatch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,7 @@ def encode(
     encoded = []
     for record in records:
         try:
-            texts = _responses(record)
+            texts = responses_of(record)
             prompt_ids = templates.encode_prompt(model.tokenizer, record.prompt, model.template)
             scored, keeps_head = _encode(record.source, record.prompt, prompt_ids, texts, model, reference)
         except UserError as error:
@@ -108,8 +111,12 @@ def encode_all(
     return encoded
 
 
-def _responses(record: Record) -> list[tuple[str, str]]:
-    """``(side, text)`` of each response of a record."""
+def responses_of(record: Record) -> list[tuple[str, str]]:
+    """``(side, text)`` of each response of a record.
+
+    Raises:
+      UserError: it has none, or an empty one.
+    """
     if isinstance(record, PreferenceRecord):
         texts = [("chosen", record.chosen), ("rejected", record.rejected)]
     elif isinstance(record, DemonstrationRecord):
@@ -199,7 +206,7 @@ def score(
             done += len(indices)
             progress.update(done)
     if find_kind(kind).removes_length:
-        scores = _without_length(scores, find_kind(kind))
+        scores = without_length(scores, find_kind(kind))
     in_order = iter(scores)
     return [[next(in_order) for _ in record.responses] for record in records]
 
@@ -237,8 +244,18 @@ def check_corrections(model: RewardModel, records: Sequence[EncodedRecord], max_
     check_room(model.model.config, model.request, max_new_tokens, responses, sources, field="max_new_tokens")
 
 
+class Tokenized(Protocol):
+    """A reward model, as far as its tokens are shown: its tokenizer, and the ids that end a response."""
+
+    @property
+    def tokenizer(self) -> "PreTrainedTokenizerBase": ...  # noqa: D102 - in the class's docstring
+
+    @property
+    def end_ids(self) -> tuple[int, ...]: ...  # noqa: D102 - in the class's docstring
+
+
 def as_record(
-    model: RewardModel,
+    model: Tokenized,
     record: EncodedRecord,
     scores: Sequence[TokenScores],
     corrections: Sequence[np.ndarray] | None,
@@ -273,13 +290,13 @@ def as_record(
     }
 
 
-def text_of(model: RewardModel, token_ids: np.ndarray) -> str:
+def text_of(model: Tokenized, token_ids: np.ndarray) -> str:
     """A response or correction as text, without its end token."""
     special = {*model.tokenizer.all_special_ids, *model.end_ids}
     return str(model.tokenizer.decode([int(token) for token in token_ids if int(token) not in special])).strip()
 
 
-def _as_text_and_tokens(model: RewardModel, token_ids: np.ndarray) -> dict[str, Any]:
+def _as_text_and_tokens(model: Tokenized, token_ids: np.ndarray) -> dict[str, Any]:
     ids = [int(token) for token in token_ids]
     return {
         "text": text_of(model, token_ids),
@@ -314,7 +331,7 @@ def policy_log_probs(
     return lambda batch: jitted(params, batch)
 
 
-def _without_length(scored: Sequence[TokenScores], kind: Kind) -> list[TokenScores]:
+def without_length(scored: Sequence[TokenScores], kind: Kind) -> list[TokenScores]:
     """The scores, on the last token of each response, less the linear effect of length."""
     T = max(len(response.values) for response in scored)
     values, mask = np.zeros((len(scored), T), np.float32), np.zeros((len(scored), T), bool)

@@ -106,13 +106,15 @@ class PPOStage:
     def rollout(self) -> Rollout:
         """An abstract minibatch of a rollout."""
         rows = self.minibatch_size
-        return Rollout(self.responses(rows), *(self.rows((rows, self.response_length), jnp.float32) for _ in range(5)))
+        arrays = [self.rows((rows, self.response_length), jnp.float32) for _ in range(5)]
+        rollout = Rollout(self.responses(rows), *arrays)
+        return rollout if self.config.ppo.has_values else dataclasses.replace(rollout, values=None, returns=None)
 
 
 def build(config: PPO, mesh: Mesh, decoder: ShardedModel) -> StagePrograms:
     """The programs of a PPO step."""
     critic = None
-    if not config.ppo.shared_trunk:
+    if config.ppo.has_values and not config.ppo.shared_trunk:
         critic = sharded_model.shard_scalar_model(config.model, mesh, decoder.config, lora=decoder.lora)
     learner = open_learner(config, mesh, decoder, critic, num_steps=config.num_steps or 1000, end_ids=(0,))
     base = with_shardings(decoder.frozen_shapes, decoder.frozen_shardings)

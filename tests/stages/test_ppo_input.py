@@ -11,6 +11,7 @@ import shutil
 
 import pytest
 
+from jaxrm.algorithms.optimizer import OptimizerConfig
 from jaxrm.algorithms.ppo_config import CriticConfig, PPOConfig, RolloutConfig
 from jaxrm.algorithms.reward_config import RewardConfig
 from jaxrm.data.config import DataConfig
@@ -115,10 +116,21 @@ def refuse(launch, place):
         {"ppo": {"shared_trunk": True}},
         {"critic": {"path": "scalar_rm"}},
         {"critic": {"path": "sft/checkpoints/best"}},
+        {"reward": RewardConfig(kind="scalar", model="scalar_rm"), "critic": {"head": "reward_model"}},
         {"evaluation": {"judge": "task:safety"}},
         {"ptx": DataConfig(path="train.jsonl", max_length=64, batch_size=8)},
     ],
-    ids=["seq2seq", "scalar", "function", "shared trunk", "critic of RM", "critic of SFT", "judge", "ptx"],
+    ids=[
+        "seq2seq",
+        "scalar",
+        "function",
+        "shared trunk",
+        "critic of RM",
+        "critic of SFT",
+        "critic's head",
+        "judge",
+        "ptx",
+    ],
 )
 def test_the_good_configs_come_as_far_as_opening_their_folder(launch, changes):
     with pytest.raises(OpenedError):
@@ -410,6 +422,108 @@ def test_a_critic_of_its_own_beside_a_shared_trunk_is_refused(refuse):
     )
 
 
+@pytest.mark.parametrize(
+    ("changes", "has"),
+    [
+        (
+            {},
+            "but the critic starts from the policy, which has no such head; required rewards of the kind scalar from ",
+        ),
+        ({"ppo": {"shared_trunk": True}}, "but config.ppo.shared_trunk gives the critic the policy's trunk; use "),
+        ({"critic": {"path": "sft"}}, "but the critic starts from sft, step 4, a run of sft, which has no head; "),
+        ({"critic": {"path": "scalar_rm"}}, "but the kind is literal; required "),
+        (
+            {"critic": {"path": "scalar_rm"}, "reward": RewardConfig(kind="scalar", function="task:safety")},
+            "but task:safety pays; required ",
+        ),
+        (
+            {"critic": {"path": "scalar_copy"}, "reward": RewardConfig(kind="scalar", model="scalar_rm")},
+            "but rewards come from scalar_rm, step 4 and the critic from scalar_copy, step 4; required ",
+        ),
+    ],
+    ids=["no run", "shared", "policy", "kind", "function", "another run"],
+)
+def test_a_head_that_is_not_that_of_the_rewards_is_refused(refuse, place, changes, has):
+    if not (place / "scalar_copy").exists():
+        shutil.copytree(place / "scalar_rm", place / "scalar_copy")
+    critic = {"path": None, **changes.get("critic", {}), "head": "reward_model"}
+    message = refuse(**{**changes, "critic": critic})
+    assert message.startswith("config.critic.head is 'reward_model', " + has[:20]) and has in message
+    assert "--config.critic.head=zero" in message
+
+
+# --- advantages
+
+
+@pytest.mark.parametrize("advantage", ["rloo", "grpo"])
+def test_a_group_of_one_is_refused(refuse, advantage):
+    assert refuse(ppo={"advantage": advantage}, critic=CriticConfig()) == (
+        f"config.rollout.responses_per_prompt is 1, but config.ppo.advantage={advantage} compares the responses to a "
+        "prompt with each other; give at least 2, e.g. --config.rollout.responses_per_prompt=4"
+    )
+
+
+def test_options_of_a_critic_are_refused_where_there_is_none(refuse):
+    critic = CriticConfig(path="sft", optimizer=OptimizerConfig(lr=1e-3))
+    assert refuse(ppo={"advantage": "reinforce++"}, critic=critic) == (
+        "config.critic.path is 'sft', config.critic.optimizer.lr is 0.001, but config.ppo.advantage=reinforce++ has no "
+        "critic; use --config.critic.path=None --config.critic.optimizer.lr=5e-06"
+    )
+
+
+@pytest.mark.parametrize(
+    ("advantage", "options", "message"),
+    [
+        (
+            "rloo",
+            {"gae_lambda": 0.9},
+            "PPOConfig.gae_lambda is 0.9, but PPOConfig.advantage=rloo has no critic; use gae_lambda=0.95 or "
+            "advantage='gae'",
+        ),
+        (
+            "reinforce++",
+            {"shared_trunk": True},
+            "PPOConfig.shared_trunk is True, but PPOConfig.advantage=reinforce++ has no critic; use "
+            "shared_trunk=False or advantage='gae'",
+        ),
+        (
+            "rloo",
+            {"discount": 0.9},
+            "PPOConfig.discount is 0.9, but PPOConfig.advantage=rloo sums rewards without a discount; use "
+            "discount=1.0 or advantage='gae'",
+        ),
+        (
+            "grpo",
+            {"kl_loss_coef": 0.04},
+            "PPOConfig.kl_loss_coef is 0.04, but PPOConfig.advantage=grpo has its KL in the loss, weighed by "
+            "PPOConfig.kl_coef, and it would count twice; use kl_loss_coef=0.0 or advantage='gae'",
+        ),
+        (
+            "grpo",
+            {"kl_estimator": "k3"},
+            "PPOConfig.kl_estimator is 'k3', but PPOConfig.advantage=grpo has its KL in the loss, see "
+            "PPOConfig.kl_loss_estimator; use kl_estimator='k1' or advantage='gae'",
+        ),
+        (
+            "grpo",
+            {"kl_target": 6.0},
+            "PPOConfig.kl_target is 6.0, but PPOConfig.advantage=grpo has its KL in the loss, which no controller "
+            "moves; use kl_target=None or advantage='gae'",
+        ),
+        (
+            "gae",
+            {"kl_loss_estimator": "k3"},
+            "PPOConfig.kl_loss_estimator is 'k3', but the loss has no KL; use kl_loss_coef=0.02 or "
+            "kl_loss_estimator=None",
+        ),
+    ],
+)
+def test_options_that_an_advantage_lacks_are_refused(advantage, options, message):
+    with pytest.raises(UserError) as caught:
+        PPOConfig(advantage=advantage, **options)
+    assert str(caught.value) == message
+
+
 # --- fields
 
 
@@ -428,6 +542,9 @@ def test_a_critic_of_its_own_beside_a_shared_trunk_is_refused(refuse):
         *((PPOConfig, "kl_target", bad) for bad in (0.0, float("inf"))),
         (PPOConfig, "kl_horizon", 0),
         (PPOConfig, "kl_loss_coef", -0.1),
+        (PPOConfig, "advantage", "ppo"),
+        (PPOConfig, "loss_aggregation", "mean"),
+        *((PPOConfig, "clip_high", bad) for bad in (0.0, float("inf"))),
         *((PPOConfig, "missing_end_penalty", bad) for bad in (-1.0, float("inf"))),
         (PPOConfig, "ptx_coef", float("nan")),
         (PPOConfig, "value_coef", 0.0),

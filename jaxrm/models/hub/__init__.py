@@ -1,5 +1,12 @@
 """Published weights in (safetensors folders, hub names, GGUF files, PEFT's adapters) and out."""
 
+from jaxrm.models.hub.classifier import (
+    ClassifierParams,
+    check_classifier,
+    is_classifier,
+    load_classifier,
+    read_classifier_config,
+)
 from jaxrm.models.hub.export import export_model
 from jaxrm.models.hub.export_folder import check_export_folder
 from jaxrm.models.hub.hf_config import parse_hf_config, to_hf_config
@@ -9,15 +16,20 @@ from jaxrm.models.hub.read import check_weights, load_params, read_model_config
 
 __all__ = [
     "Adapter",
+    "ClassifierParams",
+    "check_classifier",
     "check_export_folder",
     "check_weights",
     "describe_adapter",
     "export_model",
+    "is_classifier",
     "is_hub_name",
+    "load_classifier",
     "load_params",
     "model_files",
     "parse_hf_config",
     "read_adapter",
+    "read_classifier_config",
     "read_model_config",
     "to_hf_config",
     "write_adapter",

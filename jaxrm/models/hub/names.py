@@ -64,10 +64,16 @@ def tensor_table(config: ModelConfig, *, prefix: str = "model.", head: str = "lm
     return table
 
 
-def scalar_table(config: ModelConfig) -> list[NamedTensor]:
-    """Every tensor of a sequence classification checkpoint of one label: a ``jaxrm.models.heads.ScalarModel``."""
-    trunk = tensor_table(replace(config, tie_embeddings=True))
-    return [*(replace(tensor, path=("decoder", *tensor.path)) for tensor in trunk), _score(config, "score.weight")]
+def scalar_table(config: ModelConfig, *, prefix: str = "model.", head: str = "score.weight") -> list[NamedTensor]:
+    """Every tensor of a sequence classification checkpoint of one label: a ``jaxrm.models.heads.ScalarModel``.
+
+    Args:
+      config: the model.
+      prefix: see `tensor_table`.
+      head: name of the scalar head.
+    """
+    trunk = tensor_table(replace(config, tie_embeddings=True), prefix=prefix)
+    return [*(replace(tensor, path=("decoder", *tensor.path)) for tensor in trunk), _score(config, head)]
 
 
 def adapter_table(

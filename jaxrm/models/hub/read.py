@@ -1,5 +1,6 @@
 """Weights of a checkpoint, streamed tensor by tensor into (sharded) parameter buffers."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
@@ -43,7 +44,7 @@ def read_model_config(path: str) -> ModelConfig:
     config = parse_hf_config(values, where=str(file))
     end_ids = parse_end_ids(read_json(generation), where=str(generation)) if generation.is_file() else ()
     config = replace(config, end_ids=end_ids or parse_end_ids(values, where=str(file)))
-    if config.tie_embeddings and any(source.glob("*.safetensors")) and _has_own_head(_open_folder(source)):
+    if config.tie_embeddings and any(source.glob("*.safetensors")) and _has_own_head(open_folder(source)):
         _print_once(
             f"{file} says tie_word_embeddings, but the weights hold an output head that differs from the embeddings; "
             "it is kept, as transformers does"
@@ -82,6 +83,26 @@ def load_params(
       UserError: naming the missing, extra or misshapen tensors.
     """
     table, stored = _open(path, config)
+    return read_tensors(table, stored, shardings=shardings, dtype_of=lambda _: dtype, quantize=quantize)
+
+
+def read_tensors(
+    table: list[NamedTensor],
+    stored: dict[str, StoredTensor],
+    *,
+    shardings: Params | None,
+    dtype_of: Callable[[tuple[str, ...]], Any],
+    quantize: str | None = None,
+) -> Params:
+    """Read the tensors of a table, which have been checked; arguments and returns as of `load_params`.
+
+    Args:
+      table: every tensor to read, and the parameter that it is a part of.
+      stored: the tensors of the files by name.
+      shardings: see `load_params`.
+      dtype_of: of each parameter, by its path.
+      quantize: see `load_params`.
+    """
     tensors: dict[tuple[str, ...], list[NamedTensor]] = {}
     for tensor in table:
         tensors.setdefault(tensor.path, []).append(tensor)
@@ -97,9 +118,9 @@ def load_params(
             sharding = {name: _lookup(shardings, (*place, name)) for name in names}
             node |= _quantized_stack(parts, stored, sharding, quantize, contracted)
         elif parts[0].layer is None:
-            node[name] = _to_devices(parts[0], stored, _lookup(shardings, parameter), dtype)
+            node[name] = _to_devices(parts[0], stored, _lookup(shardings, parameter), dtype_of(parameter))
         else:
-            node[name] = _stack(parts, stored, _lookup(shardings, parameter), dtype)
+            node[name] = _stack(parts, stored, _lookup(shardings, parameter), dtype_of(parameter))
     return params
 
 
@@ -118,9 +139,9 @@ def _open(path: str, config: ModelConfig) -> tuple[list[NamedTensor], dict[str, 
         stored = open_gguf(source, config)
         table = tensor_table(config)
     else:
-        stored = _open_folder(source)
-        table = tensor_table(config, **_naming(stored))
-    _check(table, stored, config, source)
+        stored = open_folder(source)
+        table = tensor_table(config, **tensor_naming(stored))
+    check_tensors(table, stored, config, source)
     if config.tie_embeddings and source.is_dir() and _has_own_head(stored):
         raise UserError(
             f"{source} holds an output head that differs from the embeddings, though its config.json says "
@@ -129,7 +150,12 @@ def _open(path: str, config: ModelConfig) -> tuple[list[NamedTensor], dict[str, 
     return table, stored
 
 
-def _open_folder(folder: Path) -> dict[str, StoredTensor]:
+def open_folder(folder: Path) -> dict[str, StoredTensor]:
+    """The tensors of a model folder by name, none of them read.
+
+    Raises:
+      UserError: there are no safetensors, or one tensor is in two of them.
+    """
     stored: dict[str, StoredTensor] = {}
     for file in safetensors_files(folder):
         tensors = open_tensors(file)
@@ -144,7 +170,7 @@ def _open_folder(folder: Path) -> dict[str, StoredTensor]:
 
 def _has_own_head(stored: dict[str, StoredTensor]) -> bool:
     """Whether there is an output head, and it is not the embedding once more."""
-    names = _naming(stored)
+    names = tensor_naming(stored)
     embedding, head = stored.get(f"{names['prefix']}embed_tokens.weight"), stored.get(names["head"])
     if embedding is None or head is None or embedding.unreadable or head.unreadable:
         return False
@@ -237,7 +263,7 @@ def _without_layers(sharding: Sharding) -> Sharding:
     return sharding
 
 
-def _naming(stored: dict[str, StoredTensor]) -> dict[str, str]:
+def tensor_naming(stored: dict[str, StoredTensor]) -> dict[str, str]:
     """How a checkpoint names its tensors: a plain decoder, or the text part of a multimodal Gemma 3."""
     for prefix in ("language_model.model.", "model.language_model.", "model.", ""):
         if f"{prefix}embed_tokens.weight" in stored:
@@ -246,7 +272,12 @@ def _naming(stored: dict[str, StoredTensor]) -> dict[str, str]:
     return {"prefix": "model.", "head": "lm_head.weight"}
 
 
-def _check(table: list[NamedTensor], stored: dict[str, StoredTensor], config: ModelConfig, source: Path) -> None:
+def check_tensors(table: list[NamedTensor], stored: dict[str, StoredTensor], config: ModelConfig, source: Path) -> None:
+    """Refuse weights that are not those of a table.
+
+    Raises:
+      UserError: naming the missing, extra, misshapen or unreadable tensors.
+    """
     expected = {tensor.name: tensor for tensor in table}
     missing = [name for name in expected if name not in stored]
     if missing:

@@ -25,8 +25,10 @@ def saved_arrays(state: PPOState, networks: Networks) -> dict[str, Any]:
         "opt_state": state.policy.opt_state,
         "feedback": {"now": state.feedback, "initial_calibration": state.initial_calibration},
     }
+    if networks.is_shared:
+        arrays["value_head"] = state.policy.params["scalar_head"]
     if state.critic is None:
-        return arrays | {"value_head": state.policy.params["scalar_head"]}
+        return arrays
     return arrays | {"critic_params": state.critic.params, "critic_opt_state": state.critic.opt_state}
 
 
@@ -98,9 +100,9 @@ def _restored(arrays: dict[str, Any], updates: int, abstract: PPOState, key: jax
     to_devices = jax.jit(lambda *x: x, out_shardings=(abstract.policy.step.sharding, abstract.policy.key.sharding))
     step, key = to_devices(np.int32(updates), key)
     params, critic = arrays["params"], None
-    if abstract.critic is None:
+    if "value_head" in arrays:
         params = {"decoder": params, "scalar_head": arrays["value_head"]}
-    else:
+    if abstract.critic is not None:
         critic_step, critic_key = to_devices(np.int32(updates), key)
         critic = TrainState(critic_step, arrays["critic_params"], arrays["critic_opt_state"], critic_key)
     policy = TrainState(step, params, arrays["opt_state"], key)

@@ -4,6 +4,8 @@ from typing import Any
 
 from jax.sharding import Mesh
 
+from jaxrm.algorithms.ppo_config import CriticConfig
+from jaxrm.config import dicts, fields
 from jaxrm.errors import UserError, flag, option
 from jaxrm.models.generate import check_on_policy
 from jaxrm.sharding import partition
@@ -22,6 +24,7 @@ def check(config: Any, mesh: Mesh) -> None:
     check_on_policy(config.rollout.sampling, "rollout.sampling")
     _check_batches(config, mesh)
     check_judge(config.evaluation.judge)
+    _check_advantage(config)
     _check_models(config)
 
 
@@ -60,12 +63,37 @@ def _check_batches(config: Any, mesh: Mesh) -> None:
         )
 
 
+def _check_advantage(config: Any) -> None:
+    """Refuse a group of one where responses are compared, and options of a critic where there is none."""
+    advantage, n = config.ppo.advantage, config.rollout.responses_per_prompt
+    if n != 1:  # until the sampler knows of groups
+        required = f"use {flag('rollout.responses_per_prompt')}=1"
+        raise UserError(f"{option('rollout.responses_per_prompt')} is {n}, which cannot be sampled yet; {required}")
+    if advantage in ("rloo", "grpo") and n == 1:
+        raise UserError(
+            f"{option('rollout.responses_per_prompt')} is 1, but {option('ppo.advantage')}={advantage} compares the "
+            f"responses to a prompt with each other; give at least 2, e.g. {flag('rollout.responses_per_prompt')}=4"
+        )
+    if config.ppo.has_values:
+        return
+    different = dicts.differences(config.critic, CriticConfig())
+    if different:
+        given = ", ".join(f"{option(f'critic.{name}')} is {value!r}" for name, value, _ in different)
+        defaults = " ".join(f"{flag(f'critic.{name}')}={fields.as_text(default)}" for name, _, default in different)
+        raise UserError(f"{given}, but {option('ppo.advantage')}={advantage} has no critic; use {defaults}")
+
+
 def _check_models(config: Any) -> None:
     if config.critic.path is not None and config.ppo.shared_trunk:
         raise UserError(
             f"{option('critic.path')} is {config.critic.path!r}, but {option('ppo.shared_trunk')} gives the critic "
             f"the policy's "
             f"trunk; use {flag('critic.path')}=None or {flag('ppo.shared_trunk')}=False"
+        )
+    if config.critic.head == "reward_model" and config.ppo.shared_trunk:
+        raise UserError(
+            f"{option('critic.head')} is 'reward_model', but {option('ppo.shared_trunk')} gives the critic the "
+            f"policy's trunk; use {flag('critic.head')}=zero or {flag('ppo.shared_trunk')}=False"
         )
     if config.reward.model is None and config.reward.function is None:
         raise UserError(

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxrm.algorithms.state import TrainState
 from jaxrm.data.tokenizer import unreadable_by
 from jaxrm.errors import UserError, flag, option
 from jaxrm.inference import parameters, sharded_model
@@ -15,6 +16,7 @@ from jaxrm.inference.load import as_trained
 from jaxrm.inference.sharded_model import ShardedModel
 from jaxrm.inference.weights import RunCheckpoint, find_checkpoint, trained_place
 from jaxrm.models import heads
+from jaxrm.ops.reward_scaling import Calibration
 from jaxrm.stage_config import CRITIC_TRUNKS, REWARD_MODELS
 from jaxrm.stages.stage import Stage
 
@@ -28,12 +30,14 @@ class Critic:
       name: where the trunk comes from, for people.
       run: whose trunk it is; None for the policy's.
       run_decoder: the decoder of that run over the devices, where its run holds a decoder alone.
+      keeps_head: whether it begins with the head of that run, a scalar reward model, and not with one that is 0.
     """
 
     model: ShardedModel
     name: str
     run: RunCheckpoint | None = None
     run_decoder: ShardedModel | None = None
+    keeps_head: bool = False
 
     def check_base(self, stage: Stage) -> None:
         """Refuse a trunk whose adapters stand on a base of another content than the policy's.
@@ -45,9 +49,9 @@ class Critic:
             raise _cannot_share_base(stage.config, self.run)
 
     def init_params(self, stage: Stage, key: jax.Array) -> Any:
-        """First parameters: the trunk, and a head that is 0 everywhere.
+        """First parameters: the trunk, and a head that is 0 everywhere, or the reward model's (`calibrated`).
 
-        Until the head has learned, advantages are those of the rewards alone (jaxrm choice).
+        Until a head of 0 has learned, advantages are those of the rewards alone (jaxrm choice).
 
         Args:
           stage: of the policy.
@@ -55,11 +59,21 @@ class Critic:
         """
         if self.run is None:
             trunk = stage.init_params(key)
+        elif self.keeps_head:
+            return parameters.read_run(self.run, self.model)
         elif self.run_decoder is None:
             trunk = parameters.read_run(self.run, self.model)["decoder"]
         else:
             trunk = parameters.read_run(self.run, self.run_decoder)
         return heads.from_decoder_params(trunk, zero_head(self.model))
+
+    def calibrated(self, state: TrainState, calibration: Calibration) -> TrainState:
+        """The first state in the units of the calibrated rewards, which a reward model's own head is not in."""
+        if not self.keeps_head:
+            return state
+        head = state.params["scalar_head"]
+        scale = jax.jit(lambda head, scale: jax.tree.map(lambda x: x * scale, head), out_shardings=_shardings(head))
+        return dataclasses.replace(state, params={**state.params, "scalar_head": scale(head, calibration.scale)})
 
 
 def open_critic(stage: Stage) -> Critic:
@@ -80,6 +94,8 @@ def open_critic(stage: Stage) -> Critic:
         reward_model = find_checkpoint(config.reward.model, "reward.model", REWARD_MODELS)
         run = reward_model if reward_model.config.algorithm == "scalar_rm" else None
     if run is None:
+        if config.critic.head == "reward_model":
+            raise _no_head(config, "the critic starts from the policy, which has no such head")
         model = sharded_model.shard_scalar_model(config.model, stage.mesh, stage.model.config, lora=stage.model.lora)
         return Critic(model, "the policy")
 
@@ -96,8 +112,29 @@ def open_critic(stage: Stage) -> Critic:
     adapters = stage.model.lora
     model = sharded_model.shard_scalar_model(source, stage.mesh, run.shape, lora=adapters)
     is_scalar = run.config.algorithm == "scalar_rm"
+    if config.critic.head == "reward_model":
+        _check_gives_rewards(config, run)
     decoder = None if is_scalar else sharded_model.shard_model(source, stage.mesh, run.shape, lora=adapters)
-    return Critic(model, run.name, run, decoder)
+    return Critic(model, run.name, run, decoder, keeps_head=config.critic.head == "reward_model")
+
+
+def _check_gives_rewards(config: Any, run: RunCheckpoint) -> None:
+    """Refuse a run whose head does not say what the rewards come to."""
+    if run.config.algorithm != "scalar_rm":
+        raise _no_head(config, f"the critic starts from {run.name}, a run of {run.config.algorithm}, which has no head")
+    if config.reward.model is None or config.reward.kind != "scalar":
+        given = f"{config.reward.function} pays" if config.reward.model is None else f"the kind is {config.reward.kind}"
+        raise _no_head(config, given)
+    paying = find_checkpoint(config.reward.model, "reward.model", REWARD_MODELS)
+    if (paying.folder.path.resolve(), paying.step) != (run.folder.path.resolve(), run.step):
+        raise _no_head(config, f"rewards come from {paying.name} and the critic from {run.name}")
+
+
+def _no_head(config: Any, reason: str) -> UserError:
+    return UserError(
+        f"{option('critic.head')} is {config.critic.head!r}, but {reason}; required rewards of the kind scalar from "
+        f"the scalar reward model that the critic starts from, or {flag('critic.head')}=zero"
+    )
 
 
 def _cannot_share_base(config: Any, run: RunCheckpoint) -> UserError:
@@ -135,3 +172,7 @@ def zero_head(model: ShardedModel) -> Any:
         out_shardings=model.shardings["scalar_head"],
     )
     return zeros()
+
+
+def _shardings(tree: Any) -> Any:
+    return jax.tree.map(lambda x: x.sharding, tree)

@@ -37,7 +37,7 @@ class Learner:
       decoder: the policy's decoder, and so the reference.
       rollout_model: the same as it lies while it samples, from `jaxrm.inference.rollout_model.shard_rollout_model`.
       policy: what the policy's parameters belong to: ``decoder``, or both heads on one trunk.
-      critic: None where the trunk is shared.
+      critic: None where it has no trunk of its own.
       num_steps: of the run.
       end_ids: tokens that end a response.
     """
@@ -62,6 +62,7 @@ class Learner:
             decoder=self.decoder.graphdef,
             policy=self.policy.graphdef,
             critic=None if self.critic is None else self.critic.graphdef,
+            is_shared=self.config.ppo.shared_trunk,
             temperature=self.config.rollout.sampling.temperature,
             pad_to_multiple_of=sharded_model.pad_to_multiple_of(self.mesh),
         )
@@ -157,6 +158,7 @@ class Learner:
             config=config.ppo,
             kind=find_kind(config.reward.kind),
             center_momentum=config.reward.center_momentum if config.reward.center == "running" else None,
+            groups=ppo.Groups(config.rollout.responses_per_prompt, find_kind(config.reward.kind).reads == "response"),
         )
         minibatch = functools.partial(ppo.minibatch, num_minibatches=config.ppo.num_minibatches)
         build_step = functools.partial(build_train_step, batch_sharding=rows, num_microbatches=config.num_microbatches)
@@ -187,7 +189,11 @@ class Learner:
                 out_shardings=(rows, shardings.feedback, self.replicated),
             ),
             minibatch=jax.jit(minibatch, in_shardings=(rows, None, None), out_shardings=rows),
-            weigh=jax.jit(ppo.weigh, in_shardings=(rows, rows), out_shardings=rows),
+            weigh=jax.jit(
+                functools.partial(ppo.weigh, aggregation=config.ppo.loss_aggregation),
+                in_shardings=(rows, rows),
+                out_shardings=rows,
+            ),
             update_policy=build_step(
                 ppo_loss.policy_loss(self.networks, config.ppo),
                 self.policy_optimizer,
@@ -218,7 +224,7 @@ def open_learner(
       config: the whole config.
       mesh: the devices.
       decoder: the policy's.
-      critic: from `jaxrm.stages.ppo.critic.open_critic`; None where the trunk is shared.
+      critic: from `jaxrm.stages.ppo.critic.open_critic`; None where it has no trunk of its own.
       num_steps: rollouts in all.
       end_ids: tokens that end a response.
 
@@ -226,7 +232,7 @@ def open_learner(
       UserError: where policy or batch do not fit ``config.rollout.mesh``.
     """
     policy = decoder
-    if critic is None:
+    if config.ppo.shared_trunk:
         policy = sharded_model.shard_actor_critic(config.model, mesh, decoder.config, lora=decoder.lora)
     rollout_model = shard_rollout_model(config, mesh, decoder)
     return Learner(config, decoder, rollout_model, policy, critic, num_steps, end_ids)

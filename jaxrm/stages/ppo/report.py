@@ -88,7 +88,7 @@ def warnings(seen: list[Mapping[str, float]]) -> dict[str, str]:
             f"weak "
             f"({flag('ppo.kl_coef')}), a reward that one fixed answer satisfies"
         )
-    earlier = [row["value_loss"] for row in seen[:-1]]
+    earlier = [row["value_loss"] for row in seen[:-1] if "value_loss" in row]
     if len(earlier) >= 5 and now["value_loss"] > 20 * max(statistics.median(earlier), 1e-6):
         texts["value loss"] = (
             f"the value loss is {now['value_loss']:.3g}, twenty times its median so far. Likely causes: rewards of "

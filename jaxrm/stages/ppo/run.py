@@ -66,7 +66,7 @@ def inspect(config: Any) -> Inspection:
         "steps": f"{data.num_steps:,}, {data.num_steps * rows / len(data.train.examples):.3g} passes over the prompts",
         "updates a step": f"{ppo.num_epochs * ppo.num_minibatches:,}",
         "rewards": f"{config.reward.kind} from {inputs.reward_name}",
-        "critic": _critic_name(inputs.critic),
+        "critic": _critic_name(config, inputs.critic),
     }
     return inspect_prompts(inputs.stage, _reading(inputs.stage, data), data.train.examples, facts)
 
@@ -88,7 +88,7 @@ def _open_inputs(config: Any) -> _Inputs:
     with open_stage(config, mesh, records="prompts") as stage:
         data = open_inputs(stage)
         reward_name = check_rewards(config, mesh, stage.vocabulary, data.every_prompt)
-        critic = None if config.ppo.shared_trunk else open_critic(stage)
+        critic = open_critic(stage) if config.ppo.has_values and not config.ppo.shared_trunk else None
         learner = open_learner(
             config,
             mesh,
@@ -104,12 +104,15 @@ def _reading(stage: Stage, data: PPOInputs) -> dict[str, ReadReport]:
     return {f"Prompts in {stage.config.data.path}": data.train.report, "Held-out prompts": data.held_out.report}
 
 
-def _critic_name(critic: Critic | None) -> str:
+def _critic_name(config: Any, critic: Critic | None) -> str:
+    if not config.ppo.has_values:
+        return f"none, since advantages are those of {config.ppo.advantage}"
     return "the policy, on one trunk" if critic is None else critic.name
 
 
 def _print_inputs(stage: Stage, opened: Opened, policy_name: str, reward_name: str) -> None:
     config, inputs = stage.config, opened.inputs
+    critic = f"critic from {_critic_name(config, opened.critic)}" if config.ppo.has_values else "no critic"
     print_reading(_reading(stage, inputs))
     if stage.model.lora.is_on:
         print(f"{adapters_in_words(stage)}, in memory once for all models on it")
@@ -117,7 +120,7 @@ def _print_inputs(stage: Stage, opened: Opened, policy_name: str, reward_name: s
     print(
         f"{inputs.num_steps:,} steps of {config.data.batch_size} responses of up to "
         f"{config.rollout.sampling.max_new_tokens} tokens to prompts of up to {inputs.prompt_length}; policy from "
-        f"{policy_name}, critic from {_critic_name(opened.critic)}, {config.reward.kind} rewards from {reward_name}"
+        f"{policy_name}, {critic}, {config.reward.kind} rewards from {reward_name}"
     )
 
 

@@ -40,7 +40,7 @@ class Opened:
 
     Attributes:
       learner: policy and critic over the devices.
-      critic: where the critic starts from; None where the trunk is shared.
+      critic: where the critic starts from; None where it has no trunk of its own.
       source: of token rewards.
       inputs: prompts, and SFT rows where they are mixed in.
       base: frozen parameters under the adapters of all models; ``{}`` where they have none.
@@ -127,9 +127,9 @@ def train(stage: Stage, folder: RunFolder, opened: Opened) -> tuple[int, bool]:
 def _init_state(stage: Stage, opened: Opened, key: jax.Array) -> PPOState:
     """The state before the first step, not calibrated yet."""
     params, critic_params = stage.init_params(init_key(stage.config.seed)), None
-    if opened.critic is None:
+    if stage.config.ppo.shared_trunk:
         params = {"decoder": params, "scalar_head": zero_head(opened.learner.policy)}
-    else:
+    if opened.critic is not None:
         critic_params, _ = lora.split(opened.critic.init_params(stage, init_key(stage.config.seed)))
     return opened.learner.init_state(lora.split(params)[0], critic_params, key)
 
@@ -149,7 +149,10 @@ def _calibrated(
         keys.calibration,
         stage.show_progress,
     )
-    return learner.calibrated(state, calibration)
+    state = learner.calibrated(state, calibration)
+    if opened.critic is None or state.critic is None:
+        return state
+    return dataclasses.replace(state, critic=opened.critic.calibrated(state.critic, calibration))
 
 
 def _evaluation(

@@ -76,6 +76,7 @@ def open_rewards(
             attention=config.model.attention,
             quantize=quantize,
         )
+        assert isinstance(model, RewardModel), model  # of a run, not a classifier
     frozen = dataclasses.replace(model, params=sharded_model.in_compute_dtype(model.params, config.model.dtype))
     return ModelRewards(frozen, kind, mesh, num_microbatches=config.num_microbatches, end_ids=end_ids), name
 

@@ -1,0 +1,143 @@
+"""PPO without a critic: what its state holds, what is estimated and minimized, and that it learns."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from support.ppo import EOS, KEY, B, Setup, T, batch_of, experiment, rewarded
+
+from jaxrm.algorithms import ppo, ppo_loss, scoring
+from jaxrm.algorithms.ppo_config import PPOConfig
+from jaxrm.algorithms.ppo_state import PPOBatch, RewardAndKLState
+from jaxrm.algorithms.rollout import TokenLogProbs
+from jaxrm.algorithms.train_step import build_train_step
+from jaxrm.ops import advantages, kl, losses, reward_scaling
+from jaxrm.ops.masking import masked_whiten
+from jaxrm.ops.token_rewards import KINDS
+from jaxrm.stages.ppo.checkpoints import saved_arrays
+from jaxrm.types import TokenBatch
+
+CALIBRATION = reward_scaling.uncalibrated()
+
+
+@functools.cache
+def without_critic(advantage="grpo", **options):
+    return Setup(experiment(advantage=advantage, n=2, **options))
+
+
+def made_up(kind="margin", seed=5):
+    """Responses with log-probs of policy and reference, and fractional rewards on their tokens."""
+    rng = np.random.default_rng(seed)
+    batch = batch_of(seed)
+    mask = batch.response_mask
+    log_probs, reference, values = (jnp.where(mask, rng.normal(size=(B, T)), 0.0) for _ in range(3))
+    if kind == "scalar":
+        return batch, TokenLogProbs(log_probs, log_probs, reference, None), rewarded(batch, rng.normal(size=B))
+    rewards = scoring.as_token_rewards(CALIBRATION, KINDS[kind], values, mask, batch, (EOS,))
+    return batch, TokenLogProbs(log_probs, log_probs, reference, None), rewards
+
+
+@pytest.mark.parametrize("kind", ["margin", "scalar"])
+@pytest.mark.parametrize("advantage", ["rloo", "grpo", "reinforce++"])
+def test_advantages_are_of_rewards_less_the_kl(advantage, kind):
+    """But for GRPO, whose KL is in the loss; a missing end costs a response its penalty in each."""
+    batch, token_log_probs, rewards = made_up(kind)
+    config = PPOConfig(advantage=advantage, kl_coef=0.3, reward_clip=2.0)
+    groups = ppo.Groups(2, is_terminal=kind == "scalar")
+    rollout, feedback, metrics = jax.jit(
+        functools.partial(ppo.estimate, config=config, kind=KINDS[kind], center_momentum=None, groups=groups)
+    )(RewardAndKLState(CALIBRATION, jnp.float32(0.3)), batch, token_log_probs, rewards)
+    mask = np.asarray(batch.response_mask)
+    shaped = np.asarray(rewards.rewards).copy()
+    for row, length in enumerate(mask.sum(axis=1)):
+        shaped[row, length - 1] -= int(batch.responses[row, length - 1]) != EOS
+    beta = 0.0 if advantage == "grpo" else 0.3
+    difference = token_log_probs.log_probs - token_log_probs.reference_log_probs
+    shaped = jnp.asarray(np.where(mask, np.clip(shaped - beta * difference, -2.0, 2.0), 0.0), jnp.float32)
+    function = getattr(advantages, advantage.replace("++", "_plus_plus"))
+    expected = function(shaped, batch.response_mask, group_size=2, is_terminal=groups.is_terminal)
+    if advantage == "reinforce++":
+        expected = masked_whiten(expected, batch.response_mask)
+    np.testing.assert_allclose(rollout.advantages, expected, atol=1e-5)
+    assert rollout.values is None and rollout.returns is None and feedback.kl_coef == np.float32(0.3)
+    assert not {"value", "explained_variance"} & set(metrics) and metrics["equal_groups"] == 0
+
+
+def test_without_a_critic_no_critic_is_anywhere():
+    """Not in the state, the checkpoint, the parameters or the log-probs, and the update has no loss of it."""
+    s = without_critic()
+    assert s.state.critic is None and s.networks.critic is None and not s.networks.is_shared
+    assert set(saved_arrays(s.state, s.networks)) == {"params", "opt_state", "feedback"}
+    batch = batch_of()
+    token_log_probs = s.log_probs(batch)
+    assert token_log_probs.values is None and s.programs.update_critic is None
+    rollout, _, _ = s.programs.estimate(s.state.feedback, batch, token_log_probs, rewarded(batch, np.arange(B) / 7))
+    state, rows = ppo.update(
+        s.programs, s.config.ppo, s.init_state(), s.networks.frozen({}), rollout, KEY, lambda: None
+    )
+    assert state.critic is None and not any("value" in name or "critic" in name for name in rows[0])
+    assert {"policy_loss", "kl_loss", "entropy", "grad_norm"} <= set(rows[0])
+
+
+@pytest.mark.parametrize("options", [{}, {"kl_loss_estimator": "k2"}], ids=["k3", "k2"])
+def test_the_kl_of_grpo_is_a_term_of_its_loss(options):
+    batch, token_log_probs, rewards = made_up()
+    config = PPOConfig(advantage="grpo", kl_coef=0.3, **options)
+    estimate = functools.partial(ppo.estimate, config=config, kind=KINDS["margin"], center_momentum=None)
+    feedback = RewardAndKLState(CALIBRATION, jnp.float32(0.3))
+    rollout, _, _ = estimate(feedback, batch, token_log_probs, rewards, groups=ppo.Groups(2))
+    s = without_critic()
+    (total, weight), aux = jax.jit(ppo_loss.policy_loss(s.networks, config))(s.reference, PPOBatch(rollout), KEY)
+    now = s.log_probs(batch).log_probs
+    surrogate = losses.clipped_policy_loss(now, rollout.log_probs, rollout.advantages, clip=0.2).loss
+    penalty = kl.kl_estimate(options.get("kl_loss_estimator", "k3"), now, rollout.reference_log_probs)
+    mask = np.asarray(batch.response_mask)
+    assert np.isclose(total / weight, np.asarray(surrogate + 0.3 * penalty)[mask].mean(), rtol=1e-4)
+    assert np.isclose(aux["kl_loss"][0] / aux["kl_loss"][1], np.asarray(penalty)[mask].mean(), rtol=1e-4)
+
+
+def ptx_rows():
+    rng = np.random.default_rng(2)
+    real = np.arange(9)[None] < np.array([9, 6, 4, 8])[:, None]
+    positions = np.broadcast_to(np.arange(9, dtype=np.int32), (4, 9))
+    arrays = rng.integers(2, 16, (4, 9)).astype(np.int32), real.astype(np.int32), positions, real & (positions > 2)
+    return TokenBatch(*map(jnp.asarray, arrays))
+
+
+@pytest.mark.parametrize("aggregation", ["sequence", "constant"])
+def test_an_aggregation_is_the_same_however_the_batch_is_cut(aggregation):
+    """One step of plain SGD moves the parameters by the gradient of policy loss + coefficient x SFT mean."""
+    s = without_critic()
+    config = dataclasses.replace(s.config.ppo, loss_aggregation=aggregation, ptx_coef=0.5, kl_coef=0.2)
+    batch, token_log_probs, rewards = made_up()
+    estimate = functools.partial(ppo.estimate, config=config, kind=KINDS["margin"], center_momentum=None)
+    rollout, _, _ = estimate(s.state.feedback, batch, token_log_probs, rewards, groups=ppo.Groups(2))
+    loss_fn, rows, optimizer = ppo_loss.policy_loss(s.networks, config), s.learner.shardings.policy.step, optax.sgd(1.0)
+    weighed = jax.jit(functools.partial(ppo.weigh, aggregation=aggregation))(rollout, ptx_rows())
+
+    def stepped(parts):
+        state = s.init_state().policy
+        before = jax.tree.map(jnp.copy, state.params)
+        sgd = dataclasses.replace(state, opt_state=optimizer.init(state.params))
+        sharding = dataclasses.replace(
+            s.learner.shardings.policy, opt_state=jax.tree.map(lambda _: rows, sgd.opt_state)
+        )
+        step = build_train_step(
+            loss_fn, optimizer, state_sharding=sharding, batch_sharding=rows, num_microbatches=parts
+        )
+        moved, metrics = step(sgd, {}, weighed)
+        return metrics, jax.tree.map(lambda a, b: a - b, before, moved.params)
+
+    (metrics, whole), (_, in_parts) = stepped(1), stepped(4)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), in_parts, whole)
+
+    now = np.asarray(s.log_probs(batch).log_probs)
+    mask = np.asarray(batch.response_mask)
+    loss = losses.clipped_policy_loss(now, rollout.log_probs, rollout.advantages, clip=0.2).loss
+    loss = np.where(mask, loss + 0.2 * kl.kl_estimate("k3", now, rollout.reference_log_probs), 0.0)
+    means = loss.sum(axis=1) / (mask.sum(axis=1) if aggregation == "sequence" else T)
+    assert np.isclose(metrics["loss"], means.mean() + 0.5 * metrics["ptx_loss"], rtol=1e-4)

@@ -1,0 +1,98 @@
+"""PPO runs of two steps with kinds of token reward that need more than one look at a reward model."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from jaxrm.algorithms.optimizer import OptimizerConfig
+from jaxrm.algorithms.ppo_config import CriticConfig, PPOConfig, RolloutConfig
+from jaxrm.algorithms.reward_config import RewardConfig
+from jaxrm.data.config import DataConfig
+from jaxrm.models.build import ModelSource
+from jaxrm.models.generate import SamplingConfig
+from jaxrm.runtime.metrics import LoggingConfig, read_rows
+from jaxrm.sharding.mesh import MeshConfig, build_mesh
+from jaxrm.stage_config import PPO, JudgedEvaluationConfig
+from jaxrm.stages.ppo import run as ppo
+
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:Sharding info not provided")]
+
+SAMPLING = SamplingConfig(max_new_tokens=8)
+
+
+@pytest.fixture(scope="module")
+def runs(make_run, tmp_path_factory):
+    """Folder with runs of a policy and of a scalar reward model."""
+    folder = tmp_path_factory.mktemp("runs")
+    make_run(folder / "sft")
+    make_run(folder / "scalar", algorithm="scalar_rm")
+    return folder
+
+
+@pytest.fixture
+def train(runs, task_folder, tmp_path, monkeypatch):
+    """Function that trains on one device and returns the folder of the run."""
+
+    def run(reward, **fields):
+        config = PPO(
+            run_dir=str(tmp_path / "run"),
+            num_steps=2,
+            model=ModelSource(path=str(runs / "sft")),
+            reward=dataclasses.replace(reward, calibration_responses=8),
+            data=DataConfig(
+                path=str(task_folder / "prompts.jsonl"), max_length=48, batch_size=4, max_records=40, max_eval_records=4
+            ),
+            rollout=RolloutConfig(sampling=SAMPLING),
+            ppo=PPOConfig(num_epochs=1),
+            mesh=MeshConfig(1, 1, 1),
+            evaluation=JudgedEvaluationConfig(every=2, samples=1, sampling=SAMPLING),
+            logging=LoggingConfig(every=1, tensorboard=False, progress=False),
+            **fields,
+        )
+        monkeypatch.setattr(ppo, "build_mesh", lambda given: build_mesh(given, jax.devices()[:1]))
+        assert ppo.run(config) == 0
+        return tmp_path / "run"
+
+    return run
+
+
+def samples_of(folder):
+    return [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+
+
+def arrays_of(folder, name, step):
+    """One of the items of a checkpoint as it lies on disk."""
+    with ocp.CheckpointManager((folder / "checkpoints").resolve()) as manager:
+        args = ocp.args.Composite(**{name: ocp.args.StandardRestore()})
+        return manager.restore(step, args=args)[name]
+
+
+def head_of(folder, name, step):
+    return np.asarray(arrays_of(folder, name, step)["scalar_head"]["kernel"])
+
+
+def test_value_difference_trains(train, runs):
+    """A sample's rewards are of every token, in the units of the calibration."""
+    folder = train(RewardConfig(kind="value_difference", model=str(runs / "scalar")))
+    rows = [row for row in read_rows(folder / "metrics.jsonl") if "reward" in row]
+    assert len(rows) == 2 and all(
+        np.isfinite([row["reward"], row["policy_loss"], row["value_loss"]]).all() for row in rows
+    )
+    for sample in samples_of(folder):
+        assert np.count_nonzero(sample["rewards"]) == len(sample["rewards"]) > 1
+
+
+def test_a_critic_begins_with_the_reward_models_head(train, runs):
+    """In the units of the calibrated rewards; an optimizer that barely moves leaves it there."""
+    slow = OptimizerConfig(lr=1e-12, weight_decay=0.0)
+    critic = CriticConfig(head="reward_model", optimizer=slow)
+    folder = train(RewardConfig(kind="scalar", model=str(runs / "scalar")), critic=critic, optimizer=slow)
+
+    kernel = head_of(folder, "critic_params", 2)
+    scale = float(arrays_of(folder, "feedback", 2)["initial_calibration"]["scale"])
+    assert abs(scale - 1) > 0.01
+    np.testing.assert_allclose(kernel, head_of(runs / "scalar", "params", 4) * scale, rtol=1e-5)
