@@ -157,8 +157,9 @@ def test_ppo_in_several_processes_trains_as_in_one(alone: Path, tmp_path: Path, 
 @pytest.mark.slow
 @pytest.mark.parametrize("count", COUNTS)
 def test_adapters_in_several_processes_train_as_in_one(alone: Path, tmp_path: Path, count: int) -> None:
-    """Policy and critic on one base, which all processes read a part of."""
+    """Policy and critic on one base, which all processes read a part of; two responses to each prompt."""
     arguments = [*ppo(alone), "--config.lora.rank=4", "--config.mesh.data=1", "--config.mesh.fsdp=-1"]
+    arguments += ["--config.rollout.responses_per_prompt=2"]
     run(arguments, tmp_path / "one", 1)
     run(arguments, tmp_path / "several", count)
     for name in ("reward", "policy_loss", "value_loss", "kl"):

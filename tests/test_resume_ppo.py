@@ -64,7 +64,9 @@ def launch(environment, fields, config="ppo_tiny"):
     )
 
 
-@pytest.fixture(scope="module", params=[{}, {"lora.rank": 4}], ids=["whole", "adapters"])
+@pytest.fixture(
+    scope="module", params=[{}, {"lora.rank": 4, "rollout.responses_per_prompt": 2}], ids=["whole", "adapters"]
+)
 def ppo(environment, tmp_path_factory, request):
     """Fields of the run; the policy is drawn by chance."""
     fields = {

@@ -103,7 +103,7 @@ class Reshard:
 
     Attributes:
       params: ``params -> params``, to the other mesh, in the compute dtype.
-      rows: ``(prompts [B, P], prompt_mask [B, P])`` to the other mesh.
+      rows: ``(prompts [G, P], prompt_mask [G, P])`` to the other mesh.
       back: a `ResponseBatch` from there.
     """
 
@@ -114,7 +114,9 @@ class Reshard:
 
 @dataclass(frozen=True)
 class BatchSampler:
-    """Samples responses: ``sampler(params, prompts [B, P], prompt_mask [B, P], key) -> ResponseBatch``.
+    """Samples responses: ``sampler(params, prompts [G, P], prompt_mask [G, P], key) -> ResponseBatch``.
+
+    The batch has n rows for each prompt, next to each other.
 
     Attributes:
       sample: jitted; the same function on the mesh that the policy samples on, from `build_sample`.
@@ -126,7 +128,7 @@ class BatchSampler:
     reshard: Reshard | None = None
 
     def __call__(self, params: Any, prompts: jax.Array, prompt_mask: jax.Array, key: jax.Array) -> ResponseBatch:
-        """Sample one response to each prompt."""
+        """Sample the responses to each prompt."""
         if self.reshard is None:
             return self.sample(params, prompts, prompt_mask, key)
         rows = self.reshard.rows((prompts, prompt_mask))
@@ -141,8 +143,9 @@ def build_sample(
     params_sharding: Any,
     batch_sharding: Any,
     num_microbatches: int = 1,
+    responses_per_prompt: int = 1,
 ) -> Callable[[Any, jax.Array, jax.Array, jax.Array], ResponseBatch]:
-    """Jitted ``sample(params, prompts [B, P], prompt_mask [B, P], key) -> ResponseBatch``.
+    """Jitted ``sample(params, prompts [G, P], prompt_mask [G, P], key) -> ResponseBatch``.
 
     Args:
       graphdef: of the decoder.
@@ -150,19 +153,26 @@ def build_sample(
       end_ids: ids that end a response.
       params_sharding: of the decoder's parameters.
       batch_sharding: of the rows.
-      num_microbatches: parts of the rows, one after another; each has a key of its own.
+      num_microbatches: parts of the prompts, one after another; each has a key of its own.
+      responses_per_prompt: n; the batch has ``G n`` rows, those of a prompt next to each other.
     """
+    n = responses_per_prompt
 
     def sample(params: Any, prompts: jax.Array, prompt_mask: jax.Array, key: jax.Array) -> ResponseBatch:
         def part(rows: tuple[jax.Array, jax.Array], key: jax.Array) -> Generation:
-            return generate(graphdef, params, *rows, key, sampling=sampling, end_ids=end_ids)
+            generated = generate(
+                graphdef, params, *rows, key, sampling=sampling, end_ids=end_ids, responses_per_prompt=n
+            )
+            return jax.tree.map(lambda x: x.reshape(-1, n, *x.shape[1:]), generated)
 
         rows = (prompts, prompt_mask)
         if num_microbatches == 1:
-            generated = part(rows, key)
+            by_prompt = part(rows, key)
         else:
             keyed = microbatches.split(rows, num_microbatches), jax.random.split(key, num_microbatches)
-            generated = microbatches.merge(jax.lax.map(lambda one: part(*one), keyed))
+            by_prompt = microbatches.merge(jax.lax.map(lambda one: part(*one), keyed))
+        generated = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), by_prompt)
+        prompts, prompt_mask = (jnp.repeat(x, n, axis=0) for x in rows)
         return ResponseBatch(prompts, prompt_mask, jnp.where(generated.mask, generated.tokens, 0), generated.mask)
 
     return jax.jit(

@@ -1,14 +1,17 @@
 """How a policy answers prompts: on the mesh that it lies on, or on another layout of the same devices."""
 
+from typing import Any
+
 from jax.sharding import Mesh
 
 from jaxrm.algorithms import rollout
 from jaxrm.algorithms.rollout import BatchSampler
+from jaxrm.errors import UserError, flag, option
 from jaxrm.inference import sharded_model
 from jaxrm.inference.sharded_model import ShardedModel
 from jaxrm.models.generate import SamplingConfig
 from jaxrm.sharding import partition
-from jaxrm.sharding.mesh import check_batch, reshape_mesh
+from jaxrm.sharding.mesh import batch_shards, check_batch, reshape_mesh
 from jaxrm.stage_config import PPO
 
 
@@ -36,9 +39,54 @@ def shard_rollout_model(config: PPO, mesh: Mesh, policy: ShardedModel) -> Sharde
         mesh_field=field,
         microbatches_field="rollout.num_microbatches",
     )
+    check_groups(config, mesh)
+    check_groups(config, other, rollout.num_microbatches, mesh_field=field)
     if other.shape == mesh.shape:
         return policy
     return sharded_model.shard_model(config.model, other, policy.config, lora=policy.lora, field=field)
+
+
+def check_groups(config: Any, mesh: Mesh, num_microbatches: int = 1, *, mesh_field: str = "mesh") -> None:
+    """Refuse a batch of responses that is not as many whole groups, one for each prompt, on every device.
+
+    Args:
+      config: the whole config.
+      mesh: that the prompts lie on.
+      num_microbatches: parts that they are answered in.
+      mesh_field: that says how ``mesh`` lies, for messages.
+
+    Raises:
+      UserError: naming the nearest batch that divides, and the most responses a prompt that do.
+    """
+    n, batch_size = config.rollout.responses_per_prompt, config.data.batch_size
+    unit = batch_shards(mesh) * num_microbatches
+    if n == 1 or batch_size % (n * unit) == 0:
+        return
+    size, count = option("data.batch_size"), option("rollout.responses_per_prompt")
+    groups = f"no multiple of {count} {n}" if batch_size % n else f"{count} {n} to each of {batch_size // n} prompts"
+    microbatches = f" x {num_microbatches} microbatches" if num_microbatches > 1 else ""
+    fewer = [each for each in range(2, n) if batch_size % (each * unit) == 0]
+    nearest = max(1, round(batch_size / (n * unit))) * n * unit
+    raise UserError(
+        f"{size} is {batch_size}, {groups}, but prompts lie on the {batch_shards(mesh)} devices of the data and fsdp "
+        f"axes of {option(mesh_field)}{microbatches}; use a multiple of {n * unit}, e.g. "
+        f"{flag('data.batch_size')}={nearest}"
+        + (f", or {flag('rollout.responses_per_prompt')}={fewer[-1]}" if fewer else "")
+    )
+
+
+def check_one_response_a_prompt(config: Any, instead: str) -> None:
+    """Refuse several responses a prompt in a stage that has an option of its own for them: ``instead``.
+
+    Raises:
+      UserError: naming that option.
+    """
+    n = config.rollout.responses_per_prompt
+    if n > 1:
+        count = "rollout.responses_per_prompt"
+        raise UserError(
+            f"{option(count)} is {n}, which is for PPO alone; here use {flag(instead)}={n} with {flag(count)}=1"
+        )
 
 
 def build_sampler(
@@ -49,6 +97,7 @@ def build_sampler(
     sampling: SamplingConfig,
     end_ids: tuple[int, ...],
     num_microbatches: int = 1,
+    responses_per_prompt: int = 1,
 ) -> BatchSampler:
     """The programs by which a policy answers.
 
@@ -59,6 +108,7 @@ def build_sampler(
       sampling: see `jaxrm.models.generate.generate`.
       end_ids: ids that end a response.
       num_microbatches: parts of a batch of prompts that are answered one after another.
+      responses_per_prompt: see `jaxrm.models.generate.generate`.
     """
     rows = partition.batch_sharding(rollout_model.mesh)
     sample = rollout.build_sample(
@@ -68,6 +118,7 @@ def build_sampler(
         params_sharding=rollout_model.shardings,
         batch_sharding=rows,
         num_microbatches=num_microbatches,
+        responses_per_prompt=responses_per_prompt,
     )
     if rollout_model is policy:
         return BatchSampler(sample)

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 class Cache:
     """Key-value cache: one pair of buffers a layer, so that a step writes in place and copies nothing else.
 
-    Slot ``s`` of a row holds its ``s``-th token, padding of the prompt included.
+    Slot ``s`` of a row holds its ``s``-th token, padding of the prompt included. Where rows share prompts, these are
+    in `Prompts`, and slot ``s`` holds the ``s``-th token after them.
 
     Attributes:
       keys: one ``[B, K, H, S]`` for each layer, rotated. Slots are last, those of the values are not: both products of
@@ -27,6 +28,40 @@ class Cache:
     occupied: jax.Array
     length: jax.Array
     next_position: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Prompts:
+    """Keys and values of G prompts, of which each begins ``n`` rows that lie next to each other.
+
+    Attributes:
+      keys: one ``[G, K, H, P]`` for each layer, rotated.
+      values: one ``[G, K, P, H]`` for each layer.
+      occupied: ``[G, P]`` bool, False on padding.
+    """
+
+    keys: tuple[jax.Array, ...]
+    values: tuple[jax.Array, ...]
+    occupied: jax.Array
+
+
+def branch(past: Cache, n: int, size: int) -> tuple[Prompts, Cache]:
+    """Prompts as they are, and an empty cache of ``size`` slots for each of the ``n`` rows that begin with each."""
+    rows = past.occupied.shape[0] * n
+
+    def empty(x: jax.Array, slots: int) -> jax.Array:
+        shape = list(x.shape)
+        shape[0], shape[slots] = rows, size
+        return jnp.zeros(shape, x.dtype)
+
+    return Prompts(past.keys, past.values, past.occupied), Cache(
+        keys=tuple(empty(x, 3) for x in past.keys),
+        values=tuple(empty(x, 2) for x in past.values),
+        occupied=jnp.zeros((rows, size), bool),
+        length=jnp.zeros((), jnp.int32),
+        next_position=jnp.repeat(past.next_position, n),
+    )
 
 
 def from_prompt(keys: jax.Array, values: jax.Array, segment_ids: jax.Array, positions: jax.Array, size: int) -> Cache:

@@ -51,7 +51,7 @@ class Generation(NamedTuple):
     mask: jax.Array
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "sampling", "end_ids"))
+@functools.partial(jax.jit, static_argnames=("graphdef", "sampling", "end_ids", "responses_per_prompt"))
 def generate(
     graphdef: nnx.GraphDef,
     params: Any,
@@ -61,8 +61,9 @@ def generate(
     *,
     sampling: SamplingConfig,
     end_ids: tuple[int, ...],
+    responses_per_prompt: int = 1,
 ) -> Generation:
-    """Sample one response to each prompt; stops early once every row has ended.
+    """Sample responses to prompts; stops early once every row has ended.
 
     Under ``fsdp`` every token gathers the parameters from the other devices, unless the compiler moves that out of the
     loop. For many or long responses use a mesh without ``fsdp``, e.g. ``config.rollout.mesh`` in PPO.
@@ -75,13 +76,22 @@ def generate(
       key: typed PRNG key. Token ``t`` is drawn with ``fold_in(key, t)``, whatever the length limit.
       sampling: see ``SamplingConfig``.
       end_ids: ids that end a response.
+      responses_per_prompt: n. The prompts are read, and their keys and values stored, once for all n.
+
+    Returns:
+      ``B n`` responses; those to one prompt lie next to each other.
     """
     chex.assert_equal_shape([prompts, prompt_mask])
-    B, P = prompts.shape
-    T = sampling.max_new_tokens
+    n, P, T = responses_per_prompt, prompts.shape[1], sampling.max_new_tokens
+    B = prompts.shape[0] * n
     model = nnx.merge(graphdef, params)
     positions = positions_from_mask(prompt_mask)
-    hidden, past = model.prefill(prompts, positions=positions, segment_ids=prompt_mask.astype(jnp.int32), size=P + T)
+    segment_ids, size = prompt_mask.astype(jnp.int32), P + T if n == 1 else P
+    hidden, past = model.prefill(prompts, positions=positions, segment_ids=segment_ids, size=size)
+    last, shared = hidden[:, -1], None
+    if n > 1:
+        last = jnp.repeat(last, n, axis=0)
+        shared, past = model.branch(past, n, T)
     layers = model.unstack_layers()
     head = model.decode_head()
     ends = jnp.asarray(end_ids, jnp.int32)
@@ -104,7 +114,7 @@ def generate(
         return (carry.t < T) & jnp.any(carry.alive)
 
     def one_token(carry: Carry) -> Carry:
-        hidden, past = model.decode(carry.token[:, None], layers, carry.past)
+        hidden, past = model.decode(carry.token[:, None], layers, carry.past, shared)
         return emit(hidden[:, 0], carry._replace(past=past))
 
     def emit(hidden: jax.Array, carry: Carry) -> Carry:
@@ -121,7 +131,7 @@ def generate(
         jnp.zeros((B, T), bool),
         past,
     )
-    end = jax.lax.while_loop(unfinished, one_token, emit(hidden[:, -1], empty))
+    end = jax.lax.while_loop(unfinished, one_token, emit(last, empty))
     # Whole on every device, so that any process can read them.
     return Generation(model.constrain(end.tokens, (None, None)), model.constrain(end.mask, (None, None)))
 

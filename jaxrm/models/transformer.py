@@ -79,10 +79,12 @@ class Decoder(nnx.Module):
         """
         hidden, kv = self._forward(tokens, positions, segment_ids, return_kv=True)
         assert kv is not None
-        past = cache.from_prompt(*kv, segment_ids, positions, size)
-        keys = tuple(self.constrain(x, _KEYS) for x in past.keys)
-        values = tuple(self.constrain(x, _VALUES) for x in past.values)
-        return hidden, dataclasses.replace(past, keys=keys, values=values)
+        return hidden, self._constrain_cache(cache.from_prompt(*kv, segment_ids, positions, size))
+
+    def branch(self, past: cache.Cache, n: int, size: int) -> tuple[cache.Prompts, cache.Cache]:
+        """The cache of a prefill as that of ``n`` rows a prompt, with ``size`` slots of their own; for ``decode``."""
+        prompts, own = cache.branch(past, n, size)
+        return prompts, self._constrain_cache(own)
 
     def unstack_layers(self) -> tuple[layers.Layer, ...]:
         """The layers one by one, for ``decode``; outside the decoding loop, which then reads each in place.
@@ -107,7 +109,11 @@ class Decoder(nnx.Module):
         return self.head_embedding.astype(self.dtype)
 
     def decode(
-        self, tokens: jax.Array, unstacked: tuple[layers.Layer, ...], past: cache.Cache
+        self,
+        tokens: jax.Array,
+        unstacked: tuple[layers.Layer, ...],
+        past: cache.Cache,
+        prompts: cache.Prompts | None = None,
     ) -> tuple[jax.Array, cache.Cache]:
         """Hidden states ``[B, 1, D]`` of the next token of each row, and the cache with it written in.
 
@@ -115,6 +121,7 @@ class Decoder(nnx.Module):
           tokens: ``[B, 1]`` int token ids.
           unstacked: from ``unstack_layers``.
           past: the tokens before it.
+          prompts: what the rows begin with, from ``branch``; None where it is in ``past``.
         """
         config = self.config
         positions = past.next_position[:, None]
@@ -122,7 +129,15 @@ class Decoder(nnx.Module):
         slot = jnp.arange(past.occupied.shape[1])
         occupied = past.occupied | (slot == past.length)[None]
         seen = occupied & (slot <= past.length)[None]
-        near = seen & (slot > past.length - (config.sliding_window or 0))[None]
+        nearest = past.length - (config.sliding_window or 0)
+        near = seen & (slot > nearest)[None]
+
+        def cached_prompts(i: int, is_sliding: bool) -> attention.CachedKeys | None:
+            if prompts is None:
+                return None
+            width = prompts.occupied.shape[1]
+            mask = prompts.occupied & (jnp.arange(-width, 0) > nearest)[None] if is_sliding else prompts.occupied
+            return attention.CachedKeys(prompts.keys[i], prompts.values[i], mask)
 
         x = self._embed(tokens)
         keys, values = list(past.keys), list(past.values)
@@ -132,13 +147,18 @@ class Decoder(nnx.Module):
             write = functools.partial(jax.lax.dynamic_update_index_in_dim, index=past.length)
             keys[i] = self.constrain(write(keys[i], key[:, 0], axis=3), _KEYS)
             values[i] = self.constrain(write(values[i], value[:, 0], axis=2), _VALUES)
-            mask = near if is_sliding else seen
+            own = attention.CachedKeys(keys[i], values[i], near if is_sliding else seen)
             attended = attention.cached(
-                query[:, 0], keys[i], values[i], mask, scale=self.scale, softcap=config.attention_softcap
+                query[:, 0], own, cached_prompts(i, is_sliding), scale=self.scale, softcap=config.attention_softcap
             )
             x = self.constrain(layer.output_and_mlp(x, attended[:, None]), _HIDDEN)
         grown = cache.Cache(tuple(keys), tuple(values), occupied, past.length + 1, past.next_position + 1)
         return self.final_norm(x), grown
+
+    def _constrain_cache(self, past: cache.Cache) -> cache.Cache:
+        keys = tuple(self.constrain(x, _KEYS) for x in past.keys)
+        values = tuple(self.constrain(x, _VALUES) for x in past.values)
+        return dataclasses.replace(past, keys=keys, values=values)
 
     @property
     def head_embedding(self) -> jax.Array:

@@ -15,7 +15,6 @@ from jaxrm.algorithms.rollout import FrozenParams
 from jaxrm.inference import sharded_model
 from jaxrm.inference.sharded_model import ShardedModel
 from jaxrm.models import lora
-from jaxrm.models.config import ModelConfig
 from jaxrm.models.flops import forward_flops, training_flops
 from jaxrm.models.quantized_params import count_parameters
 from jaxrm.ops import reward_scaling
@@ -70,6 +69,11 @@ class PPOStage:
         return self.config.data.batch_size
 
     @property
+    def num_prompts(self) -> int:
+        """Prompts of a step."""
+        return self.batch_size // self.config.rollout.responses_per_prompt
+
+    @property
     def minibatch_size(self) -> int:
         """Responses of an update."""
         return self.batch_size // self.config.ppo.num_minibatches
@@ -93,6 +97,11 @@ class PPOStage:
         """FLOPs of a pass over one prompt and response: ``flops`` is `forward_flops` or `training_flops`."""
         decoder, length = self.learner.decoder, self.config.data.max_length
         return flops(decoder.config, length, predicted=self.response_length, scalar_head=scalar_head, lora=decoder.lora)
+
+    def prompt_flops(self) -> float:
+        """FLOPs of a pass over one prompt, which the responses to it share."""
+        decoder = self.learner.decoder
+        return forward_flops(decoder.config, self.prompt_length, predicted=0, lora=decoder.lora)
 
     def rows(self, shape: tuple[int, ...], dtype: Any, *, mesh: Mesh | None = None) -> Any:
         """An abstract array whose first axis is that of the batch, on the stage's mesh or another."""
@@ -146,8 +155,11 @@ def _rollout(stage: PPOStage) -> list[Program]:
         programs.append(Program("reshard", sampler.reshard.params, (params,), 0, params, 0.0))
         params = with_shardings(jax.eval_shape(sampler.reshard.params, params), rollout_model.shardings)
         resident, copied = None, params  # the copy exists only while this program runs
-    rows, length = stage.batch_size, stage.config.data.max_length
-    prompts = [stage.rows((rows, stage.prompt_length), t, mesh=rollout_model.mesh) for t in (jnp.int32, jnp.bool_)]
+    rows, num_prompts = stage.batch_size, stage.num_prompts
+    prompts = [
+        stage.rows((num_prompts, stage.prompt_length), dtype, mesh=rollout_model.mesh)
+        for dtype in (jnp.int32, jnp.bool_)
+    ]
     key = jax.eval_shape(lambda: jax.random.key(0))
     key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=NamedSharding(rollout_model.mesh, PartitionSpec()))
     programs.append(
@@ -155,17 +167,11 @@ def _rollout(stage: PPOStage) -> list[Program]:
             "rollout",
             sampler.sample,
             (params, *prompts, key),
-            rows * length,
+            rows * stage.config.data.max_length,
             resident,
-            rows * stage.row_flops(forward_flops),
+            rows * stage.row_flops(forward_flops) - (rows - num_prompts) * stage.prompt_flops(),
             while_trips=stage.response_length - 1,
-            cache_bytes=_cache_bytes(
-                stage.learner.decoder.config,
-                rows // stage.config.rollout.num_microbatches,
-                length,
-                stage.config.model.dtype,
-                rollout_model.mesh,
-            ),
+            cache_bytes=_cache_bytes(stage, rollout_model.mesh),
             copied_parameters=copied,
         )
     )
@@ -269,12 +275,17 @@ def _scorer(config: PPO, mesh: Mesh, decoder: ShardedModel) -> tuple[ShardedMode
     )
 
 
-def _cache_bytes(config: ModelConfig, rows: int, length: int, dtype: str, mesh: Mesh) -> float:
-    """Keys and values of every layer, rows over the batch axes and heads over the tensor axis where they divide."""
-    shards = batch_shards(mesh) if rows % batch_shards(mesh) == 0 else 1
+def _cache_bytes(stage: PPOStage, mesh: Mesh) -> float:
+    """Keys and values of every layer, rows over the batch axes and heads over the tensor axis where they divide.
+
+    Responses to one prompt share its keys and values.
+    """
+    config, parts = stage.learner.decoder.config, stage.config.rollout.num_microbatches
+    shards = batch_shards(mesh) if stage.num_prompts // parts % batch_shards(mesh) == 0 else 1
     shards *= mesh.shape["tensor"] if config.num_kv_heads % mesh.shape["tensor"] == 0 else 1
-    size = 2 * config.num_layers * rows * length * config.num_kv_heads * config.head_dim
-    return size * jnp.dtype(dtype).itemsize / shards
+    slots = (stage.num_prompts * stage.prompt_length + stage.batch_size * stage.response_length) / parts
+    size = 2 * config.num_layers * slots * config.num_kv_heads * config.head_dim
+    return size * jnp.dtype(stage.config.model.dtype).itemsize / shards
 
 
 def _in_dtype(tree: Any, dtype: str) -> Any:

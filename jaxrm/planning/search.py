@@ -206,7 +206,8 @@ def _rollout_parts(config: PPO, stage: StagePrograms, memory: float) -> int | No
     present = config.rollout.num_microbatches
     if 1.5 * rollout.cache_bytes <= free:
         return None
-    rows = config.data.batch_size // batch_shards(rollout.arguments[1].sharding.mesh)
+    prompts = rollout.arguments[1]
+    rows = prompts.shape[0] // batch_shards(prompts.sharding.mesh)
     choices = [each for each in _divisors(rows) if each.bit_count() == 1 and each > present]
     fitting = [each for each in choices if 1.5 * rollout.cache_bytes * present / each <= free]
     return next(iter(fitting), choices[-1] if choices else None)

@@ -394,6 +394,24 @@ def test_one_device_and_eight_agree(tmp_path):
 
 
 @pytest.mark.slow
+def test_responses_to_a_prompt_lie_next_to_each_other():
+    """Greedily, on eight devices that lie anew to answer, and in parts: each is that of the prompt alone."""
+    config = experiment(batch_size=32, temperature=0.0)
+    rollout = dataclasses.replace(
+        config.rollout, mesh=MeshConfig(data=2, tensor=4), responses_per_prompt=4, num_microbatches=2
+    )
+    s = Setup(dataclasses.replace(config, rollout=rollout), EIGHT)
+    rng, rows = np.random.default_rng(0), jax.NamedSharding(s.mesh, jax.P(("data", "fsdp")))
+    prompts = rng.integers(2, 16, (8, P)).astype(np.int32), np.arange(P)[None] >= rng.integers(0, 3, (8, 1))
+    batch = s.programs.rollout(s.reference, *jax.device_put(prompts, rows), KEY)
+    alone = s.learner.sampler(config.rollout.sampling)
+    alone = alone(s.reference, *jax.device_put([np.tile(x, (4, 1)) for x in prompts], rows), KEY)
+    assert batch.responses.shape == (32, T) and batch.responses.sharding.is_equivalent_to(rows, 2)
+    for name in ("prompts", "prompt_mask", "responses", "response_mask"):
+        np.testing.assert_array_equal(getattr(batch, name), np.repeat(getattr(alone, name)[:8], 4, axis=0), name)
+
+
+@pytest.mark.slow
 def test_moments_of_both_optimizers_may_lie_with_the_hosts():
     config = experiment()
     policy, critic = (dataclasses.replace(one, offload=True) for one in (config.optimizer, config.critic.optimizer))

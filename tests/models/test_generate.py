@@ -102,7 +102,8 @@ def test_bfloat16_decoding_reads_no_float32_weights():
     assert [x.shape for x in read if x.dtype == jnp.float32] == [(61, 32)]  # rows are looked up in it
 
 
-def test_eight_devices_sample_as_one():
+@pytest.mark.parametrize("n", [1, 3], ids=["a response a prompt", "three"])
+def test_eight_devices_sample_as_one(n):
     """Rows over data and fsdp, heads over tensor."""
     config = dataclasses.replace(TINY, vocab_size=64, num_layers=1)
     sampling = SamplingConfig(max_new_tokens=4)
@@ -112,7 +113,8 @@ def test_eight_devices_sample_as_one():
     def drawn(devices, mesh):
         model = shard_model(ModelSource(), build_mesh(mesh, devices), config)
         given = (jax.device_put(make(), model.shardings), prompts, mask, jax.random.key(0))
-        traced = generate.trace(model.graphdef, *given, sampling=sampling, end_ids=(5,))
+        options = {"sampling": sampling, "end_ids": (5,), "responses_per_prompt": n}
+        traced = generate.trace(model.graphdef, *given, **options)
         constraints = [eqn for eqn in traced.jaxpr.eqns if eqn.primitive.name == "sharding_constraint"]
         return traced.lower().compile()(*given), [eqn.params["sharding"].spec for eqn in constraints]
 
@@ -120,7 +122,47 @@ def test_eight_devices_sample_as_one():
     eight, specs = drawn(jax.devices(), MeshConfig(data=2, fsdp=2, tensor=2))
     np.testing.assert_array_equal(eight.tokens, one.tokens)
     np.testing.assert_array_equal(eight.mask, one.mask)
-    assert specs.count(PartitionSpec(("data", "fsdp"), "tensor", None, None)) == 2  # keys and values
+    assert specs.count(PartitionSpec(("data", "fsdp"), "tensor", None, None)) == 2 * (1 + (n > 1))  # keys and values
+
+
+# --- several responses to a prompt
+
+
+def windowed():
+    """A model whose layers see two tokens and all of them in turn."""
+    return dataclasses.replace(TINY, sliding_window=2, layer_is_sliding=(True, False))
+
+
+@pytest.mark.parametrize("config", [TINY, windowed()], ids=["all see all", "a window"])
+def test_responses_that_share_a_prompt_are_as_with_their_own(config):
+    """The same draws from the same key, as the prompts were written n times; greedily, what the prompt alone gets."""
+    _, _, prompts, mask = model_and_prompts()
+    graphdef, params = jax.jit(lambda: nnx.split(Decoder(config, rngs=nnx.Rngs(0))))()
+    draw = functools.partial(generate, graphdef, nnx.to_pure_dict(params), key=jax.random.key(3), end_ids=(7,))
+    sampling, greedy = (SamplingConfig(max_new_tokens=8, temperature=temperature) for temperature in (1.0, 0.0))
+    shared = draw(prompts, mask, sampling=sampling, responses_per_prompt=4)
+    repeated = draw(*(jnp.repeat(x, 4, axis=0) for x in (prompts, mask)), sampling=sampling)
+    jax.tree.map(np.testing.assert_array_equal, shared, repeated)
+    assert all(len({tuple(row) for row in group.tolist()}) == 4 for group in shared.tokens.reshape(3, 4, 8))
+
+    alone = draw(prompts, mask, sampling=greedy)
+    together = draw(prompts, mask, sampling=greedy, responses_per_prompt=2)
+    np.testing.assert_array_equal(together.tokens, jnp.repeat(alone.tokens, 2, axis=0))
+    np.testing.assert_array_equal(together.mask, jnp.repeat(alone.mask, 2, axis=0))
+
+
+def test_a_shared_prompt_has_one_set_of_keys_in_memory():
+    """The loop over tokens has the prompt's slots once, and for each response only those of its own tokens."""
+    graphdef, params = jax.eval_shape(lambda: nnx.split(Decoder(TINY, rngs=nnx.Rngs(0))))
+    ids, mask = jax.ShapeDtypeStruct((3, 6), jnp.int32), jax.ShapeDtypeStruct((3, 6), bool)
+    options = {"sampling": SamplingConfig(max_new_tokens=5), "end_ids": (), "responses_per_prompt": 4}
+    traced = generate.trace(graphdef, params, ids, mask, jax.random.key(0), **options)
+    (loop,) = [eqn for eqn in traced.jaxpr.eqns if eqn.primitive.name == "while"]
+    shapes = [v.aval.shape for v in loop.invars if v.aval.ndim == 4]
+    K, H = TINY.num_kv_heads, TINY.head_dim
+    for rows, slots in ((3, 6), (12, 5)):
+        assert shapes.count((rows, K, H, slots)) == shapes.count((rows, K, slots, H)) == 2
+    assert len(shapes) == 8
 
 
 def test_samples_follow_the_tempered_distribution():

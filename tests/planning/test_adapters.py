@@ -12,6 +12,7 @@ from jaxrm.algorithms.reward_config import RewardConfig
 from jaxrm.config.dicts import with_changes
 from jaxrm.data.config import DataConfig
 from jaxrm.models.build import ModelSource
+from jaxrm.models.flops import forward_flops
 from jaxrm.models.generate import SamplingConfig
 from jaxrm.models.lora import LoRAConfig
 from jaxrm.models.quantized_params import count_parameters
@@ -139,14 +140,25 @@ def test_products_are_those_of_the_hand_count(here, algorithm):
     assert program.model_flops == pytest.approx(by_model * tokens, rel=1e-9)
 
 
-def test_prompts_answered_in_parts_have_a_part_of_the_cache(here):
-    def rollout(parts):
-        sampling = SamplingConfig(max_new_tokens=16)
-        one = dataclasses.replace(ppo(), rollout=RolloutConfig(sampling=sampling, num_microbatches=parts))
-        return next(program for program in stage_of(one, here).programs if program.name == "rollout")
+def rollout_of(here, **options):
+    one = dataclasses.replace(ppo(), rollout=RolloutConfig(sampling=SamplingConfig(max_new_tokens=16), **options))
+    return next(program for program in stage_of(one, here).programs if program.name == "rollout")
 
-    assert rollout(1).cache_bytes == 4 * rollout(4).cache_bytes > 0
-    assert rollout(1).model_flops == rollout(4).model_flops
+
+def test_prompts_answered_in_parts_have_a_part_of_the_cache(here):
+    whole, parts = (rollout_of(here, num_microbatches=count) for count in (1, 4))
+    assert whole.cache_bytes == 4 * parts.cache_bytes > 0
+    assert whole.model_flops == parts.model_flops
+
+
+def test_responses_to_one_prompt_share_its_cache_and_its_pass(here):
+    """Rows of 48 + 16 tokens: 16 of them, or 16 responses of 16 to 4 prompts of 48."""
+    alone, shared = (rollout_of(here, responses_per_prompt=n) for n in (1, 4))
+    assert shared.cache_bytes / alone.cache_bytes == (4 * 48 + 16 * 16) / (16 * 64)
+    assert [x.shape for x in shared.arguments[1:3]] == [(4, 48)] * 2 and shared.tokens == alone.tokens
+    decoder = stage_of(ppo(), here).shape
+    prompt = forward_flops(decoder, 48, predicted=0, lora=LORA)
+    assert alone.model_flops - shared.model_flops == pytest.approx(12 * prompt)
 
 
 @pytest.mark.slow

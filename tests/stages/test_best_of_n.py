@@ -191,6 +191,10 @@ def test_conversations_are_written_as_messages_questions_as_text():
             {"rollout": RolloutConfig(sampling=SamplingConfig(max_new_tokens=6, temperature=0.0))},
             r"config.rollout.sampling.temperature is 0.0, with which all 3 .*temperature=1.0, or --config.best_",
         ),
+        (
+            {"rollout": RolloutConfig(responses_per_prompt=4)},
+            r"config.rollout.responses_per_prompt is 4, which is for PPO alone; here use --config.best_of_n.n=4 with",
+        ),
         ({"reward": RewardConfig(kind="soft", model="scalar_rm")}, r"config.reward.kind is 'soft', but config.reward."),
         ({"evaluation": JudgeConfig(judge="task:safty")}, r"safty"),
     ],

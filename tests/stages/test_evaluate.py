@@ -35,6 +35,10 @@ def config(tmp_path):
         ({"evaluate": EvaluateConfig(splits=("tset",))}, ("config.evaluate.splits has 'tset'", "test_ood")),
         ({"evaluate": EvaluateConfig(best_of=4)}, ("config.evaluate.best_of is 4", "--config.reward.model=")),
         (
+            {"rollout": RolloutConfig(responses_per_prompt=4)},
+            ("config.rollout.responses_per_prompt is 4", "--config.evaluate.best_of=4"),
+        ),
+        (
             {"evaluate": EvaluateConfig(evaluate_checkpoints=True)},
             ("evaluate_checkpoints is True", "--config.evaluate.reference="),
         ),

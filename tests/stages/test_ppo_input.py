@@ -114,6 +114,7 @@ def refuse(launch, place):
         {"reward": RewardConfig(kind="scalar", model="scalar_rm")},
         {"reward": RewardConfig(kind="scalar", function="task:safety")},
         {"ppo": {"shared_trunk": True}},
+        {"rollout": {"responses_per_prompt": 5}, "data": {"batch_size": 40}},
         {"critic": {"path": "scalar_rm"}},
         {"critic": {"path": "sft/checkpoints/best"}},
         {"reward": RewardConfig(kind="scalar", model="scalar_rm"), "critic": {"head": "reward_model"}},
@@ -125,6 +126,7 @@ def refuse(launch, place):
         "scalar",
         "function",
         "shared trunk",
+        "responses",
         "critic of RM",
         "critic of SFT",
         "critic's head",
@@ -324,6 +326,29 @@ def test_sampling_from_another_distribution_is_refused(refuse, sampling, field, 
             "--config.data.batch_size=24",
         ),
         (
+            {"rollout": {"responses_per_prompt": 3}},
+            "config.data.batch_size is 8, no multiple of config.rollout.responses_per_prompt 3, but prompts lie on the "
+            "8 devices of the data and fsdp axes of config.mesh; use a multiple of 24, e.g. "
+            "--config.data.batch_size=24",
+        ),
+        (
+            {"rollout": {"responses_per_prompt": 4}, "data": {"batch_size": 16}},
+            "config.data.batch_size is 16, config.rollout.responses_per_prompt 4 to each of 4 prompts, but prompts lie "
+            "on the 8 devices of the data and fsdp axes of config.mesh; use a multiple of 32, e.g. "
+            "--config.data.batch_size=32, or --config.rollout.responses_per_prompt=2",
+        ),
+        (
+            {"rollout": {"responses_per_prompt": 2, "num_microbatches": 2}, "data": {"batch_size": 16}},
+            "config.data.batch_size is 16, config.rollout.responses_per_prompt 2 to each of 8 prompts, but prompts lie "
+            "on the 8 devices of the data and fsdp axes of config.mesh x 2 microbatches; use a multiple of 32, e.g. "
+            "--config.data.batch_size=32",
+        ),
+        (
+            {"rollout": {"responses_per_prompt": 2}, "data": {"batch_size": 128}},
+            "config.data.batch_size is 128, config.rollout.responses_per_prompt 2 to each of 64 prompts, but "
+            "'prompts.jsonl' has only 45; give more data, or a smaller --config.data.batch_size",
+        ),
+        (
             {"data": {"max_length": 24}},
             "config.rollout.sampling.max_new_tokens is 24, but config.data.max_length, prompt and response together, "
             "is 24; e.g. --config.data.max_length=48",
@@ -352,6 +377,10 @@ def test_sampling_from_another_distribution_is_refused(refuse, sampling, field, 
         "minibatches",
         "microbatches",
         "parts of a rollout",
+        "no multiple",
+        "prompts",
+        "parts of prompts",
+        "few prompts",
         "no room",
         "positions",
         "evaluation",

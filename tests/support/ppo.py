@@ -155,7 +155,8 @@ class Rows:
         self.at = state["at"]
 
     def place(self, number):
-        tokens = np.random.default_rng(number % 2).integers(2, 16, (self.config.data.batch_size, P)).astype(np.int32)
+        prompts = self.config.data.batch_size // self.config.rollout.responses_per_prompt
+        tokens = np.random.default_rng(number % 2).integers(2, 16, (prompts, P)).astype(np.int32)
         mask = np.ones(tokens.shape, bool)
         mask[::3, :2] = False
         rows = jax.NamedSharding(self.mesh, jax.P(("data", "fsdp")))

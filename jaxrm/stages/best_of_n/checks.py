@@ -5,6 +5,7 @@ from typing import Any
 from jax.sharding import Mesh
 
 from jaxrm.errors import UserError, flag, option
+from jaxrm.inference.rollout_model import check_one_response_a_prompt
 from jaxrm.sharding.mesh import check_batch
 from jaxrm.stages.judge import check_judge
 from jaxrm.stages.rewards.functions import open_function
@@ -27,6 +28,7 @@ def check(config: Any, mesh: Mesh) -> None:
             f"{option('reward')} has neither model nor function, so no response is the best; give the run of a reward "
             f"model, e.g. {flag('reward.model')}=runs/quickstart/rm_seq2seq"
         )
+    check_one_response_a_prompt(config, "best_of_n.n")
     n, sampling = config.best_of_n.n, config.rollout.sampling
     if n > 1 and (sampling.temperature == 0 or sampling.top_k == 1):
         name = "temperature" if sampling.temperature == 0 else "top_k"

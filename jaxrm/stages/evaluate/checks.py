@@ -8,6 +8,7 @@ from jax.sharding import Mesh
 from jaxrm.data import tasks
 from jaxrm.errors import UserError, flag, option
 from jaxrm.inference import weights
+from jaxrm.inference.rollout_model import check_one_response_a_prompt
 from jaxrm.sharding.mesh import check_batch
 from jaxrm.stages.judge import check_judge
 from jaxrm.stages.stage import check_is_policy
@@ -38,6 +39,7 @@ def check(config: Any, mesh: Mesh) -> None:
             f"{option('evaluate.best_of')} is {config.evaluate.best_of}, but {option('reward')} has neither model nor "
             f"function that would say which is best; e.g. {flag('reward.model')}=runs/quickstart/rm_seq2seq"
         )
+    check_one_response_a_prompt(config, "evaluate.best_of")
     if config.evaluate.evaluate_checkpoints:
         _check_checkpoints(config)
     check_batch(mesh, "data.batch_size", config.data.batch_size, config.num_microbatches)

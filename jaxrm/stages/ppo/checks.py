@@ -7,6 +7,7 @@ from jax.sharding import Mesh
 from jaxrm.algorithms.ppo_config import CriticConfig
 from jaxrm.config import dicts, fields
 from jaxrm.errors import UserError, flag, option
+from jaxrm.inference.rollout_model import check_groups
 from jaxrm.models.generate import check_on_policy
 from jaxrm.sharding import partition
 from jaxrm.sharding.mesh import batch_shards, check_batch, check_row_length
@@ -31,6 +32,7 @@ def check(config: Any, mesh: Mesh) -> None:
 def _check_batches(config: Any, mesh: Mesh) -> None:
     field, num_microbatches = "data.batch_size", config.num_microbatches
     check_batch(mesh, field, config.data.batch_size, num_microbatches)
+    check_groups(config, mesh)
     num_minibatches = config.ppo.num_minibatches
     unit = batch_shards(mesh) * num_microbatches * num_minibatches
     if config.data.batch_size % unit:
@@ -66,9 +68,6 @@ def _check_batches(config: Any, mesh: Mesh) -> None:
 def _check_advantage(config: Any) -> None:
     """Refuse a group of one where responses are compared, and options of a critic where there is none."""
     advantage, n = config.ppo.advantage, config.rollout.responses_per_prompt
-    if n != 1:  # until the sampler knows of groups
-        required = f"use {flag('rollout.responses_per_prompt')}=1"
-        raise UserError(f"{option('rollout.responses_per_prompt')} is {n}, which cannot be sampled yet; {required}")
     if advantage in ("rloo", "grpo") and n == 1:
         raise UserError(
             f"{option('rollout.responses_per_prompt')} is 1, but {option('ppo.advantage')}={advantage} compares the "

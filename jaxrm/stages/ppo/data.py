@@ -9,6 +9,7 @@ import numpy as np
 
 from jaxrm.data.loader import BatchIterator
 from jaxrm.data.prompts import PromptExample
+from jaxrm.errors import UserError, flag, option
 from jaxrm.inference.sharded_model import to_devices
 from jaxrm.inference.weights import identity_of, identity_of_source
 from jaxrm.stages.inputs.prompts import (
@@ -73,6 +74,7 @@ class PPOInputs:
       held_out: those of evaluation.
       prompt_length: tokens that prompts are padded to.
       num_steps: of the run.
+      prompts_per_step: of which each has ``config.rollout.responses_per_prompt`` responses.
       data: batches of training.
     """
 
@@ -80,6 +82,7 @@ class PPOInputs:
     held_out: Prompts
     prompt_length: int
     num_steps: int
+    prompts_per_step: int
     data: PPOData
 
     @property
@@ -100,8 +103,10 @@ def open_inputs(stage: Stage) -> PPOInputs:
     if judge is not None:
         check_judgeable(held_out.examples, judge, "evaluation.judge")
     prompt_length = stage_prompt_length(stage, [*train.examples, *held_out.examples])
+    prompts_per_step = _prompts_per_step(config, len(train.examples))
+    section = dataclasses.replace(config.data, batch_size=prompts_per_step)
     prompts, fingerprint = prompt_loader(
-        train.examples, config.data, prompt_length, stage.mesh, seed=config.seed, pad_id=stage.pad_id
+        train.examples, section, prompt_length, stage.mesh, seed=config.seed, pad_id=stage.pad_id
     )
     data = PPOData(prompts, prompts_to_devices(stage.mesh), f"prompts {fingerprint}")
     if config.ptx is not None:
@@ -112,7 +117,24 @@ def open_inputs(stage: Stage) -> PPOInputs:
             ptx_to_devices=to_devices(stage.mesh, TokenBatch),
             fingerprint=f"{data.fingerprint}, SFT data {fingerprint[:12]}",
         )
-    return PPOInputs(train, held_out, prompt_length, stage.num_steps(len(train.examples)), data)
+    num_steps = stage.num_steps(len(train.examples) * config.rollout.responses_per_prompt)
+    return PPOInputs(train, held_out, prompt_length, num_steps, prompts_per_step, data)
+
+
+def _prompts_per_step(config: Any, num_prompts: int) -> int:
+    """Prompts of a step, of which each has ``config.rollout.responses_per_prompt`` responses.
+
+    Raises:
+      UserError: where several responses are wanted to more prompts than there are.
+    """
+    n, batch_size = config.rollout.responses_per_prompt, config.data.batch_size
+    if n > 1 and num_prompts < batch_size // n:
+        raise UserError(
+            f"{option('data.batch_size')} is {batch_size}, {option('rollout.responses_per_prompt')} {n} to each of "
+            f"{batch_size // n} prompts, but {config.data.path!r} has only {num_prompts}; give more data, or a "
+            f"smaller {flag('data.batch_size')}"
+        )
+    return batch_size // n
 
 
 def with_models(inputs: PPOInputs, config: Any) -> PPOInputs:

@@ -25,6 +25,7 @@ from jaxrm.ops import reward_scaling
 from jaxrm.ops.token_rewards import find_kind
 from jaxrm.runtime.checkpoint import with_shardings
 from jaxrm.sharding import partition
+from jaxrm.sharding.mesh import batch_shards
 from jaxrm.stage_config import PPO
 
 
@@ -139,15 +140,35 @@ class Learner:
         feedback, calibration = jax.device_put((feedback, calibration), self.replicated)
         return PPOState(state.policy, state.critic, feedback, calibration)
 
+    def rollout_sampler(self) -> BatchSampler:
+        """Samples the responses of a step: ``config.rollout.responses_per_prompt`` to each prompt."""
+        rollout = self.config.rollout
+        return self._sampler(rollout.sampling, rollout.num_microbatches, rollout.responses_per_prompt)
+
     def sampler(self, sampling: SamplingConfig) -> BatchSampler:
-        """Samples from the policy."""
+        """Samples one response to each prompt, in so many parts that they take no larger cache than a step's.
+
+        A batch has as many prompts as a step has responses, and no responses share a prompt's part of the cache.
+        """
+        config, rollout = self.config, self.config.rollout
+        if rollout.responses_per_prompt == 1:
+            return self._sampler(sampling, rollout.num_microbatches, 1)
+        batch_size, width = config.data.batch_size, config.data.max_length
+        length = rollout.sampling.max_new_tokens
+        slots = length + (width - length) / rollout.responses_per_prompt  # a response of a step
+        rows = batch_size // batch_shards(self.rollout_model.mesh)
+        parts = next(n for n in range(1, rows + 1) if rows % n == 0 and width / n <= slots / rollout.num_microbatches)
+        return self._sampler(sampling, parts, 1)
+
+    def _sampler(self, sampling: SamplingConfig, num_microbatches: int, responses_per_prompt: int) -> BatchSampler:
         return build_sampler(
             self.decoder,
             self.rollout_model,
             dtype=self.config.model.dtype,
             sampling=sampling,
             end_ids=self.end_ids,
-            num_microbatches=self.config.rollout.num_microbatches,
+            num_microbatches=num_microbatches,
+            responses_per_prompt=responses_per_prompt,
         )
 
     def programs(self, source: RewardSource) -> ppo.Programs:
@@ -172,7 +193,7 @@ class Learner:
                 frozen_sharding=self.critic.frozen_shardings,
             )
         return ppo.Programs(
-            rollout=self.sampler(config.rollout.sampling),
+            rollout=self.rollout_sampler(),
             log_probs=build_log_probs(
                 self.networks,
                 policy_sharding=self.policy.trained_shardings,

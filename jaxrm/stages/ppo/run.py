@@ -60,10 +60,12 @@ def run(config: Any) -> int:
 def inspect(config: Any) -> Inspection:
     """What `run` would do; errors are the same, no weights are read and nothing is written."""
     inputs = _open_inputs(config)
-    data, ppo, rows = inputs.data, config.ppo, config.data.batch_size
+    data, ppo = inputs.data, config.ppo
+    passes = data.num_steps * data.prompts_per_step / len(data.train.examples)
     facts = {
-        "responses": f"{rows:,} a step, of up to {config.rollout.sampling.max_new_tokens:,} tokens",
-        "steps": f"{data.num_steps:,}, {data.num_steps * rows / len(data.train.examples):.3g} passes over the prompts",
+        "responses": f"{config.data.batch_size:,} a step{_to_each_prompt(config)}, of up to "
+        f"{config.rollout.sampling.max_new_tokens:,} tokens",
+        "steps": f"{data.num_steps:,}, {passes:.3g} passes over the prompts",
         "updates a step": f"{ppo.num_epochs * ppo.num_minibatches:,}",
         "rewards": f"{config.reward.kind} from {inputs.reward_name}",
         "critic": _critic_name(config, inputs.critic),
@@ -110,6 +112,11 @@ def _critic_name(config: Any, critic: Critic | None) -> str:
     return "the policy, on one trunk" if critic is None else critic.name
 
 
+def _to_each_prompt(config: Any) -> str:
+    n = config.rollout.responses_per_prompt
+    return "" if n == 1 else f" ({n:,} to each prompt)"
+
+
 def _print_inputs(stage: Stage, opened: Opened, policy_name: str, reward_name: str) -> None:
     config, inputs = stage.config, opened.inputs
     critic = f"critic from {_critic_name(config, opened.critic)}" if config.ppo.has_values else "no critic"
@@ -118,7 +125,7 @@ def _print_inputs(stage: Stage, opened: Opened, policy_name: str, reward_name: s
         print(f"{adapters_in_words(stage)}, in memory once for all models on it")
     print_quantized(stage.model)
     print(
-        f"{inputs.num_steps:,} steps of {config.data.batch_size} responses of up to "
+        f"{inputs.num_steps:,} steps of {config.data.batch_size} responses{_to_each_prompt(config)} of up to "
         f"{config.rollout.sampling.max_new_tokens} tokens to prompts of up to {inputs.prompt_length}; policy from "
         f"{policy_name}, {critic}, {config.reward.kind} rewards from {reward_name}"
     )

@@ -78,13 +78,15 @@ def train(stage: Stage, folder: RunFolder, opened: Opened) -> tuple[int, bool]:
     keys = _Keys(*jax.random.split(jax.random.key(config.seed), 4))
     (reference, _), base = lora.split(stage.init_params(init_key(config.seed))), opened.base
     reference = sharded_model.in_compute_dtype(reference, config.model.dtype)
-    programs = learner.programs(opened.source)
+    programs = plain = learner.programs(opened.source)
+    if config.rollout.responses_per_prompt > 1:  # which are for training alone
+        plain = dataclasses.replace(programs, rollout=learner.sampler(config.rollout.sampling))
     checkpoints = Checkpoints(folder.checkpoints, config.checkpoint)
     if checkpoints.steps():
         state = restore(learner, checkpoints, opened.inputs.data, keys.optimizer)
     else:
         state = _init_state(stage, opened, keys.optimizer)
-        state = _calibrated(stage, opened, programs, lora.join(base, reference), base, state, keys)
+        state = _calibrated(stage, opened, plain, lora.join(base, reference), base, state, keys)
     first_step = steps_of(state, config.ppo)
     if stage.is_writer:
         calibration = jax.device_get(state.initial_calibration)
@@ -95,7 +97,7 @@ def train(stage: Stage, folder: RunFolder, opened: Opened) -> tuple[int, bool]:
     )
     if stage.is_writer:  # an evaluation that was cut short may have written some of its samples
         remove_rows_after(folder.samples, first_step - 1 if evaluation_pending or first_step == 0 else first_step)
-    evaluation = _evaluation(stage, folder, opened, programs, base, reference, keys)
+    evaluation = _evaluation(stage, folder, opened, plain, base, reference, keys)
     with (
         open_metrics(folder, config.logging, after_step=first_step or None, run_config=dicts.to_dict(config)) as writer,
         Progress("ppo", num_steps, done=first_step, enabled=stage.show_progress) as progress,
