@@ -81,6 +81,11 @@ def main(config: Any, given: flags.FlagValues) -> int:
     from jaxrm.stage_config import REWARD_MODELS
 
     path = check_flags(given.checkpoint, given.weights, given.adapter)
+    if getattr(config, "rewards", None):
+        raise UserError(
+            f"config.rewards has {', '.join(config.rewards)}, but one reward model is scored with one kind; take the "
+            f"sources away, --config.rewards.NAME=None, and give --kind=…"
+        )
     configured, run = None if config is None else config.reward.kind, None
     if given.checkpoint is not None:
         run = find_checkpoint(path, "path", REWARD_MODELS)

@@ -11,10 +11,11 @@ from jaxrm.algorithms.best_of_n import BestOfNConfig
 from jaxrm.algorithms.dpo import DPOConfig
 from jaxrm.algorithms.optimizer import OptimizerConfig
 from jaxrm.algorithms.ppo_config import CriticConfig, PPOConfig, RolloutConfig
-from jaxrm.algorithms.reward_config import RewardConfig, RewardKindConfig
+from jaxrm.algorithms.reward_config import RewardConfig, RewardKindConfig, check_sources
 from jaxrm.algorithms.scalar_rm import ScalarRMConfig
 from jaxrm.config import dicts, fields
 from jaxrm.config.fields import above, at_least, at_most, below, bounded, check, finite, wrong
+from jaxrm.config.named_sections import typed_names
 from jaxrm.config.recorded import upgraded
 from jaxrm.data.config import DataConfig
 from jaxrm.data.pairs import MappingConfig
@@ -270,16 +271,23 @@ class PPO(TrainingConfig):
     """Proximal policy optimization with token rewards.
 
     Attributes:
+      reward: the source of token rewards.
+      rewards: several sources in its place, by name: their token rewards are added.
       ptx: SFT data that PPO mixes in, where it is given.
     """
 
     algorithm: ClassVar[str] = "ppo"
     reward: RewardConfig = field(default_factory=RewardConfig)
+    rewards: Mapping[str, RewardConfig] = field(default_factory=dict)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     ppo: PPOConfig = field(default_factory=PPOConfig)
     critic: CriticConfig = field(default_factory=CriticConfig)
     ptx: DataConfig | None = None
     evaluation: JudgedEvaluationConfig = field(default_factory=JudgedEvaluationConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_sources(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -298,15 +306,22 @@ class BestOfN(StageConfig):
     Attributes:
       num_steps: batches of prompts in all; None takes every prompt.
       num_microbatches: parts that a batch is scored in, to save memory.
+      reward: the source of token rewards that chooses.
+      rewards: several sources in its place, by name: their token rewards are added.
     """
 
     algorithm: ClassVar[str] = "best_of_n"
     num_steps: int | None = bounded(None, at_least(1))
     num_microbatches: int = bounded(1, at_least(1))
     reward: RewardConfig = field(default_factory=RewardConfig)
+    rewards: Mapping[str, RewardConfig] = field(default_factory=dict)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     best_of_n: BestOfNConfig = field(default_factory=BestOfNConfig)
     evaluation: JudgeConfig = field(default_factory=JudgeConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_sources(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -315,14 +330,21 @@ class Evaluate(StageConfig):
 
     Attributes:
       num_microbatches: parts that a batch is scored in, to save memory.
+      reward: the source of token rewards, where there is one.
+      rewards: several sources in its place, by name: their token rewards are added.
     """
 
     algorithm: ClassVar[str] = "evaluate"
     num_microbatches: int = bounded(1, at_least(1))
     reward: RewardConfig = field(default_factory=RewardConfig)
+    rewards: Mapping[str, RewardConfig] = field(default_factory=dict)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     evaluation: JudgeConfig = field(default_factory=JudgeConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_sources(self)
 
 
 class StageRow(NamedTuple):
@@ -392,5 +414,6 @@ def read_stage(recorded: Mapping[str, Any], where: str = "config") -> Any:
 
 
 def _has_field(config_class: type[StageConfig], name: str) -> bool:
-    names = fields.field_names(config_class)
+    name_of_flag = f"--config.{name}="
+    names = fields.field_names(config_class, named=typed_names([name_of_flag], fields.named_fields(config_class)))
     return any(known == f"config.{name}" or known.startswith(f"config.{name}.") for known in names)

@@ -95,6 +95,7 @@ class TokenRewards:
       diagnostics: ``[B]`` float32 by name, for the logs: ``sum`` and ``mean`` of the rewards, ``length`` in tokens,
         ``tag_rate`` (share of + tags), ``divergence`` (index of the first - tag), ``ended`` (1 where the response has
         an end token, 0 where it was truncated) and ``end_tag`` (1 where that token has tag +).
+      parts: of a sum, the token rewards of each source by name, calibrated and not weighted; ``{}`` of one source.
     """
 
     rewards: jax.Array
@@ -102,6 +103,7 @@ class TokenRewards:
     tags: jax.Array
     mask: jax.Array
     diagnostics: dict[str, jax.Array]
+    parts: dict[str, "TokenRewards"] = dataclasses.field(default_factory=dict)
 
 
 @jax.tree_util.register_dataclass

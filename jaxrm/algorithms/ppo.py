@@ -13,7 +13,8 @@ Every reward source is treated alike: a scalar reward model differs in ``r_t`` a
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -24,10 +25,13 @@ from jaxrm.algorithms.ppo_config import PPOConfig
 from jaxrm.algorithms.ppo_state import PPOBatch, PPOState, RewardAndKLState
 from jaxrm.algorithms.rollout import BatchSampler, FrozenParams, RewardSource, TokenLogProbs
 from jaxrm.algorithms.state import TrainState
+from jaxrm.algorithms.summed_rewards import source_metrics
 from jaxrm.algorithms.train_step import Metrics
-from jaxrm.ops import advantages, kl, losses, masking, reward_scaling
-from jaxrm.ops.token_rewards import Kind
+from jaxrm.ops import advantages, kl, losses, masking
 from jaxrm.types import ResponseBatch, Rollout, TokenBatch, TokenRewards
+
+NextCalibration = Callable[[Any, TokenRewards], Any]
+"""``(calibration, rewards) -> calibration`` of the next step; see `jaxrm.algorithms.rollout.RewardSource`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,9 +54,9 @@ def estimate(
     rewards: TokenRewards,
     *,
     config: PPOConfig,
-    kind: Kind,
-    center_momentum: float | None,
+    next_calibration: NextCalibration,
     groups: Groups = Groups(),
+    weights: Mapping[str, float] = MappingProxyType({}),
 ) -> tuple[Rollout, RewardAndKLState, Metrics]:
     """From token rewards to advantages, and to the calibration and KL coefficient of the next step.
 
@@ -62,9 +66,9 @@ def estimate(
       token_log_probs: of policy and reference, with the critic's values.
       rewards: of the reward source.
       config: options of PPO.
-      kind: of token reward.
-      center_momentum: of a running center; None where the center stays.
+      next_calibration: moves running centers on.
       groups: how responses are compared.
+      weights: of the sources of a sum, by name.
 
     Returns:
       The rollout ``[B, T]`` to update on; the next ``feedback``; metrics, float32 scalars.
@@ -92,12 +96,14 @@ def estimate(
 
     metrics |= {
         "kl_coef": feedback.kl_coef,
-        "center": feedback.calibration.center,
         "advantage_std": deviation,
     }
-    calibration, kl_coef = feedback.calibration, feedback.kl_coef
-    if center_momentum is not None:
-        calibration = reward_scaling.update_center(calibration, kind, rewards.values, mask, momentum=center_momentum)
+    if rewards.parts:
+        metrics |= source_metrics(rewards.parts, mask, weights)
+        metrics |= {f"center/{name}": calibration.center for name, calibration in feedback.calibration.items()}
+    else:
+        metrics["center"] = feedback.calibration.center
+    calibration, kl_coef = next_calibration(feedback.calibration, rewards), feedback.kl_coef
     if config.kl_target is not None:
         kl_coef = kl.next_coefficient(
             kl_coef,

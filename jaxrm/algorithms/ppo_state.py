@@ -1,12 +1,12 @@
 """What PPO carries from step to step, and what one update takes."""
 
 import dataclasses
+from typing import Any
 
 import jax
 
 from jaxrm.algorithms.ppo_config import PPOConfig
 from jaxrm.algorithms.state import TrainState
-from jaxrm.ops import reward_scaling
 from jaxrm.types import Rollout, TokenBatch
 
 
@@ -16,11 +16,12 @@ class RewardAndKLState:
     """Scale and center of the rewards, and the KL coefficient; both may move from step to step.
 
     Attributes:
-      calibration: scale and (running) center of the token rewards.
+      calibration: scale and (running) center of the token rewards, a `jaxrm.ops.reward_scaling.Calibration`; of a sum
+        of sources one for each, by name.
       kl_coef: ``[]`` float32, beta.
     """
 
-    calibration: reward_scaling.Calibration
+    calibration: Any
     kl_coef: jax.Array
 
 
@@ -39,7 +40,7 @@ class PPOState:
     policy: TrainState
     critic: TrainState | None
     feedback: RewardAndKLState
-    initial_calibration: reward_scaling.Calibration
+    initial_calibration: Any
 
 
 @jax.tree_util.register_dataclass

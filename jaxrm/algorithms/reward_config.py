@@ -1,11 +1,18 @@
-"""The `reward` section of a config: where rewards come from, and how they become token rewards."""
+"""The ``reward`` section of a config: where rewards come from, and how they become token rewards.
+
+Rewards of several sources add up: ``config.rewards`` has such a section for each, under a name of its own, with a
+weight. `sources_of` reads both forms.
+"""
 
 import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
+from jaxrm.config import dicts
 from jaxrm.config.fields import Bound, above, at_least, below, bounded, check, finite, one_of, place, typed, wrong
-from jaxrm.errors import UserError
+from jaxrm.errors import UserError, naming, option
 from jaxrm.models import quantized
 from jaxrm.models.build import DTYPES
 from jaxrm.ops import token_rewards
@@ -95,7 +102,10 @@ class RewardConfig:
       center: what is taken off each token's value in tag and ``soft`` rewards: a ``running`` mean, the ``fixed`` mean
         of the calibration set, or ``none``.
       center_momentum: how much of the running mean survives an update.
-      calibration_responses: responses of the SFT policy in the calibration set, at least; whole batches are taken.
+      calibration_responses: responses of the SFT policy in the calibration set, at least; whole batches are taken, and
+        of several sources so many as the one that wants most.
+      weight: of this source in the sum of ``config.rewards``, after scale and center. A negative one makes a penalty; a
+        source of weight 0 is logged, and adds nothing.
     """
 
     kind: str = "literal"
@@ -107,14 +117,15 @@ class RewardConfig:
     center: Literal["running", "fixed", "none"] = "running"
     center_momentum: float = bounded(0.9, at_least(0), below(1))
     calibration_responses: int = bounded(256, at_least(2))
+    weight: float = bounded(1.0, finite)
 
     def __post_init__(self) -> None:
         check(self)
         check_kind(self.kind, place(self, "kind"), typed(self, "kind", "literal"))
         if self.model is not None and self.function is not None:
             raise UserError(
-                f"{place(self)} has both model {self.model!r} and function {self.function!r}; rewards come from one of "
-                f"them, e.g. {typed(self, 'function', None)}"
+                f"{place(self)} has both model {self.model!r} and function {self.function!r}; a source is one of "
+                f"them, e.g. {typed(self, 'function', None)}; two sources are two names of config.rewards"
             )
         kinds = (*token_rewards.names_for("scalar", "response"), *token_rewards.names_for("text"))
         if self.function is not None and self.kind not in kinds:
@@ -132,3 +143,84 @@ class RewardConfig:
             raise wrong(self, "function_timeout", required + "cannot be stopped", None)
         if self.function_workers and str(self.function).startswith("__main__:"):
             raise wrong(self, "function", "in a module, which worker processes can import", "my_rewards:score")
+
+    @property
+    def is_given(self) -> bool:
+        """Whether it says where rewards come from."""
+        return self.model is not None or self.function is not None
+
+
+def sources_of(config: Any) -> Mapping[str, RewardConfig]:
+    """The sources of rewards of a stage's config, by name: those of ``config.rewards``, else ``reward``.
+
+    A source is read, and named in messages, within `naming_source`.
+    """
+    return config.rewards or {"reward": config.reward}
+
+
+def has_rewards(config: Any) -> bool:
+    """Whether a stage's config says where rewards come from."""
+    return all(source.is_given for source in sources_of(config).values())
+
+
+def in_words(config: Any) -> str:
+    """The kinds of a stage's rewards for people, ``literal`` or ``helpful: literal, length: scalar``."""
+    if not config.rewards:
+        return config.reward.kind
+    weights = {name: "" if source.weight == 1 else f"{source.weight:g} * " for name, source in config.rewards.items()}
+    return " + ".join(f"{weights[name]}{name} ({source.kind})" for name, source in config.rewards.items())
+
+
+@contextmanager
+def naming_source(config: Any, name: str) -> Iterator[None]:
+    """Name the options of a source by its place: ``option("reward.kind")`` is ``config.rewards.NAME.kind``.
+
+    Args:
+      config: of the stage.
+      name: of the source, from `sources_of`.
+    """
+    with naming({"reward": option(f"rewards.{name}" if config.rewards else "reward")}):
+        yield
+
+
+def check_sources(config: Any) -> None:
+    """Refuse sources that contradict each other; the ``__post_init__`` of a stage with rewards calls it.
+
+    Raises:
+      UserError: one source beside several, a weight of one alone, or several of weight 0.
+    """
+    reward, rewards = place(config, "reward"), place(config, "rewards")
+    if not config.rewards:
+        if config.reward.weight != 1:
+            raise UserError(
+                f"{reward}.weight is {config.reward.weight:g}, but a weight is for one of several sources, in {rewards}"
+                f"; one alone is sized by its scale, or the KL coefficient"
+            )
+        return
+    if given := dicts.differences(config.reward, RewardConfig()):
+        leave = "leave it out"
+        if reward.startswith("config."):
+            leave = f"give {' '.join(f'--{reward}.{name}={default}' for name, _, default in given)}"
+        raise UserError(
+            f"{reward} is given beside {rewards}, which has {', '.join(config.rewards)}; make it one of them, "
+            f"{rewards}.NAME, and {leave}"
+        )
+    for name, source in config.rewards.items():
+        if not source.is_given:
+            raise UserError(
+                f"{rewards}.{name} has neither model nor function, so it rewards nothing; give one, e.g. "
+                f"{_typed(rewards, name, 'model', 'runs/quickstart/rm_seq2seq')}, or leave {name} out"
+            )
+    if all(source.weight == 0 for source in config.rewards.values()):
+        first = next(iter(config.rewards))
+        raise UserError(
+            f"{rewards} has weight 0 for every source, so there is nothing to learn from; e.g. "
+            f"{_typed(rewards, first, 'weight', 1.0)}"
+        )
+
+
+def _typed(rewards: str, name: str, field: str, value: Any) -> str:
+    """A field of a named source as the person gives it, in Python or on a command line."""
+    if rewards.startswith("config"):
+        return f"--{rewards}.{name}.{field}={value}"
+    return f"{name}=RewardConfig({field}={value!r})"

@@ -15,7 +15,6 @@ from jaxrm.models import heads, lora
 from jaxrm.models.generate import Generation, SamplingConfig, generate
 from jaxrm.models.heads import ScalarHead
 from jaxrm.models.transformer import Decoder
-from jaxrm.ops import reward_scaling
 from jaxrm.types import ResponseBatch, TokenRewards
 
 
@@ -86,12 +85,21 @@ class TokenLogProbs(NamedTuple):
 
 
 class RewardSource(Protocol):
-    """Where token rewards come from: a reward model of either sort, or a function of text."""
+    """Where token rewards come from: a reward model of either sort, a function of text, or a sum of several sources."""
 
-    def __call__(
-        self, calibration: reward_scaling.Calibration, batch: ResponseBatch, reference_log_probs: jax.Array | None
-    ) -> TokenRewards:
-        """Score responses; ``reference_log_probs [B, T]`` may be None where the kind needs none."""
+    @property
+    def needs_reference(self) -> bool:
+        """Whether it reads the reference's log-probs."""
+        ...
+
+    def __call__(self, calibration: Any, batch: ResponseBatch, reference_log_probs: jax.Array | None) -> TokenRewards:
+        """Score responses.
+
+        Args:
+          calibration: a `jaxrm.ops.reward_scaling.Calibration`; of a sum one for each source, by name.
+          batch: the responses.
+          reference_log_probs: ``[B, T]``; may be None where none are needed.
+        """
         ...
 
 

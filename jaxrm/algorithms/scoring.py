@@ -258,11 +258,25 @@ def as_token_rewards(
       batch: the responses.
       end_ids: tokens that end a response.
     """
+    rewards = reward_scaling.apply(calibration, kind, values, batch.response_mask)
+    return TokenRewards(rewards, values, tags, batch.response_mask, diagnose(rewards, tags, batch, end_ids))
+
+
+def diagnose(
+    rewards: jax.Array, tags: jax.Array, batch: ResponseBatch, end_ids: tuple[int, ...]
+) -> dict[str, jax.Array]:
+    """Diagnostics ``[B]`` float32 by name, see `jaxrm.types.TokenRewards`.
+
+    Args:
+      rewards: ``[B, T]`` float32.
+      tags: ``[B, T]`` bool.
+      batch: the responses.
+      end_ids: tokens that end a response.
+    """
     mask = batch.response_mask
-    rewards = reward_scaling.apply(calibration, kind, values, mask)
     length = jnp.sum(mask, axis=1, dtype=jnp.float32)
     is_end = mask & jnp.any(batch.responses[..., None] == jnp.asarray(end_ids, jnp.int32)[None, None], axis=-1)
-    diagnostics = {
+    return {
         "sum": masking.masked_sum(rewards, mask, axis=1),
         "mean": masking.masked_mean(rewards, mask, axis=1),
         "length": length,
@@ -271,7 +285,6 @@ def as_token_rewards(
         "ended": jnp.any(is_end, axis=1).astype(jnp.float32),
         "end_tag": jnp.any(tags & is_end, axis=1).astype(jnp.float32),
     }
-    return TokenRewards(rewards, values, tags, mask, diagnostics)
 
 
 def _rows(

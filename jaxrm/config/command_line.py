@@ -25,6 +25,7 @@ from absl import flags
 from jaxrm.config import dicts, every_stage
 from jaxrm.config import fields as config_fields
 from jaxrm.config.files import load_config_file
+from jaxrm.config.named_sections import typed_names
 from jaxrm.config.quiet import silence_libraries, silence_shutdown
 from jaxrm.errors import StorageError, UserError, naming
 from jaxrm.storage import failure_of
@@ -154,9 +155,10 @@ def _parse(
     overrides: dict[str, str] = {}
     names: dict[str, Any] = {}
     if loaded is not None:
-        every = every_stage.fields_of_stages(type(loaded.config))
+        config_class, named = type(loaded.config), _named_sections(loaded.config, arguments)
+        every = every_stage.fields_of_stages(config_class, named)
         names = {name: next(iter(types.values())) for name, types in every.items()}
-        names |= config_fields.field_names(type(loaded.config))
+        names |= config_fields.field_names(config_class, named=named)
     if takes_config:
         flags.DEFINE_string("config", None, "the config file", flag_values=values)
     for name, annotation in names.items():
@@ -221,21 +223,24 @@ class _Override(flags.Flag):
 
 def _changes(config: Any, overrides: Mapping[str, str]) -> dict[str, Any]:
     """What was typed as values of the fields' types, by name without ``config.``."""
-    names, every = config_fields.field_names(type(config)), every_stage.fields_of_stages(type(config))
+    named = _named_sections(config, [f"--{name}=" for name in overrides])
+    names = config_fields.field_names(type(config), named=named)
+    every = every_stage.fields_of_stages(type(config), named)
     changes: dict[str, Any] = {}
     for name in sorted(overrides, key=lambda name: name not in every):  # what is said of one stage stands last
         for own_name, annotation in (every.get(name) or {name: names[name]}).items():
             field = own_name.removeprefix("config.")
             changes.pop(field, None)
-            changes[field] = dicts.parse_text(overrides[name], annotation, name, example=_value_of(config, field))
+            changes[field] = dicts.parse_text(
+                overrides[name], annotation, name, example=config_fields.value_at(config, field)
+            )
     return changes
 
 
-def _value_of(config: Any, field: str) -> Any:
-    """The value of a field by dotted name; None where its section is absent."""
-    for name in field.split("."):
-        config = getattr(config, name, None)
-    return config
+def _named_sections(config: Any, arguments: Sequence[str]) -> list[str]:
+    """Dotted names of the named sections that the config has or the command line adds."""
+    typed = typed_names(arguments, config_fields.named_fields(type(config)))
+    return list(dict.fromkeys([*config_fields.names_given(config), *typed]))
 
 
 def _help(

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Literal, TypeVar
 
 from jaxrm.config import fields
+from jaxrm.config.named_sections import NamedSections, class_of_named
 from jaxrm.errors import UserError
 
 Tree = TypeVar("Tree")
@@ -77,8 +78,8 @@ def with_changes(tree: Tree, changes: Mapping[str, Any], where: str = "config") 
 
     Args:
       tree: a frozen dataclass.
-      changes: values by dotted name, ``{"optimizer.lr": 1e-5}``. A field of a section that is None makes the section.
-        The last one counts.
+      changes: values by dotted name, ``{"optimizer.lr": 1e-5}``. A field of a section that is None makes the section,
+        and so does one of a named section that is not there; None takes a named section away. The last one counts.
       where: the dotted name of `tree` in messages.
 
     Raises:
@@ -89,8 +90,20 @@ def with_changes(tree: Tree, changes: Mapping[str, Any], where: str = "config") 
         section = values.get(name)
         if isinstance(value, Mapping) and fields.is_section(type(section)):
             value = with_changes(section, value, f"{where}.{name}")
+        elif isinstance(value, Mapping) and isinstance(section, NamedSections):
+            value = _with_named_changes(section, value, f"{where}.{name}")
         values[name] = value
     return from_dict(type(tree), values, where)
+
+
+def _with_named_changes(sections: NamedSections, changes: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Named sections with some of them changed, added, or taken away by None."""
+    changed: dict[str, Any] = dict(sections)
+    for name, value in changes.items():
+        if isinstance(value, Mapping) and name in changed:
+            value = with_changes(changed[name], value, f"{where}.{name}")
+        changed[name] = value
+    return {name: section for name, section in changed.items() if section is not None}
 
 
 def parse_text(text: str, annotation: Any, where: str, example: Any = None) -> Any:
@@ -147,7 +160,13 @@ def differences(a: Any, b: Any) -> list[tuple[str, Any, Any]]:
 def _values(tree: Any) -> dict[str, Any]:
     """What a section holds, sections in it as dicts."""
     values = {field.name: getattr(tree, field.name) for field in dataclasses.fields(tree)}
-    return {name: _values(value) if fields.is_section(type(value)) else value for name, value in values.items()}
+    return {name: _values_of_part(value) for name, value in values.items()}
+
+
+def _values_of_part(value: Any) -> Any:
+    if isinstance(value, NamedSections):
+        return {name: _values(section) for name, section in value.items()}
+    return _values(value) if fields.is_section(type(value)) else value
 
 
 def _nested(changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -172,6 +191,11 @@ def _checked(value: Any, annotation: Any, where: str, example: Any = None) -> An
                 return value
             if isinstance(value, Mapping):
                 return from_dict(kind, value, where)
+        elif (section := class_of_named(kind)) is not None:
+            if isinstance(value, Mapping):
+                for name in value:
+                    fields.check_name(name, section, where)
+                return NamedSections({name: _checked(part, section, f"{where}.{name}") for name, part in value.items()})
         elif typing.get_origin(kind) is tuple:
             parts = fields.parts_of(kind, len(value)) if isinstance(value, tuple | list) else None
             if parts is not None:
@@ -217,6 +241,8 @@ def _read(text: str, kind: Any) -> Any:
 def _as_json(value: Any) -> Any:
     if fields.is_section(type(value)):
         return to_dict(value)
+    if isinstance(value, NamedSections):
+        return {name: to_dict(section) for name, section in value.items()}
     if isinstance(value, tuple):
         return [_as_json(v) for v in value]
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -6,6 +6,7 @@ Stages that have no such field keep what they have. The name of a stage in place
 first, wherever it stands on the command line.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 from jaxrm.config import fields
@@ -14,18 +15,19 @@ from jaxrm.errors import UserError
 PREFIX = "config.*."
 
 
-def fields_of_stages(cls: Any) -> dict[str, dict[str, Any]]:
+def fields_of_stages(cls: Any, named: Iterable[str] = ()) -> dict[str, dict[str, Any]]:
     """What each ``config.*.FIELD`` stands for.
 
     Args:
       cls: class of a config; one without stages has none of them.
+      named: see `jaxrm.config.fields.field_names`.
 
     Returns:
       By that name the types of the stages' fields, by their own dotted names.
     """
     stands_for: dict[str, dict[str, Any]] = {}
     for stage, stage_class in _stages(cls).items():
-        for name, annotation in fields.field_names(stage_class, f"config.{stage}").items():
+        for name, annotation in fields.field_names(stage_class, f"config.{stage}", named).items():
             every = f"{PREFIX}{name.removeprefix(f'config.{stage}.')}"
             stands_for.setdefault(every, {})[name] = annotation
     return stands_for

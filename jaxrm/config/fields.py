@@ -1,9 +1,9 @@
 """What a config's fields are called and may hold, as a person would say it.
 
 A config is a tree of frozen dataclasses, called sections. Its fields are ``bool``, ``int``, ``float``,
-``str``, ``Literal[...]``, tuples of those or of sections, sections, and ``| None`` of each; nothing else, so
-that every config is hashable and can be written as JSON. Dotted names start with ``config``:
-``config.optimizer.lr``.
+``str``, ``Literal[...]``, tuples of those or of sections, sections, and ``| None`` of each, or sections by name
+(`jaxrm.config.named_sections`); nothing else, so that every config is hashable and can be written as JSON. Dotted names
+start with ``config``: ``config.optimizer.lr``.
 
 A field says its bounds once, where it is declared, and a section checks them when it is made:
 
@@ -24,11 +24,12 @@ import functools
 import math
 import types
 import typing
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, Literal, TypeGuard, Union
 
+from jaxrm.config.named_sections import NamedSections, class_of_named, fields_of, is_name, typed_names
 from jaxrm.errors import UserError
 
 _MISSING = dataclasses.MISSING
@@ -142,6 +143,8 @@ def bounded(default: Any, *bounds: Bound, meaning: str = "") -> Any:
 def check(section: Any) -> None:
     """Refuse a value that is out of its field's bounds; a section's ``__post_init__`` calls it.
 
+    A dict of named sections becomes a frozen mapping.
+
     Raises:
       UserError: naming the field.
     """
@@ -154,6 +157,8 @@ def check(section: Any) -> None:
             raise wrong(section, field.name, type_name(annotation), field.default)
         if any(is_section(kind) for kind in kinds) and not any(type(value) is kind for kind in kinds):
             raise UserError(place(section, field.name), type(value).__name__, type_name(annotation))
+        if class_of_named(annotation) is not None:
+            object.__setattr__(section, field.name, _frozen(section, field.name, value, annotation))
         bounds, meaning = field.metadata.get(_BOUNDS, ((), ""))
         if value is None and type(None) in kinds:
             continue
@@ -199,6 +204,38 @@ def placed(cls: type, where: str) -> Iterator[None]:
         _place.reset(token)
 
 
+def _frozen(section: Any, name: str, value: Any, annotation: Any) -> NamedSections:
+    """Named sections as a section keeps them."""
+    named = class_of_named(annotation)
+    assert named is not None
+    if not isinstance(value, Mapping):
+        raise UserError(
+            place(section, name), type(value).__name__, type_name(annotation), f"{{'a': {named.__name__}()}}"
+        )
+    for key, part in value.items():
+        check_name(key, named, place(section, name))
+        if type(part) is not named:
+            raise UserError(f"{place(section, name)}.{key}", type(part).__name__, f"a {named.__name__}")
+    return NamedSections(value)
+
+
+def check_name(name: Any, section: type, where: str) -> None:
+    """Refuse a name that a section of a class cannot have.
+
+    Args:
+      name: to be checked.
+      section: class of the section.
+      where: dotted name of the field that holds the sections.
+
+    Raises:
+      UserError: naming it.
+    """
+    if not is_name(name, section):
+        required = f"an identifier and none of the fields of a section, {', '.join(fields_of(section))}"
+        example = f"my_{name}" if f"{name}".isidentifier() else "my_rule"
+        raise UserError(f"a name in {where}", repr(name), required, example)
+
+
 def _holds(bound: Bound, value: Any) -> bool:
     try:
         return bool(bound.holds(value))
@@ -217,19 +254,58 @@ def _annotations_of(cls: Any) -> dict[str, Any]:
     return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
 
 
-def field_names(cls: type, where: str = "config") -> dict[str, Any]:
+def field_names(cls: type, where: str = "config", named: Iterable[str] = ()) -> dict[str, Any]:
     """Return the type of every field that can be set, by dotted name.
 
     Fields of a section that may be None are among them, and so is that section (None switches it off).
+
+    Args:
+      cls: a frozen dataclass.
+      where: its dotted name.
+      named: dotted names of the named sections that there are, ``config.rewards.length``; None takes such a one away.
     """
     names: dict[str, Any] = {}
     for name, annotation in annotations_of(cls).items():
         section = section_of(annotation)
+        named_class = class_of_named(annotation)
+        if named_class is not None:
+            for dotted in named:
+                if dotted.rpartition(".")[0] == f"{where}.{name}":
+                    names |= {dotted: named_class | None, **field_names(named_class, dotted)}
+            continue
         if section is None or type(None) in kinds_of(annotation):
             names[f"{where}.{name}"] = annotation
         if section is not None:
-            names |= field_names(section, f"{where}.{name}")
+            names |= field_names(section, f"{where}.{name}", named)
     return names
+
+
+def named_fields(cls: type, where: str = "config") -> dict[str, type]:
+    """Return the fields that hold named sections, by dotted name, with the class of their sections."""
+    found: dict[str, type] = {}
+    for name, annotation in annotations_of(cls).items():
+        named_class, section = class_of_named(annotation), section_of(annotation)
+        if named_class is not None:
+            found[f"{where}.{name}"] = named_class
+        elif section is not None:
+            found |= named_fields(section, f"{where}.{name}")
+    return found
+
+
+def names_given(config: Any, where: str = "config") -> list[str]:
+    """Return the named sections that a config has, by dotted name."""
+    given = []
+    for field in named_fields(type(config), where):
+        value = value_at(config, field.removeprefix(f"{where}."))
+        given += [f"{field}.{name}" for name in value or ()]
+    return given
+
+
+def value_at(config: Any, field: str) -> Any:
+    """The value of a field by dotted name; None where its section is absent."""
+    for name in field.split("."):
+        config = config.get(name) if isinstance(config, Mapping) else getattr(config, name, None)
+    return config
 
 
 def is_root_config(field: dataclasses.Field) -> bool:
@@ -271,6 +347,8 @@ def type_name(annotation: Any) -> str:
         elif typing.get_origin(kind) is tuple:
             inner = args[:1] if args[-1] is Ellipsis else args
             names.append(f"tuple of {', '.join(map(type_name, inner))}")
+        elif class_of_named(kind) is not None:
+            names.append(f"sections {args[1].__name__} by name")
         elif is_section(kind):
             names.append(f"section {kind.__name__}")
         else:
@@ -300,6 +378,8 @@ def advice_for(annotation: Any, where: str, example: Any = None) -> str:
     """Say what to type for a field, ``e.g. --config.optimizer.lr=3e-06``, with `example` if there is one."""
     kind = kinds_of(annotation)[0]
     args = typing.get_args(kind)
+    if class_of_named(kind) is not None:
+        return f"set the fields of one, e.g. --{where}.NAME.{fields_of(args[1])[0]}=…"
     if any(is_section(part) for part in (kind, *args)):
         return "set it in the config file"
     if example in (None, _MISSING, (), ""):
@@ -323,7 +403,15 @@ def unknown_field(name: str, cls: type, where: str = "config") -> UserError:
       cls: the dataclass at the top.
       where: its dotted name.
     """
-    known = list(field_names(cls, where))
+    named = named_fields(cls, where)
+    known = list(field_names(cls, where, typed_names([f"--{name}="], named)))
+    for field, named_class in named.items():
+        if name == field or (name.startswith(f"{field}.") and not any(k.startswith(f"{field}.") for k in known)):
+            own = fields_of(named_class)
+            return UserError(
+                f"{name} is no field; {field} holds sections {named_class.__name__} by name, an identifier that is "
+                f"none of their fields {', '.join(own)}; e.g. --{field}.NAME.{own[0]}=…"
+            )
     inside = [k for k in known if k.startswith(f"{name}.")]
     if inside:
         return UserError(f"{name} is a section; set its fields, e.g. --{inside[0]}=…")
@@ -381,7 +469,12 @@ def describe(cls: Any, config: Any = None, where: str = "config") -> list[str]:
     lines = []
     for name, annotation in annotations_of(cls).items():
         value = _value_or_default(cls, config, name)
-        section = section_of(annotation)
+        section, named_class = section_of(annotation), class_of_named(annotation)
+        if named_class is not None:
+            lines.append(f"{where}.{name}.NAME.{fields_of(named_class)[0]}=…  ({type_name(annotation)})")
+            for key, part in ({} if value is _MISSING else value).items():
+                lines += describe(named_class, part, f"{where}.{name}.{key}")
+            continue
         if section is None or value is None:
             shown = "(required)" if value is _MISSING else as_text(value)
             lines.append(f"{where}.{name}={shown}  ({type_name(annotation)})")

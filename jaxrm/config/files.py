@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxrm.config import dicts
+from jaxrm.config.named_sections import check_repeated_names
 from jaxrm.errors import UserError
 
 _GONE = re.compile("ml_collections|to_config_dict|jaxrm.experiment")  # what config files of before import
@@ -43,7 +44,10 @@ def load_config_file(name: str, config_class: type | tuple[type, ...] = object) 
     try:
         # a config file is a program; run here, since an import would write a __pycache__ beside it
         module.__file__ = path
-        exec(compile(_source(path), path, "exec"), module.__dict__)  # noqa: S102  # the user's own program
+        source = _source(path)
+        program = compile(source, path, "exec")
+        check_repeated_names(source)
+        exec(program, module.__dict__)  # noqa: S102  # the user's own program
         get_config = getattr(module, "get_config", None)
         if not callable(get_config):
             raise UserError("there is no get_config; required a function get_config() that returns the config")

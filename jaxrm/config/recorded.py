@@ -4,12 +4,15 @@ from collections.abc import Mapping
 from typing import Any
 
 _FIELDS = {"algorithm", "answers", "scalar_rm", "dpo", "ppo"}  # of the one class that served all stages
-_SINCE = {
+_SINCE: Mapping[str, Any] = {
     "lora": {"rank": 0},
     "num_microbatches": 1,
     "advantage": "gae",
     "loss_aggregation": "token",
     "responses_per_prompt": 1,
+    "function_workers": 0,
+    "rewards": {},
+    "weight": 1.0,
 }
 _RENAMED = {"answers": "evaluate", "along": "evaluate_checkpoints", "draw": "sampling_seed"}
 
@@ -48,5 +51,5 @@ def _added(recorded: Mapping[str, Any], like: Mapping[str, Any]) -> dict[str, An
     added: dict[str, Any] = {name: None for name, value in like.items() if value is None and name not in recorded}
     for name, since in _SINCE.items():
         if name in like and name not in recorded:
-            added[name] = {**like[name], **since} if isinstance(since, Mapping) else since
+            added[name] = {**like[name], **since} if isinstance(since, Mapping) and since else since
     return added

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from jaxrm.config import fields
+from jaxrm.config.named_sections import NamedSections
 from jaxrm.errors import UserError, flag, option
 from jaxrm.runtime.run_folder import OnExisting
 from jaxrm.stage_config import StageConfig
@@ -141,6 +142,9 @@ def _references(value: Any, name: str) -> Iterator[tuple[str, str]]:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         for part in dataclasses.fields(value):
             yield from _references(getattr(value, part.name), f"{name}.{part.name}")
+    elif isinstance(value, NamedSections):
+        for part_name, section in value.items():
+            yield from _references(section, f"{name}.{part_name}")
     elif isinstance(value, tuple):
         for element in value:
             yield from _references(element, name)
@@ -154,6 +158,8 @@ def _with_folders(value: Any, folders: Mapping[str, str]) -> Any:
         parts = {part.name: getattr(value, part.name) for part in dataclasses.fields(value)}
         filled = {name: _with_folders(part, folders) for name, part in parts.items()}
         return value if filled == parts else dataclasses.replace(value, **filled)
+    if isinstance(value, NamedSections):
+        return NamedSections({name: _with_folders(section, folders) for name, section in value.items()})
     if isinstance(value, tuple):
         return tuple(_with_folders(element, folders) for element in value)
     if isinstance(value, str) and value.startswith(PREFIX):

@@ -11,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxrm.algorithms import ppo, scoring
 from jaxrm.algorithms.ppo_state import PPOBatch, PPOState
+from jaxrm.algorithms.reward_config import naming_source, sources_of
 from jaxrm.algorithms.rollout import FrozenParams
 from jaxrm.inference import sharded_model
 from jaxrm.inference.sharded_model import ShardedModel
@@ -18,7 +19,7 @@ from jaxrm.models import lora
 from jaxrm.models.flops import forward_flops, training_flops
 from jaxrm.models.quantized_params import count_parameters
 from jaxrm.ops import reward_scaling
-from jaxrm.ops.token_rewards import find_kind
+from jaxrm.ops.token_rewards import Kind, find_kind
 from jaxrm.planning.abstract import BASE, Program, StagePrograms, abstract_batch
 from jaxrm.runtime.checkpoint import with_shardings
 from jaxrm.sharding import partition
@@ -129,17 +130,22 @@ def build(config: PPO, mesh: Mesh, decoder: ShardedModel) -> StagePrograms:
     base = with_shardings(decoder.frozen_shapes, decoder.frozen_shardings)
     reference = with_shardings(decoder.trained_shapes, decoder.trained_shardings)
     reference = reference if base else _in_dtype(reference, config.model.dtype)
-    stage = PPOStage(config, mesh, learner, learner.programs(_no_reward), learner.abstract, base, reference)
+    stage = PPOStage(config, mesh, learner, learner.programs(_NoRewards()), learner.abstract, base, reference)
     residents = {"policy": stage.state.policy, "reference": reference} | ({BASE: base} if base else {})
     programs = [*_rollout(stage), _log_probs(stage)]
     if stage.state.critic is not None:
         residents["critic"] = stage.state.critic
-    if config.reward.function is None:
-        model, scorer = _scorer(config, mesh, decoder)
+    for name, source in sources_of(config).items():
+        if source.function is not None:
+            continue
+        with naming_source(config, name):
+            kind, suffix = find_kind(source.kind), f" {name}" if config.rewards else ""
+        model, scorer = _scorer(config, mesh, decoder, kind)
         trained = with_shardings(model.trained_shapes, model.trained_shardings)
-        residents["reward model"] = trained if base else _in_dtype(trained, config.model.dtype)
-        whole = lora.join(with_shardings(model.frozen_shapes, model.frozen_shardings), residents["reward model"])
-        programs.append(_scoring(stage, model, scorer, whole))
+        resident = trained if base else _in_dtype(trained, config.model.dtype)
+        residents[f"reward model{suffix}"] = resident
+        whole = lora.join(with_shardings(model.frozen_shapes, model.frozen_shardings), resident)
+        programs.append(_scoring(stage, model, scorer, kind, whole, f"scoring{suffix}"))
     programs.append(_policy_update(stage))
     if stage.state.critic is not None:
         programs.append(_critic_update(stage))
@@ -193,7 +199,9 @@ def _log_probs(stage: PPOStage) -> Program:
     )
 
 
-def _scoring(stage: PPOStage, model: ShardedModel, scorer: scoring.Scorer, weights: Any) -> Program:
+def _scoring(
+    stage: PPOStage, model: ShardedModel, scorer: scoring.Scorer, kind: Kind, weights: Any, name: str
+) -> Program:
     """Token rewards of a reward model."""
     config, rows = stage.config, stage.batch_size
     sharding = partition.batch_sharding(stage.mesh)
@@ -209,7 +217,6 @@ def _scoring(stage: PPOStage, model: ShardedModel, scorer: scoring.Scorer, weigh
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated),
         jax.eval_shape(reward_scaling.uncalibrated),
     )
-    kind = find_kind(config.reward.kind)
     reference = stage.rows((rows, stage.response_length), jnp.float32) if kind.needs_reference else None
     is_scalar = kind.needs == "scalar"
     length = config.data.max_length
@@ -217,7 +224,7 @@ def _scoring(stage: PPOStage, model: ShardedModel, scorer: scoring.Scorer, weigh
         length += REQUEST_TOKENS + stage.response_length
     predicted = 1 if kind.reads == "response" else stage.response_length
     return Program(
-        "scoring",
+        name,
         step,
         (weights, calibration, stage.responses(rows), reference),
         rows * length,
@@ -261,9 +268,9 @@ def _critic_update(stage: PPOStage) -> Program:
     )
 
 
-def _scorer(config: PPO, mesh: Mesh, decoder: ShardedModel) -> tuple[ShardedModel, scoring.Scorer]:
+def _scorer(config: PPO, mesh: Mesh, decoder: ShardedModel, kind: Kind) -> tuple[ShardedModel, scoring.Scorer]:
     """A reward model of the policy's shape, of the sort that the kind belongs to."""
-    kind, model = find_kind(config.reward.kind), decoder
+    model = decoder
     if kind.needs == "scalar":
         model = sharded_model.shard_scalar_model(config.model, mesh, decoder.config, lora=decoder.lora)
     return model, scoring.build_scorer(
@@ -292,5 +299,10 @@ def _in_dtype(tree: Any, dtype: str) -> Any:
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=leaf.sharding), tree)
 
 
-def _no_reward(calibration: Any, batch: Any, reference_log_probs: Any) -> Any:
-    raise AssertionError("a plan computes no rewards")
+class _NoRewards:
+    """A plan computes no rewards."""
+
+    needs_reference = False
+
+    def __call__(self, calibration: Any, batch: Any, reference_log_probs: Any) -> Any:
+        raise AssertionError("a plan computes no rewards")

@@ -26,6 +26,7 @@ from support.ppo import (
     rewarded,
     rows_of_16,
     separate,
+    stay,
 )
 
 from jaxrm.algorithms import ppo, ppo_loss, scoring
@@ -181,7 +182,11 @@ def test_advantages_are_those_of_a_plain_loop(kind):
         calibration, KINDS[kind], jnp.asarray(values), batch.response_mask, batch, (EOS,)
     )
     by_hand = np.where(mask, 0.5 * (values - (0.2 if kind == "soft" else 0.0)), 0.0)
-    estimate = jax.jit(functools.partial(ppo.estimate, config=config, kind=KINDS[kind], center_momentum=0.6))
+
+    def next_calibration(now, rewards):
+        return reward_scaling.update_center(now, KINDS[kind], rewards.values, rewards.mask, momentum=0.6)
+
+    estimate = jax.jit(functools.partial(ppo.estimate, config=config, next_calibration=next_calibration))
     rollout, feedback, metrics = estimate(RewardAndKLState(calibration, jnp.float32(0.3)), batch, readings, rewards)
 
     log_probs, reference, old = (
@@ -206,7 +211,7 @@ def test_a_response_that_was_cut_off_pays_at_its_last_token():
     readings = TokenLogProbs(*(jnp.zeros_like(x) for x in readings))
     rewards = rewarded(batch, np.zeros(B))
     config = PPOConfig(missing_end_penalty=0.75, gae_lambda=0.0)
-    estimate = jax.jit(functools.partial(ppo.estimate, config=config, kind=KINDS["scalar"], center_momentum=None))
+    estimate = jax.jit(functools.partial(ppo.estimate, config=config, next_calibration=stay))
     rollout, _, metrics = estimate(separate().state.feedback, batch, readings, rewards)
     expected = np.zeros((B, T))
     for b, n in enumerate(mask.sum(axis=1)):
@@ -226,9 +231,7 @@ def test_a_response_that_was_cut_off_is_worth_less_by_default():
     values = token_rewards.scalar(jnp.asarray([2.0, 2.0]), whole)
     rewards = scoring.as_token_rewards(reward_scaling.uncalibrated(), KINDS["scalar"], values, whole, batch, (EOS,))
     feedback = RewardAndKLState(reward_scaling.uncalibrated(), jnp.float32(0.0))
-    rollout, _, _ = ppo.estimate(
-        feedback, batch, readings, rewards, config=PPOConfig(), kind=KINDS["scalar"], center_momentum=None
-    )
+    rollout, _, _ = ppo.estimate(feedback, batch, readings, rewards, config=PPOConfig(), next_calibration=stay)
     # delta_1 = 2 - 1/4, or 1 - 1/4 where the end is missing; delta_0 = 1/4 - 1/2; A_0 = delta_0 + 0.95 delta_1
     expected = np.asarray([[-0.25 + 0.95 * 1.75, 1.75], [-0.25 + 0.95 * 0.75, 0.75]])
     np.testing.assert_allclose(rollout.advantages, expected, rtol=1e-6)
@@ -243,7 +246,7 @@ def test_whitening_and_normalizing_look_at_response_tokens_alone():
 
     def estimated(**options):
         config = PPOConfig(kl_coef=0.0, gae_lambda=0.0, discount=0.5, missing_end_penalty=0.0, **options)
-        estimate = jax.jit(functools.partial(ppo.estimate, config=config, kind=KINDS["margin"], center_momentum=None))
+        estimate = jax.jit(functools.partial(ppo.estimate, config=config, next_calibration=stay))
         blank = TokenLogProbs(*(jnp.zeros_like(x) for x in readings))
         zero = RewardAndKLState(reward_scaling.uncalibrated(), jnp.float32(0.0))
         return np.asarray(estimate(zero, batch, blank, rewards)[0].advantages)
@@ -260,7 +263,7 @@ def test_the_controller_raises_the_penalty_of_a_kl_above_target():
     batch, _, readings, _ = made_up()
     apart = readings._replace(reference_log_probs=readings.log_probs - 0.4 * batch.response_mask)
     config = PPOConfig(kl_coef=0.1, kl_target=0.5, kl_horizon=100)
-    estimate = jax.jit(functools.partial(ppo.estimate, config=config, kind=KINDS["scalar"], center_momentum=None))
+    estimate = jax.jit(functools.partial(ppo.estimate, config=config, next_calibration=stay))
     feedback = RewardAndKLState(reward_scaling.uncalibrated(), jnp.float32(0.1))
     _, after, metrics = estimate(feedback, batch, apart, rewarded(batch, np.zeros(B)))
     assert metrics["kl"] > 0.6  # more than a fifth above the target, so the step is a fifth of 8 / 100

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from support.ppo import EOS, KEY, B, Setup, T, batch_of, experiment, rewarded
+from support.ppo import EOS, KEY, B, Setup, T, batch_of, experiment, rewarded, stay
 
 from jaxrm.algorithms import ppo, ppo_loss, scoring
 from jaxrm.algorithms.ppo_config import PPOConfig
@@ -49,7 +49,7 @@ def test_advantages_are_of_rewards_less_the_kl(advantage, kind):
     config = PPOConfig(advantage=advantage, kl_coef=0.3, reward_clip=2.0)
     groups = ppo.Groups(2, is_terminal=kind == "scalar")
     rollout, feedback, metrics = jax.jit(
-        functools.partial(ppo.estimate, config=config, kind=KINDS[kind], center_momentum=None, groups=groups)
+        functools.partial(ppo.estimate, config=config, next_calibration=stay, groups=groups)
     )(RewardAndKLState(CALIBRATION, jnp.float32(0.3)), batch, token_log_probs, rewards)
     mask = np.asarray(batch.response_mask)
     shaped = np.asarray(rewards.rewards).copy()
@@ -87,7 +87,7 @@ def test_without_a_critic_no_critic_is_anywhere():
 def test_the_kl_of_grpo_is_a_term_of_its_loss(options):
     batch, token_log_probs, rewards = made_up()
     config = PPOConfig(advantage="grpo", kl_coef=0.3, **options)
-    estimate = functools.partial(ppo.estimate, config=config, kind=KINDS["margin"], center_momentum=None)
+    estimate = functools.partial(ppo.estimate, config=config, next_calibration=stay)
     feedback = RewardAndKLState(CALIBRATION, jnp.float32(0.3))
     rollout, _, _ = estimate(feedback, batch, token_log_probs, rewards, groups=ppo.Groups(2))
     s = without_critic()
@@ -114,7 +114,7 @@ def test_an_aggregation_is_the_same_however_the_batch_is_cut(aggregation):
     s = without_critic()
     config = dataclasses.replace(s.config.ppo, loss_aggregation=aggregation, ptx_coef=0.5, kl_coef=0.2)
     batch, token_log_probs, rewards = made_up()
-    estimate = functools.partial(ppo.estimate, config=config, kind=KINDS["margin"], center_momentum=None)
+    estimate = functools.partial(ppo.estimate, config=config, next_calibration=stay)
     rollout, _, _ = estimate(s.state.feedback, batch, token_log_probs, rewards, groups=ppo.Groups(2))
     loss_fn, rows, optimizer = ppo_loss.policy_loss(s.networks, config), s.learner.shardings.policy.step, optax.sgd(1.0)
     weighed = jax.jit(functools.partial(ppo.weigh, aggregation=aggregation))(rollout, ptx_rows())

@@ -130,6 +130,12 @@ def batch_of(seed=0, *, rows=B, width=P, length=T, fill=EOS):
     )
 
 
+def stay(calibration, rewards):
+    """The calibration of a source whose center does not move."""
+    del rewards
+    return calibration
+
+
 def rewarded(batch, scores):
     """Token rewards of ``scores [B]`` as a scalar reward model gives them."""
     values = token_rewards.scalar(jnp.asarray(scores, jnp.float32), batch.response_mask)

@@ -1,6 +1,5 @@
 """The candidates of best-of-n: n responses to each prompt, a batch at a time, each batch written when it is drawn."""
 
-import dataclasses
 import functools
 import json
 import math
@@ -11,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxrm import atomic
@@ -19,14 +17,13 @@ from jaxrm.algorithms.best_of_n import Best, Score, best_of_n
 from jaxrm.data import tasks
 from jaxrm.data.prompts import PromptExample
 from jaxrm.errors import UserError, flag
-from jaxrm.ops.reward_scaling import Calibration
 from jaxrm.runtime.metrics import read_rows, remove_rows_after
 from jaxrm.runtime.preemption import StoppedError, StopRequest, agree, catch_signals
 from jaxrm.runtime.progress import Progress
 from jaxrm.runtime.run_folder import RunFolder, from_writer
 from jaxrm.stages.best_of_n.report import candidate_rows, lines_of
 from jaxrm.stages.inputs.prompts import fixed_batches
-from jaxrm.stages.rewards.calibration import not_finite
+from jaxrm.stages.rewards.calibration import calibration_as_numbers, calibration_from_numbers, not_finite
 from jaxrm.stages.stage import Stage, judge_of
 from jaxrm.types import ResponseBatch
 
@@ -97,9 +94,7 @@ def draw(draws: Draws, first_batch: int) -> bool:
     return True
 
 
-def load_progress(
-    folder: RunFolder, identity: str, num_prompts: int, batch_size: int
-) -> tuple[int, Calibration | None]:
+def load_progress(folder: RunFolder, identity: str, num_prompts: int, batch_size: int) -> tuple[int, Any]:
     """Batches that are drawn, and the calibration that they were scored with; None before there is one.
 
     Args:
@@ -121,7 +116,7 @@ def load_progress(
                 f"({saved['identity']}, now {identity}), so it cannot be continued as it was; give the same ones, or "
                 f"put the run aside with {flag('on_existing')}=restart"
             )
-        calibration = Calibration(**{name: jnp.float32(x) for name, x in saved["calibration"].items()})
+        calibration = calibration_from_numbers(saved["calibration"])
     if folder.is_writer:
         drawn = len(read_rows(path))
         done = -(-num_prompts // batch_size) if drawn >= num_prompts else drawn // batch_size
@@ -131,9 +126,9 @@ def load_progress(
     return done, calibration
 
 
-def save_start(folder: RunFolder, identity: str, calibration: Calibration) -> None:
+def save_start(folder: RunFolder, identity: str, calibration: Any) -> None:
     """Write down what the candidates are drawn from, and their calibration."""
-    numbers = {name: float(x) for name, x in dataclasses.asdict(jax.device_get(calibration)).items()}
+    numbers = calibration_as_numbers(calibration)
     atomic.write_json(folder.path / _START, {"identity": identity, "calibration": numbers})
 
 

@@ -8,7 +8,7 @@ from jaxrm.errors import UserError, flag, option
 from jaxrm.inference.rollout_model import check_one_response_a_prompt
 from jaxrm.sharding.mesh import check_batch
 from jaxrm.stages.judge import check_judge
-from jaxrm.stages.rewards.functions import open_function
+from jaxrm.stages.rewards.sources import check_has_rewards, check_origins
 from jaxrm.stages.stage import check_is_policy
 
 
@@ -23,12 +23,9 @@ def check(config: Any, mesh: Mesh) -> None:
             f"{option('model.path')} is None; best-of-n draws from a policy, so give the folder of a run or published "
             f"weights, e.g. {flag('model.path')}=runs/quickstart/sft"
         )
-    if config.reward.model is None and config.reward.function is None:
-        raise UserError(
-            f"{option('reward')} has neither model nor function, so no response is the best; give the run of a reward "
-            f"model, e.g. {flag('reward.model')}=runs/quickstart/rm_seq2seq"
-        )
     check_one_response_a_prompt(config, "best_of_n.n")
+    check_has_rewards(config, "no response is the best")
+    check_origins(config)
     n, sampling = config.best_of_n.n, config.rollout.sampling
     if n > 1 and (sampling.temperature == 0 or sampling.top_k == 1):
         name = "temperature" if sampling.temperature == 0 else "top_k"
@@ -39,6 +36,4 @@ def check(config: Any, mesh: Mesh) -> None:
         )
     check_batch(mesh, "data.batch_size", config.data.batch_size, config.num_microbatches)
     check_judge(config.evaluation.judge)
-    if config.reward.function is not None:
-        open_function(config.reward.function)
     check_is_policy(config)

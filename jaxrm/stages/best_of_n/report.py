@@ -10,6 +10,7 @@ import numpy as np
 
 from jaxrm import atomic
 from jaxrm.algorithms.best_of_n import Best, kl_bound
+from jaxrm.algorithms.reward_config import in_words
 from jaxrm.data import tasks
 from jaxrm.data.prompts import PromptExample
 from jaxrm.data.tasks.prompts import prompt_field
@@ -103,7 +104,7 @@ def summary(rows: Sequence[Row], config: BestOfN) -> dict[str, Any]:
     return {
         "prompts": len(rows),
         "n": n,
-        "kind": config.reward.kind,
+        "kind": in_words(config),
         "kl_bound": kl_bound(n),
         "not_the_first": statistics.fmean(row["rewards"][0] < max(row["rewards"]) for row in rows),
         "all_equal": statistics.fmean(min(row["rewards"]) == max(row["rewards"]) for row in rows),

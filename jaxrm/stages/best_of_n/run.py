@@ -32,8 +32,8 @@ from jaxrm.stages.best_of_n.checks import check
 from jaxrm.stages.inputs.prompts import Prompts, check_judgeable, stage_prompt_length, stage_prompts
 from jaxrm.stages.inspection import Inspection, inspect_prompts
 from jaxrm.stages.report import print_reading
-from jaxrm.stages.rewards.calibration import PolicyRewards, calibration_of
-from jaxrm.stages.rewards.sources import check_rewards, open_rewards
+from jaxrm.stages.rewards.calibration import PolicyRewards, calibration_in_words, calibration_of
+from jaxrm.stages.rewards.sources import check_rewards, identities_of, open_rewards
 from jaxrm.stages.stage import Stage, check_run_folder, judge_of, open_run_folder, open_stage
 
 WINNERS = "winners.jsonl"
@@ -66,7 +66,7 @@ def run(config: Any) -> int:
         print(
             f"{len(examples):,} prompts of up to {inputs.prompt_length} tokens, {config.best_of_n.n} responses of up "
             f"to {config.rollout.sampling.max_new_tokens} tokens to each; policy from {policy_name}, "
-            f"{config.reward.kind} rewards from {reward_name}"
+            f"{reward_name}"
         )
     draws, num_drawn = _open_draws(inputs, folder, source)
     del base  # the policy has it now
@@ -84,7 +84,7 @@ def inspect(config: Any) -> Inspection:
         "responses": f"{config.best_of_n.n:,} to each of {len(inputs.examples):,} prompts, of up to "
         f"{config.rollout.sampling.max_new_tokens:,} tokens",
         "batches": f"{-(-len(inputs.examples) // config.data.batch_size):,} of {config.data.batch_size:,} prompts",
-        "rewards": f"{config.reward.kind} from {inputs.reward_name}",
+        "rewards": inputs.reward_name,
     }
     winners = [{"prompt": prompt_field(example.messages), "response": "(the best)"} for example in inputs.examples]
     return inspect_prompts(inputs.stage, inputs.reading, inputs.examples, facts, {WINNERS: winners})
@@ -171,16 +171,14 @@ def _open_draws(inputs: _Inputs, folder: RunFolder, source: RewardSource) -> tup
         if stage.is_writer:
             save_start(folder, identity, calibration)
     if stage.is_writer:
-        numbers = jax.device_get(calibration)
-        print(f"Token rewards: scale {numbers.scale:.4g}, center {numbers.center:.4g} (from responses of the policy)")
+        print(f"Token rewards: {calibration_in_words(calibration)} (from responses of the policy)")
     scored = functools.partial(score, calibration)
     return Draws(stage, folder, examples, prompt_length, sample, params, scored, run_key), num_drawn
 
 
 def _identity(config: Any, examples: Sequence[PromptExample]) -> str:
     """What the candidates are drawn from: prompts, policy, source of rewards."""
-    reward = config.reward.model or config.reward.function
-    models = "; ".join(filter(None, [weights.identity_of_source(config.model), reward and weights.identity_of(reward)]))
+    models = "; ".join(filter(None, [weights.identity_of_source(config.model), *identities_of(config)]))
     return f"prompts {fingerprint(examples, config.data)[:12]}; {models}"
 
 

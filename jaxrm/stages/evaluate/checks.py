@@ -5,12 +5,14 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from jaxrm.algorithms.reward_config import has_rewards
 from jaxrm.data import tasks
 from jaxrm.errors import UserError, flag, option
 from jaxrm.inference import weights
 from jaxrm.inference.rollout_model import check_one_response_a_prompt
 from jaxrm.sharding.mesh import check_batch
 from jaxrm.stages.judge import check_judge
+from jaxrm.stages.rewards.sources import check_origins
 from jaxrm.stages.stage import check_is_policy
 
 
@@ -40,16 +42,13 @@ def check(config: Any, mesh: Mesh) -> None:
             f"function that would say which is best; e.g. {flag('reward.model')}=runs/quickstart/rm_seq2seq"
         )
     check_one_response_a_prompt(config, "evaluate.best_of")
+    if has_rewards(config):
+        check_origins(config)
     if config.evaluate.evaluate_checkpoints:
         _check_checkpoints(config)
     check_batch(mesh, "data.batch_size", config.data.batch_size, config.num_microbatches)
     check_judge(config.evaluation.judge)
     check_is_policy(config)
-
-
-def has_rewards(config: Any) -> bool:
-    """Whether the answers are scored by a reward model or a function."""
-    return config.reward.model is not None or config.reward.function is not None
 
 
 def _check_checkpoints(config: Any) -> None:

@@ -8,12 +8,12 @@ from typing import Any
 
 import jax
 
+from jaxrm.algorithms.reward_config import has_rewards
 from jaxrm.data.prompts import PromptExample
 from jaxrm.inference import parameters
 from jaxrm.inference.rollout_model import build_sampler
 from jaxrm.inference.sharded_model import ShardedModel
 from jaxrm.stages.evaluate.answers import answer_rows, draw_answers, log_ratio
-from jaxrm.stages.evaluate.checks import has_rewards
 from jaxrm.stages.inputs.prompts import fixed_batches
 from jaxrm.stages.rewards.calibration import PolicyRewards, calibration_of
 from jaxrm.stages.rewards.sources import open_rewards

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxrm import atomic
+from jaxrm.algorithms.reward_config import has_rewards, sources_of
 from jaxrm.data.loader import fingerprint
 from jaxrm.data.prompts import PromptExample
 from jaxrm.errors import UserError, flag, option
@@ -28,7 +29,7 @@ from jaxrm.runtime.run_folder import RunFolder
 from jaxrm.sharding.mesh import build_mesh
 from jaxrm.stage_config import POLICIES
 from jaxrm.stages.evaluate.answers import means_of, summary
-from jaxrm.stages.evaluate.checks import check, has_rewards
+from jaxrm.stages.evaluate.checks import check
 from jaxrm.stages.evaluate.generation import AnswerGenerator, open_generator
 from jaxrm.stages.inputs.prompts import (
     Prompts,
@@ -90,8 +91,7 @@ def inspect(config: Any) -> Inspection:
         f"{config.rollout.sampling.max_new_tokens:,} tokens",
     }
     if has_rewards(config):
-        name = check_rewards(config, inputs.stage.mesh, inputs.stage.vocabulary, inputs.every)
-        facts["rewards"] = f"{config.reward.kind} from {name}"
+        facts["rewards"] = check_rewards(config, inputs.stage.mesh, inputs.stage.vocabulary, inputs.every)
     reading = {f"Prompts of {split}": prompts.report for split, prompts in inputs.prompts.items()}
     return inspect_prompts(inputs.stage, reading, answered, facts)
 
@@ -213,8 +213,10 @@ def _checkpoints(config: Any) -> dict[int, str]:
 def _check_same_models(file: Path, config: Any, *, has_answers: bool) -> None:
     """Refuse answers of another model than the one that a path names now; write down which ones it names."""
     models = {"model.path": weights.identity_of_source(config.model)}
-    if config.reward.model is not None:
-        models["reward.model"] = weights.identity_of(config.reward.model)
+    for name, source in sources_of(config).items():
+        if source.model is not None:
+            place = f"rewards.{name}.model" if config.rewards else "reward.model"
+            models[place] = weights.identity_of(source.model)
     if has_answers and file.exists():
         before = json.loads(file.read_text(encoding="utf-8"))
         for name, now in models.items():

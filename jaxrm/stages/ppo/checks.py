@@ -12,7 +12,7 @@ from jaxrm.models.generate import check_on_policy
 from jaxrm.sharding import partition
 from jaxrm.sharding.mesh import batch_shards, check_batch, check_row_length
 from jaxrm.stages.judge import check_judge
-from jaxrm.stages.rewards.functions import open_function
+from jaxrm.stages.rewards.sources import check_has_rewards, check_origins
 from jaxrm.stages.stage import check_is_policy
 
 
@@ -94,12 +94,6 @@ def _check_models(config: Any) -> None:
             f"{option('critic.head')} is 'reward_model', but {option('ppo.shared_trunk')} gives the critic the "
             f"policy's trunk; use {flag('critic.head')}=zero or {flag('ppo.shared_trunk')}=False"
         )
-    if config.reward.model is None and config.reward.function is None:
-        raise UserError(
-            f"{option('reward')} has neither model nor function, so there is nothing to learn from; give the run of "
-            f"a reward "
-            f"model, e.g. {flag('reward.model')}=runs/quickstart/rm_seq2seq"
-        )
-    if config.reward.function is not None:
-        open_function(config.reward.function)
+    check_has_rewards(config, "there is nothing to learn from")
+    check_origins(config)
     check_is_policy(config)

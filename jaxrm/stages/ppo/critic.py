@@ -18,6 +18,7 @@ from jaxrm.inference.weights import RunCheckpoint, find_checkpoint, trained_plac
 from jaxrm.models import heads
 from jaxrm.ops.reward_scaling import Calibration
 from jaxrm.stage_config import CRITIC_TRUNKS, REWARD_MODELS
+from jaxrm.stages.rewards.sources import first_scalar_run
 from jaxrm.stages.stage import Stage
 
 
@@ -79,8 +80,8 @@ class Critic:
 def open_critic(stage: Stage) -> Critic:
     """The critic of a run, over the devices; nothing is allocated.
 
-    The trunk is that of ``config.critic.path``; without it, that of the scalar reward model where rewards come from
-    one, else the policy's. With adapters it stands on the policy's base.
+    The trunk is that of ``config.critic.path``; without it, that of the first source of rewards that is a run of a
+    scalar reward model, else the policy's. With adapters it stands on the policy's base.
 
     Raises:
       UserError: where ``config.critic.path`` has no such run, or one that cannot read the policy's tokens; or where the
@@ -90,9 +91,8 @@ def open_critic(stage: Stage) -> Critic:
     if config.critic.path is not None:
         run = find_checkpoint(config.critic.path, "critic.path", CRITIC_TRUNKS)
         _check_reads_policy(stage, run)
-    elif config.reward.model is not None:
-        reward_model = find_checkpoint(config.reward.model, "reward.model", REWARD_MODELS)
-        run = reward_model if reward_model.config.algorithm == "scalar_rm" else None
+    else:
+        run = first_scalar_run(config)
     if run is None:
         if config.critic.head == "reward_model":
             raise _no_head(config, "the critic starts from the policy, which has no such head")
@@ -122,6 +122,8 @@ def _check_gives_rewards(config: Any, run: RunCheckpoint) -> None:
     """Refuse a run whose head does not say what the rewards come to."""
     if run.config.algorithm != "scalar_rm":
         raise _no_head(config, f"the critic starts from {run.name}, a run of {run.config.algorithm}, which has no head")
+    if config.rewards:
+        raise _no_head(config, f"rewards are the sum of {', '.join(config.rewards)}, which no head of one gives")
     if config.reward.model is None or config.reward.kind != "scalar":
         given = f"{config.reward.function} pays" if config.reward.model is None else f"the kind is {config.reward.kind}"
         raise _no_head(config, given)

@@ -22,6 +22,7 @@ from jaxrm.stages.inputs.prompts import (
     stage_prompts,
 )
 from jaxrm.stages.ppo.ptx import open_ptx
+from jaxrm.stages.rewards.sources import identities_of
 from jaxrm.stages.stage import Stage, judge_of
 from jaxrm.types import TokenBatch
 
@@ -139,8 +140,8 @@ def _prompts_per_step(config: Any, num_prompts: int) -> int:
 
 def with_models(inputs: PPOInputs, config: Any) -> PPOInputs:
     """The same with policy, reward source and critic in the fingerprint, so that none of them is replaced midway."""
-    others = [identity_of(path) for path in (config.reward.model or config.reward.function, config.critic.path) if path]
-    models = "; ".join(filter(None, [identity_of_source(config.model), *others]))
+    critic = [identity_of(config.critic.path)] if config.critic.path else []
+    models = "; ".join(filter(None, [identity_of_source(config.model), *identities_of(config), *critic]))
     return dataclasses.replace(
         inputs, data=dataclasses.replace(inputs.data, fingerprint=f"{inputs.data.fingerprint}; {models}")
     )

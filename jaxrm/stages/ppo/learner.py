@@ -13,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxrm.algorithms import ppo, ppo_loss
 from jaxrm.algorithms.optimizer import build_optimizer
 from jaxrm.algorithms.ppo_state import PPOState, RewardAndKLState
+from jaxrm.algorithms.reward_config import sources_of
 from jaxrm.algorithms.rollout import BatchSampler, Networks, RewardSource, build_log_probs
 from jaxrm.algorithms.state import TrainState, create
 from jaxrm.algorithms.train_step import build_train_step
@@ -21,12 +22,12 @@ from jaxrm.inference.rollout_model import build_sampler, shard_rollout_model
 from jaxrm.inference.sharded_model import ShardedModel
 from jaxrm.models import lora
 from jaxrm.models.generate import SamplingConfig
-from jaxrm.ops import reward_scaling
-from jaxrm.ops.token_rewards import find_kind
 from jaxrm.runtime.checkpoint import with_shardings
 from jaxrm.sharding import partition
 from jaxrm.sharding.mesh import batch_shards
 from jaxrm.stage_config import PPO
+from jaxrm.stages.rewards.calibration import build_next_calibration, uncalibrated_of
+from jaxrm.stages.rewards.sources import are_terminal
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ class Learner:
     @property
     def shardings(self) -> PPOState:
         """Where each array of the state lies."""
-        feedback = jax.tree.map(lambda _: self.replicated, _init_feedback(self.config, reward_scaling.uncalibrated()))
+        feedback = jax.tree.map(lambda _: self.replicated, _init_feedback(self.config, uncalibrated_of(self.config)))
         state_shardings = functools.partial(sharded_model.state_shardings, mesh=self.mesh)
         policy = state_shardings(self.policy, self.policy_optimizer, offload=self.config.optimizer.offload)
         critic = None
@@ -106,7 +107,7 @@ class Learner:
             lambda policy, critic, calibration, key: self._create(policy, critic, calibration, key),
             self.policy.trained_shapes,
             None if self.critic is None else self.critic.trained_shapes,
-            reward_scaling.uncalibrated(),
+            uncalibrated_of(self.config),
             jax.random.key(0),
         )
         return with_shardings(shapes, self.shardings)
@@ -126,7 +127,7 @@ class Learner:
             return made(params, key)
 
         init_feedback = jax.jit(functools.partial(_init_feedback, self.config), out_shardings=shardings.feedback)
-        feedback = init_feedback(reward_scaling.uncalibrated())
+        feedback = init_feedback(uncalibrated_of(self.config))
         return PPOState(
             start(policy, self.policy_optimizer, shardings.policy),
             None if shardings.critic is None else start(critic, self.critic_optimizer, shardings.critic),
@@ -134,7 +135,7 @@ class Learner:
             feedback.calibration,
         )
 
-    def calibrated(self, state: PPOState, calibration: reward_scaling.Calibration) -> PPOState:
+    def calibrated(self, state: PPOState, calibration: Any) -> PPOState:
         """The first state with its calibration."""
         feedback = _init_feedback(self.config, calibration)
         feedback, calibration = jax.device_put((feedback, calibration), self.replicated)
@@ -177,9 +178,9 @@ class Learner:
         estimate = functools.partial(
             ppo.estimate,
             config=config.ppo,
-            kind=find_kind(config.reward.kind),
-            center_momentum=config.reward.center_momentum if config.reward.center == "running" else None,
-            groups=ppo.Groups(config.rollout.responses_per_prompt, find_kind(config.reward.kind).reads == "response"),
+            next_calibration=build_next_calibration(config),
+            groups=ppo.Groups(config.rollout.responses_per_prompt, are_terminal(config)),
+            weights={name: source.weight for name, source in sources_of(config).items()},
         )
         minibatch = functools.partial(ppo.minibatch, num_minibatches=config.ppo.num_minibatches)
         build_step = functools.partial(build_train_step, batch_sharding=rows, num_microbatches=config.num_microbatches)
@@ -224,7 +225,7 @@ class Learner:
             update_critic=update_critic,
         )
 
-    def _create(self, policy: Any, critic: Any, calibration: reward_scaling.Calibration, key: jax.Array) -> PPOState:
+    def _create(self, policy: Any, critic: Any, calibration: Any, key: jax.Array) -> PPOState:
         made = None if self.critic is None else create(critic, self.critic_optimizer, key)
         feedback = _init_feedback(self.config, calibration)
         return PPOState(create(policy, self.policy_optimizer, key), made, feedback, calibration)
@@ -259,5 +260,5 @@ def open_learner(
     return Learner(config, decoder, rollout_model, policy, critic, num_steps, end_ids)
 
 
-def _init_feedback(config: PPO, calibration: reward_scaling.Calibration) -> RewardAndKLState:
+def _init_feedback(config: PPO, calibration: Any) -> RewardAndKLState:
     return RewardAndKLState(calibration, jnp.asarray(np.float32(config.ppo.kl_coef)))

@@ -20,6 +20,7 @@ from jaxrm.algorithms.ppo_state import PPOState, RewardAndKLState, steps_of
 from jaxrm.errors import UserError, flag
 from jaxrm.runtime.checkpoint import Checkpoints
 from jaxrm.runtime.preemption import StopRequest, agree
+from jaxrm.stage_config import PPO
 from jaxrm.stages.ppo.checkpoints import save
 from jaxrm.stages.ppo.data import PPOData
 from jaxrm.stages.ppo.learner import Learner
@@ -117,9 +118,9 @@ def fit(run: PPORun, state: PPOState, key: jax.Array, *, evaluation_pending: boo
             is_stopping = True
             break
         rollout, feedback, metrics = collected
-        if not math.isfinite(metrics["reward"]):
+        if unusable := [name for name in _reward_names(config) if not math.isfinite(metrics[name])]:
             run.rewind(step, state, eval_reward, position)
-            raise _not_finite_reward(step + 1, metrics["reward"], run.checkpoints)
+            raise _not_finite_reward(step + 1, unusable[0], metrics[unusable[0]], run.checkpoints)
         frozen = run.learner.networks.frozen(run.base)
         state, updates = clock.time(
             "update", ppo.update, run.programs, config.ppo, state, frozen, rollout, order_key, run.data.next_ptx
@@ -220,10 +221,17 @@ def _averaged(updates: list[dict[str, np.ndarray]]) -> dict[str, float]:
     return {name: x for name, x in (means | first).items() if not (name == "ptx_loss" and math.isnan(x))}
 
 
-def _not_finite_reward(step: int, reward: float, checkpoints: Checkpoints) -> UserError:
+def _reward_names(config: PPO) -> list[str]:
+    """The metrics that are rewards: of each source, if there are several, and of their sum."""
+    return [*(f"reward/{name}" for name in config.rewards), "reward"]
+
+
+def _not_finite_reward(step: int, metric: str, reward: float, checkpoints: Checkpoints) -> UserError:
+    name = metric.removeprefix("reward").lstrip("/")
+    model, whose = flag(f"rewards.{name}.model" if name else "reward.model"), f" from {name}" if name else ""
     return UserError(
-        f"step {step}: the reward of the responses is {reward}, no finite number; the reward model "
-        f"is spoiled, give another {flag('reward.model')}; {_last_good(checkpoints)}"
+        f"step {step}: the reward of the responses{whose} is {reward}, no finite number; the reward model "
+        f"is spoiled, give another {model}; {_last_good(checkpoints)}"
     )
 
 

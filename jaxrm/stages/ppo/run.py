@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jaxrm import atomic
+from jaxrm.algorithms.reward_config import in_words
 from jaxrm.data.readers import ReadReport
 from jaxrm.inference import weights
 from jaxrm.runtime.preemption import EXIT_PREEMPTED
@@ -67,7 +68,7 @@ def inspect(config: Any) -> Inspection:
         f"{config.rollout.sampling.max_new_tokens:,} tokens",
         "steps": f"{data.num_steps:,}, {passes:.3g} passes over the prompts",
         "updates a step": f"{ppo.num_epochs * ppo.num_minibatches:,}",
-        "rewards": f"{config.reward.kind} from {inputs.reward_name}",
+        "rewards": inputs.reward_name,
         "critic": _critic_name(config, inputs.critic),
     }
     return inspect_prompts(inputs.stage, _reading(inputs.stage, data), data.train.examples, facts)
@@ -127,12 +128,12 @@ def _print_inputs(stage: Stage, opened: Opened, policy_name: str, reward_name: s
     print(
         f"{inputs.num_steps:,} steps of {config.data.batch_size} responses{_to_each_prompt(config)} of up to "
         f"{config.rollout.sampling.max_new_tokens} tokens to prompts of up to {inputs.prompt_length}; policy from "
-        f"{policy_name}, {critic}, {config.reward.kind} rewards from {reward_name}"
+        f"{policy_name}, {critic}, rewards: {reward_name}"
     )
 
 
 def _report(config: Any, folder: RunFolder, num_prompts: int) -> None:
     print_held_out(folder)
-    atomic.write_json(folder.path / "evaluation.json", closing_report(folder, config.reward.kind, num_prompts))
+    atomic.write_json(folder.path / "evaluation.json", closing_report(folder, in_words(config), num_prompts))
     print_samples(folder)
     print(f"The run is in {folder.path}; samples are in {folder.samples}")

@@ -30,7 +30,7 @@ from jaxrm.stages.ppo.evaluation import PolicyEvaluation
 from jaxrm.stages.ppo.learner import Learner
 from jaxrm.stages.ppo.loop import PPORun, fit
 from jaxrm.stages.ppo.report import PPOReporter
-from jaxrm.stages.rewards.calibration import PolicyRewards, calibration_of
+from jaxrm.stages.rewards.calibration import PolicyRewards, calibration_in_words, calibration_of
 from jaxrm.stages.stage import Stage
 
 
@@ -89,8 +89,7 @@ def train(stage: Stage, folder: RunFolder, opened: Opened) -> tuple[int, bool]:
         state = _calibrated(stage, opened, plain, lora.join(base, reference), base, state, keys)
     first_step = steps_of(state, config.ppo)
     if stage.is_writer:
-        calibration = jax.device_get(state.initial_calibration)
-        numbers = f"scale {calibration.scale:.4g}, center {calibration.center:.4g}"
+        numbers = calibration_in_words(state.initial_calibration)
         print(f"Token rewards: {numbers} (from responses of the SFT policy)")
     evaluation_pending = is_evaluation_pending(
         folder, checkpoints, first_step, num_steps, config.evaluation.every, _loss_of_row

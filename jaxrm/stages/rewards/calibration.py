@@ -1,7 +1,8 @@
 """Scale and center of token rewards, calibrated on the policy's own responses before it has learned anything."""
 
+import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -9,6 +10,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxrm.algorithms import scoring
+from jaxrm.algorithms.ppo import NextCalibration
+from jaxrm.algorithms.reward_config import RewardConfig, naming_source, sources_of
 from jaxrm.algorithms.rollout import RewardSource
 from jaxrm.data.prompts import PromptExample
 from jaxrm.errors import UserError, flag
@@ -38,11 +41,11 @@ class PolicyRewards:
         self, config: PPO | BestOfN | Evaluate, policy: ShardedModel, params: Any, source: RewardSource
     ) -> None:
         self._params, self._source, self._log_probs = params, source, None
-        if find_kind(config.reward.kind).needs_reference:
+        if source.needs_reference:
             temperature = config.rollout.sampling.temperature or 1.0
             self._log_probs = _policy_log_probs(policy, temperature)
 
-    def __call__(self, calibration: Calibration, batch: ResponseBatch) -> TokenRewards:
+    def __call__(self, calibration: Any, batch: ResponseBatch) -> TokenRewards:
         """Score responses."""
         reference = None if self._log_probs is None else self._log_probs(self._params, batch)
         return self._source(calibration, batch, reference)
@@ -72,11 +75,13 @@ def calibration_of(
     examples: Sequence[PromptExample],
     width: int,
     sample: Callable[[jax.Array, jax.Array, jax.Array], ResponseBatch],
-    score: Callable[[Calibration, ResponseBatch], TokenRewards],
+    score: Callable[[Any, ResponseBatch], TokenRewards],
     key: jax.Array,
     show: bool,
-) -> Calibration:
+) -> Any:
     """Scale and center of the rewards, from responses of the policy before it has learned anything.
+
+    The same responses serve all sources.
 
     Args:
       config: the whole config.
@@ -88,25 +93,85 @@ def calibration_of(
       key: typed PRNG key.
       show: draw a bar.
 
+    Returns:
+      A `Calibration`; of several sources one for each, by name.
+
     Raises:
       UserError: where the rewards are not finite.
     """
-    rows = config.data.batch_size
-    count = -(-config.reward.calibration_responses // rows) * rows
+    rows, sources = config.data.batch_size, sources_of(config)
+    count = -(-max(source.calibration_responses for source in sources.values()) // rows) * rows
     some = [examples[i % len(examples)] for i in range(count)]
     rewards: list[TokenRewards] = []
     with Progress("calibrate", count, unit="responses", enabled=show) as progress:
         for number, (prompts, mask) in enumerate(fixed_batches(some, rows, width, mesh)):
-            rewards.append(score(uncalibrated(), sample(prompts, mask, jax.random.fold_in(key, number))))
+            rewards.append(score(uncalibrated_of(config), sample(prompts, mask, jax.random.fold_in(key, number))))
             jax.block_until_ready(rewards)
             progress.update((number + 1) * rows)
-    kind = find_kind(config.reward.kind)
-    calibration = calibrate(kind, rewards, scale=config.reward.scale, center=config.reward.center, mesh=mesh)
+    calibrations = {}
+    for name, source in sources.items():
+        own = [batch.parts[name] for batch in rewards] if config.rewards else rewards
+        with naming_source(config, name):
+            calibrations[name] = _calibration_of_source(source, own, mesh, name if config.rewards else "")
+    return calibrations if config.rewards else calibrations["reward"]
+
+
+def _calibration_of_source(source: RewardConfig, rewards: Sequence[TokenRewards], mesh: Mesh, name: str) -> Calibration:
+    calibration = calibrate(find_kind(source.kind), rewards, scale=source.scale, center=source.center, mesh=mesh)
     if not all(map(math.isfinite, jax.tree.leaves(jax.device_get(calibration)))):
         raise not_finite("the responses that rewards are calibrated on")
-    if config.reward.scale == "unit" and float(calibration.scale) == 1.0:
-        print("warning: all responses of the SFT policy have the same reward, so there is nothing to scale or to learn")
+    if source.scale == "unit" and float(calibration.scale) == 1.0:
+        whose = f" from {name}" if name else ""
+        print(
+            f"warning: all responses of the SFT policy have the same reward{whose}, so there is nothing to scale or to "
+            "learn"
+        )
     return calibration
+
+
+def uncalibrated_of(config: PPO | BestOfN | Evaluate) -> Any:
+    """The calibration that leaves values as they are; of several sources one for each, by name."""
+    return {name: uncalibrated() for name in config.rewards} if config.rewards else uncalibrated()
+
+
+def build_next_calibration(config: PPO) -> NextCalibration:
+    """The function that moves the running centers of a config's sources from step to step."""
+
+    def move(source: RewardConfig, calibration: Calibration, rewards: TokenRewards) -> Calibration:
+        if source.center != "running":
+            return calibration
+        kind, momentum = find_kind(source.kind), source.center_momentum
+        return reward_scaling.update_center(calibration, kind, rewards.values, rewards.mask, momentum=momentum)
+
+    def next_calibration(calibration: Any, rewards: TokenRewards) -> Any:
+        if not config.rewards:
+            return move(config.reward, calibration, rewards)
+        return {name: move(source, calibration[name], rewards.parts[name]) for name, source in config.rewards.items()}
+
+    return next_calibration
+
+
+def calibration_in_words(calibration: Any) -> str:
+    """Scale and center for people, of several sources each."""
+    numbers = jax.device_get(calibration)
+    if isinstance(numbers, Calibration):
+        return f"scale {numbers.scale:.4g}, center {numbers.center:.4g}"
+    return "; ".join(f"{name} {calibration_in_words(each)}" for name, each in numbers.items())
+
+
+def calibration_as_numbers(calibration: Any) -> dict[str, Any]:
+    """A calibration for JSON; of several sources one for each, by name."""
+    numbers = jax.device_get(calibration)
+    if isinstance(numbers, Calibration):
+        return {name: float(x) for name, x in dataclasses.asdict(numbers).items()}
+    return {name: calibration_as_numbers(each) for name, each in numbers.items()}
+
+
+def calibration_from_numbers(numbers: Mapping[str, Any]) -> Any:
+    """A calibration again that `calibration_as_numbers` wrote."""
+    if all(isinstance(x, Mapping) for x in numbers.values()):
+        return {name: calibration_from_numbers(each) for name, each in numbers.items()}
+    return Calibration(**{name: jnp.float32(x) for name, x in numbers.items()})
 
 
 def not_finite(where: str) -> UserError:

@@ -1,18 +1,21 @@
-"""Where the rewards of PPO come from: a trained reward model, or a function of text.
+"""Where the rewards of PPO come from: a trained reward model, a function of text, or a sum of several sources.
 
-Either is a `jaxrm.algorithms.rollout.RewardSource`: calibration, responses and reference log-probs to token rewards
-``r_t``. Of a reward model that is one jitted step, `jaxrm.algorithms.scoring.build_scorer`.
+Each is a `jaxrm.algorithms.rollout.RewardSource`: calibration, responses and reference log-probs to token rewards
+``r_t``. Of a reward model that is one jitted step, `jaxrm.algorithms.scoring.build_scorer`. What a section of the
+config says is found by `origin_of`, at the end of this file.
 """
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from jaxrm.algorithms import scoring
+from jaxrm.algorithms.reward_config import RewardConfig, has_rewards, naming_source, sources_of
 from jaxrm.algorithms.rollout import RewardSource
 from jaxrm.data import tasks
 from jaxrm.data.prompts import PromptExample
@@ -24,19 +27,96 @@ from jaxrm.inference import parameters, sharded_model
 from jaxrm.inference.load import describe_reward_model, load_reward_model
 from jaxrm.inference.reward_model import RewardModel
 from jaxrm.inference.token_scores import build_scorer
-from jaxrm.inference.weights import as_stored, find_checkpoint
+from jaxrm.inference.weights import RunCheckpoint, as_stored, find_checkpoint, identity_of
 from jaxrm.ops import token_rewards
 from jaxrm.ops.reward_scaling import Calibration
 from jaxrm.ops.token_rewards import Kind, Source, find_kind
 from jaxrm.sharding import partition
 from jaxrm.stage_config import PPO, REWARD_MODELS, BestOfN, Evaluate
 from jaxrm.stages.inputs.prompts import check_judgeable
-from jaxrm.stages.rewards.functions import check_scorer, open_scorer
+from jaxrm.stages.rewards.functions import check_scorer, open_function, open_scorer
+from jaxrm.stages.rewards.summed import SummedRewards
 from jaxrm.stages.rewards.text import TextRewards
 from jaxrm.types import ResponseBatch, TokenRewards
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What a source is to score.
+
+    Attributes:
+      config: of the stage.
+      mesh: the devices.
+      policy: what the policy's token ids mean.
+      examples: every prompt whose responses it will score.
+    """
+
+    config: PPO | BestOfN | Evaluate
+    mesh: Mesh
+    policy: Vocabulary
+    examples: Sequence[PromptExample]
+
+
+@dataclass(frozen=True)
+class Responses(Scored):
+    """The same, with what reads a response.
+
+    Attributes:
+      text: a response's ids as text.
+      end_ids: ids that end the policy's responses.
+      models: reward models that are open, by path: two sources of one model share its weights.
+    """
+
+    text: Callable[[np.ndarray], Response]
+    end_ids: tuple[int, ...]
+    models: dict[str, RewardModel]
+
+
+class Origin(NamedTuple):
+    """What a source of rewards is: a row of the table at the end of this file.
+
+    Each function takes the source's section, whose fields messages call ``reward.…`` (see `naming_source`).
+
+    Attributes:
+      check_config: refuses what the section alone shows to be wrong.
+      check: refuses a source that cannot score the policy's responses, before weights are read; its name for people.
+      open: the source.
+    """
+
+    check_config: Callable[[RewardConfig], None]
+    check: Callable[[RewardConfig, Scored], str]
+    open: Callable[[RewardConfig, Responses], RewardSource]
+
+
+def check_has_rewards(config: PPO | BestOfN | Evaluate, consequence: str) -> None:
+    """Refuse a config without a source of rewards.
+
+    Args:
+      config: of the stage.
+      consequence: of having none, for the message.
+
+    Raises:
+      UserError: where there is no source.
+    """
+    if not has_rewards(config):
+        raise UserError(
+            f"{option('reward')} has neither model nor function, so {consequence}; give the run of a reward model, "
+            f"e.g. {flag('reward.model')}=runs/quickstart/rm_seq2seq"
+        )
+
+
+def check_origins(config: PPO | BestOfN | Evaluate) -> None:
+    """Refuse what the sections of the sources alone show to be wrong.
+
+    Raises:
+      UserError: naming the option.
+    """
+    for name, source in sources_of(config).items():
+        with naming_source(config, name):
+            origin_of(source).check_config(source)
 
 
 def open_rewards(
@@ -47,10 +127,10 @@ def open_rewards(
     text: Callable[[np.ndarray], Response],
     end_ids: tuple[int, ...],
 ) -> tuple[RewardSource, str]:
-    """The reward model or function of ``config.reward`` as a source of token rewards, and its name for people.
+    """The source of token rewards that a config names, or the sum of several, and its name for people.
 
     Args:
-      config: the whole config.
+      config: of the stage.
       mesh: the devices.
       policy: what the policy's token ids mean.
       examples: every prompt whose responses it will score.
@@ -60,25 +140,40 @@ def open_rewards(
     Raises:
       UserError: where there is none, or it cannot score the policy's responses to these prompts.
     """
-    name = check_rewards(config, mesh, policy, examples)
-    kind = find_kind(config.reward.kind)
-    if config.reward.model is None:
-        scorer = open_scorer(config.reward, policy.tokenizer, end_ids)
-        return TextRewards(scorer, kind, examples=examples, text=text, end_ids=end_ids, mesh=mesh), name
-    with naming({"path": option("reward.model")}):
-        run, quantize = find_checkpoint(config.reward.model, "reward.model"), None
-        if run.lora.is_on and parameters.stands_on_base_of(run, config.model, config.seed) is not False:
-            quantize = as_stored(config.model).quantize  # so that it is the policy's base
-        model = load_reward_model(
-            config.reward.model,
-            mesh=mesh,
-            dtype=config.model.dtype,
-            attention=config.model.attention,
-            quantize=quantize,
-        )
-        assert isinstance(model, RewardModel), model  # of a run, not a classifier
-    frozen = dataclasses.replace(model, params=sharded_model.in_compute_dtype(model.params, config.model.dtype))
-    return ModelRewards(frozen, kind, mesh, num_microbatches=config.num_microbatches, end_ids=end_ids), name
+    in_words = check_rewards(config, mesh, policy, examples)
+    responses = Responses(config, mesh, policy, examples, text, end_ids, {})
+    opened, weights = {}, {}
+    for name, source in sources_of(config).items():
+        with naming_source(config, name):
+            opened[name], weights[name] = origin_of(source).open(source, responses), source.weight
+    if not config.rewards:
+        return next(iter(opened.values())), in_words
+    return SummedRewards(opened, weights, end_ids=end_ids, mesh=mesh), in_words
+
+
+def identities_of(config: PPO | BestOfN | Evaluate) -> list[str]:
+    """Which sources of rewards exactly, in the order of their names; see `jaxrm.inference.weights.identity_of`."""
+    sources = sorted(sources_of(config).items())
+    identities = [(name, identity_of(str(source.model or source.function))) for name, source in sources]
+    return [f"{name} {identity}" if config.rewards else identity for name, identity in identities]
+
+
+def are_terminal(config: PPO) -> bool:
+    """Whether every source that adds to the sum rewards a response as a whole, on its last token."""
+    added = (source for source in sources_of(config).values() if source.weight != 0)
+    return all(find_kind(source.kind).reads == "response" for source in added)
+
+
+def first_scalar_run(config: PPO) -> RunCheckpoint | None:
+    """The first source's run that is one of a scalar reward model, in the order of the config."""
+    for name, source in sources_of(config).items():
+        if origin_of(source) is not MODEL_RUN:
+            continue
+        with naming_source(config, name):
+            run = find_checkpoint(str(source.model), "reward.model", REWARD_MODELS)
+        if run.config.algorithm == "scalar_rm":
+            return run
+    return None
 
 
 def check_rewards(
@@ -87,29 +182,83 @@ def check_rewards(
     policy: Vocabulary,
     examples: Sequence[PromptExample],
 ) -> str:
-    """Refuse a source of rewards that cannot score the policy's responses; no weights are read.
+    """Refuse sources of rewards that cannot score the policy's responses; no weights are read.
 
     Returns:
-      Its name for people.
+      Kinds and sources for people, ``literal from runs/rm``.
 
     Raises:
       UserError: as for `open_rewards`, whose arguments these are.
     """
-    kind = find_kind(config.reward.kind)
-    if config.reward.model is None:
-        name = str(config.reward.function)
-        if name.startswith(tasks.PREFIX):
-            check_judgeable(examples, name, "reward.function")
-        check_scorer(config.reward, examples)
-        return name
-    find_checkpoint(config.reward.model, "reward.model", REWARD_MODELS)  # published weights are no reward model
+    scored, names = Scored(config, mesh, policy, examples), []
+    for name, source in sources_of(config).items():
+        with naming_source(config, name):
+            find_kind(source.kind)
+            rewards = f"{source.kind} from {origin_of(source).check(source, scored)}"
+            names.append(f"{source.weight:g} * {name}, {rewards}" if config.rewards else rewards)
+    return "; ".join(names)
+
+
+def _check_named_function(source: RewardConfig) -> None:
+    open_function(str(source.function))
+
+
+def check_function(source: RewardConfig, scored: Scored) -> str:
+    """Refuse an embedded task's judge that cannot judge the prompts; the name of the function."""
+    name = str(source.function)
+    if name.startswith(tasks.PREFIX):
+        check_judgeable(scored.examples, name, "reward.function")
+    check_scorer(source, scored.examples)
+    return name
+
+
+def open_function_rewards(source: RewardConfig, responses: Responses) -> RewardSource:
+    """Rewards of a function of text."""
+    return TextRewards(
+        open_scorer(source, responses.policy.tokenizer, responses.end_ids),
+        find_kind(source.kind),
+        examples=responses.examples,
+        text=responses.text,
+        end_ids=responses.end_ids,
+        mesh=responses.mesh,
+    )
+
+
+def check_run(source: RewardConfig, scored: Scored) -> str:
+    """Refuse a reward model's run that cannot read the policy's tokens, or not as the kind; its name."""
+    config, path = scored.config, str(source.model)
+    find_checkpoint(path, "reward.model", REWARD_MODELS)  # published weights are no reward model
     with naming({"path": option("reward.model")}):
         model = describe_reward_model(
-            config.reward.model, mesh=mesh, dtype=config.model.dtype, attention=config.model.attention
+            path, mesh=scored.mesh, dtype=config.model.dtype, attention=config.model.attention
         )
     length, response_length = config.data.max_length, config.rollout.sampling.max_new_tokens
-    check_reward_model(model, kind, policy, config.data.template, length, response_length)
+    kind = find_kind(source.kind)
+    check_reward_model(model, kind, scored.policy, config.data.template, length, response_length)
     return model.name
+
+
+def open_run(source: RewardConfig, responses: Responses) -> RewardSource:
+    """Rewards of a reward model's run."""
+    config, mesh, path = responses.config, responses.mesh, str(source.model)
+    if path not in responses.models:
+        with naming({"path": option("reward.model")}):
+            run, quantize = find_checkpoint(path, "reward.model"), None
+            if run.lora.is_on and parameters.stands_on_base_of(run, config.model, config.seed) is not False:
+                quantize = as_stored(config.model).quantize  # so that it is the policy's base
+            model = load_reward_model(
+                path, mesh=mesh, dtype=config.model.dtype, attention=config.model.attention, quantize=quantize
+            )
+        assert isinstance(model, RewardModel), model  # of a run, not a classifier
+        params = sharded_model.in_compute_dtype(model.params, config.model.dtype)
+        responses.models[path] = dataclasses.replace(model, params=params)
+    return ModelRewards(
+        responses.models[path],
+        find_kind(source.kind),
+        mesh,
+        num_microbatches=config.num_microbatches,
+        end_ids=responses.end_ids,
+    )
 
 
 class ModelRewards:
@@ -141,6 +290,11 @@ class ModelRewards:
             output_sharding=rows,
             num_microbatches=num_microbatches,
         )
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the kind does."""
+        return self._kind.needs_reference
 
     def __call__(
         self, calibration: Calibration, batch: ResponseBatch, reference_log_probs: jax.Array | None
@@ -219,3 +373,17 @@ def _check_length(model: RewardModel, length: int, response_length: int) -> None
             f"{option('data.max_length')} is {length} and responses have up to {response_length} tokens, for which the "
             f"reward model {model.name} has to read {length + extra} tokens, but it reads {positions}; e.g. {example}"
         )
+
+
+# --- what a source is
+
+
+FUNCTION = Origin(_check_named_function, check_function, open_function_rewards)
+MODEL_RUN = Origin(lambda source: None, check_run, open_run)
+
+
+def origin_of(source: RewardConfig) -> Origin:
+    """What a source of rewards is, by what its section gives."""
+    if source.function is not None:
+        return FUNCTION
+    return MODEL_RUN

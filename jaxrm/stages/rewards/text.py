@@ -57,6 +57,11 @@ class TextRewards:
 
         self._as_rewards = jax.jit(as_rewards, in_shardings=(None, self._rows, self._rows), out_shardings=self._rows)
 
+    @property
+    def needs_reference(self) -> bool:
+        """What scores text reads nothing else."""
+        return False
+
     def __call__(
         self, calibration: Calibration, batch: ResponseBatch, reference_log_probs: jax.Array | None
     ) -> TokenRewards:

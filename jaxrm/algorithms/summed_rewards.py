@@ -1,0 +1,93 @@
+"""Rewards that add up: token rewards of several sources as one, and what each has in the sum.
+
+    r_t = sum_i w_i r_t^i
+
+with the weight ``w_i`` of source ``i`` and its calibrated token rewards ``r_t^i``. Sources are added in the order of
+their names, so that a config says the same in whatever order it names them.
+"""
+
+import itertools
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+
+from jaxrm.algorithms import scoring
+from jaxrm.ops import masking
+from jaxrm.types import ResponseBatch, TokenRewards
+
+
+def sum_rewards(
+    parts: Mapping[str, TokenRewards], batch: ResponseBatch, *, weights: Mapping[str, float], end_ids: tuple[int, ...]
+) -> TokenRewards:
+    """The sum of token rewards.
+
+    A source of weight 0 adds nothing, not even what is not finite. A token has tag + where every other source has.
+
+    Args:
+      parts: of each source, calibrated, by name.
+      batch: the responses.
+      weights: of each source; one at least is not 0.
+      end_ids: ids that end a response.
+    """
+    mask = batch.response_mask
+    added = sorted(name for name in parts if weights[name] != 0)
+    rewards = jnp.zeros(mask.shape, jnp.float32)
+    values, tags = rewards, jnp.ones(mask.shape, bool)
+    for name in added:
+        rewards = rewards + weights[name] * parts[name].rewards
+        values = values + weights[name] * parts[name].values
+        tags = tags & parts[name].tags
+    diagnostics = scoring.diagnose(rewards, tags, batch, end_ids)
+    return TokenRewards(rewards, values, tags, mask, diagnostics, dict(parts))
+
+
+def source_metrics(
+    parts: Mapping[str, TokenRewards], mask: jax.Array, weights: Mapping[str, float]
+) -> dict[str, jax.Array]:
+    """What each source gives a batch of responses: float32 scalars, over the responses with a token.
+
+    - ``reward/NAME``: mean sum of its rewards over a response, before its weight.
+    - ``reward_share/NAME``: how much of what tells responses apart is its own, ``|w_i| s_i / sum_j |w_j| s_j``, with
+      ``s_i`` the standard deviation of those sums. Neither signs nor constants matter, as they do not to advantages;
+      0 where all responses have the same (jaxrm choice).
+    - ``reward_length_correlation/NAME``: Pearson correlation of those sums with the lengths in tokens.
+    - ``reward_correlation/A/B``: the same between two sources, in the order of their names.
+
+    Args:
+      parts: of each source, calibrated, by name; none for a single source, which gives no metrics.
+      mask: ``[B, T]`` bool.
+      weights: of each source.
+    """
+    counted = jnp.any(mask, axis=1)
+    lengths = jnp.sum(mask, axis=1, dtype=jnp.float32)
+    sums = {name: masking.masked_sum(parts[name].rewards, mask, axis=1) for name in sorted(parts)}
+    spread = {name: abs(weights[name]) * _deviation(x, counted) for name, x in sums.items()}
+    total = sum(spread.values(), start=jnp.zeros((), jnp.float32))
+    metrics = {}
+    for name, x in sums.items():
+        metrics[f"reward/{name}"] = masking.masked_mean(x, counted)
+        metrics[f"reward_share/{name}"] = jnp.where(total > 0, spread[name] / jnp.where(total > 0, total, 1.0), 0.0)
+        metrics[f"reward_length_correlation/{name}"] = correlation(x, lengths, counted)
+    for a, b in itertools.combinations(sums, 2):
+        metrics[f"reward_correlation/{a}/{b}"] = correlation(sums[a], sums[b], counted)
+    return metrics
+
+
+def correlation(a: jax.Array, b: jax.Array, counted: jax.Array) -> jax.Array:
+    """Pearson correlation ``[]`` of ``a [B]`` and ``b [B]`` where ``counted [B]``; 0 where one of them is constant."""
+    deviations = _deviation(a, counted) * _deviation(b, counted)
+    from_mean = [x - masking.masked_mean(x, counted) for x in (a, b)]
+    covariance = masking.masked_mean(from_mean[0] * from_mean[1], counted)
+    return jnp.where(deviations > 0, covariance / jnp.where(deviations > 0, deviations, 1.0), 0.0)
+
+
+def _deviation(x: jax.Array, counted: jax.Array) -> jax.Array:
+    """Standard deviation ``[]`` of ``x [B]`` where ``counted [B]``; 0 where it is rounding of equal numbers."""
+    mean = masking.masked_mean(x, counted)
+    deviation = jnp.sqrt(masking.masked_mean(jnp.square(x - mean), counted))
+    # NaN is no constant: it passes on, so that a sick source is seen.
+    return jnp.where(deviation <= _ROUNDING * jnp.abs(mean), 0.0, deviation)
+
+
+_ROUNDING = 1e-6  # numbers that differ by no more than this share of their mean are equal but for float32 rounding
