@@ -332,14 +332,14 @@ def test_a_sum_of_three_sources_runs_and_resumes(config, tmp_path, capsys):
     made = config(tmp_path / "sum", rewards={"words": LITERAL, "score": SCALAR, "brief": BRIEF})
     assert ppo.run(made) == 0
     printed = capsys.readouterr().out
-    assert "critic from scalar_rm" in printed and "1 * words, literal rewards from seq2seq_rm" in printed
+    assert "critic from scalar_rm" in printed and "rewards: 1 * words, literal from seq2seq_rm" in printed
     row = next(row for row in rows_of(tmp_path / "sum") if "policy_loss" in row)
     parts = [weight * row[f"reward/{name}"] for name, weight in (("words", 1), ("score", 1), ("brief", 0.25))]
     assert row["reward"] == pytest.approx(sum(parts), rel=1e-4, abs=1e-5)
     assert sum(row[f"reward_share/{name}"] for name in made.rewards) == pytest.approx(1, rel=1e-5)
     assert {"center/words", "reward_correlation/brief/score", "reward_length_correlation/score"} <= set(row)
 
-    shutil.copytree(tmp_path / "sum", tmp_path / "stopped" / "sum")
+    shutil.copytree(tmp_path / "sum", tmp_path / "stopped" / "sum", ignore=shutil.ignore_patterns(".lock"))
     shutil.rmtree(tmp_path / "stopped" / "sum" / "checkpoints" / "3")
     again = dicts.with_changes(made, {"run_dir": str(tmp_path / "stopped" / "sum")})
     assert ppo.run(again) == 0

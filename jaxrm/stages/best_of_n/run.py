@@ -66,7 +66,7 @@ def run(config: Any) -> int:
         print(
             f"{len(examples):,} prompts of up to {inputs.prompt_length} tokens, {config.best_of_n.n} responses of up "
             f"to {config.rollout.sampling.max_new_tokens} tokens to each; policy from {policy_name}, "
-            f"{reward_name}"
+            f"rewards: {reward_name}"
         )
     draws, num_drawn = _open_draws(inputs, folder, source)
     del base  # the policy has it now
