@@ -282,14 +282,14 @@ def field_names(cls: type, where: str = "config", named: Iterable[str] = ()) -> 
 
 def named_fields(cls: type, where: str = "config") -> dict[str, type]:
     """Return the fields that hold named sections, by dotted name, with the class of their sections."""
-    found: dict[str, type] = {}
+    by_name: dict[str, type] = {}
     for name, annotation in annotations_of(cls).items():
         named_class, section = class_of_named(annotation), section_of(annotation)
         if named_class is not None:
-            found[f"{where}.{name}"] = named_class
+            by_name[f"{where}.{name}"] = named_class
         elif section is not None:
-            found |= named_fields(section, f"{where}.{name}")
-    return found
+            by_name |= named_fields(section, f"{where}.{name}")
+    return by_name
 
 
 def names_given(config: Any, where: str = "config") -> list[str]:
