@@ -63,6 +63,18 @@ class ComparisonBatch:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class MarkedComparisonBatch(ComparisonBatch):
+    """The same, for losses that also look at the tokens of the responses.
+
+    Attributes:
+      loss_mask: ``[B, T]`` bool, True on the tokens of both responses.
+    """
+
+    loss_mask: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class ResponseBatch:
     """Prompts and a response to each, as a policy emits them.
 

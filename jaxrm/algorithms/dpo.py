@@ -11,7 +11,7 @@ from flax import nnx
 from jaxrm.algorithms.train_step import LossFn
 from jaxrm.config.fields import above, at_least, below, bounded, check, finite, place, wrong
 from jaxrm.ops import losses, masking, vocab
-from jaxrm.types import ComparisonBatch
+from jaxrm.types import MarkedComparisonBatch
 
 KINDS = ("sigmoid", "ipo")
 
@@ -43,17 +43,15 @@ class DPOConfig:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class DPOBatch(ComparisonBatch):
+class DPOBatch(MarkedComparisonBatch):
     """Rows of pairs as for a scalar reward model, with what the reference policy says of both responses.
 
     Attributes:
-      loss_mask: ``[B, T]`` bool, True on the tokens of both responses.
       pair: ``[B, T]`` int32; where ``is_chosen_end`` holds, the number of the pair.
       reference_chosen: ``[B, T]`` float32; there, log pi_ref(y+ | x) in nats.
       reference_rejected: ``[B, T]`` float32; there, log pi_ref(y- | x).
     """
 
-    loss_mask: jax.Array
     pair: jax.Array
     reference_chosen: jax.Array
     reference_rejected: jax.Array

@@ -13,6 +13,9 @@ _SINCE: Mapping[str, Any] = {
     "function_workers": 0,
     "rewards": {},
     "weight": 1.0,
+    "head": "zero",
+    "prefix_coef": 0.0,
+    "neighbor_coef": 0.0,
 }
 _RENAMED = {"answers": "evaluate", "along": "evaluate_checkpoints", "draw": "sampling_seed"}
 

@@ -112,6 +112,24 @@ class ComparisonExample:
         return {"is_chosen_end": is_chosen_end, "rejected_offset": np.where(is_chosen_end, offset, 0).astype(np.int32)}
 
 
+@dataclass(frozen=True)
+class MarkedComparisonExample(ComparisonExample):
+    """The same, for losses that also look at the tokens of the responses.
+
+    Attributes:
+      response_lengths: tokens of the chosen and of the rejected response, the last ones of the segments.
+    """
+
+    response_lengths: tuple[int, int]
+
+    def columns(self) -> dict[str, np.ndarray]:
+        """Those of a comparison, and ``loss_mask`` (bool), True on response tokens."""
+        chosen, rejected = self.response_lengths
+        index, end = np.arange(len(self.tokens)), self.chosen_length
+        is_response = ((index >= end - chosen) & (index < end)) | (index >= len(index) - rejected)
+        return {**super().columns(), "loss_mask": is_response}
+
+
 def write_all(
     records: Iterable[AnyRecord], write: Callable[[AnyRecord], list[Text]], report: ReadReport
 ) -> tuple[list[AnyRecord], list[Text]]:

@@ -15,7 +15,7 @@ import numpy as np
 from jaxrm.config.fields import above, at_least, bounded, check, finite, place, wrong
 from jaxrm.data.config import DataConfig
 from jaxrm.data.cutting import CutPoints, cut_points, cut_prompt, find_cut
-from jaxrm.data.examples import ComparisonExample, MappingExample, Progress, write_all
+from jaxrm.data.examples import ComparisonExample, MappingExample, MarkedComparisonExample, Progress, write_all
 from jaxrm.data.readers import ReadReport
 from jaxrm.data.records import PreferenceRecord, Record
 from jaxrm.data.templates import (
@@ -224,6 +224,18 @@ def comparison_examples(
         _count_cut(report, pair, max_prompt_tokens, first_id)
     report.used = len(examples)
     report.check(config.max_bad_share, config.path)
+    return examples, report
+
+
+def marked_comparison_examples(
+    pairs: Sequence[TokenPair], config: DataConfig, *, first_id: int | None
+) -> tuple[list[MarkedComparisonExample], ReadReport]:
+    """`comparison_examples` that know which tokens are those of the responses; arguments and errors are the same."""
+    lengths = {pair.source: (len(pair.chosen), len(pair.rejected)) for pair in pairs}
+    comparisons, report = comparison_examples(pairs, config, first_id=first_id)
+    examples = [
+        MarkedComparisonExample(one.tokens, one.chosen_length, one.source, lengths[one.source]) for one in comparisons
+    ]
     return examples, report
 
 

@@ -15,7 +15,7 @@ from jaxrm.algorithms.optimizer import OptimizerConfig, build_optimizer
 from jaxrm.algorithms.scalar_rm import ScalarRMConfig, scalar_rm_loss
 from jaxrm.algorithms.state import TrainState, create
 from jaxrm.algorithms.train_step import build_train_step
-from jaxrm.data.examples import ComparisonExample
+from jaxrm.data.examples import ComparisonExample, MarkedComparisonExample
 from jaxrm.data.packing import build_row, pack
 from jaxrm.errors import UserError
 from jaxrm.models import build
@@ -23,7 +23,7 @@ from jaxrm.models.build import ModelSource
 from jaxrm.models.config import PRESETS
 from jaxrm.sharding import partition
 from jaxrm.sharding.mesh import MeshConfig, build_mesh
-from jaxrm.types import ComparisonBatch
+from jaxrm.types import ComparisonBatch, MarkedComparisonBatch
 
 SMALL = dataclasses.replace(
     PRESETS["tiny"], vocab_size=32, hidden_size=32, intermediate_size=64, num_layers=2, head_dim=8
@@ -43,6 +43,18 @@ def rows_of(examples, rows, row_length):
     """A batch in which the i-th row holds the examples that ``rows[i]`` numbers."""
     built = [build_row([examples[i] for i in row], row_length, pad_id=7, columns=COLUMNS) for row in rows]
     return ComparisonBatch(**{name: jnp.asarray(np.stack([row[name] for row in built])) for name in built[0]})
+
+
+def marked(prompt, chosen, rejected):
+    plain = comparison(prompt, chosen, rejected)
+    return MarkedComparisonExample(plain.tokens, plain.chosen_length, "here", (len(chosen), len(rejected)))
+
+
+def marked_rows(examples, rows, row_length):
+    """The same with the tokens of the responses marked."""
+    columns = COLUMNS | {"loss_mask": np.dtype(bool)}
+    built = [build_row([examples[i] for i in row], row_length, pad_id=7, columns=columns) for row in rows]
+    return MarkedComparisonBatch(**{name: jnp.asarray(np.stack([row[name] for row in built])) for name in built[0]})
 
 
 def random_pairs(seed=0, pairs=8):
@@ -279,10 +291,81 @@ def test_microbatches_give_the_same_update(mesh, parts):
     chex.assert_trees_all_close(cut_params, whole_params, rtol=1e-3, atol=1e-5)
 
 
+# --- the head as a value function
+
+# Scores by the last tokens: prompt 2: -1; chosen 1, 3, 4: .5, 2, 100; rejected 3: 2. In the second pair one token each.
+VALUED = [marked([1, 2], [1, 3, 4], [3]), marked([3], [2], [1])]
+VALUE_FUNCTION = ScalarRMConfig(prefix_coef=0.1, neighbor_coef=0.01)
+
+
+def valued(examples, config, rows, row_length=20, padding=np.nan):
+    batch = marked_rows(examples, rows, row_length)
+    batch = dataclasses.replace(batch, tokens=jnp.where(batch.segment_ids > 0, batch.tokens, 0))
+    loss_fn = scalar_rm_loss(nnx.graphdef(Priced(6)), config)
+
+    @jax.jit
+    def run(table):
+        def total(table):
+            loss, aux = loss_fn({"table": table}, batch, jax.random.key(0))
+            return loss[0], (loss, aux)
+
+        return jax.grad(total, has_aux=True)(table)
+
+    return run(jnp.asarray(PRICES).at[0].set(padding))
+
+
+def test_errors_of_prefixes_by_hand():
+    """The states before a token, that of no token included, against the last score and the next one."""
+    chosen = np.array([-1.0, 0.5, 2.0, 100.0])
+    prefix = np.mean((chosen[:-1] - 100) ** 2) + 9.0 + (2.0 - -1.0) ** 2 + (2.0 - 0.5) ** 2
+    neighbor = np.mean(np.diff(chosen) ** 2) + 9.0 + 9.0 + 2.25
+    for rows in ([[0], [1]], [[0, 1]], [[1, 0], []]):
+        _, ((plain, _), _) = valued(VALUED, PLAIN, rows)
+        _, ((total, count), aux) = valued(VALUED, VALUE_FUNCTION, rows)
+        np.testing.assert_allclose(total - plain, 0.05 * prefix + 0.005 * neighbor, rtol=1e-5)
+        assert float(count) == 2
+        np.testing.assert_allclose(aux["prefix_error"], (prefix, 4), rtol=1e-5)
+        np.testing.assert_allclose(aux["neighbor_error"], (neighbor, 4), rtol=1e-5)
+
+
+def test_the_whole_score_is_a_target_without_a_gradient():
+    """Of a response of one token, 1, to the prompt 2: the prefix is drawn to it, and it stays; neighbors move both."""
+    example = [marked([2], [1], [1])]  # two sides alike, whose comparison has no gradient
+    gradient, _ = valued(example, ScalarRMConfig(prefix_coef=0.5), [[0]], padding=7.0)
+    np.testing.assert_allclose(gradient[1:3], [0.0, 2 * 0.5 * (-1 - 0.5)], atol=1e-6)
+    gradient, _ = valued(example, ScalarRMConfig(neighbor_coef=0.5), [[0]], padding=7.0)
+    np.testing.assert_allclose(gradient[1:3], [2 * 0.5 * 1.5, -2 * 0.5 * 1.5], atol=1e-6)
+
+
+def test_coefficients_of_0_give_the_bits_of_the_plain_loss():
+    marks = marked_rows(VALUED, [[0, 1], []], 20)
+    plain = ComparisonBatch(**{x.name: getattr(marks, x.name) for x in dataclasses.fields(ComparisonBatch)})
+    loss_fn = jax.jit(scalar_rm_loss(nnx.graphdef(Priced(6)), ScalarRMConfig(prefix_coef=0.0, neighbor_coef=0.0)))
+    params = {"table": jnp.ones(8).at[:6].set(PRICES)}
+    chex.assert_trees_all_equal(loss_fn(params, marks, None), loss_fn(params, plain, None))
+
+
+def test_errors_of_prefixes_are_those_of_a_loop():
+    """Random rows of packed pairs, without gradient through padding."""
+    rng = np.random.default_rng(4)
+    pairs = [marked(*(rng.integers(1, 6, n) for n in rng.integers(1, 7, 3))) for _ in range(9)]
+    rows = pack([len(pair.tokens) for pair in pairs], 50)
+    gradient, (_, aux) = valued(pairs, VALUE_FUNCTION, [*rows, []], 50, padding=7.0)
+    prefix = neighbor = 0.0
+    for pair in pairs:
+        for side, n in zip(np.split(pair.tokens, [pair.chosen_length]), pair.response_lengths, strict=True):
+            scores = PRICES[side[-n - 1 :]].astype(np.float64)
+            prefix += np.mean((scores[:-1] - scores[-1]) ** 2)
+            neighbor += np.mean(np.diff(scores) ** 2)
+    np.testing.assert_allclose(aux["prefix_error"], (prefix, 18), rtol=1e-5)
+    np.testing.assert_allclose(aux["neighbor_error"], (neighbor, 18), rtol=1e-5)
+    assert np.isfinite(gradient).all() and gradient[0] == 0
+
+
 # --- options
 
 
-@pytest.mark.parametrize("field", ["margin", "l2"])
+@pytest.mark.parametrize("field", ["margin", "l2", "prefix_coef", "neighbor_coef"])
 @pytest.mark.parametrize("value", [-0.1, float("nan"), float("inf")])
 def test_options_below_zero_or_without_bound_are_errors(field, value):
     with pytest.raises(UserError, match=rf"^ScalarRMConfig.{field} is {value}.*; .*e.g. {field}=0.0"):

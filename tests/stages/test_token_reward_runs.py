@@ -11,13 +11,15 @@ import pytest
 from jaxrm.algorithms.optimizer import OptimizerConfig
 from jaxrm.algorithms.ppo_config import CriticConfig, PPOConfig, RolloutConfig
 from jaxrm.algorithms.reward_config import RewardConfig
+from jaxrm.algorithms.scalar_rm import ScalarRMConfig
 from jaxrm.data.config import DataConfig
 from jaxrm.models.build import ModelSource
 from jaxrm.models.generate import SamplingConfig
 from jaxrm.runtime.metrics import LoggingConfig, read_rows
 from jaxrm.sharding.mesh import MeshConfig, build_mesh
-from jaxrm.stage_config import PPO, JudgedEvaluationConfig
+from jaxrm.stage_config import PPO, JudgedEvaluationConfig, ScalarRM
 from jaxrm.stages.ppo import run as ppo
+from jaxrm.stages.reward_model import run as reward_model
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:Sharding info not provided")]
 
@@ -84,6 +86,29 @@ def test_value_difference_trains(train, runs):
     )
     for sample in samples_of(folder):
         assert np.count_nonzero(sample["rewards"]) == len(sample["rewards"]) > 1
+
+
+def test_a_reward_model_learns_to_be_a_value_function(runs, task_folder, tmp_path, monkeypatch):
+    """Two steps of the loss with both options; what they add is in the rows, and the held-out loss has it too."""
+    config = ScalarRM(
+        run_dir=str(tmp_path / "run"),
+        num_steps=2,
+        model=ModelSource(path=str(runs / "sft")),
+        data=DataConfig(
+            path=str(task_folder / "pairs.jsonl"), max_length=128, batch_size=4, max_records=40, max_eval_records=4
+        ),
+        scalar_rm=ScalarRMConfig(prefix_coef=0.5, neighbor_coef=0.1),
+        optimizer=OptimizerConfig(lr=1e-2),
+        mesh=MeshConfig(1, 1, 1),
+        logging=LoggingConfig(every=1, tensorboard=False, progress=False),
+    )
+    monkeypatch.setattr(reward_model, "build_mesh", lambda given: build_mesh(given, jax.devices()[:1]))
+    assert reward_model.run(config) == 0
+    rows = read_rows(tmp_path / "run" / "metrics.jsonl")
+    trained = [row for row in rows if "prefix_error" in row]
+    assert len(trained) == 2 and all(row["prefix_error"] > 0 and row["neighbor_error"] > 0 for row in trained)
+    kinds = [kind["kind"] for kind in json.loads((tmp_path / "run" / "evaluation.json").read_text())["kinds"]]
+    assert kinds == ["scalar", "value_difference", "scalar_length_residual"]
 
 
 def test_a_critic_begins_with_the_reward_models_head(train, runs):

@@ -13,9 +13,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxrm import atomic
 from jaxrm.algorithms.dpo import DPOBatch, pair_log_probs
 from jaxrm.data.config import DataConfig
-from jaxrm.data.examples import ComparisonExample
+from jaxrm.data.examples import MarkedComparisonExample
 from jaxrm.data.loader import eval_batches
-from jaxrm.data.pairs import TokenPair, comparison_examples
+from jaxrm.data.pairs import TokenPair, marked_comparison_examples
 from jaxrm.data.readers import ReadReport
 from jaxrm.errors import UserError, flag, option
 from jaxrm.inference.sharded_model import ShardedModel, to_devices
@@ -25,26 +25,22 @@ from jaxrm.sharding.mesh import batch_share
 
 
 @dataclass(frozen=True)
-class DPOExample(ComparisonExample):
+class DPOExample(MarkedComparisonExample):
     """Both sides of a pair in two segments, and the reference's log-probs of their responses.
 
-    response_lengths: tokens of the chosen and of the rejected response, the last ones of the segments.
-    pair: number of the pair.
-    reference: log pi_ref of the chosen and of the rejected response, in nats.
+    Attributes:
+      pair: its number.
+      reference: log pi_ref of the chosen and of the rejected response, in nats.
     """
 
-    response_lengths: tuple[int, int]
     pair: int
     reference: tuple[float, float] = (0.0, 0.0)
 
     def columns(self) -> dict[str, np.ndarray]:
-        """Those of a comparison; `loss_mask` (bool), True on response tokens; `pair` (int32), `reference_chosen` and
-        `reference_rejected` (float32), which are at the last token of the chosen side and 0 elsewhere.
+        """Those of a marked comparison; `pair` (int32), `reference_chosen` and `reference_rejected` (float32), which
+        are at the last token of the chosen side and 0 elsewhere.
         """
         columns = super().columns()
-        chosen, rejected = self.response_lengths
-        index, end = np.arange(len(self.tokens)), self.chosen_length
-        columns["loss_mask"] = ((index >= end - chosen) & (index < end)) | (index >= len(index) - rejected)
         for name, value, dtype in (
             ("pair", self.pair, np.int32),
             ("reference_chosen", self.reference[0], np.float32),
@@ -61,10 +57,9 @@ def dpo_examples(
 
     Arguments, report and errors otherwise as for `jaxrm.data.pairs.comparison_examples`.
     """
-    comparisons, report = comparison_examples(pairs, config, first_id=first_id)
-    lengths = {pair.source: (len(pair.chosen), len(pair.rejected)) for pair in pairs}
+    comparisons, report = marked_comparison_examples(pairs, config, first_id=first_id)
     examples = [
-        DPOExample(one.tokens, one.chosen_length, one.source, lengths[one.source], number)
+        DPOExample(one.tokens, one.chosen_length, one.source, one.response_lengths, number)
         for number, one in enumerate(comparisons, first_pair)
     ]
     return examples, report

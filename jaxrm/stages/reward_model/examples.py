@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from jaxrm.data.examples import TokenExample
 from jaxrm.data.loader import build_loader, warm_up
-from jaxrm.data.pairs import comparison_examples, mapping_examples
+from jaxrm.data.pairs import comparison_examples, mapping_examples, marked_comparison_examples
 from jaxrm.data.readers import ReadReport
 from jaxrm.errors import UserError, flag, option
 from jaxrm.stages.inputs.preferences import Preferences
@@ -27,10 +27,10 @@ def reward_model_data(
       UserError: where too few pairs fit, or the run would end before it has learned a correction.
     """
     if request is None:
-        examples, fitted = comparison_examples(train.pairs, stage.config.data, first_id=stage.bos_id)
-        held_out_examples, held_out_fitted = comparison_examples(
-            held_out.pairs, stage.config.data, first_id=stage.bos_id
-        )
+        # Without marks where they are not read: a run's data is known by a hash of all that is in its examples.
+        compare = marked_comparison_examples if stage.config.scalar_rm.reads_prefixes else comparison_examples
+        examples, fitted = compare(train.pairs, stage.config.data, first_id=stage.bos_id)
+        held_out_examples, held_out_fitted = compare(held_out.pairs, stage.config.data, first_id=stage.bos_id)
         data = training_data(stage, examples, held_out_examples)
     else:
         data, fitted, held_out_fitted = _mappings(stage, train, held_out, request)

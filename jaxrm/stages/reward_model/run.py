@@ -29,7 +29,7 @@ from jaxrm.stages.reward_model.examples import reward_model_data
 from jaxrm.stages.reward_model.held_out import PairEvaluation, RankedPairs, ranked_pairs
 from jaxrm.stages.stage import Stage, check_training, open_stage
 from jaxrm.stages.supervised.train import exit_status, train
-from jaxrm.types import ComparisonBatch, MappingBatch
+from jaxrm.types import ComparisonBatch, MappingBatch, MarkedComparisonBatch
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,8 @@ def objective(config: Any, decoder: ShardedModel) -> Objective:
     if config.algorithm == "scalar_rm":
         model = sharded_model.shard_scalar_model(config.model, decoder.mesh, decoder.config, lora=decoder.lora)
         loss_fn = scalar_rm.scalar_rm_loss(model.graphdef, config.scalar_rm)
-        return Objective(model, loss_fn, ComparisonBatch, has_scalar_head=True)
+        batch_type = MarkedComparisonBatch if config.scalar_rm.reads_prefixes else ComparisonBatch
+        return Objective(model, loss_fn, batch_type, has_scalar_head=True)
     mapping = config.mapping
     loss_fn = seq2seq_rm.seq2seq_rm_loss(
         decoder.graphdef,
