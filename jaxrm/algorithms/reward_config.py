@@ -5,7 +5,7 @@ weight. `sources_of` reads both forms.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -169,6 +169,23 @@ def in_words(config: Any) -> str:
         return config.reward.kind
     weights = {name: "" if source.weight == 1 else f"{source.weight:g} * " for name, source in config.rewards.items()}
     return " + ".join(f"{weights[name]}{name} ({source.kind})" for name, source in config.rewards.items())
+
+
+def source_fields(config: Any, rewards: Mapping[str, Sequence[float]]) -> dict[str, dict[str, Any]]:
+    """What each source of a sum gave one response, for the rows of files: ``weight``, ``reward`` and ``rewards``.
+
+    Args:
+      config: of the stage.
+      rewards: ``[T]`` of each source, calibrated and before its weight.
+    """
+    return {
+        name: {
+            "weight": config.rewards[name].weight,
+            "reward": float(sum(map(float, each))),
+            "rewards": [float(x) for x in each],
+        }
+        for name, each in rewards.items()
+    }
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxrm.algorithms import scoring
 from jaxrm.ops import masking
@@ -45,7 +46,21 @@ def sum_rewards(
 def source_metrics(
     parts: Mapping[str, TokenRewards], mask: jax.Array, weights: Mapping[str, float]
 ) -> dict[str, jax.Array]:
-    """What each source gives a batch of responses: float32 scalars, over the responses with a token.
+    """What each source gives a batch of responses; see `metrics_of_sums`.
+
+    Args:
+      parts: of each source, calibrated, by name.
+      mask: ``[B, T]`` bool.
+      weights: of each source.
+    """
+    sums = {name: masking.masked_sum(part.rewards, mask, axis=1) for name, part in parts.items()}
+    return metrics_of_sums(sums, mask, weights)
+
+
+def metrics_of_sums(
+    sums: Mapping[str, jax.Array | np.ndarray], mask: jax.Array | np.ndarray, weights: Mapping[str, float]
+) -> dict[str, jax.Array]:
+    """What each source gives: float32 scalars, over the responses with a token.
 
     - ``reward/NAME``: mean sum of its rewards over a response, before its weight.
     - ``reward_share/NAME``: how much of what tells responses apart is its own, ``|w_i| s_i / sum_j |w_j| s_j``, with
@@ -55,22 +70,22 @@ def source_metrics(
     - ``reward_correlation/A/B``: the same between two sources, in the order of their names.
 
     Args:
-      parts: of each source, calibrated, by name; none for a single source, which gives no metrics.
+      sums: ``[B]``, sum of the calibrated rewards of each response, by source.
       mask: ``[B, T]`` bool.
       weights: of each source.
     """
-    counted = jnp.any(mask, axis=1)
-    lengths = jnp.sum(mask, axis=1, dtype=jnp.float32)
-    sums = {name: masking.masked_sum(parts[name].rewards, mask, axis=1) for name in sorted(parts)}
-    spread = {name: abs(weights[name]) * _deviation(x, counted) for name, x in sums.items()}
+    counted = jnp.any(jnp.asarray(mask), axis=1)
+    lengths = jnp.sum(jnp.asarray(mask), axis=1, dtype=jnp.float32)
+    by_name = {name: jnp.asarray(sums[name], jnp.float32) for name in sorted(sums)}
+    spread = {name: abs(weights[name]) * _deviation(x, counted) for name, x in by_name.items()}
     total = sum(spread.values(), start=jnp.zeros((), jnp.float32))
     metrics = {}
-    for name, x in sums.items():
+    for name, x in by_name.items():
         metrics[f"reward/{name}"] = masking.masked_mean(x, counted)
         metrics[f"reward_share/{name}"] = jnp.where(total > 0, spread[name] / jnp.where(total > 0, total, 1.0), 0.0)
         metrics[f"reward_length_correlation/{name}"] = correlation(x, lengths, counted)
-    for a, b in itertools.combinations(sums, 2):
-        metrics[f"reward_correlation/{a}/{b}"] = correlation(sums[a], sums[b], counted)
+    for a, b in itertools.combinations(by_name, 2):
+        metrics[f"reward_correlation/{a}/{b}"] = correlation(by_name[a], by_name[b], counted)
     return metrics
 
 

@@ -9,11 +9,22 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jaxrm.algorithms.reward_config import in_words
 from jaxrm.pipeline.config import PipelineStage
-from jaxrm.reports.report import Cell, Curves, ExampleResponse, ReportExample, Series, Table, write_report
+from jaxrm.reports.report import (
+    Cell,
+    Curves,
+    ExampleResponse,
+    ReportExample,
+    Series,
+    SourceRewards,
+    Table,
+    write_report,
+)
 from jaxrm.runtime.metrics import read_rows
 from jaxrm.runtime.progress import format_seconds, format_value, print_table
 from jaxrm.stage_config import STAGES
+from jaxrm.stages.ppo.report import source_columns, source_rows
 
 _CURVES = (  # field of a row in metrics.jsonl, title, unit
     ("eval_judge", "Judge, held-out prompts", "mean judge score"),
@@ -24,6 +35,15 @@ _CURVES = (  # field of a row in metrics.jsonl, title, unit
     ("entropy", "Entropy of the policy", "nats a token"),
     ("response_length", "Length of the responses", "tokens"),
     ("explained_variance", "Explained variance of the critic", "share"),
+)
+
+_SOURCE_CURVES = (  # the same of each source of a sum of rewards
+    ("reward", "Reward of the rollouts by source", "sum over a response, before its weight"),
+    ("reward_share", "Share of the reward by source", "share of the spread of the sum"),
+)
+_SOURCES_NOTE = (
+    "Rewards are before their weights. Share: how much of what tells responses apart is the source's own, its weight "
+    "times the standard deviation of its rewards, over that of all. r: Pearson correlation over the responses."
 )
 
 
@@ -39,13 +59,15 @@ def publish(path: Path, stages: Sequence[PipelineStage], seconds: Mapping[str, f
     timed.append(("all", "", format_seconds(sum(seconds.values()))))
     columns = ("stage", "what", "time")
     print_table(f"Stages in {path}", columns, timed)
-    tables = [Table("Stages", columns, tuple(timed))]
+    tables = [*source_tables(stages), Table("Stages", columns, tuple(timed))]
     policies = policy_table(stages)
     if policies is not None:
         print_table(policies.title, policies.columns, policies.rows)
         if policies.note:
             print(f"{policies.note}\n")
         tables.insert(0, policies)
+    for table in source_tables(stages):
+        print_table(table.title, table.columns, table.rows)
     report = path / "report.html"
     write_report(
         report,
@@ -72,7 +94,7 @@ def policy_table(stages: Sequence[PipelineStage]) -> Table | None:
         metrics for evaluation in evaluations.values() for metrics in (evaluation["before"], evaluation["after"])
     ]
     sft = metrics[0]
-    names = [name for name in sft if all(name in each for each in metrics)]
+    names = [name for name in sft if all(name in each for each in metrics) and "/" not in name]
     shared = {
         name
         for name in names
@@ -92,20 +114,47 @@ def policy_table(stages: Sequence[PipelineStage]) -> Table | None:
     return Table(title, ("policy", *names), tuple(rows), note)
 
 
+def source_tables(stages: Sequence[PipelineStage]) -> list[Table]:
+    """What each source of a sum of rewards gave the policy, for each PPO stage with such a sum."""
+    tables = []
+    for stage in stages:
+        evaluation = _evaluation(stage) if stage.experiment.algorithm == "ppo" else None
+        if evaluation is None or not stage.experiment.rewards:
+            continue
+        before, after = ({f"eval_{name}": x for name, x in evaluation[side].items()} for side in ("before", "after"))
+        rows = source_rows(before, after)
+        title = f"Sources of the reward of {stage.name}, held-out prompts"
+        columns = tuple(source_columns(rows, ("before", "after")))
+        tables.append(Table(title, columns, tuple(tuple(row) for row in rows), _SOURCES_NOTE))
+    return tables
+
+
 def curves(stages: Sequence[PipelineStage]) -> list[Curves]:
-    """One chart for each metric of PPO runs, with a line for each run."""
+    """One chart for each metric of PPO runs, with a line for each run, and for each source of a sum of rewards."""
     ppo = [stage for stage in stages if stage.experiment.algorithm == "ppo"]
     rows_of = {stage.name: read_rows(_folder(stage) / "metrics.jsonl") for stage in ppo}
     charts = []
     for field, title, unit in _CURVES:
         series = []
         for name, rows in rows_of.items():
-            points = {float(row["step"]): float(row[field]) for row in rows if row.get(field) is not None}
-            if points:
+            if points := _points(rows, field):
                 series.append(Series(name, tuple(points), tuple(points.values())))
         if series:
             charts.append(Curves(title, "step", unit, tuple(series)))
+    for field, title, unit in _SOURCE_CURVES:
+        series = [
+            Series(f"{stage.name}, {name}", tuple(points), tuple(points.values()))
+            for stage in ppo
+            for name in stage.experiment.rewards
+            if (points := _points(rows_of[stage.name], f"{field}/{name}"))
+        ]
+        if series:
+            charts.append(Curves(title, "step", unit, tuple(series)))
     return charts
+
+
+def _points(rows: Sequence[Mapping[str, Any]], field: str) -> dict[float, float]:
+    return {float(row["step"]): float(row[field]) for row in rows if row.get(field) is not None}
 
 
 def examples(stages: Sequence[PipelineStage]) -> list[ReportExample]:
@@ -132,7 +181,11 @@ def examples(stages: Sequence[PipelineStage]) -> list[ReportExample]:
 def _response(name: str, row: Mapping[str, Any]) -> ExampleResponse:
     facts = tuple((fact, format_value(float(row[fact]))) for fact in ("reward", "judge") if row.get(fact) is not None)
     rewards = tuple(float(reward) for reward in row.get("rewards", ()))
-    return ExampleResponse(name, row["response"], tuple(row.get("tokens", ())), rewards, facts)
+    sources = tuple(
+        SourceRewards(source, each["weight"], each["reward"], tuple(each["rewards"]))
+        for source, each in row.get("sources", {}).items()
+    )
+    return ExampleResponse(name, row["response"], tuple(row.get("tokens", ())), rewards, facts, sources)
 
 
 def _step(row: Mapping[str, Any]) -> int:
@@ -150,7 +203,7 @@ def _folder(stage: PipelineStage) -> Path:
 
 def _what(stage: PipelineStage) -> str:
     algorithm = stage.experiment.algorithm
-    return f"PPO, {stage.experiment.reward.kind} rewards" if algorithm == "ppo" else STAGES[algorithm].phrase
+    return f"PPO, {in_words(stage.experiment)} rewards" if algorithm == "ppo" else STAGES[algorithm].phrase
 
 
 def _text(value: float | str) -> str:

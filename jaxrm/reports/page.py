@@ -25,7 +25,8 @@ def write_page(
       path: the HTML file; missing folders are made, and an existing file is replaced.
       records: scored records as `jaxrm.score` writes them to JSONL. A pair is a record with a "chosen" and a
         "rejected" response; "ranked_right" None on a pair is a tie. "tags", "diverges_at" and "correction" may be
-        None, as they are for a scalar reward model.
+        None, as they are for a scalar reward model. A response with "sources" has a row of tokens for each source of a
+        sum too, with its own rewards before its weight.
       title: heading of the page.
       about: ``(name, value)`` lines below the heading, e.g. the checkpoint and the reward's scale.
 
@@ -49,11 +50,17 @@ def _response(response: Mapping[str, Any]) -> dict[str, Any]:
     assert len(response["tokens"]) == len(response["token_ids"]) == len(response["rewards"]), response["text"]
     length, correction = _text_length(response), response["correction"]
     end = length if length < len(response["tokens"]) else None
-    shown = {**response, "end": end, "rewards": [float(f"{reward:.4g}") for reward in response["rewards"]]}
+    shown = {**response, "end": end, "rewards": _rounded(response["rewards"])}
+    if sources := response.get("sources"):
+        shown["sources"] = {name: {**each, "rewards": _rounded(each["rewards"])} for name, each in sources.items()}
     if correction is not None:
         ids = (response["token_ids"][:length], correction["token_ids"][: _text_length(correction)])
         shown["correction"] = {**correction, "diff": _token_diff(*ids)}
     return shown
+
+
+def _rounded(rewards: Sequence[float]) -> list[float]:
+    return [float(f"{reward:.4g}") for reward in rewards]
 
 
 def _text_length(response: Mapping[str, Any]) -> int:

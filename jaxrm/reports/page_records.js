@@ -13,7 +13,7 @@ records.forEach((record, index) => {
   record.length = record.responses.reduce((n, response) => n + response.tokens.length, 0);
 });
 
-setScale(records.flatMap((record) => record.responses.flatMap((response) => response.rewards)));
+setScale(records.flatMap((record) => record.responses.flatMap(allRewards)));
 
 // ---- tokens
 
@@ -77,7 +77,7 @@ function drawSide(record, response, alone) {
   const sum = el("span", "sum", el("small", "", isScore(record) ? "score" : "sum"), number(response.sum));
   const name = el("h3", "", names[response.side] ?? response.side);
   const label = el("div", "label", name, sum, el("span", "facts", facts.join(" · ")));
-  return el("section", `side ${alone ? "alone" : ""}`, label, drawTokens(response), drawCorrection(response));
+  return el("section", `side ${alone ? "alone" : ""}`, label, drawTokens(response), ...drawSources(response, drawTokens), drawCorrection(response));
 }
 
 function drawPrompt(prompt) {

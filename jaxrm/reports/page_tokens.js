@@ -93,6 +93,20 @@ function drawToken(text, t, reward, isEnd) {
   return node;
 }
 
+// A row of tokens for each source of a sum of rewards, below that of the sum; `draw(response)` makes a row.
+
+const sourcesOf = (response) => Object.entries(response.sources ?? {});
+const allRewards = (response) => [response.rewards, ...sourcesOf(response).map(([, { rewards }]) => rewards)].flat();
+
+function drawSources(response, draw) {
+  return sourcesOf(response).map(([name, { weight, reward, rewards }]) => {
+    const value = el("span", "", "reward ", el("b", "", number(reward)));
+    const label = el("div", "label", el("h4", "", name), value, el("span", "", "weight ", el("b", "", String(weight))));
+    label.firstChild.dir = "auto";
+    return el("div", "source", label, draw({ ...response, rewards, tags: null, diverges_at: null }));
+  });
+}
+
 // ---- what a token holds, shown on hover, focus and touch; `describe(node)` gives what the tip says
 
 const tipFact = (name, value) => el("span", "", `${name} `, el("b", "", value));

@@ -132,11 +132,9 @@ for (const example of examples) {
   example.words = [example.prompt, ...said].join("\n").toLowerCase();
 }
 const allResponses = examples.flatMap((example) => example.responses);
-setScale(allResponses.flatMap((response) => response.rewards));
+setScale(allResponses.flatMap(allRewards));
 
-function drawResponse(response) {
-  const label = el("div", "label", el("h3", "", response.name));
-  for (const [name, value] of response.facts) label.append(el("span", "", `${name} `, el("b", "", value)));
+function drawText(response) {
   const box = tokenBox(response.text);
   const { tokens } = response;
   const last = tokens.length - 1;
@@ -146,9 +144,14 @@ function drawResponse(response) {
   if (!tokens.length) put(box, response.text);
   if (!tokens.length && !response.text) box.append(el("span", "note", "Nothing: the response is empty."));
   box.response = response;
-  const node = el("section", "said", label, box);
+  return box;
+}
+
+function drawResponse(response) {
+  const label = el("div", "label", el("h3", "", response.name));
+  for (const [name, value] of response.facts) label.append(el("span", "", `${name} `, el("b", "", value)));
   label.firstChild.dir = "auto";
-  return node;
+  return el("section", "said", label, drawText(response), ...drawSources(response, drawText));
 }
 
 function drawExample(example) {

@@ -16,7 +16,18 @@ from jaxrm.reports.bars import Bar, Bars, draw_bars
 from jaxrm.reports.charts import Curves, Series, draw_chart, number_text, palette_indices
 from jaxrm.reports.document import fill_template, read_template
 
-__all__ = ["Bar", "Bars", "Curves", "ExampleResponse", "ReportExample", "Series", "Shaded", "Table", "write_report"]
+__all__ = [
+    "Bar",
+    "Bars",
+    "Curves",
+    "ExampleResponse",
+    "ReportExample",
+    "Series",
+    "Shaded",
+    "SourceRewards",
+    "Table",
+    "write_report",
+]
 
 
 @dataclass(frozen=True)
@@ -59,6 +70,23 @@ class Table:
 
 
 @dataclass(frozen=True)
+class SourceRewards:
+    """What one source of a sum of rewards gave a response.
+
+    Attributes:
+      name: of the source.
+      weight: in the sum.
+      reward: sum over the response, before the weight.
+      rewards: one a token, before the weight.
+    """
+
+    name: str
+    weight: float
+    reward: float
+    rewards: tuple[float, ...]
+
+
+@dataclass(frozen=True)
 class ExampleResponse:
     """The response of one policy.
 
@@ -68,6 +96,7 @@ class ExampleResponse:
       tokens: its tokens as text, in order; without them the text is shown uncolored.
       rewards: one reward a token, on one color scale for the whole report; without them the tokens are uncolored.
       facts: ``(name, value)`` pairs next to the name, e.g. ``("reward", "3.10")``.
+      sources: of a sum of rewards, each shown as a row of tokens of its own.
     """
 
     name: str
@@ -75,6 +104,7 @@ class ExampleResponse:
     tokens: tuple[str, ...] = ()
     rewards: tuple[float | None, ...] = ()
     facts: tuple[tuple[str, str], ...] = ()
+    sources: tuple[SourceRewards, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -222,13 +252,24 @@ def _example(example: ReportExample) -> dict[str, Any]:
 
 def _response(response: ExampleResponse) -> dict[str, Any]:
     assert not response.rewards or len(response.rewards) == len(response.tokens), (response.name, response.text)
-    return {
+    shown: dict[str, Any] = {
         "name": response.name,
         "text": response.text,
         "tokens": list(response.tokens),
-        "rewards": [
-            float(f"{reward:.4g}") if reward is not None and math.isfinite(reward) else None
-            for reward in response.rewards
-        ],
+        "rewards": _rounded(response.rewards),
         "facts": [list(fact) for fact in response.facts],
     }
+    if response.sources:
+        shown["sources"] = {
+            source.name: {
+                "weight": source.weight,
+                "reward": source.reward if math.isfinite(source.reward) else None,
+                "rewards": _rounded(source.rewards),
+            }
+            for source in response.sources
+        }
+    return shown
+
+
+def _rounded(rewards: Sequence[float | None]) -> list[float | None]:
+    return [float(f"{x:.4g}") if x is not None and math.isfinite(x) else None for x in rewards]

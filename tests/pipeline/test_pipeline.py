@@ -11,12 +11,13 @@ from types import SimpleNamespace
 import pytest
 
 from jaxrm import train
+from jaxrm.algorithms.reward_config import RewardConfig
 from jaxrm.config import command_line, dicts
 from jaxrm.errors import UserError, flag, option
 from jaxrm.pipeline import record as pipeline_record
 from jaxrm.pipeline import report as pipeline_report
 from jaxrm.pipeline import run as pipeline_run
-from jaxrm.pipeline.config import Pipeline, pipeline, resolve, stage_names
+from jaxrm.pipeline.config import Pipeline, PipelineStage, pipeline, resolve, stage_names
 from jaxrm.runtime import run_lock
 from jaxrm.runtime.run_folder import open_run
 from jaxrm.runtime.run_record import note_end
@@ -607,3 +608,52 @@ def test_tables_are_printed_and_the_report_is_written(capsys):
     report = Path("runs/q/report.html").read_text()
     for text in ("a (literal)", "supervised fine-tuning", "Reward of the rollouts", "how?"):
         assert text in report
+
+
+def test_each_source_of_a_sum_has_its_row_line_and_tokens(capsys):
+    """In the tables, the charts and the examples of the report."""
+    two = {"words": RewardConfig(model="x"), "rule": RewardConfig(kind="scalar", function="a:b", weight=0.5)}
+    (first, *_) = ppo_stages(a=LITERAL)
+    stage = PipelineStage("a", PPO(run_dir="runs/q/a", rewards=two), {})
+    metrics = {"reward/rule": 3.0, "reward/words": 1.0, "reward_share/rule": 0.25, "reward_share/words": 0.75}
+    metrics |= {f"reward_length_correlation/{name}": -0.5 for name in two} | {"reward_correlation/rule/words": 0.125}
+    Path("runs/q/a/evaluation.json").write_text(
+        json.dumps(
+            {
+                "step": 2,
+                "prompts": 4,
+                "kind": "k",
+                "before": {"reward": 0.0} | metrics,
+                "after": {"reward": 2.5} | metrics,
+            }
+        )
+    )
+    write_rows("a", "metrics.jsonl", {"step": 1, "reward": 2.5, **metrics}, {"step": 2, "reward": 2.5, **metrics})
+    sources = {"words": {"weight": 1.0, "reward": 1.0, "rewards": [1.0]}}
+    row = {"step": 2, "prompt": "p", "response": "so", "reward": 1.0, "tokens": ["so"], "rewards": [1.0]}
+    write_rows("a", "samples.jsonl", row | {"sources": sources})
+
+    (table,) = pipeline_report.source_tables([first, stage])
+    assert table.columns == (
+        "source",
+        "reward, before",
+        "reward, after",
+        "share",
+        "r with length",
+        "r with rule",
+        "r with words",
+    )
+    assert table.rows[0] == ("rule", 3.0, 3.0, 0.25, -0.5, None, 0.125)
+    lines = {chart.title: [line.name for line in chart.series] for chart in pipeline_report.curves([stage])}
+    assert (
+        lines["Reward of the rollouts by source"] == lines["Share of the reward by source"] == ["a, words", "a, rule"]
+    )
+    (example,) = pipeline_report.examples([stage])
+    assert [source.rewards for source in example.responses[0].sources] == [(1.0,)]
+    pipeline_report.publish(Path("runs/q"), [stage], {"a": 3.0})
+    out = capsys.readouterr().out
+    assert (
+        "Sources of the reward of a, held-out prompts" in out
+        and "PPO, words (literal) + 0.5 * rule (scalar) rewards" in out
+    )
+    assert "reward_share" not in out

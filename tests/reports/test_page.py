@@ -11,6 +11,7 @@ import pytest
 from jaxrm.reports import page as page_module
 from jaxrm.reports.document import read_template
 from jaxrm.reports.page import write_page
+from jaxrm.reports.report import ExampleResponse, ReportExample, SourceRewards, write_report
 
 END = "<|end|>"
 HOSTILE = [
@@ -449,3 +450,27 @@ def test_no_records_make_a_page_that_says_so(browser, tmp_path):
     assert drawn.problems == []
     assert drawn["#count"][0].text == "0 records"
     assert "hidden" not in drawn["#none"][0].attributes
+
+
+# --- sums of rewards
+
+
+def test_a_source_has_a_row_of_tokens_below_the_sum(browser, tmp_path):
+    """On the page of scored records and in a report alike."""
+    sources = {
+        "words": {"weight": 1.0, "reward": 0.5, "rewards": [0.5, 0.0]},
+        "rule": {"weight": -0.5, "reward": 2.0, "rewards": [0.0, 2.0]},
+    }
+    response = scored("response", ["a"], [0.5, -1.0], tags=False) | {"sources": sources}
+    write_page(tmp_path / "page.html", [record("one", response)], title="t", about=[])
+    each = tuple(SourceRewards(name, x["weight"], x["reward"], tuple(x["rewards"])) for name, x in sources.items())
+    example = ReportExample("p", (ExampleResponse("ppo", "a", ("a", END), (0.5, -1.0), sources=each),))
+    write_report(tmp_path / "report.html", title="t", about=[], tables=[], curves=[], examples=[example])
+    for name in ("page.html", "report.html"):
+        drawn = browser.draw(tmp_path / name)
+        assert drawn.problems == []
+        texts = [element.text for element in drawn[".source"]]
+        assert texts == [f"wordsreward +0.50weight 1a{END}", f"rulereward +2.00weight -0.5a{END}"]
+        tokens = [token for token in drawn[".t"] if "sample" not in token.classes]
+        signs = [("plus" in token.classes) - ("minus" in token.classes) for token in tokens]
+        assert signs == [1, -1, 1, 0, 0, 1]

@@ -14,7 +14,7 @@ import pytest
 
 from jaxrm.reports import document
 from jaxrm.reports.charts import POINTS, axis, draw_chart, number_text
-from jaxrm.reports.report import Curves, ExampleResponse, ReportExample, Series, Table, write_report
+from jaxrm.reports.report import Curves, ExampleResponse, ReportExample, Series, SourceRewards, Table, write_report
 
 HOSTILE = [
     "</script><script>alert(1)</script>",
@@ -346,3 +346,14 @@ def test_rewards_that_do_not_fit_the_tokens_are_refused(tmp_path):
     uneven = ExampleResponse("sft", "a b", ("a", " b"), (1.0,))
     with pytest.raises(AssertionError, match="sft"):
         written(tmp_path / "r.html", examples=[ReportExample("p", (uneven,))])
+
+
+def test_each_source_of_a_sum_reaches_the_browser(tmp_path):
+    sources = (SourceRewards("words", 1.0, 0.5, (0.25, 0.25)), SourceRewards("rule", -0.5, 2.0, (0.0, 2.0)))
+    response = ExampleResponse("ppo", "a b", ("a", " b"), (0.25, -0.75), sources=sources)
+    text = written(tmp_path / "r.html", examples=[ReportExample("p", (response,))])
+    (example,) = embedded(text)["examples"]
+    assert example["responses"][0]["sources"] == {
+        "words": {"weight": 1.0, "reward": 0.5, "rewards": [0.25, 0.25]},
+        "rule": {"weight": -0.5, "reward": 2.0, "rewards": [0.0, 2.0]},
+    }

@@ -11,7 +11,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxrm.algorithms.ppo import Programs
 from jaxrm.algorithms.ppo_state import PPOState
+from jaxrm.algorithms.reward_config import source_fields
 from jaxrm.algorithms.rollout import TokenLogProbs
+from jaxrm.algorithms.summed_rewards import metrics_of_sums
 from jaxrm.data import tasks
 from jaxrm.data.prompts import PromptExample, transcript
 from jaxrm.data.responses import response_text
@@ -62,8 +64,9 @@ class PolicyEvaluation:
           ``eval_judge`` and the metrics that `jaxrm.data.tasks.BEHAVIORS` has for its task (``eval_refusals``, ...;
           each over the prompts that it applies to), ``eval_kl`` (nats a response: log-ratio to the reference at the
           rollout's temperature, an estimate of the KL where these responses are sampled at it too), ``eval_length``
-          (tokens), ``eval_ended`` (share with an end token). None where it was asked to stop before it was done; it has
-          written nothing then.
+          (tokens), ``eval_ended`` (share with an end token); of several sources of rewards also ``eval_reward/NAME``
+          and what else `jaxrm.algorithms.summed_rewards.metrics_of_sums` says of each. None where it was asked to stop
+          before it was done; it has written nothing then.
         """
         try:
             responses = self._sample(state, stop)
@@ -105,6 +108,10 @@ class PolicyEvaluation:
             rewards=joined([rewards.rewards for _, _, rewards in batches]),
             log_ratio=joined([token.log_probs - token.reference_log_probs for _, token, _ in batches]),
             ended=joined([rewards.diagnostics["ended"] for _, _, rewards in batches]),
+            parts={
+                name: joined([rewards.parts[name].rewards for _, _, rewards in batches])
+                for name in self.learner.config.rewards
+            },
         )
 
     def _measure(self, responses: "_Responses", texts: Sequence[str]) -> tuple[dict[str, float], Sequence[float]]:
@@ -124,6 +131,9 @@ class PolicyEvaluation:
             "eval_length": float(responses.mask.sum(axis=1).mean()),
             "eval_ended": float(responses.ended.mean()),
         }
+        weights = {name: source.weight for name, source in self.learner.config.rewards.items()}
+        sums = {name: rewards.sum(axis=1) for name, rewards in responses.parts.items()}
+        metrics |= {f"eval_{name}": float(x) for name, x in metrics_of_sums(sums, responses.mask, weights).items()}
         return metrics, scores
 
     def _write_samples(self, step: int, responses: "_Responses", texts: Sequence[str], scores: Sequence[float]) -> None:
@@ -135,18 +145,25 @@ class PolicyEvaluation:
                 row["judge"] = float(scores[i])
             row["tokens"] = token_texts(self.tokenizer, [int(token) for token in responses.tokens[i][mask]])
             row["rewards"] = [float(x) for x in responses.rewards[i][mask]]
+            if responses.parts:
+                rewards = {name: part[i][mask] for name, part in responses.parts.items()}
+                row["sources"] = source_fields(self.learner.config, rewards)
             append_row(self.folder.samples, row)
 
 
 @dataclass(frozen=True)
 class _Responses:
-    """N responses: ``tokens``, ``mask``, ``rewards`` and ``log_ratio`` are ``[N, T]``, ``ended`` is ``[N]``."""
+    """N responses: ``tokens``, ``mask``, ``rewards`` and ``log_ratio`` are ``[N, T]``, ``ended`` is ``[N]``.
+
+    ``parts`` are the rewards ``[N, T]`` of each source of a sum, before its weight.
+    """
 
     tokens: np.ndarray
     mask: np.ndarray
     rewards: np.ndarray
     log_ratio: np.ndarray
     ended: np.ndarray
+    parts: dict[str, np.ndarray]
 
 
 @functools.cache
@@ -163,8 +180,12 @@ def print_samples(folder: RunFolder) -> None:
     first, last = rows[0]["step"], rows[-1]["step"]
     before = {row["prompt"]: row for row in rows if row["step"] == first}
     for row in (row for row in rows if row["step"] == last):
-        scores = "".join(f", {name} {row[name]:.2f}" for name in ("reward", "judge") if name in row)
+        scores = f"reward {row['reward']:.2f}"
+        if sources := row.get("sources"):
+            parts = [f"{source['weight']:g} * {name} {source['reward']:.2f}" for name, source in sources.items()]
+            scores += f" = {' + '.join(parts)}"
+        scores += f", judge {row['judge']:.2f}" if "judge" in row else ""
         print(f"prompt      {row['prompt']}")
         if first != last and row["prompt"] in before:
             print(f"at step {first:<4}{before[row['prompt']]['response']}")
-        print(f"at step {last:<4}{row['response']}  ({scores.removeprefix(', ')})\n")
+        print(f"at step {last:<4}{row['response']}  ({scores})\n")

@@ -1,7 +1,7 @@
 """Reports of a PPO run: metrics of every step, warnings with likely causes, and the closing report."""
 
 import statistics
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from jaxrm.errors import flag
@@ -45,6 +45,7 @@ class PPOReporter:
         self._progress.update(
             step,
             reward=metrics["reward"],
+            **{name: x for name, x in metrics.items() if name.startswith("reward/")},
             kl=metrics["kl"],
             length=metrics["response_length"],
             tokens_per_second=metrics["tokens_per_second"],
@@ -66,7 +67,8 @@ class PPOReporter:
     def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
         """Held-out metrics after ``step`` steps."""
         self._writer.write(step, metrics)
-        line = " · ".join(f"{name.removeprefix('eval_')} {format_value(x)}" for name, x in metrics.items())
+        shown = {name: x for name, x in metrics.items() if "/" not in name or name.startswith("eval_reward/")}
+        line = " · ".join(f"{name.removeprefix('eval_')} {format_value(x)}" for name, x in shown.items())
         self._progress.print(f"step {step}: held-out {line}")
 
 
@@ -106,6 +108,37 @@ def warnings(seen: list[Mapping[str, float]]) -> dict[str, str]:
     return texts
 
 
+def source_rows(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[list[Any]]:
+    """A row for each source of a sum of rewards, from two rows of held-out metrics; none for a single source.
+
+    Its reward before and after; after training its share (see `jaxrm.algorithms.summed_rewards.metrics_of_sums`), and
+    its correlations with the length and with the other sources.
+    """
+    prefix = "eval_reward/"
+    names = [field.removeprefix(prefix) for field in after if field.startswith(prefix)]
+    rows = []
+    for name in names:
+        share, by_length = (after[f"eval_reward_{field}/{name}"] for field in ("share", "length_correlation"))
+        with_others = [
+            None if other == name else after[f"eval_reward_correlation/{'/'.join(sorted((name, other)))}"]
+            for other in names
+        ]
+        rewards = [row.get(f"{prefix}{name}") for row in (before, after)]
+        rows.append([name, *rewards, share, by_length, *with_others])
+    return rows
+
+
+def source_columns(rows: Sequence[Sequence[Any]], steps: tuple[str, str]) -> list[str]:
+    """Names of the columns of `source_rows`; ``steps`` are those of the rewards before and after."""
+    return [
+        "source",
+        *(f"reward, {step}" for step in steps),
+        "share",
+        "r with length",
+        *(f"r with {row[0]}" for row in rows),
+    ]
+
+
 def closing_report(folder: RunFolder, kind: str, prompts: int) -> dict[str, Any]:
     """Print the seconds of a step by phase; returns held-out metrics before and after, from the rows of the run."""
     rows = read_rows(folder.metrics)
@@ -124,6 +157,9 @@ def closing_report(folder: RunFolder, kind: str, prompts: int) -> dict[str, Any]
             ],
         )
     evaluated = [row for row in rows if "eval_reward" in row]
+    if sources := source_rows(evaluated[0], evaluated[-1]):
+        steps_shown = f"step {evaluated[0]['step']}", f"step {evaluated[-1]['step']}"
+        print_table("Sources of the reward, held-out data", source_columns(sources, steps_shown), sources)
     sides = {
         name: {field.removeprefix("eval_"): row[field] for field in row if field.startswith("eval_")}
         for name, row in (("before", evaluated[0]), ("after", evaluated[-1]))
