@@ -22,12 +22,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrm.algorithms.ppo_config import PPOConfig
+from jaxrm.algorithms.ppo_loss import weigh_ptx
+from jaxrm.algorithms.ppo_one_pass import OnePassBatch
 from jaxrm.algorithms.ppo_state import PPOBatch, PPOState, RewardAndKLState
 from jaxrm.algorithms.rollout import BatchSampler, FrozenParams, RewardSource, TokenLogProbs
 from jaxrm.algorithms.state import TrainState
 from jaxrm.algorithms.summed_rewards import source_metrics
 from jaxrm.algorithms.train_step import Metrics
-from jaxrm.ops import advantages, kl, losses, masking
+from jaxrm.ops import advantages, kl, masking
 from jaxrm.types import ResponseBatch, Rollout, TokenBatch, TokenRewards
 
 NextCalibration = Callable[[Any, TokenRewards], Any]
@@ -186,9 +188,7 @@ def minibatch(rollout: Rollout, key: jax.Array, index: jax.Array, *, num_minibat
 
 def weigh(rollout: Rollout, ptx: TokenBatch, *, aggregation: str = "token") -> PPOBatch:
     """A rollout and rows of SFT data as one batch (see `PPOBatch`)."""
-    weight = losses.aggregation_weight(rollout.responses.response_mask, aggregation)
-    weight /= jnp.maximum(jnp.sum(ptx.loss_mask, dtype=jnp.float32), 1.0)
-    return PPOBatch(rollout, ptx, jnp.full((ptx.tokens.shape[0],), weight))
+    return PPOBatch(rollout, ptx, weigh_ptx(rollout.responses, ptx, aggregation))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,6 +204,10 @@ class Programs:
       weigh: `weigh`.
       update_policy: on frozen parameters and a `PPOBatch`; the state is donated.
       update_critic: the same for the critic; None where it has no trunk of its own.
+      reference_log_probs: the part of ``log_probs`` that an update in one pass needs before it.
+      mean_rewards: `mean_rewards`, by which a reward that is not finite is seen before the update.
+      one_pass: from `jaxrm.algorithms.train_step.build_joint_step`, in place of ``estimate``, ``minibatch``, ``weigh``,
+        ``update_policy`` and ``update_critic``; None where the config is not one of `ppo_config.is_one_pass`.
     """
 
     rollout: BatchSampler
@@ -214,6 +218,9 @@ class Programs:
     weigh: Callable[..., PPOBatch]
     update_policy: Callable[[TrainState, Any, PPOBatch], tuple[TrainState, Metrics]]
     update_critic: Callable[[TrainState, Any, PPOBatch], tuple[TrainState, Metrics]] | None
+    reference_log_probs: Callable[[Any, Any, ResponseBatch], jax.Array]
+    mean_rewards: Callable[[TokenRewards], Metrics]
+    one_pass: Callable[..., Any] | None = None
 
 
 def update(
@@ -255,3 +262,36 @@ def update(
                 metrics["critic_grad_norm"] = critic_metrics["grad_norm"]
             rows.append(metrics)
     return dataclasses.replace(state, policy=policy, critic=critic), rows
+
+
+def update_in_one_pass(
+    programs: Programs, state: PPOState, frozen: FrozenParams, batch: OnePassBatch
+) -> tuple[PPOState, Metrics, list[Metrics]]:
+    """The only update of a rollout; see `jaxrm.algorithms.ppo_one_pass`.
+
+    Args:
+      programs: jitted.
+      state: before; donated.
+      frozen: what is not trained of policy and critic.
+      batch: responses, rewards and the reference's log-probs.
+
+    Returns:
+      The state after, the metrics of the rollout as those of `estimate`, and those of the update as those of `update`.
+    """
+    assert programs.one_pass is not None
+    states, bases = {"policy": state.policy}, {"policy": frozen.policy}
+    if state.critic is not None:
+        states["critic"], bases["critic"] = state.critic, frozen.critic
+    states, feedback, metrics, by_model = programs.one_pass(states, bases, state.feedback, batch)
+    policy_metrics = by_model["policy"]
+    if state.critic is not None:
+        policy_metrics["critic_grad_norm"] = by_model["critic"]["grad_norm"]
+    after = dataclasses.replace(state, policy=states["policy"], critic=states.get("critic"), feedback=feedback)
+    return after, metrics, [policy_metrics]
+
+
+def mean_rewards(rewards: TokenRewards) -> Metrics:
+    """Mean over responses of their sum of rewards: ``reward``, and of a sum ``reward/NAME`` of each source."""
+    counted = jnp.any(rewards.mask, axis=1)
+    named = {"reward": rewards} | {f"reward/{name}": part for name, part in rewards.parts.items()}
+    return {name: masking.masked_mean(each.diagnostics["sum"], counted) for name, each in named.items()}

@@ -111,6 +111,11 @@ class PPOConfig:
         return self.whiten_advantages or self.advantage == "reinforce++"
 
     @property
+    def reads_log_probs(self) -> bool:
+        """Whether advantages depend on log-probs of the policy, by a KL in the reward, or on values."""
+        return self.has_values or (self.advantage != "grpo" and self.kl_coef > 0)
+
+    @property
     def loss_kl(self) -> tuple[float, str]:
         """Weight and estimator of the KL that is a term of the loss."""
         if self.advantage == "grpo":
@@ -129,6 +134,21 @@ class PPOConfig:
                 f"{place(self, name)} is {value!r}, but {reason}; use {typed(self, name, default)} or "
                 f"{typed(self, 'advantage', 'gae')}"
             )
+
+
+def is_one_pass(config: PPOConfig, num_microbatches: int) -> bool:
+    """Whether the update reads policy and critic once, in place of a pass for log-probs and values before it.
+
+    It does where it is the only update of its rollout: the log-probs before it are then its own. With microbatches it
+    also takes advantages that need neither log-probs nor values: groups and whitening are of the whole batch, and
+    microbatches save the memory that two backward passes at once would cost.
+
+    Args:
+      config: options of PPO.
+      num_microbatches: of an update.
+    """
+    is_only = config.num_epochs == 1 and config.num_minibatches == 1
+    return is_only and (num_microbatches == 1 or not config.reads_log_probs)
 
 
 @dataclass(frozen=True)

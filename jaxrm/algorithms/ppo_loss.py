@@ -8,11 +8,11 @@ import jax.numpy as jnp
 from jaxrm.algorithms.ppo_config import PPOConfig
 from jaxrm.algorithms.ppo_state import PPOBatch
 from jaxrm.algorithms.rollout import Networks
-from jaxrm.algorithms.scoring import response_hidden, token_statistics
 from jaxrm.algorithms.sft import sft_loss
-from jaxrm.algorithms.train_step import LossFn
+from jaxrm.algorithms.train_step import LossFn, Sum
 from jaxrm.ops import kl, losses, masking
-from jaxrm.types import Rollout
+from jaxrm.ops.vocab import TokenStatistics
+from jaxrm.types import ResponseBatch, Rollout, TokenBatch
 
 
 def policy_loss(networks: Networks, config: PPOConfig) -> LossFn:
@@ -25,40 +25,14 @@ def policy_loss(networks: Networks, config: PPOConfig) -> LossFn:
     """
 
     def loss_fn(params: Any, batch: PPOBatch, key: jax.Array) -> Any:
-        rollout, mask = batch.rollout, batch.rollout.responses.response_mask
-        decoder, value_head = networks.open_policy(params)
-        hidden = response_hidden(decoder, rollout.responses, pad_to_multiple_of=networks.pad_to_multiple_of)
-        token = token_statistics(decoder, hidden, rollout.responses, temperature=networks.temperature)
-        surrogate = losses.clipped_policy_loss(
-            token.log_probs, rollout.log_probs, rollout.advantages, clip=config.clip, clip_high=config.clip_high
-        )
-        loss, (kl_coef, kl_estimator) = surrogate.loss, config.loss_kl
-        if kl_coef:
-            kl_loss = kl.kl_estimate(kl_estimator, token.log_probs, rollout.reference_log_probs)
-            loss += kl_coef * kl_loss
-        total, weight = losses.aggregate(loss, mask, config.loss_aggregation)
-        policy_sum, _ = losses.aggregate(surrogate.loss, mask, config.loss_aggregation)
-
-        approx_kl = jax.lax.stop_gradient(kl.kl_estimate("k3", rollout.log_probs, token.log_probs))
-        observed = {
-            "approx_kl": approx_kl,
-            "ratio_error": jnp.abs(surrogate.ratio - 1.0),
-            "clip_fraction": surrogate.is_clipped.astype(jnp.float32),
-            "entropy": token.entropy,
-        }
-        tokens = jnp.sum(mask, dtype=jnp.float32)
-        aux = {name: (masking.masked_sum(x, mask), tokens) for name, x in observed.items()}
-        aux["policy_loss"] = (policy_sum, weight)
-        if kl_coef:
-            aux["kl_loss"] = losses.aggregate(kl_loss, mask, config.loss_aggregation)
-        aux = jax.lax.stop_gradient(aux)
-        if value_head is not None:
-            value_sum, critic_aux = _value_terms(value_head(hidden), rollout, config)
+        token, values = networks.read_policy(params, batch.rollout.responses)
+        (total, weight), aux = policy_terms(token, batch.rollout, config)
+        if values is not None:
+            (value_sum, _), critic_aux = value_terms(values, batch.rollout, config)
             total, aux = total + config.value_coef * value_sum, aux | critic_aux
         if batch.ptx is not None and batch.ptx_weight is not None:
-            (ptx_sum, ptx_tokens), _ = sft_loss(networks.decoder)(networks.decoder_params(params), batch.ptx, key)
-            total += config.ptx_coef * batch.ptx_weight[0] * ptx_sum
-            aux["ptx_loss"] = (jax.lax.stop_gradient(ptx_sum), ptx_tokens)
+            ptx_sum, aux["ptx_loss"] = ptx_terms(networks, params, batch.ptx, batch.ptx_weight, key)
+            total += config.ptx_coef * ptx_sum
         return (total, weight), aux
 
     return loss_fn
@@ -74,18 +48,56 @@ def critic_loss(networks: Networks, config: PPOConfig) -> LossFn:
     def loss_fn(params: Any, batch: PPOBatch, key: jax.Array) -> Any:
         del key  # no dropout
         values = networks.values(params, batch.rollout.responses)
-        total, aux = _value_terms(values, batch.rollout, config)
-        return (total, aux["value_loss"][1]), aux
+        return value_terms(values, batch.rollout, config)
 
     return loss_fn
 
 
-def _value_terms(values: jax.Array, rollout: Rollout, config: PPOConfig) -> tuple[jax.Array, Any]:
+def policy_terms(token: TokenStatistics, rollout: Rollout, config: PPOConfig) -> tuple[Sum, dict[str, Sum]]:
+    """The policy's loss and its aux (see `policy_loss`), from what it says of each response token now."""
+    mask = rollout.responses.response_mask
+    surrogate = losses.clipped_policy_loss(
+        token.log_probs, rollout.log_probs, rollout.advantages, clip=config.clip, clip_high=config.clip_high
+    )
+    loss, (kl_coef, kl_estimator) = surrogate.loss, config.loss_kl
+    observed = {
+        "approx_kl": kl.kl_estimate("k3", rollout.log_probs, token.log_probs),
+        "ratio_error": jnp.abs(surrogate.ratio - 1.0),
+        "clip_fraction": surrogate.is_clipped.astype(jnp.float32),
+        "entropy": token.entropy,
+    }
+    tokens = jnp.sum(mask, dtype=jnp.float32)
+    aux = {name: (masking.masked_sum(jax.lax.stop_gradient(x), mask), tokens) for name, x in observed.items()}
+    aux["policy_loss"] = losses.aggregate(jax.lax.stop_gradient(surrogate.loss), mask, config.loss_aggregation)
+    if kl_coef:
+        kl_loss = kl.kl_estimate(kl_estimator, token.log_probs, rollout.reference_log_probs)
+        aux["kl_loss"] = losses.aggregate(jax.lax.stop_gradient(kl_loss), mask, config.loss_aggregation)
+        loss += kl_coef * kl_loss
+    return losses.aggregate(loss, mask, config.loss_aggregation), aux
+
+
+def value_terms(values: jax.Array, rollout: Rollout, config: PPOConfig) -> tuple[Sum, dict[str, Sum]]:
+    """The critic's loss and its aux (see `critic_loss`), from its values now."""
     mask = rollout.responses.response_mask
     assert rollout.values is not None and rollout.returns is not None, "values are trained where there are any"
     clipped = losses.clipped_value_loss(values, rollout.values, rollout.returns, clip=config.value_clip)
     total, weight = losses.aggregate(clipped.loss, mask, config.loss_aggregation)
-    return total, {
+    return (total, weight), {
         "value_loss": (jax.lax.stop_gradient(total), weight),
         "value_clip_fraction": (masking.masked_sum(clipped.is_clipped, mask), jnp.sum(mask, dtype=jnp.float32)),
     }
+
+
+def weigh_ptx(responses: ResponseBatch, ptx: TokenBatch, aggregation: str) -> jax.Array:
+    """``ptx_weight`` of a batch; see `PPOBatch`."""
+    weight = losses.aggregation_weight(responses.response_mask, aggregation)
+    weight /= jnp.maximum(jnp.sum(ptx.loss_mask, dtype=jnp.float32), 1.0)
+    return jnp.full((ptx.tokens.shape[0],), weight)
+
+
+def ptx_terms(
+    networks: Networks, params: Any, ptx: TokenBatch, ptx_weight: jax.Array, key: jax.Array
+) -> tuple[jax.Array, Sum]:
+    """The loss on SFT data as a share of the policy's sum (see `PPOBatch`), and its own sum and weight."""
+    (ptx_sum, ptx_tokens), _ = sft_loss(networks.decoder)(networks.decoder_params(params), ptx, key)
+    return ptx_weight[0] * ptx_sum, (jax.lax.stop_gradient(ptx_sum), ptx_tokens)

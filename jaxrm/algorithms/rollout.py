@@ -15,6 +15,7 @@ from jaxrm.models import heads, lora
 from jaxrm.models.generate import Generation, SamplingConfig, generate
 from jaxrm.models.heads import ScalarHead
 from jaxrm.models.transformer import Decoder
+from jaxrm.ops.vocab import TokenStatistics
 from jaxrm.types import ResponseBatch, TokenRewards
 
 
@@ -53,6 +54,24 @@ class Networks:
             return FrozenParams({}, {})
         critic = {} if self.critic is None else heads.frozen_trunk(base)
         return FrozenParams({"decoder": base} if self.is_shared else base, critic)
+
+    def read_policy(self, params: Any, batch: ResponseBatch) -> tuple[TokenStatistics, jax.Array | None]:
+        """What the policy says of each response token, and the values ``[B, T]`` where they are on its trunk."""
+        decoder, value_head = self.open_policy(params)
+        hidden = response_hidden(decoder, batch, pad_to_multiple_of=self.pad_to_multiple_of)
+        token = token_statistics(decoder, hidden, batch, temperature=self.temperature)
+        return token, None if value_head is None else value_head(hidden)
+
+    def read_reference(self, params: Any, batch: ResponseBatch) -> TokenStatistics:
+        """What the reference says of each response token."""
+        return response_statistics(
+            self.decoder,
+            params,
+            batch,
+            None,
+            pad_to_multiple_of=self.pad_to_multiple_of,
+            temperature=self.temperature,
+        )
 
     def values(self, critic_params: Any, batch: ResponseBatch) -> jax.Array:
         """Values ``[B, T]`` of a critic with a trunk of its own: of the states before each response token."""
@@ -246,18 +265,8 @@ def build_log_probs(
             critic_params = lora.join(frozen.critic, critic_params)
 
         def microbatch(batch: ResponseBatch) -> TokenLogProbs:
-            decoder, value_head = networks.open_policy(policy_params)
-            hidden = response_hidden(decoder, batch, pad_to_multiple_of=networks.pad_to_multiple_of)
-            policy = token_statistics(decoder, hidden, batch, temperature=networks.temperature)
-            reference = response_statistics(
-                networks.decoder,
-                reference_params,
-                batch,
-                None,
-                pad_to_multiple_of=networks.pad_to_multiple_of,
-                temperature=networks.temperature,
-            )
-            values = None if value_head is None else value_head(hidden)
+            policy, values = networks.read_policy(policy_params, batch)
+            reference = networks.read_reference(reference_params, batch)
             if critic_params is not None:
                 values = networks.values(critic_params, batch)
             every = TokenLogProbs(policy.log_probs, policy.entropy, reference.log_probs, values)
@@ -268,5 +277,33 @@ def build_log_probs(
     return jax.jit(
         log_probs,
         in_shardings=(dict(base_sharding), policy_sharding, critic_sharding, reference_sharding, batch_sharding),
+        out_shardings=batch_sharding,
+    )
+
+
+def build_reference_log_probs(
+    networks: Networks,
+    *,
+    reference_sharding: Any,
+    batch_sharding: Any,
+    base_sharding: Any = MappingProxyType({}),
+    num_microbatches: int = 1,
+) -> Callable[[Any, Any, ResponseBatch], jax.Array]:
+    """Jitted ``log_probs(base, reference_params, batch) -> [B, T]``: the reference's part of `build_log_probs` alone.
+
+    Arguments are those of `build_log_probs`.
+    """
+
+    def log_probs(base: Any, reference_params: Any, batch: ResponseBatch) -> jax.Array:
+        params = lora.join(base, reference_params)
+
+        def microbatch(batch: ResponseBatch) -> jax.Array:
+            return jnp.where(batch.response_mask, networks.read_reference(params, batch).log_probs, 0.0)
+
+        return microbatches.in_microbatches(microbatch, num_microbatches)(batch)
+
+    return jax.jit(
+        log_probs,
+        in_shardings=(dict(base_sharding), reference_sharding, batch_sharding),
         out_shardings=batch_sharding,
     )

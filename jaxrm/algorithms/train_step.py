@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +14,10 @@ from jaxrm.models import lora
 from jaxrm.sharding import partition
 
 Metrics = dict[str, jax.Array]
-# (params, batch, key) -> (loss_sum, weight), {name: (sum, weight)}; sums are float32 and not divided.
-LossFn = Callable[[Any, Any, jax.Array], tuple[tuple[jax.Array, jax.Array], dict[str, tuple[jax.Array, jax.Array]]]]
+Sum = tuple[jax.Array, jax.Array]
+"""A sum, float32 and not divided, and its weight."""
+# (params, batch, key) -> (loss_sum, weight), {name: (sum, weight)}
+LossFn = Callable[[Any, Any, jax.Array], tuple[Sum, dict[str, Sum]]]
 
 
 def build_train_step(
@@ -48,48 +50,17 @@ def build_train_step(
       The step. Its metrics are float32 scalars: ``loss``, ``weight`` (the divisor, e.g. tokens), ``grad_norm``
       before clipping, and each metric of aux, NaN where its weight is 0.
     """
-    on_devices = partition.on_devices(state_sharding.opt_state)
-    is_offloaded = on_devices != state_sharding.opt_state
-
-    def gradients(params: Any, frozen: Any, batch: Any, key: jax.Array) -> Any:
-        def total(params: Any) -> Any:
-            (loss_sum, weight), aux = loss_fn(lora.join(frozen, params), batch, key)
-            return loss_sum, {"loss": (loss_sum, weight), **aux}
-
-        return jax.grad(total, has_aux=True)(params)
-
-    def accumulated(params: Any, frozen: Any, batch: Any, key: jax.Array) -> Any:
-        shares = microbatches.split(batch, num_microbatches)
-        keys = jax.random.split(key, num_microbatches)
-        first = jax.tree.map(lambda x: x[0], (shares, keys))
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradients, params, frozen, *first))
-
-        def add(total: Any, microbatch: Any) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, total, gradients(params, frozen, *microbatch)), None
-
-        return jax.lax.scan(add, zeros, (shares, keys))[0]
+    apply = _build_apply(optimizer, state_sharding)
 
     def step(state: TrainState, frozen: Any, batch: Any) -> tuple[TrainState, Metrics]:
+        def total(params: Any, batch: Any, key: jax.Array) -> Any:
+            (loss_sum, weight), aux = loss_fn(lora.join(frozen, params), batch, key)
+            return loss_sum, ({"loss": (loss_sum, weight), **aux}, ())
+
         key = jax.random.fold_in(state.key, state.step)
-        grads, sums = (accumulated if num_microbatches > 1 else gradients)(state.params, frozen, batch, key)
-        # An empty batch has a zero gradient; a divisor that is not zero keeps it so.
-        divisor = jnp.maximum(sums["loss"][1], 1e-8).astype(jnp.float32)
-        grads = jax.tree.map(lambda g: g / divisor, grads)
-        opt_state = state.opt_state
-        if is_offloaded:  # the moments are on the devices only between these two copies
-            opt_state = jax.device_put(opt_state, on_devices)
-        updates, opt_state = optimizer.update(grads, opt_state, state.params)
-        if is_offloaded:
-            opt_state = jax.device_put(opt_state, state_sharding.opt_state)
-        params = optax.apply_updates(state.params, updates)
-        # A metric of nothing, such as that of a mapping which the batch has none of, has no value.
-        metrics = {name: jnp.where(weight > 0, total / weight, jnp.nan) for name, (total, weight) in sums.items()}
-        metrics |= {
-            "loss": sums["loss"][0] / divisor,
-            "weight": sums["loss"][1],
-            "grad_norm": optax.tree.norm(grads),
-        }
-        return TrainState(state.step + 1, params, opt_state, state.key), metrics
+        grads, sums, _ = _accumulated(total, state.params, batch, key, num_microbatches)
+        state, metrics = apply(state, grads, sums.pop("loss"))
+        return state, _means(sums) | metrics
 
     # Stated on both sides: left to the compiler, the new state may lie otherwise than the old one. Then its buffers
     # could not be reused, and the next step would compile again.
@@ -99,3 +70,127 @@ def build_train_step(
         out_shardings=(state_sharding, None),
         donate_argnums=0,
     )
+
+
+class JointLoss(Protocol):
+    """Losses of several models that one forward of each serves, as `build_joint_step` takes them."""
+
+    def prepare(self, context: Any, batch: Any) -> Any:
+        """The batch with what has to be known of it whole, before it is cut into microbatches."""
+        ...
+
+    def __call__(
+        self, params: dict[str, Any], context: Any, batch: Any, key: jax.Array
+    ) -> tuple[dict[str, Sum], dict[str, Sum], Any]:
+        """Loss ``(sum, weight)`` of each model by its name, metrics alike, and a tree of rows for `finish`."""
+        ...
+
+    def finish(self, context: Any, batch: Any, rows: Any) -> tuple[Any, Metrics]:
+        """The context of the next step, and metrics, from the rows of the whole batch."""
+        ...
+
+
+def build_joint_step(
+    loss: JointLoss,
+    optimizers: dict[str, optax.GradientTransformation],
+    *,
+    state_shardings: dict[str, Any],
+    frozen_shardings: dict[str, Any],
+    context_sharding: Any,
+    batch_sharding: Any,
+    num_microbatches: int = 1,
+) -> Callable[[dict[str, TrainState], dict[str, Any], Any, Any], Any]:
+    """Jitted ``step(states, frozen, context, batch) -> (states, context, metrics, metrics of each model)``.
+
+    Each model is trained as by `build_train_step`, on one backward pass through the losses of all. Metrics of aux are
+    among those of the first model.
+
+    Args:
+      loss: of the models; a loss depends on the parameters of its own model alone.
+      optimizers: by model, as all that follows; the first one's key is that of the losses.
+      state_shardings: of the states, which are donated.
+      frozen_shardings: of the frozen parameters.
+      context_sharding: of what a step hands to the next besides the states.
+      batch_sharding: of the rows.
+      num_microbatches: see `build_train_step`.
+    """
+    applies = {name: _build_apply(optimizers[name], state_shardings[name]) for name in optimizers}
+    first = next(iter(optimizers))
+
+    def step(states: dict[str, TrainState], frozen: dict[str, Any], context: Any, batch: Any) -> Any:
+        def total(params: dict[str, Any], batch: Any, key: jax.Array) -> Any:
+            joined = {name: lora.join(frozen[name], own) for name, own in params.items()}
+            losses, aux, rows = loss(joined, context, batch, key)
+            return sum(loss_sum for loss_sum, _ in losses.values()), ({"losses": losses, "aux": aux}, rows)
+
+        key = jax.random.fold_in(states[first].key, states[first].step)
+        params = {name: state.params for name, state in states.items()}
+        whole = loss.prepare(context, batch)
+        grads, sums, rows = _accumulated(total, params, whole, key, num_microbatches)
+        applied = {name: apply(states[name], grads[name], sums["losses"][name]) for name, apply in applies.items()}
+        context, metrics = loss.finish(context, batch, rows)
+        by_model = {name: metrics for name, (_, metrics) in applied.items()}
+        by_model[first] |= _means(sums["aux"])
+        return {name: state for name, (state, _) in applied.items()}, context, metrics, by_model
+
+    return jax.jit(
+        step,
+        in_shardings=(state_shardings, frozen_shardings, context_sharding, batch_sharding),
+        out_shardings=(state_shardings, context_sharding, None, None),
+        donate_argnums=0,
+    )
+
+
+def _accumulated(
+    total: Callable[[Any, Any, jax.Array], Any], params: Any, batch: Any, key: jax.Array, num_microbatches: int
+) -> tuple[Any, Any, Any]:
+    """Gradients and sums, added over microbatches, and rows in the order of the batch.
+
+    ``total(params, batch, key) -> loss_sum, (sums, rows)``.
+    """
+    gradients = jax.grad(total, has_aux=True)
+    if num_microbatches == 1:
+        grads, (sums, rows) = gradients(params, batch, key)
+        return grads, sums, rows
+    shares = microbatches.split(batch, num_microbatches)
+    keys = jax.random.split(key, num_microbatches)
+    first = jax.tree.map(lambda x: x[0], (shares, keys))
+    grads, (sums, _) = jax.eval_shape(gradients, params, *first)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (grads, sums))
+
+    def add(carry: Any, microbatch: Any) -> tuple[Any, Any]:
+        grads, (sums, rows) = gradients(params, *microbatch)
+        return jax.tree.map(jnp.add, carry, (grads, sums)), rows
+
+    (grads, sums), rows = jax.lax.scan(add, zeros, (shares, keys))
+    return grads, sums, microbatches.merge(rows)
+
+
+def _build_apply(
+    optimizer: optax.GradientTransformation, state_sharding: Any
+) -> Callable[[TrainState, Any, Sum], tuple[TrainState, Metrics]]:
+    """``apply(state, gradients of the sum, (loss_sum, weight)) -> state, metrics``."""
+    on_devices = partition.on_devices(state_sharding.opt_state)
+    is_offloaded = on_devices != state_sharding.opt_state
+
+    def apply(state: TrainState, grads: Any, loss: Sum) -> tuple[TrainState, Metrics]:
+        # An empty batch has a zero gradient; a divisor that is not zero keeps it so.
+        divisor = jnp.maximum(loss[1], 1e-8).astype(jnp.float32)
+        grads = jax.tree.map(lambda g: g / divisor, grads)
+        opt_state = state.opt_state
+        if is_offloaded:  # the moments are on the devices only between these two copies
+            opt_state = jax.device_put(opt_state, on_devices)
+        updates, opt_state = optimizer.update(grads, opt_state, state.params)
+        if is_offloaded:
+            opt_state = jax.device_put(opt_state, state_sharding.opt_state)
+        params = optax.apply_updates(state.params, updates)
+        metrics = {"loss": loss[0] / divisor, "weight": loss[1], "grad_norm": optax.tree.norm(grads)}
+        return TrainState(state.step + 1, params, opt_state, state.key), metrics
+
+    return apply
+
+
+def _means(sums: dict[str, Sum]) -> Metrics:
+    """Metrics of their sums and weights."""
+    # A metric of nothing, such as that of a mapping which the batch has none of, has no value.
+    return {name: jnp.where(weight > 0, total / weight, jnp.nan) for name, (total, weight) in sums.items()}

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxrm.algorithms import ppo, scoring
+from jaxrm.algorithms.ppo_one_pass import OnePassBatch
 from jaxrm.algorithms.ppo_state import PPOBatch, PPOState
 from jaxrm.algorithms.reward_config import naming_source, sources_of
 from jaxrm.algorithms.rollout import FrozenParams
@@ -26,7 +27,7 @@ from jaxrm.sharding import partition
 from jaxrm.sharding.mesh import batch_shards
 from jaxrm.stage_config import PPO
 from jaxrm.stages.ppo.learner import Learner, open_learner
-from jaxrm.types import ResponseBatch, Rollout, TokenBatch
+from jaxrm.types import ResponseBatch, Rollout, TokenBatch, TokenRewards
 
 # Tokens of the request to a seq2seq reward model for its correction. Its tokenizer is not read, so this is a guess.
 REQUEST_TOKENS = 16
@@ -113,6 +114,15 @@ class PPOStage:
         lengths = (self.prompt_length, self.response_length)
         return ResponseBatch(*(self.rows((rows, n), dtype) for n in lengths for dtype in (jnp.int32, jnp.bool_)))
 
+    def token_rewards(self) -> TokenRewards:
+        """Abstract token rewards of a batch."""
+        shape = (self.batch_size, self.response_length)
+        names = ("sum", "mean", "length", "tag_rate", "divergence", "ended", "end_tag")
+        numbers, flags = self.rows(shape, jnp.float32), self.rows(shape, jnp.bool_)
+        diagnostics = {name: self.rows(shape[:1], jnp.float32) for name in names}
+        rewards = TokenRewards(numbers, numbers, flags, flags, diagnostics)
+        return dataclasses.replace(rewards, parts=dict.fromkeys(self.config.rewards, rewards))
+
     def rollout(self) -> Rollout:
         """An abstract minibatch of a rollout."""
         rows = self.minibatch_size
@@ -132,7 +142,8 @@ def build(config: PPO, mesh: Mesh, decoder: ShardedModel) -> StagePrograms:
     reference = reference if base else _in_dtype(reference, config.model.dtype)
     stage = PPOStage(config, mesh, learner, learner.programs(_NoRewards()), learner.abstract, base, reference)
     residents = {"policy": stage.state.policy, "reference": reference} | ({BASE: base} if base else {})
-    programs = [*_rollout(stage), _log_probs(stage)]
+    is_one_pass = stage.jitted.one_pass is not None
+    programs = [*_rollout(stage), _reference_log_probs(stage) if is_one_pass else _log_probs(stage)]
     if stage.state.critic is not None:
         residents["critic"] = stage.state.critic
     for name, source in sources_of(config).items():
@@ -146,9 +157,12 @@ def build(config: PPO, mesh: Mesh, decoder: ShardedModel) -> StagePrograms:
         residents[f"reward model{suffix}"] = resident
         whole = lora.join(with_shardings(model.frozen_shapes, model.frozen_shardings), resident)
         programs.append(_scoring(stage, model, scorer, kind, whole, f"scoring{suffix}"))
-    programs.append(_policy_update(stage))
-    if stage.state.critic is not None:
-        programs.append(_critic_update(stage))
+    if is_one_pass:
+        programs.append(_update(stage))
+    else:
+        programs.append(_policy_update(stage))
+        if stage.state.critic is not None:
+            programs.append(_critic_update(stage))
     counts = count_parameters(decoder.shapes), count_parameters(decoder.trained_shapes)
     return StagePrograms(tuple(programs), residents, *counts, decoder.config)
 
@@ -196,6 +210,18 @@ def _log_probs(stage: PPOStage) -> Program:
         stage.batch_size * stage.config.data.max_length,
         (stage.base, *models),
         stage.batch_size * (2 * stage.row_flops(forward_flops) + value_flops),
+    )
+
+
+def _reference_log_probs(stage: PPOStage) -> Program:
+    """Log-probs of the reference alone, where the update is in one pass."""
+    return Program(
+        "log_probs",
+        stage.jitted.reference_log_probs,
+        (stage.base, stage.reference, stage.responses(stage.batch_size)),
+        stage.batch_size * stage.config.data.max_length,
+        (stage.base, stage.reference),
+        stage.batch_size * stage.row_flops(forward_flops),
     )
 
 
@@ -252,6 +278,31 @@ def _policy_update(stage: PPOStage) -> Program:
         (stage.state.policy, stage.frozen.policy),
         model_flops,
         times=stage.updates,
+    )
+
+
+def _update(stage: PPOStage) -> Program:
+    """The only update of a step, of policy and critic in one pass."""
+    states, bases = {"policy": stage.state.policy}, {"policy": stage.frozen.policy}
+    flops = stage.row_flops(training_flops)
+    if stage.state.critic is not None:
+        states["critic"], bases["critic"] = stage.state.critic, stage.frozen.critic
+        flops += stage.row_flops(training_flops, scalar_head=True)
+    rows = stage.rows((stage.batch_size, stage.response_length), jnp.float32)
+    batch, ptx = OnePassBatch(stage.responses(stage.batch_size), rows, stage.token_rewards()), stage.config.ptx
+    tokens, model_flops = stage.batch_size * stage.config.data.max_length, stage.batch_size * flops
+    if ptx is not None:
+        batch = dataclasses.replace(batch, ptx=abstract_batch(TokenBatch, ptx.batch_size, ptx.max_length, stage.mesh))
+        tokens += ptx.batch_size * ptx.max_length
+        decoder, length = stage.learner.decoder, ptx.max_length
+        model_flops += ptx.batch_size * training_flops(decoder.config, length, predicted=length, lora=decoder.lora)
+    return Program(
+        "update",
+        stage.jitted.one_pass,
+        (states, bases, stage.state.feedback, batch),
+        tokens,
+        (states, bases),
+        model_flops,
     )
 
 

@@ -46,13 +46,13 @@ def ppo_plan(here):
 def test_a_plan_of_ppo_has_all_programs_and_residents(ppo_plan, capsys):
     """Residents stay on a device through the whole run."""
     names = [program.name for program in ppo_plan.programs]
-    assert names == ["rollout", "log_probs", "scoring", "policy update", "critic update"]
+    assert names == ["rollout", "log_probs", "scoring", "update"]
     assert ppo_plan.residents.keys() == {"policy", "critic", "reference", "reward model"}
     resident_bytes = sum(ppo_plan.residents.values())
     assert all(program.peak >= resident_bytes > 0 for program in ppo_plan.programs)
     assert ppo_plan.fits and all(program.fits is None for program in ppo_plan.programs)
     print_plan(ppo_plan)
-    assert "critic update" in capsys.readouterr().out
+    assert "update" in capsys.readouterr().out
     json.dumps(ppo_plan.as_json(), allow_nan=False)
 
 

@@ -1,6 +1,7 @@
 """Policy and critic of a PPO run over the devices: shapes and places of the state, first state, jitted programs."""
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,11 +13,19 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxrm.algorithms import ppo, ppo_loss
 from jaxrm.algorithms.optimizer import build_optimizer
+from jaxrm.algorithms.ppo_config import is_one_pass
+from jaxrm.algorithms.ppo_one_pass import Estimate, OnePassLoss
 from jaxrm.algorithms.ppo_state import PPOState, RewardAndKLState
 from jaxrm.algorithms.reward_config import sources_of
-from jaxrm.algorithms.rollout import BatchSampler, Networks, RewardSource, build_log_probs
+from jaxrm.algorithms.rollout import (
+    BatchSampler,
+    Networks,
+    RewardSource,
+    build_log_probs,
+    build_reference_log_probs,
+)
 from jaxrm.algorithms.state import TrainState, create
-from jaxrm.algorithms.train_step import build_train_step
+from jaxrm.algorithms.train_step import build_joint_step, build_train_step
 from jaxrm.inference import sharded_model
 from jaxrm.inference.rollout_model import build_sampler, shard_rollout_model
 from jaxrm.inference.sharded_model import ShardedModel
@@ -193,6 +202,9 @@ class Learner:
                 state_sharding=shardings.critic,
                 frozen_sharding=self.critic.frozen_shardings,
             )
+        one_pass = None
+        if is_one_pass(config.ppo, config.num_microbatches):
+            one_pass = self._one_pass(estimate)
         return ppo.Programs(
             rollout=self.rollout_sampler(),
             log_probs=build_log_probs(
@@ -223,6 +235,33 @@ class Learner:
                 frozen_sharding=self.policy.frozen_shardings,
             ),
             update_critic=update_critic,
+            reference_log_probs=build_reference_log_probs(
+                self.networks,
+                reference_sharding=self.decoder.trained_shardings,
+                batch_sharding=rows,
+                base_sharding=self.decoder.frozen_shardings,
+                num_microbatches=config.num_microbatches,
+            ),
+            mean_rewards=jax.jit(ppo.mean_rewards, in_shardings=(rows,), out_shardings=self.replicated),
+            one_pass=one_pass,
+        )
+
+    def _one_pass(self, estimate: Estimate) -> Callable[..., Any]:
+        """The jitted update of policy and critic in one pass."""
+        shardings, models = self.shardings, {"policy": self.policy}
+        optimizers: dict[str, Any] = {"policy": self.policy_optimizer}
+        states: dict[str, Any] = {"policy": shardings.policy}
+        if self.critic is not None:
+            models["critic"], optimizers["critic"] = self.critic, self.critic_optimizer
+            states["critic"] = shardings.critic
+        return build_joint_step(
+            OnePassLoss(self.networks, self.config.ppo, estimate),
+            optimizers,
+            state_shardings=states,
+            frozen_shardings={name: dict(model.frozen_shardings) for name, model in models.items()},
+            context_sharding=shardings.feedback,
+            batch_sharding=partition.batch_sharding(self.mesh),
+            num_microbatches=self.config.num_microbatches,
         )
 
     def _create(self, policy: Any, critic: Any, calibration: Any, key: jax.Array) -> PPOState:

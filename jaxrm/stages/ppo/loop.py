@@ -1,6 +1,7 @@
 """The loop of PPO: step after step until the last, an evaluation and a checkpoint now and then.
 
-A step has four phases, and so have its metrics: rollout, log_probs, scoring, update. The arithmetic is in
+A step has four phases, and so have its metrics: rollout, log_probs, scoring, update. Where a rollout has one update
+alone, log_probs are those of the reference, and the update reads policy and critic itself. The arithmetic is in
 `jaxrm.algorithms.ppo`. A step is stopped between two phases or not at all: what was begun is dropped, the data go
 back to where they were, and the step happens alike when the run goes on.
 """
@@ -9,14 +10,16 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
 
 from jaxrm.algorithms import ppo
 from jaxrm.algorithms.ppo import Programs
-from jaxrm.algorithms.ppo_state import PPOState, RewardAndKLState, steps_of
+from jaxrm.algorithms.ppo_one_pass import OnePassBatch
+from jaxrm.algorithms.ppo_state import PPOState, steps_of
+from jaxrm.algorithms.rollout import TokenLogProbs
 from jaxrm.errors import UserError, flag
 from jaxrm.runtime.checkpoint import Checkpoints
 from jaxrm.runtime.preemption import StopRequest, agree
@@ -24,7 +27,7 @@ from jaxrm.stage_config import PPO
 from jaxrm.stages.ppo.checkpoints import save
 from jaxrm.stages.ppo.data import PPOData
 from jaxrm.stages.ppo.learner import Learner
-from jaxrm.types import Rollout
+from jaxrm.types import ResponseBatch, TokenRewards
 
 
 class Reporter(Protocol):
@@ -117,18 +120,27 @@ def fit(run: PPORun, state: PPOState, key: jax.Array, *, evaluation_pending: boo
             run.rewind(step, state, eval_reward, position)
             is_stopping = True
             break
-        rollout, feedback, metrics = collected
-        if unusable := [name for name in _reward_names(config) if not math.isfinite(metrics[name])]:
+        batch, token_log_probs, reference_log_probs, rewards = collected
+        means = {name: float(x) for name, x in jax.device_get(run.programs.mean_rewards(rewards)).items()}
+        if unusable := [name for name in _reward_names(config) if not math.isfinite(means[name])]:
             run.rewind(step, state, eval_reward, position)
-            raise _not_finite_reward(step + 1, unusable[0], metrics[unusable[0]], run.checkpoints)
+            raise _not_finite_reward(step + 1, unusable[0], means[unusable[0]], run.checkpoints)
         frozen = run.learner.networks.frozen(run.base)
-        state, updates = clock.time(
-            "update", ppo.update, run.programs, config.ppo, state, frozen, rollout, order_key, run.data.next_ptx
-        )
-        state = dataclasses.replace(state, feedback=feedback)
+        if token_log_probs is None:
+            inputs = OnePassBatch(batch, reference_log_probs, rewards, run.data.next_ptx())
+            state, estimated, updates = clock.time(
+                "update", ppo.update_in_one_pass, run.programs, state, frozen, inputs
+            )
+        else:
+            rollout, feedback, estimated = run.programs.estimate(state.feedback, batch, token_log_probs, rewards)
+            state, updates = clock.time(
+                "update", ppo.update, run.programs, config.ppo, state, frozen, rollout, order_key, run.data.next_ptx
+            )
+            state = dataclasses.replace(state, feedback=feedback)
         step += 1
         run.stop.has_progress = True
 
+        metrics = {name: float(x) for name, x in jax.device_get(estimated).items()}
         metrics |= _averaged(jax.device_get(updates))
         _check_finite(step, metrics, run.checkpoints)
         run.reporter.step(step, metrics | clock.rates(metrics["tokens"], metrics["prompt_tokens"]))
@@ -143,29 +155,35 @@ def fit(run: PPORun, state: PPOState, key: jax.Array, *, evaluation_pending: boo
     return state, step >= num_steps and not is_stopping
 
 
-def _collect(
-    run: PPORun, state: PPOState, key: jax.Array, clock: "_Clock"
-) -> tuple[Rollout, RewardAndKLState, dict[str, float]] | None:
+class _Collected(NamedTuple):
+    """Responses and what the update follows from; ``token_log_probs`` are None where it is in one pass."""
+
+    batch: ResponseBatch
+    token_log_probs: TokenLogProbs | None
+    reference_log_probs: jax.Array
+    rewards: TokenRewards
+
+
+def _collect(run: PPORun, state: PPOState, key: jax.Array, clock: "_Clock") -> _Collected | None:
     """Rollout, log_probs and scoring of a step, from which the update follows; None where it was asked to stop.
 
     Raises:
       UserError: of a reward function.
     """
-    programs, critic_params = run.programs, None if state.critic is None else state.critic.params
+    programs, token_log_probs = run.programs, None
     decoder_params = run.learner.decoder_params(run.base, state.policy.params)
     batch = clock.time("rollout", programs.rollout, decoder_params, *run.data.next_prompts(), key)
     if _must_stop(run):
         return None
-    token_log_probs = clock.time(
-        "log_probs", programs.log_probs, run.base, state.policy.params, critic_params, run.reference_params, batch
-    )
-    rewards = clock.time(
-        "scoring", programs.scoring, state.feedback.calibration, batch, token_log_probs.reference_log_probs
-    )
-    if _must_stop(run):
-        return None
-    rollout, feedback, metrics = programs.estimate(state.feedback, batch, token_log_probs, rewards)
-    return rollout, feedback, {name: float(x) for name, x in jax.device_get(metrics).items()}
+    if programs.one_pass is None:
+        critic_params = None if state.critic is None else state.critic.params
+        params = state.policy.params, critic_params, run.reference_params
+        token_log_probs = clock.time("log_probs", programs.log_probs, run.base, *params, batch)
+        reference = token_log_probs.reference_log_probs
+    else:
+        reference = clock.time("log_probs", programs.reference_log_probs, run.base, run.reference_params, batch)
+    rewards = clock.time("scoring", programs.scoring, state.feedback.calibration, batch, reference)
+    return None if _must_stop(run) else _Collected(batch, token_log_probs, reference, rewards)
 
 
 def _must_stop(run: PPORun) -> bool:
