@@ -52,7 +52,7 @@ def define_flags(values: flags.FlagValues) -> None:
     text("output", None, "required: JSONL to write, one record a line", flag_values=values)
     text("html", None, "page to draw, one self-contained file", flag_values=values)
     text("kind", None, "kind of token reward, by default that of the config or else of the run", flag_values=values)
-    text("reference", None, "with --kind=contrast: folder of the run of the policy to compare with", flag_values=values)
+    text("reference", None, "with --kind=contrast or dpo: run of the policy to compare with", flag_values=values)
     corrections = "let a seq2seq reward model write its corrections; --nocorrections is quicker"
     flags.DEFINE_bool("corrections", True, corrections, flag_values=values)
     whose = "score only those records whose prompts the run held out, by their hash, from data like --input"

@@ -391,7 +391,7 @@ def stages_that_hold(*contents: str) -> tuple[str, ...]:
 
 POLICIES = stages_that_hold("policy")
 LANGUAGE_MODELS = stages_that_hold("policy", "seq2seq reward model")  # a whole decoder
-REWARD_MODELS = stages_that_hold("seq2seq reward model", "scalar reward model")
+REWARD_MODELS = (*stages_that_hold("seq2seq reward model", "scalar reward model"), "dpo")  # whose policy scores too
 CRITIC_TRUNKS = stages_that_hold("scalar reward model", "policy")
 PLANNED = tuple(row.name for row in STAGES.values() if row.is_planned)
 

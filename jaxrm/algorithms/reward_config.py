@@ -88,7 +88,7 @@ class RewardConfig:
     Attributes:
       kind: one of `jaxrm.ops.token_rewards.KINDS`; ``literal`` is the paper's, ``scalar`` and
         ``scalar_length_residual`` belong to a scalar reward model, or to a function, ``value_difference`` to a scalar
-        reward model, and the others to a seq2seq one.
+        reward model, ``dpo`` to a run of DPO, and the others to a seq2seq one.
         One's own is ``package.module:function``, see `jaxrm.ops.token_rewards.reward_kind`.
       model: folder of the reward model's run, for PPO.
       function: in place of a reward model, for rewards that can be verified: ``package.module:name`` of a Python

@@ -127,6 +127,7 @@ def build_scorer(
     request: tuple[int, ...],
     end_ids: tuple[int, ...],
     pad_to_multiple_of: int = 1,
+    temperature: float = 1.0,
 ) -> Scorer:
     """Scorer of a reward model: one forward pass, the kind's values, scale and center.
 
@@ -136,8 +137,9 @@ def build_scorer(
       request: see `response_statistics`; a scalar reward model does not read it.
       end_ids: tokens that end a response.
       pad_to_multiple_of: see `response_hidden`.
+      temperature: of sampling, at which a policy of DPO is read, as its reference is; no reward model is.
     """
-    read = _build_read(kind.needs, graphdef, request, pad_to_multiple_of)
+    read = _build_read(kind.needs, graphdef, request, pad_to_multiple_of, temperature)
 
     def score(
         params: Any, calibration: Calibration, batch: ResponseBatch, reference_log_probs: jax.Array | None = None
@@ -186,9 +188,13 @@ def build_diagnostics(
 
 
 def _build_read(
-    needs: Source, graphdef: nnx.GraphDef, request: tuple[int, ...], pad_to_multiple_of: int
+    needs: Source,
+    graphdef: nnx.GraphDef,
+    request: tuple[int, ...],
+    pad_to_multiple_of: int,
+    temperature: float = 1.0,
 ) -> Callable[[Any, ResponseBatch], tuple[dict[Reads, Any], jax.Array]]:
-    """``(params, batch) -> readings by name, tags [B, T]``; see `Kind.reads`. A scalar one tags every token +."""
+    """``(params, batch) -> readings by name, tags [B, T]``; see `Kind.reads`. A seq2seq model alone tags tokens -."""
 
     def read_seq2seq(params: Any, batch: ResponseBatch) -> tuple[dict[Reads, Any], jax.Array]:
         statistics = response_statistics(graphdef, params, batch, request, pad_to_multiple_of=pad_to_multiple_of)
@@ -199,7 +205,13 @@ def _build_read(
         scores = prefix_scores(graphdef, params, batch, pad_to_multiple_of=pad_to_multiple_of)
         return {"prefixes": scores, "response": _of_whole(scores, batch)}, batch.response_mask
 
-    return read_seq2seq if needs == "seq2seq" else read_scalar
+    def read_policy(params: Any, batch: ResponseBatch) -> tuple[dict[Reads, Any], jax.Array]:
+        statistics = response_statistics(
+            graphdef, params, batch, None, pad_to_multiple_of=pad_to_multiple_of, temperature=temperature
+        )
+        return {"tokens": statistics}, batch.response_mask
+
+    return {"seq2seq": read_seq2seq, "scalar": read_scalar, "dpo": read_policy}[needs]
 
 
 def _of_whole(scores: jax.Array, batch: ResponseBatch) -> jax.Array:

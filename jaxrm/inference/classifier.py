@@ -66,7 +66,7 @@ class Classifier:
 
     is_collective: ClassVar[bool] = True
     is_seq2seq: ClassVar[bool] = False
-    kind: ClassVar[str] = default_kind(is_seq2seq=False)
+    kind: ClassVar[str] = default_kind("scalar")
 
     def __call__(self, samples: Sequence[TextSample]) -> np.ndarray:
         """Scores ``[B]`` of responses, float32.

@@ -18,7 +18,7 @@ from jaxrm.inference import parameters, weights
 from jaxrm.inference.classifier import Classifier
 from jaxrm.inference.open_classifier import open_classifier
 from jaxrm.inference.policy import Policy
-from jaxrm.inference.reward_model import RewardModel, default_kind
+from jaxrm.inference.reward_model import RewardModel, default_kind, sort_of
 from jaxrm.inference.sharded_model import check_tokenizer, shard_model, shard_scalar_model, with_tokens
 from jaxrm.inference.weights import RunCheckpoint, find_checkpoint, is_run
 from jaxrm.models import build, hub
@@ -128,20 +128,20 @@ def describe_reward_model(
 ) -> RewardModel:
     """The reward model of a run without its parameters, which are None; arguments and errors as `load_reward_model`."""
     run = find_checkpoint(path, algorithms=REWARD_MODELS)
-    is_seq2seq = run.config.algorithm == "seq2seq_rm"
+    sort, is_seq2seq = sort_of(run), run.config.algorithm == "seq2seq_rm"
     source = dataclasses.replace(as_trained(run, dtype, quantize), attention=attention)
     tokenizer = run.load_tokenizer()
     return RewardModel(
-        (shard_model if is_seq2seq else shard_scalar_model)(
+        (shard_scalar_model if sort == "scalar" else shard_model)(
             source, mesh, with_tokens(run.shape, tokenizer), lora=run.lora
         ),
         None,
         tokenizer,
         run.config.data.template,
         run.name,
-        is_seq2seq=is_seq2seq,
+        sort=sort,
         instruction=run.config.mapping.instruction if is_seq2seq else "",
-        kind=default_kind(is_seq2seq, run.config.reward.kind),
+        kind=default_kind(sort, None if sort == "dpo" else run.config.reward.kind),
     )
 
 
@@ -212,8 +212,8 @@ def _load_scalar_adapter(
     shape, tokenizer, template = _shape_and_tokenizer(source, tokenizer_path, template)
     model = shard_scalar_model(source, mesh, shape, lora=adapter.lora)
     params = parameters.read_adapted(model)
-    name, kind = weights.name_of(source), default_kind(False, None)
-    return RewardModel(model, params, tokenizer, template, name, is_seq2seq=False, instruction="", kind=kind)
+    name, kind = weights.name_of(source), default_kind("scalar")
+    return RewardModel(model, params, tokenizer, template, name, sort="scalar", instruction="", kind=kind)
 
 
 def _shape_and_tokenizer(

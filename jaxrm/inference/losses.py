@@ -31,7 +31,7 @@ def scalar_rm(model: RewardModel, *, margin: float = 0.0, l2: float = 0.0) -> Lo
 
 
 def _check_sort(model: Policy | RewardModel, *, is_scalar: bool) -> None:
-    if (isinstance(model, RewardModel) and not model.is_seq2seq) == is_scalar:
+    if (isinstance(model, RewardModel) and model.sort == "scalar") == is_scalar:
         return
     if is_scalar:
         raise UserError(

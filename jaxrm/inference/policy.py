@@ -117,8 +117,8 @@ class Policy:
         if sort not in ("seq2seq", "scalar"):
             raise UserError(f"sort is {sort!r}; use one of seq2seq, scalar")
         instruction = MappingConfig().instruction if instruction is None else instruction
-        model, params, is_seq2seq = self.model, self.params, sort == "seq2seq"
-        if not is_seq2seq:
+        model, params = self.model, self.params
+        if sort == "scalar":
             model = shard_scalar_model(self.model.source, self.model.mesh, self.model.config, lora=self.model.lora)
             head = build.init_scalar_head(model.config, jax.random.key(seed), model.shardings["scalar_head"])
             params = heads.from_decoder_params(params, head)
@@ -128,7 +128,7 @@ class Policy:
             self.tokenizer,
             self.template,
             self.name,
-            is_seq2seq=is_seq2seq,
+            sort=sort,
             instruction=instruction,
-            kind=default_kind(is_seq2seq),
+            kind=default_kind(sort),
         )

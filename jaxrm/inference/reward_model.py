@@ -16,17 +16,19 @@ from jaxrm.inference.prompts import Prompt, check_count, read_prompts, read_resp
 from jaxrm.inference.sharded_model import ShardedModel
 from jaxrm.models import lora
 from jaxrm.ops import token_rewards
+from jaxrm.ops.token_rewards import Source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from jaxrm.inference.policy import Policy
     from jaxrm.inference.scores import Scores
+    from jaxrm.inference.weights import RunCheckpoint
 
 
 @dataclass(frozen=True, eq=False)
 class RewardModel:
-    """A reward model of either sort with its parameters.
+    """A reward model with its parameters.
 
     Attributes:
       model: the decoder, or the decoder with a scalar head, and where its parameters lie.
@@ -34,7 +36,8 @@ class RewardModel:
       tokenizer: of the model.
       template: chat template that it was trained with.
       name: where it came from, for people.
-      is_seq2seq: whether it answers in language; a scalar one gives a number.
+      sort: ``seq2seq``, which answers in language, ``scalar``, which gives a number, or ``dpo``: a policy that DPO
+        trained, whose log-probs are rewards beside those of the policy that it began with.
       instruction: what a seq2seq one is told after a response, see `jaxrm.data.pairs.MappingConfig`.
       kind: of token reward that it was trained to be read by.
     """
@@ -44,9 +47,14 @@ class RewardModel:
     tokenizer: "PreTrainedTokenizerBase" = dataclasses.field(repr=False)
     template: str
     name: str
-    is_seq2seq: bool
+    sort: Source
     instruction: str
     kind: str
+
+    @property
+    def is_seq2seq(self) -> bool:
+        """Whether it answers in language."""
+        return self.sort == "seq2seq"
 
     @cached_property
     def request(self) -> tuple[int, ...]:
@@ -84,7 +92,7 @@ class RewardModel:
           kind: of token reward, one of `jaxrm.ops.token_rewards.KINDS` or one's own, ``package.module:function``; by
             default that of the model.
           batch_size: responses scored at once.
-          reference: policy that ``contrast`` compares with, and no other kind.
+          reference: policy that ``contrast`` and ``dpo`` compare with, and no other kind.
 
         Returns:
           Token rewards before scale and center, which belong to a run of PPO.
@@ -96,7 +104,7 @@ class RewardModel:
         from jaxrm.inference.scores import Scores
 
         check_count("batch_size", batch_size)
-        kind = choose_kind(self.name, self.is_seq2seq, kind or self.kind, "kind")
+        kind = choose_kind(self.name, self.sort, kind or self.kind, "kind")
         check_needs_reference(kind, reference)
         if reference is not None:
             check_reference(self.vocabulary, reference.name, vocabulary_of(reference))
@@ -129,7 +137,9 @@ class RewardModel:
 
         check_count("max_new_tokens", max_new_tokens)
         if not self.is_seq2seq:
-            raise UserError(f"{self.name} is a scalar reward model, which writes no corrections; use a seq2seq one")
+            raise UserError(
+                f"{self.name} is a {self.sort} reward model, which writes no corrections; use a seq2seq one"
+            )
         messages = read_prompts(prompts)
         records = token_scores.encode_all(messages, read_responses(responses, len(messages)), self)
         written = token_scores.correct(self, records, max_new_tokens=max_new_tokens, show_progress=False)
@@ -150,32 +160,37 @@ def vocabulary_of(model: "RewardModel | Policy") -> Vocabulary:
     return Vocabulary(model.tokenizer, model.model.config.vocab_size, model.name)
 
 
-def default_kind(is_seq2seq: bool, recorded: str | None = None) -> str:
+def sort_of(run: "RunCheckpoint") -> Source:
+    """The sort of the reward model that a run holds."""
+    sorts: dict[str, Source] = {"seq2seq_rm": "seq2seq", "scalar_rm": "scalar", "dpo": "dpo"}
+    return sorts[run.config.algorithm]
+
+
+def default_kind(sort: Source, recorded: str | None = None) -> str:
     """Kind that a reward model is read by where nothing else is said: that of its run, if it can give it."""
-    kinds = token_rewards.names_for("seq2seq" if is_seq2seq else "scalar")
+    kinds = token_rewards.names_for(sort)
     return recorded if recorded in kinds else kinds[0]
 
 
-def choose_kind(name: str, is_seq2seq: bool, kind: str, field: str) -> str:
+def choose_kind(name: str, sort: Source, kind: str, field: str) -> str:
     """Refuse a kind of token reward that is none, or that a reward model cannot give.
 
     Args:
       name: of the reward model.
-      is_seq2seq: its sort.
+      sort: its own.
       kind: the kind.
       field: argument or field that says it.
 
     Raises:
       UserError: with the kinds that it can give.
     """
-    kinds = token_rewards.names_for("seq2seq" if is_seq2seq else "scalar")
-    if kind in kinds or (is_seq2seq and token_rewards.is_custom(str(kind))):
+    kinds = token_rewards.names_for(sort)
+    if kind in kinds or (sort == "seq2seq" and token_rewards.is_custom(str(kind))):
         return kind
     if field == "kind" and kind not in token_rewards.KINDS:
         near = difflib.get_close_matches(str(kind), kinds, n=1)
         advice = f"did you mean {flag(field)}={near[0]}?" if near else f"e.g. {flag(field)}={kinds[0]}"
         raise UserError(f"{option(field)} is {kind!r}; use one of {', '.join(kinds)}; {advice}")
-    sort = "seq2seq" if is_seq2seq else "scalar"
     raise UserError(
         f"{option(field)} is {kind!r}, but {name} is a {sort} reward model, whose kinds are "
         f"{', '.join(kinds)}; e.g. {flag('kind')}={kinds[0]}"
@@ -183,13 +198,14 @@ def choose_kind(name: str, is_seq2seq: bool, kind: str, field: str) -> str:
 
 
 def check_needs_reference(kind: str, reference: object) -> None:
-    """Refuse ``contrast`` without a reference policy, and a reference policy with another kind."""
-    if token_rewards.find_kind(kind).needs_reference != (reference is not None):
+    """Refuse ``contrast`` and ``dpo`` without a reference policy, and a reference policy with another kind."""
+    is_needed = token_rewards.find_kind(kind).needs_reference
+    if is_needed != (reference is not None):
         name = getattr(reference, "name", reference)
-        example = f"{flag('kind')}=contrast {flag('reference')}=runs/quickstart/sft"
+        example = f"{flag('kind')}={kind if is_needed else 'contrast'} {flag('reference')}=runs/quickstart/sft"
         raise UserError(
-            f"the kind is {kind}, and {option('reference')} is {name}; contrast compares with a reference policy and "
-            f"the other kinds with none, so give both, e.g. {example}, or neither"
+            f"the kind is {kind}, and {option('reference')} is {name}; contrast and dpo compare with a reference "
+            f"policy and the other kinds with none, so give both, e.g. {example}, or neither"
         )
 
 

@@ -22,6 +22,7 @@ from jaxrm.inference.reward_model import (
     check_reference_template,
     choose_kind,
     default_kind,
+    sort_of,
     vocabulary_of,
 )
 from jaxrm.inference.weights import RunCheckpoint, find_checkpoint, is_run
@@ -36,16 +37,16 @@ def choose_kind_of_run(run: RunCheckpoint, kind: str | None, configured: str | N
     Raises:
       UserError: where the reward model cannot give it.
     """
-    is_seq2seq = run.config.algorithm == "seq2seq_rm"
+    sort = sort_of(run)
     if kind is None and configured is None:
-        return default_kind(is_seq2seq, run.config.reward.kind)
-    return choose_kind(run.name, is_seq2seq, kind or configured or "", "kind" if kind else "reward.kind")
+        return default_kind(sort, None if sort == "dpo" else run.config.reward.kind)
+    return choose_kind(run.name, sort, kind or configured or "", "kind" if kind else "reward.kind")
 
 
 def choose_kind_of_model(
     model: RewardModel | Classifier, reference: Policy | None, kind: str | None, configured: str | None
 ) -> str:
-    """The same for a reward model that is no run, and for the policy that ``contrast`` compares with.
+    """The same for a reward model that is no run, and for the policy that ``contrast`` and ``dpo`` compare with.
 
     Raises:
       UserError: where the reward model cannot give the kind, or the reference reads other token ids or templates.
@@ -54,7 +55,7 @@ def choose_kind_of_model(
         chosen = kind or configured or model.kind
         model.check_kind(chosen, "kind" if kind else "reward.kind")
     elif kind is not None or configured is not None:
-        chosen = choose_kind(model.name, model.is_seq2seq, kind or configured or "", "kind" if kind else "reward.kind")
+        chosen = choose_kind(model.name, model.sort, kind or configured or "", "kind" if kind else "reward.kind")
     else:
         chosen = model.kind
     check_needs_reference(chosen, reference)
@@ -144,7 +145,7 @@ def score_records(
       read: pairs, or prompts with one response. What cannot be scored is counted in its report.
       kind: of token reward.
       batch_size: responses scored at once.
-      reference: policy that ``contrast`` compares with.
+      reference: policy that ``contrast`` and ``dpo`` compare with.
       max_new_tokens: longest correction; None for no corrections.
 
     Raises:

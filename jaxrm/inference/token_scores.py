@@ -56,7 +56,7 @@ class TokenScores:
 
     Attributes:
       values: ``[T]`` float32 token rewards before calibration, which belongs to a run of PPO.
-      tags: ``[T]`` bool, or None for a scalar reward model, which has none.
+      tags: ``[T]`` bool, or None for a reward model that is no seq2seq one, and has none.
     """
 
     values: np.ndarray
@@ -175,7 +175,7 @@ def score(
       kind: of token reward, one that this reward model can give; ``scalar_length_residual`` is fitted on the responses
         themselves.
       batch_size: responses scored at once.
-      reference: policy that ``contrast`` compares with.
+      reference: policy that ``contrast`` and ``dpo`` compare with.
       show_progress: draw a bar.
 
     Raises:
@@ -306,14 +306,17 @@ def _as_text_and_tokens(model: Tokenized, token_ids: np.ndarray) -> dict[str, An
     }
 
 
-def build_scorer(model: RewardModel, kind: Kind, end_ids: tuple[int, ...] | None = None) -> scoring.Scorer:
+def build_scorer(
+    model: RewardModel, kind: Kind, end_ids: tuple[int, ...] | None = None, *, temperature: float = 1.0
+) -> scoring.Scorer:
     """The scorer of a reward model with its own request, and its own end ids unless others are given."""
     return scoring.build_scorer(
         kind,
         model.model.graphdef,
-        request=model.request,
+        request=model.request if model.is_seq2seq else (),
         end_ids=model.end_ids if end_ids is None else end_ids,
         pad_to_multiple_of=sharded_model.pad_to_multiple_of(model.model.mesh),
+        temperature=temperature,
     )
 
 

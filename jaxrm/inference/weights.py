@@ -32,6 +32,7 @@ _EXAMPLES = {
     "sft": "runs/quickstart/sft",
     "seq2seq_rm": "runs/quickstart/rm_seq2seq",
     "scalar_rm": "runs/quickstart/rm_scalar",
+    "dpo": "runs/dpo_tiny",
 }
 
 

@@ -26,7 +26,7 @@ from jaxrm.errors import UserError, flag, option
 from jaxrm.ops.masking import last_token
 from jaxrm.ops.vocab import TokenStatistics
 
-Source = Literal["seq2seq", "scalar", "text"]
+Source = Literal["seq2seq", "scalar", "dpo", "text"]
 Reads = Literal["tokens", "response", "prefixes", "spans"]
 # (reading, responses, mask, reference_log_probs) -> u_t
 Values = Callable[[Any, jax.Array, jax.Array, jax.Array | None], jax.Array]
@@ -137,11 +137,24 @@ def contrast(log_probs: jax.Array, reference_log_probs: jax.Array | None, mask: 
     Returns:
       ``[B, T]`` float32.
     """
-    assert reference_log_probs is not None, "contrast compares with a reference policy"
-    check_arrays(mask, log_probs, reference_log_probs, dtype=float)
-    return inside_mask(
-        mask, jnp.clip(log_probs.astype(jnp.float32) - reference_log_probs.astype(jnp.float32), -1.0, 1.0)
-    )
+    return _clipped_log_ratio(log_probs, reference_log_probs, mask)
+
+
+def dpo(log_probs: jax.Array, reference_log_probs: jax.Array | None, mask: jax.Array) -> jax.Array:
+    """``clip(log pi_dpo(y_t | x, y_<t) - log pi_ref(y_t | x, y_<t), -1, 1)`` (RTO, arXiv 2404.18922).
+
+    The reward that direct preference optimization learns implicitly, token by token. The paper adds it to a scalar
+    reward; the bound is a jaxrm choice.
+
+    Args:
+      log_probs: ``[B, T]`` float, log-prob of the response's token under the policy that DPO trained.
+      reference_log_probs: ``[B, T]`` float, its log-prob under the policy that DPO began with.
+      mask: ``[B, T]`` bool.
+
+    Returns:
+      ``[B, T]`` float32.
+    """
+    return _clipped_log_ratio(log_probs, reference_log_probs, mask)
 
 
 def scalar(scores: jax.Array, mask: jax.Array) -> jax.Array:
@@ -188,14 +201,15 @@ class Kind:
 
     Attributes:
       name: as in ``config.reward.kind``.
-      needs: the sort of reward model that it reads. A function of text counts as a scalar one; ``text`` is a kind that
-        such a function alone can give.
+      needs: the sort of reward model that it reads; ``dpo`` is a policy that DPO trained. A function of text counts as
+        a scalar one; ``text`` is a kind that such a function alone can give.
       is_centered: whether the mean value of a token is taken off. Tags and soft values need it, since they pay for
         every token that is written; the other kinds have a zero of their own.
       values: ``(reading, responses, mask, reference_log_probs) -> u_t``, all ``[B, T]``, float32.
-      reads: what the reading is: ``tokens``, the `TokenStatistics` of a seq2seq reward model; ``response``, the scores
-        ``[B]`` of a scalar one or of a function of text; ``prefixes``, the scores ``[B, T + 1]`` that a scalar one
-        gives to the first 0, 1, ... T tokens of a response; ``spans``, the numbers ``[B, T]`` of a function's spans.
+      reads: what the reading is: ``tokens``, the `TokenStatistics` of a seq2seq reward model or a policy; ``response``,
+        the scores ``[B]`` of a scalar one or of a function of text; ``prefixes``, the scores ``[B, T + 1]`` that a
+        scalar one gives to the first 0, 1, ... T tokens of a response; ``spans``, the numbers ``[B, T]`` of a
+        function's spans.
       needs_reference: whether ``values`` reads the reference policy's log-probs ``[B, T]``; else they may be None.
       removes_length: whether the linear effect of length is taken off the score, on the last response token.
     """
@@ -239,6 +253,9 @@ KINDS = {
             False,
             lambda scores, y, mask, _: value_difference(scores, mask),
             reads="prefixes",
+        ),
+        Kind(
+            "dpo", "dpo", False, lambda q, y, mask, reference: dpo(q.log_probs, reference, mask), needs_reference=True
         ),
         Kind("spans", "text", False, lambda numbers, y, mask, _: inside_mask(mask, numbers), reads="spans"),
     )
@@ -351,6 +368,14 @@ def inside_mask(mask: jax.Array, values: jax.Array) -> jax.Array:
     """The values as float32, and 0 outside the mask."""
     # Python's numbers alone make a weakly typed array, which would turn bfloat16 beside a bfloat16 one.
     return jnp.where(mask, values, 0.0).astype(jnp.float32)
+
+
+def _clipped_log_ratio(log_probs: jax.Array, reference_log_probs: jax.Array | None, mask: jax.Array) -> jax.Array:
+    assert reference_log_probs is not None, "a ratio compares with a reference policy"
+    check_arrays(mask, log_probs, reference_log_probs, dtype=float)
+    return inside_mask(
+        mask, jnp.clip(log_probs.astype(jnp.float32) - reference_log_probs.astype(jnp.float32), -1.0, 1.0)
+    )
 
 
 def _before_divergence(tags: jax.Array, mask: jax.Array) -> jax.Array:

@@ -246,7 +246,7 @@ def _scoring(
     reference = stage.rows((rows, stage.response_length), jnp.float32) if kind.needs_reference else None
     is_scalar = kind.needs == "scalar"
     length = config.data.max_length
-    if not is_scalar:  # which reads the response, the request, and the correction
+    if kind.needs == "seq2seq":  # which reads the response, the request, and the correction
         length += REQUEST_TOKENS + stage.response_length
     predicted = 1 if kind.reads == "response" else stage.response_length
     return Program(

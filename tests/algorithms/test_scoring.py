@@ -284,6 +284,8 @@ def test_rows_are_filled_up_to_the_multiple():
 
 # --- what scorers return
 
+MODEL_KINDS = [name for name, kind in KINDS.items() if kind.needs != "text"]
+
 
 class Scorers:
     """Every kind's scorer, over one seq2seq and one scalar reward model of the same shape."""
@@ -300,7 +302,7 @@ class Scorers:
         if mesh:
             self.shardings = partition.parameter_shardings(shapes, axes, mesh)
             self.scalar_shardings = partition.parameter_shardings(scalar_shapes, scalar_axes, mesh)
-        self.scorers = {kind: self._scorer(kind) for kind in KINDS}
+        self.scorers = {kind: self._scorer(kind) for kind in MODEL_KINDS}
         self.jitted = {kind: (jax.jit(score), params) for kind, (score, params) in self.scorers.items()}
 
     def _scorer(self, kind):
@@ -310,7 +312,7 @@ class Scorers:
 
     def score(self, kind, batch, calibration=None, reference=None):
         score, params = self.jitted[kind]
-        if kind == "contrast" and reference is None:
+        if KINDS[kind].needs_reference and reference is None:
             reference = jnp.full(batch.responses.shape, -3.0)
         return score(params, calibration or reward_scaling.uncalibrated(), batch, reference)
 
@@ -348,7 +350,8 @@ def test_values_of_each_kind_by_hand():
 def test_no_consumer_can_tell_the_scorers_apart(scorers):
     batch = small_batch(vocab=32)
     shapes = {
-        kind: jax.tree.map(lambda x: (x.shape, x.dtype, x.weak_type), scorers.score(kind, batch)) for kind in KINDS
+        kind: jax.tree.map(lambda x: (x.shape, x.dtype, x.weak_type), scorers.score(kind, batch))
+        for kind in MODEL_KINDS
     }
     for kind, shape in shapes.items():
         assert shape == shapes["literal"], kind
@@ -361,9 +364,9 @@ def test_no_consumer_can_tell_the_scorers_apart(scorers):
     assert set(one.diagnostics.values()) == {((B,), np.dtype("float32"), False)}
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", MODEL_KINDS)
 def test_diagnostics_are_those_of_the_rewards(scorers, kind):
-    """By a loop over responses; a scalar reward model disagrees with no token."""
+    """By a loop over responses; a scalar reward model or a policy disagrees with no token."""
     batch = small_batch(vocab=32)
     calibration = reward_scaling.Calibration(*(jnp.asarray(x, jnp.float32) for x in (2.0, 0.25, 0.5, -1.0)))
     got = jax.device_get(scorers.score(kind, batch, calibration))
@@ -371,7 +374,7 @@ def test_diagnostics_are_those_of_the_rewards(scorers, kind):
     for b in range(batch.responses.shape[0]):
         n = int(batch.response_mask[b].sum())
         response = np.asarray(batch.responses[b, :n])
-        tags = np.ones(n, bool) if kind in names_for("scalar") else response == argmax[b, :n]
+        tags = response == argmax[b, :n] if KINDS[kind].needs == "seq2seq" else np.ones(n, bool)
         values = got.values[b, :n]
         if kind in ("literal", "signed", "prefix", "soft"):
             rewards = 2.0 * (values - 0.25)
@@ -395,7 +398,7 @@ def test_diagnostics_are_those_of_the_rewards(scorers, kind):
             np.testing.assert_allclose(got.diagnostics[name][b], value, atol=1e-5, err_msg=f"{name} of response {b}")
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", MODEL_KINDS)
 def test_a_response_of_no_token_earns_nothing(scorers, kind):
     """Nor does a row without even a prompt, which fills up a batch."""
     batch = batch_of([[3, 4], [], [5, 6], [], [], []], [[7, EOS], [], [], [], [], []], P=5, T=7)
@@ -455,6 +458,27 @@ def test_contrast_compares_with_the_policys_own_log_probs(scorers):
     want = np.clip(np.asarray(reward_model) - np.asarray(policy), -1, 1)
     np.testing.assert_allclose(got.rewards, np.where(batch.response_mask, want, 0), atol=1e-5)
     assert np.asarray(got.rewards).std() > 0.05
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_dpo_compares_two_policies_at_the_temperature(scorers, temperature):
+    """Both read prompt and response alone; two policies that are the same differ nowhere."""
+    batch = small_batch(vocab=32)
+    score = jax.jit(
+        scoring.build_scorer(KINDS["dpo"], scorers.decoder, request=REQUEST, end_ids=ENDS, temperature=temperature)
+    )
+
+    @jax.jit
+    def log_probs(params):
+        return scoring.response_statistics(scorers.decoder, params, batch, None, temperature=temperature).log_probs
+
+    other = draw(dataclasses.replace(WIDE["llama"], vocab_size=32), 5)
+    want = np.clip(np.asarray(log_probs(scorers.params)) - np.asarray(log_probs(other)), -1, 1)
+    got = score(scorers.params, reward_scaling.uncalibrated(), batch, log_probs(other))
+    np.testing.assert_allclose(got.rewards, np.where(batch.response_mask, want, 0), atol=1e-5)
+    assert np.asarray(got.rewards).std() > 0.05
+    same = score(scorers.params, reward_scaling.uncalibrated(), batch, log_probs(scorers.params))
+    np.testing.assert_allclose(same.rewards, 0.0, atol=1e-5)
 
 
 def test_diagnostics_of_all_kinds_are_those_of_their_scorers(scorers):

@@ -89,7 +89,7 @@ def test_what_is_not_there_is_refused(runs, path, message):
     ("run", "algorithms", "wanted"),
     [
         ("scalar_rm", LANGUAGE_MODELS, "sft or ppo or dpo or seq2seq_rm"),
-        ("sft", REWARD_MODELS, "seq2seq_rm or scalar_rm"),
+        ("sft", REWARD_MODELS, "seq2seq_rm or scalar_rm or dpo"),
         ("scalar_rm", ("seq2seq_rm",), "seq2seq_rm"),
     ],
 )

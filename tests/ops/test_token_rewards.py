@@ -48,7 +48,7 @@ def values_of(kind, case):
     if KINDS[kind].reads == "spans":
         reading = case["span_numbers"]
     responses = jnp.zeros(mask.shape, jnp.int32)
-    if KINDS[kind].needs == "seq2seq":
+    if KINDS[kind].reads == "tokens":
         tags = case.get("tags", mask)
         argmax = jnp.where(tags, 0, 1)
         reading = TokenStatistics(case.get("log_probs"), None, argmax, case.get("max_log_probs"))
@@ -100,7 +100,7 @@ def numpy_values(kind, case):
                 values[b, t] = min(1, max(-1, 2 * math.exp(q) - 1))
             elif kind == "margin":
                 values[b, t] = max(-1, q - float(case["max_log_probs"][b, t]))
-            elif kind == "contrast":
+            elif kind in ("contrast", "dpo"):
                 values[b, t] = min(1, max(-1, q - float(case["reference_log_probs"][b, t])))
             elif kind == "value_difference":
                 before = case["prefix_scores"][b, t - 1] if t else case["prompt_scores"][b]
@@ -188,10 +188,11 @@ def test_margin_is_never_positive_even_by_rounding():
     assert values.tolist() == [[0.0, 0.0]]
 
 
-def test_contrast_by_hand():
+@pytest.mark.parametrize("kind", ["contrast", "dpo"])
+def test_a_clipped_log_ratio_by_hand(kind):
     log_probs = jnp.log(jnp.asarray([[0.5, 0.4, 0.9, 0.001, 0.3, 0.5]]))
     reference = jnp.log(jnp.asarray([[0.5, 0.2, 0.1, 0.9, 0.4, 0.1]]))
-    values = values_of("contrast", {"log_probs": log_probs, "reference_log_probs": reference, "mask": MASK})
+    values = values_of(kind, {"log_probs": log_probs, "reference_log_probs": reference, "mask": MASK})
     np.testing.assert_allclose(values, [[0.0, math.log(2), 1.0, -1.0, math.log(0.75), 0.0]], atol=1e-6)
 
 
@@ -234,7 +235,7 @@ def test_values_equal_a_numpy_loop(kind):
     np.testing.assert_allclose(values, numpy_values(kind, case), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", TOKEN_KINDS)
+@pytest.mark.parametrize("kind", [*TOKEN_KINDS, "dpo"])
 def test_values_of_a_token_lie_between_minus_one_and_one(kind):
     values = values_of(kind, random_case(3, B=50))
     assert float(jnp.abs(values).max()) <= 1.0
@@ -262,7 +263,7 @@ def test_what_stands_outside_the_mask_changes_nothing(kind):
     assert not values_of(kind, wide)[9:].any() and not values_of(kind, wide)[:, 11:].any()
 
 
-@pytest.mark.parametrize("kind", [*TOKEN_KINDS, "value_difference"])
+@pytest.mark.parametrize("kind", [*TOKEN_KINDS, "value_difference", "dpo"])
 def test_what_comes_later_changes_no_earlier_value(kind):
     case = random_case(5)
     changed = {
@@ -549,7 +550,7 @@ def test_kinds_belong_to_one_of_two_sorts_of_reward_model():
     assert names_for("scalar") == ("scalar", "scalar_length_residual", "value_difference")
     assert names_for("text") == ("spans",)
     assert names_for("scalar", "response") == ("scalar", "scalar_length_residual")  # a function's too
-    assert [name for name, kind in KINDS.items() if kind.needs_reference] == ["contrast"]
+    assert [name for name, kind in KINDS.items() if kind.needs_reference] == ["contrast", "dpo"]
     assert [find_kind(name).name for name in KINDS] == list(KINDS)
     with pytest.raises(UserError, match=r"config.reward.kind is 'literally'; it must be one of literal, .*=literal$"):
         find_kind("literally")

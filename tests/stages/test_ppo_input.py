@@ -16,6 +16,7 @@ from jaxrm.algorithms.ppo_config import CriticConfig, PPOConfig, RolloutConfig
 from jaxrm.algorithms.reward_config import RewardConfig
 from jaxrm.data.config import DataConfig
 from jaxrm.errors import UserError
+from jaxrm.inference.weights import identity_of
 from jaxrm.models.build import ModelSource
 from jaxrm.models.generate import SamplingConfig
 from jaxrm.runtime.metrics import LoggingConfig
@@ -43,8 +44,11 @@ def place(make_run, small, task_folder, tmp_path_factory):
         lines = (task_folder / file).read_text().splitlines(keepends=True)
         (folder / file).write_text("".join(lines[:count]))
     (folder / "foreign.jsonl").write_text("".join(f'{{"prompt": "wash the lamp {i}"}}\n' for i in range(60)))
-    for algorithm in ("sft", "seq2seq_rm", "scalar_rm"):
+    for algorithm in ("sft", "seq2seq_rm", "scalar_rm", "dpo"):
         make_run(folder / algorithm, algorithm)
+    began_with = {"policy": identity_of(str(folder / "sft"))}
+    (folder / "dpo" / "reference_log_probs.json").write_text(json.dumps(began_with))
+    make_run(folder / "other_sft", "sft", seed=1)
     make_run(folder / "unsaved", "sft", ())
     make_run(folder / "short", "sft", config=dataclasses.replace(small, max_position=32))
     shutil.copytree(folder / "sft", folder / "other_words")
@@ -168,7 +172,7 @@ def test_both_a_reward_model_and_a_function_are_refused():
     [
         (
             {"model": "sft"},
-            "config.reward.model is 'sft', a run of sft; required a model of seq2seq_rm or scalar_rm; ",
+            "config.reward.model is 'sft', a run of sft; required a model of seq2seq_rm or scalar_rm or dpo; ",
             "--config.reward.model=runs/quickstart/rm_seq2seq",
         ),
         (
@@ -410,6 +414,42 @@ def test_data_that_are_not_there_are_named_by_their_own_field(refuse, path):
     message = refuse(ptx=DataConfig(path=path, max_length=64, batch_size=8))
     assert message.startswith("config.ptx.path is ") and "--config.ptx.path=" in message
     assert "config.data" not in message
+
+
+# --- a policy of DPO as a source
+
+
+def test_a_policy_of_dpo_is_a_source_beside_its_reference(launch):
+    """Its run knows the policy that it began with, whatever its folder is called here."""
+    with pytest.raises(OpenedError):
+        launch(reward=RewardConfig(kind="dpo", model="dpo"))
+
+
+def test_a_policy_of_dpo_from_another_reference_is_refused(refuse, place):
+    message = refuse(reward=RewardConfig(kind="dpo", model="dpo"), model={"path": "other_sft"})
+    assert message.startswith(
+        f"config.reward.model is dpo, step 4, a policy that DPO trained from {place}/sft, step 4, of "
+    )
+    assert "its log-probs are compared with those of config.model.path, other_sft, step 4, of " in message
+    assert message.endswith(f"required is the same; e.g. --config.model.path={place}/sft")
+
+
+@pytest.mark.parametrize(
+    ("reward", "starts"),
+    [
+        (
+            RewardConfig(kind="dpo", model="scalar_rm"),
+            "config.reward.kind is 'dpo', but config.reward.model, scalar_rm, step 4, is a scalar reward model, ",
+        ),
+        (
+            RewardConfig(kind="literal", model="dpo"),
+            "config.reward.kind is 'literal', but config.reward.model, dpo, step 4, is a dpo reward model, whose kinds "
+            "are dpo; e.g. --config.reward.kind=dpo",
+        ),
+    ],
+)
+def test_a_kind_is_one_that_the_run_can_give(refuse, reward, starts):
+    assert refuse(reward=reward).startswith(starts)
 
 
 # --- critic

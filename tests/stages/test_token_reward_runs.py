@@ -28,10 +28,11 @@ SAMPLING = SamplingConfig(max_new_tokens=8)
 
 @pytest.fixture(scope="module")
 def runs(make_run, tmp_path_factory):
-    """Folder with runs of a policy and of a scalar reward model."""
+    """Folder with runs of a policy, of a scalar reward model, and of DPO."""
     folder = tmp_path_factory.mktemp("runs")
     make_run(folder / "sft")
     make_run(folder / "scalar", algorithm="scalar_rm")
+    make_run(folder / "dpo", algorithm="dpo", losses=((5, 1.0),))
     return folder
 
 
@@ -44,7 +45,7 @@ def train(runs, task_folder, tmp_path, monkeypatch):
             run_dir=str(tmp_path / "run"),
             num_steps=2,
             model=ModelSource(path=str(runs / "sft")),
-            reward=dataclasses.replace(reward, calibration_responses=8),
+            reward=dataclasses.replace(reward, calibration_responses=8) if reward.model else reward,
             data=DataConfig(
                 path=str(task_folder / "prompts.jsonl"), max_length=48, batch_size=4, max_records=40, max_eval_records=4
             ),
@@ -86,6 +87,20 @@ def test_value_difference_trains(train, runs):
     )
     for sample in samples_of(folder):
         assert np.count_nonzero(sample["rewards"]) == len(sample["rewards"]) > 1
+
+
+def test_dpo_trains_beside_a_scalar_reward(train, runs):
+    """As RTO adds them: each has a calibration and a mean of its own, and both pay in the end."""
+    sources = {"scalar": "scalar", "tokens": "dpo"}
+    rewards = {
+        name: RewardConfig(kind=path, model=str(runs / path), calibration_responses=8) for name, path in sources.items()
+    }
+    folder = train(RewardConfig(), rewards=rewards)
+    rows = [row for row in read_rows(folder / "metrics.jsonl") if "policy_loss" in row]
+    assert len(rows) == 2
+    for row in rows:
+        assert np.isfinite([row["reward"], row["policy_loss"], row["reward/scalar"], row["reward/tokens"]]).all()
+        assert 0 < row["reward_share/tokens"] < 1
 
 
 def test_a_reward_model_learns_to_be_a_value_function(runs, task_folder, tmp_path, monkeypatch):

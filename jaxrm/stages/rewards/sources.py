@@ -30,10 +30,11 @@ from jaxrm.inference.token_scores import build_scorer
 from jaxrm.inference.weights import RunCheckpoint, as_stored, find_checkpoint, identity_of
 from jaxrm.ops import token_rewards
 from jaxrm.ops.reward_scaling import Calibration
-from jaxrm.ops.token_rewards import Kind, Source, find_kind
+from jaxrm.ops.token_rewards import Kind, find_kind
 from jaxrm.sharding import partition
 from jaxrm.stage_config import PPO, REWARD_MODELS, BestOfN, Evaluate
 from jaxrm.stages.inputs.prompts import check_judgeable
+from jaxrm.stages.rewards.dpo import check_began_with_reference
 from jaxrm.stages.rewards.functions import check_scorer, open_function, open_scorer
 from jaxrm.stages.rewards.summed import SummedRewards
 from jaxrm.stages.rewards.text import TextRewards
@@ -235,6 +236,8 @@ def check_run(source: RewardConfig, scored: Scored) -> str:
     length, response_length = config.data.max_length, config.rollout.sampling.max_new_tokens
     kind = find_kind(source.kind)
     check_reward_model(model, kind, scored.policy, config.data.template, length, response_length)
+    if kind.needs == "dpo":
+        check_began_with_reference(find_checkpoint(path, "reward.model"), config)
     return model.name
 
 
@@ -258,11 +261,12 @@ def open_run(source: RewardConfig, responses: Responses) -> RewardSource:
         mesh,
         num_microbatches=config.num_microbatches,
         end_ids=responses.end_ids,
+        temperature=config.rollout.sampling.temperature or 1.0,
     )
 
 
 class ModelRewards:
-    """Reward source of a trained reward model of either sort.
+    """Reward source of a trained reward model of any sort.
 
     Args:
       model: the reward model.
@@ -270,6 +274,7 @@ class ModelRewards:
       mesh: the devices.
       num_microbatches: shares of the rows, one after another.
       end_ids: ids that end the policy's responses; None for those of the reward model.
+      temperature: of sampling, see `jaxrm.algorithms.scoring.build_scorer`.
     """
 
     def __init__(
@@ -280,11 +285,12 @@ class ModelRewards:
         *,
         num_microbatches: int = 1,
         end_ids: tuple[int, ...] | None = None,
+        temperature: float = 1.0,
     ) -> None:
         self._params, self._kind = model.params, kind
         rows = partition.batch_sharding(mesh)
         self._score = scoring.build_score_step(
-            build_scorer(model, kind, end_ids),
+            build_scorer(model, kind, end_ids, temperature=temperature),
             params_sharding=model.model.shardings,
             batch_sharding=rows,
             output_sharding=rows,
@@ -326,7 +332,7 @@ def check_reward_model(
     Raises:
       UserError: another vocabulary, another chat template, a kind of the other sort, or too few positions.
     """
-    sort: Source = "seq2seq" if model.is_seq2seq else "scalar"
+    sort = model.sort
     if kind.needs != sort:
         kinds = token_rewards.names_for(sort)
         raise UserError(
