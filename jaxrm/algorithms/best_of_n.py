@@ -46,6 +46,7 @@ class Best(NamedTuple):
       token_rewards: of the winners.
       candidate_rewards: ``[B, n]`` float32, that sum for every response, in the order in which they were drawn.
       first: the first response to each prompt, which is a plain sample of the policy.
+      candidate_parts: ``[B, n]`` of each source of a sum of rewards by name, before its weight; ``{}`` of one source.
     """
 
     responses: ResponseBatch
@@ -53,6 +54,7 @@ class Best(NamedTuple):
     token_rewards: TokenRewards
     candidate_rewards: jax.Array
     first: ResponseBatch
+    candidate_parts: dict[str, jax.Array]
 
 
 def best_of_n(
@@ -76,17 +78,19 @@ def best_of_n(
     def select(params: Any, prompts: jax.Array, prompt_mask: jax.Array, key: jax.Array) -> Best:
         first = best = sample(params, prompts, prompt_mask, jax.random.fold_in(key, 0))
         rewards = score(best)
-        sums = [rewards.diagnostics["sum"]]
+        sums, parts = [rewards.diagnostics["sum"]], [_sums_of_parts(rewards)]
         for i in range(n):
             if i:
                 candidate = sample(params, prompts, prompt_mask, jax.random.fold_in(key, i))
                 candidate_rewards = score(candidate)
                 sums.append(candidate_rewards.diagnostics["sum"])
+                parts.append(_sums_of_parts(candidate_rewards))
                 best, rewards = _better((best, rewards), (candidate, candidate_rewards))
             jax.block_until_ready(rewards)  # else all draws would be queued, each with its memory
             if drawn is not None:
                 drawn(i + 1)
-        return Best(best, rewards.diagnostics["sum"], rewards, _columns(sums), first)
+        by_source = {name: _columns([part[name] for part in parts]) for name in parts[0]}
+        return Best(best, rewards.diagnostics["sum"], rewards, _columns(sums), first, by_source)
 
     return select
 
@@ -98,6 +102,11 @@ def kl_bound(n: int) -> float:
     carry much of the probability, or ties are many.
     """
     return math.log(n) - (n - 1) / n
+
+
+def _sums_of_parts(rewards: TokenRewards) -> dict[str, jax.Array]:
+    """Sum ``[B]`` of the token rewards of each source."""
+    return {name: part.diagnostics["sum"] for name, part in rewards.parts.items()}
 
 
 @jax.jit

@@ -171,21 +171,26 @@ def in_words(config: Any) -> str:
     return " + ".join(f"{weights[name]}{name} ({source.kind})" for name, source in config.rewards.items())
 
 
-def source_fields(config: Any, rewards: Mapping[str, Sequence[float]]) -> dict[str, dict[str, Any]]:
+def source_fields(
+    weights: Mapping[str, float], rewards: Mapping[str, Sequence[float]], *, tokens: bool = True
+) -> dict[str, dict[str, Any]]:
     """What each source of a sum gave one response, for the rows of files: ``weight``, ``reward`` and ``rewards``.
 
     Args:
-      config: of the stage.
+      weights: of the sources, by name.
       rewards: ``[T]`` of each source, calibrated and before its weight.
+      tokens: whether ``rewards``, those of the single tokens, are given.
     """
-    return {
-        name: {
-            "weight": config.rewards[name].weight,
-            "reward": float(sum(map(float, each))),
-            "rewards": [float(x) for x in each],
-        }
-        for name, each in rewards.items()
-    }
+    fields: dict[str, dict[str, Any]] = {}
+    for name, weight in weights.items():
+        own = [float(x) for x in rewards[name]]
+        fields[name] = {"weight": weight, "reward": sum(own)} | ({"rewards": own} if tokens else {})
+    return fields
+
+
+def weights_of(config: Any) -> dict[str, float]:
+    """Weights of the sources of a sum; ``{}`` of one source."""
+    return {name: source.weight for name, source in config.rewards.items()}
 
 
 @contextmanager

@@ -7,7 +7,8 @@ their names, so that a config says the same in whatever order it names them.
 """
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -54,11 +55,11 @@ def source_metrics(
       weights: of each source.
     """
     sums = {name: masking.masked_sum(part.rewards, mask, axis=1) for name, part in parts.items()}
-    return metrics_of_sums(sums, mask, weights)
+    return metrics_of_sums(sums, jnp.sum(mask, axis=1), weights)
 
 
 def metrics_of_sums(
-    sums: Mapping[str, jax.Array | np.ndarray], mask: jax.Array | np.ndarray, weights: Mapping[str, float]
+    sums: Mapping[str, jax.Array | np.ndarray], lengths: jax.Array | np.ndarray, weights: Mapping[str, float]
 ) -> dict[str, jax.Array]:
     """What each source gives: float32 scalars, over the responses with a token.
 
@@ -71,11 +72,11 @@ def metrics_of_sums(
 
     Args:
       sums: ``[B]``, sum of the calibrated rewards of each response, by source.
-      mask: ``[B, T]`` bool.
+      lengths: ``[B]``, tokens of each response.
       weights: of each source.
     """
-    counted = jnp.any(jnp.asarray(mask), axis=1)
-    lengths = jnp.sum(jnp.asarray(mask), axis=1, dtype=jnp.float32)
+    length = jnp.asarray(lengths, jnp.float32)
+    counted = length > 0
     by_name = {name: jnp.asarray(sums[name], jnp.float32) for name in sorted(sums)}
     spread = {name: abs(weights[name]) * _deviation(x, counted) for name, x in by_name.items()}
     total = sum(spread.values(), start=jnp.zeros((), jnp.float32))
@@ -83,10 +84,23 @@ def metrics_of_sums(
     for name, x in by_name.items():
         metrics[f"reward/{name}"] = masking.masked_mean(x, counted)
         metrics[f"reward_share/{name}"] = jnp.where(total > 0, spread[name] / jnp.where(total > 0, total, 1.0), 0.0)
-        metrics[f"reward_length_correlation/{name}"] = correlation(x, lengths, counted)
+        metrics[f"reward_length_correlation/{name}"] = correlation(x, length, counted)
     for a, b in itertools.combinations(by_name, 2):
         metrics[f"reward_correlation/{a}/{b}"] = correlation(by_name[a], by_name[b], counted)
     return metrics
+
+
+def means_of_rows(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """`metrics_of_sums` of rows of a file; ``{}`` where rewards are of one source.
+
+    Args:
+      rows: of one response each, with its ``length`` and the ``sources`` of its reward, ``{name: {"weight": 0.5,
+        "reward": 1.25}}``.
+    """
+    weights = {name: source["weight"] for name, source in rows[0].get("sources", {}).items()}
+    sums = {name: np.asarray([row["sources"][name]["reward"] for row in rows]) for name in weights}
+    metrics = metrics_of_sums(sums, np.asarray([row["length"] for row in rows]), weights)
+    return {name: float(x) for name, x in metrics.items()}
 
 
 def correlation(a: jax.Array, b: jax.Array, counted: jax.Array) -> jax.Array:

@@ -14,6 +14,7 @@ import pytest
 from support.same_run import differences
 
 from jaxrm.algorithms import scoring
+from jaxrm.algorithms.best_of_n import BestOfNConfig
 from jaxrm.algorithms.optimizer import OptimizerConfig
 from jaxrm.algorithms.ppo_config import RolloutConfig
 from jaxrm.algorithms.reward_config import RewardConfig, naming_source, sources_of
@@ -29,7 +30,9 @@ from jaxrm.pipeline.config import resolve
 from jaxrm.runtime.checkpoint import CheckpointConfig
 from jaxrm.runtime.metrics import WALL_CLOCK, LoggingConfig
 from jaxrm.sharding.mesh import MeshConfig, build_mesh
-from jaxrm.stage_config import PPO, BestOfN, Evaluate, JudgedEvaluationConfig, read_stage
+from jaxrm.stage_config import PPO, BestOfN, Evaluate, EvaluateConfig, JudgedEvaluationConfig, read_stage
+from jaxrm.stages.best_of_n import run as best_of_n
+from jaxrm.stages.evaluate import run as evaluate
 from jaxrm.stages.ppo import run as ppo
 from jaxrm.types import ResponseBatch
 
@@ -337,6 +340,11 @@ def test_a_sum_of_three_sources_runs_and_resumes(config, tmp_path, capsys):
     parts = [weight * row[f"reward/{name}"] for name, weight in (("words", 1), ("score", 1), ("brief", 0.25))]
     assert row["reward"] == pytest.approx(sum(parts), rel=1e-4, abs=1e-5)
     assert sum(row[f"reward_share/{name}"] for name in made.rewards) == pytest.approx(1, rel=1e-5)
+    sample = rows_of(tmp_path / "sum", "samples.jsonl")[-1]
+    assert list(sample["sources"]) == ["words", "score", "brief"]
+    summed = sum(each["weight"] * np.array(each["rewards"]) for each in sample["sources"].values())
+    np.testing.assert_allclose(summed, sample["rewards"], rtol=1e-4, atol=1e-5)
+    assert "Sources of the reward, held-out data" in printed and " = 1 * words " in printed
     assert {"center/words", "reward_correlation/brief/score", "reward_length_correlation/score"} <= set(row)
 
     shutil.copytree(tmp_path / "sum", tmp_path / "stopped" / "sum", ignore=shutil.ignore_patterns(".lock"))
@@ -344,3 +352,78 @@ def test_a_sum_of_three_sources_runs_and_resumes(config, tmp_path, capsys):
     again = dicts.with_changes(made, {"run_dir": str(tmp_path / "stopped" / "sum")})
     assert ppo.run(again) == 0
     assert not differences(tmp_path / "sum", tmp_path / "stopped" / "sum")
+
+
+# --- choosing and evaluating by a sum
+
+
+TWO = {
+    "brief": BRIEF,
+    "varied": RewardConfig(kind="scalar", function="rules_of_this_test:varied", calibration_responses=8),
+}
+
+
+@pytest.fixture
+def answers(place, tmp_path, monkeypatch):
+    """Makes the config of a stage that answers prompts and rewards the answers by two rules."""
+    module = types.ModuleType("rules_of_this_test")
+    module.brief = lambda prompts, responses: [-float(len(response.split())) for response in responses]
+    module.varied = lambda prompts, responses: [float(len(set(response.split()))) for response in responses]
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.chdir(place)
+    for stage in (best_of_n, evaluate):
+        monkeypatch.setattr(stage, "build_mesh", lambda config: build_mesh(config, jax.devices()[:1]))
+
+    def make(stage, **fields):
+        return stage(
+            run_dir=str(tmp_path / "run"),
+            model=ModelSource(path="sft"),
+            rewards=TWO,
+            data=DataConfig(path="task:safety", max_length=64, batch_size=8, max_eval_records=8),
+            rollout=RolloutConfig(sampling=SamplingConfig(max_new_tokens=6)),
+            mesh=MeshConfig(1, 1, 1),
+            logging=LoggingConfig(progress=False, tensorboard=False),
+            **fields,
+        )
+
+    return make
+
+
+@pytest.mark.slow
+def test_the_best_of_n_has_the_highest_sum(answers, tmp_path, capsys):
+    """It resumes with the calibration of both sources, and says what each gave."""
+    config = answers(BestOfN, num_steps=2, best_of_n=BestOfNConfig(n=3, keep_truncated=True))
+    assert best_of_n.run(config) == 0
+    rows = rows_of(tmp_path / "run", "candidates.jsonl")
+    for row in rows:
+        winner = row["winner"]
+        summed = sum(source["weight"] * source["reward"] for source in winner["sources"].values())
+        assert winner["reward"] == max(row["rewards"]) == pytest.approx(summed, rel=1e-4, abs=1e-5)
+    printed = capsys.readouterr().out
+    assert "Best of 3 by 0.25 * brief (scalar) + varied (scalar) rewards" in printed and "reward/varied" in printed
+    summary = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    brief = [row["winner"]["sources"]["brief"]["reward"] for row in rows]
+    assert summary["winner"]["reward/brief"] == pytest.approx(np.mean(brief), rel=1e-4)
+    calibration = json.loads((tmp_path / "run" / "best_of_n.json").read_text())["calibration"]
+    assert set(calibration) == set(TWO) and calibration["brief"]["scale"] != calibration["varied"]["scale"]
+
+    for name in ("winners.jsonl", "evaluation.json"):
+        (tmp_path / "run" / name).unlink()
+    file = tmp_path / "run" / "candidates.jsonl"
+    file.write_text("".join(line + "\n" for line in file.read_text().splitlines()[:8]))
+    assert best_of_n.run(config) == 0
+    assert rows_of(tmp_path / "run", "candidates.jsonl") == rows
+
+
+@pytest.mark.slow
+def test_answers_are_evaluated_by_each_source(answers, tmp_path):
+    config = answers(Evaluate, evaluate=EvaluateConfig(decodings=("sampled",), best_of=2, token_rewards=1))
+    assert evaluate.run(config) == 0
+    rows = rows_of(tmp_path / "run", "answers.jsonl")
+    for number, row in enumerate(rows):
+        summed = sum(source["weight"] * source["reward"] for source in row["sources"].values())
+        assert row["reward"] == pytest.approx(summed, rel=1e-4, abs=1e-5)
+        assert ("rewards" in row["sources"]["brief"]) == (number == 0)
+    (means,) = json.loads((tmp_path / "run" / "evaluation.json").read_text()).values()
+    assert means["reward_share/brief"] + means["reward_share/varied"] == pytest.approx(1, rel=1e-5)
+    assert -1 <= means["reward_correlation/brief/varied"] <= 1

@@ -14,6 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxrm import atomic
 from jaxrm.algorithms.best_of_n import Best, Score, best_of_n
+from jaxrm.algorithms.reward_config import weights_of
 from jaxrm.data import tasks
 from jaxrm.data.prompts import PromptExample
 from jaxrm.errors import UserError, flag
@@ -148,7 +149,8 @@ def _draw_batch(
 def _rows(stage: Stage, number: int, examples: Sequence[PromptExample], best: Best) -> list[dict[str, Any]]:
     judge = judge_of(stage.config)
     task = None if judge is None else judge.removeprefix(tasks.PREFIX)
-    return candidate_rows(number, examples, best, stage.response_text, stage.end_ids, task)
+    weights = weights_of(stage.config)
+    return candidate_rows(number, examples, best, stage.response_text, stage.end_ids, task, weights)
 
 
 def _watch(stop: StopRequest, progress: Progress, before: int, batch_size: int, num_draws: int) -> None:

@@ -2,8 +2,9 @@
 
 import json
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import numpy as np
 from jaxrm import atomic
 from jaxrm.algorithms.best_of_n import Best, kl_bound
 from jaxrm.algorithms.reward_config import in_words
+from jaxrm.algorithms.summed_rewards import means_of_rows
 from jaxrm.data import tasks
 from jaxrm.data.prompts import PromptExample
 from jaxrm.data.tasks.prompts import prompt_field
@@ -29,6 +31,7 @@ def candidate_rows(
     text: Callable[[np.ndarray], str],
     end_ids: Iterable[int],
     task: str | None,
+    weights: Mapping[str, float] = MappingProxyType({}),
 ) -> list[Row]:
     """A row of ``candidates.jsonl`` for each prompt of a batch.
 
@@ -39,16 +42,21 @@ def candidate_rows(
       text: a response's ids as text.
       end_ids: ids that end a response.
       task: embedded task whose judge marks the responses, or None.
+      weights: of the sources of a sum of rewards, by name.
     """
     ends = list(end_ids)
     rows = []
     for i, example in enumerate(examples):
         row: Row = {"step": number, "prompt": prompt_field(example.messages)}
         rewards = [float(x) for x in best.candidate_rewards[i]]
-        for name, batch, reward in (("winner", best.responses, max(rewards)), ("first", best.first, rewards[0])):
+        winner = rewards.index(max(rewards))
+        for name, batch, drawn in (("winner", best.responses, winner), ("first", best.first, 0)):
             ids = np.asarray(batch.responses[i][batch.response_mask[i]])
             response = text(ids)
-            answer: Row = {"response": response, "reward": reward, "length": len(ids)}
+            answer: Row = {"response": response, "reward": rewards[drawn], "length": len(ids)}
+            if best.candidate_parts:
+                parts = {source: float(x[i, drawn]) for source, x in best.candidate_parts.items()}
+                answer["sources"] = {source: {"weight": weights[source], "reward": x} for source, x in parts.items()}
             answer["ended"] = bool(np.isin(ids, ends).any())
             if task is not None:
                 answer["judge"] = float(tasks.judge(task, example.messages, response))
@@ -97,6 +105,7 @@ def summary(rows: Sequence[Row], config: BestOfN) -> dict[str, Any]:
         keys = dict.fromkeys(key for answer in answers for key in answer.get("behaviour", {}))
         for key in keys:  # over the prompts that it applies to
             means[key] = statistics.fmean(a["behaviour"][key] for a in answers if key in a.get("behaviour", {}))
+        means |= means_of_rows(answers)
         means["length"] = statistics.fmean(answer["length"] for answer in answers)
         means["ended"] = statistics.fmean(answer["ended"] for answer in answers)
         means["distinct"] = len({answer["response"] for answer in answers}) / len(answers)
@@ -117,10 +126,11 @@ def print_summary(numbers: dict[str, Any], max_new_tokens: int) -> None:
     """Print what `summary` counted."""
     n, prompts = numbers["n"], numbers["prompts"]
     columns = ("candidate", "winner")
+    shown = [name for name in numbers["candidate"] if "/" not in name or name.startswith("reward/")]
     print_table(
         f"Best of {n} by {numbers['kind']} rewards, {prompts:,} prompts",
         ["mean", *columns],
-        [[_LABELS.get(name, name), *(numbers[side].get(name) for side in columns)] for name in numbers["candidate"]],
+        [[_LABELS.get(name, name), *(numbers[side].get(name) for side in columns)] for name in shown],
     )
     print(
         f"KL of best-of-{n} to the policy: at most log n - (n - 1)/n = {numbers['kl_bound']:.3g} nats a response "

@@ -1,6 +1,6 @@
 """Answers of a policy: drawn by the batch, then measured, one row an answer."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxrm.algorithms import scoring
 from jaxrm.algorithms.best_of_n import best_of_n
+from jaxrm.algorithms.reward_config import source_fields
+from jaxrm.algorithms.summed_rewards import means_of_rows
 from jaxrm.data import tasks
 from jaxrm.data.prompts import PromptExample, transcript
 from jaxrm.data.tokenizer import token_texts
@@ -22,12 +24,16 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Answers:
-    """Answers to a list of prompts, as NumPy arrays ``[N, T]`` and ``[N]``."""
+    """Answers to a list of prompts, as NumPy arrays ``[N, T]`` and ``[N]``.
+
+    ``parts`` are the rewards ``[N, T]`` of each source of a sum, before its weight.
+    """
 
     tokens: np.ndarray
     mask: np.ndarray
     rewards: np.ndarray | None
     log_ratio: np.ndarray | None
+    parts: dict[str, np.ndarray]
 
 
 def draw_answers(
@@ -55,25 +61,28 @@ def draw_answers(
     """
     whole = jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, PartitionSpec()))
     parts: list[tuple[Any, ...]] = []
-    rewards: jax.Array | None
+    scored: TokenRewards | None
     for number, (prompts, prompt_mask) in enumerate(batches):
         batch_key = jax.random.fold_in(key, number)
         if best_of > 1:
             assert score is not None
             best = best_of_n(respond, score, best_of)(params, prompts, prompt_mask, batch_key)
-            batch, rewards = best.responses, best.token_rewards.rewards
+            batch, scored = best.responses, best.token_rewards
         else:
             batch = respond(params, prompts, prompt_mask, batch_key)
-            rewards = None if score is None else score(batch).rewards
+            scored = None if score is None else score(batch)
         ratio = None if read is None else read(batch)
-        parts.append(jax.device_get(whole((batch.responses, batch.response_mask, rewards, ratio))))
+        rewards = None if scored is None else scored.rewards
+        by_source = {} if scored is None else {name: part.rewards for name, part in scored.parts.items()}
+        parts.append(jax.device_get(whole((batch.responses, batch.response_mask, rewards, ratio, by_source))))
 
     def joined(column: int) -> np.ndarray | None:
         return None if parts[0][column] is None else np.concatenate([part[column] for part in parts])
 
     tokens, mask = joined(0), joined(1)
     assert tokens is not None and mask is not None
-    return Answers(tokens, mask, joined(2), joined(3))
+    sources = {name: np.concatenate([part[4][name] for part in parts]) for name in parts[0][4]}
+    return Answers(tokens, mask, joined(2), joined(3), sources)
 
 
 def log_ratio(graphdef: Any, mesh: Mesh, temperature: float) -> Callable[[Any, Any, ResponseBatch], jax.Array]:
@@ -138,6 +147,22 @@ def answer_rows(
     return rows
 
 
+def add_sources(rows: Sequence[Row], answers: Answers, weights: Mapping[str, float]) -> None:
+    """Add to rows of answers what each source of a sum of rewards gave: its weight, and its reward before it.
+
+    Rows with the rewards of single tokens get those of each source too.
+
+    Args:
+      rows: from `answer_rows`.
+      answers: the same.
+      weights: of the sources, by name; none for rewards of one source.
+    """
+    for i, row in enumerate(rows):
+        by_source = {name: answers.parts[name][i][answers.mask[i]] for name in weights}
+        if by_source:
+            row["sources"] = source_fields(weights, by_source, tokens="rewards" in row)
+
+
 def summary(rows: Sequence[Row], judge: str | None) -> dict[str, dict[str, float]]:
     """`means_of` each split and decoding."""
     report: dict[str, dict[str, float]] = {}
@@ -147,12 +172,13 @@ def summary(rows: Sequence[Row], judge: str | None) -> dict[str, dict[str, float
 
 
 def means_of(rows: Sequence[Row], judge: str | None) -> dict[str, float]:
-    """Mean mark, reward, KL, length and behavior, of what was measured."""
+    """Mean mark, reward, KL, length and behavior, of what was measured; and `means_of_rows` of a sum of rewards."""
     means = {}
     for column in ("judge", "reward", "kl", "length"):
         values = [float(row[column]) for row in rows if row.get(column) is not None]
         if values:
             means[column] = float(np.mean(values))
+    means |= means_of_rows(rows)
     if judge is not None:
         means |= tasks.mean_behavior(judge.removeprefix(tasks.PREFIX), [row["behaviour"] for row in rows])
     return means

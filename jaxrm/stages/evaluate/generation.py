@@ -8,12 +8,12 @@ from typing import Any
 
 import jax
 
-from jaxrm.algorithms.reward_config import has_rewards
+from jaxrm.algorithms.reward_config import has_rewards, weights_of
 from jaxrm.data.prompts import PromptExample
 from jaxrm.inference import parameters
 from jaxrm.inference.rollout_model import build_sampler
 from jaxrm.inference.sharded_model import ShardedModel
-from jaxrm.stages.evaluate.answers import answer_rows, draw_answers, log_ratio
+from jaxrm.stages.evaluate.answers import add_sources, answer_rows, draw_answers, log_ratio
 from jaxrm.stages.inputs.prompts import fixed_batches
 from jaxrm.stages.rewards.calibration import PolicyRewards, calibration_of
 from jaxrm.stages.rewards.sources import open_rewards
@@ -77,7 +77,7 @@ class AnswerGenerator:
             best_of=best_of,
             read=functools.partial(self.log_ratio, params, self.reference) if has_kl else None,
         )
-        return answer_rows(
+        rows = answer_rows(
             split[1],
             decoding,
             examples,
@@ -87,6 +87,9 @@ class AnswerGenerator:
             judge_of(config),
             token_rewards=config.evaluate.token_rewards,
         )
+        if self.score is not None:
+            add_sources(rows, answers, weights_of(config))
+        return rows
 
 
 def open_generator(

@@ -73,6 +73,7 @@ def run(config: Any) -> int:
     report = summary(rows, judge)
     atomic.write_json(folder.path / "evaluation.json", report)
     names = list(dict.fromkeys(name for means in report.values() for name in means))
+    names = [name for name in names if "/" not in name or name.startswith("reward/")]
     print_table(
         f"Answers of {weights.name_of(config.model)}",
         ["", *names],

@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxrm.algorithms.ppo import Programs
 from jaxrm.algorithms.ppo_state import PPOState
-from jaxrm.algorithms.reward_config import source_fields
+from jaxrm.algorithms.reward_config import source_fields, weights_of
 from jaxrm.algorithms.rollout import TokenLogProbs
 from jaxrm.algorithms.summed_rewards import metrics_of_sums
 from jaxrm.data import tasks
@@ -131,9 +131,10 @@ class PolicyEvaluation:
             "eval_length": float(responses.mask.sum(axis=1).mean()),
             "eval_ended": float(responses.ended.mean()),
         }
-        weights = {name: source.weight for name, source in self.learner.config.rewards.items()}
+        weights = weights_of(self.learner.config)
+        lengths = responses.mask.sum(axis=1)
         sums = {name: rewards.sum(axis=1) for name, rewards in responses.parts.items()}
-        metrics |= {f"eval_{name}": float(x) for name, x in metrics_of_sums(sums, responses.mask, weights).items()}
+        metrics |= {f"eval_{name}": float(x) for name, x in metrics_of_sums(sums, lengths, weights).items()}
         return metrics, scores
 
     def _write_samples(self, step: int, responses: "_Responses", texts: Sequence[str], scores: Sequence[float]) -> None:
@@ -147,7 +148,7 @@ class PolicyEvaluation:
             row["rewards"] = [float(x) for x in responses.rewards[i][mask]]
             if responses.parts:
                 rewards = {name: part[i][mask] for name, part in responses.parts.items()}
-                row["sources"] = source_fields(self.learner.config, rewards)
+                row["sources"] = source_fields(weights_of(self.learner.config), rewards)
             append_row(self.folder.samples, row)
 
 

@@ -16,7 +16,7 @@ from jaxrm.algorithms.optimizer import build_optimizer
 from jaxrm.algorithms.ppo_config import is_one_pass
 from jaxrm.algorithms.ppo_one_pass import Estimate, OnePassLoss
 from jaxrm.algorithms.ppo_state import PPOState, RewardAndKLState
-from jaxrm.algorithms.reward_config import sources_of
+from jaxrm.algorithms.reward_config import weights_of
 from jaxrm.algorithms.rollout import (
     BatchSampler,
     Networks,
@@ -189,7 +189,7 @@ class Learner:
             config=config.ppo,
             next_calibration=build_next_calibration(config),
             groups=ppo.Groups(config.rollout.responses_per_prompt, are_terminal(config)),
-            weights={name: source.weight for name, source in sources_of(config).items()},
+            weights=weights_of(config),
         )
         minibatch = functools.partial(ppo.minibatch, num_minibatches=config.ppo.num_minibatches)
         build_step = functools.partial(build_train_step, batch_sharding=rows, num_microbatches=config.num_microbatches)
