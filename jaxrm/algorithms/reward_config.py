@@ -7,7 +7,7 @@ weight. `sources_of` reads both forms.
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from jaxrm.config import dicts
@@ -90,7 +90,9 @@ class RewardConfig:
         ``scalar_length_residual`` belong to a scalar reward model, or to a function, ``value_difference`` to a scalar
         reward model, ``dpo`` to a run of DPO, and the others to a seq2seq one.
         One's own is ``package.module:function``, see `jaxrm.ops.token_rewards.reward_kind`.
-      model: folder of the reward model's run, for PPO.
+      model: folder of the reward model's run; or a sequence classifier of one label, a folder or hub name, which needs
+        no vocabulary in common with the policy.
+      classifier: how such a classifier reads.
       function: in place of a reward model, for rewards that can be verified: ``package.module:name`` of a Python
         function ``(prompts, responses) -> rewards`` (see `jaxrm.stages.rewards.functions`), or the exact judge of an
         embedded task, ``task:safety``.
@@ -113,6 +115,7 @@ class RewardConfig:
     function: str | None = None
     function_workers: int = bounded(0, at_least(0))
     function_timeout: float | None = bounded(None, above(0), finite)
+    classifier: ClassifierConfig = field(default_factory=ClassifierConfig)
     scale: float | Literal["unit"] = bounded("unit", _SCALE)
     center: Literal["running", "fixed", "none"] = "running"
     center_momentum: float = bounded(0.9, at_least(0), below(1))

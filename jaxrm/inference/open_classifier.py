@@ -61,11 +61,14 @@ def describe_classifier(
                 f"the tokenizer of {path} has {outside[1]!r} with id {outside[0]}, but the classifier has embeddings "
                 f"for {shape.vocab_size} tokens; use the tokenizer that belongs to it"
             )
-        source = ModelSource(
-            path=path, dtype=config.dtype or dtype, attention=attention, quantize=config.quantize, remat="none"
-        )
+        source = classifier_source(path, config, dtype=dtype, attention=attention)
         model = sharded_model.shard_scalar_model(source, mesh, shape)
         return Classifier(model, None, read, template, _max_length(config, read, shape), path, rows)
+
+
+def classifier_source(path: str, config: ClassifierConfig, *, dtype: str, attention: str) -> ModelSource:
+    """How a classifier computes, as `describe_classifier` says."""
+    return ModelSource(path=path, dtype=config.dtype or dtype, attention=attention, quantize=config.quantize)
 
 
 def open_classifier(path: str, config: ClassifierConfig, *, mesh: Mesh, **options: Any) -> Classifier:

@@ -64,9 +64,16 @@ class ShardedModel:
     @property
     def frozen_shapes(self) -> Any:
         """Shapes of the base under the adapters, in the compute dtype; ``{}`` where there are none."""
+        return self._in_compute_dtype(lora.split(self.shapes)[1])
+
+    @property
+    def read_only_shapes(self) -> Any:
+        """Shapes of all parameters, in the compute dtype, of a model that is never trained."""
+        return self._in_compute_dtype(self.shapes)
+
+    def _in_compute_dtype(self, shapes: Any) -> Any:
         return jax.tree_util.tree_map_with_path(
-            lambda path, x: jax.ShapeDtypeStruct(x.shape, _frozen_dtype(path, x.dtype, self.source.dtype)),
-            lora.split(self.shapes)[1],
+            lambda path, x: jax.ShapeDtypeStruct(x.shape, _frozen_dtype(path, x.dtype, self.source.dtype)), shapes
         )
 
     @property

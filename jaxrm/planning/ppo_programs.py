@@ -12,11 +12,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxrm.algorithms import ppo, scoring
 from jaxrm.algorithms.ppo_one_pass import OnePassBatch
 from jaxrm.algorithms.ppo_state import PPOBatch, PPOState
-from jaxrm.algorithms.reward_config import naming_source, sources_of
+from jaxrm.algorithms.reward_config import RewardConfig, naming_source, sources_of
 from jaxrm.algorithms.rollout import FrozenParams
+from jaxrm.errors import naming, option
 from jaxrm.inference import sharded_model
+from jaxrm.inference.open_classifier import classifier_source
 from jaxrm.inference.sharded_model import ShardedModel
-from jaxrm.models import lora
+from jaxrm.models import hub, lora
 from jaxrm.models.flops import forward_flops, training_flops
 from jaxrm.models.quantized_params import count_parameters
 from jaxrm.ops import reward_scaling
@@ -27,6 +29,7 @@ from jaxrm.sharding import partition
 from jaxrm.sharding.mesh import batch_shards
 from jaxrm.stage_config import PPO
 from jaxrm.stages.ppo.learner import Learner, open_learner
+from jaxrm.stages.rewards.classifier import names_classifier
 from jaxrm.types import ResponseBatch, Rollout, TokenBatch, TokenRewards
 
 # Tokens of the request to a seq2seq reward model for its correction. Its tokenizer is not read, so this is a guess.
@@ -151,12 +154,17 @@ def build(config: PPO, mesh: Mesh, decoder: ShardedModel) -> StagePrograms:
             continue
         with naming_source(config, name):
             kind, suffix = find_kind(source.kind), f" {name}" if config.rewards else ""
-        model, scorer = _scorer(config, mesh, decoder, kind)
-        trained = with_shardings(model.trained_shapes, model.trained_shardings)
-        resident = trained if base else _in_dtype(trained, config.model.dtype)
+            classifier = _classifier(config, mesh, source)
+        if classifier is not None:
+            model = classifier
+            resident = whole = with_shardings(model.read_only_shapes, model.shardings)
+        else:
+            model = _reward_model(config, mesh, decoder, kind)
+            trained = with_shardings(model.trained_shapes, model.trained_shardings)
+            resident = trained if base else _in_dtype(trained, config.model.dtype)
+            whole = lora.join(with_shardings(model.frozen_shapes, model.frozen_shardings), resident)
         residents[f"reward model{suffix}"] = resident
-        whole = lora.join(with_shardings(model.frozen_shapes, model.frozen_shardings), resident)
-        programs.append(_scoring(stage, model, scorer, kind, whole, f"scoring{suffix}"))
+        programs.append(_scoring(stage, model, _scorer(mesh, model, kind), kind, whole, f"scoring{suffix}"))
     if is_one_pass:
         programs.append(_update(stage))
     else:
@@ -319,12 +327,26 @@ def _critic_update(stage: PPOStage) -> Program:
     )
 
 
-def _scorer(config: PPO, mesh: Mesh, decoder: ShardedModel, kind: Kind) -> tuple[ShardedModel, scoring.Scorer]:
+def _classifier(config: PPO, mesh: Mesh, source: RewardConfig) -> ShardedModel | None:
+    """The classifier of the hub that a source names, by its config.json; None where it names a run."""
+    if source.model is None or not names_classifier(source.model):
+        return None
+    given = classifier_source(
+        source.model, source.classifier, dtype=config.model.dtype, attention=config.model.attention
+    )
+    with naming({"model.path": option("reward.model")}):
+        return sharded_model.shard_scalar_model(given, mesh, hub.read_classifier_config(source.model))
+
+
+def _reward_model(config: PPO, mesh: Mesh, decoder: ShardedModel, kind: Kind) -> ShardedModel:
     """A reward model of the policy's shape, of the sort that the kind belongs to."""
-    model = decoder
-    if kind.needs == "scalar":
-        model = sharded_model.shard_scalar_model(config.model, mesh, decoder.config, lora=decoder.lora)
-    return model, scoring.build_scorer(
+    if kind.needs != "scalar":
+        return decoder
+    return sharded_model.shard_scalar_model(config.model, mesh, decoder.config, lora=decoder.lora)
+
+
+def _scorer(mesh: Mesh, model: ShardedModel, kind: Kind) -> scoring.Scorer:
+    return scoring.build_scorer(
         kind,
         model.graphdef,
         request=tuple(range(1, REQUEST_TOKENS + 1)),

@@ -1,4 +1,4 @@
-"""Where the rewards of PPO come from: a trained reward model, a function of text, or a sum of several sources.
+"""Where the rewards of PPO come from: a trained reward model, a classifier of the hub, a function, or a sum of several.
 
 Each is a `jaxrm.algorithms.rollout.RewardSource`: calibration, responses and reference log-probs to token rewards
 ``r_t``. Of a reward model that is one jitted step, `jaxrm.algorithms.scoring.build_scorer`. What a section of the
@@ -34,6 +34,7 @@ from jaxrm.ops.token_rewards import Kind, find_kind
 from jaxrm.sharding import partition
 from jaxrm.stage_config import PPO, REWARD_MODELS, BestOfN, Evaluate
 from jaxrm.stages.inputs.prompts import check_judgeable
+from jaxrm.stages.rewards import classifier
 from jaxrm.stages.rewards.dpo import check_began_with_reference
 from jaxrm.stages.rewards.functions import check_scorer, open_function, open_scorer
 from jaxrm.stages.rewards.summed import SummedRewards
@@ -117,7 +118,10 @@ def check_origins(config: PPO | BestOfN | Evaluate) -> None:
     """
     for name, source in sources_of(config).items():
         with naming_source(config, name):
-            origin_of(source).check_config(source)
+            origin = origin_of(source)
+            if origin is not CLASSIFIER:
+                classifier.refuse_options(source)
+            origin.check_config(source)
 
 
 def open_rewards(
@@ -386,10 +390,11 @@ def _check_length(model: RewardModel, length: int, response_length: int) -> None
 
 FUNCTION = Origin(_check_named_function, check_function, open_function_rewards)
 MODEL_RUN = Origin(lambda source: None, check_run, open_run)
+CLASSIFIER = Origin(lambda source: None, classifier.check_classifier, classifier.open_classifier_rewards)
 
 
 def origin_of(source: RewardConfig) -> Origin:
     """What a source of rewards is, by what its section gives."""
     if source.function is not None:
         return FUNCTION
-    return MODEL_RUN
+    return CLASSIFIER if classifier.names_classifier(str(source.model)) else MODEL_RUN

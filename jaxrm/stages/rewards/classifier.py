@@ -1,0 +1,80 @@
+"""A sequence classifier of the hub as a source of rewards: its score of a whole response, read by its own tokenizer."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jaxrm.algorithms.reward_config import ClassifierConfig, RewardConfig
+from jaxrm.algorithms.rollout import RewardSource
+from jaxrm.errors import UserError, flag, option
+from jaxrm.inference.open_classifier import describe_classifier, open_classifier
+from jaxrm.inference.weights import is_run
+from jaxrm.models.hub import is_hub_name
+from jaxrm.ops.token_rewards import find_kind
+from jaxrm.stages.rewards.text import TextRewards
+
+if TYPE_CHECKING:
+    from jaxrm.stages.rewards.sources import Responses, Scored
+
+
+def names_classifier(path: str) -> bool:
+    """Whether ``config.reward.model`` names published weights, which as a source of rewards are a classifier.
+
+    A run that is not there may look like a name of the hub, but its first part is ``runs``, or a folder.
+    """
+    place = Path(path).expanduser()
+    if is_run(path):
+        return False
+    if place.exists():
+        return place.is_file() or (place / "config.json").is_file()
+    return is_hub_name(path) and place.parts[0] != "runs" and not place.parent.is_dir()
+
+
+def refuse_options(source: RewardConfig) -> None:
+    """Refuse options of a classifier where there is none to follow them.
+
+    Raises:
+      UserError: naming the first.
+    """
+    for name, default in vars(ClassifierConfig()).items():
+        if getattr(source.classifier, name) != default:
+            field = f"reward.classifier.{name}"
+            raise UserError(
+                f"{option(field)} is {getattr(source.classifier, name)!r}, but {option('reward')} has no classifier of "
+                f"the hub, whose option it is; leave it out, {flag(field)}={default}"
+            )
+
+
+def check_classifier(source: RewardConfig, scored: "Scored") -> str:
+    """Refuse a classifier that cannot score the prompts, or not as the kind, before its weights are read; its name."""
+    config = scored.config
+    classifier = describe_classifier(
+        str(source.model),
+        source.classifier,
+        mesh=scored.mesh,
+        dtype=config.model.dtype,
+        attention=config.model.attention,
+    )
+    classifier.check_kind(source.kind, "reward.kind")
+    classifier.check_roles([example.messages for example in scored.examples])
+    return f"the classifier {classifier.name}"
+
+
+def open_classifier_rewards(source: RewardConfig, responses: "Responses") -> RewardSource:
+    """Rewards of a classifier; a share of the batch is scored at once, as by other reward models."""
+    config: Any = responses.config
+    classifier = open_classifier(
+        str(source.model),
+        source.classifier,
+        mesh=responses.mesh,
+        dtype=config.model.dtype,
+        attention=config.model.attention,
+        rows=-(-config.data.batch_size // config.num_microbatches),
+    )
+    return TextRewards(
+        classifier,
+        find_kind(source.kind),
+        examples=responses.examples,
+        text=responses.text,
+        end_ids=responses.end_ids,
+        mesh=responses.mesh,
+    )
