@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from jaxrm.algorithms.ppo_config import CriticConfig as CriticConfig
     from jaxrm.algorithms.ppo_config import PPOConfig as PPOConfig
     from jaxrm.algorithms.ppo_config import RolloutConfig as RolloutConfig
+    from jaxrm.algorithms.reward_config import ClassifierConfig as ClassifierConfig
     from jaxrm.algorithms.reward_config import RewardConfig as RewardConfig
     from jaxrm.algorithms.reward_config import RewardKindConfig as RewardKindConfig
     from jaxrm.algorithms.scalar_rm import ScalarRMConfig as ScalarRMConfig
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from jaxrm.inference.batches import comparisons as comparisons
     from jaxrm.inference.batches import demonstrations as demonstrations
     from jaxrm.inference.batches import pairs as pairs
+    from jaxrm.inference.classifier import Classifier as Classifier
     from jaxrm.inference.load import load_policy as load_policy
     from jaxrm.inference.load import load_reward_model as load_reward_model
     from jaxrm.inference.policy import Policy as Policy
@@ -74,7 +76,7 @@ _NAMES = {
         "PPOConfig",
         "RolloutConfig",
     ),
-    "algorithms.reward_config": ("RewardConfig", "RewardKindConfig"),
+    "algorithms.reward_config": ("ClassifierConfig", "RewardConfig", "RewardKindConfig"),
     "algorithms.scalar_rm": ("ScalarRMConfig",),
     "data.config": ("DataConfig",),
     "data.pairs": ("MappingConfig",),
@@ -86,6 +88,7 @@ _NAMES = {
         "demonstrations",
         "pairs",
     ),
+    "inference.classifier": ("Classifier",),
     "inference.load": (
         "load_policy",
         "load_reward_model",
