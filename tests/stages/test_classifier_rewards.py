@@ -78,7 +78,7 @@ def test_ppo_learns_from_a_classifier(config, tmp_path, capsys):
     """Samples have the score that `load_reward_model` gives to their text; the critic starts from the policy."""
     assert ppo.run(config(tmp_path / "ppo", reward=rewards())) == 0
     printed = capsys.readouterr().out
-    assert "scalar rewards from the classifier rm" in printed
+    assert "rewards: scalar from the classifier rm" in printed
     assert "critic from the policy" in printed
     steps = [row for row in rows_of(tmp_path / "ppo") if "policy_loss" in row]
     assert len(steps) == 2 and all(np.isfinite(row["reward"]) for row in steps)
@@ -109,7 +109,7 @@ def test_a_dry_run_counts_the_weights_of_a_classifier(config):
     assert not result.errors
     (stage,) = result.stages.values()
     facts = stage.inspection.facts
-    assert facts["rewards"] == "scalar rewards from the classifier rm"
+    assert facts["rewards"] == "scalar from the classifier rm"
     assert facts["critic"] == "the policy"
     assert re.search(r"reward model \d", facts["memory"])
 
