@@ -10,8 +10,10 @@ import pytest
 
 from jaxrm.algorithms.optimizer import build_optimizer
 from jaxrm.algorithms.ppo_state import PPOBatch
+from jaxrm.algorithms.reward_config import sources_of
 from jaxrm.algorithms.scoring import as_token_rewards
 from jaxrm.algorithms.state import create
+from jaxrm.algorithms.summed_rewards import sum_rewards
 from jaxrm.config.files import load_config_file
 from jaxrm.inference.sharded_model import shard_model, shard_scalar_model
 from jaxrm.models import lora
@@ -70,8 +72,7 @@ def test_a_step_of_the_config_builds_on_eight_devices(path, stage):
     """Abstractly: shapes and shardings of the state, and the trace of loss and gradients."""
     config = stages_of(path)[stage]
     name = next(name for stem, name in SHAPES.items() if stem in path.stem)
-    # A study runs many small things, each on one device.
-    mesh = build_mesh(MeshConfig(), jax.devices()[:1]) if path.stem == "study" else build_mesh(MeshConfig(2, 4))
+    mesh = mesh_of(path, config)
     check_batch(mesh, "data.batch_size", config.data.batch_size, config.num_microbatches)
     source = dataclasses.replace(config.model, path=None, preset=name)
     if config.algorithm == "ppo":
@@ -102,32 +103,46 @@ def test_a_step_of_the_config_builds_on_eight_devices(path, stage):
     assert known in (None, counted)
 
 
+def mesh_of(path, config):
+    """Eight devices; one for a study, which runs many small things, and as many as a step has prompts at most."""
+    devices = 1 if path.stem == "study" else 8
+    if config.algorithm == "ppo":
+        devices = math.gcd(devices, config.data.batch_size // config.rollout.responses_per_prompt)
+    return build_mesh(MeshConfig(math.gcd(devices, 2), max(devices // 2, 1)), jax.devices()[:devices])
+
+
 def check_a_step_of_ppo(config, shape, mesh):
     """Rollout, log-probs, advantages and both updates, abstractly, with whatever the config asks for."""
-    decoder, critic = (
-        shard(config.model, mesh, shape, lora=config.lora) for shard in (shard_model, shard_scalar_model)
-    )
+    decoder, critic = shard_model(config.model, mesh, shape, lora=config.lora), None
+    if config.ppo.has_values:
+        critic = shard_scalar_model(config.model, mesh, shape, lora=config.lora)
     learner = open_learner(config, mesh, decoder, critic, num_steps=10, end_ids=(1,))
     programs, state = learner.programs(lambda *_: None), learner.abstract
     B, T = config.data.batch_size, config.rollout.sampling.max_new_tokens
     check_on_policy(config.rollout.sampling, "config.rollout.sampling")
     P = config.data.max_length - T
     assert P >= T // 2 and config.data.max_length <= shape.max_position
-    prompts, mask = (jax.ShapeDtypeStruct((B, P), dtype) for dtype in ("int32", "bool"))
+    prompts, mask = (
+        jax.ShapeDtypeStruct((B // config.rollout.responses_per_prompt, P), dtype) for dtype in ("int32", "bool")
+    )
     batch = jax.eval_shape(programs.rollout, decoder.shapes, prompts, mask, jax.random.key(0))
     assert batch.responses.shape == (B, T)
-    trained = (state.policy.params, state.critic.params, decoder.trained_shapes)
+    trained = (state.policy.params, state.critic and state.critic.params, decoder.trained_shapes)
     log_probs = jax.eval_shape(programs.log_probs, decoder.frozen_shapes, *trained, batch)
     score = functools.partial(as_token_rewards, end_ids=(1,))
     values, tags = (jax.ShapeDtypeStruct((B, T), dtype) for dtype in ("float32", "bool"))
-    kind = KINDS[config.reward.kind]
-    rewards = jax.eval_shape(
-        lambda calibration, values, tags, batch: score(calibration, kind, values, tags, batch),
-        state.initial_calibration,
-        values,
-        tags,
-        batch,
-    )
+    sources = sources_of(config)
+
+    def summed(calibration, values, tags, batch):
+        parts = {
+            name: score(calibration[name] if config.rewards else calibration, KINDS[each.kind], values, tags, batch)
+            for name, each in sources.items()
+        }
+        if not config.rewards:
+            return parts["reward"]
+        return sum_rewards(parts, batch, weights={name: each.weight for name, each in sources.items()}, end_ids=(1,))
+
+    rewards = jax.eval_shape(summed, state.initial_calibration, values, tags, batch)
     rollout, _, _ = jax.eval_shape(programs.estimate, state.feedback, batch, log_probs, rewards)
     update = PPOBatch(rollout)
     if config.ptx is not None:
@@ -137,8 +152,11 @@ def check_a_step_of_ppo(config, shape, mesh):
         update = jax.eval_shape(programs.weigh, rollout, ptx)
     frozen = learner.networks.frozen(decoder.frozen_shapes)
     policy, _ = jax.eval_shape(programs.update_policy, state.policy, frozen.policy, update)
-    critic_state, _ = jax.eval_shape(programs.update_critic, state.critic, frozen.critic, PPOBatch(rollout))
-    for after, before in ((policy, state.policy), (critic_state, state.critic)):
+    pairs = [(policy, state.policy)]
+    if critic is not None:
+        critic_state, _ = jax.eval_shape(programs.update_critic, state.critic, frozen.critic, PPOBatch(rollout))
+        pairs.append((critic_state, state.critic))
+    for after, before in pairs:
         assert jax.tree.map(lambda x: x.shape, after) == jax.tree.map(lambda x: x.shape, before)
 
 
