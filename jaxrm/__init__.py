@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from jaxrm.algorithms.best_of_n import BestOfNConfig as BestOfNConfig
     from jaxrm.algorithms.dpo import DPOConfig as DPOConfig
+    from jaxrm.algorithms.endpoint_config import EndpointConfig as EndpointConfig
     from jaxrm.algorithms.optimizer import OptimizerConfig as OptimizerConfig
     from jaxrm.algorithms.ppo_config import CriticConfig as CriticConfig
     from jaxrm.algorithms.ppo_config import PPOConfig as PPOConfig
@@ -70,6 +71,7 @@ __version__ = "0.1.0"
 _NAMES = {
     "algorithms.best_of_n": ("BestOfNConfig",),
     "algorithms.dpo": ("DPOConfig",),
+    "algorithms.endpoint_config": ("EndpointConfig",),
     "algorithms.optimizer": ("OptimizerConfig",),
     "algorithms.ppo_config": (
         "CriticConfig",

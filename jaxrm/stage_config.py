@@ -9,6 +9,7 @@ from typing import Any, ClassVar, NamedTuple
 
 from jaxrm.algorithms.best_of_n import BestOfNConfig
 from jaxrm.algorithms.dpo import DPOConfig
+from jaxrm.algorithms.endpoint_config import RESUMABLE_ENDPOINT_FIELDS
 from jaxrm.algorithms.optimizer import OptimizerConfig
 from jaxrm.algorithms.ppo_config import CriticConfig, PPOConfig, RolloutConfig
 from jaxrm.algorithms.reward_config import RewardConfig, RewardKindConfig, check_sources
@@ -42,6 +43,7 @@ RESUMABLE_FIELDS = frozenset(
         "checkpoint",
         "logging",
         "evaluation",
+        *(f"{source}.endpoint.{name}" for source in ("reward", "rewards.*") for name in RESUMABLE_ENDPOINT_FIELDS),
     }
 )
 

@@ -10,6 +10,8 @@ from urllib.parse import urlsplit
 from jaxrm.config.fields import Bound, above, at_least, at_most, bounded, check, finite, place, typed, wrong
 from jaxrm.errors import UserError
 
+RESUMABLE_ENDPOINT_FIELDS = ("url", "concurrency", "timeout", "retries", "retry_seconds", "api_key_variable", "cache")
+"""What may change between two launches of one run: nothing here decides an answer."""
 _NUMBER = r"[-+]?[0-9]+(?:\.[0-9]+)?"
 _RANGE = re.compile(rf"\s*({_NUMBER})\s*\.\.\s*({_NUMBER})\s*")
 _VARIABLE = Bound(

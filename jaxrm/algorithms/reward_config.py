@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from jaxrm.algorithms.endpoint_config import EndpointConfig
 from jaxrm.config import dicts
 from jaxrm.config.fields import Bound, above, at_least, below, bounded, check, finite, one_of, place, typed, wrong
 from jaxrm.errors import UserError, naming, option
@@ -87,8 +88,8 @@ class RewardConfig:
 
     Attributes:
       kind: one of `jaxrm.ops.token_rewards.KINDS`; ``literal`` is the paper's, ``scalar`` and
-        ``scalar_length_residual`` belong to a scalar reward model, or to a function, ``value_difference`` to a scalar
-        reward model, ``dpo`` to a run of DPO, and the others to a seq2seq one.
+        ``scalar_length_residual`` belong to a scalar reward model, a function or a judge, ``value_difference`` to a
+        scalar reward model, ``dpo`` to a run of DPO, and the others to a seq2seq one.
         One's own is ``package.module:function``, see `jaxrm.ops.token_rewards.reward_kind`.
       model: folder of the reward model's run; or a sequence classifier of one label, a folder or hub name, which needs
         no vocabulary in common with the policy.
@@ -98,6 +99,7 @@ class RewardConfig:
         embedded task, ``task:safety``.
       function_workers: processes that call the function, each with a part of the batch; 0 calls it in the run's own.
       function_timeout: seconds that a call in one of them may take; None for any.
+      endpoint: in place of both, a judge behind a chat endpoint (see `jaxrm.inference.endpoint_scorer`).
         What follows is set by a calibration pass before PPO and read there; a reward model's own evaluation reads
         ``center`` alone.
       scale: ``unit`` gives the sum over a response unit standard deviation over a calibration set; or a number.
@@ -116,6 +118,7 @@ class RewardConfig:
     function_workers: int = bounded(0, at_least(0))
     function_timeout: float | None = bounded(None, above(0), finite)
     classifier: ClassifierConfig = field(default_factory=ClassifierConfig)
+    endpoint: EndpointConfig | None = None
     scale: float | Literal["unit"] = bounded("unit", _SCALE)
     center: Literal["running", "fixed", "none"] = "running"
     center_momentum: float = bounded(0.9, at_least(0), below(1))
@@ -125,15 +128,18 @@ class RewardConfig:
     def __post_init__(self) -> None:
         check(self)
         check_kind(self.kind, place(self, "kind"), typed(self, "kind", "literal"))
-        if self.model is not None and self.function is not None:
+        given = self._given()
+        if len(given) > 1:
+            (a, first), (b, second), *_ = given.items()
             raise UserError(
-                f"{place(self)} has both model {self.model!r} and function {self.function!r}; a source is one of "
-                f"them, e.g. {typed(self, 'function', None)}; two sources are two names of config.rewards"
+                f"{place(self)} has both {a} {first!r} and {b} {second!r}; a source is one of them, e.g. "
+                f"{typed(self, b, None)}; two sources are two names of config.rewards"
             )
-        kinds = (*token_rewards.names_for("scalar", "response"), *token_rewards.names_for("text"))
-        if self.function is not None and self.kind not in kinds:
-            required = f"one of {', '.join(kinds)}, since {place(self, 'function')} reads text"
-            raise wrong(self, "kind", required, "scalar")
+        whole = token_rewards.names_for("scalar", "response")
+        for name, kinds in (("function", (*whole, *token_rewards.names_for("text"))), ("endpoint", whole)):
+            if name in given and self.kind not in kinds:
+                required = f"one of {', '.join(kinds)}, since {place(self, name)} reads text"
+                raise wrong(self, "kind", required, "scalar")
         self._check_processes()
 
     def _check_processes(self) -> None:
@@ -150,7 +156,13 @@ class RewardConfig:
     @property
     def is_given(self) -> bool:
         """Whether it says where rewards come from."""
-        return self.model is not None or self.function is not None
+        return bool(self._given())
+
+    def _given(self) -> dict[str, str]:
+        """What it gives of model, function and endpoint, as text."""
+        url = None if self.endpoint is None else self.endpoint.url
+        origins = {"model": self.model, "function": self.function, "endpoint": url}
+        return {name: value for name, value in origins.items() if value is not None}
 
 
 def sources_of(config: Any) -> Mapping[str, RewardConfig]:
@@ -233,7 +245,7 @@ def check_sources(config: Any) -> None:
     for name, source in config.rewards.items():
         if not source.is_given:
             raise UserError(
-                f"{rewards}.{name} has neither model nor function, so it rewards nothing; give one, e.g. "
+                f"{rewards}.{name} has no model, function or endpoint, so it rewards nothing; give one, e.g. "
                 f"{_typed(rewards, name, 'model', 'runs/quickstart/rm_seq2seq')}, or leave {name} out"
             )
     if all(source.weight == 0 for source in config.rewards.values()):

@@ -6,6 +6,7 @@
 The rubric and the reading of answers are in `jaxrm.inference.rubric`, the calls in `jaxrm.inference.chat_endpoint`.
 """
 
+import hashlib
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -36,8 +37,16 @@ class EndpointScorer:
     def __init__(self, config: EndpointConfig, section: str = "reward.endpoint") -> None:
         self.name = f"{config.model} at {config.url}"
         self._endpoint, self._rubric = ChatEndpoint(config, section), Rubric(config, section)
-        self._column, self._unreadable = config.reference, config.unreadable
+        self._config, self._column, self._unreadable = config, config.reference, config.unreadable
         self._column_option, self._column_flag = option(f"{section}.reference"), flag(f"{section}.reference")
+
+    @property
+    def identity(self) -> str:
+        """What decides its scores, so that a run is not judged by another midway; where it is does not."""
+        config = self._config
+        decisive = (config.model, self._rubric.template, config.answer, config.reference, config.unreadable)
+        sent = (config.max_tokens, config.temperature, config.extra)
+        return f"judge {config.model}, sha256 {hashlib.sha256(repr((decisive, sent)).encode()).hexdigest()[:12]}"
 
     @property
     def cost(self) -> EndpointCost:

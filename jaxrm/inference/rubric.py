@@ -55,13 +55,13 @@ class Rubric:
     """
 
     def __init__(self, config: EndpointConfig, section: str = "reward.endpoint") -> None:
-        self._template = _read(config.rubric, f"{section}.rubric")
+        self.template = _read(config.rubric, f"{section}.rubric")
         self._range, self._labels, self._column = config.range, config.labels, config.reference
 
     @property
     def needs_reference(self) -> bool:
         """Whether records must have the column of a reference."""
-        return "reference" in _PLACEHOLDER.findall(self._template)
+        return "reference" in _PLACEHOLDER.findall(self.template)
 
     @property
     def scale(self) -> str:
@@ -81,7 +81,7 @@ class Rubric:
             texts["reference"] = reference
         code = _code(texts)
         inserted = {name: _quote(name, text, code) for name, text in texts.items()} | {"scale": self.scale}
-        content = _PLACEHOLDER.sub(lambda match: inserted[match[1]], self._template)
+        content = _PLACEHOLDER.sub(lambda match: inserted[match[1]], self.template)
         return [{"role": "user", "content": content}]
 
     def score(self, answer: str) -> float:

@@ -150,7 +150,7 @@ def build(config: PPO, mesh: Mesh, decoder: ShardedModel) -> StagePrograms:
     if stage.state.critic is not None:
         residents["critic"] = stage.state.critic
     for name, source in sources_of(config).items():
-        if source.function is not None:
+        if source.model is None:  # what scores text needs no device
             continue
         with naming_source(config, name):
             kind, suffix = find_kind(source.kind), f" {name}" if config.rewards else ""

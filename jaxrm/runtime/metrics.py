@@ -24,10 +24,28 @@ from jaxrm.runtime.run_folder import RunFolder
 
 PHASES = ("rollout", "log_probs", "scoring", "update")
 """Phases of a PPO step, each with its time and speed in the row."""
+JUDGE_COST = (
+    "questions",
+    "cached",
+    "calls",
+    "retries",
+    "malformed",
+    "unusable",
+    "prompt_tokens",
+    "completion_tokens",
+    "unmetered",
+    "seconds",
+)
+"""What a judge behind an endpoint cost since the run began, see `jaxrm.inference.chat_endpoint.EndpointCost`.
+
+A row has it as ``judge_calls`` and so on, or as ``judge_calls/NAME`` of a source with a name. A launch that is killed
+loses the count since its last row, but not the answers.
+"""
 _FLUSH_SECONDS = 30.0
 WALL_CLOCK = frozenset(
     {"time", "step_seconds", "tokens_per_second", "mfu", "host_memory_gib", "device_memory_gib"}
     | {f"{phase}_{unit}" for phase in PHASES for unit in ("seconds", "tokens_per_second")}
+    | {f"judge_{name}" for name in JUDGE_COST}
 )
 """Fields of a row that differ between two runs of the same config."""
 

@@ -3,6 +3,7 @@
 import datetime
 import json
 from collections.abc import Mapping
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,7 @@ def check_same_config(
     wrong = [
         (name, old, new)
         for name, old, new in changed
-        if not any(name == free or name.startswith(f"{free}.") for free in may_differ)
+        if not any(fnmatchcase(name, free) or fnmatchcase(name, f"{free}.*") for free in may_differ)
     ]
     if wrong:
         more = f", and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""

@@ -186,7 +186,10 @@ def test_conversations_are_written_as_messages_questions_as_text():
     [
         ({"model": ModelSource(preset="tiny")}, r"config.model.path is None; best-of-n draws from a policy"),
         ({"model": ModelSource(path="scalar_rm")}, r"config.model.path is 'scalar_rm', a run of scalar_rm; required"),
-        ({"reward": RewardConfig(kind="scalar")}, r"config.reward has neither model nor function.*--config.reward.mod"),
+        (
+            {"reward": RewardConfig(kind="scalar")},
+            r"config.reward has no model, function or endpoint.*--config.reward.mod",
+        ),
         (
             {"rollout": RolloutConfig(sampling=SamplingConfig(max_new_tokens=6, temperature=0.0))},
             r"config.rollout.sampling.temperature is 0.0, with which all 3 .*temperature=1.0, or --config.best_",

@@ -148,7 +148,9 @@ def test_the_good_configs_come_as_far_as_opening_their_folder(launch, changes):
 
 def test_no_reward_at_all_is_refused(refuse):
     message = refuse(reward=RewardConfig(kind="scalar"))
-    assert message.startswith("config.reward has neither model nor function") and "--config.reward.model=" in message
+    assert (
+        message.startswith("config.reward has no model, function or endpoint") and "--config.reward.model=" in message
+    )
 
 
 def test_a_kind_that_omits_whether_it_is_centered_is_refused(refuse, tmp_path, monkeypatch):

@@ -33,6 +33,7 @@ from jaxrm.stages.inputs.prompts import Prompts, check_judgeable, stage_prompt_l
 from jaxrm.stages.inspection import Inspection, inspect_prompts
 from jaxrm.stages.report import print_reading
 from jaxrm.stages.rewards.calibration import PolicyRewards, calibration_in_words, calibration_of
+from jaxrm.stages.rewards.judges import JudgeCosts, check_reachable, judges_in_words, print_costs
 from jaxrm.stages.rewards.sources import check_rewards, identities_of, open_rewards
 from jaxrm.stages.stage import Stage, check_run_folder, judge_of, open_run_folder, open_stage
 
@@ -54,6 +55,7 @@ def run(config: Any) -> int:
         return _close(open_run_folder(config), config)
     inputs = _open_inputs(config)
     stage, prompts, examples = inputs.stage, inputs.prompts, inputs.examples
+    check_reachable(config)
     base = stage.load_base()  # before the reward model, which may have only a part of it
     source, reward_name = open_rewards(
         config, stage.mesh, stage.vocabulary, prompts.examples, stage.response_text, stage.end_ids
@@ -74,7 +76,10 @@ def run(config: Any) -> int:
         if stage.is_writer:
             print("Stopped and saved; the same command continues from there.")
         return EXIT_PREEMPTED
-    return _close(folder, config) if stage.is_writer else 0
+    if not stage.is_writer:
+        return 0
+    print_costs(JudgeCosts(source).metrics())
+    return _close(folder, config)
 
 
 def inspect(config: Any) -> Inspection:
@@ -85,6 +90,7 @@ def inspect(config: Any) -> Inspection:
         f"{config.rollout.sampling.max_new_tokens:,} tokens",
         "batches": f"{-(-len(inputs.examples) // config.data.batch_size):,} of {config.data.batch_size:,} prompts",
         "rewards": inputs.reward_name,
+        **judges_in_words(config),
     }
     winners = [{"prompt": prompt_field(example.messages), "response": "(the best)"} for example in inputs.examples]
     return inspect_prompts(inputs.stage, inputs.reading, inputs.examples, facts, {WINNERS: winners})

@@ -38,8 +38,8 @@ def check(config: Any, mesh: Mesh) -> None:
             )
     if config.evaluate.best_of > 1 and not has_rewards(config):
         raise UserError(
-            f"{option('evaluate.best_of')} is {config.evaluate.best_of}, but {option('reward')} has neither model nor "
-            f"function that would say which is best; e.g. {flag('reward.model')}=runs/quickstart/rm_seq2seq"
+            f"{option('evaluate.best_of')} is {config.evaluate.best_of}, but {option('reward')} has no model, function "
+            f"or endpoint that would say which is best; e.g. {flag('reward.model')}=runs/quickstart/rm_seq2seq"
         )
     check_one_response_a_prompt(config, "evaluate.best_of")
     if has_rewards(config):

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 
 from jaxrm.algorithms.reward_config import has_rewards, weights_of
+from jaxrm.algorithms.rollout import RewardSource
 from jaxrm.data.prompts import PromptExample
 from jaxrm.inference import parameters
 from jaxrm.inference.rollout_model import build_sampler
@@ -33,6 +34,7 @@ class AnswerGenerator:
       reference: parameters that the KL is measured to; None measures none.
       samplers: programs by decoding, ``sampled`` and ``greedy``.
       score: calibrated token rewards of responses, or None.
+      source: of these rewards, or None.
       log_ratio: ``(params, reference, batch) -> [B]`` nats, jitted once for all checkpoints.
       prompt_length: tokens that prompts are padded to.
       key: of all answers.
@@ -43,6 +45,7 @@ class AnswerGenerator:
     reference: Any
     samplers: Mapping[str, Sample]
     score: Callable[[ResponseBatch], TokenRewards] | None
+    source: RewardSource | None
     log_ratio: Callable[[Any, Any, ResponseBatch], jax.Array]
     prompt_length: int
     key: jax.Array
@@ -127,7 +130,7 @@ def open_generator(
         "greedy": build(sampling=dataclasses.replace(sampling, temperature=0.0, top_k=0, top_p=1.0)),
     }
     calibration_key, key = jax.random.split(jax.random.key(config.seed))
-    score = None
+    score, source = None, None
     if has_rewards(config):
         source, _ = open_rewards(config, stage.mesh, stage.vocabulary, every, stage.response_text, stage.end_ids)
         start = params if reference is None else reference
@@ -145,7 +148,7 @@ def open_generator(
         score = functools.partial(uncalibrated, calibration)
     key = jax.random.fold_in(key, config.evaluate.sampling_seed)
     ratio = log_ratio(stage.model.graphdef, stage.mesh, sampling.temperature or 1.0)
-    return AnswerGenerator(stage, params, reference, samplers, score, ratio, prompt_length, key)
+    return AnswerGenerator(stage, params, reference, samplers, score, source, ratio, prompt_length, key)
 
 
 def _load_others(stage: Stage, path: str) -> Any:

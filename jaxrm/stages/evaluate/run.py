@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from jaxrm import atomic
 from jaxrm.algorithms.reward_config import has_rewards, sources_of
 from jaxrm.data.loader import fingerprint
@@ -40,7 +42,8 @@ from jaxrm.stages.inputs.prompts import (
     stage_prompts,
 )
 from jaxrm.stages.inspection import Inspection, inspect_prompts
-from jaxrm.stages.rewards.sources import check_rewards
+from jaxrm.stages.rewards.judges import JudgeCosts, check_reachable, judges_in_words, print_costs
+from jaxrm.stages.rewards.sources import check_rewards, identity_of_rewards
 from jaxrm.stages.stage import Stage, check_run_folder, judge_of, open_stage, task_files
 
 ANSWERS, CHECKPOINT_MEANS = "answers.jsonl", "along.jsonl"
@@ -59,6 +62,8 @@ def run(config: Any) -> int:
     """
     inputs = _open_inputs(config)
     stage, judge = inputs.stage, judge_of(config)
+    if not _has_all_answers(config):
+        check_reachable(config)
     folder = stage.open_run([inputs.every], keeps_model=False)
     target = folder.path / ANSWERS
     has_answers = target.exists() or (folder.path / _PARTS).exists()
@@ -68,6 +73,7 @@ def run(config: Any) -> int:
             stage, inputs.rollout_model, inputs.every, inputs.to_calibrate, stage_prompt_length(stage, inputs.every)
         )
         _write_answers(stage, folder, generator, {split: prompts.examples for split, prompts in inputs.prompts.items()})
+        print_costs(JudgeCosts(generator.source).metrics())
     shutil.rmtree(folder.path / _PARTS, ignore_errors=True)
     rows = read_rows(target)
     report = summary(rows, judge)
@@ -83,6 +89,12 @@ def run(config: Any) -> int:
     return 0
 
 
+def _has_all_answers(config: Any) -> bool:
+    """Whether nothing is to be answered. Several processes look later, together."""
+    answers = Path(config.run_dir).expanduser() / ANSWERS
+    return jax.process_count() == 1 and config.on_existing == "resume" and answers.exists()
+
+
 def inspect(config: Any) -> Inspection:
     """What `run` would do; errors are the same, no weights are read and nothing is written."""
     inputs = _open_inputs(config)
@@ -93,6 +105,7 @@ def inspect(config: Any) -> Inspection:
     }
     if has_rewards(config):
         facts["rewards"] = check_rewards(config, inputs.stage.mesh, inputs.stage.vocabulary, inputs.every)
+        facts |= judges_in_words(config)
     reading = {f"Prompts of {split}": prompts.report for split, prompts in inputs.prompts.items()}
     return inspect_prompts(inputs.stage, reading, answered, facts)
 
@@ -215,9 +228,10 @@ def _check_same_models(file: Path, config: Any, *, has_answers: bool) -> None:
     """Refuse answers of another model than the one that a path names now; write down which ones it names."""
     models = {"model.path": weights.identity_of_source(config.model)}
     for name, source in sources_of(config).items():
-        if source.model is not None:
-            place = f"rewards.{name}.model" if config.rewards else "reward.model"
-            models[place] = weights.identity_of(source.model)
+        origin = "model" if source.model is not None else "endpoint"
+        if source.function is None and source.is_given:
+            place = f"rewards.{name}.{origin}" if config.rewards else f"reward.{origin}"
+            models[place] = identity_of_rewards(source)
     if has_answers and file.exists():
         before = json.loads(file.read_text(encoding="utf-8"))
         for name, now in models.items():

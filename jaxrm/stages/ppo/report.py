@@ -9,6 +9,7 @@ from jaxrm.runtime import hardware
 from jaxrm.runtime.metrics import PHASES, MetricsWriter, read_rows
 from jaxrm.runtime.progress import Progress, format_value, print_table
 from jaxrm.runtime.run_folder import RunFolder
+from jaxrm.stages.rewards.judges import print_costs
 
 _QUIET = 20  # steps after a warning in which it is not repeated
 
@@ -23,6 +24,7 @@ class PPOReporter:
       num_steps: the last step, which always has a row.
       learning_rate: of the policy, at a step counted from 0.
       seen: rows of earlier steps, which warnings compare with.
+      judge_costs: what judges cost so far, as fields of a row.
     """
 
     def __init__(
@@ -34,9 +36,11 @@ class PPOReporter:
         num_steps: int,
         learning_rate: Callable[[int], Any],
         seen: Iterable[Mapping[str, float]] = (),
+        judge_costs: Callable[[], dict[str, float]] = dict,
     ) -> None:
         self._writer, self._progress = writer, progress
         self._every, self._num_steps, self._learning_rate = every, num_steps, learning_rate
+        self._judge_costs = judge_costs
         self._seen: list[Mapping[str, float]] = list(seen)
         self._warned: dict[str, int] = {}
 
@@ -57,7 +61,8 @@ class PPOReporter:
                 "host_memory_gib": hardware.host_memory_gib(),
                 "device_memory_gib": None if device is None else device.peak,
             }
-            self._writer.write(step, {**metrics, **{name: x for name, x in measured.items() if x is not None}})
+            there = {name: x for name, x in measured.items() if x is not None}
+            self._writer.write(step, {**metrics, **there, **self._judge_costs()})
         self._seen.append(dict(metrics))
         for name, text in warnings(self._seen).items():
             if step - self._warned.get(name, -_QUIET) >= _QUIET:
@@ -66,7 +71,7 @@ class PPOReporter:
 
     def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
         """Held-out metrics after ``step`` steps."""
-        self._writer.write(step, metrics)
+        self._writer.write(step, {**metrics, **self._judge_costs()})
         shown = {name: x for name, x in metrics.items() if "/" not in name or name.startswith("eval_reward/")}
         line = " · ".join(f"{name.removeprefix('eval_')} {format_value(x)}" for name, x in shown.items())
         self._progress.print(f"step {step}: held-out {line}")
@@ -156,6 +161,7 @@ def closing_report(folder: RunFolder, kind: str, prompts: int) -> dict[str, Any]
                 for phase in PHASES
             ],
         )
+    print_costs(rows[-1] if rows else {})
     evaluated = [row for row in rows if "eval_reward" in row]
     if sources := source_rows(evaluated[0], evaluated[-1]):
         steps_shown = f"step {evaluated[0]['step']}", f"step {evaluated[-1]['step']}"

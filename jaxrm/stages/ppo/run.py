@@ -19,6 +19,7 @@ from jaxrm.stages.ppo.learner import Learner, open_learner
 from jaxrm.stages.ppo.report import closing_report
 from jaxrm.stages.ppo.train import Opened, train
 from jaxrm.stages.report import adapters_in_words, print_held_out, print_quantized, print_reading
+from jaxrm.stages.rewards.judges import check_reachable, judges_in_words
 from jaxrm.stages.rewards.sources import check_rewards, open_rewards
 from jaxrm.stages.stage import Stage, open_stage
 
@@ -34,6 +35,7 @@ def run(config: Any) -> int:
     """
     inputs = _open_inputs(config)
     stage = inputs.stage
+    check_reachable(config)
     if inputs.critic is not None:
         inputs.critic.check_base(stage)
     base = stage.load_base()  # before the reward model, which may have only a part of it
@@ -69,6 +71,7 @@ def inspect(config: Any) -> Inspection:
         "steps": f"{data.num_steps:,}, {passes:.3g} passes over the prompts",
         "updates a step": f"{ppo.num_epochs * ppo.num_minibatches:,}",
         "rewards": inputs.reward_name,
+        **judges_in_words(config),
         "critic": _critic_name(config, inputs.critic),
     }
     return inspect_prompts(inputs.stage, _reading(inputs.stage, data), data.train.examples, facts)

@@ -31,6 +31,7 @@ from jaxrm.stages.ppo.learner import Learner
 from jaxrm.stages.ppo.loop import PPORun, fit
 from jaxrm.stages.ppo.report import PPOReporter
 from jaxrm.stages.rewards.calibration import PolicyRewards, calibration_in_words, calibration_of
+from jaxrm.stages.rewards.judges import JudgeCosts
 from jaxrm.stages.stage import Stage
 
 
@@ -102,6 +103,7 @@ def train(stage: Stage, folder: RunFolder, opened: Opened) -> tuple[int, bool]:
         Progress("ppo", num_steps, done=first_step, enabled=stage.show_progress) as progress,
         catch_signals(has_progress=False) as stop,
     ):
+        rows = read_rows(folder.metrics)
         run = PPORun(
             learner=learner,
             programs=programs,
@@ -116,7 +118,8 @@ def train(stage: Stage, folder: RunFolder, opened: Opened) -> tuple[int, bool]:
                 every=config.logging.every,
                 num_steps=num_steps,
                 learning_rate=_learning_rate_of_step(learner),
-                seen=[row for row in read_rows(folder.metrics) if "entropy" in row],
+                seen=[row for row in rows if "entropy" in row],
+                judge_costs=JudgeCosts(opened.source, rows[-1] if rows else {}).metrics,
             ),
             stop=stop,
         )

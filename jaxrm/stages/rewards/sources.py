@@ -1,4 +1,4 @@
-"""Where the rewards of PPO come from: a trained reward model, a classifier of the hub, a function, or a sum of several.
+"""Where the rewards of PPO come from: a reward model of a run or the hub, a function, a judge, or a sum of several.
 
 Each is a `jaxrm.algorithms.rollout.RewardSource`: calibration, responses and reference log-probs to token rewards
 ``r_t``. Of a reward model that is one jitted step, `jaxrm.algorithms.scoring.build_scorer`. What a section of the
@@ -24,6 +24,7 @@ from jaxrm.data.template_comparison import write_alike
 from jaxrm.data.tokenizer import Vocabulary, unreadable_by
 from jaxrm.errors import UserError, flag, naming, option
 from jaxrm.inference import parameters, sharded_model
+from jaxrm.inference.endpoint_scorer import EndpointScorer
 from jaxrm.inference.load import describe_reward_model, load_reward_model
 from jaxrm.inference.reward_model import RewardModel
 from jaxrm.inference.token_scores import build_scorer
@@ -105,7 +106,7 @@ def check_has_rewards(config: PPO | BestOfN | Evaluate, consequence: str) -> Non
     """
     if not has_rewards(config):
         raise UserError(
-            f"{option('reward')} has neither model nor function, so {consequence}; give the run of a reward model, "
+            f"{option('reward')} has no model, function or endpoint, so {consequence}; give the run of a reward model, "
             f"e.g. {flag('reward.model')}=runs/quickstart/rm_seq2seq"
         )
 
@@ -158,9 +159,13 @@ def open_rewards(
 
 def identities_of(config: PPO | BestOfN | Evaluate) -> list[str]:
     """Which sources of rewards exactly, in the order of their names; see `jaxrm.inference.weights.identity_of`."""
-    sources = sorted(sources_of(config).items())
-    identities = [(name, identity_of(str(source.model or source.function))) for name, source in sources]
+    identities = [(name, identity_of_rewards(source)) for name, source in sorted(sources_of(config).items())]
     return [f"{name} {identity}" if config.rewards else identity for name, identity in identities]
+
+
+def identity_of_rewards(source: RewardConfig) -> str:
+    """Which model, function or judge exactly."""
+    return identity_of(str(source.model or source.function)) if source.endpoint is None else _judge(source).identity
 
 
 def are_terminal(config: PPO) -> bool:
@@ -243,6 +248,34 @@ def check_run(source: RewardConfig, scored: Scored) -> str:
     if kind.needs == "dpo":
         check_began_with_reference(find_checkpoint(path, "reward.model"), config)
     return model.name
+
+
+def open_judge(source: RewardConfig, responses: Responses) -> RewardSource:
+    """Rewards of a judge behind an endpoint."""
+    return TextRewards(
+        _judge(source),
+        find_kind(source.kind),
+        examples=responses.examples,
+        text=responses.text,
+        end_ids=responses.end_ids,
+        mesh=responses.mesh,
+    )
+
+
+def check_judge(source: RewardConfig, scored: Scored) -> str:
+    """Refuse prompts without the reference that the judge's rubric wants; the name of the judge, which is not asked."""
+    judge = _judge(source)
+    judge.check_references(scored.examples)
+    return judge.name
+
+
+def _check_judge_config(source: RewardConfig) -> None:
+    _judge(source)
+
+
+def _judge(source: RewardConfig) -> EndpointScorer:
+    assert source.endpoint is not None
+    return EndpointScorer(source.endpoint, "reward.endpoint")
 
 
 def open_run(source: RewardConfig, responses: Responses) -> RewardSource:
@@ -389,6 +422,7 @@ def _check_length(model: RewardModel, length: int, response_length: int) -> None
 
 
 FUNCTION = Origin(_check_named_function, check_function, open_function_rewards)
+JUDGE = Origin(_check_judge_config, check_judge, open_judge)
 MODEL_RUN = Origin(lambda source: None, check_run, open_run)
 CLASSIFIER = Origin(lambda source: None, classifier.check_classifier, classifier.open_classifier_rewards)
 
@@ -397,4 +431,6 @@ def origin_of(source: RewardConfig) -> Origin:
     """What a source of rewards is, by what its section gives."""
     if source.function is not None:
         return FUNCTION
+    if source.endpoint is not None:
+        return JUDGE
     return CLASSIFIER if classifier.names_classifier(str(source.model)) else MODEL_RUN

@@ -34,7 +34,7 @@ class SummedRewards:
         end_ids: tuple[int, ...],
         mesh: Mesh,
     ) -> None:
-        self._sources = dict(sources)
+        self.sources = dict(sources)
         rows = partition.batch_sharding(mesh)
         add = functools.partial(sum_rewards, weights=dict(weights), end_ids=end_ids)
         self._add = jax.jit(add, in_shardings=(rows, rows), out_shardings=rows)
@@ -42,7 +42,7 @@ class SummedRewards:
     @property
     def needs_reference(self) -> bool:
         """Whether one of them does."""
-        return any(source.needs_reference for source in self._sources.values())
+        return any(source.needs_reference for source in self.sources.values())
 
     def __call__(
         self, calibration: Mapping[str, Calibration], batch: ResponseBatch, reference_log_probs: jax.Array | None
@@ -53,7 +53,7 @@ class SummedRewards:
           UserError: of a source, whose options it names.
         """
         parts = {}
-        for name, source in self._sources.items():
+        for name, source in self.sources.items():
             with naming({"reward": option(f"rewards.{name}")}):
                 parts[name] = source(calibration[name], batch, reference_log_probs)
         return self._add(parts, batch)

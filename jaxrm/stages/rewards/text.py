@@ -46,7 +46,7 @@ class TextRewards:
         end_ids: tuple[int, ...],
         mesh: Mesh,
     ) -> None:
-        self._scorer, self._text, self._is_of_tokens = scorer, text, kind.reads == "spans"
+        self.scorer, self._text, self._is_of_tokens = scorer, text, kind.reads == "spans"
         self._examples = {example.tokens.tobytes(): example for example in examples}
         self._rows = partition.batch_sharding(mesh)
         self._replicate = jax.jit(lambda batch: batch, out_shardings=NamedSharding(mesh, PartitionSpec()))
@@ -68,7 +68,7 @@ class TextRewards:
         """Score responses; the reference's log-probs are not read."""
         del reference_log_probs
         host = jax.device_get(self._replicate(batch))
-        if self._scorer.is_collective:
+        if self.scorer.is_collective:
             scores = self._score(host)
         else:
             shape = host.responses.shape if self._is_of_tokens else host.responses.shape[:1]
@@ -84,7 +84,7 @@ class TextRewards:
         ):
             example = self._examples[ids[mask].astype(np.int32).tobytes()]
             samples.append(TextSample(example.messages, self._text(response[response_mask]), example.fields))
-        scores = self._scorer(samples)
+        scores = self.scorer(samples)
         if not self._is_of_tokens:
             return np.asarray(scores, np.float32)
         numbers = np.zeros(batch.responses.shape, np.float32)
