@@ -7,6 +7,11 @@ The input holds pairs, or prompts with one response, in any schema that jaxrm re
 counted and left out. Token rewards are written before scale and centre, which belong to a run of PPO. A config is
 needed only to lay the model over devices (config.mesh) or to name the kind (config.reward.kind).
 
+A config of PPO with several sources (config.rewards) scores with their sum, and no --checkpoint is given. Each source
+is calibrated on the responses of the input, and its own rewards stand in `sources`, before its weight.
+
+python -m jaxrm.score --config=ppo.py --input=pairs.jsonl --output=scored.jsonl --html=scored.html
+
 python -m jaxrm.score --weights=google/gemma-2b --adapter=exported/rm --input=pairs.jsonl --output=scored.jsonl
 python -m jaxrm.score --weights=Skywork/Skywork-Reward-V2-Qwen3-0.6B --input=pairs.jsonl --output=scored.jsonl
 """
@@ -23,7 +28,7 @@ from absl import flags
 
 from jaxrm.config import command_line
 from jaxrm.config.output_files import check_output_files
-from jaxrm.errors import UserError
+from jaxrm.errors import UserError, naming
 from jaxrm.stage_config import PPO, BestOfN, Evaluate, ScalarRM, Seq2SeqRM
 
 _SAME = ("kind", "reference", "max_new_tokens")
@@ -66,12 +71,15 @@ def define_flags(values: flags.FlagValues) -> None:
 def main(config: Any, given: flags.FlagValues) -> int:
     """Open the model, score, write and draw."""
     examples = {"input": "pairs.jsonl", "output": "scored.jsonl"}
-    if given.weights is None:
+    adds_sources = bool(getattr(config, "rewards", None))
+    if given.weights is None and not adds_sources:
         examples = {"checkpoint": "runs/rm_seq2seq_tiny"} | examples
     for name, example in examples.items():
         if not getattr(given, name):
             raise UserError(f"--{name} is missing; e.g. --{name}={example}")
     check_output_files(given.input, {"output": given.output, "html": given.html}, "scored")
+    if adds_sources:
+        return _add_sources(config, given)
 
     from jaxrm.data.config import DataConfig
     from jaxrm.inference import score_file
@@ -81,11 +89,6 @@ def main(config: Any, given: flags.FlagValues) -> int:
     from jaxrm.stage_config import REWARD_MODELS
 
     path = check_flags(given.checkpoint, given.weights, given.adapter)
-    if getattr(config, "rewards", None):
-        raise UserError(
-            f"config.rewards has {', '.join(config.rewards)}, but one reward model is scored with one kind; take the "
-            f"sources away, --config.rewards.NAME=None, and give --kind=…"
-        )
     configured, run = None if config is None else config.reward.kind, None
     if given.checkpoint is not None:
         run = find_checkpoint(path, "path", REWARD_MODELS)
@@ -110,6 +113,33 @@ def main(config: Any, given: flags.FlagValues) -> int:
     score_file.print_scored(records, rows, model.name, kind, given.output, is_training_data)
     if given.html is not None:
         score_file.write_page(given.html, rows, model.name, kind)
+    return 0
+
+
+def _add_sources(config: Any, given: flags.FlagValues) -> int:
+    """Score with the sum of the config's sources."""
+    of_one_model = ("checkpoint", "weights", "adapter", "kind", "reference", "template", "dtype", "held_out")
+    for name in of_one_model:
+        if getattr(given, name):
+            raise UserError(
+                f"--{name} is for scoring with one reward model, but config.rewards has {', '.join(config.rewards)}; "
+                f"leave it out, or the config"
+            )
+
+    from jaxrm.inference import score_file
+    from jaxrm.sharding.mesh import build_mesh
+    from jaxrm.stages.rewards import score_records
+
+    read = score_file.read_records_to_score(given.input, config.data, False, given.max_records, with_fields=True)
+    mesh = build_mesh(config.mesh)
+    with naming({"path": "config.model.path", **{name: f"config.{name}" for name in ("model.path", "model.adapter")}}):
+        rows = score_records.score_records(config, read.records, read.report, mesh, given.batch_size)
+    kind, names = rows[0]["kind"], ", ".join(config.rewards)
+    score_file.write_lines(given.output, rows)
+    score_file.print_scored(read, rows, names, kind, given.output, is_training_data=False)
+    score_records.print_sources(rows)
+    if given.html is not None:
+        score_file.write_page(given.html, rows, names, kind)
     return 0
 
 

@@ -5,7 +5,7 @@ weight. `sources_of` reads both forms.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -187,7 +187,7 @@ def in_words(config: Any) -> str:
 
 
 def source_fields(
-    weights: Mapping[str, float], rewards: Mapping[str, Sequence[float]], *, tokens: bool = True
+    weights: Mapping[str, float], rewards: Mapping[str, Any], *, tokens: bool = True
 ) -> dict[str, dict[str, Any]]:
     """What each source of a sum gave one response, for the rows of files: ``weight``, ``reward`` and ``rewards``.
 

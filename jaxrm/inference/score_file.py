@@ -103,7 +103,9 @@ class RecordsToScore:
     report: ReadReport
 
 
-def read_records_to_score(path: str, data: DataConfig, held_out: bool, max_records: int | None) -> RecordsToScore:
+def read_records_to_score(
+    path: str, data: DataConfig, held_out: bool, max_records: int | None, *, with_fields: bool = False
+) -> RecordsToScore:
     """All records of a file, or the side that a run held out.
 
     Args:
@@ -111,6 +113,7 @@ def read_records_to_score(path: str, data: DataConfig, held_out: bool, max_recor
       data: of the run: which label of PKU-SafeRLHF counts, and what it held out.
       held_out: read only the records whose prompts the run held out, by their hash.
       max_records: read no more than so many.
+      with_fields: give each record the columns of its row, for functions that read them.
     """
     if held_out and (data.eval_path is not None or data.eval_split is not None):
         raise UserError(
@@ -127,7 +130,7 @@ def read_records_to_score(path: str, data: DataConfig, held_out: bool, max_recor
         max_eval_records=max_records,
         max_bad_share=1.0,
     )
-    return RecordsToScore(path, *read_records(whole, held_out=True))
+    return RecordsToScore(path, *read_records(whole, held_out=True, with_fields=with_fields))
 
 
 def score_records(

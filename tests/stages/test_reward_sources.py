@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from support.same_run import differences
 
+from jaxrm import score
 from jaxrm.algorithms import scoring
 from jaxrm.algorithms.best_of_n import BestOfNConfig
 from jaxrm.algorithms.optimizer import OptimizerConfig
@@ -427,3 +428,81 @@ def test_answers_are_evaluated_by_each_source(answers, tmp_path):
     (means,) = json.loads((tmp_path / "run" / "evaluation.json").read_text()).values()
     assert means["reward_share/brief"] + means["reward_share/varied"] == pytest.approx(1, rel=1e-5)
     assert -1 <= means["reward_correlation/brief/varied"] <= 1
+
+
+# --- scoring a file by a sum
+
+SUM = """
+from jaxrm.algorithms.ppo_config import RolloutConfig
+from jaxrm.algorithms.reward_config import RewardConfig
+from jaxrm.data.config import DataConfig
+from jaxrm.models.build import ModelSource
+from jaxrm.models.generate import SamplingConfig
+from jaxrm.stage_config import PPO
+
+
+def get_config():
+    return PPO(
+        model=ModelSource(path="sft"),
+        data=DataConfig(path="task:safety", max_length=128),
+        rollout=RolloutConfig(sampling=SamplingConfig(max_new_tokens=64)),
+        rewards={
+            "words": RewardConfig(kind="literal", model="seq2seq_rm"),
+            "brief": RewardConfig(kind="scalar", function="rules_of_this_test:brief", weight=-0.5),
+        },
+    )
+"""
+
+
+def run_score(*arguments):
+    argv = ["score", "--config=sum.py", "--input=pairs.jsonl", "--output=scored.jsonl", *arguments]
+    return command_line.run(
+        score.main,
+        score.CONFIG_CLASSES,
+        define_flags=score.define_flags,
+        config_required=False,
+        flag_of_field=score.FLAG_OF_FIELD,
+        argv=argv,
+    )
+
+
+@pytest.fixture
+def pairs(config, place, task_folder, tmp_path, monkeypatch):
+    """A folder with a config of two sources, the runs that it names, and some pairs."""
+    for run in place.iterdir():
+        (tmp_path / run.name).symlink_to(run)
+    (tmp_path / "sum.py").write_text(SUM)
+    lines = (task_folder / "pairs.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "pairs.jsonl").write_text("".join(lines[:6]))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_flags_of_one_model_do_not_go_with_a_sum(pairs, capsys):
+    assert run_score("--checkpoint=seq2seq_rm") == 2
+    assert (
+        "--checkpoint is for scoring with one reward model, but config.rewards has words, brief"
+        in capsys.readouterr().err
+    )
+    assert run_score("--config.model.path=None") == 2
+    assert "config.model.path is None, but sources are added on the tokens of a policy" in capsys.readouterr().err
+    assert not (pairs / "scored.jsonl").exists()
+
+
+@pytest.mark.slow
+def test_a_file_is_scored_by_the_sum_of_sources(pairs, capsys):
+    """Each calibrated on the file's responses, and shown on the page."""
+    assert run_score("--html=scored.html", "--batch_size=8") == 0
+    rows = rows_of(pairs, "scored.jsonl")
+    responses = [response for row in rows for response in row["responses"]]
+    assert len(responses) == 12
+    for response in responses:
+        sources = response["sources"]
+        summed = np.array(sources["words"]["rewards"]) - 0.5 * np.array(sources["brief"]["rewards"])
+        np.testing.assert_allclose(response["rewards"], summed, rtol=1e-5, atol=1e-6)
+    brief = np.array([response["sources"]["brief"]["reward"] for response in responses])
+    words = np.array([-len(response["text"].split()) for response in responses])
+    np.testing.assert_allclose(brief, words / words.std(), rtol=1e-5)
+    printed = capsys.readouterr().out
+    assert "By source" in printed and "sum of words (literal) + -0.5 * brief (scalar)" in printed
+    assert "drawSources" in (pairs / "scored.html").read_text()
