@@ -390,7 +390,6 @@ def answers(place, tmp_path, monkeypatch):
     return make
 
 
-@pytest.mark.slow
 def test_the_best_of_n_has_the_highest_sum(answers, tmp_path, capsys):
     """It resumes with the calibration of both sources, and says what each gave."""
     config = answers(BestOfN, num_steps=2, best_of_n=BestOfNConfig(n=3, keep_truncated=True))
@@ -416,7 +415,6 @@ def test_the_best_of_n_has_the_highest_sum(answers, tmp_path, capsys):
     assert rows_of(tmp_path / "run", "candidates.jsonl") == rows
 
 
-@pytest.mark.slow
 def test_answers_are_evaluated_by_each_source(answers, tmp_path):
     config = answers(Evaluate, evaluate=EvaluateConfig(decodings=("sampled",), best_of=2, token_rewards=1))
     assert evaluate.run(config) == 0
@@ -489,7 +487,6 @@ def test_flags_of_one_model_do_not_go_with_a_sum(pairs, capsys):
     assert not (pairs / "scored.jsonl").exists()
 
 
-@pytest.mark.slow
 def test_a_file_is_scored_by_the_sum_of_sources(pairs, capsys):
     """Each calibrated on the file's responses, and shown on the page."""
     assert run_score("--html=scored.html", "--batch_size=8") == 0
