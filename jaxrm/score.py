@@ -118,8 +118,8 @@ def main(config: Any, given: flags.FlagValues) -> int:
 
 def _add_sources(config: Any, given: flags.FlagValues) -> int:
     """Score with the sum of the config's sources."""
-    of_one_model = ("checkpoint", "weights", "adapter", "kind", "reference", "template", "dtype", "held_out")
-    for name in of_one_model:
+    single_model_flags = ("checkpoint", "weights", "adapter", "kind", "reference", "template", "dtype", "held_out")
+    for name in single_model_flags:
         if getattr(given, name):
             raise UserError(
                 f"--{name} is for scoring with one reward model, but config.rewards has {', '.join(config.rewards)}; "
