@@ -75,9 +75,9 @@ def estimate(
     Returns:
       The rollout ``[B, T]`` to update on; the next ``feedback``; metrics, float32 scalars.
     """
-    mask = batch.response_mask
+    mask, shaped = batch.response_mask, _shaped_rewards(rewards, batch.response_mask, config)
     penalized = kl.penalized_rewards(
-        _shaped_rewards(rewards, mask, config),
+        shaped,
         token_log_probs.log_probs,
         token_log_probs.reference_log_probs,
         mask,
@@ -92,7 +92,8 @@ def estimate(
     if values is not None and returns is not None:
         metrics["explained_variance"] = advantages.explained_variance(values, returns, mask)
     elif groups.size > 1:
-        metrics["equal_groups"] = advantages.equal_groups(advantage, mask, group_size=groups.size)
+        unpenalized, _ = _advantages(shaped, None, mask, config, groups)  # a KL differs where rewards do not
+        metrics["equal_groups"] = advantages.equal_groups(unpenalized, mask, group_size=groups.size)
     if config.is_whitened:
         advantage = masking.masked_whiten(advantage, mask)
 

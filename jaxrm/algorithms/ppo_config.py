@@ -85,6 +85,9 @@ class PPOConfig:
         if self.kl_target is not None and self.kl_coef == 0:
             required = f"above 0, since the controller of {place(self, 'kl_target')} can never raise 0"
             raise wrong(self, "kl_coef", required, 0.02)
+        if self.clip_high is not None and self.clip_high < self.clip:
+            required = f"at least {place(self, 'clip')}, {self.clip}, since it widens the range upwards"
+            raise wrong(self, "clip_high", required, self.clip)
         if not self.has_values:
             for name in (*_OF_VALUES, "discount"):
                 lacks = "sums rewards without a discount" if name == "discount" else "has no critic"
@@ -92,6 +95,7 @@ class PPOConfig:
         if self.advantage == "grpo":
             in_loss = f"{place(self, 'advantage')}=grpo has its KL in the loss"
             self._refuse("kl_target", f"{in_loss}, which no controller moves")
+            self._refuse("kl_horizon", f"{in_loss}, which no controller moves")
             self._refuse("kl_estimator", f"{in_loss}, see {place(self, 'kl_loss_estimator')}")
             self._refuse("kl_loss_coef", f"{in_loss}, weighed by {place(self, 'kl_coef')}, and it would count twice")
         elif self.kl_loss_estimator is not None and self.kl_loss_coef == 0:

@@ -52,7 +52,7 @@ def scalar_rm_loss(graphdef: nnx.GraphDef, config: ScalarRMConfig = ScalarRMConf
 
         L += prefix_coef/2 mean_t (r(x, y_<t) - r(x, y))^2 + neighbor_coef/2 mean_t (r(x, y_<=t) - r(x, y_<t))^2
 
-    whose means are over the n tokens, and in which r(x, y) is a target without a gradient (jaxrm choice): else the
+    whose means are over the n tokens. In the first, r(x, y) is a target without a gradient (jaxrm choice): else the
     whole score would be drawn towards those of prefixes, and lose what the comparison says.
 
     Args:

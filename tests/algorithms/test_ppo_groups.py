@@ -67,6 +67,17 @@ def test_advantages_are_of_rewards_less_the_kl(advantage, kind):
     assert not {"value", "explained_variance"} & set(metrics) and metrics["equal_groups"] == 0
 
 
+@pytest.mark.parametrize("advantage", ["rloo", "grpo", "reinforce++"])
+def test_groups_of_equal_rewards_are_counted_whatever_their_kl(advantage):
+    batch, token_log_probs, _ = made_up()
+    config = PPOConfig(advantage=advantage, kl_coef=0.3, missing_end_penalty=0.0)
+    estimate = functools.partial(ppo.estimate, config=config, next_calibration=stay)
+    feedback, groups = RewardAndKLState(CALIBRATION, jnp.float32(0.3)), ppo.Groups(2, is_terminal=True)
+    for reward, share in ((np.full(B, 0.7), 1.0), (np.arange(B) / 7, 0.0)):
+        _, _, metrics = estimate(feedback, batch, token_log_probs, rewarded(batch, reward), groups=groups)
+        assert metrics["equal_groups"] == share
+
+
 def test_without_a_critic_no_critic_is_anywhere():
     """Not in the state, the checkpoint, the parameters or the log-probs, and the update has no loss of it."""
     s = without_critic()
