@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from jaxrm.errors import naming
+from jaxrm.errors import flag, naming
 from jaxrm.planning.cost import Cost, ProgramPlan, StagePlan, subtract
 from jaxrm.planning.search import Trial
 from jaxrm.planning.topology import GIB
@@ -145,6 +145,20 @@ def _time_bar(program: ProgramPlan) -> Bar:
 def _program_table(plan: StagePlan, title: str) -> Table:
     columns = ("", "fits", "peak GiB", "tokens", "TFLOPs", "memory GiB", "ICI MiB", "DCN MiB", *_RANGE, "compiled in s")
     return Table(title, columns, tuple(_page_row(program) for program in plan.programs), " ".join(ASSUMPTIONS))
+
+
+def critic_note(plan: StagePlan) -> str:
+    """What a plan of PPO that does not fit would save without a critic; empty for any other.
+
+    It is no change to try: the advantages are others, so that is another method.
+    """
+    size = plan.residents.get("critic")
+    if plan.fits or size is None:
+        return ""
+    return (
+        f"Of that, the critic has {_gib(size)} GiB. {flag('ppo.advantage')}=rloo and grpo have none; they compare "
+        f"{flag('rollout.responses_per_prompt')}=8 responses to a prompt, which also share its cache."
+    )
 
 
 def _page_row(program: ProgramPlan) -> tuple[Any, ...]:

@@ -95,6 +95,8 @@ def _plan_and_print(config: TrainingConfig, topology: Topology, options: PlanOpt
     if plan is None:
         plan = next((each.plan for each in trials if each.plan.fits), trials[0].plan)
         report.print_plan(plan)
+    if note := report.critic_note(plan):
+        print(note)
     return plan, trials
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import pytest
 from support.planning import config, tpu
@@ -14,7 +15,7 @@ from jaxrm.models.flops import training_flops_per_token
 from jaxrm.planning.abstract import device_bytes
 from jaxrm.planning.compile import plan_stage
 from jaxrm.planning.programs import stage_programs
-from jaxrm.planning.report import print_plan
+from jaxrm.planning.report import critic_note, print_plan
 from jaxrm.planning.topology import CHIPS, open_topology
 from jaxrm.sharding.mesh import MeshConfig, build_mesh
 
@@ -54,6 +55,24 @@ def test_a_plan_of_ppo_has_all_programs_and_residents(ppo_plan, capsys):
     print_plan(ppo_plan)
     assert "update" in capsys.readouterr().out
     json.dumps(ppo_plan.as_json(), allow_nan=False)
+
+
+@pytest.mark.slow
+def test_a_plan_without_a_critic_has_none(here, ppo_plan):
+    """In groups of two: the policy is updated alone, and the rollout has one set of keys for both of a group."""
+    groups = {"ppo.advantage": "rloo", "rollout.responses_per_prompt": 2}
+    plan = plan_stage(with_changes(PPO, groups), here)
+    assert [program.name for program in plan.programs] == ["rollout", "log_probs", "scoring", "update"]
+    assert plan.residents.keys() == {"policy", "reference", "reward model"}
+    assert sum(plan.residents.values()) < 0.7 * sum(ppo_plan.residents.values())
+    assert all(one.peak < other.peak for one, other in zip(plan.programs, ppo_plan.programs, strict=True))
+
+
+def test_what_a_critic_takes_is_said_where_ppo_does_not_fit():
+    plan = SimpleNamespace(fits=False, residents={"policy": 2**31, "critic": 2**31})
+    assert "the critic has 2 GiB. --config.ppo.advantage=rloo and grpo have none" in critic_note(plan)
+    assert critic_note(SimpleNamespace(fits=True, residents=plan.residents)) == ""
+    assert critic_note(SimpleNamespace(fits=False, residents={"policy": 2**31})) == ""
 
 
 @pytest.mark.slow
