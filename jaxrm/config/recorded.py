@@ -11,6 +11,7 @@ _SINCE: Mapping[str, Any] = {
     "loss_aggregation": "token",
     "responses_per_prompt": 1,
     "function_workers": 0,
+    "classifier": {"max_length": None, "template": None, "dtype": None, "quantize": None},
     "rewards": {},
     "weight": 1.0,
     "head": "zero",

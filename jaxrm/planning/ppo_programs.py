@@ -149,6 +149,7 @@ def build(config: PPO, mesh: Mesh, decoder: ShardedModel) -> StagePrograms:
     programs = [*_rollout(stage), _reference_log_probs(stage) if is_one_pass else _log_probs(stage)]
     if stage.state.critic is not None:
         residents["critic"] = stage.state.critic
+    paths: set[str] = set()
     for name, source in sources_of(config).items():
         if source.model is None:  # what scores text needs no device
             continue
@@ -163,7 +164,9 @@ def build(config: PPO, mesh: Mesh, decoder: ShardedModel) -> StagePrograms:
             trained = with_shardings(model.trained_shapes, model.trained_shardings)
             resident = trained if base else _in_dtype(trained, config.model.dtype)
             whole = lora.join(with_shardings(model.frozen_shapes, model.frozen_shardings), resident)
-        residents[f"reward model{suffix}"] = resident
+        if source.model not in paths:  # two sources of one model hold it once
+            residents[f"reward model{suffix}"] = resident
+        paths.add(source.model)
         programs.append(_scoring(stage, model, _scorer(mesh, model, kind), kind, whole, f"scoring{suffix}"))
     if is_one_pass:
         programs.append(_update(stage))

@@ -106,3 +106,13 @@ def test_what_runs_hold_comes_from_the_table():
 def test_no_stage_is_refused():
     with pytest.raises(UserError, match=r"config\.algorithm is 'pro', which is no stage; the stages are sft, "):
         read_stage({"algorithm": "pro"})
+
+
+@pytest.mark.parametrize("stage", ["ppo", "best_of_n", "evaluate"])
+def test_a_run_from_before_several_sources_goes_on(stage):
+    """Nothing that was added to rewards since changes what such a run computes."""
+    today = json.loads(json.dumps(dicts.to_dict(STAGES[stage].config_class())))
+    before = {name: value for name, value in today.items() if name != "rewards"}
+    old = ("kind", "model", "function", "scale", "center", "center_momentum", "calibration_responses")
+    before["reward"] = {name: today["reward"][name] for name in old}
+    assert dicts.differences(upgraded(before, today), today) == []

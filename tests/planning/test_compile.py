@@ -57,6 +57,20 @@ def test_a_plan_of_ppo_has_all_programs_and_residents(ppo_plan, capsys):
     json.dumps(ppo_plan.as_json(), allow_nan=False)
 
 
+def test_a_sum_of_sources_holds_each_model_once(here):
+    """Two of one run share its weights; a function needs none."""
+    rewards = {
+        "words": RewardConfig(kind="literal", model="runs/a"),
+        "doubts": RewardConfig(kind="soft", model="runs/a"),
+        "score": RewardConfig(kind="scalar", model="runs/b"),
+        "rule": RewardConfig(kind="scalar", function="my:rule"),
+    }
+    planned = stage_programs(config("ppo", rewards=rewards), build_mesh(PPO.mesh, here.devices))
+    names = [program.name for program in planned.programs]
+    assert names == ["rollout", "log_probs", "scoring words", "scoring doubts", "scoring score", "update"]
+    assert planned.residents.keys() == {"policy", "critic", "reference", "reward model words", "reward model score"}
+
+
 @pytest.mark.slow
 def test_a_plan_without_a_critic_has_none(here, ppo_plan):
     """In groups of two: the policy is updated alone, and the rollout has one set of keys for both of a group."""
