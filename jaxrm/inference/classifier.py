@@ -7,7 +7,6 @@ out in a message stays text (`jaxrm.data.templates`), so that a policy cannot en
 
 import dataclasses
 import functools
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -40,6 +39,21 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+@dataclass
+class TextCounts:
+    """How many texts a classifier has scored.
+
+    Attributes:
+      scored: in all.
+      cut: of them, those that were too long and lost a part.
+      cut_share: of those that were scored last, together.
+    """
+
+    scored: int = 0
+    cut: int = 0
+    cut_share: float = 0.0
+
+
 @dataclass(frozen=True, eq=False)
 class Classifier:
     """A sequence classifier of one label with its weights: a `jaxrm.inference.text_scorer.TextScorer`.
@@ -52,7 +66,7 @@ class Classifier:
       max_length: most tokens of a dialogue; a longer one is cut on the side that its tokenizer truncates.
       name: where it came from, for people.
       rows: dialogues that are scored at once.
-      counts: dialogues that were ``scored``, and those among them that were ``cut``.
+      counts: what was scored so far.
     """
 
     model: ShardedModel = dataclasses.field(repr=False)
@@ -62,7 +76,7 @@ class Classifier:
     max_length: int
     name: str
     rows: int = 16
-    counts: Counter[str] = dataclasses.field(default_factory=Counter, repr=False)
+    counts: TextCounts = dataclasses.field(default_factory=TextCounts, repr=False)
 
     is_collective: ClassVar[bool] = True
     is_seq2seq: ClassVar[bool] = False
@@ -278,8 +292,10 @@ class Classifier:
 
     def _count_cut(self, num_cut: int, total: int) -> None:
         """Count texts that were cut, and warn of the first."""
-        is_first = num_cut > 0 and not self.counts["cut"]
-        self.counts.update(cut=num_cut, scored=total)
+        is_first = num_cut > 0 and not self.counts.cut
+        self.counts.cut += num_cut
+        self.counts.scored += total
+        self.counts.cut_share = num_cut / max(total, 1)
         if is_first and jax.process_index() == 0:
             side = "the beginning" if self.tokenizer.truncation_side == "left" else "the end"
             print(

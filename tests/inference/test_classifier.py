@@ -18,6 +18,7 @@ from jaxrm.algorithms.reward_config import ClassifierConfig
 from jaxrm.data.records import Message
 from jaxrm.data.responses import Response
 from jaxrm.errors import UserError, naming
+from jaxrm.inference.classifier import TextCounts
 from jaxrm.inference.open_classifier import describe_classifier, open_classifier
 from jaxrm.inference.text_scorer import TextSample
 from jaxrm.models import build
@@ -165,7 +166,7 @@ def test_overlong_texts_are_cut_as_the_tokenizer_does(side, limit, tmp_path, one
     for row, each in zip(rows, DIALOGUES, strict=True):
         assert row.tolist() == ids_of(loaded(folder), *each, truncation=True, max_length=40)
     num_long = sum(len(ids_of(loaded(folder), *each)) > 40 for each in DIALOGUES)
-    assert classifier.counts == {"scored": 8, "cut": 2 * num_long}
+    assert classifier.counts == TextCounts(scored=8, cut=2 * num_long, cut_share=num_long / 4)
     assert 0 < num_long < 4
     warned = capsys.readouterr().out
     lost = "the beginning" if side == "left" else "the end"

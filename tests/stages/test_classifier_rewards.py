@@ -81,7 +81,7 @@ def test_ppo_learns_from_a_classifier(config, tmp_path, capsys):
     assert "rewards: scalar from the classifier rm" in printed
     assert "critic from the policy" in printed
     steps = [row for row in rows_of(tmp_path / "ppo") if "policy_loss" in row]
-    assert len(steps) == 2 and all(np.isfinite(row["reward"]) for row in steps)
+    assert len(steps) == 2 and all(np.isfinite(row["reward"]) and row["texts_cut"] == 0 for row in steps)
     samples = rows_of(tmp_path / "ppo", "samples.jsonl")
     scores = jaxrm.load_reward_model("rm").score(
         [sample["prompt"] for sample in samples], [sample["response"] for sample in samples]
@@ -101,6 +101,7 @@ def test_a_classifier_adds_up_with_a_rule(config, tmp_path):
     assert ppo.run(config(tmp_path / "ppo", rewards=named, num_steps=1)) == 0
     row = next(row for row in rows_of(tmp_path / "ppo") if "policy_loss" in row)
     assert all(np.isfinite(row[f"reward/{name}"]) for name in named)
+    assert (row["texts_cut/one"], row["texts_cut/other"]) == (0, 1) and "texts_cut/rule" not in row
 
 
 def test_a_dry_run_counts_the_weights_of_a_classifier(config):

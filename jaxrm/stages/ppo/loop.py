@@ -27,6 +27,7 @@ from jaxrm.stage_config import PPO
 from jaxrm.stages.ppo.checkpoints import save
 from jaxrm.stages.ppo.data import PPOData
 from jaxrm.stages.ppo.learner import Learner
+from jaxrm.stages.rewards.classifier import cut_shares
 from jaxrm.types import ResponseBatch, TokenRewards
 
 
@@ -141,6 +142,7 @@ def fit(run: PPORun, state: PPOState, key: jax.Array, *, evaluation_pending: boo
         run.stop.has_progress = True
 
         metrics = {name: float(x) for name, x in jax.device_get(estimated).items()}
+        metrics |= cut_shares(run.programs.scoring)
         metrics |= _averaged(jax.device_get(updates))
         _check_finite(step, metrics, run.checkpoints)
         run.reporter.step(step, metrics | clock.rates(metrics["tokens"], metrics["prompt_tokens"]))

@@ -6,10 +6,12 @@ from typing import TYPE_CHECKING, Any
 from jaxrm.algorithms.reward_config import ClassifierConfig, RewardConfig
 from jaxrm.algorithms.rollout import RewardSource
 from jaxrm.errors import UserError, flag, option
+from jaxrm.inference.classifier import Classifier
 from jaxrm.inference.open_classifier import describe_classifier, open_classifier
 from jaxrm.inference.weights import is_run
 from jaxrm.models.hub import is_hub_name
 from jaxrm.ops.token_rewards import find_kind
+from jaxrm.stages.rewards.summed import SummedRewards
 from jaxrm.stages.rewards.text import TextRewards
 
 if TYPE_CHECKING:
@@ -78,3 +80,16 @@ def open_classifier_rewards(source: RewardConfig, responses: "Responses") -> Rew
         end_ids=responses.end_ids,
         mesh=responses.mesh,
     )
+
+
+def cut_shares(source: RewardSource) -> dict[str, float]:
+    """Share of the texts scored last that classifiers read cut, as fields of a row; a source without one has none.
+
+    It is ``texts_cut``, or ``texts_cut/NAME`` of a named source.
+    """
+    if isinstance(source, SummedRewards):
+        parts = {name: cut_shares(part) for name, part in source.sources.items()}
+        return {f"{field}/{name}": share for name, part in parts.items() for field, share in part.items()}
+    if isinstance(source, TextRewards) and isinstance(source.scorer, Classifier):
+        return {"texts_cut": source.scorer.counts.cut_share}
+    return {}
