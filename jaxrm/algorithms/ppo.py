@@ -9,7 +9,15 @@ they become advantages (`estimate`), and policy and critic are updated on them (
     L_pi = - mean min(rho_t A_t, clip(rho_t, 1 - eps, 1 + eps) A_t)
     L_V = 1/2 mean max((V_t - G_t)^2, (clip(V_t, V_old,t - eps_v, V_old,t + eps_v) - G_t)^2)
 
-Every reward source is treated alike: a scalar reward model differs in ``r_t`` alone.
+Without a critic the advantage of a token compares the n responses to a prompt, with ``G_i,t = sum_{l >= t} R_i,l``
+(`jaxrm.ops.advantages`):
+
+    rloo         A_i,t = G_i,t - mean_{j != i} G_j,t
+    grpo         A_i,t = sum_{l >= t} (r_i,l - mean) / (std + 1e-4) over the group's tokens; its KL is in the loss
+    reinforce++  A_i,t = G_i,t - mean_j G_j,t, whitened over the batch
+
+Where a rollout has one update alone, all of this follows from that update's own forward
+(`jaxrm.algorithms.ppo_one_pass`). Every reward source is treated alike: a scalar reward model differs in ``r_t`` alone.
 """
 
 import dataclasses
