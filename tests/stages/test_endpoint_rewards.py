@@ -9,6 +9,7 @@ import pytest
 from support.chat_server import ChatServer, Reply, serving
 from support.same_run import differences
 
+from jaxrm.algorithms.best_of_n import BestOfNConfig
 from jaxrm.algorithms.endpoint_config import EndpointConfig
 from jaxrm.algorithms.ppo_config import RolloutConfig
 from jaxrm.algorithms.reward_config import RewardConfig
@@ -21,7 +22,9 @@ from jaxrm.models.generate import SamplingConfig
 from jaxrm.runtime.checkpoint import CheckpointConfig
 from jaxrm.runtime.metrics import JUDGE_COST, LoggingConfig
 from jaxrm.sharding.mesh import MeshConfig, build_mesh
-from jaxrm.stage_config import PPO, JudgedEvaluationConfig
+from jaxrm.stage_config import PPO, BestOfN, Evaluate, EvaluateConfig, JudgedEvaluationConfig
+from jaxrm.stages.best_of_n import run as best_of_n
+from jaxrm.stages.evaluate import run as evaluate
 from jaxrm.stages.ppo import run as ppo
 
 RULE = "Judge this.\n{response}\n{scale}"
@@ -73,7 +76,8 @@ def endpoint(server, tmp_path, monkeypatch):
 def config(place, monkeypatch):
     """A short run of PPO, on one device, since that compiles sooner; the rewards are still to be given."""
     monkeypatch.chdir(place)
-    monkeypatch.setattr(ppo, "build_mesh", lambda config: build_mesh(config, jax.devices()[:1]))
+    for stage in (ppo, best_of_n, evaluate):
+        monkeypatch.setattr(stage, "build_mesh", lambda config: build_mesh(config, jax.devices()[:1]))
     sampling = SamplingConfig(max_new_tokens=6)
 
     def make(run_dir, **fields):
@@ -144,6 +148,27 @@ def test_a_judge_that_fails_stops_a_run_that_goes_on(config, endpoint, server, t
     assert rows_of(tmp_path / "run")[-1]["judge_questions/helpful"] >= 16
     with pytest.raises(UserError, match=r"another config: config\.rewards\.helpful\.endpoint\.answer was '0\.\.9'"):
         ppo.run(dicts.with_changes(made, {"rewards.helpful.endpoint.answer": "0..10"}))
+
+
+@pytest.mark.slow
+def test_the_other_stages_with_rewards_are_judged(config, endpoint, server, tmp_path, capsys):
+    """Best-of-n and an evaluation; the cost is printed, and answers that are there need no judge."""
+    ppo_config = config(tmp_path / "unused", reward=judged(endpoint()))
+    shared = {name: getattr(ppo_config, name) for name in ("model", "data", "rollout", "reward", "mesh", "logging")}
+    best = BestOfN(
+        run_dir=str(tmp_path / "best"), num_steps=1, best_of_n=BestOfNConfig(n=2, keep_truncated=True), **shared
+    )
+    assert best_of_n.run(best) == 0
+    assert "The judge's cost" in capsys.readouterr().out and len(server.questions) > 8
+    answered = EvaluateConfig(splits=("heldout",), decodings=("greedy",))
+    evaluated = Evaluate(run_dir=str(tmp_path / "evaluated"), evaluate=answered, **shared)
+    assert evaluate.run(evaluated) == 0
+    assert "The judge's cost" in capsys.readouterr().out
+    asked = len(server.questions)
+    moved = {"reward.endpoint.url": "http://127.0.0.1:9/v1"}
+    for stage, made in ((evaluate, evaluated), (best_of_n, best)):
+        assert stage.run(dicts.with_changes(made, moved)) == 0
+    assert len(server.questions) == asked
 
 
 # --- what is refused, before weights are read or a folder is made
