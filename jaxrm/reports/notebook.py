@@ -25,7 +25,9 @@ def token_rewards_html(records: Iterable[Mapping[str, Any]]) -> str:
       records: as `jaxrm.score` writes them to JSONL, one object a line.
     """
     rows = list(records)
-    sizes = [abs(reward) for record in rows for response in record["responses"] for reward in response["rewards"]]
+    responses = [response for record in rows for response in record["responses"]]
+    sources = [source for response in responses for source in response.get("sources", {}).values()]
+    sizes = [abs(reward) for rewarded in (*responses, *sources) for reward in rewarded["rewards"]]
     limit = max(sizes, default=0.0) or 1.0
     body = "".join(_record(record, limit) for record in rows)
     return f'{_legend(rows, limit)}<div style="max-width: 70em">{body}</div>'
@@ -55,6 +57,7 @@ def _response(response: Mapping[str, Any], limit: float) -> str:
         _token(token, reward, tag, limit)
         for token, reward, tag in zip(response["tokens"], response["rewards"], tags, strict=True)
     )
+    sources = "".join(_source(response, name, source, limit) for name, source in response.get("sources", {}).items())
     label = f"<b>{_text(response['side'])}</b>, sum of rewards {_number(response['sum'])}"
     correction = response["correction"]
     correction_line = ""
@@ -64,7 +67,19 @@ def _response(response: Mapping[str, Any], limit: float) -> str:
         correction_line = f'<div><span style="{_QUIET}">would write:</span> {text}</div>'
     return (
         f'<div style="margin-top: 0.7em">{label}'
-        f'<div style="line-height: 1.9; white-space: pre-wrap" dir="auto">{tokens}</div>{correction_line}</div>'
+        f'<div style="line-height: 1.9; white-space: pre-wrap" dir="auto">{tokens}</div>'
+        f"{sources}{correction_line}</div>"
+    )
+
+
+def _source(response: Mapping[str, Any], name: str, source: Mapping[str, Any], limit: float) -> str:
+    """A row of tokens on the colors of one source of a sum, before its weight."""
+    pairs = zip(response["tokens"], source["rewards"], strict=True)
+    tokens = "".join(_token(token, reward, True, limit) for token, reward in pairs)
+    label = f"{_text(name)}, weight {source['weight']:g}, reward {_number(source['reward'])}"
+    return (
+        f'<div style="margin: 0.4em 0 0 1em"><span style="{_QUIET}">{label}</span>'
+        f'<div style="line-height: 1.9; white-space: pre-wrap" dir="auto">{tokens}</div></div>'
     )
 
 

@@ -102,3 +102,11 @@ def test_a_scalar_reward_model_has_neither_tags_nor_corrections():
 
 def test_nothing_to_show_is_no_error():
     assert token_rewards_html([])
+
+
+def test_each_source_of_a_sum_has_a_row_of_tokens():
+    """On one scale of colors, and escaped."""
+    sources = {"wo<rds": {"weight": 1.0, "reward": 2.0, "rewards": [2.0, 0.0]}}
+    drawn = token_rewards_html([record(response() | {"sources": sources})])
+    assert "wo&lt;rds, weight 1, reward +2.00" in drawn
+    assert "\u22122.00" in drawn and len(tokens_of(drawn)) == 4

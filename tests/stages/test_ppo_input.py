@@ -14,6 +14,7 @@ import pytest
 from jaxrm.algorithms.optimizer import OptimizerConfig
 from jaxrm.algorithms.ppo_config import CriticConfig, PPOConfig, RolloutConfig
 from jaxrm.algorithms.reward_config import RewardConfig
+from jaxrm.config.named_sections import NamedSections
 from jaxrm.data.config import DataConfig
 from jaxrm.errors import UserError
 from jaxrm.inference.weights import identity_of
@@ -144,6 +145,27 @@ def test_the_good_configs_come_as_far_as_opening_their_folder(launch, changes):
 
 
 # --- rewards
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"model": "seq2seq_rm"}, "config.rewards.score.kind is 'scalar', but config.rewards.score.model"),
+        ({"model": "nowhere"}, "config.rewards.score.model is 'nowhere', but nowhere has"),
+        ({"function": "a:b"}, "config.rewards.score.function is 'a:b', but importing a"),
+        ({"function": "task:math"}, "config.rewards.score.function is 'task:math'; embedded"),
+    ],
+)
+def test_a_mistaken_source_of_a_sum_is_named(refuse, fields, message):
+    """The first source is a good one."""
+    rewards = {"words": RewardConfig(model="seq2seq_rm"), "score": RewardConfig(kind="scalar", **fields)}
+    assert refuse(reward=RewardConfig(), rewards=NamedSections(rewards)).startswith(message)
+
+
+def test_a_sum_has_no_head_for_the_critic(refuse):
+    rewards = {"score": RewardConfig(kind="scalar", model="scalar_rm"), "words": RewardConfig(model="seq2seq_rm")}
+    message = refuse(reward=RewardConfig(), rewards=NamedSections(rewards), critic={"head": "reward_model"})
+    assert "rewards are the sum of score, words, which no head of one gives" in message
 
 
 def test_no_reward_at_all_is_refused(refuse):

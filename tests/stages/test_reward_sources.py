@@ -35,6 +35,7 @@ from jaxrm.stage_config import PPO, BestOfN, Evaluate, EvaluateConfig, JudgedEva
 from jaxrm.stages.best_of_n import run as best_of_n
 from jaxrm.stages.evaluate import run as evaluate
 from jaxrm.stages.ppo import run as ppo
+from jaxrm.stages.rewards.summed import SummedRewards
 from jaxrm.types import ResponseBatch
 
 NO_MODEL = "--config.reward.model=None"
@@ -265,6 +266,30 @@ def test_equal_rewards_have_no_share_and_no_correlation(parts):
     )
     assert metrics["reward/a"] == pytest.approx(0.1)
     assert {float(x) for name, x in metrics.items() if not name.startswith("reward/")} == {0.0}
+
+
+def test_a_failure_at_work_names_its_source(parts):
+    """As a function does that fails in the middle of a run."""
+    batch, each = parts
+
+    class Failing:
+        needs_reference = True
+
+        def __call__(self, calibration, batch, reference):
+            raise UserError(f"{option('reward.function')} raised")
+
+    class Working:
+        needs_reference = False
+
+        def __call__(self, calibration, batch, reference):
+            return each["a"]
+
+    mesh = build_mesh(MeshConfig(), jax.devices())
+    sources = {"fine": Working(), "rule": Failing()}
+    summed = SummedRewards(sources, dict.fromkeys(sources, 1.0), end_ids=(END,), mesh=mesh)
+    assert summed.needs_reference
+    with pytest.raises(UserError, match=r"^config.rewards.rule.function raised$"):
+        summed(dict.fromkeys(sources), batch, None)
 
 
 # --- PPO with a sum
