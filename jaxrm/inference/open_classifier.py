@@ -74,15 +74,23 @@ def classifier_source(path: str, config: ClassifierConfig, *, dtype: str, attent
 def open_classifier(path: str, config: ClassifierConfig, *, mesh: Mesh, **options: Any) -> Classifier:
     """A classifier with its weights; arguments and errors as for `describe_classifier`."""
     classifier = describe_classifier(path, config, mesh=mesh, **options)
+    return dataclasses.replace(classifier, weights=read_weights(classifier))
+
+
+def read_weights(classifier: Classifier) -> hub.ClassifierParams:
+    """The weights of a classifier that `describe_classifier` has described.
+
+    Raises:
+      UserError: naming what is wrong with them.
+    """
     source = classifier.model.source
     with naming({"model.path": option("reward.model")}):
-        weights = hub.load_classifier(
-            path,
+        return hub.load_classifier(
+            str(source.path),
             shardings=classifier.model.shardings,
             dtype=jnp.dtype(source.dtype),
             quantize=source.quantize,
         )
-    return dataclasses.replace(classifier, weights=weights)
 
 
 def _read_tokenizer(path: str, tokenizer: str | None) -> "PreTrainedTokenizerBase":

@@ -24,6 +24,7 @@ from jaxrm.stages.ppo import run as ppo
 from jaxrm.stages.rewards import sources
 from jaxrm.stages.rewards.classifier import names_classifier
 
+BFLOAT16 = ClassifierConfig(dtype="bfloat16")
 SAMPLING = SamplingConfig(max_new_tokens=6)
 
 
@@ -104,6 +105,16 @@ def test_a_classifier_adds_up_with_a_rule(config, tmp_path):
     assert (row["texts_cut/one"], row["texts_cut/other"]) == (0, 1) and "texts_cut/rule" not in row
 
 
+def test_two_sources_of_a_classifier_share_its_weights(config):
+    """Also where they cut texts at unlike lengths; not in another dtype."""
+    sections = [rewards(), rewards(classifier=ClassifierConfig(max_length=9)), rewards(classifier=BFLOAT16)]
+    mesh = build_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
+    responses = sources.Responses(config(), mesh, None, [], None, (0,), {}, {})
+    opened = [sources.origin_of(section).open(section, responses).scorer for section in sections]
+    assert opened[0].weights is opened[1].weights and opened[0].weights is not opened[2].weights
+    assert [classifier.max_length for classifier in opened] == [512, 9, 512]
+
+
 def test_a_dry_run_counts_the_weights_of_a_classifier(config):
     data = DataConfig(path="task:safety", max_length=64, batch_size=8, max_eval_records=8)
     result = check(config(reward=rewards(), data=data, mesh=MeshConfig()))
@@ -117,7 +128,7 @@ def test_a_dry_run_counts_the_weights_of_a_classifier(config):
 
 def test_a_plan_has_the_shapes_of_a_classifier(config):
     mesh = build_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
-    for options, dtype in ((ClassifierConfig(dtype="bfloat16"), "bfloat16"), (ClassifierConfig(), "float32")):
+    for options, dtype in ((BFLOAT16, "bfloat16"), (ClassifierConfig(), "float32")):
         planned = stage_programs(config(reward=rewards(classifier=options)), mesh)
         decoder = planned.residents["reward model"]["decoder"]
         assert decoder["embedder"]["embedding"].shape == (352, 16)

@@ -1,5 +1,6 @@
 """A sequence classifier of the hub as a source of rewards: its score of a whole response, read by its own tokenizer."""
 
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -7,7 +8,7 @@ from jaxrm.algorithms.reward_config import ClassifierConfig, RewardConfig
 from jaxrm.algorithms.rollout import RewardSource
 from jaxrm.errors import UserError, flag, option
 from jaxrm.inference.classifier import Classifier
-from jaxrm.inference.open_classifier import describe_classifier, open_classifier
+from jaxrm.inference.open_classifier import describe_classifier, read_weights
 from jaxrm.inference.weights import is_run
 from jaxrm.models.hub import is_hub_name
 from jaxrm.ops.token_rewards import find_kind
@@ -64,7 +65,7 @@ def check_classifier(source: RewardConfig, scored: "Scored") -> str:
 def open_classifier_rewards(source: RewardConfig, responses: "Responses") -> RewardSource:
     """Rewards of a classifier; a share of the batch is scored at once, as by other reward models."""
     config: Any = responses.config
-    classifier = open_classifier(
+    classifier = describe_classifier(
         str(source.model),
         source.classifier,
         mesh=responses.mesh,
@@ -72,8 +73,11 @@ def open_classifier_rewards(source: RewardConfig, responses: "Responses") -> Rew
         attention=config.model.attention,
         rows=-(-config.data.batch_size // config.num_microbatches),
     )
+    key = classifier.model.source
+    if key not in responses.classifiers:
+        responses.classifiers[key] = read_weights(classifier)
     return TextRewards(
-        classifier,
+        dataclasses.replace(classifier, weights=responses.classifiers[key]),
         find_kind(source.kind),
         examples=responses.examples,
         text=responses.text,

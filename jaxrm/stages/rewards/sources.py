@@ -29,6 +29,8 @@ from jaxrm.inference.load import describe_reward_model, load_reward_model
 from jaxrm.inference.reward_model import RewardModel
 from jaxrm.inference.token_scores import build_scorer
 from jaxrm.inference.weights import RunCheckpoint, as_stored, find_checkpoint, identity_of
+from jaxrm.models.build import ModelSource
+from jaxrm.models.hub import ClassifierParams
 from jaxrm.ops import token_rewards
 from jaxrm.ops.reward_scaling import Calibration
 from jaxrm.ops.token_rewards import Kind, find_kind
@@ -71,11 +73,13 @@ class Responses(Scored):
       text: a response's ids as text.
       end_ids: ids that end the policy's responses.
       models: reward models that are open, by path: two sources of one model share its weights.
+      classifiers: weights of classifiers that are open, by how they are computed, likewise.
     """
 
     text: Callable[[np.ndarray], Response]
     end_ids: tuple[int, ...]
     models: dict[str, RewardModel]
+    classifiers: dict[ModelSource, ClassifierParams]
 
 
 class Origin(NamedTuple):
@@ -147,7 +151,7 @@ def open_rewards(
       UserError: where there is none, or it cannot score the policy's responses to these prompts.
     """
     in_words = check_rewards(config, mesh, policy, examples)
-    responses = Responses(config, mesh, policy, examples, text, end_ids, {})
+    responses = Responses(config, mesh, policy, examples, text, end_ids, {}, {})
     opened, weights = {}, {}
     for name, source in sources_of(config).items():
         with naming_source(config, name):
