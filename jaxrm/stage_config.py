@@ -38,6 +38,8 @@ RESUMABLE_FIELDS = frozenset(
         "rollout.mesh",
         "reward.function_workers",
         "reward.function_timeout",
+        "rewards.*.function_workers",
+        "rewards.*.function_timeout",
         "optimizer.offload",
         "critic.optimizer.offload",
         "checkpoint",

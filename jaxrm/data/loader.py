@@ -1,6 +1,7 @@
 """From examples to batches: endless, shuffled ones with a position that can be saved, and those of an evaluation."""
 
 import hashlib
+import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -9,6 +10,7 @@ import numpy as np
 from jaxrm.data.config import DataConfig
 from jaxrm.data.examples import TokenExample
 from jaxrm.data.packing import Row, build_row, pack
+from jaxrm.data.prompts import PromptExample
 from jaxrm.errors import UserError, flag, option
 
 if TYPE_CHECKING:
@@ -156,6 +158,8 @@ def fingerprint(examples: Sequence[TokenExample], config: DataConfig) -> str:
         digest.update(example.tokens.tobytes())
         for values in example.columns().values():
             digest.update(values.tobytes())
+        if isinstance(example, PromptExample) and example.fields:  # rewards look at them
+            digest.update(json.dumps(dict(example.fields), sort_keys=True, default=repr).encode())
     return digest.hexdigest()
 
 

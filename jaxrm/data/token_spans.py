@@ -36,12 +36,10 @@ def lay_on_tokens(
     Returns:
       ``[T]`` float32, a number for each of ``response.token_ids``.
     """
-    written = written_after(tokenizer, end_ids, response)
-    numbers = np.zeros(len(written), np.float64)
-    if not written:
-        return numbers.astype(np.float32)
-    for start, end, number in spans:
-        numbers[len(written) - 1 if start == end else bisect_left(written, end)] += number
+    numbers, spans = np.zeros(len(response.token_ids), np.float64), list(spans)
+    written = written_after(tokenizer, end_ids, response) if spans and numbers.size else []
+    for start, end, number in spans if written else ():
+        numbers[-1 if start == end else bisect_left(written, end)] += number
     return numbers.astype(np.float32)
 
 

@@ -49,6 +49,11 @@ class EndpointScorer:
         return f"judge {config.model}, sha256 {hashlib.sha256(repr((decisive, sent)).encode()).hexdigest()[:12]}"
 
     @property
+    def reference_column(self) -> str | None:
+        """The column of a record that the rubric reads; None where it reads none."""
+        return self._column if self._rubric.needs_reference else None
+
+    @property
     def cost(self) -> EndpointCost:
         """What was asked so far, and what it came to."""
         return self._endpoint.cost

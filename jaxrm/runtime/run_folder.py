@@ -100,8 +100,8 @@ def open_run(
       on_existing: what to do with a folder that holds a run: "resume" continues it if the configs agree,
           "restart" renames it aside to ``run_dir.1``, unless this very command began it and was stopped; "error"
           refuses.
-      may_differ: dotted names (without ``config.``) of fields and sections that may change between launches,
-          such as ``mesh``, since a checkpoint restores on another one.
+      may_differ: dotted names (without ``config.``), or patterns of them, of fields and sections that may change
+          between launches, such as ``mesh``, since a checkpoint restores on another one.
       is_writer: whether this process writes; exactly one does.
       process_count: the number of processes that call this.
       command: the command line, ``sys.argv`` by default.

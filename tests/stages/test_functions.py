@@ -4,6 +4,7 @@ import functools
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 from support.published import published_tokenizer
 
+from jaxrm.algorithms.ppo_config import RolloutConfig
 from jaxrm.algorithms.reward_config import RewardConfig
 from jaxrm.data.config import DataConfig
 from jaxrm.data.prompts import PromptExample, tokenize_prompts
@@ -23,9 +25,14 @@ from jaxrm.data.responses import Response, response_text
 from jaxrm.data.token_spans import lay_on_tokens
 from jaxrm.errors import UserError, naming
 from jaxrm.inference.text_scorer import TextSample
+from jaxrm.models.build import ModelSource
+from jaxrm.models.generate import SamplingConfig
 from jaxrm.ops import reward_scaling
 from jaxrm.ops.token_rewards import KINDS
+from jaxrm.runtime.metrics import LoggingConfig
 from jaxrm.sharding.mesh import MeshConfig, build_mesh
+from jaxrm.stage_config import PPO, JudgedEvaluationConfig
+from jaxrm.stages.ppo import run as ppo
 from jaxrm.stages.rewards.function_call import takes_fields
 from jaxrm.stages.rewards.functions import FunctionScorer, check_scorer, open_function
 from jaxrm.stages.rewards.text import TextRewards
@@ -194,7 +201,7 @@ def test_records_of_one_prompt_with_other_fields_are_refused(write_module):
         kind="scalar", function=write_module("def f(prompts, responses, fields):\n    return []")
     )
     check_scorer(with_fields, examples[:2])
-    with pytest.raises(UserError, match=r"prompts.jsonl:1 and prompts.jsonl:3 have one prompt and differ in answer; "):
+    with pytest.raises(UserError, match=r"prompts.jsonl:1 and prompts.jsonl:3 have one prompt and differ in answer;"):
         check_scorer(with_fields, examples)
 
 
@@ -314,3 +321,131 @@ def test_a_signal_to_stop_the_run_does_not_stop_a_worker(scorer):
 def test_options_that_contradict_each_other_are_refused(options, message):
     with pytest.raises(UserError, match=rf"^RewardConfig.{message}"):
         RewardConfig(**{"kind": "scalar", "function": "my:f", **options})
+
+
+@pytest.mark.slow
+def test_a_function_that_hangs_stops_ppo_with_its_state_saved(write_module, make_run, task_folder, tmp_path):
+    """A whole run: spans by the fields of records, in processes; more of them are no other run."""
+    source = f"""
+import pathlib, time
+count = pathlib.Path({str(tmp_path / "count")!r})
+def f(prompts, responses, fields):
+    assert all(row["prompt"] == prompt[0].content for row, prompt in zip(fields, prompts))
+    calls = len(count.read_text()) if count.exists() else 0
+    while calls == 5:
+        time.sleep(0.01)
+    count.write_text("x" * (calls + 1))
+    return [[(0, len(response), float(len(set(response))))] for response in responses]
+"""
+    make_run(tmp_path / "sft")
+    sampling = SamplingConfig(max_new_tokens=6)
+
+    def run(**options):
+        reward = RewardConfig(kind="spans", function=name, calibration_responses=8, **options)
+        return ppo.run(
+            PPO(
+                run_dir=str(tmp_path / "ppo"),
+                model=ModelSource(path=str(tmp_path / "sft")),
+                mesh=MeshConfig(1, 1, 1),
+                data=DataConfig(
+                    path=str(task_folder / "prompts.jsonl"), max_length=64, batch_size=8, max_eval_records=8
+                ),
+                rollout=RolloutConfig(sampling=sampling),
+                reward=reward,
+                evaluation=JudgedEvaluationConfig(every=50, samples=1, judge=None, sampling=sampling),
+                logging=LoggingConfig(every=1, tensorboard=False, progress=False),
+                num_steps=4,
+            )
+        )
+
+    name = write_module(source)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ppo, "build_mesh", lambda given: build_mesh(given, jax.devices()[:1]))
+        with pytest.raises(UserError, match=r"f took more than 1 s on response 0 of the batch, .* within 1 s"):
+            run(function_workers=1, function_timeout=1.0)
+        saved = max(int(path.name) for path in (tmp_path / "ppo" / "checkpoints").iterdir() if path.name.isdecimal())
+        assert saved == 3  # calls: calibration, evaluation and three steps
+        (tmp_path / "count").unlink()
+        assert run(function_workers=2, function_timeout=60.0) == 0
+    rows = [json.loads(line) for line in (tmp_path / "ppo" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "policy_loss" in row] == [1, 2, 3, 4]
+
+
+JOB = """
+import sys
+import numpy as np
+from jaxrm.runtime import processes
+
+index = int(sys.argv[1])
+processes.start(processes.Processes(sys.argv[2], 2, index))
+from jaxrm.data.prompts import PromptExample
+from jaxrm.data.responses import Response
+from jaxrm.errors import UserError
+from jaxrm.ops import reward_scaling
+from jaxrm.ops.token_rewards import KINDS
+from jaxrm.sharding import partition
+from jaxrm.sharding.mesh import MeshConfig, build_mesh
+from jaxrm.stages.rewards.functions import FunctionScorer
+from jaxrm.stages.rewards.text import TextRewards
+from jaxrm.types import ResponseBatch
+import jax
+
+calls = []
+
+def function(prompts, responses):
+    calls.append(responses)
+    if len(calls) > 1:
+        raise UserError("no more")
+    return [float(response) for response in responses]
+
+def text(ids):
+    response = Response(ids[0])
+    response.token_ids = ids
+    return response
+
+mesh = build_mesh(MeshConfig(data=2))
+source = TextRewards(
+    FunctionScorer("mine:f", function),
+    KINDS["scalar"],
+    examples=[PromptExample(np.ones(1, np.int32), (), "a record")],
+    text=text,
+    end_ids=(9,),
+    mesh=mesh,
+)
+arrays = np.ones((2, 1), np.int32), np.ones((2, 1), bool), np.array([[5, 9], [6, 9]], np.int32), np.ones((2, 2), bool)
+rows = partition.batch_sharding(mesh)
+batch = ResponseBatch(*(jax.make_array_from_callback(x.shape, rows, x.__getitem__) for x in arrays))
+(own,) = source(reward_scaling.uncalibrated(), batch, None).rewards.addressable_shards
+print("reward", np.asarray(own.data).tolist())
+try:
+    source(reward_scaling.uncalibrated(), batch, None)
+except UserError as error:
+    print("error", error)
+print("calls", len(calls), flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_a_job_of_two_processes_calls_a_function_once():
+    """Each gets its row's reward, and the error of process 0."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+    job = [
+        subprocess.Popen(
+            [sys.executable, "-c", JOB, str(i), address], env=environment, stdout=subprocess.PIPE, text=True
+        )
+        for i in range(2)
+    ]
+    try:
+        printed = [process.communicate(timeout=120)[0] for process in job]
+    finally:
+        for process in job:
+            process.kill()
+    for index, text in enumerate(printed):
+        assert f"reward [[0.0, {5 + index}.0]]" in text
+        assert (
+            "error config.reward.function mine:f raised UserError: no more, on response 0 of the batch, '5'; " in text
+        )
+        assert f"calls {0 if index else 3}" in text  # the second one fails, and again with the first response alone

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from jaxrm.algorithms.reward_config import sources_of
 from jaxrm.data import tasks
 from jaxrm.data.config import DataConfig
 from jaxrm.data.loader import BatchIterator, build_loader, fingerprint
@@ -18,6 +19,7 @@ from jaxrm.errors import UserError, flag, option
 from jaxrm.runtime.progress import Progress
 from jaxrm.sharding import partition
 from jaxrm.sharding.mesh import batch_shards, batch_share
+from jaxrm.stages.rewards.function_call import open_function, takes_fields
 from jaxrm.stages.stage import Stage
 
 if TYPE_CHECKING:
@@ -106,8 +108,12 @@ def stage_prompts(stage: Stage, *, held_out: bool) -> Prompts:
 
 
 def reads_fields(config: Any) -> bool:
-    """Whether the rewards of a stage may look at the columns of a prompt's record, since they read text."""
-    return config.reward.function is not None
+    """Whether the rewards of a stage look at the columns of a prompt's record."""
+    sources = sources_of(config).values()
+    functions = [source.function for source in sources if source.function is not None]
+    return any(source.endpoint is not None for source in sources) or any(
+        takes_fields(open_function(function)) for function in functions
+    )
 
 
 def stage_prompt_length(stage: Stage, examples: Sequence[PromptExample]) -> int:

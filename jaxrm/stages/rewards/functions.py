@@ -53,9 +53,16 @@ from jaxrm.data.token_spans import Span, lay_on_tokens
 from jaxrm.errors import UserError, option
 from jaxrm.inference.text_scorer import TextSample
 from jaxrm.ops.token_rewards import find_kind
-from jaxrm.stages.rewards.function_call import SHOWN, FunctionFault, RewardFunction, call, takes_fields
-from jaxrm.stages.rewards.function_call import open_function as open_function
+from jaxrm.stages.rewards.function_call import (
+    SHOWN,
+    FunctionFault,
+    RewardFunction,
+    call,
+    open_function,
+    takes_fields,
+)
 from jaxrm.stages.rewards.function_processes import FunctionProcesses
+from jaxrm.stages.rewards.text import check_fields_agree
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -87,23 +94,12 @@ def open_scorer(
 def check_scorer(source: RewardConfig, examples: Sequence[PromptExample]) -> None:
     """Refuse a function that looks at fields where records with one prompt differ in them.
 
-    A response is known by its prompt alone, so it would be scored with the fields of one of them.
-
     Raises:
       UserError: naming two such records.
     """
     name = str(source.function)
-    if not takes_fields(open_function(name)):
-        return
-    by_prompt: dict[bytes, PromptExample] = {}
-    for example in examples:
-        first = by_prompt.setdefault(example.tokens.tobytes(), example)
-        unlike = [column for column in example.fields if example.fields[column] != first.fields.get(column)]
-        if unlike:
-            raise UserError(
-                f"{option('reward.function')} {name} reads fields, but {first.source} and {example.source} have one "
-                f"prompt and differ in {', '.join(unlike)}; leave one of them out, or the function's third argument"
-            )
+    if takes_fields(open_function(name)):
+        check_fields_agree(f"{option('reward.function')} {name}", examples)
 
 
 class FunctionScorer:

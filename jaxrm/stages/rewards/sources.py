@@ -39,9 +39,10 @@ from jaxrm.stage_config import PPO, REWARD_MODELS, BestOfN, Evaluate
 from jaxrm.stages.inputs.prompts import check_judgeable
 from jaxrm.stages.rewards import classifier
 from jaxrm.stages.rewards.dpo import check_began_with_reference
-from jaxrm.stages.rewards.functions import check_scorer, open_function, open_scorer
+from jaxrm.stages.rewards.function_call import open_function
+from jaxrm.stages.rewards.functions import check_scorer, open_scorer
 from jaxrm.stages.rewards.summed import SummedRewards
-from jaxrm.stages.rewards.text import TextRewards
+from jaxrm.stages.rewards.text import TextRewards, check_fields_agree
 from jaxrm.types import ResponseBatch, TokenRewards
 
 if TYPE_CHECKING:
@@ -270,6 +271,8 @@ def check_judge(source: RewardConfig, scored: Scored) -> str:
     """Refuse prompts without the reference that the judge's rubric wants; the name of the judge, which is not asked."""
     judge = _judge(source)
     judge.check_references(scored.examples)
+    if judge.reference_column is not None:
+        check_fields_agree(option("reward.endpoint"), scored.examples, judge.reference_column)
     return judge.name
 
 

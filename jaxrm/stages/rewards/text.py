@@ -93,6 +93,31 @@ class TextRewards:
         return numbers
 
 
+def check_fields_agree(reader: str, examples: Sequence[PromptExample], column: str | None = None) -> None:
+    """Refuse records with one prompt and other fields: a response is known by its prompt, so it would get either's.
+
+    Args:
+      reader: what reads the fields, for the message.
+      examples: prompts with the fields of their records.
+      column: the only one that is read; None for all.
+
+    Raises:
+      UserError: naming two such records.
+    """
+    by_prompt: dict[bytes, PromptExample] = {}
+    for example in examples:
+        first = by_prompt.setdefault(example.tokens.tobytes(), example)
+        if first is example:
+            continue
+        columns = [column] if column is not None else list(example.fields)
+        unlike = [name for name in columns if example.fields.get(name) != first.fields.get(name)]
+        if unlike:
+            raise UserError(
+                f"{reader} reads fields of records, but {first.source} and {example.source} have one prompt and differ "
+                f"in {', '.join(unlike)}; leave one of the records out, or the field"
+            )
+
+
 def _once_a_job(score: Callable[[], np.ndarray], shape: tuple[int, ...]) -> np.ndarray:
     """The scores of process 0 in every process, or its error: so all of them stop at the same place.
 
