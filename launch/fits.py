@@ -18,6 +18,7 @@ PLANS = ROOT / "runs" / "fits"
 BEGIN, END = "<!-- fits: written by launch/fits.py -->", "<!-- end of fits -->"
 RM, PPO = "rm_seq2seq", "ppo"
 RM_LORA, PPO_LORA = f"{RM}_lora", f"{PPO}_lora"
+GRPO, GRPO_LORA = "grpo", "grpo_lora"
 # model, algorithm, topology, changes to the config
 ROWS: list[tuple[str, str, str, tuple[str, ...]]] = [
     ("gemma-2b", RM, "v5e:2x4", ()),
@@ -32,11 +33,13 @@ ROWS: list[tuple[str, str, str, tuple[str, ...]]] = [
     ("llama-2-7b", PPO, "v5e:16x16", ("mesh.tensor=2", "rollout.mesh.tensor=8")),
     ("llama-2-7b", PPO, "v5p:4x4x4", ("rollout.mesh.fsdp=1",)),
     ("llama-2-7b", PPO, "h100:8", ("rollout.mesh.fsdp=1",)),
+    ("llama-2-7b", GRPO, "h100:8", ()),
     ("gemma-2b", PPO_LORA, "h100:1", ()),
     ("llama-2-7b", RM_LORA, "v5e:2x4", ()),
     ("llama-2-7b", RM_LORA, "h100:1", ()),
     ("llama-2-7b", PPO_LORA, "v5e:2x4", ()),
     ("llama-2-7b", PPO_LORA, "h100:1", ()),
+    ("llama-2-7b", GRPO_LORA, "h100:1", ()),
 ]
 
 
