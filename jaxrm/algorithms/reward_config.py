@@ -45,7 +45,7 @@ class RewardKindConfig:
 
     Attributes:
       kind: as in `RewardConfig`; a scalar reward model has ``scalar``, ``scalar_length_residual`` and
-        ``value_difference``.
+        ``value_difference``. ``edit_aligned``, which costs a generation, is not evaluated here, and ``literal`` is.
       center: as in `RewardConfig`; with ``none`` nothing is taken off.
     """
 
@@ -103,7 +103,7 @@ class RewardConfig:
         What follows is set by a calibration pass before PPO and read there; a reward model's own evaluation reads
         ``center`` alone.
       scale: ``unit`` gives the sum over a response unit standard deviation over a calibration set; or a number.
-      center: what is taken off each token's value in tag and ``soft`` rewards: a ``running`` mean, the ``fixed`` mean
+      center: what is taken off each token's value in tag, ``soft`` and ``edit_aligned`` rewards: a ``running`` mean, the ``fixed`` mean
         of the calibration set, or ``none``.
       center_momentum: how much of the running mean survives an update.
       calibration_responses: responses of the SFT policy in the calibration set, at least; whole batches are taken, and

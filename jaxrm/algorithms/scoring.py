@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxrm.algorithms import microbatches
+from jaxrm.algorithms.corrections import kept_by_correction
 from jaxrm.models.transformer import Decoder
 from jaxrm.ops import masking, reward_scaling, token_rewards, vocab
 from jaxrm.ops.reward_scaling import Calibration
@@ -128,8 +129,11 @@ def build_scorer(
     end_ids: tuple[int, ...],
     pad_to_multiple_of: int = 1,
     temperature: float = 1.0,
+    correction_length: int | None = None,
 ) -> Scorer:
     """Scorer of a reward model: one forward pass, the kind's values, scale and center.
+
+    The kind ``edit_aligned`` has the model write its correction of each response, and compares the two.
 
     Args:
       kind: of token reward; it says which sort of reward model ``graphdef`` must be.
@@ -138,8 +142,12 @@ def build_scorer(
       end_ids: tokens that end a response.
       pad_to_multiple_of: see `response_hidden`.
       temperature: of sampling, at which a policy of DPO is read, as its reference is; no reward model is.
+      correction_length: most tokens of a correction, where the kind has one written; None for as many as the batch's
+        responses may have.
     """
     read = _build_read(kind.needs, graphdef, request, pad_to_multiple_of, temperature)
+    if kind.reads == "kept":
+        read = _build_read_kept(graphdef, request, pad_to_multiple_of, end_ids, correction_length)
 
     def score(
         params: Any, calibration: Calibration, batch: ResponseBatch, reference_log_probs: jax.Array | None = None
@@ -162,7 +170,7 @@ def build_diagnostics(
     """Function to the diagnostics of every kind that one reward model can give, uncalibrated, from one forward.
 
     A kind whose length effect must be fitted first is left out, and so is one that needs a reference where there are
-    no reference log-probs. Arguments are those of `build_scorer`.
+    no reference log-probs, and ``edit_aligned``, which costs a generation. Arguments are those of `build_scorer`.
 
     Returns:
       ``(params, batch, reference_log_probs) -> {kind: {name: [B]}}``; names are those of
@@ -178,7 +186,7 @@ def build_diagnostics(
         by_kind = {}
         for name, kind in token_rewards.KINDS.items():
             lacks_reference = kind.needs_reference and reference_log_probs is None
-            if kind.needs != needs or kind.removes_length or lacks_reference:
+            if kind.needs != needs or kind.removes_length or lacks_reference or kind.reads == "kept":
                 continue
             values = kind.values(readings[kind.reads], batch.responses, batch.response_mask, reference_log_probs)
             by_kind[name] = as_token_rewards(calibration, kind, values, tags, batch, end_ids).diagnostics
@@ -212,6 +220,29 @@ def _build_read(
         return {"tokens": statistics}, batch.response_mask
 
     return {"seq2seq": read_seq2seq, "scalar": read_scalar, "dpo": read_policy}[needs]
+
+
+def _build_read_kept(
+    graphdef: nnx.GraphDef,
+    request: tuple[int, ...],
+    pad_to_multiple_of: int,
+    end_ids: tuple[int, ...],
+    correction_length: int | None,
+) -> Callable[[Any, ResponseBatch], tuple[dict[Reads, Any], jax.Array]]:
+    """The same of a seq2seq model's own corrections: what they keep has tag +."""
+
+    def read(params: Any, batch: ResponseBatch) -> tuple[dict[Reads, Any], jax.Array]:
+        kept = kept_by_correction(
+            graphdef,
+            params,
+            batch,
+            _sources(batch, request, pad_to_multiple_of),
+            max_new_tokens=correction_length or batch.responses.shape[1],
+            end_ids=end_ids,
+        )
+        return {"kept": kept}, kept
+
+    return read
 
 
 def _of_whole(scores: jax.Array, batch: ResponseBatch) -> jax.Array:
@@ -330,6 +361,16 @@ def _rows(
         tokens = jnp.where(index < request_start, tokens, tail)
     mask = index < start + response_length
     return jnp.where(mask, tokens, 0), mask, start[:, 0]
+
+
+def _sources(batch: ResponseBatch, request: tuple[int, ...], multiple: int) -> tuple[jax.Array, jax.Array]:
+    """Rows ``x, y, request`` padded on the left, as they are read before a correction: tokens and mask ``[B, W]``."""
+    tokens, _, start = _rows(batch, request, 1)
+    width = batch.prompts.shape[1] + batch.responses.shape[1] + len(request)
+    width = -(-width // multiple) * multiple
+    index = jnp.arange(width, dtype=jnp.int32)[None, :] - (width - start[:, None])
+    mask = index >= 0
+    return jnp.where(mask, jnp.take_along_axis(tokens, jnp.maximum(index, 0), axis=1), 0), mask
 
 
 def _positions(tokens: jax.Array) -> jax.Array:

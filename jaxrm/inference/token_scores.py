@@ -186,7 +186,8 @@ def score(
     responses = [ids for record in records for _, _, ids in record.responses]
     sources = [record.source for record in records for _ in record.responses]
     step = scoring.build_score_step(
-        build_scorer(model, find_kind(kind)),
+        # No longer than the longest response, whatever batch a response is in.
+        build_scorer(model, find_kind(kind), correction_length=max(map(len, responses))),
         params_sharding=model.model.shardings,
         batch_sharding=partition.batch_sharding(mesh),
         output_sharding=NamedSharding(mesh, PartitionSpec()),
@@ -307,7 +308,12 @@ def _as_text_and_tokens(model: Tokenized, token_ids: np.ndarray) -> dict[str, An
 
 
 def build_scorer(
-    model: RewardModel, kind: Kind, end_ids: tuple[int, ...] | None = None, *, temperature: float = 1.0
+    model: RewardModel,
+    kind: Kind,
+    end_ids: tuple[int, ...] | None = None,
+    *,
+    temperature: float = 1.0,
+    correction_length: int | None = None,
 ) -> scoring.Scorer:
     """The scorer of a reward model with its own request, and its own end ids unless others are given."""
     return scoring.build_scorer(
@@ -317,6 +323,7 @@ def build_scorer(
         end_ids=model.end_ids if end_ids is None else end_ids,
         pad_to_multiple_of=sharded_model.pad_to_multiple_of(model.model.mesh),
         temperature=temperature,
+        correction_length=correction_length,
     )
 
 

@@ -27,7 +27,7 @@ from jaxrm.ops.masking import last_token
 from jaxrm.ops.vocab import TokenStatistics
 
 Source = Literal["seq2seq", "scalar", "dpo", "text"]
-Reads = Literal["tokens", "response", "prefixes", "spans"]
+Reads = Literal["tokens", "response", "prefixes", "kept", "spans"]
 # (reading, responses, mask, reference_log_probs) -> u_t
 Values = Callable[[Any, jax.Array, jax.Array, jax.Array | None], jax.Array]
 CustomKind = Callable[[TokenStatistics, jax.Array, jax.Array], jax.Array]
@@ -208,7 +208,8 @@ class Kind:
       values: ``(reading, responses, mask, reference_log_probs) -> u_t``, all ``[B, T]``, float32.
       reads: what the reading is: ``tokens``, the `TokenStatistics` of a seq2seq reward model or a policy; ``response``,
         the scores ``[B]`` of a scalar one or of a function of text; ``prefixes``, the scores ``[B, T + 1]`` that a
-        scalar one gives to the first 0, 1, ... T tokens of a response; ``spans``, the numbers ``[B, T]`` of a
+        scalar one gives to the first 0, 1, ... T tokens of a response; ``kept``, True ``[B, T]`` on the tokens that a
+        seq2seq model's own correction keeps, which costs a generation; ``spans``, the numbers ``[B, T]`` of a
         function's spans.
       needs_reference: whether ``values`` reads the reference policy's log-probs ``[B, T]``; else they may be None.
       removes_length: whether the linear effect of length is taken off the score, on the last response token.
@@ -238,6 +239,7 @@ KINDS = {
             lambda q, y, mask, reference: contrast(q.log_probs, reference, mask),
             needs_reference=True,
         ),
+        Kind("edit_aligned", "seq2seq", True, lambda kept, y, mask, _: signed(kept, mask), reads="kept"),
         Kind("scalar", "scalar", False, lambda scores, y, mask, _: scalar(scores, mask), reads="response"),
         Kind(
             "scalar_length_residual",

@@ -260,7 +260,7 @@ def _scoring(
     if kind.needs == "seq2seq":  # which reads the response, the request, and the correction
         length += REQUEST_TOKENS + stage.response_length
     predicted = 1 if kind.reads == "response" else stage.response_length
-    return Program(
+    program = Program(
         name,
         step,
         (weights, calibration, stage.responses(rows), reference),
@@ -268,6 +268,11 @@ def _scoring(
         weights,
         rows * forward_flops(model.config, length, predicted=predicted, scalar_head=is_scalar, lora=model.lora),
     )
+    if kind.reads != "kept":
+        return program
+    rows_at_once = rows // config.num_microbatches
+    cache_bytes = _cache_of_slots(stage, stage.mesh, rows_at_once, rows_at_once * length)
+    return dataclasses.replace(program, while_trips=stage.response_length - 1, cache_bytes=cache_bytes)
 
 
 def _policy_update(stage: PPOStage) -> Program:
@@ -363,10 +368,16 @@ def _cache_bytes(stage: PPOStage, mesh: Mesh) -> float:
 
     Responses to one prompt share its keys and values.
     """
-    config, parts = stage.learner.decoder.config, stage.config.rollout.num_microbatches
-    shards = batch_shards(mesh) if stage.num_prompts // parts % batch_shards(mesh) == 0 else 1
-    shards *= mesh.shape["tensor"] if config.num_kv_heads % mesh.shape["tensor"] == 0 else 1
+    parts = stage.config.rollout.num_microbatches
     slots = (stage.num_prompts * stage.prompt_length + stage.batch_size * stage.response_length) / parts
+    return _cache_of_slots(stage, mesh, stage.num_prompts // parts, slots)
+
+
+def _cache_of_slots(stage: PPOStage, mesh: Mesh, rows: int, slots: float) -> float:
+    """Bytes on a device of a cache with room for so many tokens in all, in ``rows`` rows."""
+    config = stage.learner.decoder.config
+    shards = batch_shards(mesh) if rows % batch_shards(mesh) == 0 else 1
+    shards *= mesh.shape["tensor"] if config.num_kv_heads % mesh.shape["tensor"] == 0 else 1
     size = 2 * config.num_layers * slots * config.num_kv_heads * config.head_dim
     return size * jnp.dtype(stage.config.model.dtype).itemsize / shards
 

@@ -16,6 +16,7 @@ from jaxrm.errors import UserError
 from jaxrm.models import build
 from jaxrm.models.build import ModelSource
 from jaxrm.models.config import PRESETS
+from jaxrm.models.generate import SamplingConfig, generate
 from jaxrm.ops import reward_scaling, token_rewards
 from jaxrm.ops.token_rewards import KINDS, names_for
 from jaxrm.ops.vocab import TokenStatistics
@@ -341,7 +342,7 @@ def test_values_of_each_kind_by_hand():
         "margin": [0, -1, 0, 0],  # log(.1 / .8) is -2.1
         "contrast": [np.log(1.25), -1, 0, 1],
     }
-    assert set(by_hand) == set(names_for("seq2seq"))
+    assert set(by_hand) == set(names_for("seq2seq", "tokens"))
     for kind, want in by_hand.items():
         got = KINDS[kind].values(found, batch.responses, batch.response_mask, reference)
         np.testing.assert_allclose(got[0], [*want, 0], atol=1e-6, err_msg=kind)
@@ -376,7 +377,9 @@ def test_diagnostics_are_those_of_the_rewards(scorers, kind):
         response = np.asarray(batch.responses[b, :n])
         tags = response == argmax[b, :n] if KINDS[kind].needs == "seq2seq" else np.ones(n, bool)
         values = got.values[b, :n]
-        if kind in ("literal", "signed", "prefix", "soft"):
+        if kind == "edit_aligned":
+            tags = values > 0
+        if KINDS[kind].is_centered:
             rewards = 2.0 * (values - 0.25)
         else:
             rewards = 2.0 * values
@@ -460,6 +463,46 @@ def test_contrast_compares_with_the_policys_own_log_probs(scorers):
     assert np.asarray(got.rewards).std() > 0.05
 
 
+def test_edit_aligned_compares_with_the_models_own_correction(scorers):
+    """Greedily written after prompt, response and request, each in a row of its own; compared by a plain loop."""
+    batch, length = small_batch(vocab=32), 6
+    score = scoring.build_scorer(
+        KINDS["edit_aligned"], scorers.decoder, request=REQUEST, end_ids=ENDS, correction_length=length
+    )
+    got = jax.device_get(jax.jit(score)(scorers.params, reward_scaling.uncalibrated(), batch))
+    greedy = SamplingConfig(max_new_tokens=length, temperature=0.0)
+    rows = [
+        [*np.asarray(batch.prompts[b])[np.asarray(batch.prompt_mask[b])], *np.asarray(batch.responses[b, :n]), *REQUEST]
+        for b, n in enumerate(np.asarray(batch.response_mask).sum(axis=1))
+    ]
+    width = max(map(len, rows))
+    ids = np.array([[0] * (width - len(row)) + row for row in rows], np.int32)
+    real = np.array([[False] * (width - len(row)) + [True] * len(row) for row in rows])
+    written = generate(scorers.decoder, scorers.params, ids, real, jax.random.key(1), sampling=greedy, end_ids=ENDS)
+    kept_at_all = 0
+    for b, row in enumerate(rows):
+        n = int(batch.response_mask[b].sum())
+        response = np.asarray(batch.responses[b, :n]).tolist()
+        correction = np.asarray(written.tokens[b])[np.asarray(written.mask[b])].tolist()
+        kept = got.values[b, :n] > 0
+        assert len(row) >= n and kept.sum() == common_length(response, correction)
+        rest = iter(correction)
+        assert all(token in rest for token, is_kept in zip(response, kept, strict=True) if is_kept)
+        assert (np.abs(got.values[b, :n]) == 1).all() and not got.values[b, n:].any()
+        assert (got.tags[b, :n] == kept).all()
+        kept_at_all += int(kept.sum())
+    assert 0 < kept_at_all < int(batch.response_mask.sum())
+
+
+def common_length(a, b):
+    """Length of the longest common subsequence."""
+    table = np.zeros((len(a) + 1, len(b) + 1), int)
+    for i, j in np.ndindex(len(a), len(b)):
+        same = table[i, j] + 1 if a[i] == b[j] else 0
+        table[i + 1, j + 1] = max(same, table[i, j + 1], table[i + 1, j])
+    return table[-1, -1]
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_dpo_compares_two_policies_at_the_temperature(scorers, temperature):
     """Both read prompt and response alone; two policies that are the same differ nowhere."""
@@ -486,10 +529,10 @@ def test_diagnostics_of_all_kinds_are_those_of_their_scorers(scorers):
     reference = jnp.full(batch.responses.shape, -3.0)
     of_all = jax.jit(scoring.build_diagnostics("seq2seq", scorers.decoder, request=REQUEST, end_ids=ENDS))
     found = of_all(scorers.params, batch, reference)
-    assert set(found) == set(names_for("seq2seq"))
+    assert set(found) == set(names_for("seq2seq", "tokens"))  # not of what costs a generation
     for kind, diagnostics in found.items():
         chex.assert_trees_all_close(diagnostics, scorers.score(kind, batch).diagnostics, atol=1e-5)
-    assert set(of_all(scorers.params, batch, None)) == set(names_for("seq2seq")) - {"contrast"}
+    assert set(of_all(scorers.params, batch, None)) == set(found) - {"contrast"}
     of_scalar = jax.jit(scoring.build_diagnostics("scalar", scorers.scalar, request=(), end_ids=ENDS))
     found = of_scalar(scorers.scalar_params, batch, None)
     assert list(found) == ["scalar", "value_difference"]

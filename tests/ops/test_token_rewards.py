@@ -16,8 +16,8 @@ from jaxrm.ops.token_rewards import KINDS, find_kind, names_for, reward_kind
 from jaxrm.ops.vocab import TokenStatistics
 
 TAG_KINDS = ("literal", "signed", "prefix")
-TOKEN_KINDS = (*TAG_KINDS, "soft", "margin", "contrast")
-CENTERED = ("literal", "signed", "prefix", "soft")
+TOKEN_KINDS = (*TAG_KINDS, "soft", "margin", "contrast", "edit_aligned")
+CENTERED = ("literal", "signed", "prefix", "soft", "edit_aligned")
 
 divergence = jax.jit(token_rewards.divergence)
 
@@ -47,6 +47,8 @@ def values_of(kind, case):
         reading = jnp.concatenate([case["prompt_scores"][:, None], case["prefix_scores"]], axis=1)
     if KINDS[kind].reads == "spans":
         reading = case["span_numbers"]
+    if KINDS[kind].reads == "kept":
+        reading = case["tags"]
     responses = jnp.zeros(mask.shape, jnp.int32)
     if KINDS[kind].reads == "tokens":
         tags = case.get("tags", mask)
@@ -92,7 +94,7 @@ def numpy_values(kind, case):
             q = float(case["log_probs"][b, t])
             if kind == "literal":
                 values[b, t] = 1 if not diverged else 0 if plus else -1
-            elif kind == "signed":
+            elif kind in ("signed", "edit_aligned"):
                 values[b, t] = 1 if plus else -1
             elif kind == "prefix":
                 values[b, t] = -1 if diverged else 1
@@ -157,7 +159,12 @@ MASK = jnp.asarray([[True, True, True, True, True, False]])
 
 @pytest.mark.parametrize(
     ("kind", "expected"),
-    [("literal", [1, 1, -1, 0, -1, 0]), ("signed", [1, 1, -1, 1, -1, 0]), ("prefix", [1, 1, -1, -1, -1, 0])],
+    [
+        ("literal", [1, 1, -1, 0, -1, 0]),
+        ("signed", [1, 1, -1, 1, -1, 0]),
+        ("prefix", [1, 1, -1, -1, -1, 0]),
+        ("edit_aligned", [1, 1, -1, 1, -1, 0]),
+    ],
 )
 def test_tag_kinds_by_hand(kind, expected):
     values = values_of(kind, {"tags": TAGS, "mask": MASK})

@@ -28,10 +28,11 @@ SAMPLING = SamplingConfig(max_new_tokens=8)
 
 @pytest.fixture(scope="module")
 def runs(make_run, tmp_path_factory):
-    """Folder with runs of a policy, of a scalar reward model, and of DPO."""
+    """Folder with runs of a policy, of both sorts of reward model, and of DPO."""
     folder = tmp_path_factory.mktemp("runs")
     make_run(folder / "sft")
     make_run(folder / "scalar", algorithm="scalar_rm")
+    make_run(folder / "seq2seq", algorithm="seq2seq_rm")
     make_run(folder / "dpo", algorithm="dpo", losses=((5, 1.0),))
     return folder
 
@@ -87,6 +88,16 @@ def test_value_difference_trains(train, runs):
     )
     for sample in samples_of(folder):
         assert np.count_nonzero(sample["rewards"]) == len(sample["rewards"]) > 1
+
+
+def test_edit_aligned_trains(train, runs):
+    """In two microbatches; every token of a sample is paid for, in two sizes: kept or not."""
+    reward = RewardConfig(kind="edit_aligned", model=str(runs / "seq2seq"), center="fixed")
+    folder = train(reward, num_microbatches=2)
+    rows = [row for row in read_rows(folder / "metrics.jsonl") if "policy_loss" in row]
+    assert len(rows) == 2 and all(np.isfinite([row["reward"], row["policy_loss"]]).all() for row in rows)
+    paid = {round(reward, 4) for sample in samples_of(folder) for reward in sample["rewards"]}
+    assert 1 <= len(paid) <= 2
 
 
 def test_dpo_trains_beside_a_scalar_reward(train, runs):
