@@ -89,8 +89,9 @@ class RewardConfig:
     Attributes:
       kind: one of `jaxrm.ops.token_rewards.KINDS`; ``literal`` is the paper's, ``scalar`` and
         ``scalar_length_residual`` belong to a scalar reward model, a function or a judge, ``value_difference`` to a
-        scalar reward model, ``dpo`` to a run of DPO, and the others to a seq2seq one.
-        One's own is ``package.module:function``, see `jaxrm.ops.token_rewards.reward_kind`.
+        scalar reward model, ``dpo`` to a run of DPO, and the others to a seq2seq one; ``edit_aligned`` has it write a
+        correction of every response. One's own is ``package.module:function``, see
+        `jaxrm.ops.token_rewards.reward_kind`.
       model: folder of the reward model's run; or a sequence classifier of one label, a folder or hub name, which needs
         no vocabulary in common with the policy.
       classifier: how such a classifier reads.
@@ -103,8 +104,8 @@ class RewardConfig:
         What follows is set by a calibration pass before PPO and read there; a reward model's own evaluation reads
         ``center`` alone.
       scale: ``unit`` gives the sum over a response unit standard deviation over a calibration set; or a number.
-      center: what is taken off each token's value in tag, ``soft`` and ``edit_aligned`` rewards: a ``running`` mean, the ``fixed`` mean
-        of the calibration set, or ``none``.
+      center: what is taken off each token's value in tag, ``soft`` and ``edit_aligned`` rewards: a ``running`` mean,
+        the ``fixed`` mean of the calibration set, or ``none``.
       center_momentum: how much of the running mean survives an update.
       calibration_responses: responses of the SFT policy in the calibration set, at least; whole batches are taken, and
         of several sources so many as the one that wants most.

@@ -2,9 +2,9 @@
 
 A world is an embedded task, a synthetic task whose judge is exact. An arm is a way to train a policy: ``sft`` (where
 all start), ``sft_chosen``, ``best_of_n_scalar``, ``best_of_n_seq2seq``, ``rft_scalar``, ``rft_seq2seq``, ``dpo`` and
-``ppo_KIND`` for each kind of token reward. `jaxrm.study.schedule` lists the runs, given the scores of those that are
-done: settings are chosen alike for each arm and world, on prompts and seeds of their own, and only then do the runs of
-the final seeds start. `jaxrm.study.run` runs them.
+``ppo_KIND`` for each kind of token reward that a model gives, and `RTO`. `jaxrm.study.schedule` lists the runs, given
+the scores of those that are done: settings are chosen alike for each arm and world, on prompts and seeds of their own,
+and only then do the runs of the final seeds start. `jaxrm.study.run` runs them.
 """
 
 import dataclasses
@@ -21,6 +21,8 @@ from jaxrm.ops.token_rewards import is_custom, names_for
 from jaxrm.runtime.run_folder import OnExisting
 
 PPO = "ppo_"
+RTO = "ppo_rto"
+"""PPO with the sum of the kinds ``scalar`` and ``dpo`` (RTO, arXiv 2404.18922)."""
 ARMS = (
     "sft",
     "sft_chosen",
@@ -29,10 +31,11 @@ ARMS = (
     "rft_scalar",
     "rft_seq2seq",
     "dpo",
-    *(f"{PPO}{kind}" for kind in (*names_for("scalar"), *names_for("seq2seq"))),
+    *(f"{PPO}{kind}" for kind in (*names_for("scalar"), *names_for("seq2seq"), *names_for("dpo"))),
+    RTO,
 )
 # What an ordinary study leaves out: kinds that came later than its published tables.
-OPTIONAL_ARMS = ("ppo_value_difference",)
+OPTIONAL_ARMS = ("ppo_value_difference", "ppo_edit_aligned", "ppo_dpo", RTO)
 DEFAULT_ARMS = tuple(arm for arm in ARMS if arm not in OPTIONAL_ARMS)
 SIZES = {"tiny": "lab-tiny", "small": "lab-small", "base": "lab-base"}
 _SMOKE_ARMS = ("sft", "sft_chosen", "dpo", "ppo_scalar", "ppo_literal")
@@ -99,7 +102,7 @@ class Study:
                     near = difflib.get_close_matches(value, known, n=1)
                     meant = f"; did you mean {near[0]}?" if near else ""
                     raise UserError(f"{place(self, name)} has {value!r}; there are {', '.join(known)}{meant}")
-                if value.startswith(PPO):
+                if value.startswith(PPO) and value != RTO:
                     check_kind(value.removeprefix(PPO), place(self, "arms"), typed(self, "arms", ("ppo_literal",)))
         for name in ("seeds", "selection_seeds"):
             values = getattr(self, name)

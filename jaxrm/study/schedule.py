@@ -13,7 +13,7 @@ from jaxrm.data import tasks
 from jaxrm.models.build import ModelSource
 from jaxrm.ops.token_rewards import names_for
 from jaxrm.stage_config import EvaluateConfig
-from jaxrm.study.config import PPO, SIZES, Study, axes
+from jaxrm.study.config import PPO, RTO, SIZES, Study, axes
 from jaxrm.study.tuning import Choice, Setting, choose, setting_name
 
 Choices = dict[tuple[str, str], Choice]
@@ -158,14 +158,16 @@ class _ArmPolicy:
       runs: those that train its policy, beyond the shared ones.
       path: of the run that holds the policy.
       reward: measured on its answers, or chooses among them.
-      reward_path: of the run that holds the reward model, if there is one.
+      reward_paths: of the runs that hold the reward models.
+      rewards: sources in place of ``reward``, by name, where there are several.
       best_of: answers to a prompt of which the best is taken.
     """
 
     runs: tuple[StudyRun, ...]
     path: str
     reward: RewardConfig
-    reward_path: str | None = None
+    reward_paths: tuple[str, ...] = ()
+    rewards: Mapping[str, RewardConfig] = dataclasses.field(default_factory=dict)
     best_of: int = 1
 
 
@@ -231,19 +233,35 @@ def _arm_policy(site: _Site, arm: str, setting: Setting, *, is_final: bool) -> _
 
 
 def _ppo_policy(site: _Site, arm: str, setting: Setting, is_final: bool) -> _ArmPolicy:
-    kind, path = arm.removeprefix(PPO), _policy_path(arm, setting, is_final)
-    reward_path = "rm_scalar" if kind in names_for("scalar") else "rm_seq2seq"
-    changes: dict[str, Any] = {
-        "reward.kind": kind,
-        "reward.model": site.folder(reward_path),
-        "critic.path": site.folder("rm_scalar"),
-        "data.eval_split": "selection",
+    """A policy trained by PPO, with rewards of one kind or, in `RTO`, of two."""
+    study, path = site.study, _policy_path(arm, setting, is_final)
+    kinds = ("scalar", "dpo") if arm == RTO else (arm.removeprefix(PPO),)
+    reward_paths = tuple(_reward_path(kind) for kind in kinds)
+    sources = {
+        kind: dataclasses.replace(study.ppo.reward, kind=kind, model=site.folder(reward_path))
+        for kind, reward_path in zip(kinds, reward_paths, strict=True)
     }
+    reward, rewards = (RewardConfig(), sources) if arm == RTO else (sources[kinds[0]], {})
+    changes: dict[str, Any] = {"critic.path": site.folder("rm_scalar"), "data.eval_split": "selection"}
     if not is_final:
         changes["evaluation.every"] = _NEVER
-    template = with_changes(site.study.ppo, changes)
-    run = site.run(path, template, site.task, site.model("sft"), setting, ("rm_scalar", reward_path))
-    return _ArmPolicy((run,), path, run.experiment.reward, reward_path)
+    template = dataclasses.replace(with_changes(study.ppo, changes), reward=reward, rewards=rewards)
+    run = site.run(path, template, site.task, site.model("sft"), setting, ("rm_scalar", *reward_paths))
+    source = (_dpo_source(site),) if "dpo" in kinds else ()
+    return _ArmPolicy((*source, run), path, reward, reward_paths, rewards)
+
+
+def _reward_path(kind: str) -> str:
+    """The run that gives token rewards of a kind."""
+    if kind in names_for("scalar"):
+        return "rm_scalar"
+    return "rm_dpo" if kind in names_for("dpo") else "rm_seq2seq"
+
+
+def _dpo_source(site: _Site) -> StudyRun:
+    """The run of DPO whose log-probs are rewards: as the template of DPO is, and not tuned."""
+    pairs = f"{site.folder('pairs')}/pairs.jsonl"
+    return site.run("rm_dpo", site.study.dpo, pairs, site.model("sft"), needs=("pairs",))
 
 
 def _best_of_n_policy(site: _Site, arm: str, setting: Setting, is_final: bool) -> _ArmPolicy:
@@ -254,7 +272,7 @@ def _best_of_n_policy(site: _Site, arm: str, setting: Setting, is_final: bool) -
     kind = "scalar" if source == "scalar" else study.best_of_n.reward.kind
     template = with_changes(study.best_of_n, {"reward.kind": kind, "reward.model": site.folder(reward_path)})
     if arm.startswith("best_of_n_"):
-        return _ArmPolicy((), "sft", template.reward, reward_path, template.best_of_n.n)
+        return _ArmPolicy((), "sft", template.reward, (reward_path,), best_of=template.best_of_n.n)
     winners = f"winners_{source}"
     draw = site.run(winners, template, site.task, site.model("sft"), needs=("sft", reward_path))
     data = f"{site.folder(winners)}/winners.jsonl"
@@ -271,8 +289,8 @@ def _evaluation_run(site: _Site, arm: str, policy: _ArmPolicy, path: str, answer
         sampling_seed=zlib.crc32(arm.encode()),  # arms that are compared must not share their random numbers
         reference=site.folder("sft"),
     )
-    template = dataclasses.replace(site.study.evaluate, evaluate=answers, reward=policy.reward)
-    needs = ("sft", policy.path, *((policy.reward_path,) if policy.reward_path else ()))
+    template = dataclasses.replace(site.study.evaluate, evaluate=answers, reward=policy.reward, rewards=policy.rewards)
+    needs = ("sft", policy.path, *policy.reward_paths)
     return site.run(path, template, site.task, site.model(policy.path), needs=needs)
 
 

@@ -123,7 +123,7 @@ def test_a_last_stage_that_cannot_work_is_named():
     check = jaxrm.check(method(ppo=broken))
     assert [error.args[0].split(";")[0] for error in check.errors] == [
         "stage ppo: config.ppo.reward.kind is 'scalar', but config.ppo.reward.model, runs/method/rm, is a seq2seq "
-        "reward model, whose kinds are literal, signed, prefix, soft, margin, contrast"
+        "reward model, whose kinds are literal, signed, prefix, soft, margin, contrast, edit_aligned"
     ]
     assert [stage.error is None for stage in check.stages.values()] == [True, True, True, False]
     assert "ppo cannot run as written" in str(check)

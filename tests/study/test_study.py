@@ -85,6 +85,30 @@ def the_study(**changes):
     return dataclasses.replace(loaded, **changes)
 
 
+def test_an_arm_of_dpo_rewards_brings_its_source():
+    """A run of DPO for each seed that needs it, before PPO; RTO adds it to the scalar reward, and so do its answers."""
+    study = the_study(worlds=("safety",), arms=("ppo_dpo", "ppo_rto", "ppo_value_difference"), seeds=(1,))
+    assert not set(study.arms) & set(Study().arms)
+    runs, _ = schedule(study, {})
+    scores = {run.name: 0.5 for run in runs if "/select/" in run.name}
+    for _ in range(4):
+        runs, _ = schedule(study, scores)
+        scores |= {run.name: 0.5 for run in runs if "/select/" in run.name}
+    by_name = {run.name: run for run in runs}
+    source = by_name["safety/seed1/rm_dpo"].experiment
+    assert source.algorithm == "dpo" and source.model.path.endswith("safety/seed1/sft")
+    for arm in ("ppo_dpo", "ppo_rto"):
+        for run in (run for name, run in by_name.items() if name.startswith("safety/seed1/") and arm in name):
+            assert "safety/seed1/rm_dpo" in run.needs, run.name
+            rewards = run.experiment.rewards or {"dpo": run.experiment.reward}
+            assert {name: source.kind for name, source in rewards.items()} == (
+                {"scalar": "scalar", "dpo": "dpo"} if arm == "ppo_rto" else {"dpo": "dpo"}
+            )
+            assert rewards["dpo"].model == source.run_dir
+    (ppo,) = (run for name, run in by_name.items() if name.startswith("safety/seed1/ppo_value_difference/"))
+    assert ppo.experiment.reward.model.endswith("safety/seed1/rm_scalar")
+
+
 def test_every_run_comes_after_what_it_needs():
     """Settings come before the final runs."""
     study = the_study(worlds=("safety",), arms=("sft", "dpo", "ppo_scalar", "ppo_soft", "rft_seq2seq"))
