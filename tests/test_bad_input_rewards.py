@@ -388,7 +388,7 @@ def test_a_run_given_as_published_weights_is_told_its_flag(refuse, command, rest
         ({}, ["--html=pairs.jsonl"], "--html is 'pairs.jsonl', which is --input and would be overwritten"),
         ({"input": "tokenizer", "output": "tokenizer/tokenizer.json"}, [], "which is a file of --input and would be "),
         ({"input": "absent.jsonl"}, [], "--input is 'absent.jsonl', which is no file, folder or data set (org/name)"),
-        ({}, ["--kind=sof"], "literal, signed, prefix, soft, margin, contrast, edit_aligned; did you mean --kind=soft?"),
+        ({}, ["--kind=sof"], "signed, prefix, soft, margin, contrast, edit_aligned; did you mean --kind=sof"),
         ({}, ["--kind=zzz"], "--kind is 'zzz'; use one of literal, signed, prefix, soft, margin, contrast, edit_ali"),
         ({}, ["--kind=scalar"], "--kind is 'scalar', but seq2seq_rm, step 1 is a seq2seq reward model, whose kinds a"),
         ({"checkpoint": "scalar_rm"}, ["--kind=soft"], "--kind is 'soft', but scalar_rm, step 1 is a scalar reward m"),
