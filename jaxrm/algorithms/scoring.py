@@ -232,7 +232,7 @@ def _build_read_kept(
     """The same of a seq2seq model's own corrections: what they keep has tag +."""
 
     def read(params: Any, batch: ResponseBatch) -> tuple[dict[Reads, Any], jax.Array]:
-        kept = kept_by_correction(
+        is_kept = kept_by_correction(
             graphdef,
             params,
             batch,
@@ -240,7 +240,7 @@ def _build_read_kept(
             max_new_tokens=correction_length or batch.responses.shape[1],
             end_ids=end_ids,
         )
-        return {"kept": kept}, kept
+        return {"kept": is_kept}, is_kept
 
     return read
 

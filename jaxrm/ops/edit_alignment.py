@@ -54,5 +54,5 @@ def kept_tokens(responses: jax.Array, mask: jax.Array, others: jax.Array, other_
     tokens = responses.T, mask.T
     _, table = jax.lax.scan(longer, none, tokens)
     before = jnp.concatenate([none[None], table[:-1]])
-    _, kept = jax.lax.scan(choose, jnp.full((B,), C, jnp.int32), (*tokens, before, table), reverse=True)
-    return kept.T & mask
+    _, stays = jax.lax.scan(choose, jnp.full((B,), C, jnp.int32), (*tokens, before, table), reverse=True)
+    return stays.T & mask
