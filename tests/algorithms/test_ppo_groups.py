@@ -155,31 +155,24 @@ def test_an_aggregation_is_the_same_however_the_batch_is_cut(aggregation):
     assert np.isclose(metrics["loss"], means.mean() + 0.5 * metrics["ptx_loss"], rtol=1e-4)
 
 
-LEARNING = {"num_epochs": 2, "num_minibatches": 4, "kl_coef": 0.0, "missing_end_penalty": 0.0}
-IN_ONE_PASS = LEARNING | {"num_epochs": 1, "num_minibatches": 1}
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("at_end", [False, True], ids=["tokens", "at the end"])
 @pytest.mark.parametrize(
-    ("advantage", "num_steps", "options"),
-    [
-        ("gae", 60, LEARNING | {"whiten_advantages": True}),
-        ("rloo", 60, LEARNING),
-        ("grpo", 60, LEARNING),
-        ("reinforce++", 60, LEARNING),
-        ("grpo", 160, IN_ONE_PASS),
-    ],
-    ids=["gae", "rloo", "grpo", "reinforce++", "grpo in one pass"],
+    ("advantage", "kl_coef", "at_end"),
+    [("gae", 0.03, False), ("rloo", 0.03, True), ("grpo", 0.1, False), ("reinforce++", 0.03, False)],
 )
-def test_every_advantage_learns_a_pattern(tmp_path, advantage, num_steps, options, at_end):
-    """From a sixteenth a token to at least 0.95, of 16 prompts with four responses each."""
-    config = experiment(num_steps=num_steps, batch_size=64, new_tokens=4, lr=5e-3, n=4, advantage=advantage, **options)
+def test_every_advantage_learns_a_pattern(tmp_path, advantage, kl_coef, at_end):
+    """From a sixteenth a token to at least 0.95, of 16 prompts with eight responses each.
+
+    Three of four tokens are one, which a policy without a KL finds first and then writes four times.
+    """
+    options = {"num_epochs": 2, "num_minibatches": 4, "kl_coef": kl_coef, "missing_end_penalty": 0.0}
+    options["whiten_advantages"] = advantage == "gae"
+    config = experiment(num_steps=80, batch_size=128, new_tokens=4, lr=3e-3, n=8, advantage=advantage, **options)
     config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, schedule="linear"))
     if not at_end:
         config = dataclasses.replace(config, reward=RewardConfig(kind="margin", model="none"))
     s = Setup(config, reward=functools.partial(pattern_reward, at_end=at_end))
-    _, finished, told, _ = fit(s, tmp_path / "checkpoints", num_steps=num_steps)
+    _, finished, told, _ = fit(s, tmp_path / "checkpoints", num_steps=80)
     rewards = [row["reward_uncalibrated"] for row in told.steps]
-    assert finished and rewards[0] < 0.2 and np.mean(rewards[-3:]) >= 0.95, rewards[::10]
+    assert finished and rewards[0] < 0.2 and np.mean(rewards[-4:]) >= 0.95, rewards[::10]
     assert all(("equal_groups" in row) == (advantage != "gae") for row in told.steps)
