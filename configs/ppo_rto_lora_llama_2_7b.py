@@ -6,7 +6,7 @@ Needs: the runs of `configs/sft_lora_llama_2_7b.py`, of `configs/rm_scalar_lora_
 `configs/dpo_llama_2_7b.py` with --config.model.path=runs/sft_lora_llama_2_7b --config.lora.rank=16
 --config.lora.alpha=32 --config.optimizer.lr=5e-6 --config.run_dir=runs/dpo_lora_llama_2_7b. All models stand on one
 base, which is in memory once. The sum is that of Reinforced Token Optimization (arXiv 2404.18922); that both sources
-have unit standard deviation over a response, and weigh the same, is jaxrm's choice. The rest is as in
+have unit standard deviation over a response, and the weight of DPO's, is jaxrm's choice. The rest is as in
 `configs/ppo_lora_llama_2_7b.py`.
 """
 
@@ -31,7 +31,7 @@ def get_config() -> PPO:
         num_microbatches=8,
         rewards={
             "preference": RewardConfig(kind="scalar", model="runs/rm_scalar_lora_llama_2_7b"),
-            "dense": RewardConfig(kind="dpo", model="runs/dpo_lora_llama_2_7b"),
+            "dense": RewardConfig(weight=0.2, kind="dpo", model="runs/dpo_lora_llama_2_7b"),
         },
         model=ModelSource(path="runs/sft_lora_llama_2_7b", dtype="bfloat16"),
         lora=LoRAConfig(rank=16, alpha=32.0),

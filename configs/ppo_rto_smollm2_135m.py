@@ -2,10 +2,10 @@
 
     python -m jaxrm.train --config=configs/ppo_rto_smollm2_135m.py --config.data.path=hh_harmless_base_test.jsonl.gz
 
-Needs: the runs of `configs/rm_scalar_smollm2_135m.py` and `configs/dpo_smollm2_135m.py`. On an
-accelerator add --config.model.dtype=bfloat16 --config.data.batch_size=128 --config.rollout.sampling.max_new_tokens=256
+Needs: the runs of `configs/rm_scalar_smollm2_135m.py` and `configs/dpo_smollm2_135m.py`. On an accelerator add
+--config.model.dtype=bfloat16 --config.data.batch_size=128 --config.rollout.sampling.max_new_tokens=256
 --config.data.max_length=768 --config.num_steps=500. The sum is that of Reinforced Token Optimization (arXiv
-2404.18922); equal weights are jaxrm's choice. The rest is as in `configs/ppo_smollm2_135m.py`.
+2404.18922); the weight of DPO's is jaxrm's choice. The rest is as in `configs/ppo_smollm2_135m.py`.
 """
 
 import importlib.util
@@ -28,7 +28,7 @@ def get_config() -> PPO:
         num_steps=10,
         rewards={
             "preference": RewardConfig(kind="scalar", model="runs/rm_scalar_smollm2_135m", calibration_responses=32),
-            "dense": RewardConfig(kind="dpo", model="runs/dpo_smollm2_135m", calibration_responses=32),
+            "dense": RewardConfig(weight=0.2, kind="dpo", model="runs/dpo_smollm2_135m", calibration_responses=32),
         },
         model=ModelSource(path=weights()),
         data=DataConfig(path="Anthropic/hh-rlhf", max_length=256, batch_size=8, max_eval_records=16),

@@ -4,8 +4,9 @@
 
 Needs: the policy, `configs/sft_tiny.py`, what DPO made of it, `configs/dpo_tiny.py`, and a scalar reward model,
 `configs/rm_scalar_tiny.py`; two CPU cores, 2 GB of memory, about two minutes. The sum is that of Reinforced Token
-Optimization (arXiv 2404.18922). That both sources have unit standard deviation over a response, and weigh the same, is
-jaxrm's choice; --config.rewards.dense.weight=0.5 changes it. The rest is as in `configs/ppo_tiny.py`.
+Optimization (arXiv 2404.18922). Both sources have unit standard deviation over a response. The weight of DPO's is
+jaxrm's choice: with 1, it taught to refuse harmless prompts (configs/README.md). The rest is as in
+`configs/ppo_tiny.py`.
 """
 
 from jaxrm.algorithms.optimizer import OptimizerConfig
@@ -24,7 +25,7 @@ def get_config() -> PPO:
         num_steps=50,
         rewards={
             "preference": RewardConfig(kind="scalar", model="runs/rm_scalar_tiny"),
-            "dense": RewardConfig(kind="dpo", model="runs/dpo_tiny"),
+            "dense": RewardConfig(weight=0.2, kind="dpo", model="runs/dpo_tiny"),
         },
         model=ModelSource(path="runs/sft_tiny"),
         data=DataConfig(path="task:safety", max_length=64, batch_size=64),
