@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
@@ -19,6 +20,10 @@ _VARIABLE = Bound(
     "the name of an environment variable in capitals",
     "JUDGE_KEY",
 )
+_SECRET_NAME = re.compile(
+    "^key$|^token$|(api|access|private|auth)key$|(api|access|auth|bearer)token$|secret|authorization|password|credential"
+)
+_SECRET_TEXT = re.compile("sk-|hf_|bearer ", re.IGNORECASE)  # how keys of OpenAI and the hub, and headers, begin
 _SET_ELSEWHERE = ("model", "messages", "max_tokens", "temperature")
 _ONE_ANSWER = ("n", "stream")  # what would give another form of answer than the one that is read
 _BASE = "an address that /chat/completions follows, without user, password or query"
@@ -45,8 +50,8 @@ class EndpointConfig:
       extra: more fields of each request as a JSON object, ``{"chat_template_kwargs": {"enable_thinking": false}}``.
       concurrency: calls at the same time.
       timeout: seconds for a call, from the question to the whole answer.
-      retries: further calls after one that failed in a way that may pass: status 408, 429 or 5xx, no connection, no
-        answer in time, or one that cannot be read.
+      retries: further calls after one that failed in a way that may pass: status 408, 429 or 5xx, no connection, or no
+        answer in time. One whose text cannot be used is asked for once more at most.
       retry_seconds: to wait before the first retry; it doubles up to a minute. ``Retry-After`` is obeyed.
       api_key_variable: the environment variable that holds the key, not the key itself; None to send none.
       cache: a folder in which every answer stays, so that no question is paid for twice.
@@ -82,6 +87,11 @@ class EndpointConfig:
             )
         if not isinstance(extra := _json(self.extra), dict):
             raise wrong(self, "extra", "a JSON object", '{"top_p": 1}')
+        if (name := _secret_name(extra)) is not None:  # the text is not shown, since it holds a key
+            raise UserError(
+                f"{place(self, 'extra')} must be without keys, but has {name!r}, which would be written into files; "
+                f"e.g. export JUDGE_KEY=… and {typed(self, 'api_key_variable', _VARIABLE.example)}"
+            )
         refused = [name for name in extra if name in (*_SET_ELSEWHERE, *_ONE_ANSWER)]
         if refused:
             others = (
@@ -106,6 +116,17 @@ class EndpointConfig:
     def extra_fields(self) -> dict[str, Any]:
         """Further fields of a request."""
         return _json(self.extra)
+
+
+def _secret_name(fields: Mapping[str, Any]) -> str | None:
+    """The first field, at any depth, whose text is a key by its name or form; None where there is none."""
+    for name, value in fields.items():
+        if isinstance(value, Mapping) and (inner := _secret_name(value)) is not None:
+            return inner
+        compact = re.sub("[^a-z]", "", name.lower())
+        if isinstance(value, str) and (_SECRET_NAME.search(compact) or _SECRET_TEXT.match(value)):
+            return name
+    return None
 
 
 def _check_url(section: EndpointConfig) -> None:

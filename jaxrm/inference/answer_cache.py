@@ -26,15 +26,19 @@ class AnswerCache:
         return hashlib.sha256(url.encode() + b"\n" + body).hexdigest()
 
     def get(self, key: str) -> str | None:
-        """The answer; None where there is none, or the file is damaged."""
+        """The answer; None where there is none, or the file is damaged or may not be read."""
         try:
             answer = json.loads(self._file(key).read_text(encoding="utf-8"))["answer"]
-        except (FileNotFoundError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError):
             return None
         return answer if isinstance(answer, str) else None
 
     def put(self, key: str, answer: str, **others: Any) -> None:
-        """Keep an answer, and beside it what helps whoever reads the file."""
+        """Keep an answer, and beside it what helps whoever reads the file.
+
+        Raises:
+          OSError: it cannot be written.
+        """
         text = json.dumps({**others, "answer": answer}, indent=2, ensure_ascii=False)
         with atomic.open_for_writing(self._file(key), "wb") as file:
             file.write(text.encode("utf-8", "backslashreplace"))  # half a surrogate pair, escaped as JSON does it

@@ -1,9 +1,9 @@
 """The calls of `jaxrm.inference.chat_endpoint`: concurrent, each with a limit of time, retried where that may help.
 
 A call may be retried when nothing was said against the question itself: no connection, no answer in time, status 408,
-429 or 5xx, or an answer that cannot be read. Status 3xx and 4xx are final. A wait doubles from
-``EndpointConfig.retry_seconds`` to a minute, with chance in it, so that calls which failed together do not come back
-together. ``Retry-After`` holds up all calls, for five minutes at most.
+429 or 5xx, or an answer that cannot be read; one with text is retried once. Status 3xx and 4xx are final. A wait
+doubles from ``EndpointConfig.retry_seconds`` to a minute, with chance in it, so that calls which failed together do not
+come back together. ``Retry-After`` holds up all calls, for five minutes at most.
 """
 
 import asyncio
@@ -33,6 +33,7 @@ from jaxrm.inference.http_requests import (
 if TYPE_CHECKING:
     from jaxrm.inference.chat_endpoint import EndpointCost
 
+_MALFORMED_RETRIES = 1  # of an answer that came whole, since a judge at temperature 0 says the same again
 _USAGE = ("prompt_tokens", "completion_tokens")
 
 
@@ -40,12 +41,12 @@ class Answer(NamedTuple):
     """An answer to a question.
 
     Attributes:
-      text: of the answer; empty where it cannot be used.
-      unusable: the text of an answer that cannot be used, for whoever looks for the reason.
+      text: of the answer, whatever it says; empty where it was cut off.
+      cut: the text of an answer that was cut off, for whoever looks for the reason.
     """
 
     text: str
-    unusable: str = ""
+    cut: str = ""
 
 
 class Calls:
@@ -55,9 +56,9 @@ class Calls:
       config: of the endpoint.
       headers: of every request.
       cost: is added to.
-      keep: is given the key and the text of every answer, once.
+      keep: is given the key of every answer and the answer, once.
       problem: what is wrong with an answer; None where nothing is.
-      keep_unusable: whether an answer with a problem is one after the retries.
+      keep_unusable: whether an answer that cannot be used is one after its retry.
     """
 
     def __init__(
@@ -101,8 +102,13 @@ class Calls:
                 self._failure = self._failure or (key, str(failure))
                 self._stopped.set()
                 return
-            self._keep(key, answer)
             self._answers[key] = answer.text
+            try:
+                self._keep(key, answer)
+            except OSError as error:  # the others are waited for, since they may be kept
+                self._failure = self._failure or (key, f"its answer cannot be written to the cache, {error}")
+                self._stopped.set()
+                return
 
     async def _answer(self, client: httpx2.AsyncClient, body: bytes) -> Answer:
         """The answer to one question, in as many calls as it takes.
@@ -110,7 +116,7 @@ class Calls:
         Raises:
           CallError: there is none.
         """
-        retries = self._config.retries
+        retries, malformed = self._config.retries, 0
         for attempt in range(retries + 1):
             while (pause := self._paused_until - time.monotonic()) > 0:
                 await self._sleep(pause)
@@ -120,9 +126,10 @@ class Calls:
             except RetryableError as failure:
                 if failure.retry_after > LONGEST_RETRY_AFTER:
                     raise CallError(f"{failure}, and asks to wait {failure.retry_after:,.0f} s") from None
-                if attempt == retries:
+                malformed += failure.answer is not None
+                if attempt == retries or malformed > _MALFORMED_RETRIES:
                     if failure.answer is not None and self._keep_unusable:
-                        return Answer("", failure.answer)
+                        return failure.answer
                     raise CallError(f"{failure}{f', in the last of {attempt + 1} calls' if attempt else ''}") from None
                 self._paused_until = max(self._paused_until, time.monotonic() + failure.retry_after)
                 await self._sleep(wait_before_retry(self._config.retry_seconds, attempt))
@@ -156,7 +163,7 @@ class Calls:
         try:
             answer = self._read(response)
             if (reason := self._problem(answer)) is not None:
-                raise RetryableError(reason, answer=answer)
+                raise RetryableError(reason, answer=Answer(answer))
         except RetryableError as failure:
             self._cost.malformed += 1
             raise RetryableError(f"the answer cannot be used, since {failure}", answer=failure.answer) from None
@@ -183,9 +190,9 @@ class Calls:
         if is_cut:  # what looks like "Score: 1" may be the beginning of 10
             limit = self._config.max_tokens
             at = "at the endpoint's limit" if limit is None else f"at max_tokens, {limit}"
-            raise RetryableError(f"it was cut off {at}", answer=text)
+            raise RetryableError(f"it was cut off {at}", answer=Answer("", cut=text))
         if not text.strip():
-            raise RetryableError("it is empty", answer=text)
+            raise RetryableError("it is empty", answer=Answer(""))
         return text
 
     def _count_tokens(self, fields: Any) -> None:

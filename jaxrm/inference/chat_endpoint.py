@@ -40,7 +40,7 @@ class EndpointCost:
       calls: requests that were sent, retries included.
       retries: requests beyond the first of a question.
       malformed: answers that could not be used, each of which is a call.
-      unusable: questions that have no answer that can be used, after all retries.
+      unusable: questions that have no answer that can be used, after the retries.
       prompt_tokens: read by the endpoint's model, as it says.
       completion_tokens: written by it.
       unmetered: answers without a count of tokens.
@@ -105,22 +105,26 @@ class ChatEndpoint:
         Args:
           questions: messages of a chat each, ``{"role": "user", "content": …}``.
           problem: what is wrong with an answer, to follow "since"; None where nothing is. An answer with a problem is
-            retried, and so is one that is empty or cut off.
-          keep_unusable: return, and keep, an empty text for an answer that cannot be used after all retries; else it is
-            an error.
+            retried once, and so is one that is empty or cut off. Answers on disk are read with it too.
+          keep_unusable: return an empty text for an answer that cannot be used after its retry, and keep what it says;
+            else it is an error.
           name: of the question of a number, for messages.
 
         Raises:
-          UserError: a question that the endpoint refused, or did not answer well in spite of the retries; it is named.
-          OSError: the cache cannot be written.
+          UserError: a question that the endpoint refused, or did not answer well in spite of the retries, or whose
+            answer cannot be written to the cache; it is named.
         """
         started = time.perf_counter()
         bodies = [self._body(question) for question in questions]
         keys = [AnswerCache.key(self._url, body) for body in bodies]
         requests = dict(zip(keys, bodies, strict=True))
-        answers = {key: text for key in requests if (text := self._cache.get(key)) is not None}
+
+        def usable(text: str) -> str:
+            return text if text.strip() and problem(text) is None else ""
+
+        answers = {key: usable(text) for key in requests if (text := self._cache.get(key)) is not None}
         if not keep_unusable:
-            answers = {key: text for key, text in answers.items() if text and problem(text) is None}
+            answers = {key: text for key, text in answers.items() if text}
         self.cost.questions += len(requests)
         self.cost.cached += len(answers)
         missing = {key: body for key, body in requests.items() if key not in answers}
@@ -129,7 +133,7 @@ class ChatEndpoint:
                 new, failure = self._send(missing, problem, keep_unusable)
                 if failure is not None:
                     raise self._failed(name(keys.index(failure[0])), failure[1])
-                answers |= new
+                answers |= {key: usable(text) for key, text in new.items()}
         finally:
             self.cost.seconds += time.perf_counter() - started
         self.cost.unusable += sum(not answer for answer in answers.values())
@@ -180,8 +184,8 @@ class ChatEndpoint:
         from jaxrm.inference.chat_calls import Answer, Calls
 
         def keep(key: str, answer: Answer) -> None:
-            unusable = {"unusable": answer.unusable} if answer.unusable else {}
-            self._cache.put(key, answer.text, url=self._url, request=json.loads(requests[key]), **unusable)
+            cut = {"cut": answer.cut} if answer.cut else {}
+            self._cache.put(key, answer.text, url=self._url, request=json.loads(requests[key]), **cut)
 
         calls = Calls(self.config, self._headers(), self.cost, keep=keep, problem=problem, keep_unusable=keep_unusable)
         return calls.run(requests)

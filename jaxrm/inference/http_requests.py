@@ -12,13 +12,16 @@ import ssl
 import time
 from collections.abc import Callable, Coroutine, Mapping
 from email.utils import parsedate_to_datetime
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
 import httpx2
 from anyio.from_thread import start_blocking_portal
 
 from jaxrm.algorithms.endpoint_config import EndpointConfig
+
+if TYPE_CHECKING:
+    from jaxrm.inference.chat_calls import Answer
 
 Result = TypeVar("Result")
 
@@ -38,10 +41,10 @@ class RetryableError(Exception):
     Args:
       reason: as of a `CallError`.
       retry_after: seconds that the server asked for; 0 where it did not.
-      answer: the answer that cannot be used; None where there is none.
+      answer: the answer that cannot be used; None where there is no text at all.
     """
 
-    def __init__(self, reason: str, retry_after: float = 0.0, answer: str | None = None) -> None:
+    def __init__(self, reason: str, retry_after: float = 0.0, answer: "Answer | None" = None) -> None:
         super().__init__(reason)
         self.retry_after, self.answer = retry_after, answer
 
@@ -94,24 +97,28 @@ async def request(
     except TimeoutError as error:
         raise RetryableError(f"no answer within {timeout:g} s") from error
     except (httpx2.UnsupportedProtocol, httpx2.InvalidURL, httpx2.LocalProtocolError) as error:
-        raise CallError(_one_line(f"{type(error).__name__}: {error}")) from error
+        raise CallError(_one_line(f"{type(error).__name__}: {error}", client.headers)) from error
     except httpx2.RequestError as error:
-        raise RetryableError(_one_line(f"{type(error).__name__}: {error}".removesuffix(": "))) from error
+        reason = f"{type(error).__name__}: {error}".removesuffix(": ")
+        raise RetryableError(_one_line(reason, client.headers)) from error
 
 
 def status_text(response: httpx2.Response) -> str:
     """A status, where it redirects to, and the server's words, in one line."""
     words, location = first_words(response), response.headers.get("location")
-    redirect = "" if location is None else f", which redirects to {_one_line(location)}"
+    redirect = "" if location is None else f", which redirects to {_one_line(location, response.request.headers)}"
     return f"status {response.status_code}{redirect}{f', {words}' if words else ''}"
 
 
 def first_words(response: httpx2.Response) -> str:
     """The beginning of what a server said, in one line."""
-    return _one_line(response.content[: 4 * _SHOWN].decode("utf-8", "replace"))
+    return _one_line(response.content.decode("utf-8", "replace"), response.request.headers)
 
 
-def _one_line(text: str) -> str:
+def _one_line(text: str, headers: Mapping[str, str]) -> str:
+    """The beginning of a text without the key in ``headers``, which is looked for before the text is cut."""
+    key = headers.get("authorization", "").removeprefix("Bearer ")
+    text = text.replace(key, "***") if key else text
     text = " ".join("".join(c if c.isprintable() else " " for c in text).split())
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
 

@@ -11,7 +11,8 @@ still be talked over by what it reads; look at the samples.
 
 The answer is read strictly. It is one of:
 
-- a last line ``Score: 7`` (in any case, perhaps bold; ``7/10`` where 10 is the largest), or
+- a last line ``Score: 7`` or ``Final score: 7`` (in any case, perhaps bold; ``7/10`` or ``7 (out of 10)`` where 10 is
+  the largest), or
 - a JSON object with ``score``, as the whole answer, as its last line, or in a code fence at its end.
 
 What stands before ``</think>`` is not read. A number outside the range and an unknown label are no score.
@@ -33,8 +34,13 @@ from jaxrm.errors import UserError, flag, option
 _SHIPPED = Path(__file__).with_name("rubric.txt")
 _PLACEHOLDER = re.compile(r"\{(\w+)\}")
 _QUOTED = ("prompt", "response", "reference")
-_LINE = re.compile(r"[\s*_#>`-]*score[*_`\s]*[:=](.+)", re.IGNORECASE | re.DOTALL)
-_NUMBER = re.compile(r"([-+]?[0-9]+(?:\.[0-9]+)?)(?:\s*/\s*([0-9]+(?:\.[0-9]+)?))?")
+_LINE = re.compile(
+    r"[\s*_#>`-]*(?:(?:my|the|final|overall|total)\s+)*[*_`]*score[*_`\s]*[:=](.+)", re.IGNORECASE | re.DOTALL
+)
+_NUMBER = re.compile(
+    r"([-+]?[0-9]+(?:\.[0-9]+)?)[*_`]*(?:\s*(?:/|\(?out\s+of\b)\s*[*_`]*([0-9]+(?:\.[0-9]+)?)[*_`]*\s*\)?)?",
+    re.IGNORECASE,
+)
 _FENCE = re.compile(r"```(?:json)?\s*(\{[^`]*\})\s*```\s*$")
 _MOST_CHARACTERS = 200_000  # of a rubric file; a larger one is something else
 

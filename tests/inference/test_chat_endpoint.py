@@ -1,6 +1,7 @@
 """The client of chat endpoints: what is sent, paid for once, retried, refused, and never written anywhere."""
 
 import collections
+import contextlib
 import dataclasses
 import json
 import os
@@ -12,10 +13,11 @@ import time
 from pathlib import Path
 
 import pytest
-from support.chat_server import ChatServer, Reply, serving
+from support.chat_server import ChatServer, Reply, closed_url, serving
 
 from jaxrm.algorithms.endpoint_config import EndpointConfig
 from jaxrm.errors import UserError
+from jaxrm.inference.answer_cache import AnswerCache
 from jaxrm.inference.chat_endpoint import ChatEndpoint
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -34,7 +36,7 @@ PASSING = {
     "nothing in place of text": Reply(None),
     "an answer that was cut off": Reply("Score: 1", is_cut=True),
     "a connection that is closed": Reply(hangs_up=True),
-    "silence": Reply(delay=5.0),
+    "silence": Reply(delay=30.0),  # longer than the limit of time, and ended with the server
     "a body that is not gzip": Reply(body=b"plain", headers={"Content-Encoding": "gzip"}),
 }
 
@@ -133,17 +135,18 @@ def test_text_of_any_characters_arrives(server, connect):
 
 
 def test_at_most_so_many_calls_are_made_at_once(server, connect):
-    server.reply = lambda number, question: Reply(delay=0.05)
-    ask(connect(concurrency=3), *map(str, range(12)))
-    assert 2 <= server.most_at_once <= 3
+    three = threading.Barrier(3, timeout=30)
+    server.reply = lambda number, question: three.wait() + 1 and GOOD
+    ask(connect(concurrency=3, timeout=60.0), *map(str, range(12)))
+    assert server.most_at_once == 3
     assert len(server.questions) == 12
 
 
 def test_calls_are_concurrent(server, connect):
-    server.reply = lambda number, question: Reply(delay=0.5)
-    started = time.perf_counter()
-    ask(connect(concurrency=8), *map(str, range(8)))
-    assert time.perf_counter() - started < 2.0
+    eight = threading.Barrier(8, timeout=30)
+    server.reply = lambda number, question: eight.wait() + 1 and GOOD
+    ask(connect(concurrency=8, timeout=60.0), *map(str, range(8)))
+    assert server.most_at_once == 8
 
 
 def test_it_works_where_a_loop_runs_as_in_a_notebook(connect):
@@ -161,7 +164,7 @@ def test_it_works_where_a_loop_runs_as_in_a_notebook(connect):
 @pytest.mark.parametrize("bad", PASSING.values(), ids=PASSING)
 def test_what_may_pass_is_retried(server, connect, bad):
     server.reply = lambda number, question: bad if number == 0 else GOOD
-    endpoint = connect(timeout=0.5 if bad.delay else 10.0)
+    endpoint = connect(timeout=3.0 if bad.delay else 30.0)
     assert ask(endpoint, "a") == ["fine"]
     assert (endpoint.cost.calls, endpoint.cost.retries) == (2, 1)
 
@@ -171,7 +174,7 @@ def test_what_does_not_pass_ends_in_one_line(server, connect, bad):
     """It names the question and the endpoint, and nothing of it is kept."""
     server.reply = lambda number, question: bad if question == "b" else GOOD
     with pytest.raises(UserError, match=r"failed on question 1: ") as caught:
-        ask(connect(timeout=0.5 if bad.delay else 10.0, retries=1), "a", "b")
+        ask(connect(timeout=1.0 if bad.delay else 30.0, retries=1), "a", "b")
     assert "\n" not in str(caught.value) and server.url in str(caught.value)
     assert server.questions.count("b") == 2
     ask(connect(), "a")
@@ -183,22 +186,17 @@ def test_the_limit_of_time_is_of_the_whole_answer(server, connect):
 
     def drip(connection):
         connection.recv(65536)
-        connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n")
-        for _ in range(30):
-            time.sleep(0.1)
-            try:
+        connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 1000000\r\n\r\n")
+        with connection, contextlib.suppress(OSError):  # the client hangs up
+            while True:
+                time.sleep(0.1)
                 connection.sendall(b" ")
-            except OSError:
-                break
-        connection.close()
 
     with socket.create_server(("127.0.0.1", 0)) as listening:
         thread = threading.Thread(target=lambda: drip(listening.accept()[0]))
         thread.start()
-        started = time.perf_counter()
         with pytest.raises(UserError, match=r"no answer within 0\.5 s"):
             ask(connect(url=f"http://127.0.0.1:{listening.getsockname()[1]}", timeout=0.5, retries=0), "a")
-        assert time.perf_counter() - started < 2.5
         thread.join()
 
 
@@ -236,30 +234,24 @@ def test_a_redirect_is_not_followed(server, connect):
 
 def test_after_a_failure_no_new_question_is_asked(server, connect):
     """Those under way are waited for and kept, since they are paid for."""
-    server.reply = lambda number, question: Reply(status=400) if question == "0" else Reply("fine", delay=0.3)
+    server.reply = lambda number, question: Reply(status=400) if question == "0" else Reply("fine", delay=3.0)
     with pytest.raises(UserError, match="question 0"):
-        ask(connect(concurrency=2), *map(str, range(10)))
+        ask(connect(concurrency=2, timeout=60.0), *map(str, range(10)))
     assert sorted(server.questions) == ["0", "1"]
     ask(connect(), "1")
     assert len(server.questions) == 2
 
 
-def test_a_server_that_comes_back_is_asked_again(connect, tmp_path):
-    with serving(ChatServer()) as first:
-        port = first.port
-    thread = threading.Timer(0.3, lambda: started.set())
-    started = threading.Event()
-    answers = []
-    endpoint = connect(url=first.url, retries=20, retry_seconds=0.05)
-    asking = threading.Thread(target=lambda: answers.extend(ask(endpoint, "a")))
-    asking.start()
-    thread.start()
-    started.wait()
-    with serving(ChatServer(port=port)):
-        asking.join()
-    thread.join()
-    assert answers == ["Score: 7"]
-    assert endpoint.cost.retries >= 1
+def test_a_server_that_comes_back_is_asked_again(server, connect):
+    server.reply = lambda number, question: Reply(status=503) if number < 5 else GOOD
+    endpoint = connect(retries=20)
+    assert ask(endpoint, "a") == ["fine"]
+    assert endpoint.cost.retries == 5
+
+
+def test_a_connection_that_is_refused_is_tried_again(connect):
+    with closed_url() as url, pytest.raises(UserError, match=r"Connect.*, in the last of 4 calls"):
+        ask(connect(url=url, retries=3), "a")
 
 
 # --- problems that the caller sees in an answer
@@ -270,16 +262,17 @@ def no_number(answer):
 
 
 def test_an_answer_with_a_problem_is_retried(server, connect):
-    server.reply = lambda number, question: Reply("none" if number < 2 else "7")
+    server.reply = lambda number, question: Reply("none" if number < 1 else "7")
     endpoint = connect()
     assert ask(endpoint, "a", problem=no_number) == ["7"]
-    assert (endpoint.cost.malformed, endpoint.cost.prompt_tokens) == (2, 33)
+    assert (endpoint.cost.malformed, endpoint.cost.prompt_tokens) == (1, 22)
 
 
 def test_an_answer_that_keeps_its_problem_is_an_error(server, connect):
+    """After one retry, since each of them costs as much."""
     server.reply = lambda number, question: Reply("none")
     with pytest.raises(
-        UserError, match=r"sample a: the answer cannot be used, since it is 'none', in the last of 3 calls"
+        UserError, match=r"sample a: the answer cannot be used, since it is 'none', in the last of 2 calls"
     ):
         ask(connect(), "a", problem=no_number, name=lambda number: "sample a")
     server.reply = lambda number, question: Reply("7")
@@ -289,11 +282,11 @@ def test_an_answer_that_keeps_its_problem_is_an_error(server, connect):
 @pytest.mark.parametrize("bad", [Reply("none"), Reply("7", is_cut=True), Reply("")], ids=["none", "cut", "empty"])
 def test_an_unusable_answer_may_be_kept_as_empty(server, connect, bad):
     """It is not paid for again, but where it would be an error it is not taken for an answer."""
-    server.reply = lambda number, question: bad if number < 3 else Reply("8")
+    server.reply = lambda number, question: bad if number < 2 else Reply("8")
     endpoint = connect()
     assert ask(endpoint, "a", problem=no_number, keep_unusable=True) == [""]
     assert ask(endpoint, "a", problem=no_number, keep_unusable=True) == [""]
-    assert (len(server.questions), endpoint.cost.unusable, endpoint.cost.malformed) == (3, 2, 3)
+    assert (len(server.questions), endpoint.cost.unusable, endpoint.cost.malformed) == (2, 2, 2)
     assert ask(endpoint, "a", problem=no_number) == ["8"]
 
 
@@ -345,23 +338,52 @@ ChatEndpoint(config).ask([[{"role": "user", "content": str(number)}] for number 
 
 def test_after_a_kill_only_what_is_missing_is_asked(server, connect, tmp_path):
     """At most the calls that were under way are made twice, and no answer on disk is."""
-    server.reply = lambda number, question: Reply(f"to {question}", delay=0.05)
+    killed = threading.Event()
+
+    def reply(number, question):
+        if number >= 12:
+            killed.wait(60)
+        return Reply(f"to {question}")
+
+    server.reply = reply
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(
         [sys.executable, "-c", SCRIPT, server.url, str(tmp_path / "cache")], cwd=ROOT, env=environment
     )
-    while len(server.questions) < 12 and process.poll() is None:
+    while len(server.questions) < 15 and process.poll() is None:  # the last three are held back
         time.sleep(0.005)
     process.kill()
     process.wait()
+    killed.set()
     stored = len(list((tmp_path / "cache").rglob("[0-9a-f]*.json")))
-    assert 6 <= stored < 40
+    assert stored == 12
     endpoint = connect(timeout=120.0)
     assert ask(endpoint, *map(str, range(40))) == [f"to {number}" for number in range(40)]
     assert endpoint.cost.cached == stored
     counts = collections.Counter(server.questions)
     assert set(counts) == set(map(str, range(40)))
     assert sum(count - 1 for count in counts.values()) <= 3
+
+
+@pytest.mark.parametrize("blocked", ["write", "read"])
+def test_a_cache_that_fails_midway_is_one_line(server, connect, tmp_path, monkeypatch, blocked):
+    """Answers that are under way are waited for and kept."""
+    put = AnswerCache.put
+
+    def fail(cache, key, answer, **others):
+        if answer == "to 0":
+            raise PermissionError(13, "Permission denied", "a file")
+        put(cache, key, answer, **others)
+
+    if blocked == "write":
+        monkeypatch.setattr(AnswerCache, "put", fail)
+    else:  # a folder stands where the answer belongs
+        key = AnswerCache.key(f"{server.url}/chat/completions", connect()._body([{"role": "user", "content": "0"}]))
+        (tmp_path / "cache" / key[:2] / f"{key}.json").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"question 0: its answer cannot be written to the cache, \[Errno"):
+        ask(connect(concurrency=2), "0", "1")
+    assert ask(connect(), "1") == ["to 1"]
+    assert server.questions.count("1") == 1
 
 
 # --- the key
@@ -382,6 +404,17 @@ def test_the_key_is_sent_and_written_nowhere(server, connect, tmp_path, monkeypa
             call()
         assert "sk-secret" not in str(caught.value)
     assert "sk-secret" not in "".join(capfd.readouterr())
+
+
+@pytest.mark.parametrize("before", [170, 795], ids=["shown", "cut"])
+@pytest.mark.parametrize("status", [200, 400])
+def test_a_key_at_the_cut_of_a_message_is_not_shown(server, connect, monkeypatch, status, before):
+    key = "sk-verysecretkey0123456789"
+    monkeypatch.setenv("JUDGE_KEY", key)
+    server.reply = lambda number, question: Reply(status=status, body=f"{'x' * before} key {key} is bad".encode())
+    with pytest.raises(UserError, match=r"x{100}") as caught:
+        ask(connect(api_key_variable="JUDGE_KEY", retries=0), "a")
+    assert "sk-v" not in str(caught.value)
 
 
 @pytest.mark.parametrize("value", [None, "", "  ", "two words", "é"])
@@ -415,14 +448,11 @@ def test_an_endpoint_need_not_list_its_models(server, connect, capsys):
 
 
 def test_an_endpoint_that_is_not_there_is_refused_at_once(connect):
-    with serving(ChatServer()) as gone:
-        pass
     started = time.perf_counter()
-    with pytest.raises(
-        UserError, match=r"reward\.endpoint\.url is 'http://127.*which cannot be reached: Connect.*; start"
-    ):
-        connect(url=gone.url, retries=20, retry_seconds=9.0).check()
-    assert time.perf_counter() - started < 2.0
+    message = r"reward\.endpoint\.url is 'http://127.*which cannot be reached: Connect.*; start"
+    with closed_url() as url, pytest.raises(UserError, match=message):
+        connect(url=url, retries=20, retry_seconds=60.0).check()
+    assert time.perf_counter() - started < 20.0
 
 
 def test_an_address_without_v1_is_told_so(server, connect):
@@ -485,6 +515,9 @@ def test_a_cache_that_cannot_be_written_is_refused(connect, tmp_path):
         ({"extra": "[1]"}, "a JSON object"),
         ({"extra": '{"a": NaN}'}, "a JSON object"),
         ({"extra": '{"model": "other"}'}, "without 'model', for fields of the config"),
+        ({"extra": '{"api_key": "abc"}'}, "without keys, but has 'api_key'"),
+        ({"extra": '{"a": {"Authorization": "abc"}}'}, "without keys, but has 'Authorization'"),
+        ({"extra": '{"user": "sk-abc"}'}, "without keys, but has 'user'"),
         ({"extra": '{"stream": true}'}, "without 'stream', for one whole answer"),
         ({"concurrency": 0}, "at least 1"),
         ({"timeout": 0.0}, "above 0"),
@@ -498,6 +531,7 @@ def test_a_config_is_refused_in_one_line(changes, message):
     with pytest.raises(UserError) as caught:
         EndpointConfig(**{"url": "http://judge/v1", "model": "judge", **changes})
     assert message in str(caught.value) and "\n" not in str(caught.value)
+    assert "abc" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -524,5 +558,6 @@ def test_a_scale_is_a_range_or_labels():
 
 
 def test_extra_fields_are_json():
-    config = EndpointConfig(url="http://[::1]:8000/v1", model="judge", extra='{"a": {"b": false}}')
-    assert config.extra_fields == {"a": {"b": False}}
+    fields = {"a": {"b": False}, "max_completion_tokens": 7, "prompt_cache_key": "judge", "stop_token_ids": [1]}
+    config = EndpointConfig(url="http://[::1]:8000/v1", model="judge", extra=json.dumps(fields))
+    assert config.extra_fields == fields

@@ -151,6 +151,13 @@ def test_a_rubric_that_cannot_be_used_is_refused(tmp_path, content, message):
         ('Right.\n```json\n{\n  "score": 3\n}\n```', 3.0),
         ("<think>\nScore: 1, or more?\n</think>\nScore: 8", 8.0),
         ("Score: 0008", 8.0),
+        ("**Final Score: 7**", 7.0),
+        ("Overall score: 7", 7.0),
+        ("My final **score**: 7", 7.0),
+        ("Score: **7**/10", 7.0),
+        ("Score: **7/10**", 7.0),
+        ("Score: 7 (out of 10)", 7.0),
+        ("Score: 7 out of 10.", 7.0),
     ],
 )
 def test_a_score_is_read(answer, score):
@@ -170,6 +177,10 @@ def test_a_score_is_read(answer, score):
         "Score: 11",
         "Score: -7",
         "Score: 7/7",
+        "Score: 7 out of 7",
+        "Score: 1*0",
+        "Worst score: 1",
+        "Not a score: 7",
         "Score: 1e1",
         "Score: 7,5",
         "Score: nan",
@@ -261,6 +272,15 @@ def test_another_scale_reads_answers_on_disk_anew(server, judge, tmp_path):
     assert len(server.questions) == 1
     with pytest.raises(UserError, match="no number from 0 to 5"):
         judge(**own, answer="0..5")([sample("first")])
+
+
+def test_scales_share_answers_where_unreadable_ones_count(server, judge, tmp_path):
+    """An answer off one scale is kept as it is: it counts as ``unreadable`` there, and as itself on another."""
+    (tmp_path / "own.txt").write_text("Judge: {response}")
+    own = {"rubric": str(tmp_path / "own.txt"), "unreadable": 0.0}
+    for text, first, second in (("wide first", "1..10", "1..5"), ("narrow first", "1..5", "1..10")):
+        for answer in (first, second, first):
+            assert judge(**own, answer=answer)([sample(text)]) == [7.0 if answer == "1..10" else 0.0]
 
 
 def test_a_reference_comes_from_its_column(server, judge, tmp_path):

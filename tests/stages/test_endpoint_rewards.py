@@ -6,7 +6,7 @@ import json
 
 import jax
 import pytest
-from support.chat_server import ChatServer, Reply, serving
+from support.chat_server import ChatServer, Reply, closed_url, serving
 from support.same_run import differences
 
 from jaxrm.algorithms.best_of_n import BestOfNConfig
@@ -188,10 +188,9 @@ def refuse(config, place, tmp_path):
 
 
 def test_an_endpoint_that_is_not_there_is_refused(refuse, endpoint):
-    with serving(ChatServer()) as gone:
-        pass
-    message = refuse(judged(endpoint(url=gone.url)))
-    assert message.startswith(f"config.reward.endpoint.url is '{gone.url}', which cannot be reached: ")
+    with closed_url() as url:
+        message = refuse(judged(endpoint(url=url)))
+    assert message.startswith(f"config.reward.endpoint.url is '{url}', which cannot be reached: ")
     assert message.endswith("or give another --config.reward.endpoint.url")
 
 
@@ -220,10 +219,9 @@ def test_prompts_without_the_reference_are_refused(refuse, endpoint, tmp_path):
 
 
 def test_a_dry_run_does_not_call_the_endpoint(config, endpoint, server, tmp_path):
-    with serving(ChatServer()) as gone:
-        pass
-    facts = ppo.inspect(config(tmp_path / "new", reward=judged(endpoint(url=gone.url)))).facts
-    assert facts["rewards"] == f"scalar from judge at {gone.url}"
+    with closed_url() as url:
+        facts = ppo.inspect(config(tmp_path / "new", reward=judged(endpoint(url=url)))).facts
+    assert facts["rewards"] == f"scalar from judge at {url}"
     assert "not called in a dry run" in facts["judge"]
     ppo.inspect(config(tmp_path / "new", reward=judged(endpoint())))
     assert not server.questions

@@ -1,6 +1,7 @@
 """A small server of chat completions on this machine, which answers well, late, wrongly, or not at all."""
 
 import json
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -94,6 +95,14 @@ class ChatServer:
         finally:
             with self._lock:
                 self._at_once -= 1
+
+
+@contextmanager
+def closed_url() -> Iterator[str]:
+    """An address of this machine where nothing listens, and no other process can."""
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        yield f"http://127.0.0.1:{bound.getsockname()[1]}/v1"
 
 
 @contextmanager
