@@ -47,7 +47,12 @@ WALL_CLOCK = frozenset(
     | {f"{phase}_{unit}" for phase in PHASES for unit in ("seconds", "tokens_per_second")}
     | {f"judge_{name}" for name in JUDGE_COST}
 )
-"""Fields of a row that differ between two runs of the same config."""
+"""Fields of a row that differ between two runs of the same config, see `is_wall_clock`."""
+
+
+def is_wall_clock(field: str) -> bool:
+    """Whether a field of a row differs between two runs of the same config, that of a named source too."""
+    return field.partition("/")[0] in WALL_CLOCK
 
 
 @dataclass(frozen=True)

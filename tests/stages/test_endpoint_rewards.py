@@ -20,7 +20,7 @@ from jaxrm.inference.chat_endpoint import EndpointCost
 from jaxrm.models.build import ModelSource
 from jaxrm.models.generate import SamplingConfig
 from jaxrm.runtime.checkpoint import CheckpointConfig
-from jaxrm.runtime.metrics import JUDGE_COST, LoggingConfig
+from jaxrm.runtime.metrics import JUDGE_COST, LoggingConfig, is_wall_clock
 from jaxrm.sharding.mesh import MeshConfig, build_mesh
 from jaxrm.stage_config import PPO, BestOfN, Evaluate, EvaluateConfig, JudgedEvaluationConfig
 from jaxrm.stages.best_of_n import run as best_of_n
@@ -218,6 +218,18 @@ def test_prompts_without_the_reference_are_refused(refuse, endpoint, tmp_path):
     assert message.startswith("config.reward.endpoint.reference is 'reference', which the rubric wants, but ")
 
 
+def test_one_prompt_with_two_references_is_refused(refuse, endpoint, tmp_path):
+    """A response is known by its prompt alone."""
+    (tmp_path / "own.txt").write_text("{response} {reference}")
+    records = [{"prompt": "how are you ?", "reference": text, "id": text} for text in ("4", "5")]
+    file = tmp_path / "two.jsonl"
+    file.write_text("".join(f"{json.dumps(record)}\n" for record in 8 * records))
+    data = DataConfig(path=str(file), eval_path=str(file), max_length=64, batch_size=8)
+    message = refuse(judged(endpoint(rubric=str(tmp_path / "own.txt"))), data=data)
+    assert message.startswith("config.reward.endpoint reads fields of records, but ")
+    assert "have one prompt and differ in reference;" in message
+
+
 def test_a_dry_run_does_not_call_the_endpoint(config, endpoint, server, tmp_path):
     with closed_url() as url:
         facts = ppo.inspect(config(tmp_path / "new", reward=judged(endpoint(url=url)))).facts
@@ -250,6 +262,11 @@ def test_flags_make_the_section():
     assert dicts.from_dict(PPO, json.loads(json.dumps(dicts.to_dict(config)))) == config
     with pytest.raises(UserError, match=r"config\.reward\.endpoint\.model is missing"):
         dicts.with_changes(PPO(), {"reward.kind": "scalar", "reward.endpoint.url": "http://judge/v1"})
+
+
+def test_a_judge_costs_what_the_moment_says():
+    assert is_wall_clock("judge_calls") and is_wall_clock("judge_calls/helpful")
+    assert not is_wall_clock("reward/helpful")
 
 
 def test_rows_have_all_that_is_counted():

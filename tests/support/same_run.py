@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxrm.runtime.metrics import WALL_CLOCK
+from jaxrm.runtime.metrics import is_wall_clock
 
 _CLOSING = re.compile(rb"\n(Held-out data|Best of \d+ by|\d[\d,]* pairs of|Policies on)")
 _STAGES = re.compile(rb"\nStages in ")
@@ -65,7 +65,7 @@ def _content(path: Path, root: Path) -> object:
         return _plain(json.dumps({name: (x["state"], x["config"]) for name, x in records.items()}), root)
     if path.suffix == ".jsonl":
         rows = [json.loads(line) for line in path.read_text().splitlines()]
-        return [{name: x for name, x in row.items() if name not in WALL_CLOCK} for row in rows]
+        return [{name: x for name, x in row.items() if not is_wall_clock(name)} for row in rows]
     if path.suffix == ".npy":
         return np.load(path).tobytes()
     return _plain(path.read_bytes().decode(errors="replace"), root)

@@ -267,7 +267,7 @@ def open_judge(source: RewardConfig, responses: Responses) -> RewardSource:
     )
 
 
-def check_judge(source: RewardConfig, scored: Scored) -> str:
+def check_endpoint(source: RewardConfig, scored: Scored) -> str:
     """Refuse prompts without the reference that the judge's rubric wants; the name of the judge, which is not asked."""
     judge = _judge(source)
     judge.check_references(scored.examples)
@@ -429,7 +429,7 @@ def _check_length(model: RewardModel, length: int, response_length: int) -> None
 
 
 FUNCTION = Origin(_check_named_function, check_function, open_function_rewards)
-JUDGE = Origin(_check_judge_config, check_judge, open_judge)
+JUDGE = Origin(_check_judge_config, check_endpoint, open_judge)
 MODEL_RUN = Origin(lambda source: None, check_run, open_run)
 CLASSIFIER = Origin(lambda source: None, classifier.check_classifier, classifier.open_classifier_rewards)
 
