@@ -29,11 +29,13 @@ from jaxrm.inference.http_requests import (
     status_text,
     wait_before_retry,
 )
+from jaxrm.runtime.preemption import StoppedError, stop_requested
 
 if TYPE_CHECKING:
     from jaxrm.inference.chat_endpoint import EndpointCost
 
 _MALFORMED_RETRIES = 1  # of an answer that came whole, since a judge at temperature 0 says the same again
+_WATCH_SECONDS = 0.2
 _USAGE = ("prompt_tokens", "completion_tokens")
 
 
@@ -75,14 +77,20 @@ class Calls:
         self._keep, self._problem, self._keep_unusable = keep, problem, keep_unusable
         self._answers: dict[str, str] = {}
         self._failure: tuple[str, str] | None = None
+        self._is_stopping = False
         self._paused_until = 0.0  # of `time.monotonic`
 
     def run(self, requests: Mapping[str, bytes]) -> tuple[dict[str, str], tuple[str, str] | None]:
         """Texts of answers by the keys of ``requests``, and the key and reason of the first failure.
 
         After a failure no new call is made, but those under way are waited for.
+
+        Raises:
+          StoppedError: the run was asked to stop; nothing is lost, since those under way are waited for too.
         """
         in_loop_of_its_own(self._run, requests)
+        if self._is_stopping:
+            raise StoppedError
         return self._answers, self._failure
 
     async def _run(self, requests: Mapping[str, bytes]) -> None:
@@ -90,7 +98,18 @@ class Calls:
         waiting = iter(requests.items())
         number = min(self._config.concurrency, len(requests))
         async with open_client(self._config, self._headers) as client:
-            await asyncio.gather(*(self._work(client, waiting) for _ in range(number)))
+            watching = asyncio.create_task(self._watch())
+            try:
+                await asyncio.gather(*(self._work(client, waiting) for _ in range(number)))
+            finally:
+                watching.cancel()
+
+    async def _watch(self) -> None:
+        """Make no new call once the run is asked to stop."""
+        while not stop_requested():
+            await asyncio.sleep(_WATCH_SECONDS)
+        self._is_stopping = True
+        self._stopped.set()
 
     async def _work(self, client: httpx2.AsyncClient, waiting: Iterator[tuple[str, bytes]]) -> None:
         for key, body in waiting:

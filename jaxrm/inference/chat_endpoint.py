@@ -113,6 +113,7 @@ class ChatEndpoint:
         Raises:
           UserError: a question that the endpoint refused, or did not answer well in spite of the retries, or whose
             answer cannot be written to the cache; it is named.
+          StoppedError: the loop that asks was told to stop.
         """
         started = time.perf_counter()
         bodies = [self._body(question) for question in questions]

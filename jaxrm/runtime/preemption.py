@@ -111,6 +111,17 @@ def catch_signals(*, has_progress: bool = True) -> Iterator[StopRequest]:
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
+def stop_requested() -> bool:
+    """Whether the loop of this process was asked to stop, for what takes long within a step.
+
+    Never where a job has several processes, since they must stop at the same place.
+    """
+    import jax
+
+    loop = _command.loop
+    return loop is not None and loop.requested and jax.process_count() == 1
+
+
 def agree(flag: bool) -> bool:
     """Return whether ``flag`` is True in any process, the same answer in all; ``flag`` itself where there is one.
 

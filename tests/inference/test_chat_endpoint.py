@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from jaxrm.algorithms.endpoint_config import EndpointConfig
 from jaxrm.errors import UserError
 from jaxrm.inference.answer_cache import AnswerCache
 from jaxrm.inference.chat_endpoint import ChatEndpoint
+from jaxrm.runtime.preemption import StoppedError, catch_signals
 
 ROOT = Path(__file__).resolve().parents[2]
 GOOD = Reply("fine")
@@ -363,6 +365,23 @@ def test_after_a_kill_only_what_is_missing_is_asked(server, connect, tmp_path):
     counts = collections.Counter(server.questions)
     assert set(counts) == set(map(str, range(40)))
     assert sum(count - 1 for count in counts.values()) <= 3
+
+
+def test_a_stop_ends_the_waits_between_retries(server, connect):
+    """No further question is put, and answers that are there are kept."""
+
+    def reply(number, question):
+        if question == "b":
+            os.kill(os.getpid(), signal.SIGTERM)
+            return Reply(status=503)
+        return GOOD
+
+    server.reply = reply
+    endpoint = connect(retry_seconds=60.0, concurrency=1)
+    with catch_signals(), pytest.raises(StoppedError):
+        ask(endpoint, "a", "b", "c")
+    assert server.questions == ["a", "b"]
+    assert ask(endpoint, "a") == ["fine"] and endpoint.cost.calls == 2
 
 
 @pytest.mark.parametrize("blocked", ["write", "read"])

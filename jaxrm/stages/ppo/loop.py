@@ -22,7 +22,7 @@ from jaxrm.algorithms.ppo_state import PPOState, steps_of
 from jaxrm.algorithms.rollout import TokenLogProbs
 from jaxrm.errors import UserError, flag
 from jaxrm.runtime.checkpoint import Checkpoints
-from jaxrm.runtime.preemption import StopRequest, agree
+from jaxrm.runtime.preemption import StoppedError, StopRequest, agree
 from jaxrm.stage_config import PPO
 from jaxrm.stages.ppo.checkpoints import save
 from jaxrm.stages.ppo.data import PPOData
@@ -114,6 +114,8 @@ def fit(run: PPORun, state: PPOState, key: jax.Array, *, evaluation_pending: boo
         step_key, order_key = jax.random.split(jax.random.fold_in(key, step))
         try:
             collected = _collect(run, state, step_key, clock)
+        except StoppedError:  # while a judge was asked
+            collected = None
         except UserError:  # of a reward function
             run.rewind(step, state, eval_reward, position)
             raise
