@@ -88,9 +88,9 @@ class RewardConfig:
 
     Attributes:
       kind: one of `jaxrm.ops.token_rewards.KINDS`; ``literal`` is the paper's, ``scalar`` and
-        ``scalar_length_residual`` belong to a scalar reward model, a function or a judge, ``value_difference`` to a
-        scalar reward model, ``dpo`` to a run of DPO, and the others to a seq2seq one; ``edit_aligned`` has it write a
-        correction of every response. One's own is ``package.module:function``, see
+        ``scalar_length_residual`` belong to a scalar reward model, a function or a judge, ``spans`` to a function,
+        ``value_difference`` to a scalar reward model, ``dpo`` to a run of DPO, and the others to a seq2seq one;
+        ``edit_aligned`` has it write a correction of every response. One's own is ``package.module:function``, see
         `jaxrm.ops.token_rewards.reward_kind`.
       model: folder of the reward model's run; or a sequence classifier of one label, a folder or hub name, which needs
         no vocabulary in common with the policy.

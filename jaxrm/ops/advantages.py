@@ -91,7 +91,8 @@ def grpo(rewards: jax.Array, mask: jax.Array, *, group_size: int, is_terminal: b
       rewards: ``[B, T]`` float token rewards; whole numbers are refused, as in `gae`.
       mask: ``[B, T]`` bool.
       group_size: n, responses to a prompt, at least 2; they lie next to each other.
-      is_terminal: whether only the last token of a response carries a reward; else every token does.
+      is_terminal: whether only the last token of a response carries a reward; else every token does. One that no span
+        of the kind ``spans`` ends on carries 0, and so gets ``-mean / std``.
 
     Returns:
       ``[B, T]`` float32; exactly 0 in a group of equal rewards.

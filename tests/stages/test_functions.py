@@ -35,7 +35,7 @@ from jaxrm.stage_config import PPO, JudgedEvaluationConfig
 from jaxrm.stages.ppo import run as ppo
 from jaxrm.stages.rewards.function_call import takes_fields
 from jaxrm.stages.rewards.functions import FunctionScorer, check_scorer, open_function
-from jaxrm.stages.rewards.text import TextRewards
+from jaxrm.stages.rewards.text import TextRewards, check_fields_agree
 from jaxrm.types import ResponseBatch
 
 PROMPT = (Message("user", "why ?"),)
@@ -166,7 +166,6 @@ def test_a_function_of_three_arguments_gets_the_records_columns(tokenizer, tmp_p
     [
         ("prompts, responses", False),
         ("prompts, responses, fields", True),
-        ("prompts, responses, rows", True),
         ("prompts, responses, fields=None", True),
         ("prompts, responses, limit=3", False),  # an option of the user's own
         ("prompts, responses, *, limit=3", False),
@@ -183,7 +182,19 @@ def test_a_third_argument_is_for_fields(write_module, signature, has_fields):
     assert FunctionScorer("mine:f", function)([sample("a")]).tolist() == [2]
 
 
-@pytest.mark.parametrize("signature", ["", "responses", "prompts, responses, *, fields", "a, b, c, d"])
+@pytest.mark.parametrize(
+    "signature",
+    [
+        "",
+        "responses",
+        "prompts, responses, *, fields",
+        "a, b, c, d",
+        "prompts, responses, rows",
+        "prompts, completions, ground_truth, **kwargs",
+        "prompts, completions, **kwargs",
+        "prompts, responses, limit=3, fields=None",
+    ],
+)
 def test_other_signatures_are_refused_with_what_to_type(write_module, signature):
     name = write_module(f"def f({signature}):\n    return []")
     with pytest.raises(UserError, match=r"which takes \(.*\); required def f\(prompts, responses\), or def f\(p"):
@@ -205,6 +216,26 @@ def test_records_of_one_prompt_with_other_fields_are_refused(write_module):
         check_scorer(with_fields, examples)
 
 
+@pytest.mark.parametrize(
+    ("first", "second", "unlike"),
+    [({"a": 1, "b": 2}, {"a": 1}, "b"), ({"a": 1}, {"a": 1, "b": 2}, "b"), ({"a": float("nan")}, {"a": np.nan}, None)],
+    ids=["the first has more", "the second has more", "no number in both"],
+)
+def test_columns_of_one_record_alone_differ(first, second, unlike):
+    examples = [PromptExample(np.array([1], np.int32), PROMPT, "data", {**row}) for row in (first, second)]
+    if unlike is None:
+        check_fields_agree("f", examples)
+    else:
+        with pytest.raises(UserError, match=f"differ in {unlike};"):
+            check_fields_agree("f", examples)
+
+
+@pytest.mark.parametrize("returned", [{"a": 1.0}, {1.0}, "1", b"1"], ids=repr)
+def test_a_return_without_an_order_is_refused(returned):
+    with pytest.raises(UserError, match=r"mine:f returned .* for 1 responses; required one finite number"):
+        FunctionScorer("mine:f", lambda prompts, responses: returned)([sample("a")])
+
+
 # --- processes
 
 WITHOUT_JAX = "import os, sys\ndef f(prompts, responses, fields):\n    assert 'jax' not in sys.modules\n"
@@ -222,18 +253,21 @@ def test_processes_share_the_samples_in_their_order(scorer):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("while True: pass", "took more than 0.5 s on response 2 of the batch, 'bad one'; required one finite number "),
+        (
+            "import time; time.sleep(60)",
+            "took more than 2 s on response 2 of the batch, 'bad one'; required one finite number ",
+        ),
         ("os._exit(3)", "ended its process, with exit status 3, on response 2 of the batch, 'bad one'; required one"),
         ("1 / 0", "raised ZeroDivisionError: division by zero, on response 2 of the batch, 'bad one'; required one "),
         ("raise SystemExit(2)", "raised SystemExit: 2, on response 2 of the batch, 'bad one'; required one finite"),
         ("return ['x'] * len(responses)", "returned 'x' for response 2 of the batch, 'bad one'; required one finite "),
-        ("return []", "returned 0 rewards for 2 responses; required one finite number for each response, within 0.5 s"),
+        ("return []", "returned 0 rewards for 2 responses; required one finite number for each response, within 30 s"),
     ],
     ids=["hangs", "ends", "raises", "exits", "no number", "too few"],
 )
 def test_a_failure_in_a_process_names_the_response(scorer, line, message):
     source = f"import os\ndef f(prompts, responses):\n    if 'bad one' in responses:\n        {line}\n"
-    score = scorer(source + "    return [1.0] * len(responses)", workers=2, timeout=0.5)
+    score = scorer(source + "    return [1.0] * len(responses)", workers=2, timeout=2.0 if "sleep" in line else 30.0)
     samples = [sample(text) for text in ("a", "b", "bad one", "c")]
     with naming({"reward": "config.rewards.rule"}), pytest.raises(UserError) as caught:  # it has its name by then
         score(samples)
@@ -251,8 +285,30 @@ def f(prompts, responses):
         time.sleep(60)
     return [float(len(r)) for r in responses]
 """
-    score = scorer(source, workers=1, timeout=0.5)
+    score = scorer(source, workers=1, timeout=2.0)
     assert score([sample("ab"), sample("x"), sample("abc")]).tolist() == [2, 1, 3]
+
+
+def test_a_function_that_raises_late_is_not_late(scorer):
+    """Finding the response to blame takes calls of its own, each with its own limit."""
+    source = "import time\ndef f(prompts, responses):\n    time.sleep(1.5)\n    raise ValueError('no')"
+    with pytest.raises(UserError, match="raised ValueError: no, on response 0 of the batch, 'a'"):
+        scorer(source, workers=1, timeout=2.5)([sample("a"), sample("b")])
+
+
+def test_a_dead_worker_whose_child_lives_on_is_noticed(scorer):
+    """The child keeps the connection open, so nothing but the process says it."""
+    source = """
+import os, time
+def f(prompts, responses):
+    if os.fork() == 0:
+        time.sleep(60)
+    os.kill(os.getpid(), 9)
+"""
+    start = time.monotonic()
+    with pytest.raises(UserError, match="ended its process, with exit status -9, on response 0 of the batch, 'a'"):
+        scorer(source, workers=1)([sample("a")])
+    assert time.monotonic() - start < 50
 
 
 def test_a_worker_ends_with_a_parent_that_is_killed(write_module, tmp_path):
@@ -395,7 +451,7 @@ calls = []
 def function(prompts, responses):
     calls.append(responses)
     if len(calls) > 1:
-        raise UserError("no more")
+        raise UserError("no more \\ud800")  # no UTF-8 can be made of it
     return [float(response) for response in responses]
 
 def text(ids):
@@ -420,7 +476,7 @@ print("reward", np.asarray(own.data).tolist())
 try:
     source(reward_scaling.uncalibrated(), batch, None)
 except UserError as error:
-    print("error", error)
+    print("error", str(error).encode(errors="replace").decode())
 print("calls", len(calls), flush=True)
 """
 
@@ -446,6 +502,6 @@ def test_a_job_of_two_processes_calls_a_function_once():
     for index, text in enumerate(printed):
         assert f"reward [[0.0, {5 + index}.0]]" in text
         assert (
-            "error config.reward.function mine:f raised UserError: no more, on response 0 of the batch, '5'; " in text
+            "error config.reward.function mine:f raised UserError: no more ?, on response 0 of the batch, '5'; " in text
         )
         assert f"calls {0 if index else 3}" in text  # the second one fails, and again with the first response alone

@@ -2,7 +2,7 @@
 
 import importlib
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from typing import Any
 
 from jaxrm.data import tasks
@@ -23,11 +23,12 @@ class FunctionFault(Exception):  # noqa: N818 - a fault of the user's function, 
     Attributes:
       problem: to be followed by the response.
       index: of the response among those of the call; None where it is none in particular.
+      is_unplaced: whether one response of several may be to blame, and calls with single ones would say which.
     """
 
-    def __init__(self, problem: str, index: int | None = None) -> None:
-        super().__init__(problem, index)
-        self.problem, self.index = problem, index
+    def __init__(self, problem: str, index: int | None = None, is_unplaced: bool = False) -> None:
+        super().__init__(problem, index, is_unplaced)
+        self.problem, self.index, self.is_unplaced = problem, index, is_unplaced
 
 
 def open_function(name: str) -> RewardFunction:
@@ -54,31 +55,42 @@ def open_function(name: str) -> RewardFunction:
         raise UserError(
             f"{option('reward.function')} is {name!r}, but {module_name} has no function {function_name!r}; {form}"
         )
-    if not (takes_fields(function) or _can_be_called_with(function, 2)):
+    if not _takes_texts(function):
         raise UserError(
             f"{option('reward.function')} is {name!r}, which takes {inspect.signature(function)}; required "
-            f"def {function_name}(prompts, responses), or def {function_name}(prompts, responses, fields)"
+            f"def {function_name}(prompts, responses), or def {function_name}(prompts, responses, fields), where a "
+            f"record's columns are those of fields[i], a dict"
         )
     return function
 
 
 def takes_fields(function: RewardFunction) -> bool:
-    """Whether it has a third argument for the other columns of the prompts' records.
+    """Whether it has a third argument ``fields``, for the columns of the prompts' records."""
+    by_place = [p for p in _parameters(function) if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    return len(by_place) > 2 and by_place[2].name == "fields" and _can_be_called_with(function, 3)
 
-    A third one of another name counts where it has no default: one that has some is an option of the user's own.
-    """
+
+def _takes_texts(function: RewardFunction) -> bool:
+    """Whether it can be called, and expects no columns in arguments that it would not get."""
+    if takes_fields(function):
+        return True
+    expects_more = any(p.kind == p.VAR_KEYWORD or p.name == "fields" for p in _parameters(function))
+    return not expects_more and _can_be_called_with(function, 2)
+
+
+def _parameters(function: RewardFunction) -> list[inspect.Parameter]:
     try:
-        parameters = list(inspect.signature(function).parameters.values())
+        return list(inspect.signature(function).parameters.values())
     except (TypeError, ValueError):  # one that does not say what it takes
-        return False
-    by_place = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    third = by_place[2] if len(by_place) > 2 else None
-    is_meant = third is not None and (third.name == "fields" or third.default is third.empty)
-    return is_meant and _can_be_called_with(function, 3)
+        return []
 
 
-def call(function: RewardFunction, samples: Sequence[TextSample], *, is_spans: bool) -> list[Any]:
+def call(
+    function: RewardFunction, samples: Sequence[TextSample], *, is_spans: bool, finds_failure: bool = True
+) -> list[Any]:
     """What the function returns for each sample: a number, or a list of `Span` where ``is_spans``.
+
+    Where it raises, ``finds_failure`` calls it with one sample at a time, to name the one that it cannot take.
 
     Raises:
       FunctionFault: it raises, or returns anything else.
@@ -86,11 +98,13 @@ def call(function: RewardFunction, samples: Sequence[TextSample], *, is_spans: b
     arguments = _arguments(function, samples)
     try:
         returned = function(*arguments)
-        results = list(returned) if isinstance(returned, Iterable) else None
+        is_list = isinstance(returned, Iterable) and not isinstance(returned, Mapping | Set | str | bytes)
+        results = list(returned) if is_list else None
     except (Exception, SystemExit) as error:  # whatever the user's function raises
-        at = _first_failure(function, samples)
+        is_unplaced = not finds_failure and len(samples) > 1
+        at = None if is_unplaced else _first_failure(function, samples)
         place = "on the whole batch" if at is None else "on"
-        raise FunctionFault(f"raised {type(error).__name__}: {error}, {place}", at) from error
+        raise FunctionFault(f"raised {type(error).__name__}: {error}, {place}", at, is_unplaced) from error
     if results is None:
         raise FunctionFault(f"returned {_shown(returned)} for {len(samples)} responses")
     if len(results) != len(samples):
@@ -131,6 +145,8 @@ def _arguments(function: RewardFunction, samples: Sequence[TextSample]) -> tuple
 
 def _first_failure(function: RewardFunction, samples: Sequence[TextSample]) -> int | None:
     """Index of the first response that the function cannot take alone; None where it takes each."""
+    if len(samples) == 1:
+        return 0
     for i, sample in enumerate(samples):
         try:
             function(*_arguments(function, [sample]))

@@ -19,7 +19,8 @@ from typing import Any
 from jaxrm.inference.text_scorer import TextSample
 from jaxrm.stages.rewards.function_call import FunctionFault
 
-_START_SECONDS = 120  # for Python, and the module of the function
+_START_SECONDS = 120  # at least, for Python and the module of the function
+_POLL_SECONDS = 1.0  # between two looks at processes whose connection says nothing
 _COMMAND = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
     "from jaxrm.stages.rewards.function_worker import main; main(int(sys.argv[2]), int(sys.argv[3]))"
@@ -42,9 +43,9 @@ class _Share:
 class FunctionProcesses:
     """A function in processes of its own. They are started at the first call, and end with this object.
 
-    A call gives each process one part of the samples. Where that takes too long, or the process dies, it is replaced,
-    and its samples are tried once more one at a time. So a failure that passes costs time alone, and one that stays is
-    blamed on its sample.
+    A call gives each process one part of the samples. Where that takes too long, or the process dies, it is replaced.
+    Then, or where the function raises, the samples are tried once more one at a time. So a failure that passes costs
+    time alone, and one that stays is blamed on its sample.
 
     Args:
       name: of the function, as `jaxrm.stages.rewards.function_call.open_function` takes it.
@@ -72,9 +73,11 @@ class FunctionProcesses:
                 self._hand_out(samples, todo, busy)
                 for worker, returned in self._next(busy):
                     share = busy.pop(worker)
-                    if isinstance(returned, FunctionFault):
+                    if isinstance(returned, FunctionFault) and returned.is_unplaced:
+                        todo.extend(_one_at_a_time(share))
+                    elif isinstance(returned, FunctionFault):
                         raise FunctionFault(returned.problem, _index_in_batch(share, returned.index))
-                    if isinstance(returned, list):
+                    elif isinstance(returned, list):
                         for i, result in zip(share.indices, returned, strict=True):
                             results[i] = result
                     else:
@@ -94,21 +97,20 @@ class FunctionProcesses:
         new = [_Worker(self._name, self._is_spans) for _ in range(missing)]
         self._workers += new
         for worker in new:
-            worker.wait_until_open()
+            worker.wait_until_open(max(_START_SECONDS, self._timeout or 0))
         for worker in self._workers:
             if todo and worker not in busy:
                 busy[worker] = todo.popleft()
                 worker.send([samples[i] for i in busy[worker].indices], self._timeout)
 
     def _next(self, busy: dict["_Worker", _Share]) -> list[tuple["_Worker", Any]]:
-        """What the next workers returned: results, a fault, or as text that there is nothing to come."""
-        left = None
-        if self._timeout is not None:
-            left = max(0.0, min(worker.deadline for worker in busy) - time.monotonic())
-        ready = wait([worker.connection for worker in busy], left)
+        """What the next workers returned, if any: results, a fault, or as text that there is nothing to come."""
+        left = max(0.0, min(worker.deadline for worker in busy) - time.monotonic())
+        wait([worker.connection for worker in busy], min(left, _POLL_SECONDS))
+        ready = [worker for worker in busy if worker.is_ready]
         now = time.monotonic()
-        late = [worker for worker in busy if worker.connection not in ready and worker.deadline <= now]
-        returned = [(worker, worker.receive()) for worker in busy if worker.connection in ready]
+        late = [worker for worker in busy if worker not in ready and worker.deadline <= now]
+        returned = [(worker, worker.receive()) for worker in ready]
         return returned + [(worker, f"took more than {self._timeout:g} s on") for worker in late]
 
     def _replace(self, worker: "_Worker", share: _Share, problem: str) -> list[_Share]:
@@ -121,7 +123,7 @@ class FunctionProcesses:
         worker.stop()
         if share.is_retry:
             raise FunctionFault(problem, share.indices[0])
-        return [_Share([i], is_retry=True) for i in share.indices]
+        return _one_at_a_time(share)
 
 
 class _Worker:
@@ -142,14 +144,14 @@ class _Worker:
         self.deadline = float("inf")
         self._send((name, is_spans))
 
-    def wait_until_open(self) -> None:
-        """Wait until the function is there to be called.
+    def wait_until_open(self, seconds: float) -> None:
+        """Wait until the function is there to be called, for so long at most.
 
         Raises:
           FunctionFault: it cannot be opened.
         """
         fault: Any = "cannot be opened in a process of its own: its module takes too long to import"
-        if self.connection.poll(_START_SECONDS):
+        if self.connection.poll(seconds):
             fault = self.receive()
         if fault is not None:
             raise fault if isinstance(fault, FunctionFault) else FunctionFault(fault.removesuffix(" on"))
@@ -159,14 +161,22 @@ class _Worker:
         self._send(samples)
         self.deadline = float("inf") if timeout is None else time.monotonic() + timeout
 
+    @property
+    def is_ready(self) -> bool:
+        """Whether something has arrived, or the process has ended."""
+        return self._process.poll() is not None or self.connection.poll()
+
     def receive(self) -> Any:
         """What arrived; as text, that the process has ended."""
         try:
-            return self.connection.recv()
+            # A process that the user's function started may keep the connection of one that has ended.
+            if self._process.poll() is None or self.connection.poll():
+                return self.connection.recv()
         except (EOFError, OSError):
-            with suppress(subprocess.TimeoutExpired):
-                self._process.wait(timeout=5)
-            return f"ended its process, with exit status {self._process.returncode}, on"
+            pass
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(timeout=5)
+        return f"ended its process, with exit status {self._process.returncode}, on"
 
     def stop(self) -> None:
         """End the process, and what the user's function has started in it."""
@@ -184,6 +194,10 @@ def _in_shares(length: int, count: int) -> list[_Share]:
     """Contiguous parts of nearly the same size."""
     bounds = [length * i // count for i in range(count + 1)]
     return [_Share(range(start, stop)) for start, stop in itertools.pairwise(bounds) if stop > start]
+
+
+def _one_at_a_time(share: _Share) -> list[_Share]:
+    return [_Share([i], is_retry=True) for i in share.indices]
 
 
 def _index_in_batch(share: _Share, index: int | None) -> int | None:

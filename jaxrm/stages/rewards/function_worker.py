@@ -46,7 +46,7 @@ def _open(name: str) -> RewardFunction | FunctionFault:
 
 def _result(function: RewardFunction, samples: Any, *, is_spans: bool) -> list[Any] | FunctionFault:
     try:
-        return call(function, samples, is_spans=is_spans)
+        return call(function, samples, is_spans=is_spans, finds_failure=False)  # the parent's limit is for one call
     except FunctionFault as fault:
         return fault
 

@@ -17,7 +17,7 @@ response is text without special tokens and without white space around it. What 
     def has_answer(prompts: list[list[Message]], responses: list[Response]) -> list[float]:
         return [1.0 if "<answer>" in response.raw else 0.0 for response in responses]
 
-**Fields.** A third argument, ``fields``, has for each prompt all columns of its record, of JSONL, Parquet or the hub:
+**Fields.** A third argument, named ``fields``, has for each prompt all columns of its record (JSONL, Parquet, hub):
 
     def is_right(prompts, responses, fields: list[dict]) -> list[float]:
         return [float(row["answer"] in response) for response, row in zip(responses, fields)]
@@ -36,8 +36,8 @@ the response as a whole: its number stands on the last token, which is the end t
 always get the same rewards, since a resumed run calls it again. ``config.reward.function_workers=4`` calls it in four
 processes, each with a part of the batch, so it must not compare the responses of a batch. They start no JAX, import
 its module by themselves, and end with the run. ``config.reward.function_timeout=10`` is the seconds that one call may
-take, for which it must be in a process that can be stopped. Where one takes longer, or its process dies, it is tried
-again with one response at a time; a response that fails then too stops the run, and the state before is saved.
+take, for which it must be in a process that can be stopped. Where one takes longer, raises, or its process dies, it is
+tried again with one response at a time; a response that fails then too stops the run, and the state before is saved.
 """
 
 import functools

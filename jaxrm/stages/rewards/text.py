@@ -1,6 +1,8 @@
 """Token rewards from what scores text: a function, a judge behind an endpoint, or a classifier of its own tokenizer."""
 
+import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -109,13 +111,19 @@ def check_fields_agree(reader: str, examples: Sequence[PromptExample], column: s
         first = by_prompt.setdefault(example.tokens.tobytes(), example)
         if first is example:
             continue
-        columns = [column] if column is not None else list(example.fields)
-        unlike = [name for name in columns if example.fields.get(name) != first.fields.get(name)]
+        columns = [column] if column is not None else list({**first.fields, **example.fields})
+        unlike = [name for name in columns if not _are_equal(example.fields.get(name), first.fields.get(name))]
         if unlike:
             raise UserError(
                 f"{reader} reads fields of records, but {first.source} and {example.source} have one prompt and differ "
                 f"in {', '.join(unlike)}; leave one of the records out, or the field"
             )
+
+
+def _are_equal(first: Any, second: Any) -> bool:
+    """Whether two cells of a table are one; a cell without a number, NaN, equals another."""
+    are_nan = all(isinstance(cell, float) and math.isnan(cell) for cell in (first, second))
+    return are_nan or bool(first == second)
 
 
 def _once_a_job(score: Callable[[], np.ndarray], shape: tuple[int, ...]) -> np.ndarray:
@@ -136,7 +144,7 @@ def _once_a_job(score: Callable[[], np.ndarray], shape: tuple[int, ...]) -> np.n
     message = np.zeros(_MESSAGE_BYTES, np.uint8)
     if failure is not None:
         text = str(failure) if isinstance(failure, UserError) else f"process 0 raised {type(failure).__name__}"
-        encoded = np.frombuffer((text or "process 0 failed").encode()[:_MESSAGE_BYTES], np.uint8)
+        encoded = np.frombuffer((text or "process 0 failed").encode(errors="replace")[:_MESSAGE_BYTES], np.uint8)
         message[: len(encoded)] = encoded
     scores, message = multihost_utils.broadcast_one_to_all((scores, message))
     if failure is not None:
