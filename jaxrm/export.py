@@ -102,7 +102,11 @@ def _write_model(given: flags.FlagValues, path: str, *, is_scalar: bool) -> tupl
         tokenizer=given.tokenizer,
         template=given.template,
     )
-    assert not isinstance(trained, Classifier), trained  # which is what an export makes
+    if isinstance(trained, Classifier):
+        raise UserError(
+            f"--{'checkpoint' if given.checkpoint else 'weights'} is {path!r}, a sequence classifier, which is what an "
+            "export makes; give the run of a reward model or a language model"
+        )
     model, params = trained.model, trained.params
     if trained.template != "auto" or given.checkpoint is not None:
         set_exported_template(trained.tokenizer, trained.template)

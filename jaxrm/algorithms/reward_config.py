@@ -110,7 +110,7 @@ class RewardConfig:
       calibration_responses: responses of the SFT policy in the calibration set, at least; whole batches are taken, and
         of several sources so many as the one that wants most.
       weight: of this source in the sum of ``config.rewards``, after scale and center. A negative one makes a penalty; a
-        source of weight 0 is logged, and adds nothing.
+        source of weight 0 is logged, and adds nothing; its rewards must be finite all the same.
     """
 
     kind: str = "literal"

@@ -24,7 +24,7 @@ def sum_rewards(
 ) -> TokenRewards:
     """The sum of token rewards.
 
-    A source of weight 0 adds nothing, not even what is not finite. A token has tag + where every other source has.
+    A source of weight 0 adds nothing. A token has tag + where every other source has.
 
     Args:
       parts: of each source, calibrated, by name.

@@ -181,7 +181,9 @@ def _parse(
 def _unknown_flag(name: str, values: flags.FlagValues, loaded: _Loaded | None) -> UserError:
     fields = [known for known in values if known.startswith("config.")]
     if loaded is not None and re.match(r"(no)?config\.", name):
-        name = name.removeprefix("no")
+        is_off, name = name.startswith("no"), name.removeprefix("no")
+        if is_off and name in values:
+            return UserError(f"--no{name} switches off a bool, and {name} is none; give a value, --{name}=…")
         if name.startswith(every_stage.PREFIX):
             return every_stage.unknown_field(name, type(loaded.config), loaded.path)
         return config_fields.unknown_field(name, type(loaded.config))
@@ -239,8 +241,9 @@ def _changes(config: Any, overrides: Mapping[str, str]) -> dict[str, Any]:
 
 def _named_sections(config: Any, arguments: Sequence[str]) -> list[str]:
     """Dotted names of the named sections that the config has or the command line adds."""
+    given = config_fields.names_given(config)
     typed = typed_names(arguments, config_fields.named_fields(type(config)))
-    return list(dict.fromkeys([*config_fields.names_given(config), *typed]))
+    return list(dict.fromkeys([*given, *every_stage.added_sections(arguments, type(config), given), *typed]))
 
 
 def _help(

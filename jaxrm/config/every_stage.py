@@ -2,14 +2,16 @@
 
     python -m jaxrm.train --config=configs/quickstart.py --config.*.lora.rank=8 --config.sft.lora.rank=0
 
-Stages that have no such field keep what they have. The name of a stage in place of the star says more, and so goes
-first, wherever it stands on the command line.
+Stages that have no such field keep what they have. A name in ``config.*.rewards.NAME`` that no stage has is added to
+every stage with rewards. The name of a stage in place of the star says more, and so goes first, wherever it stands on
+the command line.
 """
 
 from collections.abc import Iterable
 from typing import Any
 
 from jaxrm.config import fields
+from jaxrm.config.named_sections import typed_names
 from jaxrm.errors import UserError
 
 PREFIX = "config.*."
@@ -31,6 +33,33 @@ def fields_of_stages(cls: Any, named: Iterable[str] = ()) -> dict[str, dict[str,
             every = f"{PREFIX}{name.removeprefix(f'config.{stage}.')}"
             stands_for.setdefault(every, {})[name] = annotation
     return stands_for
+
+
+def added_sections(arguments: Iterable[str], cls: Any, given: Iterable[str]) -> list[str]:
+    """Named sections that ``config.*.FIELD.NAME`` adds to every stage with such a field: a name that no stage has.
+
+    Args:
+      arguments: of the command line, ``--config.*.rewards.length.weight=2``.
+      cls: class of the config.
+      given: dotted names of the sections that the config has, ``config.ppo.rewards.length``.
+
+    Returns:
+      Their dotted names in each stage.
+    """
+    fields_of_star: dict[str, list[str]] = {}
+    classes = {}
+    for name, section in fields.named_fields(cls).items():
+        stage, _, field = name.removeprefix("config.").partition(".")
+        if stage in _stages(cls):
+            fields_of_star.setdefault(f"{PREFIX}{field}", []).append(name)
+            classes[f"{PREFIX}{field}"] = section
+    sections, existing = [], set(given)
+    for typed in typed_names(arguments, classes):
+        star, _, name = typed.rpartition(".")
+        everywhere = [f"{field}.{name}" for field in fields_of_star[star]]
+        if existing.isdisjoint(everywhere):
+            sections += everywhere
+    return sections
 
 
 def unknown_field(name: str, cls: type, file: str) -> UserError:

@@ -195,6 +195,11 @@ def test_two_command_lines_in_one_process_share_no_flags(parse):
             "config.nmu_steps is no field of the config; did you mean --config.num_steps?",
         ),
         (["--config.lr=3"], "config.lr is no field of the config; did you mean --config.optimizer.lr?"),
+        (
+            ["--noconfig.optimizer.lr"],
+            "--noconfig.optimizer.lr switches off a bool, and config.optimizer.lr is none; give a value, "
+            "--config.optimizer.lr=…",
+        ),
         (["--noconfig.pakcing"], "config.pakcing is no field of the config; did you mean --config.packing?"),
         (
             ["--config.judge.evry=3"],

@@ -9,8 +9,10 @@ import pytest
 from support.classifiers import classifier_tokenizer, write_classifier
 
 import jaxrm
+from jaxrm import export
 from jaxrm.algorithms.ppo_config import RolloutConfig
 from jaxrm.algorithms.reward_config import ClassifierConfig, RewardConfig
+from jaxrm.config import command_line
 from jaxrm.data.config import DataConfig
 from jaxrm.dry_run.run import check
 from jaxrm.errors import UserError
@@ -103,6 +105,15 @@ def test_a_classifier_adds_up_with_a_rule(config, tmp_path):
     row = next(row for row in rows_of(tmp_path / "ppo") if "policy_loss" in row)
     assert all(np.isfinite(row[f"reward/{name}"]) for name in named)
     assert (row["texts_cut/one"], row["texts_cut/other"]) == (0, 1) and "texts_cut/rule" not in row
+
+
+def test_a_classifier_is_not_exported_again(place, tmp_path, monkeypatch, capsys):
+    """What an export makes is refused in a line, not by an assertion."""
+    monkeypatch.setattr(export, "_is_scalar", lambda *_: True)
+    argv = ["x", f"--weights={place / 'rm'}", f"--output={tmp_path / 'again'}"]
+    assert command_line.run(export.main, define_flags=export.define_flags, argv=argv) == 2
+    error = capsys.readouterr().err
+    assert "a sequence classifier, which is what an export makes" in error and error.count("\n") == 1
 
 
 def test_two_sources_of_a_classifier_share_its_weights(config):

@@ -35,6 +35,7 @@ from jaxrm.stage_config import PPO, BestOfN, Evaluate, EvaluateConfig, JudgedEva
 from jaxrm.stages.best_of_n import run as best_of_n
 from jaxrm.stages.evaluate import run as evaluate
 from jaxrm.stages.ppo import run as ppo
+from jaxrm.stages.rewards import sources
 from jaxrm.stages.rewards.summed import SummedRewards
 from jaxrm.types import ResponseBatch
 
@@ -119,6 +120,34 @@ def test_a_config_file_and_every_stage_of_it_name_sources(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "--config.ppo.rewards.rule.weight=1.0  (float)" in printed
     assert "--config.more.rewards.NAME.kind=…  (sections RewardConfig by name)" in printed
+
+
+def test_every_stage_gets_a_new_source_of_all_stages(tmp_path):
+    """Also where one stage has more to say of it by its own name."""
+    file = tmp_path / "two.py"
+    file.write_text(
+        "from jaxrm.stage_config import PPO\nfrom jaxrm.pipeline.config import pipeline\n"
+        "from jaxrm.algorithms.reward_config import RewardConfig as R\n"
+        "def get_config():\n"
+        "    ppo = PPO(rewards={'old': R(kind='scalar', function='a:b')})\n"
+        "    return pipeline('runs/x', ppo=ppo, more=ppo)\n"
+    )
+    config = parse("--config.*.rewards.new.model=x", "--config.ppo.rewards.new.weight=2", config=str(file))
+    assert config.ppo.rewards["new"] == RewardConfig(model="x", weight=2.0)
+    assert config.more.rewards["new"] == RewardConfig(model="x") and "old" in config.more.rewards
+
+
+def test_the_critic_starts_from_the_first_weighted_name(monkeypatch):
+    """Not from the first in the config, whose order means nothing, nor from a source that adds nothing."""
+    run = types.SimpleNamespace(config=types.SimpleNamespace(algorithm="scalar_rm"))
+    monkeypatch.setattr(sources, "find_checkpoint", lambda path, *_: types.SimpleNamespace(**vars(run), path=path))
+    monkeypatch.setattr(sources, "origin_of", lambda source: sources.MODEL_RUN)
+    each = {
+        name: RewardConfig(kind="scalar", model=name, weight=weight)
+        for name, weight in zip("cba", (1, 1, 0), strict=True)
+    }
+    for named in (each, dict(reversed(each.items()))):
+        assert sources.first_scalar_run(PPO(rewards=named)).path == "b"
 
 
 @pytest.mark.parametrize(

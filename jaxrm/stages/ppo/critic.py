@@ -80,8 +80,8 @@ class Critic:
 def open_critic(stage: Stage) -> Critic:
     """The critic of a run, over the devices; nothing is allocated.
 
-    The trunk is that of ``config.critic.path``; without it, that of the first source of rewards that is a run of a
-    scalar reward model, else the policy's. With adapters it stands on the policy's base.
+    The trunk is that of ``config.critic.path``; without it, that of the first source of rewards, by name, that is a run
+    of a scalar reward model and has a weight, else the policy's. With adapters it stands on the policy's base.
 
     Raises:
       UserError: where ``config.critic.path`` has no such run, or one that cannot read the policy's tokens; or where the

@@ -180,9 +180,9 @@ def are_terminal(config: PPO) -> bool:
 
 
 def first_scalar_run(config: PPO) -> RunCheckpoint | None:
-    """The first source's run that is one of a scalar reward model, in the order of the config."""
-    for name, source in sources_of(config).items():
-        if origin_of(source) is not MODEL_RUN:
+    """The run of a scalar reward model that is the first source with a weight, in the order of their names."""
+    for name, source in sorted(sources_of(config).items()):
+        if source.weight == 0 or origin_of(source) is not MODEL_RUN:
             continue
         with naming_source(config, name):
             run = find_checkpoint(str(source.model), "reward.model", REWARD_MODELS)
