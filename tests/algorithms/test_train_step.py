@@ -409,7 +409,7 @@ def test_batches_and_meshes_that_do_not_fit_are_errors():
     mesh = build_mesh(EIGHT)
     with pytest.raises(UserError, match=r"config.data.batch_size is 30.*4 devices.*--config.data.batch_size=32"):
         check_batch(mesh, "data.batch_size", 30)
-    with pytest.raises(UserError, match=r"2 microbatches; use a multiple of 8"):
+    with pytest.raises(UserError, match=r"num_microbatches is 2, .*, or a multiple of 8, e.g. .*batch_size=16"):
         check_batch(mesh, "data.batch_size", 12, num_microbatches=2)
     with pytest.raises(UserError, match="does not fit 8 devices"):
         build_mesh(MeshConfig(3, 1, 1))
