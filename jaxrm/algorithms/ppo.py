@@ -274,24 +274,24 @@ def update(
 
 
 def update_in_one_pass(
-    programs: Programs, state: PPOState, frozen: FrozenParams, batch: OnePassBatch
+    programs: Programs, state: PPOState, base: Any, batch: OnePassBatch
 ) -> tuple[PPOState, Metrics, list[Metrics]]:
     """The only update of a rollout; see `jaxrm.algorithms.ppo_one_pass`.
 
     Args:
       programs: jitted.
       state: before; donated.
-      frozen: what is not trained of policy and critic.
+      base: frozen parameters under the adapters of policy and critic; ``{}`` where they have none.
       batch: responses, rewards and the reference's log-probs.
 
     Returns:
       The state after, the metrics of the rollout as those of `estimate`, and those of the update as those of `update`.
     """
     assert programs.one_pass is not None
-    states, bases = {"policy": state.policy}, {"policy": frozen.policy}
+    states = {"policy": state.policy}
     if state.critic is not None:
-        states["critic"], bases["critic"] = state.critic, frozen.critic
-    states, feedback, metrics, by_model = programs.one_pass(states, bases, state.feedback, batch)
+        states["critic"] = state.critic
+    states, feedback, metrics, by_model = programs.one_pass(states, base, state.feedback, batch)
     policy_metrics = by_model["policy"]
     if state.critic is not None:
         policy_metrics["critic_grad_norm"] = by_model["critic"]["grad_norm"]

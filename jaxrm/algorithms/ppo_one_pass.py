@@ -63,6 +63,10 @@ class OnePassLoss:
     config: PPOConfig
     estimate: Estimate
 
+    def frozen(self, base: Any) -> dict[str, Any]:
+        """The frozen parameters of policy and critic."""
+        return self.networks.frozen(base)._asdict()
+
     def prepare(self, context: RewardAndKLState, batch: OnePassBatch) -> OnePassBatch:
         """With the advantages where they need no log-probs: a microbatch may then be any part of the batch."""
         if batch.ptx is not None:

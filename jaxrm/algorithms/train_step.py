@@ -75,6 +75,10 @@ def build_train_step(
 class JointLoss(Protocol):
     """Losses of several models that one forward of each serves, as `build_joint_step` takes them."""
 
+    def frozen(self, base: Any) -> dict[str, Any]:
+        """The frozen parameters of each model by its name; all are parts of ``base``."""
+        ...
+
     def prepare(self, context: Any, batch: Any) -> Any:
         """The batch with what has to be known of it whole, before it is cut into microbatches."""
         ...
@@ -95,12 +99,12 @@ def build_joint_step(
     optimizers: dict[str, optax.GradientTransformation],
     *,
     state_shardings: dict[str, Any],
-    frozen_shardings: dict[str, Any],
+    base_sharding: Any,
     context_sharding: Any,
     batch_sharding: Any,
     num_microbatches: int = 1,
-) -> Callable[[dict[str, TrainState], dict[str, Any], Any, Any], Any]:
-    """Jitted ``step(states, frozen, context, batch) -> (states, context, metrics, metrics of each model)``.
+) -> Callable[[dict[str, TrainState], Any, Any, Any], Any]:
+    """Jitted ``step(states, base, context, batch) -> (states, context, metrics, metrics of each model)``.
 
     Each model is trained as by `build_train_step`, on one backward pass through the losses of all. Metrics of aux are
     among those of the first model.
@@ -109,7 +113,7 @@ def build_joint_step(
       loss: of the models; a loss depends on the parameters of its own model alone.
       optimizers: by model, as all that follows; the first one's key is that of the losses.
       state_shardings: of the states, which are donated.
-      frozen_shardings: of the frozen parameters.
+      base_sharding: of the frozen parameters, which the models share; ``{}`` where all are trained.
       context_sharding: of what a step hands to the next besides the states.
       batch_sharding: of the rows.
       num_microbatches: see `build_train_step`.
@@ -117,7 +121,9 @@ def build_joint_step(
     applies = {name: _build_apply(optimizers[name], state_shardings[name]) for name in optimizers}
     first = next(iter(optimizers))
 
-    def step(states: dict[str, TrainState], frozen: dict[str, Any], context: Any, batch: Any) -> Any:
+    def step(states: dict[str, TrainState], base: Any, context: Any, batch: Any) -> Any:
+        frozen = loss.frozen(base)
+
         def total(params: dict[str, Any], batch: Any, key: jax.Array) -> Any:
             joined = {name: lora.join(frozen[name], own) for name, own in params.items()}
             losses, aux, rows = loss(joined, context, batch, key)
@@ -135,7 +141,7 @@ def build_joint_step(
 
     return jax.jit(
         step,
-        in_shardings=(state_shardings, frozen_shardings, context_sharding, batch_sharding),
+        in_shardings=(state_shardings, base_sharding, context_sharding, batch_sharding),
         out_shardings=(state_shardings, context_sharding, None, None),
         donate_argnums=0,
     )

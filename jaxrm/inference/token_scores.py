@@ -187,7 +187,7 @@ def score(
     sources = [record.source for record in records for _ in record.responses]
     step = scoring.build_score_step(
         # No longer than the longest response, whatever batch a response is in.
-        build_scorer(model, find_kind(kind), correction_length=max(map(len, responses))),
+        build_scorer(model, find_kind(kind), correction_length=max([1, *map(len, responses)])),
         params_sharding=model.model.shardings,
         batch_sharding=partition.batch_sharding(mesh),
         output_sharding=NamedSharding(mesh, PartitionSpec()),

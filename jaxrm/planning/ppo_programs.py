@@ -299,10 +299,10 @@ def _policy_update(stage: PPOStage) -> Program:
 
 def _update(stage: PPOStage) -> Program:
     """The only update of a step, of policy and critic in one pass."""
-    states, bases = {"policy": stage.state.policy}, {"policy": stage.frozen.policy}
+    states, base = {"policy": stage.state.policy}, stage.base
     flops = stage.row_flops(training_flops)
     if stage.state.critic is not None:
-        states["critic"], bases["critic"] = stage.state.critic, stage.frozen.critic
+        states["critic"] = stage.state.critic
         flops += stage.row_flops(training_flops, scalar_head=True)
     rows = stage.rows((stage.batch_size, stage.response_length), jnp.float32)
     batch, ptx = OnePassBatch(stage.responses(stage.batch_size), rows, stage.token_rewards()), stage.config.ptx
@@ -315,9 +315,9 @@ def _update(stage: PPOStage) -> Program:
     return Program(
         "update",
         stage.jitted.one_pass,
-        (states, bases, stage.state.feedback, batch),
+        (states, base, stage.state.feedback, batch),
         tokens,
-        (states, bases),
+        (states, base),
         model_flops,
     )
 

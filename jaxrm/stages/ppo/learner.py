@@ -248,17 +248,16 @@ class Learner:
 
     def _one_pass(self, estimate: Estimate) -> Callable[..., Any]:
         """The jitted update of policy and critic in one pass."""
-        shardings, models = self.shardings, {"policy": self.policy}
+        shardings = self.shardings
         optimizers: dict[str, Any] = {"policy": self.policy_optimizer}
         states: dict[str, Any] = {"policy": shardings.policy}
         if self.critic is not None:
-            models["critic"], optimizers["critic"] = self.critic, self.critic_optimizer
-            states["critic"] = shardings.critic
+            optimizers["critic"], states["critic"] = self.critic_optimizer, shardings.critic
         return build_joint_step(
             OnePassLoss(self.networks, self.config.ppo, estimate),
             optimizers,
             state_shardings=states,
-            frozen_shardings={name: dict(model.frozen_shardings) for name, model in models.items()},
+            base_sharding=dict(self.decoder.frozen_shardings),
             context_sharding=shardings.feedback,
             batch_sharding=partition.batch_sharding(self.mesh),
             num_microbatches=self.config.num_microbatches,

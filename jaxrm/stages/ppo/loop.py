@@ -128,13 +128,13 @@ def fit(run: PPORun, state: PPOState, key: jax.Array, *, evaluation_pending: boo
         if unusable := [name for name in _reward_names(config) if not math.isfinite(means[name])]:
             run.rewind(step, state, eval_reward, position)
             raise _not_finite_reward(step + 1, unusable[0], means[unusable[0]], run.checkpoints)
-        frozen = run.learner.networks.frozen(run.base)
         if token_log_probs is None:
             inputs = OnePassBatch(batch, reference_log_probs, rewards, run.data.next_ptx())
             state, estimated, updates = clock.time(
-                "update", ppo.update_in_one_pass, run.programs, state, frozen, inputs
+                "update", ppo.update_in_one_pass, run.programs, state, run.base, inputs
             )
         else:
+            frozen = run.learner.networks.frozen(run.base)
             rollout, feedback, estimated = run.programs.estimate(state.feedback, batch, token_log_probs, rewards)
             state, updates = clock.time(
                 "update", ppo.update, run.programs, config.ppo, state, frozen, rollout, order_key, run.data.next_ptx
