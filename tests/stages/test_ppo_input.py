@@ -50,6 +50,8 @@ def place(make_run, small, task_folder, tmp_path_factory):
     began_with = {"policy": identity_of(str(folder / "sft"))}
     (folder / "dpo" / "reference_log_probs.json").write_text(json.dumps(began_with))
     make_run(folder / "other_sft", "sft", seed=1)
+    record = folder / "other_sft" / "run.json"  # runs are told apart by the second that they were started in
+    record.write_text(re.sub(r'"started": "\d{4}', '"started": "2001', record.read_text()))
     make_run(folder / "unsaved", "sft", ())
     make_run(folder / "short", "sft", config=dataclasses.replace(small, max_position=32))
     shutil.copytree(folder / "sft", folder / "other_words")
