@@ -139,7 +139,7 @@ def _add_sources(config: Any, given: flags.FlagValues) -> int:
     score_file.print_scored(read, rows, names, kind, given.output, is_training_data=False)
     score_records.print_sources(rows)
     if given.html is not None:
-        score_file.write_page(given.html, rows, names, kind)
+        score_file.write_page(given.html, rows, f"the sum of {names}", kind)
     return 0
 
 

@@ -13,7 +13,7 @@ records.forEach((record, index) => {
   record.length = record.responses.reduce((n, response) => n + response.tokens.length, 0);
 });
 
-setScale(records.flatMap((record) => record.responses.flatMap(allRewards)));
+setScale(records.flatMap((record) => record.responses));
 
 // ---- tokens
 

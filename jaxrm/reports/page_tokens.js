@@ -19,16 +19,24 @@ addEventListener("securitypolicyviolation", (event) => { root.dataset.blocked = 
 
 const plural = (n, word) => `${n.toLocaleString("en")} ${word}${n === 1 ? "" : "s"}`;
 
-// ---- the color scale: symmetric about 0; its ends are the size that 98 % of the rewards stay within
+// ---- the color scale: symmetric about 0; its ends are the size that 98 % of the rewards stay within; each source of a
+// sum has one of its own, since a source of large rewards would leave the others without color
 
 let limit = 1;
+const limits = new Map();
 let digits = 2;
 let clipped = false;
 const strength = (reward) => Math.min(1, Math.abs(reward) / limit) ** 0.8;
 
-function setScale(rewards) {
-  const sizes = Float64Array.from(rewards.filter(Boolean), Math.abs).sort();
-  limit = sizes.length ? sizes[Math.floor(0.98 * (sizes.length - 1))] : 1;
+const sizesOf = (rewards) => Float64Array.from(rewards.filter(Boolean), Math.abs).sort();
+const limitOf = (sizes) => (sizes.length ? sizes[Math.floor(0.98 * (sizes.length - 1))] : 1);
+
+function setScale(responses) {
+  const sizes = sizesOf(responses.flatMap((response) => response.rewards));
+  limit = limitOf(sizes);
+  for (const name of new Set(responses.flatMap((response) => Object.keys(response.sources ?? {})))) {
+    limits.set(name, limitOf(sizesOf(responses.flatMap((response) => response.sources?.[name]?.rewards ?? []))));
+  }
   digits = Math.min(6, 2 + Math.max(0, Math.floor(-Math.log10(limit))));
   clipped = sizes.length > 0 && sizes[sizes.length - 1] > limit * 1.005;
 }
@@ -96,14 +104,18 @@ function drawToken(text, t, reward, isEnd) {
 // A row of tokens for each source of a sum of rewards, below that of the sum; `draw(response)` makes a row.
 
 const sourcesOf = (response) => Object.entries(response.sources ?? {});
-const allRewards = (response) => [response.rewards, ...sourcesOf(response).map(([, { rewards }]) => rewards)].flat();
 
 function drawSources(response, draw) {
   return sourcesOf(response).map(([name, { weight, reward, rewards }]) => {
     const value = el("span", "", "reward ", el("b", "", number(reward)));
     const label = el("div", "label", el("h4", "", name), value, el("span", "", "weight ", el("b", "", String(weight))));
     label.firstChild.dir = "auto";
-    return el("div", "source", label, draw({ ...response, rewards, tags: null, diverges_at: null }));
+    const ends = limit;
+    limit = limits.get(name);
+    label.append(el("span", "", "color to ±", el("b", "", number(limit).slice(1))));
+    const row = el("div", "source", label, draw({ ...response, rewards, tags: null, diverges_at: null }));
+    limit = ends;
+    return row;
   });
 }
 

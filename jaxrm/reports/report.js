@@ -132,7 +132,7 @@ for (const example of examples) {
   example.words = [example.prompt, ...said].join("\n").toLowerCase();
 }
 const allResponses = examples.flatMap((example) => example.responses);
-setScale(allResponses.flatMap(allRewards));
+setScale(allResponses);
 
 function drawText(response) {
   const box = tokenBox(response.text);

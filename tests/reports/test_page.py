@@ -470,7 +470,10 @@ def test_a_source_has_a_row_of_tokens_below_the_sum(browser, tmp_path):
         drawn = browser.draw(tmp_path / name)
         assert drawn.problems == []
         texts = [element.text for element in drawn[".source"]]
-        assert texts == [f"wordsreward +0.50weight 1a{END}", f"rulereward +2.00weight -0.5a{END}"]
+        assert texts == [
+            f"wordsreward +0.50weight 1color to ±0.50a{END}",
+            f"rulereward +2.00weight -0.5color to ±2.00a{END}",
+        ]
         tokens = [token for token in drawn[".t"] if "sample" not in token.classes]
         signs = [("plus" in token.classes) - ("minus" in token.classes) for token in tokens]
         assert signs == [1, -1, 1, 0, 0, 1]
