@@ -10,9 +10,10 @@ Needs: the policy that it starts from and pairs of that policy's responses, `con
 from jaxrm.algorithms.dpo import DPOConfig
 from jaxrm.algorithms.optimizer import OptimizerConfig
 from jaxrm.data.config import DataConfig
+from jaxrm.evaluation.config import JudgedEvaluationConfig
 from jaxrm.models.build import ModelSource
 from jaxrm.runtime.checkpoint import CheckpointConfig
-from jaxrm.stage_config import DPO, JudgedEvaluationConfig
+from jaxrm.stage_config import DPO
 
 
 def get_config() -> DPO:

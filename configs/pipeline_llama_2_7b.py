@@ -13,11 +13,12 @@ from jaxrm.algorithms.optimizer import OptimizerConfig
 from jaxrm.algorithms.ppo_config import RolloutConfig
 from jaxrm.algorithms.reward_config import RewardConfig
 from jaxrm.data.config import DataConfig
+from jaxrm.evaluation.config import JudgedEvaluationConfig
 from jaxrm.models.build import ModelSource
 from jaxrm.models.generate import SamplingConfig
 from jaxrm.pipeline.config import Pipeline, pipeline
 from jaxrm.sharding.mesh import MeshConfig
-from jaxrm.stage_config import PPO, SFT, JudgedEvaluationConfig, ScalarRM, Seq2SeqRM
+from jaxrm.stage_config import PPO, SFT, ScalarRM, Seq2SeqRM
 
 POLICY = ModelSource(path="stage:sft", dtype="bfloat16")
 SAMPLING = SamplingConfig(max_new_tokens=512)

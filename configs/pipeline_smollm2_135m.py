@@ -15,21 +15,18 @@ from jaxrm.algorithms.optimizer import OptimizerConfig
 from jaxrm.algorithms.ppo_config import CriticConfig, PPOConfig, RolloutConfig
 from jaxrm.algorithms.reward_config import RewardConfig, RewardKindConfig
 from jaxrm.data.config import DataConfig
+from jaxrm.evaluation.config import (
+    CorrectionEvaluationConfig,
+    EvaluationConfig,
+    JudgedEvaluationConfig,
+    RankingEvaluationConfig,
+)
 from jaxrm.models.build import ModelSource
 from jaxrm.models.generate import SamplingConfig
 from jaxrm.pipeline.config import Pipeline, pipeline
 from jaxrm.runtime.checkpoint import CheckpointConfig
 from jaxrm.runtime.metrics import LoggingConfig
-from jaxrm.stage_config import (
-    PPO,
-    SFT,
-    CorrectionEvaluationConfig,
-    EvaluationConfig,
-    JudgedEvaluationConfig,
-    RankingEvaluationConfig,
-    ScalarRM,
-    Seq2SeqRM,
-)
+from jaxrm.stage_config import PPO, SFT, ScalarRM, Seq2SeqRM
 
 POLICY = ModelSource(path="stage:sft")
 SAMPLING = SamplingConfig(max_new_tokens=64)

@@ -14,20 +14,12 @@ from jaxrm.algorithms.ppo_config import CriticConfig, PPOConfig, RolloutConfig
 from jaxrm.algorithms.reward_config import RewardConfig
 from jaxrm.data.config import DataConfig
 from jaxrm.data.pairs import MappingConfig
+from jaxrm.evaluation.config import CorrectionEvaluationConfig, JudgedEvaluationConfig
 from jaxrm.models.build import ModelSource
 from jaxrm.models.generate import SamplingConfig
 from jaxrm.pipeline.config import Pipeline, pipeline
 from jaxrm.runtime.metrics import LoggingConfig
-from jaxrm.stage_config import (
-    PPO,
-    SFT,
-    CorrectionEvaluationConfig,
-    JudgedEvaluationConfig,
-    PairsConfig,
-    SamplePairs,
-    ScalarRM,
-    Seq2SeqRM,
-)
+from jaxrm.stage_config import PPO, SFT, PairsConfig, SamplePairs, ScalarRM, Seq2SeqRM
 
 POLICY, PAIRS = ModelSource(path="stage:sft"), "stage:pairs/pairs.jsonl"
 SAMPLING = SamplingConfig(max_new_tokens=40)

@@ -15,11 +15,12 @@ from jaxrm.algorithms.optimizer import OptimizerConfig
 from jaxrm.algorithms.ppo_config import RolloutConfig
 from jaxrm.algorithms.reward_config import RewardConfig
 from jaxrm.data.config import DataConfig
+from jaxrm.evaluation.config import EvaluationConfig
 from jaxrm.models.build import ModelSource
 from jaxrm.models.generate import SamplingConfig
 from jaxrm.pipeline.config import Pipeline, pipeline
 from jaxrm.sharding.mesh import MeshConfig
-from jaxrm.stage_config import SFT, BestOfN, EvaluationConfig
+from jaxrm.stage_config import SFT, BestOfN
 
 POLICY = ModelSource(path="runs/sft_llama_2_7b", dtype="bfloat16")
 

@@ -13,11 +13,12 @@ from jaxrm.algorithms.optimizer import OptimizerConfig
 from jaxrm.algorithms.ppo_config import PPOConfig, RolloutConfig
 from jaxrm.algorithms.reward_config import RewardConfig
 from jaxrm.data.config import DataConfig
+from jaxrm.evaluation.config import JudgedEvaluationConfig
 from jaxrm.models.build import ModelSource
 from jaxrm.models.generate import SamplingConfig
 from jaxrm.models.lora import LoRAConfig
 from jaxrm.sharding.mesh import MeshConfig
-from jaxrm.stage_config import PPO, JudgedEvaluationConfig
+from jaxrm.stage_config import PPO
 
 
 def get_config() -> PPO:

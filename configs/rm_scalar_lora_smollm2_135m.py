@@ -14,11 +14,12 @@ import importlib.util
 from jaxrm.algorithms.optimizer import OptimizerConfig
 from jaxrm.algorithms.reward_config import RewardKindConfig
 from jaxrm.data.config import DataConfig
+from jaxrm.evaluation.config import RankingEvaluationConfig
 from jaxrm.models.build import ModelSource
 from jaxrm.models.lora import LoRAConfig
 from jaxrm.runtime.checkpoint import CheckpointConfig
 from jaxrm.runtime.metrics import LoggingConfig
-from jaxrm.stage_config import RankingEvaluationConfig, ScalarRM
+from jaxrm.stage_config import ScalarRM
 
 
 def get_config() -> ScalarRM:

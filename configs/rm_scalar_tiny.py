@@ -9,9 +9,10 @@ Needs: the policy that it starts from and pairs of that policy's responses, `con
 from jaxrm.algorithms.optimizer import OptimizerConfig
 from jaxrm.algorithms.reward_config import RewardKindConfig
 from jaxrm.data.config import DataConfig
+from jaxrm.evaluation.config import RankingEvaluationConfig
 from jaxrm.models.build import ModelSource
 from jaxrm.runtime.checkpoint import CheckpointConfig
-from jaxrm.stage_config import RankingEvaluationConfig, ScalarRM
+from jaxrm.stage_config import ScalarRM
 
 
 def get_config() -> ScalarRM:

@@ -10,10 +10,11 @@ batch and length are jaxrm's choice.
 
 from jaxrm.algorithms.optimizer import OptimizerConfig
 from jaxrm.data.config import DataConfig
+from jaxrm.evaluation.config import CorrectionEvaluationConfig
 from jaxrm.models.build import ModelSource
 from jaxrm.models.generate import SamplingConfig
 from jaxrm.sharding.mesh import MeshConfig
-from jaxrm.stage_config import CorrectionEvaluationConfig, Seq2SeqRM
+from jaxrm.stage_config import Seq2SeqRM
 
 
 def get_config() -> Seq2SeqRM:

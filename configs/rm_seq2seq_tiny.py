@@ -9,9 +9,10 @@ Needs: the policy that it starts from and pairs of that policy's responses, `con
 from jaxrm.algorithms.optimizer import OptimizerConfig
 from jaxrm.data.config import DataConfig
 from jaxrm.data.pairs import MappingConfig
+from jaxrm.evaluation.config import CorrectionEvaluationConfig
 from jaxrm.models.build import ModelSource
 from jaxrm.runtime.checkpoint import CheckpointConfig
-from jaxrm.stage_config import CorrectionEvaluationConfig, Seq2SeqRM
+from jaxrm.stage_config import Seq2SeqRM
 
 
 def get_config() -> Seq2SeqRM:

@@ -13,12 +13,13 @@ import importlib.util
 
 from jaxrm.algorithms.optimizer import OptimizerConfig
 from jaxrm.data.config import DataConfig
+from jaxrm.evaluation.config import EvaluationConfig
 from jaxrm.models.build import ModelSource
 from jaxrm.models.generate import SamplingConfig
 from jaxrm.models.lora import LoRAConfig
 from jaxrm.runtime.checkpoint import CheckpointConfig
 from jaxrm.runtime.metrics import LoggingConfig
-from jaxrm.stage_config import SFT, EvaluationConfig
+from jaxrm.stage_config import SFT
 
 
 def get_config() -> SFT:

@@ -7,9 +7,10 @@ Needs: two CPU cores, 2 GB of memory, about a minute. It is the first stage of `
 
 from jaxrm.algorithms.optimizer import OptimizerConfig
 from jaxrm.data.config import DataConfig
+from jaxrm.evaluation.config import EvaluationConfig
 from jaxrm.models.build import ModelSource
 from jaxrm.runtime.checkpoint import CheckpointConfig
-from jaxrm.stage_config import SFT, EvaluationConfig
+from jaxrm.stage_config import SFT
 
 
 def get_config() -> SFT:

@@ -15,24 +15,16 @@ from jaxrm.algorithms.optimizer import OptimizerConfig
 from jaxrm.algorithms.ppo_config import CriticConfig, PPOConfig, RolloutConfig
 from jaxrm.data.config import DataConfig
 from jaxrm.data.pairs import MappingConfig
+from jaxrm.evaluation.config import (
+    CorrectionEvaluationConfig,
+    EvaluationConfig,
+    JudgedEvaluationConfig,
+    RankingEvaluationConfig,
+)
 from jaxrm.models.generate import SamplingConfig
 from jaxrm.runtime.checkpoint import CheckpointConfig
 from jaxrm.runtime.metrics import LoggingConfig
-from jaxrm.stage_config import (
-    DPO,
-    PPO,
-    SFT,
-    BestOfN,
-    CorrectionEvaluationConfig,
-    Evaluate,
-    EvaluationConfig,
-    JudgedEvaluationConfig,
-    PairsConfig,
-    RankingEvaluationConfig,
-    SamplePairs,
-    ScalarRM,
-    Seq2SeqRM,
-)
+from jaxrm.stage_config import DPO, PPO, SFT, BestOfN, Evaluate, PairsConfig, SamplePairs, ScalarRM, Seq2SeqRM
 from jaxrm.study.config import Study
 
 SAMPLING = SamplingConfig(max_new_tokens=28)

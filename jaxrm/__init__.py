@@ -25,6 +25,12 @@ if TYPE_CHECKING:
     from jaxrm.dry_run.run import Check as Check
     from jaxrm.dry_run.run import check as check
     from jaxrm.errors import UserError as UserError
+    from jaxrm.evaluation.config import CorrectionEvaluationConfig as CorrectionEvaluationConfig
+    from jaxrm.evaluation.config import EvaluateConfig as EvaluateConfig
+    from jaxrm.evaluation.config import EvaluationConfig as EvaluationConfig
+    from jaxrm.evaluation.config import JudgeConfig as JudgeConfig
+    from jaxrm.evaluation.config import JudgedEvaluationConfig as JudgedEvaluationConfig
+    from jaxrm.evaluation.config import RankingEvaluationConfig as RankingEvaluationConfig
     from jaxrm.inference import losses as losses
     from jaxrm.inference.batches import comparisons as comparisons
     from jaxrm.inference.batches import demonstrations as demonstrations
@@ -40,7 +46,7 @@ if TYPE_CHECKING:
     from jaxrm.models.build import ModelSource as ModelSource
     from jaxrm.models.generate import SamplingConfig as SamplingConfig
     from jaxrm.models.lora import LoRAConfig as LoRAConfig
-    from jaxrm.ops.token_rewards import reward_kind as reward_kind
+    from jaxrm.ops.reward_kinds import reward_kind as reward_kind
     from jaxrm.pipeline.config import Pipeline as Pipeline
     from jaxrm.pipeline.config import pipeline as make_pipeline  # noqa: F401  # public name
     from jaxrm.runtime.checkpoint import CheckpointConfig as CheckpointConfig
@@ -51,14 +57,8 @@ if TYPE_CHECKING:
     from jaxrm.stage_config import PPO as PPO
     from jaxrm.stage_config import SFT as SFT
     from jaxrm.stage_config import BestOfN as BestOfN
-    from jaxrm.stage_config import CorrectionEvaluationConfig as CorrectionEvaluationConfig
     from jaxrm.stage_config import Evaluate as Evaluate
-    from jaxrm.stage_config import EvaluateConfig as EvaluateConfig
-    from jaxrm.stage_config import EvaluationConfig as EvaluationConfig
-    from jaxrm.stage_config import JudgeConfig as JudgeConfig
-    from jaxrm.stage_config import JudgedEvaluationConfig as JudgedEvaluationConfig
     from jaxrm.stage_config import PairsConfig as PairsConfig
-    from jaxrm.stage_config import RankingEvaluationConfig as RankingEvaluationConfig
     from jaxrm.stage_config import SamplePairs as SamplePairs
     from jaxrm.stage_config import ScalarRM as ScalarRM
     from jaxrm.stage_config import Seq2SeqRM as Seq2SeqRM
@@ -102,7 +102,7 @@ _NAMES = {
     "models.build": ("ModelSource",),
     "models.generate": ("SamplingConfig",),
     "models.lora": ("LoRAConfig",),
-    "ops.token_rewards": ("reward_kind",),
+    "ops.reward_kinds": ("reward_kind",),
     "pipeline.config": ("Pipeline",),
     "runtime.checkpoint": ("CheckpointConfig",),
     "runtime.metrics": ("LoggingConfig",),
@@ -110,18 +110,20 @@ _NAMES = {
         "MeshConfig",
         "build_mesh",
     ),
-    "stage_config": (
-        "BestOfN",
+    "evaluation.config": (
         "CorrectionEvaluationConfig",
-        "DPO",
-        "Evaluate",
         "EvaluateConfig",
         "EvaluationConfig",
         "JudgeConfig",
         "JudgedEvaluationConfig",
+        "RankingEvaluationConfig",
+    ),
+    "stage_config": (
+        "BestOfN",
+        "DPO",
+        "Evaluate",
         "PPO",
         "PairsConfig",
-        "RankingEvaluationConfig",
         "SFT",
         "SamplePairs",
         "ScalarRM",

@@ -40,7 +40,8 @@ TINY = ModelConfig(
 CONFIG = '''"""A run of one step on the files beside this one."""
 
 from jaxrm.data.config import DataConfig
-from jaxrm.stage_config import SFT, EvaluationConfig
+from jaxrm.evaluation.config import EvaluationConfig
+from jaxrm.stage_config import SFT
 from jaxrm.models.build import ModelSource
 from jaxrm.models.generate import SamplingConfig
 from jaxrm.runtime.checkpoint import CheckpointConfig

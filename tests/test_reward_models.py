@@ -29,7 +29,7 @@ from jaxrm.inference.parameters import init_key
 from jaxrm.models import config as models
 from jaxrm.models.build import ModelSource
 from jaxrm.models.generate import SamplingConfig
-from jaxrm.ops.token_rewards import names_for
+from jaxrm.ops.reward_kinds import names_for
 from jaxrm.runtime.checkpoint import CheckpointConfig
 from jaxrm.runtime.metrics import LoggingConfig, read_rows
 from jaxrm.sharding.mesh import MeshConfig, build_mesh

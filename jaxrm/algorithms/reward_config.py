@@ -16,7 +16,7 @@ from jaxrm.config.fields import Bound, above, at_least, below, bounded, check, f
 from jaxrm.errors import UserError, naming, option
 from jaxrm.models import quantized
 from jaxrm.models.build import DTYPES
-from jaxrm.ops import token_rewards
+from jaxrm.ops import reward_kinds
 
 _SCALE = Bound(lambda scale: scale == "unit" or 0 < scale < math.inf, "unit or a finite number above 0", "unit")
 
@@ -34,8 +34,8 @@ def check_kind(kind: str, field: str, example: str) -> None:
     """
     module, _, function = kind.partition(":")
     own = all(part.isidentifier() for part in (*module.split("."), function))
-    if kind not in token_rewards.KINDS and not own:
-        required = f"one of {', '.join(token_rewards.KINDS)}, or one's own, package.module:function"
+    if kind not in reward_kinds.KINDS and not own:
+        required = f"one of {', '.join(reward_kinds.KINDS)}, or one's own, package.module:function"
         raise UserError(field, repr(kind), required, example)
 
 
@@ -87,11 +87,11 @@ class RewardConfig:
     coefficient means the same for all kinds. It is centered: without that, ``soft`` lost up to 0.14 of the judge's 1.
 
     Attributes:
-      kind: one of `jaxrm.ops.token_rewards.KINDS`; ``literal`` is the paper's, ``scalar`` and
+      kind: one of `jaxrm.ops.reward_kinds.KINDS`; ``literal`` is the paper's, ``scalar`` and
         ``scalar_length_residual`` belong to a scalar reward model, a function or a judge, ``spans`` to a function,
         ``value_difference`` to a scalar reward model, ``dpo`` to a run of DPO, and the others to a seq2seq one;
         ``edit_aligned`` has it write a correction of every response. One's own is ``package.module:function``, see
-        `jaxrm.ops.token_rewards.reward_kind`.
+        `jaxrm.ops.reward_kinds.reward_kind`.
       model: folder of the reward model's run; or a sequence classifier of one label, a folder or hub name, which needs
         no vocabulary in common with the policy.
       classifier: how such a classifier reads.
@@ -136,8 +136,8 @@ class RewardConfig:
                 f"{place(self)} has both {a} {first!r} and {b} {second!r}; a source is one of them, e.g. "
                 f"{typed(self, b, None)}; two sources are two names of config.rewards"
             )
-        whole = token_rewards.names_for("scalar", "response")
-        for name, kinds in (("function", (*whole, *token_rewards.names_for("text"))), ("endpoint", whole)):
+        whole = reward_kinds.names_for("scalar", "response")
+        for name, kinds in (("function", (*whole, *reward_kinds.names_for("text"))), ("endpoint", whole)):
             if name in given and self.kind not in kinds:
                 required = f"one of {', '.join(kinds)}, since {place(self, name)} reads text"
                 raise wrong(self, "kind", required, "scalar")

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxrm.algorithms import microbatches
-from jaxrm.algorithms.scoring import response_hidden, response_statistics, token_statistics
+from jaxrm.algorithms.reading import response_hidden, response_statistics, token_statistics
 from jaxrm.models import heads, lora
 from jaxrm.models.generate import Generation, SamplingConfig, generate
 from jaxrm.models.heads import ScalarHead
@@ -29,7 +29,7 @@ class Networks:
       critic: of a `jaxrm.models.heads.ScalarModel`; None where the trunk is shared, or there are no values.
       is_shared: whether policy and critic have one trunk.
       temperature: of sampling; it divides the logits of every log-prob.
-      pad_to_multiple_of: see `jaxrm.algorithms.scoring.response_hidden`.
+      pad_to_multiple_of: see `jaxrm.algorithms.reading.response_hidden`.
     """
 
     decoder: nnx.GraphDef

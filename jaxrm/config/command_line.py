@@ -22,8 +22,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from absl import flags
 
-from jaxrm.config import dicts, every_stage
-from jaxrm.config import fields as config_fields
+from jaxrm.config import dicts, every_stage, field_names, field_types
 from jaxrm.config.files import load_config_file
 from jaxrm.config.named_sections import typed_names
 from jaxrm.config.quiet import silence_libraries, silence_shutdown
@@ -158,7 +157,7 @@ def _parse(
         config_class, named = type(loaded.config), _named_sections(loaded.config, arguments)
         every = every_stage.fields_of_stages(config_class, named)
         names = {name: next(iter(types.values())) for name, types in every.items()}
-        names |= config_fields.field_names(config_class, named=named)
+        names |= field_names.field_names(config_class, named=named)
     if takes_config:
         flags.DEFINE_string("config", None, "the config file", flag_values=values)
     for name, annotation in names.items():
@@ -186,10 +185,10 @@ def _unknown_flag(name: str, values: flags.FlagValues, loaded: _Loaded | None) -
             return UserError(f"--no{name} switches off a bool, and {name} is none; give a value, --{name}=…")
         if name.startswith(every_stage.PREFIX):
             return every_stage.unknown_field(name, type(loaded.config), loaded.path)
-        return config_fields.unknown_field(name, type(loaded.config))
+        return field_names.unknown_field(name, type(loaded.config))
     own = [f"--{known}" for known in values if known not in fields]
-    advice = config_fields.did_you_mean(f"--{name}", own)
-    advice = advice or config_fields.did_you_mean(f"--config.{name}", [f"--{field}" for field in fields])
+    advice = field_names.did_you_mean(f"--{name}", own)
+    advice = advice or field_names.did_you_mean(f"--config.{name}", [f"--{field}" for field in fields])
     return UserError(f"--{name} is no flag of this command; {advice or '--help lists the flags'}")
 
 
@@ -205,7 +204,7 @@ def _wrong_flag(message: str, values: flags.FlagValues) -> UserError:
     good = flag.default
     if isinstance(flag.parser, flags.EnumParser):
         required, good = f"use one of {', '.join(flag.parser.enum_values)}", good or flag.parser.enum_values[0]
-    example = "" if good is None else f"; e.g. --{flag.name}={config_fields.as_text(good)}"
+    example = "" if good is None else f"; e.g. --{flag.name}={field_types.as_text(good)}"
     return UserError(f"--{flag.name} is {match[2]!r}; {required}{example}")
 
 
@@ -214,7 +213,7 @@ class _Override(flags.Flag):
 
     def __init__(self, name: str, annotation: Any, overrides: dict[str, str]) -> None:
         super().__init__(flags.ArgumentParser(), None, name, None, "a field of the config")
-        self.boolean = bool in config_fields.kinds_of(annotation)
+        self.boolean = bool in field_types.kinds_of(annotation)
         self._overrides = overrides
 
     def parse(self, argument: str) -> None:
@@ -226,7 +225,7 @@ class _Override(flags.Flag):
 def _changes(config: Any, overrides: Mapping[str, str]) -> dict[str, Any]:
     """What was typed as values of the fields' types, by name without ``config.``."""
     named = _named_sections(config, [f"--{name}=" for name in overrides])
-    names = config_fields.field_names(type(config), named=named)
+    names = field_names.field_names(type(config), named=named)
     every = every_stage.fields_of_stages(type(config), named)
     changes: dict[str, Any] = {}
     for name in sorted(overrides, key=lambda name: name not in every):  # what is said of one stage stands last
@@ -234,15 +233,15 @@ def _changes(config: Any, overrides: Mapping[str, str]) -> dict[str, Any]:
             field = own_name.removeprefix("config.")
             changes.pop(field, None)
             changes[field] = dicts.parse_text(
-                overrides[name], annotation, name, example=config_fields.value_at(config, field)
+                overrides[name], annotation, name, example=field_names.value_at(config, field)
             )
     return changes
 
 
 def _named_sections(config: Any, arguments: Sequence[str]) -> list[str]:
     """Dotted names of the named sections that the config has or the command line adds."""
-    given = config_fields.names_given(config)
-    typed = typed_names(arguments, config_fields.named_fields(type(config)))
+    given = field_names.names_given(config)
+    typed = typed_names(arguments, field_names.named_fields(type(config)))
     return list(dict.fromkeys([*given, *every_stage.added_sections(arguments, type(config), given), *typed]))
 
 
@@ -258,7 +257,7 @@ def _help(
     lines += ["", *(sys.modules[main.__module__].__doc__ or "").strip().splitlines()]
     if len(values):
         lines += ["", "Flags:"]
-        lines += [f"  --{n}={config_fields.as_text(values[n].default)}  {values[n].help}" for n in values]
+        lines += [f"  --{n}={field_types.as_text(values[n].default)}  {values[n].help}" for n in values]
     if not takes_config:
         return "\n".join(lines)
     if loaded is None:
@@ -266,5 +265,5 @@ def _help(
     lines += ["", f"{loaded.path}:", *(f"  {line}" for line in (loaded.docstring or "").strip().splitlines())]
     lines += ["", f"Fields of the config, with the values of {loaded.path}:"]
     lines += [f"  {line}" for line in every_stage.help_lines(type(loaded.config))]
-    lines += [f"  --{line}" for line in config_fields.describe(type(loaded.config), loaded.config)]
+    lines += [f"  --{line}" for line in field_names.describe(type(loaded.config), loaded.config)]
     return "\n".join(lines)

@@ -11,7 +11,7 @@ import typing
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, TypeVar
 
-from jaxrm.config import fields
+from jaxrm.config import field_names, field_types, fields
 from jaxrm.config.named_sections import NamedSections, class_of_named
 from jaxrm.errors import UserError
 
@@ -46,12 +46,12 @@ def from_dict(cls: type[Tree], mapping: Mapping[str, Any], where: str = "config"
       UserError: an unknown field, a value of the wrong type, or a required field that is missing; and whatever
         the checks in ``__post_init__`` raise.
     """
-    annotations = fields.annotations_of(cls)
+    annotations = field_types.annotations_of(cls)
     for name in mapping:
         if name == _NAME and mapping[name] == getattr(cls, _NAME, None):
             continue
         if name not in annotations:
-            raise fields.unknown_field(f"{where}.{name}", cls, where)
+            raise field_names.unknown_field(f"{where}.{name}", cls, where)
     values: dict[str, Any] = {}
     for field in dataclasses.fields(typing.cast(Any, cls)):
         name, annotation = f"{where}{'' if where == '--' else '.'}{field.name}", annotations[field.name]
@@ -59,7 +59,7 @@ def from_dict(cls: type[Tree], mapping: Mapping[str, Any], where: str = "config"
             values[field.name] = _checked(mapping[field.name], annotation, name, field.default)
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             advice = fields.advice_for(annotation, name)
-            raise UserError(f"{name} is missing; required {fields.type_name(annotation)}; {advice}")
+            raise UserError(f"{name} is missing; required {field_types.type_name(annotation)}; {advice}")
     with fields.placed(cls, where):
         return cls(**values)
 
@@ -88,7 +88,7 @@ def with_changes(tree: Tree, changes: Mapping[str, Any], where: str = "config") 
     values = {field.name: getattr(tree, field.name) for field in dataclasses.fields(typing.cast(Any, tree))}
     for name, value in _nested(changes).items():
         section = values.get(name)
-        if isinstance(value, Mapping) and fields.is_section(type(section)):
+        if isinstance(value, Mapping) and field_types.is_section(type(section)):
             value = with_changes(section, value, f"{where}.{name}")
         elif isinstance(value, Mapping) and isinstance(section, NamedSections):
             value = _with_named_changes(section, value, f"{where}.{name}")
@@ -121,12 +121,12 @@ def parse_text(text: str, annotation: Any, where: str, example: Any = None) -> A
     Raises:
         UserError: `text` is no such value.
     """
-    kinds = fields.kinds_of(annotation)
+    kinds = field_types.kinds_of(annotation)
     if type(None) in kinds and text in ("None", "none", "null"):
         return None
     for kind in kinds:
-        if fields.is_section(kind):
-            first = next(iter(fields.field_names(kind, where)))
+        if field_types.is_section(kind):
+            first = next(iter(field_names.field_names(kind, where)))
             raise UserError(f"{where} is a section, but is given {text!r}; set its fields, e.g. --{first}=…")
         value = _read(text, kind)
         if value is not _NOTHING:
@@ -166,7 +166,7 @@ def _values(tree: Any) -> dict[str, Any]:
 def _values_of_part(value: Any) -> Any:
     if isinstance(value, NamedSections):
         return {name: _values(section) for name, section in value.items()}
-    return _values(value) if fields.is_section(type(value)) else value
+    return _values(value) if field_types.is_section(type(value)) else value
 
 
 def _nested(changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -185,8 +185,8 @@ def _nested(changes: Mapping[str, Any]) -> dict[str, Any]:
 
 def _checked(value: Any, annotation: Any, where: str, example: Any = None) -> Any:
     """`value` as `annotation` wants it, sections rebuilt; UserError if it is something else."""
-    for kind in fields.kinds_of(annotation):
-        if fields.is_section(kind):
+    for kind in field_types.kinds_of(annotation):
+        if field_types.is_section(kind):
             if type(value) is kind:
                 return value
             if isinstance(value, Mapping):
@@ -197,7 +197,7 @@ def _checked(value: Any, annotation: Any, where: str, example: Any = None) -> An
                     fields.check_name(name, section, where)
                 return NamedSections({name: _checked(part, section, f"{where}.{name}") for name, part in value.items()})
         elif typing.get_origin(kind) is tuple:
-            parts = fields.parts_of(kind, len(value)) if isinstance(value, tuple | list) else None
+            parts = field_types.parts_of(kind, len(value)) if isinstance(value, tuple | list) else None
             if parts is not None:
                 named = [(v, part, f"{where}[{i}]") for i, (v, part) in enumerate(zip(value, parts, strict=True))]
                 return tuple(_checked(*triple) for triple in named)
@@ -221,7 +221,7 @@ def _read(text: str, kind: Any) -> Any:
     if typing.get_origin(kind) is tuple:
         written = [part.strip(" '\"") for part in text.strip("()[] ").removesuffix(",").split(",")]
         written = [] if written == [""] else written
-        parts = fields.parts_of(kind, len(written))
+        parts = field_types.parts_of(kind, len(written))
         try:
             return _NOTHING if parts is None else tuple(map(parse_text, written, parts, written))
         except UserError:  # the message of the whole says more than that of the part
@@ -239,7 +239,7 @@ def _read(text: str, kind: Any) -> Any:
 
 
 def _as_json(value: Any) -> Any:
-    if fields.is_section(type(value)):
+    if field_types.is_section(type(value)):
         return to_dict(value)
     if isinstance(value, NamedSections):
         return {name: to_dict(section) for name, section in value.items()}

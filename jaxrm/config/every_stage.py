@@ -10,7 +10,7 @@ the command line.
 from collections.abc import Iterable
 from typing import Any
 
-from jaxrm.config import fields
+from jaxrm.config import field_names, field_types, fields
 from jaxrm.config.named_sections import typed_names
 from jaxrm.errors import UserError
 
@@ -22,14 +22,14 @@ def fields_of_stages(cls: Any, named: Iterable[str] = ()) -> dict[str, dict[str,
 
     Args:
       cls: class of a config; one without stages has none of them.
-      named: see `jaxrm.config.fields.field_names`.
+      named: see `jaxrm.config.field_names.field_names`.
 
     Returns:
       By that name the types of the stages' fields, by their own dotted names.
     """
     stands_for: dict[str, dict[str, Any]] = {}
     for stage, stage_class in _stages(cls).items():
-        for name, annotation in fields.field_names(stage_class, f"config.{stage}", named).items():
+        for name, annotation in field_names.field_names(stage_class, f"config.{stage}", named).items():
             every = f"{PREFIX}{name.removeprefix(f'config.{stage}.')}"
             stands_for.setdefault(every, {})[name] = annotation
     return stands_for
@@ -48,7 +48,7 @@ def added_sections(arguments: Iterable[str], cls: Any, given: Iterable[str]) -> 
     """
     fields_of_star: dict[str, list[str]] = {}
     classes = {}
-    for name, section in fields.named_fields(cls).items():
+    for name, section in field_names.named_fields(cls).items():
         stage, _, field = name.removeprefix("config.").partition(".")
         if stage in _stages(cls):
             fields_of_star.setdefault(f"{PREFIX}{field}", []).append(name)
@@ -79,7 +79,7 @@ def unknown_field(name: str, cls: type, file: str) -> UserError:
     inside = [known for known in names if known.startswith(f"{name}.")]
     if inside:
         return UserError(f"{name} is a section; set its fields, e.g. --{inside[0]}=…")
-    advice = fields.did_you_mean(f"--{name}", [f"--{known}" for known in names]) or "--help lists the fields"
+    advice = field_names.did_you_mean(f"--{name}", [f"--{known}" for known in names]) or "--help lists the fields"
     return UserError(f"{name} is no field of any stage, which are {', '.join(_stages(cls))}; {advice}")
 
 
@@ -91,5 +91,5 @@ def help_lines(cls: type) -> list[str]:
 
 
 def _stages(cls: Any) -> dict[str, type]:
-    annotations = fields.annotations_of(cls)
+    annotations = field_types.annotations_of(cls)
     return {name: annotations[name] for name, field in cls.__dataclass_fields__.items() if fields.is_root_config(field)}

@@ -30,7 +30,7 @@ from jaxrm.inference.sharded_model import ShardedModel
 from jaxrm.inference.text_scorer import TextSample
 from jaxrm.inference.token_scores import EncodedRecord, TokenScores, as_record, without_length
 from jaxrm.models import hub
-from jaxrm.ops.token_rewards import find_kind, names_for
+from jaxrm.ops.reward_kinds import find_kind, names_for
 from jaxrm.runtime.progress import Progress
 from jaxrm.sharding import partition
 from jaxrm.sharding.mesh import batch_shards

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxrm.config.fields import as_text
+from jaxrm.config.field_types import as_text
 from jaxrm.errors import UserError, flag, option
 from jaxrm.inference import sharded_model, weights
 from jaxrm.inference.base import (

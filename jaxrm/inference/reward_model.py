@@ -15,8 +15,8 @@ from jaxrm.errors import UserError, arguments, flag, option
 from jaxrm.inference.prompts import Prompt, check_count, read_prompts, read_responses
 from jaxrm.inference.sharded_model import ShardedModel
 from jaxrm.models import lora
-from jaxrm.ops import token_rewards
-from jaxrm.ops.token_rewards import Source
+from jaxrm.ops import reward_kinds
+from jaxrm.ops.reward_kinds import Source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -89,7 +89,7 @@ class RewardModel:
         Args:
           prompts: texts, or lists of messages.
           responses: a text to each prompt.
-          kind: of token reward, one of `jaxrm.ops.token_rewards.KINDS` or one's own, ``package.module:function``; by
+          kind: of token reward, one of `jaxrm.ops.reward_kinds.KINDS` or one's own, ``package.module:function``; by
             default that of the model.
           batch_size: responses scored at once.
           reference: policy that ``contrast`` and ``dpo`` compare with, and no other kind.
@@ -168,7 +168,7 @@ def sort_of(run: "RunCheckpoint") -> Source:
 
 def default_kind(sort: Source, recorded: str | None = None) -> str:
     """Kind that a reward model is read by where nothing else is said: that of its run, if it can give it."""
-    kinds = token_rewards.names_for(sort)
+    kinds = reward_kinds.names_for(sort)
     return recorded if recorded in kinds else kinds[0]
 
 
@@ -184,10 +184,10 @@ def choose_kind(name: str, sort: Source, kind: str, field: str) -> str:
     Raises:
       UserError: with the kinds that it can give.
     """
-    kinds = token_rewards.names_for(sort)
-    if kind in kinds or (sort == "seq2seq" and token_rewards.is_custom(str(kind))):
+    kinds = reward_kinds.names_for(sort)
+    if kind in kinds or (sort == "seq2seq" and reward_kinds.is_custom(str(kind))):
         return kind
-    if field == "kind" and kind not in token_rewards.KINDS:
+    if field == "kind" and kind not in reward_kinds.KINDS:
         near = difflib.get_close_matches(str(kind), kinds, n=1)
         advice = f"did you mean {flag(field)}={near[0]}?" if near else f"e.g. {flag(field)}={kinds[0]}"
         raise UserError(f"{option(field)} is {kind!r}; use one of {', '.join(kinds)}; {advice}")
@@ -199,7 +199,7 @@ def choose_kind(name: str, sort: Source, kind: str, field: str) -> str:
 
 def check_needs_reference(kind: str, reference: object) -> None:
     """Refuse ``contrast`` and ``dpo`` without a reference policy, and a reference policy with another kind."""
-    is_needed = token_rewards.find_kind(kind).needs_reference
+    is_needed = reward_kinds.find_kind(kind).needs_reference
     if is_needed != (reference is not None):
         name = getattr(reference, "name", reference)
         example = f"{flag('kind')}={kind if is_needed else 'contrast'} {flag('reference')}=runs/quickstart/sft"

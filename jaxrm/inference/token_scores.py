@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxrm.algorithms import scoring
+from jaxrm.algorithms import reading, scoring
 from jaxrm.data import templates
 from jaxrm.data.cutting import cut_points, cut_prompt, find_cut
 from jaxrm.data.pairs import max_scored_prompt_tokens
@@ -24,7 +24,7 @@ from jaxrm.inference.response_batches import response_batches
 from jaxrm.inference.reward_model import RewardModel
 from jaxrm.inference.sharded_model import ShardedModel
 from jaxrm.ops import reward_scaling
-from jaxrm.ops.token_rewards import Kind, find_kind
+from jaxrm.ops.reward_kinds import Kind, find_kind
 from jaxrm.runtime.progress import Progress
 from jaxrm.sharding import partition
 from jaxrm.types import ResponseBatch
@@ -334,7 +334,7 @@ def policy_log_probs(
     multiple, rows = sharded_model.pad_to_multiple_of(mesh), partition.batch_sharding(mesh)
 
     def log_probs(params: Any, batch: ResponseBatch) -> jax.Array:
-        return scoring.response_statistics(model.graphdef, params, batch, None, pad_to_multiple_of=multiple).log_probs
+        return reading.response_statistics(model.graphdef, params, batch, None, pad_to_multiple_of=multiple).log_probs
 
     out = NamedSharding(mesh, PartitionSpec()) if whole else rows
     jitted = jax.jit(log_probs, in_shardings=(model.shardings, rows), out_shardings=out)

@@ -1,7 +1,7 @@
 """Scale and center: what makes token rewards ``r_t = a (u_t - c)`` of a kind's values ``u_t`` (jaxrm choice).
 
 `calibrate` finds the numbers from a sample of responses, `apply` uses them, and `update_center` moves a running center.
-Arrays are ``[B, T]``, and ``kind`` is a row of `jaxrm.ops.token_rewards.KINDS`, or one that a user wrote.
+Arrays are ``[B, T]``, and ``kind`` is a row of `jaxrm.ops.reward_kinds.KINDS`, or one that a user wrote.
 """
 
 import dataclasses
@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxrm.ops.masking import last_token, masked_mean, masked_sum
-from jaxrm.ops.token_rewards import Kind, check_arrays, inside_mask
+from jaxrm.ops.reward_kinds import Kind
+from jaxrm.ops.token_rewards import check_arrays, inside_mask
 
 # Sums that differ by no more than this share of their size differ by float32 rounding alone.
 _ROUNDING = 1e-5

@@ -17,7 +17,7 @@ from jaxrm.algorithms.reward_config import check_kind
 from jaxrm.config.fields import ROOT_CONFIG, at_least, bounded, check, place, typed, wrong
 from jaxrm.data import tasks
 from jaxrm.errors import UserError
-from jaxrm.ops.token_rewards import is_custom, names_for
+from jaxrm.ops.reward_kinds import is_custom, names_for
 from jaxrm.runtime.run_folder import OnExisting
 
 PPO = "ppo_"

@@ -10,9 +10,9 @@ from typing import Any
 from jaxrm.algorithms.reward_config import RewardConfig
 from jaxrm.config.dicts import with_changes
 from jaxrm.data import tasks
+from jaxrm.evaluation.config import EvaluateConfig
 from jaxrm.models.build import ModelSource
-from jaxrm.ops.token_rewards import names_for
-from jaxrm.stage_config import EvaluateConfig
+from jaxrm.ops.reward_kinds import names_for
 from jaxrm.study.config import PPO, RTO, SIZES, Study, axes
 from jaxrm.study.tuning import Choice, Setting, choose, setting_name
 

@@ -11,7 +11,7 @@ from jaxrm.algorithms.best_of_n import BestOfNConfig, best_of_n, kl_bound
 from jaxrm.algorithms.scoring import as_token_rewards
 from jaxrm.errors import UserError
 from jaxrm.ops import reward_scaling, token_rewards
-from jaxrm.ops.token_rewards import KINDS
+from jaxrm.ops.reward_kinds import KINDS
 from jaxrm.types import ResponseBatch
 
 KEY = jax.random.key(3)

@@ -35,7 +35,7 @@ from jaxrm.algorithms.ppo_state import PPOBatch, RewardAndKLState, steps_of
 from jaxrm.algorithms.rollout import TokenLogProbs, build_sample
 from jaxrm.errors import UserError
 from jaxrm.ops import reward_scaling, token_rewards
-from jaxrm.ops.token_rewards import KINDS
+from jaxrm.ops.reward_kinds import KINDS
 from jaxrm.runtime.checkpoint import Checkpoints
 from jaxrm.runtime.preemption import StopRequest
 from jaxrm.sharding import partition

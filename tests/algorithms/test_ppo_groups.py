@@ -18,7 +18,7 @@ from jaxrm.algorithms.rollout import TokenLogProbs
 from jaxrm.algorithms.train_step import build_train_step
 from jaxrm.ops import advantages, kl, losses, reward_scaling
 from jaxrm.ops.masking import masked_whiten
-from jaxrm.ops.token_rewards import KINDS
+from jaxrm.ops.reward_kinds import KINDS
 from jaxrm.stages.ppo.checkpoints import saved_arrays
 from jaxrm.types import TokenBatch
 

@@ -11,14 +11,14 @@ import pytest
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxrm.algorithms import reward_config, scoring
+from jaxrm.algorithms import reading, reward_config, scoring
 from jaxrm.errors import UserError
 from jaxrm.models import build
 from jaxrm.models.build import ModelSource
 from jaxrm.models.config import PRESETS
 from jaxrm.models.generate import SamplingConfig, generate
 from jaxrm.ops import reward_scaling, token_rewards
-from jaxrm.ops.token_rewards import KINDS, names_for
+from jaxrm.ops.reward_kinds import KINDS, names_for
 from jaxrm.ops.vocab import TokenStatistics
 from jaxrm.sharding import partition
 from jaxrm.sharding.mesh import MeshConfig, build_mesh
@@ -74,7 +74,7 @@ def draw(config, seed):
 
 
 statistics = functools.partial(jax.jit, static_argnums=(0, 3), static_argnames="pad_to_multiple_of")(
-    scoring.response_statistics
+    reading.response_statistics
 )
 
 
@@ -278,7 +278,7 @@ def test_rows_are_filled_up_to_the_multiple():
     for multiple in (1, 16, 22):
         seen.clear()
         jax.eval_shape(
-            lambda m=multiple: scoring.response_statistics(graphdef, params, batch, REQUEST, pad_to_multiple_of=m)
+            lambda m=multiple: reading.response_statistics(graphdef, params, batch, REQUEST, pad_to_multiple_of=m)
         )
         assert set(seen) == {{1: 22, 16: 32, 22: 22}[multiple]}
 
@@ -513,7 +513,7 @@ def test_dpo_compares_two_policies_at_the_temperature(scorers, temperature):
 
     @jax.jit
     def log_probs(params):
-        return scoring.response_statistics(scorers.decoder, params, batch, None, temperature=temperature).log_probs
+        return reading.response_statistics(scorers.decoder, params, batch, None, temperature=temperature).log_probs
 
     other = draw(dataclasses.replace(WIDE["llama"], vocab_size=32), 5)
     want = np.clip(np.asarray(log_probs(scorers.params)) - np.asarray(log_probs(other)), -1, 1)

@@ -27,17 +27,18 @@ from jaxrm.algorithms.optimizer import OptimizerConfig
 from jaxrm.algorithms.ppo_config import CriticConfig, PPOConfig, RolloutConfig
 from jaxrm.algorithms.reward_config import RewardConfig
 from jaxrm.data.config import DataConfig
+from jaxrm.evaluation.config import JudgedEvaluationConfig
 from jaxrm.inference import sharded_model, weights
 from jaxrm.models import heads
 from jaxrm.models.build import ModelSource, init_scalar_head
 from jaxrm.models.config import preset
 from jaxrm.models.generate import SamplingConfig
-from jaxrm.ops.token_rewards import KINDS
+from jaxrm.ops.reward_kinds import KINDS
 from jaxrm.runtime.checkpoint import CheckpointConfig, Checkpoints
 from jaxrm.runtime.metrics import PHASES
 from jaxrm.runtime.preemption import StopRequest
 from jaxrm.sharding.mesh import MeshConfig, build_mesh
-from jaxrm.stage_config import PPO, JudgedEvaluationConfig
+from jaxrm.stage_config import PPO
 from jaxrm.stages.ppo.critic import zero_head
 from jaxrm.stages.ppo.data import PPOData
 from jaxrm.stages.ppo.learner import open_learner

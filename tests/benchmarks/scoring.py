@@ -26,7 +26,7 @@ from jaxrm.models import build
 from jaxrm.models.build import ModelSource
 from jaxrm.models.generate import SamplingConfig, generate
 from jaxrm.ops import reward_scaling
-from jaxrm.ops.token_rewards import KINDS
+from jaxrm.ops.reward_kinds import KINDS
 from jaxrm.sharding.mesh import MeshConfig, build_mesh
 from jaxrm.types import ResponseBatch
 

@@ -9,7 +9,8 @@ from typing import Literal
 import pytest
 
 from jaxrm.config.dicts import ABSENT, checked, differences, from_dict, parse_text, to_dict, with_changes
-from jaxrm.config.fields import above, bounded, check, did_you_mean, field_names
+from jaxrm.config.field_names import did_you_mean, field_names
+from jaxrm.config.fields import above, bounded, check
 from jaxrm.errors import UserError
 
 

@@ -9,13 +9,13 @@ from hypothesis import strategies as st
 from support.fuzz import fuzz
 from support.stage_configs import stage_config
 
-from jaxrm.config import command_line, dicts, fields
+from jaxrm.config import command_line, dicts, field_names
 from jaxrm.errors import UserError
 from jaxrm.runtime.folders import check_writable, checked_path
 from jaxrm.stage_config import STAGES, read_stage
 
 CONFIGS = {name: stage_config(name, run_dir="runs/x") for name in STAGES}
-NAMES = [(name, field) for name, config in CONFIGS.items() for field in fields.field_names(type(config))]
+NAMES = [(name, field) for name, config in CONFIGS.items() for field in field_names.field_names(type(config))]
 TEXTS = st.one_of(
     st.text(max_size=40),
     st.integers().map(str),
@@ -35,7 +35,7 @@ def test_fuzz_a_typed_value_is_read_or_refused(where, text):
     """What is read survives the file that is written of it."""
     stage, field = where
     config = CONFIGS[stage]
-    annotation = fields.field_names(type(config))[field]
+    annotation = field_names.field_names(type(config))[field]
     try:
         value = dicts.parse_text(text, annotation, field)
         changed = dicts.with_changes(config, {field.removeprefix("config."): value})

@@ -11,19 +11,9 @@ from jaxrm.config import command_line, dicts
 from jaxrm.config.files import load_config_file
 from jaxrm.config.recorded import upgraded
 from jaxrm.errors import UserError
+from jaxrm.evaluation.config import EvaluateConfig
 from jaxrm.runtime.run_folder import check_run, open_run
-from jaxrm.stage_config import (
-    DPO,
-    PLANNED,
-    POLICIES,
-    PPO,
-    RESUMABLE_FIELDS,
-    SFT,
-    STAGES,
-    Evaluate,
-    EvaluateConfig,
-    read_stage,
-)
+from jaxrm.stage_config import DPO, PLANNED, POLICIES, PPO, RESUMABLE_FIELDS, SFT, STAGES, Evaluate, read_stage
 
 OLD = json.loads((Path(__file__).parent / "old_run.json").read_text())["config"]
 

@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec
 
-from jaxrm.algorithms import scoring
+from jaxrm.algorithms import reading
 from jaxrm.errors import UserError
 from jaxrm.inference.sharded_model import shard_model
 from jaxrm.models.build import ModelSource
@@ -249,6 +249,6 @@ def test_log_probs_are_those_that_tokens_are_drawn_with():
     responses = ResponseBatch(
         jnp.tile(prompts[:1], (12, 1)), jnp.tile(mask[:1], (12, 1)), jnp.arange(12)[:, None], jnp.ones((12, 1), bool)
     )
-    log_probs = scoring.response_statistics(graphdef, params, responses, None).log_probs[:, 0]
+    log_probs = reading.response_statistics(graphdef, params, responses, None).log_probs[:, 0]
     np.testing.assert_allclose(np.exp(log_probs).sum(), 1.0, rtol=1e-5)
     np.testing.assert_allclose(drawn[:12], np.exp(log_probs), atol=0.01)

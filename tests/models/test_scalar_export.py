@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrm.algorithms.scoring import response_scores
+from jaxrm.algorithms.reading import response_scores
 from jaxrm.models import build, heads
 from jaxrm.models.build import ModelSource
 from jaxrm.models.config import ModelConfig

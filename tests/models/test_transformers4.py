@@ -16,7 +16,7 @@ import pytest
 from flax import nnx
 
 from jaxrm import export
-from jaxrm.algorithms.scoring import response_scores
+from jaxrm.algorithms.reading import response_scores
 from jaxrm.config import command_line
 from jaxrm.data.tokenizer import load_tokenizer
 from jaxrm.inference.load import load_policy, load_reward_model

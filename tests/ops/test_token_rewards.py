@@ -11,8 +11,8 @@ import pytest
 
 from jaxrm.errors import UserError
 from jaxrm.ops import reward_scaling, token_rewards
+from jaxrm.ops.reward_kinds import KINDS, find_kind, names_for, reward_kind
 from jaxrm.ops.reward_scaling import Calibration
-from jaxrm.ops.token_rewards import KINDS, find_kind, names_for, reward_kind
 from jaxrm.ops.vocab import TokenStatistics
 
 TAG_KINDS = ("literal", "signed", "prefix")
@@ -567,7 +567,7 @@ def test_kinds_belong_to_one_of_two_sorts_of_reward_model():
 def my_kinds(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "my_kinds.py").write_text(
-        """from jaxrm.ops.token_rewards import reward_kind
+        """from jaxrm.ops.reward_kinds import reward_kind
 
 @reward_kind(is_centered=True)
 def agreement(statistics, responses, mask):

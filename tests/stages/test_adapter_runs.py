@@ -16,6 +16,7 @@ from jaxrm.algorithms.ppo_config import CriticConfig, RolloutConfig
 from jaxrm.algorithms.reward_config import RewardConfig
 from jaxrm.data.config import DataConfig
 from jaxrm.errors import UserError
+from jaxrm.evaluation.config import EvaluationConfig, JudgedEvaluationConfig
 from jaxrm.inference import base as bases
 from jaxrm.inference import parameters
 from jaxrm.inference.load import load_policy, load_reward_model
@@ -28,7 +29,7 @@ from jaxrm.models.hub import export_model
 from jaxrm.models.lora import LoRAConfig
 from jaxrm.runtime.metrics import LoggingConfig
 from jaxrm.sharding.mesh import MeshConfig, build_mesh
-from jaxrm.stage_config import PPO, SFT, EvaluationConfig, JudgedEvaluationConfig
+from jaxrm.stage_config import PPO, SFT
 from jaxrm.stages import stage
 from jaxrm.stages.ppo import run as ppo
 from jaxrm.stages.sft import run as run_sft

@@ -13,6 +13,7 @@ from jaxrm.algorithms.optimizer import OptimizerConfig
 from jaxrm.algorithms.ppo_config import CriticConfig, PPOConfig, RolloutConfig
 from jaxrm.algorithms.reward_config import RewardConfig
 from jaxrm.data.config import DataConfig
+from jaxrm.evaluation.config import EvaluationConfig, JudgedEvaluationConfig
 from jaxrm.inference.load import load_policy
 from jaxrm.inference.weights import find_checkpoint
 from jaxrm.models import lora
@@ -24,7 +25,7 @@ from jaxrm.runtime.checkpoint import CheckpointConfig
 from jaxrm.runtime.metrics import LoggingConfig, read_rows
 from jaxrm.runtime.preemption import EXIT_PREEMPTED, StopRequest
 from jaxrm.sharding.mesh import MeshConfig, build_mesh
-from jaxrm.stage_config import PPO, SFT, EvaluationConfig, JudgedEvaluationConfig
+from jaxrm.stage_config import PPO, SFT
 from jaxrm.stages import sft
 from jaxrm.stages.ppo import run as ppo
 from jaxrm.stages.ppo import train as ppo_train

@@ -20,12 +20,13 @@ from jaxrm.data.readers import read_records
 from jaxrm.data.records import DemonstrationRecord, Message
 from jaxrm.data.tasks.prompts import prompt_field
 from jaxrm.errors import UserError
+from jaxrm.evaluation.config import EvaluationConfig, JudgeConfig
 from jaxrm.models.build import ModelSource
 from jaxrm.models.generate import SamplingConfig
 from jaxrm.runtime.metrics import LoggingConfig
 from jaxrm.runtime.preemption import EXIT_PREEMPTED
 from jaxrm.sharding.mesh import MeshConfig
-from jaxrm.stage_config import SFT, BestOfN, EvaluationConfig, JudgeConfig
+from jaxrm.stage_config import SFT, BestOfN
 from jaxrm.stages import sft
 from jaxrm.stages.best_of_n import run as best_of_n
 

@@ -16,14 +16,15 @@ from jaxrm.config import command_line
 from jaxrm.data.config import DataConfig
 from jaxrm.dry_run.run import check
 from jaxrm.errors import UserError
+from jaxrm.evaluation.config import JudgedEvaluationConfig
 from jaxrm.models.build import ModelSource
 from jaxrm.models.generate import SamplingConfig
 from jaxrm.planning.programs import stage_programs
 from jaxrm.runtime.metrics import LoggingConfig
 from jaxrm.sharding.mesh import MeshConfig, build_mesh
-from jaxrm.stage_config import PPO, JudgedEvaluationConfig
+from jaxrm.stage_config import PPO
 from jaxrm.stages.ppo import run as ppo
-from jaxrm.stages.rewards import sources
+from jaxrm.stages.rewards import scored, sources
 from jaxrm.stages.rewards.classifier import names_classifier
 
 BFLOAT16 = ClassifierConfig(dtype="bfloat16")
@@ -120,7 +121,7 @@ def test_two_sources_of_a_classifier_share_its_weights(config):
     """Also where they cut texts at unlike lengths; not in another dtype."""
     sections = [rewards(), rewards(classifier=ClassifierConfig(max_length=9)), rewards(classifier=BFLOAT16)]
     mesh = build_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
-    responses = sources.Responses(config(), mesh, None, [], None, (0,), {}, {})
+    responses = scored.Responses(config(), mesh, None, [], None, (0,), {}, {})
     opened = [sources.origin_of(section).open(section, responses).scorer for section in sections]
     assert opened[0].weights is opened[1].weights and opened[0].weights is not opened[2].weights
     assert [classifier.max_length for classifier in opened] == [512, 9, 512]

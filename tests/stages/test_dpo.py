@@ -12,6 +12,7 @@ from jaxrm.algorithms.dpo import DPOConfig
 from jaxrm.algorithms.optimizer import OptimizerConfig
 from jaxrm.data.config import DataConfig
 from jaxrm.errors import UserError
+from jaxrm.evaluation.config import JudgedEvaluationConfig
 from jaxrm.inference import weights
 from jaxrm.inference.load import load_policy
 from jaxrm.models.build import ModelSource
@@ -20,7 +21,7 @@ from jaxrm.runtime.checkpoint import CheckpointConfig
 from jaxrm.runtime.metrics import WALL_CLOCK, LoggingConfig, read_rows
 from jaxrm.runtime.preemption import EXIT_PREEMPTED, StopRequest
 from jaxrm.sharding.mesh import MeshConfig, build_mesh
-from jaxrm.stage_config import DPO, POLICIES, JudgedEvaluationConfig
+from jaxrm.stage_config import DPO, POLICIES
 from jaxrm.stages.dpo import reference as dpo_pairs
 from jaxrm.stages.dpo import run as dpo
 from jaxrm.stages.dpo.reference import load_or_compute_reference

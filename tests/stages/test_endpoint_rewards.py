@@ -16,13 +16,14 @@ from jaxrm.algorithms.reward_config import RewardConfig
 from jaxrm.config import dicts
 from jaxrm.data.config import DataConfig
 from jaxrm.errors import UserError
+from jaxrm.evaluation.config import EvaluateConfig, JudgedEvaluationConfig
 from jaxrm.inference.chat_endpoint import EndpointCost
 from jaxrm.models.build import ModelSource
 from jaxrm.models.generate import SamplingConfig
 from jaxrm.runtime.checkpoint import CheckpointConfig
 from jaxrm.runtime.metrics import JUDGE_COST, LoggingConfig, is_wall_clock
 from jaxrm.sharding.mesh import MeshConfig, build_mesh
-from jaxrm.stage_config import PPO, BestOfN, Evaluate, EvaluateConfig, JudgedEvaluationConfig
+from jaxrm.stage_config import PPO, BestOfN, Evaluate
 from jaxrm.stages.best_of_n import run as best_of_n
 from jaxrm.stages.evaluate import run as evaluate
 from jaxrm.stages.ppo import run as ppo

@@ -8,11 +8,12 @@ import pytest
 from jaxrm.algorithms.ppo_config import RolloutConfig
 from jaxrm.data.config import DataConfig
 from jaxrm.errors import UserError
+from jaxrm.evaluation.config import EvaluateConfig
 from jaxrm.models.build import ModelSource
 from jaxrm.models.generate import SamplingConfig
 from jaxrm.runtime.metrics import LoggingConfig
 from jaxrm.sharding.mesh import MeshConfig, build_mesh
-from jaxrm.stage_config import Evaluate, EvaluateConfig
+from jaxrm.stage_config import Evaluate
 from jaxrm.stages.evaluate import run as evaluate
 from jaxrm.stages.evaluate.generation import AnswerGenerator
 from jaxrm.stages.stage import task_files

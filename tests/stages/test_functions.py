@@ -24,14 +24,15 @@ from jaxrm.data.records import Message
 from jaxrm.data.responses import Response, response_text
 from jaxrm.data.token_spans import lay_on_tokens
 from jaxrm.errors import UserError, naming
+from jaxrm.evaluation.config import JudgedEvaluationConfig
 from jaxrm.inference.text_scorer import TextSample
 from jaxrm.models.build import ModelSource
 from jaxrm.models.generate import SamplingConfig
 from jaxrm.ops import reward_scaling
-from jaxrm.ops.token_rewards import KINDS
+from jaxrm.ops.reward_kinds import KINDS
 from jaxrm.runtime.metrics import LoggingConfig
 from jaxrm.sharding.mesh import MeshConfig, build_mesh
-from jaxrm.stage_config import PPO, JudgedEvaluationConfig
+from jaxrm.stage_config import PPO
 from jaxrm.stages.ppo import run as ppo
 from jaxrm.stages.rewards.function_call import takes_fields
 from jaxrm.stages.rewards.functions import FunctionScorer, check_scorer, open_function
@@ -438,7 +439,7 @@ from jaxrm.data.prompts import PromptExample
 from jaxrm.data.responses import Response
 from jaxrm.errors import UserError
 from jaxrm.ops import reward_scaling
-from jaxrm.ops.token_rewards import KINDS
+from jaxrm.ops.reward_kinds import KINDS
 from jaxrm.sharding import partition
 from jaxrm.sharding.mesh import MeshConfig, build_mesh
 from jaxrm.stages.rewards.functions import FunctionScorer

@@ -17,12 +17,13 @@ from jaxrm.algorithms.reward_config import RewardConfig
 from jaxrm.config.named_sections import NamedSections
 from jaxrm.data.config import DataConfig
 from jaxrm.errors import UserError
+from jaxrm.evaluation.config import JudgedEvaluationConfig
 from jaxrm.inference.weights import identity_of
 from jaxrm.models.build import ModelSource
 from jaxrm.models.generate import SamplingConfig
 from jaxrm.runtime.metrics import LoggingConfig
 from jaxrm.sharding.mesh import MeshConfig
-from jaxrm.stage_config import PPO, JudgedEvaluationConfig
+from jaxrm.stage_config import PPO
 from jaxrm.stages import stage
 from jaxrm.stages.ppo import run as ppo
 

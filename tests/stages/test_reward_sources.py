@@ -23,15 +23,16 @@ from jaxrm.algorithms.summed_rewards import source_metrics, sum_rewards
 from jaxrm.config import command_line, dicts
 from jaxrm.data.config import DataConfig
 from jaxrm.errors import UserError, option
+from jaxrm.evaluation.config import EvaluateConfig, JudgedEvaluationConfig
 from jaxrm.models.build import ModelSource
 from jaxrm.models.generate import SamplingConfig
 from jaxrm.ops import reward_scaling
-from jaxrm.ops.token_rewards import KINDS
+from jaxrm.ops.reward_kinds import KINDS
 from jaxrm.pipeline.config import resolve
 from jaxrm.runtime.checkpoint import CheckpointConfig
 from jaxrm.runtime.metrics import WALL_CLOCK, LoggingConfig
 from jaxrm.sharding.mesh import MeshConfig, build_mesh
-from jaxrm.stage_config import PPO, BestOfN, Evaluate, EvaluateConfig, JudgedEvaluationConfig, read_stage
+from jaxrm.stage_config import PPO, BestOfN, Evaluate, read_stage
 from jaxrm.stages.best_of_n import run as best_of_n
 from jaxrm.stages.evaluate import run as evaluate
 from jaxrm.stages.ppo import run as ppo

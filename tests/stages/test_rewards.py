@@ -23,11 +23,11 @@ from jaxrm.data.tokenizer import Vocabulary, load_tokenizer
 from jaxrm.errors import UserError
 from jaxrm.inference.load import load_reward_model
 from jaxrm.ops import reward_scaling
-from jaxrm.ops.token_rewards import KINDS, names_for
+from jaxrm.ops.reward_kinds import KINDS, names_for
 from jaxrm.sharding.mesh import MeshConfig, build_mesh
 from jaxrm.stages.rewards.calibration import calibrate
 from jaxrm.stages.rewards.functions import FunctionScorer, open_function
-from jaxrm.stages.rewards.sources import ModelRewards, check_reward_model
+from jaxrm.stages.rewards.model_run import ModelRewards, check_reward_model
 from jaxrm.stages.rewards.text import TextRewards
 from jaxrm.types import ResponseBatch, TokenRewards
 

@@ -8,6 +8,7 @@ from jaxrm.algorithms.optimizer import OptimizerConfig
 from jaxrm.algorithms.ppo_config import RolloutConfig
 from jaxrm.algorithms.reward_config import RewardConfig
 from jaxrm.data.config import DataConfig
+from jaxrm.evaluation.config import JudgedEvaluationConfig
 from jaxrm.models.build import ModelSource
 from jaxrm.models.generate import SamplingConfig
 from jaxrm.runtime.checkpoint import CheckpointConfig, Checkpoints
@@ -15,7 +16,7 @@ from jaxrm.runtime.metrics import LoggingConfig, append_row
 from jaxrm.runtime.preemption import EXIT_PREEMPTED, StoppedError, StopRequest
 from jaxrm.runtime.run_folder import open_run
 from jaxrm.sharding.mesh import MeshConfig, build_mesh
-from jaxrm.stage_config import DPO, PPO, JudgedEvaluationConfig
+from jaxrm.stage_config import DPO, PPO
 from jaxrm.stages.dpo import run as dpo
 from jaxrm.stages.late_evaluation import is_evaluation_pending
 from jaxrm.stages.ppo import run as ppo

@@ -13,11 +13,12 @@ from jaxrm.algorithms.ppo_config import CriticConfig, PPOConfig, RolloutConfig
 from jaxrm.algorithms.reward_config import RewardConfig
 from jaxrm.algorithms.scalar_rm import ScalarRMConfig
 from jaxrm.data.config import DataConfig
+from jaxrm.evaluation.config import JudgedEvaluationConfig
 from jaxrm.models.build import ModelSource
 from jaxrm.models.generate import SamplingConfig
 from jaxrm.runtime.metrics import LoggingConfig, read_rows
 from jaxrm.sharding.mesh import MeshConfig, build_mesh
-from jaxrm.stage_config import PPO, JudgedEvaluationConfig, ScalarRM
+from jaxrm.stage_config import PPO, ScalarRM
 from jaxrm.stages.ppo import run as ppo
 from jaxrm.stages.reward_model import run as reward_model
 

@@ -206,7 +206,7 @@ def smoke(tmp_path_factory):
     """A study of one seed, with an arm whose kind of reward is the user's own, and one that cannot be imported."""
     folder = tmp_path_factory.mktemp("study")
     (folder / "my_kinds.py").write_text(
-        "from jaxrm.ops.token_rewards import reward_kind\n\n\n@reward_kind(is_centered=False)\n"
+        "from jaxrm.ops.reward_kinds import reward_kind\n\n\n@reward_kind(is_centered=False)\n"
         "def doubt(statistics, responses, mask):\n    return statistics.log_probs - statistics.max_log_prob\n"
     )
     arguments = [

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxrm.algorithms import scoring
+from jaxrm.algorithms import reading
 from jaxrm.algorithms.best_of_n import best_of_n
 from jaxrm.algorithms.reward_config import source_fields
 from jaxrm.algorithms.summed_rewards import means_of_rows
@@ -91,7 +91,7 @@ def log_ratio(graphdef: Any, mesh: Mesh, temperature: float) -> Callable[[Any, A
 
     @jax.jit
     def log_probs(params: Any, batch: ResponseBatch) -> jax.Array:
-        return scoring.response_statistics(
+        return reading.response_statistics(
             graphdef, params, batch, None, pad_to_multiple_of=multiple, temperature=temperature
         ).log_probs
 

@@ -5,7 +5,7 @@ from typing import Any
 from jax.sharding import Mesh
 
 from jaxrm.algorithms.ppo_config import CriticConfig
-from jaxrm.config import dicts, fields
+from jaxrm.config import dicts, field_types
 from jaxrm.errors import UserError, flag, option
 from jaxrm.inference.rollout_model import check_groups
 from jaxrm.models.generate import check_on_policy
@@ -78,7 +78,9 @@ def _check_advantage(config: Any) -> None:
     different = dicts.differences(config.critic, CriticConfig())
     if different:
         given = ", ".join(f"{option(f'critic.{name}')} is {value!r}" for name, value, _ in different)
-        defaults = " ".join(f"{flag(f'critic.{name}')}={fields.as_text(default)}" for name, _, default in different)
+        defaults = " ".join(
+            f"{flag(f'critic.{name}')}={field_types.as_text(default)}" for name, _, default in different
+        )
         raise UserError(f"{given}, but {option('ppo.advantage')}={advantage} has no critic; use {defaults}")
 
 

@@ -14,7 +14,7 @@ from jaxrm.errors import UserError, flag
 from jaxrm.evaluation.ranking import length_correlation, pair_accuracy
 from jaxrm.evaluation.reliability import measure_reliability
 from jaxrm.inference.response_batches import response_batches
-from jaxrm.ops import token_rewards
+from jaxrm.ops import reward_kinds
 from jaxrm.runtime.preemption import StopRequest
 from jaxrm.runtime.progress import print_table
 from jaxrm.sharding import partition
@@ -99,7 +99,7 @@ class HeldOutPairs:
                         array[indices] = values[: len(indices)]
             return {
                 kind: {name: array.reshape(2, -1) for name, array in sides[kind].items()}
-                for kind in token_rewards.KINDS
+                for kind in reward_kinds.KINDS
                 if kind in sides
             }
 
@@ -123,7 +123,7 @@ def with_centered(sides: PairScores, center: str) -> PairScores:
     """
 
     def centered(kind: str, names: dict[str, np.ndarray]) -> np.ndarray:
-        if center == "none" or not token_rewards.KINDS[kind].is_centered:
+        if center == "none" or not reward_kinds.KINDS[kind].is_centered:
             return names["sum"]
         return names["sum"] - names["length"] * (names["sum"].sum() / names["length"].sum())
 
@@ -154,7 +154,7 @@ def metrics(sides: PairScores, kind: str) -> dict[str, float]:
             numbers[f"eval_reward_sum/{name}_{side}"] = float(np.mean(scores["sum"][i]))
         numbers[f"eval_pairs/{name}_by_sum"] = pair_accuracy(*scores["sum"]).accuracy
         numbers[f"eval_pairs/{name}_by_centered_sum"] = pair_accuracy(*scores["centered"]).accuracy
-        if token_rewards.KINDS[name].reads != "response":
+        if reward_kinds.KINDS[name].reads != "response":
             numbers[f"eval_pairs/{name}_by_mean"] = pair_accuracy(*scores["mean"]).accuracy
         correlation = length_correlation(scores["sum"].ravel(), scores["length"].ravel())
         if correlation is not None:
@@ -180,9 +180,7 @@ def print_ranking(sides: PairScores, marks: np.ndarray | None = None) -> list[di
         accuracy = {name: pair_accuracy(*names[name]) for name in ("centered", "sum", "mean")}
         correlation = length_correlation(names["sum"].ravel(), names["length"].ravel())
         shown = [f"{100 * p.accuracy:.1f} % [{100 * p.low:.1f}, {100 * p.high:.1f}]" for p in accuracy.values()]
-        if (
-            token_rewards.KINDS[kind].reads == "response"
-        ):  # a score for the whole has no mean over tokens, and no center
+        if reward_kinds.KINDS[kind].reads == "response":  # a score for the whole has no mean over tokens, and no center
             shown = ["–", shown[1], "–"]
         if better is not None and marks is not None:
             ranked = np.take_along_axis(names["centered"], better, axis=0)[:, marks[0] != marks[1]]

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxrm.algorithms import scoring
+from jaxrm.algorithms import reading
 from jaxrm.algorithms.ppo import NextCalibration
 from jaxrm.algorithms.reward_config import RewardConfig, naming_source, sources_of
 from jaxrm.algorithms.rollout import RewardSource
@@ -18,8 +18,8 @@ from jaxrm.errors import UserError, flag
 from jaxrm.inference import sharded_model
 from jaxrm.inference.sharded_model import ShardedModel
 from jaxrm.ops import reward_scaling
+from jaxrm.ops.reward_kinds import Kind, find_kind
 from jaxrm.ops.reward_scaling import Calibration, uncalibrated
-from jaxrm.ops.token_rewards import Kind, find_kind
 from jaxrm.runtime.progress import Progress
 from jaxrm.sharding import partition
 from jaxrm.stage_config import PPO, BestOfN, Evaluate
@@ -61,7 +61,7 @@ def _policy_log_probs(policy: ShardedModel, temperature: float) -> Callable[[Any
     rows, multiple = partition.batch_sharding(policy.mesh), sharded_model.pad_to_multiple_of(policy.mesh)
 
     def log_probs(params: Any, batch: ResponseBatch) -> jax.Array:
-        statistics = scoring.response_statistics(
+        statistics = reading.response_statistics(
             policy.graphdef, params, batch, None, pad_to_multiple_of=multiple, temperature=temperature
         )
         return jnp.where(batch.response_mask, statistics.log_probs, 0.0)

@@ -2,7 +2,7 @@
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from jaxrm.algorithms.reward_config import ClassifierConfig, RewardConfig
 from jaxrm.algorithms.rollout import RewardSource
@@ -11,12 +11,10 @@ from jaxrm.inference.classifier import Classifier
 from jaxrm.inference.open_classifier import describe_classifier, read_weights
 from jaxrm.inference.weights import is_run
 from jaxrm.models.hub import is_hub_name
-from jaxrm.ops.token_rewards import find_kind
+from jaxrm.ops.reward_kinds import find_kind
+from jaxrm.stages.rewards.scored import Responses, Scored
 from jaxrm.stages.rewards.summed import SummedRewards
 from jaxrm.stages.rewards.text import TextRewards
-
-if TYPE_CHECKING:
-    from jaxrm.stages.rewards.sources import Responses, Scored
 
 
 def names_classifier(path: str) -> bool:
@@ -47,7 +45,7 @@ def refuse_options(source: RewardConfig) -> None:
             )
 
 
-def check_classifier(source: RewardConfig, scored: "Scored") -> str:
+def check_classifier(source: RewardConfig, scored: Scored) -> str:
     """Refuse a classifier that cannot score the prompts, or not as the kind, before its weights are read; its name."""
     config = scored.config
     classifier = describe_classifier(
@@ -62,7 +60,7 @@ def check_classifier(source: RewardConfig, scored: "Scored") -> str:
     return f"the classifier {classifier.name}"
 
 
-def open_classifier_rewards(source: RewardConfig, responses: "Responses") -> RewardSource:
+def open_classifier_rewards(source: RewardConfig, responses: Responses) -> RewardSource:
     """Rewards of a classifier; a share of the batch is scored at once, as by other reward models."""
     config: Any = responses.config
     classifier = describe_classifier(

@@ -52,7 +52,7 @@ from jaxrm.data.responses import Response
 from jaxrm.data.token_spans import Span, lay_on_tokens
 from jaxrm.errors import UserError, option
 from jaxrm.inference.text_scorer import TextSample
-from jaxrm.ops.token_rewards import find_kind
+from jaxrm.ops.reward_kinds import find_kind
 from jaxrm.stages.rewards.function_call import (
     SHOWN,
     FunctionFault,

@@ -30,7 +30,7 @@ from jaxrm.inference.reward_model import vocabulary_of
 from jaxrm.inference.sampler import response_text
 from jaxrm.inference.token_scores import EncodedRecord, TokenScores, as_record, policy_log_probs, responses_of
 from jaxrm.ops import reward_scaling
-from jaxrm.ops.token_rewards import find_kind
+from jaxrm.ops.reward_kinds import find_kind
 from jaxrm.runtime.progress import Progress, print_table
 from jaxrm.sharding.mesh import batch_shards
 from jaxrm.stage_config import PPO, BestOfN, Evaluate

@@ -14,8 +14,8 @@ from jaxrm.data.prompts import PromptExample
 from jaxrm.data.responses import Response
 from jaxrm.errors import UserError
 from jaxrm.inference.text_scorer import TextSample, TextScorer
+from jaxrm.ops.reward_kinds import Kind
 from jaxrm.ops.reward_scaling import Calibration
-from jaxrm.ops.token_rewards import Kind
 from jaxrm.sharding import partition
 from jaxrm.types import ResponseBatch, TokenRewards
 

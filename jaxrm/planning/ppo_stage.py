@@ -1,0 +1,137 @@
+"""What the programs of a PPO step share in a plan: shapes, counts and caches."""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from jaxrm.algorithms import ppo
+from jaxrm.algorithms.ppo_state import PPOState
+from jaxrm.algorithms.rollout import FrozenParams
+from jaxrm.models.flops import forward_flops
+from jaxrm.sharding import partition
+from jaxrm.sharding.mesh import batch_shards
+from jaxrm.stage_config import PPO
+from jaxrm.stages.ppo.learner import Learner
+from jaxrm.types import ResponseBatch, Rollout, TokenRewards
+
+
+@dataclass(frozen=True)
+class PPOStage:
+    """What the programs of a PPO step share.
+
+    Attributes:
+      config: of the stage.
+      mesh: of everything but the rollout.
+      learner: of policy and critic.
+      jitted: the jitted functions of a step.
+      state: abstract, of policy and critic.
+      base: abstract parameters under the adapters of all models, in the compute dtype; ``{}`` where they have none.
+      reference: abstract parameters of the reference, in the compute dtype; its adapters where there is a base.
+    """
+
+    config: PPO
+    mesh: Mesh
+    learner: Learner
+    jitted: ppo.Programs
+    state: PPOState
+    base: Any
+    reference: Any
+
+    @property
+    def response_length(self) -> int:
+        """``T``, most tokens of a response."""
+        return self.config.rollout.sampling.max_new_tokens
+
+    @property
+    def prompt_length(self) -> int:
+        """``P``, most tokens of a prompt."""
+        return self.config.data.max_length - self.response_length
+
+    @property
+    def batch_size(self) -> int:
+        """Responses of a step."""
+        return self.config.data.batch_size
+
+    @property
+    def num_prompts(self) -> int:
+        """Prompts of a step."""
+        return self.batch_size // self.config.rollout.responses_per_prompt
+
+    @property
+    def minibatch_size(self) -> int:
+        """Responses of an update."""
+        return self.batch_size // self.config.ppo.num_minibatches
+
+    @property
+    def updates(self) -> int:
+        """Updates of a step."""
+        return self.config.ppo.num_minibatches * self.config.ppo.num_epochs
+
+    @property
+    def policy_params(self) -> Any:
+        """Abstract parameters of the policy's decoder."""
+        return self.learner.decoder_params(self.base, self.state.policy.params)
+
+    @property
+    def frozen(self) -> FrozenParams:
+        """Abstract frozen parameters of policy and critic."""
+        return self.learner.networks.frozen(self.base)
+
+    def row_flops(self, flops: Callable[..., float], *, scalar_head: bool = False) -> float:
+        """FLOPs of a pass over one prompt and response: ``flops`` is `forward_flops` or `training_flops`."""
+        decoder, length = self.learner.decoder, self.config.data.max_length
+        return flops(decoder.config, length, predicted=self.response_length, scalar_head=scalar_head, lora=decoder.lora)
+
+    def prompt_flops(self) -> float:
+        """FLOPs of a pass over one prompt, which the responses to it share."""
+        decoder = self.learner.decoder
+        return forward_flops(decoder.config, self.prompt_length, predicted=0, lora=decoder.lora)
+
+    def rows(self, shape: tuple[int, ...], dtype: Any, *, mesh: Mesh | None = None) -> Any:
+        """An abstract array whose first axis is that of the batch, on the stage's mesh or another."""
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=partition.batch_sharding(mesh or self.mesh))
+
+    def responses(self, rows: int) -> ResponseBatch:
+        """An abstract batch of prompts and responses."""
+        lengths = (self.prompt_length, self.response_length)
+        return ResponseBatch(*(self.rows((rows, n), dtype) for n in lengths for dtype in (jnp.int32, jnp.bool_)))
+
+    def token_rewards(self) -> TokenRewards:
+        """Abstract token rewards of a batch."""
+        shape = (self.batch_size, self.response_length)
+        names = ("sum", "mean", "length", "tag_rate", "divergence", "ended", "end_tag")
+        numbers, flags = self.rows(shape, jnp.float32), self.rows(shape, jnp.bool_)
+        diagnostics = {name: self.rows(shape[:1], jnp.float32) for name in names}
+        rewards = TokenRewards(numbers, numbers, flags, flags, diagnostics)
+        return dataclasses.replace(rewards, parts=dict.fromkeys(self.config.rewards, rewards))
+
+    def rollout(self) -> Rollout:
+        """An abstract minibatch of a rollout."""
+        rows = self.minibatch_size
+        arrays = [self.rows((rows, self.response_length), jnp.float32) for _ in range(5)]
+        rollout = Rollout(self.responses(rows), *arrays)
+        return rollout if self.config.ppo.has_values else dataclasses.replace(rollout, values=None, returns=None)
+
+
+def cache_of_rollout(stage: PPOStage, mesh: Mesh) -> float:
+    """Keys and values of every layer, rows over the batch axes and heads over the tensor axis where they divide.
+
+    Responses to one prompt share its keys and values.
+    """
+    parts = stage.config.rollout.num_microbatches
+    slots = (stage.num_prompts * stage.prompt_length + stage.batch_size * stage.response_length) / parts
+    return cache_of_slots(stage, mesh, stage.num_prompts // parts, slots)
+
+
+def cache_of_slots(stage: PPOStage, mesh: Mesh, rows: int, slots: float) -> float:
+    """Bytes on a device of a cache with room for so many tokens in all, in ``rows`` rows."""
+    config = stage.learner.decoder.config
+    shards = batch_shards(mesh) if rows % batch_shards(mesh) == 0 else 1
+    shards *= mesh.shape["tensor"] if config.num_kv_heads % mesh.shape["tensor"] == 0 else 1
+    size = 2 * config.num_layers * slots * config.num_kv_heads * config.head_dim
+    return size * jnp.dtype(stage.config.model.dtype).itemsize / shards
