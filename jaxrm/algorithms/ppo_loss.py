@@ -56,12 +56,14 @@ def critic_loss(networks: Networks, config: PPOConfig) -> LossFn:
 def policy_terms(token: TokenStatistics, rollout: Rollout, config: PPOConfig) -> tuple[Sum, dict[str, Sum]]:
     """The policy's loss and its aux (see `policy_loss`), from what it says of each response token now."""
     mask = rollout.responses.response_mask
+    # A mask over a loss does not protect its gradient: outside, where log-probs mean nothing, k3 would overflow.
+    log_probs = jnp.where(mask, token.log_probs, rollout.log_probs)
     surrogate = losses.clipped_policy_loss(
-        token.log_probs, rollout.log_probs, rollout.advantages, clip=config.clip, clip_high=config.clip_high
+        log_probs, rollout.log_probs, rollout.advantages, clip=config.clip, clip_high=config.clip_high
     )
     loss, (kl_coef, kl_estimator) = surrogate.loss, config.loss_kl
     observed = {
-        "approx_kl": kl.kl_estimate("k3", rollout.log_probs, token.log_probs),
+        "approx_kl": kl.kl_estimate("k3", rollout.log_probs, log_probs),
         "ratio_error": jnp.abs(surrogate.ratio - 1.0),
         "clip_fraction": surrogate.is_clipped.astype(jnp.float32),
         "entropy": token.entropy,
@@ -70,7 +72,7 @@ def policy_terms(token: TokenStatistics, rollout: Rollout, config: PPOConfig) ->
     aux = {name: (masking.masked_sum(jax.lax.stop_gradient(x), mask), tokens) for name, x in observed.items()}
     aux["policy_loss"] = losses.aggregate(jax.lax.stop_gradient(surrogate.loss), mask, config.loss_aggregation)
     if kl_coef:
-        kl_loss = kl.kl_estimate(kl_estimator, token.log_probs, rollout.reference_log_probs)
+        kl_loss = kl.kl_estimate(kl_estimator, log_probs, rollout.reference_log_probs)
         aux["kl_loss"] = losses.aggregate(jax.lax.stop_gradient(kl_loss), mask, config.loss_aggregation)
         loss += kl_coef * kl_loss
     return losses.aggregate(loss, mask, config.loss_aggregation), aux

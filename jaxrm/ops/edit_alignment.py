@@ -11,7 +11,7 @@ def kept_tokens(responses: jax.Array, mask: jax.Array, others: jax.Array, other_
     Of several such subsequences that one is taken whose tokens stand earliest in the response: from the last token on,
     a token is left out wherever the tokens before it have a subsequence as long.
 
-    Memory is ``4 B T (C + 1)`` bytes, and time ``T`` steps one after another, each over ``B C`` numbers.
+    Memory is a table of ``4 B T (C + 1)`` bytes, and time ``2 T`` steps one after another, each over ``B C`` numbers.
 
     Args:
       responses: ``[B, T]`` int token ids.
@@ -34,25 +34,26 @@ def kept_tokens(responses: jax.Array, mask: jax.Array, others: jax.Array, other_
         return (others == ids[:, None]) & other_mask & is_real[:, None]
 
     def longer(before: jax.Array, token: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        """Lengths ``[B, C + 1]`` with a token more, by how many tokens of the other text may be used."""
+        """Lengths ``[B, C + 1]`` with a token more, by how many tokens of the other text may be used; and before it."""
         with_token = jnp.where(matches(token), before[:, :-1] + 1, before[:, 1:])
         lengths = jax.lax.cummax(jnp.maximum(with_token, before[:, 1:]), axis=1)
         after = jnp.concatenate([before[:, :1], lengths], axis=1)
-        return after, after
+        return after, before
 
-    def choose(column: jax.Array, token: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
-        """Whether a token is kept ``[B]``, and how much of the other text is left for those before it."""
-        ids, is_real, before, after = token
+    def choose(
+        later: tuple[jax.Array, jax.Array], token: tuple[jax.Array, ...]
+    ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
+        """How much of the other text is left ``[B]``, and the lengths, before a token; and whether it is kept."""
+        (column, after), (ids, is_real, before) = later, token
         reached, without = (jnp.take_along_axis(x, column[:, None], axis=1)[:, 0] for x in (after, before))
         is_kept = reached > without
         # Its last partner leaves most to the tokens before it.
         usable = matches((ids, is_real)) & (columns <= column[:, None])
         partner = jnp.max(jnp.where(usable, columns, 0), axis=1)
-        return jnp.where(is_kept, partner - 1, column), is_kept
+        return (jnp.where(is_kept, partner - 1, column), before), is_kept
 
     none = jnp.zeros((B, C + 1), jnp.int32)
     tokens = responses.T, mask.T
-    _, table = jax.lax.scan(longer, none, tokens)
-    before = jnp.concatenate([none[None], table[:-1]])
-    _, stays = jax.lax.scan(choose, jnp.full((B,), C, jnp.int32), (*tokens, before, table), reverse=True)
+    last, table = jax.lax.scan(longer, none, tokens)
+    _, stays = jax.lax.scan(choose, (jnp.full((B,), C, jnp.int32), last), (*tokens, table), reverse=True)
     return stays.T & mask

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,8 +20,9 @@ from jaxrm.algorithms.train_step import build_train_step
 from jaxrm.ops import advantages, kl, losses, reward_scaling
 from jaxrm.ops.masking import masked_whiten
 from jaxrm.ops.reward_kinds import KINDS
+from jaxrm.ops.vocab import TokenStatistics
 from jaxrm.stages.ppo.checkpoints import saved_arrays
-from jaxrm.types import TokenBatch
+from jaxrm.types import Rollout, TokenBatch
 
 CALIBRATION = reward_scaling.uncalibrated()
 
@@ -153,6 +155,29 @@ def test_an_aggregation_is_the_same_however_the_batch_is_cut(aggregation):
     loss = np.where(mask, loss + 0.2 * kl.kl_estimate("k3", now, rollout.reference_log_probs), 0.0)
     means = loss.sum(axis=1) / (mask.sum(axis=1) if aggregation == "sequence" else T)
     assert np.isclose(metrics["loss"], means.mean() + 0.5 * metrics["ptx_loss"], rtol=1e-4)
+
+
+@pytest.mark.parametrize("estimator", ["k2", "k3"])
+@pytest.mark.parametrize("aggregation", losses.AGGREGATIONS)
+def test_unlikely_tokens_outside_the_mask_have_no_gradient(aggregation, estimator):
+    """Of log-probs at which the exponential of k3 overflows, in one pass and in several."""
+    batch, old, _ = made_up()
+    mask = batch.response_mask
+    config = PPOConfig(advantage="grpo", kl_coef=0.3, loss_aggregation=aggregation, kl_loss_estimator=estimator)
+    rollout = Rollout(batch, old.log_probs, old.reference_log_probs, None, jnp.where(mask, 1.0, 0.0), None)
+
+    def loss(log_probs):
+        token = TokenStatistics(log_probs, old.entropy, batch.responses, old.log_probs)
+        (total, _), aux = ppo_loss.policy_terms(token, rollout, config)
+        return total, aux
+
+    def run(outside):
+        return jax.jit(jax.value_and_grad(loss, has_aux=True))(jnp.where(mask, old.log_probs, outside))
+
+    clean = run(0.0)
+    chex.assert_tree_all_finite(clean)
+    chex.assert_trees_all_equal(run(-100.0), clean)
+    assert not np.asarray(clean[1])[~np.asarray(mask)].any()
 
 
 @pytest.mark.slow

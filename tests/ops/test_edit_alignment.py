@@ -1,4 +1,4 @@
-"""Longest common subsequences of token ids, against a plain loop over all of them."""
+"""Longest common subsequences of token ids, against a plain loop over all subsequences."""
 
 import itertools
 
@@ -26,18 +26,15 @@ def kept(responses, others):
     return np.asarray(kept_tokens(*padded(responses, T), *padded(others, C)))
 
 
-def loop(response, other):
-    """The longest common subsequence whose places in the response come first, by trying every one."""
-
-    def is_subsequence(ids):
-        rest = iter(other)
-        return all(token in rest for token in ids)
-
-    for n in range(len(response), -1, -1):
-        for places in itertools.combinations(range(len(response)), n):  # in the order of their places
-            if is_subsequence([response[i] for i in places]):
-                return list(places)
-    raise AssertionError
+def longest(response, other, allowed, tail=()):
+    """Length of the longest common subsequence of some of the allowed places and all of the tail, by trying each."""
+    best = -1
+    for n in range(len(allowed) + 1):
+        for places in itertools.combinations(allowed, n):
+            rest = iter(other)
+            if all(response[i] in rest for i in (*places, *tail)):
+                best = max(best, n + len(tail))
+    return best
 
 
 def test_kept_tokens_by_hand():
@@ -71,24 +68,12 @@ def test_kept_tokens_are_those_of_a_loop(responses, others):
     """As many as the longest has, and of several the one that stands earliest from the last token on."""
     for row, response, other in zip(kept(responses, others), responses, others, strict=True):
         places = np.flatnonzero(row).tolist()
-        best = loop(response, other)
-        assert len(places) == len(best)
+        best = longest(response, other, range(len(response)))
+        assert len(places) == best
         rest = iter(other)
         assert all(response[i] in rest for i in places)
         # Every token that could be left out, from the last one on, is.
         for i in reversed(range(len(response))):
-            without = list(range(i))
             tail = [j for j in places if j > i]
             if i in places:
-                assert _longest(response, other, without, tail) < len(best)
-
-
-def _longest(response, other, allowed, tail):
-    """Length of the longest common subsequence of some of the allowed places and all of the tail."""
-    best = -1
-    for n in range(len(allowed) + 1):
-        for places in itertools.combinations(allowed, n):
-            rest = iter(other)
-            if all(response[i] in rest for i in (*places, *tail)):
-                best = max(best, n + len(tail))
-    return best
+                assert longest(response, other, range(i), tail) < best
