@@ -13,7 +13,6 @@ from typing import Any, Generic, TypeVar
 from jaxrm.errors import UserError
 
 Section = TypeVar("Section")
-_CHECKED = "rewards"  # the field of a config file whose dict is looked at
 
 
 class NamedSections(Mapping[str, Section], Generic[Section]):
@@ -80,7 +79,9 @@ def fields_of(section: Any) -> tuple[str, ...]:
 
 
 def check_repeated_names(source: bytes) -> None:
-    """Refuse a config file whose dict of ``rewards`` has one name twice, of which Python keeps the last.
+    """Refuse a config file with a dict that has one name twice, of which Python keeps the last.
+
+    Named sections are made by calls, so only such values are looked at.
 
     Args:
       source: the file.
@@ -89,15 +90,15 @@ def check_repeated_names(source: bytes) -> None:
       UserError: with the line.
     """
     for node in ast.walk(ast.parse(source)):
-        if not isinstance(node, ast.keyword) or node.arg != _CHECKED or not isinstance(node.value, ast.Dict):
+        if not isinstance(node, ast.Dict):
             continue
         names: set[str] = set()
-        for key in node.value.keys:
-            if not isinstance(key, ast.Constant) or not isinstance(key.value, str):
+        for key, value in zip(node.keys, node.values, strict=True):
+            if not isinstance(key, ast.Constant) or not isinstance(key.value, str) or not isinstance(value, ast.Call):
                 continue
             if key.value in names:
                 raise UserError(
-                    f"line {key.lineno}: {node.arg} has {key.value!r} twice, of which Python keeps the last; give each "
-                    f"a name of its own, e.g. {key.value}_2"
+                    f"line {key.lineno}: a dict has {key.value!r} twice, of which Python keeps the last; give each a "
+                    f"name of its own, e.g. {key.value}_2"
                 )
             names.add(key.value)

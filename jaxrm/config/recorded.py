@@ -25,7 +25,7 @@ def upgraded(recorded: Mapping[str, Any], like: Mapping[str, Any]) -> dict[str, 
     """A recorded config with today's names, and without the sections that its stage does not have.
 
     A field that it lacks and that is None today was added since, and changes nothing. So were those of ``_SINCE``:
-    runs before them computed with these values.
+    runs before them computed with these values. So did those that recorded None where today's value cannot be None.
 
     Args:
       recorded: from ``run.json``, ``pipeline.json`` or ``study.json``; one of today passes unchanged.
@@ -33,6 +33,7 @@ def upgraded(recorded: Mapping[str, Any], like: Mapping[str, Any]) -> dict[str, 
     """
     if set(recorded) >= _FIELDS:
         return _restricted(recorded, like)
+    recorded = _without_nones(recorded, like)
     stages = {name: like.get(name) for name in recorded}
     return _added(recorded, like) | {
         name: upgraded(value, stage)
@@ -43,11 +44,20 @@ def upgraded(recorded: Mapping[str, Any], like: Mapping[str, Any]) -> dict[str, 
 
 
 def _restricted(recorded: Mapping[str, Any], like: Mapping[str, Any]) -> dict[str, Any]:
-    renamed = {_RENAMED.get(name, name): value for name, value in recorded.items()}
+    renamed = _without_nones({_RENAMED.get(name, name): value for name, value in recorded.items()}, like)
     both = {name: (value, like[name]) for name, value in renamed.items() if name in like}
     return _added(renamed, like) | {
         name: _restricted(value, today) if isinstance(value, Mapping) and isinstance(today, Mapping) else value
         for name, (value, today) in both.items()
+    }
+
+
+def _without_nones(recorded: Mapping[str, Any], like: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields without those of ``_SINCE`` that are None and cannot be None today, which `_added` gives a value."""
+    return {
+        name: value
+        for name, value in recorded.items()
+        if value is not None or name not in _SINCE or like.get(name) is None
     }
 
 

@@ -104,6 +104,12 @@ class Study:
                     raise UserError(f"{place(self, name)} has {value!r}; there are {', '.join(known)}{meant}")
                 if value.startswith(PPO) and value != RTO:
                     check_kind(value.removeprefix(PPO), place(self, "arms"), typed(self, "arms", ("ppo_literal",)))
+        for name in ("ppo", "best_of_n", "evaluate"):
+            for source in getattr(self, name).rewards:
+                raise UserError(
+                    f"{place(self, name)}.rewards has {source}, but arms say where rewards come from; leave it out, "
+                    f"{typed(self, f'{name}.rewards.{source}', None)}, and choose among config.arms"
+                )
         for name in ("seeds", "selection_seeds"):
             values = getattr(self, name)
             if not values or len(set(values)) < len(values) or min(values) < 0:

@@ -20,6 +20,7 @@ Choices = dict[tuple[str, str], Choice]
 """The state of tuning, by world and arm."""
 
 REWARD_MODELS = ("rm_scalar", "rm_seq2seq")
+_RTO_WEIGHTS = {"scalar": 1.0, "dpo": 0.2}  # jaxrm choice: with 1, dpo taught to refuse (configs/README.md)
 _NEVER = 1_000_000  # steps between evaluations of a run that needs none but the last
 
 
@@ -235,13 +236,16 @@ def _arm_policy(site: _Site, arm: str, setting: Setting, *, is_final: bool) -> _
 def _ppo_policy(site: _Site, arm: str, setting: Setting, is_final: bool) -> _ArmPolicy:
     """A policy trained by PPO, with rewards of one kind or, in `RTO`, of two."""
     study, path = site.study, _policy_path(arm, setting, is_final)
-    kinds = ("scalar", "dpo") if arm == RTO else (arm.removeprefix(PPO),)
+    kinds = tuple(_RTO_WEIGHTS) if arm == RTO else (arm.removeprefix(PPO),)
     reward_paths = tuple(_reward_path(kind) for kind in kinds)
     sources = {
         kind: dataclasses.replace(study.ppo.reward, kind=kind, model=site.folder(reward_path))
         for kind, reward_path in zip(kinds, reward_paths, strict=True)
     }
-    reward, rewards = (RewardConfig(), sources) if arm == RTO else (sources[kinds[0]], {})
+    reward, rewards = sources[kinds[0]], {}
+    if arm == RTO:
+        reward = RewardConfig()
+        rewards = {kind: dataclasses.replace(sources[kind], weight=weight) for kind, weight in _RTO_WEIGHTS.items()}
     changes: dict[str, Any] = {"critic.path": site.folder("rm_scalar"), "data.eval_split": "selection"}
     if not is_final:
         changes["evaluation.every"] = _NEVER

@@ -98,6 +98,16 @@ def test_no_stage_is_refused():
         read_stage({"algorithm": "pro"})
 
 
+def test_none_of_a_field_that_has_a_number_today_is_read():
+    """Runs of PPO recorded ``num_microbatches: null`` for one microbatch, and old ones had it for every stage."""
+    before = json.loads(json.dumps(dicts.to_dict(PPO())))
+    before["rollout"]["num_microbatches"] = None
+    assert read_stage(before) == PPO()
+    assert dicts.differences(upgraded(before, dicts.to_dict(PPO())), dicts.to_dict(PPO())) == []
+    oldest = {**OLD, "algorithm": "ppo", "rollout": {**OLD["rollout"], "num_microbatches": None}}
+    assert read_stage(oldest).rollout.num_microbatches == 1
+
+
 @pytest.mark.parametrize("stage", ["ppo", "best_of_n", "evaluate"])
 def test_a_run_from_before_several_sources_goes_on(stage):
     """Nothing that was added to rewards since changes what such a run computes."""

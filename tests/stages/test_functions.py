@@ -276,17 +276,21 @@ def test_a_failure_in_a_process_names_the_response(scorer, line, message):
     assert score(samples[:2]).tolist() == [1.0, 1.0]  # in new processes
 
 
-def test_a_failure_that_passes_costs_a_retry_alone(scorer, tmp_path):
+@pytest.mark.parametrize(
+    ("line", "workers", "timeout"), [("time.sleep(60)", 1, 2.0), ("raise OSError('busy')", 3, 30.0)]
+)
+def test_a_failure_that_passes_costs_a_retry_alone(scorer, tmp_path, line, workers, timeout):
+    """Also where a process has but one response."""
     (tmp_path / "broken").touch()
     source = f"""
 import os, time
 def f(prompts, responses):
     if 'x' in responses and os.path.exists({str(tmp_path / "broken")!r}):
         os.remove({str(tmp_path / "broken")!r})
-        time.sleep(60)
+        {line}
     return [float(len(r)) for r in responses]
 """
-    score = scorer(source, workers=1, timeout=2.0)
+    score = scorer(source, workers=workers, timeout=timeout)
     assert score([sample("ab"), sample("x"), sample("abc")]).tolist() == [2, 1, 3]
 
 

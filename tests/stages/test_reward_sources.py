@@ -188,11 +188,16 @@ def test_a_stage_without_rewards_says_who_has_them(refuse):
 def test_two_sources_of_one_name_in_a_file_are_refused(refuse, tmp_path):
     """Python would keep the last of them and say nothing."""
     file = tmp_path / "twice.py"
-    file.write_text(
+    start = (
         "from jaxrm.stage_config import PPO\nfrom jaxrm.algorithms.reward_config import RewardConfig as R\n"
-        "def get_config():\n    return PPO(rewards={'a': R(model='x'),\n        'a': R(model='y')})\n"
+        "def get_config():\n    "
     )
-    assert "line 5: rewards has 'a' twice, of which Python keeps the last" in refuse(config=str(file))
+    for body in (
+        "return PPO(rewards={'a': R(model='x'),\n        'a': R(model='y')})\n",
+        "rewards = {'a': R(model='x'),\n        'a': R(model='y')}\n    return PPO(rewards=rewards)\n",
+    ):
+        file.write_text(start + body)
+        assert "line 5: a dict has 'a' twice, of which Python keeps the last" in refuse(config=str(file))
 
 
 @pytest.mark.parametrize("stage", [PPO, BestOfN, Evaluate])

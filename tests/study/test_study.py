@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 
+from jaxrm.algorithms.reward_config import RewardConfig
 from jaxrm.config.files import load_config_file
 from jaxrm.errors import UserError
 from jaxrm.runtime import run_lock
 from jaxrm.runtime.metrics import read_rows
-from jaxrm.stage_config import read_stage
+from jaxrm.stage_config import PPO, BestOfN, Evaluate, read_stage
 from jaxrm.stages.evaluate import run as evaluate
 from jaxrm.study import run as study_run
 from jaxrm.study.config import Study
@@ -105,8 +106,18 @@ def test_an_arm_of_dpo_rewards_brings_its_source():
                 {"scalar": "scalar", "dpo": "dpo"} if arm == "ppo_rto" else {"dpo": "dpo"}
             )
             assert rewards["dpo"].model == source.run_dir
+            assert rewards["dpo"].weight == (0.2 if arm == "ppo_rto" else 1)
     (ppo,) = (run for name, run in by_name.items() if name.startswith("safety/seed1/ppo_value_difference/"))
     assert ppo.experiment.reward.model.endswith("safety/seed1/rm_scalar")
+
+
+@pytest.mark.parametrize(("stage", "template"), [("ppo", PPO), ("best_of_n", BestOfN), ("evaluate", Evaluate)])
+def test_sources_that_arms_would_replace_are_refused(stage, template):
+    sources = {"brief": RewardConfig(kind="scalar", function="my:brief")}
+    with pytest.raises(
+        UserError, match=rf"^Study\.{stage}\.rewards has brief, but arms say .*{stage}\.rewards\.brief=N"
+    ):
+        Study(**{stage: template(rewards=sources)})
 
 
 def test_every_run_comes_after_what_it_needs():

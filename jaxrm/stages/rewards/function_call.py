@@ -23,7 +23,7 @@ class FunctionFault(Exception):  # noqa: N818 - a fault of the user's function, 
     Attributes:
       problem: to be followed by the response.
       index: of the response among those of the call; None where it is none in particular.
-      is_unplaced: whether one response of several may be to blame, and calls with single ones would say which.
+      is_unplaced: whether calls with single responses would say which one is to blame, or that none is.
     """
 
     def __init__(self, problem: str, index: int | None = None, is_unplaced: bool = False) -> None:
@@ -101,10 +101,9 @@ def call(
         is_list = isinstance(returned, Iterable) and not isinstance(returned, Mapping | Set | str | bytes)
         results = list(returned) if is_list else None
     except (Exception, SystemExit) as error:  # whatever the user's function raises
-        is_unplaced = not finds_failure and len(samples) > 1
-        at = None if is_unplaced else _first_failure(function, samples)
+        at = _first_failure(function, samples) if finds_failure or len(samples) == 1 else None
         place = "on the whole batch" if at is None else "on"
-        raise FunctionFault(f"raised {type(error).__name__}: {error}, {place}", at, is_unplaced) from error
+        raise FunctionFault(f"raised {type(error).__name__}: {error}, {place}", at, not finds_failure) from error
     if results is None:
         raise FunctionFault(f"returned {_shown(returned)} for {len(samples)} responses")
     if len(results) != len(samples):

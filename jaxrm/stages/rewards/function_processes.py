@@ -33,7 +33,7 @@ class _Share:
 
     Attributes:
       indices: of the samples.
-      is_retry: whether it is one sample of a share whose call hung or ended the process.
+      is_retry: whether it is one sample of a share whose call raised, hung or ended the process.
     """
 
     indices: Sequence[int]
@@ -73,7 +73,7 @@ class FunctionProcesses:
                 self._hand_out(samples, todo, busy)
                 for worker, returned in self._next(busy):
                     share = busy.pop(worker)
-                    if isinstance(returned, FunctionFault) and returned.is_unplaced:
+                    if isinstance(returned, FunctionFault) and returned.is_unplaced and not share.is_retry:
                         todo.extend(_one_at_a_time(share))
                     elif isinstance(returned, FunctionFault):
                         raise FunctionFault(returned.problem, _index_in_batch(share, returned.index))
