@@ -4,8 +4,8 @@
 
 Needs: the run of `configs/sft_llama_2_7b.py` (or another folder, as --config.model.path); 16 bytes a parameter for
 parameters, gradients and moments, 108 GB spread over the fsdp axis, and activations. Reference log-probs are computed
-once before training, so the reference takes no memory. beta is that of the DPO paper, as are its 64 pairs a step, here
-about 32 rows of 2048 tokens; it used RMSprop with 1e-6, and Adam's 5e-7 is jaxrm's choice.
+once before training, so the reference takes no memory. beta is that of the DPO paper. So are its 64 pairs a step, here
+about 32 rows of 2048 tokens. It used RMSprop with 1e-6; Adam's 5e-7 is jaxrm's choice.
 """
 
 from jaxrm.algorithms.dpo import DPOConfig

