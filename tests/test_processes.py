@@ -18,6 +18,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.chat_server import ChatServer, Reply, serving
+from support.classifiers import write_classifier
 
 from jaxrm.data.tasks import write_task
 from jaxrm.errors import UserError
@@ -156,15 +158,48 @@ def test_ppo_in_several_processes_trains_as_in_one(alone: Path, tmp_path: Path, 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("count", COUNTS)
-def test_adapters_in_several_processes_train_as_in_one(alone: Path, tmp_path: Path, count: int) -> None:
-    """Policy and critic on one base, which all processes read a part of; two responses to each prompt."""
+def test_adapters_in_several_processes_train_as_in_one(
+    alone: Path, tmp_path: Path, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Policy and critic on one base, which all processes read a part of; two responses to each prompt.
+
+    Rewards add up: of a run, a classifier, a judge, and a function that reads fields in which records of one prompt
+    differ.
+    """
     arguments = [*ppo(alone), "--config.lora.rank=4", "--config.mesh.data=1", "--config.mesh.fsdp=-1"]
-    arguments += ["--config.rollout.responses_per_prompt=2"]
-    run(arguments, tmp_path / "one", 1)
-    run(arguments, tmp_path / "several", count)
-    for name in ("reward", "policy_loss", "value_loss", "kl"):
+    arguments += ["--config.rollout.responses_per_prompt=2", "--config.reward.model=None"]
+    arguments += marked_prompts(tmp_path, monkeypatch)
+    write_classifier(tmp_path / "classifier", "qwen2", max_position_embeddings=512)
+    for name, source in {
+        "words": f"model={alone / 'rm'}",
+        "score": f"kind=scalar model={tmp_path / 'classifier'}",
+        "mark": "kind=scalar function=marks:mark",
+    }.items():
+        arguments += [f"--config.rewards.{name}.{field}" for field in f"calibration_responses=32 {source}".split()]
+    with serving(ChatServer(reply=lambda _, question: Reply(f"Score: {1 + len(question) % 9}"))) as server:
+        judge = ["kind=scalar", f"endpoint.url={server.url}", "endpoint.model=judge", "calibration_responses=32"]
+        arguments += [f"--config.rewards.judge.{field}" for field in judge]
+        for name, processes in (("one", 1), ("several", count)):
+            cache = f"--config.rewards.judge.endpoint.cache={tmp_path / name}_answers"
+            run([*arguments, cache], tmp_path / name, processes)
+    sources = [f"reward/{name}" for name in ("words", "score", "mark", "judge")]
+    for name in ("reward", *sources, "policy_loss", "value_loss", "kl"):
         same_curve(tmp_path / "one", tmp_path / "several", name)
     assert (tmp_path / "one" / "base.json").read_text() == (tmp_path / "several" / "base.json").read_text()
+
+
+def marked_prompts(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Prompts of the task, each in two records with marks of their own, and a function that pays by the mark."""
+    write_task("safety", folder / "task", seed=0)
+    lines = (folder / "task" / "prompts.jsonl").read_text().splitlines()[:300]
+    records = [json.loads(line) | {"mark": mark} for line in lines for mark in (1, -1)]
+    (folder / "marked.jsonl").write_text("".join(f"{json.dumps(record)}\n" for record in records))
+    (folder / "marks.py").write_text(
+        "def mark(prompts, responses, fields):\n"
+        "    return [row['mark'] * float(len(response)) for response, row in zip(responses, fields)]\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(folder))
+    return [f"--config.data.path={folder / 'marked.jsonl'}"]
 
 
 @pytest.mark.slow
