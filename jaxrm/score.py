@@ -129,15 +129,17 @@ def _add_sources(config: Any, given: flags.FlagValues) -> int:
     from jaxrm.inference import score_file
     from jaxrm.sharding.mesh import build_mesh
     from jaxrm.stages.rewards import score_records
+    from jaxrm.stages.rewards.judges import print_costs
 
     read = score_file.read_records_to_score(given.input, config.data, False, given.max_records, with_fields=True)
     mesh = build_mesh(config.mesh)
     with naming({"path": "config.model.path", **{name: f"config.{name}" for name in ("model.path", "model.adapter")}}):
-        rows = score_records.score_records(config, read.records, read.report, mesh, given.batch_size)
+        rows, costs = score_records.score_records(config, read.records, read.report, mesh, given.batch_size)
     kind, names = rows[0]["kind"], ", ".join(config.rewards)
     score_file.write_lines(given.output, rows)
     score_file.print_scored(read, rows, names, kind, given.output, is_training_data=False)
     score_records.print_sources(rows)
+    print_costs(costs)
     if given.html is not None:
         score_file.write_page(given.html, rows, f"the sum of {names}", kind)
     return 0

@@ -95,6 +95,20 @@ class ResponseBatch:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class RecordedBatch(ResponseBatch):
+    """The same, with the record that each prompt was read from, for rewards that look at its fields.
+
+    Several records may have one prompt.
+
+    Attributes:
+      records: ``[B]`` int32, the number of each row's record (`jaxrm.data.prompts.PromptExample.number`).
+    """
+
+    records: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class TokenRewards:
     """Token rewards, as every source of rewards returns them.
 

@@ -194,8 +194,8 @@ class CriticConfig:
       head: what it reads values with at first. ``zero`` is 0 everywhere, so that advantages are those of the rewards
         alone until it has learned. ``reward_model`` is the head of the scalar reward model whose trunk it has, in the
         units of its calibrated rewards: a value is then the score of what is written so far. That wants rewards of the
-        kind ``scalar`` from the same run, best one whose head was trained to be a value function
-        (`jaxrm.algorithms.scalar_rm.ScalarRMConfig.prefix_coef`, arXiv 2604.22981).
+        kind ``scalar`` from the same run, alone or as the only scalar reward model of a sum. Best is a run whose head
+        was trained to be a value function (`jaxrm.algorithms.scalar_rm.ScalarRMConfig.prefix_coef`, arXiv 2604.22981).
       optimizer: of the critic; its schedule has the steps of the policy's. A shared trunk is trained by the policy's.
     """
 

@@ -156,9 +156,10 @@ def fingerprint(examples: Sequence[TokenExample], config: DataConfig) -> str:
     digest = hashlib.sha256(f"{config.max_length} {config.batch_size} {config.packing}".encode())
     for example in examples:
         digest.update(example.tokens.tobytes())
-        for values in example.columns().values():
-            digest.update(values.tobytes())
-        if isinstance(example, PromptExample) and example.fields:  # rewards look at them
+        if not isinstance(example, PromptExample):
+            for values in example.columns().values():
+                digest.update(values.tobytes())
+        elif example.fields:  # rewards look at them
             digest.update(json.dumps(dict(example.fields), sort_keys=True, default=repr).encode())
     return digest.hexdigest()
 

@@ -15,6 +15,7 @@ from jaxrm.errors import UserError, option
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+RECORD = "record"  # column of a batch of prompts
 _CHUNK = 256  # records between two reports of progress
 
 
@@ -27,12 +28,14 @@ class PromptExample:
       messages: the same as text.
       source: the place of the record.
       fields: the columns of the record's row by name, e.g. a reference answer, where they were read.
+      number: of the record among all of a stage, where its fields are read; it travels with the tokens.
     """
 
     tokens: np.ndarray
     messages: tuple[Message, ...]
     source: str
     fields: Mapping[str, Any] = field(default_factory=dict)
+    number: int | None = None
 
     @property
     def segment_lengths(self) -> tuple[int, ...]:
@@ -40,8 +43,8 @@ class PromptExample:
         return (len(self.tokens),)
 
     def columns(self) -> dict[str, np.ndarray]:
-        """No columns."""
-        return {}
+        """The number on every token, if there is one."""
+        return {} if self.number is None else {RECORD: np.full(len(self.tokens), self.number, np.int32)}
 
 
 def tokenize_prompts(

@@ -328,13 +328,24 @@ def build_scorer(
 
 
 def policy_log_probs(
-    model: ShardedModel, params: Any, mesh: Mesh, *, whole: bool = False
+    model: ShardedModel, params: Any, mesh: Mesh, *, whole: bool = False, temperature: float = 1.0
 ) -> Callable[[ResponseBatch], jax.Array]:
-    """Function to the log-probs ``[B, T]`` that a policy gives to responses: by rows, or ``whole`` on every device."""
+    """Function to the log-probs ``[B, T]`` that a policy gives to responses, 0 outside the mask.
+
+    Args:
+      model: the policy's.
+      params: its parameters.
+      mesh: the devices.
+      whole: every device gets all rows, and not its own alone.
+      temperature: divides the logits, as it does in sampling.
+    """
     multiple, rows = sharded_model.pad_to_multiple_of(mesh), partition.batch_sharding(mesh)
 
     def log_probs(params: Any, batch: ResponseBatch) -> jax.Array:
-        return reading.response_statistics(model.graphdef, params, batch, None, pad_to_multiple_of=multiple).log_probs
+        statistics = reading.response_statistics(
+            model.graphdef, params, batch, None, pad_to_multiple_of=multiple, temperature=temperature
+        )
+        return jnp.where(batch.response_mask, statistics.log_probs, 0.0)
 
     out = NamedSharding(mesh, PartitionSpec()) if whole else rows
     jitted = jax.jit(log_probs, in_shardings=(model.shardings, rows), out_shardings=out)

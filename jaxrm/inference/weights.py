@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 BASE_FILE = "base.json"
 """File of a run with adapters that says what they stand on."""
+_STEP = ", step "  # in names and identities of checkpoints
 _EXAMPLES = {
     "sft": "runs/quickstart/sft",
     "seq2seq_rm": "runs/quickstart/rm_seq2seq",
@@ -60,7 +61,7 @@ class RunCheckpoint:
     @property
     def name(self) -> str:
         """What it is called in messages."""
-        return f"{self.folder.path}, step {self.step}"
+        return f"{self.folder.path}{_STEP}{self.step}"
 
     def vocabulary(self) -> Vocabulary:
         """What its model's token ids mean."""
@@ -264,6 +265,21 @@ def identity_of(path: str) -> str:
     checkpoint = find_checkpoint(path, "model.path")
     launches = json.loads((checkpoint.folder.path / "run.json").read_text(encoding="utf-8")).get("launches") or [{}]
     return f"{checkpoint.name}, of {launches[0].get('started')}"
+
+
+def split_identity(identity: str) -> tuple[str, str]:
+    """The folder of a run and which of its checkpoints an `identity_of` means; published weights are all folder.
+
+    A folder may have been moved since, so two identities of runs are compared without it.
+    """
+    folder, separator, checkpoint = identity.rpartition(_STEP)
+    return (folder, checkpoint) if separator else (identity, "")
+
+
+def is_same_identity(one: str, other: str) -> bool:
+    """Whether two of `identity_of` are of one checkpoint, wherever its folder is, or of the same published weights."""
+    first, second = split_identity(one), split_identity(other)
+    return first[1] == second[1] if first[1] or second[1] else first == second
 
 
 def identity_of_source(source: ModelSource) -> str:

@@ -59,14 +59,15 @@ def publish(path: Path, stages: Sequence[PipelineStage], seconds: Mapping[str, f
     timed.append(("all", "", format_seconds(sum(seconds.values()))))
     columns = ("stage", "what", "time")
     print_table(f"Stages in {path}", columns, timed)
-    tables = [*source_tables(stages), Table("Stages", columns, tuple(timed))]
+    by_source = source_tables(stages)
+    tables = [*by_source, Table("Stages", columns, tuple(timed))]
     policies = policy_table(stages)
     if policies is not None:
         print_table(policies.title, policies.columns, policies.rows)
         if policies.note:
             print(f"{policies.note}\n")
         tables.insert(0, policies)
-    for table in source_tables(stages):
+    for table in by_source:
         print_table(table.title, table.columns, table.rows)
     report = path / "report.html"
     write_report(

@@ -8,7 +8,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -17,9 +17,11 @@ import jax
 import numpy as np
 
 from jaxrm.errors import UserError, option
+from jaxrm.runtime.preemption import StoppedError
 
 EXIT_PROCESS_LOST = 76
 HEARTBEAT_SECONDS = 30  # after which a process that says nothing counts as lost
+_MESSAGE_BYTES = 4096  # of an error that process 0 sends to the others
 _ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -151,6 +153,46 @@ def check_same_inputs(contents: Mapping[str, str]) -> None:
         raise UserError(
             _disagreement(unlike, list(contents)) + "; give every host the same files, or a folder that all of them see"
         )
+
+
+def once_a_job(work: Callable[[], np.ndarray], shape: tuple[int, ...]) -> np.ndarray:
+    """What ``work`` gives in process 0, in every process, or its error: so all of them stop at the same place.
+
+    Every process calls this; process 0 alone works.
+
+    Args:
+      work: gives float32 numbers.
+      shape: of them.
+
+    Raises:
+      UserError: with the message of process 0, whatever error it was but the next.
+      StoppedError: process 0 was asked to stop.
+    """
+    if jax.process_count() == 1:
+        return work()
+    from jax.experimental import multihost_utils
+
+    numbers, failure = np.zeros(shape, np.float32), None
+    if jax.process_index() == 0:
+        try:
+            numbers = work()
+        except Exception as error:  # whatever it is, the others must not wait
+            failure = error
+    message = np.zeros(_MESSAGE_BYTES, np.uint8)
+    if failure is not None:
+        text = str(failure) if isinstance(failure, UserError) else f"process 0 raised {type(failure).__name__}"
+        encoded = np.frombuffer((text or "process 0 failed").encode(errors="replace")[:_MESSAGE_BYTES], np.uint8)
+        message[: len(encoded)] = encoded
+    is_stopped = np.bool_(isinstance(failure, StoppedError))
+    numbers, message, is_stopped = multihost_utils.broadcast_one_to_all((numbers, message, is_stopped))
+    if failure is not None:
+        raise failure
+    if is_stopped:
+        raise StoppedError
+    text = np.asarray(message).tobytes().rstrip(b"\0").decode(errors="replace")
+    if text:
+        raise UserError(text)
+    return np.asarray(numbers)
 
 
 def _differing(mine: list[bytes]) -> list[tuple[int, list[int]]]:

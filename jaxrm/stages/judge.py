@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from jaxrm.data import tasks
+from jaxrm.data.prompts import PromptExample
 from jaxrm.data.records import PreferenceRecord
 from jaxrm.errors import UserError, flag, option
 
@@ -27,6 +28,22 @@ def check_judge(judge: str | None, records: Sequence[PreferenceRecord] = ()) -> 
                 f"{option('evaluation.judge')} is {judge!r}, but {record.source} has no prompt of that task; judge "
                 f"nothing, "
                 f"{flag('evaluation.judge')}=None, or give the task's data, e.g. {flag('data.path')}={judge}"
+            ) from error
+
+
+def check_judgeable(prompts: Sequence[PromptExample], task: str, field: str) -> None:
+    """Refuse a task (``task:safety``) whose judge knows nothing of one of the prompts; ``field`` names it.
+
+    Raises:
+      UserError: naming the first such prompt.
+    """
+    for prompt in prompts:
+        try:
+            tasks.judge(task.removeprefix(tasks.PREFIX), prompt.messages, "")
+        except UserError as error:
+            raise UserError(
+                f"{option(field)} is {task!r}, but {prompt.source} has no prompt of that task; give the task's data, "
+                f"e.g. {flag('data.path')}={task}, or {flag(field)}=None"
             ) from error
 
 

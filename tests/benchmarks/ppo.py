@@ -39,6 +39,7 @@ from jaxrm.runtime.metrics import PHASES
 from jaxrm.runtime.preemption import StopRequest
 from jaxrm.sharding.mesh import MeshConfig, build_mesh
 from jaxrm.stage_config import PPO
+from jaxrm.stages.inputs.prompts import PlacedPrompts
 from jaxrm.stages.ppo.critic import zero_head
 from jaxrm.stages.ppo.data import PPOData
 from jaxrm.stages.ppo.learner import open_learner
@@ -121,6 +122,7 @@ def jaxrm_side(arguments, ids):
     )
     programs = learner.programs(lambda calibration, batch, _: score(reward_params, calibration, batch, None))
     state = learner.init_state(params(0), heads.from_decoder_params(params(2), zero_head(scalar)), jax.random.key(0))
+    place = lambda ids: PlacedPrompts(jnp.asarray(ids), jnp.ones(ids.shape, bool))  # noqa: E731 - short
     told, compiled = Told(), []
     jax.monitoring.register_event_duration_secs_listener(
         lambda name, _, **__: compiled.append(len(told.rows)) if name.endswith("backend_compile_duration") else None
@@ -131,7 +133,7 @@ def jaxrm_side(arguments, ids):
             programs=programs,
             base={},
             reference_params=params(0),
-            data=PPOData(Prompts(ids), lambda ids: (jnp.asarray(ids), jnp.ones(ids.shape, bool)), fingerprint=""),
+            data=PPOData(Prompts(ids), place, fingerprint=""),
             evaluate=lambda *_: {"eval_reward": 0.0},
             checkpoints=Checkpoints(folder),
             reporter=told,

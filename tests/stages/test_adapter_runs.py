@@ -325,10 +325,10 @@ def test_four_roles_on_one_base_come_as_far_as_their_folder(ppo_with):
     ("fields", "has"),
     [
         ({"critic": CriticConfig(path="on_other_base")}, "LoRA of rank 2, alpha 16, on all projections, on the base"),
-        ({"critic": CriticConfig(path="base")}, "base, step 4, which has all of its weights trained"),
+        ({"critic": CriticConfig(path="base")}, "is 'base', a run with all of its weights trained"),
         (
             {"model": ModelSource(path="base"), "lora": LoRAConfig(rank=3)},
-            "scalar_rm, step 4, which has LoRA of rank 2",
+            "scalar_rm, step 4, a run with LoRA of rank 2",
         ),
     ],
     ids=["base", "whole", "rank"],
@@ -336,8 +336,8 @@ def test_four_roles_on_one_base_come_as_far_as_their_folder(ppo_with):
 def test_a_critic_that_cannot_share_the_base_is_refused(made, ppo_with, monkeypatch, fields, has):
     monkeypatch.chdir(made)
     message = refused_by(lambda more: ppo_with(**more), fields)
-    assert message.startswith("the critic starts from ") and has in message
-    assert "it has to share the policy's base; start it from the policy, --config.critic.path=" in message
+    assert message.startswith("config.critic.path is ") and has in message
+    assert ", on the policy's base; e.g. the policy, --config.critic.path=" in message
 
 
 def test_an_unknown_projection_is_answered_with_the_list():

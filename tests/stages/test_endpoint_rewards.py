@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import json
+import re
 
 import jax
 import pytest
@@ -27,6 +28,7 @@ from jaxrm.stage_config import PPO, BestOfN, Evaluate
 from jaxrm.stages.best_of_n import run as best_of_n
 from jaxrm.stages.evaluate import run as evaluate
 from jaxrm.stages.ppo import run as ppo
+from jaxrm.stages.rewards import sources
 
 RULE = "Judge this.\n{response}\n{scale}"
 
@@ -219,16 +221,34 @@ def test_prompts_without_the_reference_are_refused(refuse, endpoint, tmp_path):
     assert message.startswith("config.reward.endpoint.reference is 'reference', which the rubric wants, but ")
 
 
-def test_one_prompt_with_two_references_is_refused(refuse, endpoint, tmp_path):
-    """A response is known by its prompt alone."""
+@pytest.mark.slow
+def test_each_response_is_judged_by_its_own_record(config, endpoint, server, tmp_path):
+    """Two records of one prompt have other references; there are two responses to each."""
     (tmp_path / "own.txt").write_text("{response} {reference}")
     records = [{"prompt": "how are you ?", "reference": text, "id": text} for text in ("4", "5")]
     file = tmp_path / "two.jsonl"
     file.write_text("".join(f"{json.dumps(record)}\n" for record in 8 * records))
-    data = DataConfig(path=str(file), eval_path=str(file), max_length=64, batch_size=8)
-    message = refuse(judged(endpoint(rubric=str(tmp_path / "own.txt"))), data=data)
-    assert message.startswith("config.reward.endpoint reads fields of records, but ")
-    assert "have one prompt and differ in reference;" in message
+    server.reply = lambda number, question: Reply(f"Score: {references(question)[0]}")
+    data = DataConfig(path=str(file), eval_path=str(file), max_length=64, batch_size=8, max_eval_records=2)
+    made = config(tmp_path / "run", reward=judged(endpoint(rubric=str(tmp_path / "own.txt")), scale=1.0), data=data)
+    made = dicts.with_changes(made, {"rollout.responses_per_prompt": 2})
+    assert ppo.run(made) == 0
+    assert {text for question in server.questions for text in references(question)} == {"4", "5"}
+    samples = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
+    assert [sample["reward"] for sample in samples] == [4, 5] * (len(samples) // 2)
+    rewards = [row["reward"] for row in rows_of(tmp_path / "run") if "policy_loss" in row]
+    assert len(rewards) == 2 and all(4 <= reward <= 5 for reward in rewards)
+
+
+def references(question):
+    return re.findall(r"<<<BEGIN REFERENCE \w+>>>\n(.*?)\n<<<END", question)
+
+
+def test_a_rubric_without_a_reference_reads_no_fields(config, endpoint, tmp_path):
+    """So records are not numbered, and an edit of another column is no other data."""
+    assert not sources.reads_fields(config(tmp_path / "run", reward=judged(endpoint())))
+    (tmp_path / "own.txt").write_text("{response} {reference}")
+    assert sources.reads_fields(config(tmp_path / "run", reward=judged(endpoint(rubric=str(tmp_path / "own.txt")))))
 
 
 def test_a_dry_run_does_not_call_the_endpoint(config, endpoint, server, tmp_path):

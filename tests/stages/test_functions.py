@@ -35,8 +35,8 @@ from jaxrm.sharding.mesh import MeshConfig, build_mesh
 from jaxrm.stage_config import PPO
 from jaxrm.stages.ppo import run as ppo
 from jaxrm.stages.rewards.function_call import takes_fields
-from jaxrm.stages.rewards.functions import FunctionScorer, check_scorer, open_function
-from jaxrm.stages.rewards.text import TextRewards, check_fields_agree
+from jaxrm.stages.rewards.functions import FunctionScorer, open_function
+from jaxrm.stages.rewards.text import TextRewards
 from jaxrm.types import ResponseBatch
 
 PROMPT = (Message("user", "why ?"),)
@@ -202,35 +202,6 @@ def test_other_signatures_are_refused_with_what_to_type(write_module, signature)
         open_function(name)
 
 
-def test_records_of_one_prompt_with_other_fields_are_refused(write_module):
-    examples = [
-        PromptExample(np.array([1], np.int32), PROMPT, f"prompts.jsonl:{i}", {"answer": answer, "id": 3})
-        for i, answer in enumerate(["4", "4", "5"], 1)
-    ]
-    without = RewardConfig(kind="scalar", function=write_module("def f(prompts, responses):\n    return []"))
-    check_scorer(without, examples)
-    with_fields = RewardConfig(
-        kind="scalar", function=write_module("def f(prompts, responses, fields):\n    return []")
-    )
-    check_scorer(with_fields, examples[:2])
-    with pytest.raises(UserError, match=r"prompts.jsonl:1 and prompts.jsonl:3 have one prompt and differ in answer;"):
-        check_scorer(with_fields, examples)
-
-
-@pytest.mark.parametrize(
-    ("first", "second", "unlike"),
-    [({"a": 1, "b": 2}, {"a": 1}, "b"), ({"a": 1}, {"a": 1, "b": 2}, "b"), ({"a": float("nan")}, {"a": np.nan}, None)],
-    ids=["the first has more", "the second has more", "no number in both"],
-)
-def test_columns_of_one_record_alone_differ(first, second, unlike):
-    examples = [PromptExample(np.array([1], np.int32), PROMPT, "data", {**row}) for row in (first, second)]
-    if unlike is None:
-        check_fields_agree("f", examples)
-    else:
-        with pytest.raises(UserError, match=f"differ in {unlike};"):
-            check_fields_agree("f", examples)
-
-
 @pytest.mark.parametrize("returned", [{"a": 1.0}, {1.0}, "1", b"1"], ids=repr)
 def test_a_return_without_an_order_is_refused(returned):
     with pytest.raises(UserError, match=r"mine:f returned .* for 1 responses; required one finite number"):
@@ -302,18 +273,16 @@ def test_a_function_that_raises_late_is_not_late(scorer):
 
 
 def test_a_dead_worker_whose_child_lives_on_is_noticed(scorer):
-    """The child keeps the connection open, so nothing but the process says it."""
+    """The child keeps the connection open, so nothing but the process says it: else the call would not return."""
     source = """
-import os, time
+import os, signal
 def f(prompts, responses):
     if os.fork() == 0:
-        time.sleep(60)
+        signal.pause()
     os.kill(os.getpid(), 9)
 """
-    start = time.monotonic()
     with pytest.raises(UserError, match="ended its process, with exit status -9, on response 0 of the batch, 'a'"):
         scorer(source, workers=1)([sample("a")])
-    assert time.monotonic() - start < 50
 
 
 def test_a_worker_ends_with_a_parent_that_is_killed(write_module, tmp_path):
@@ -339,11 +308,12 @@ def test_a_worker_ends_with_a_parent_that_is_killed(write_module, tmp_path):
     wait_until(lambda: not worker.exists() or "Z" in (worker / "stat").read_text().split()[2])
 
 
-def wait_until(is_so, seconds=30):
-    deadline = time.monotonic() + seconds
-    while not is_so():
-        assert time.monotonic() < deadline
+def wait_until(is_so):
+    for _ in range(1500):
+        if is_so():
+            return
         time.sleep(0.02)
+    raise AssertionError("what was waited for did not come")
 
 
 def test_a_signal_to_stop_the_run_does_not_stop_a_worker(scorer):

@@ -165,10 +165,18 @@ def test_a_mistaken_source_of_a_sum_is_named(refuse, fields, message):
     assert refuse(reward=RewardConfig(), rewards=NamedSections(rewards)).startswith(message)
 
 
-def test_a_sum_has_no_head_for_the_critic(refuse):
-    rewards = {"score": RewardConfig(kind="scalar", model="scalar_rm"), "words": RewardConfig(model="seq2seq_rm")}
-    message = refuse(reward=RewardConfig(), rewards=NamedSections(rewards), critic={"head": "reward_model"})
-    assert "rewards are the sum of score, words, which no head of one gives" in message
+def test_a_head_speaks_for_one_scalar_source_of_a_sum(launch, refuse):
+    score = RewardConfig(kind="scalar", model="scalar_rm")
+    rewards = {"score": score, "words": RewardConfig(model="seq2seq_rm"), "idle": dataclasses.replace(score, weight=0)}
+    changes = {"reward": RewardConfig(), "critic": {"head": "reward_model"}}
+    with pytest.raises(OpenedError):
+        launch(**changes, rewards=NamedSections(rewards))
+    message = refuse(**changes, rewards=NamedSections(rewards | {"more": score}))
+    assert message.startswith("config.critic.head is 'reward_model', but more and score are scalar reward models, of ")
+    assert message.endswith("e.g. --config.critic.head=zero")
+    rewards["score"] = dataclasses.replace(score, kind="value_difference")
+    message = refuse(**changes, rewards=NamedSections(rewards))
+    assert "but config.rewards.score.kind is value_difference; required is one scalar reward model" in message
 
 
 def test_no_reward_at_all_is_refused(refuse):
@@ -523,14 +531,17 @@ def test_a_critic_of_its_own_beside_a_shared_trunk_is_refused(refuse):
     [
         (
             {},
-            "but the critic starts from the policy, which has no such head; required rewards of the kind scalar from ",
+            "but the critic starts from the policy, which has no such head; required is one scalar reward model ",
         ),
         ({"ppo": {"shared_trunk": True}}, "but config.ppo.shared_trunk gives the critic the policy's trunk; use "),
         ({"critic": {"path": "sft"}}, "but the critic starts from sft, step 4, a run of sft, which has no head; "),
-        ({"critic": {"path": "scalar_rm"}}, "but the kind is literal; required "),
+        (
+            {"critic": {"path": "scalar_rm"}},
+            "but no source of the rewards is the run of a scalar reward model; required ",
+        ),
         (
             {"critic": {"path": "scalar_rm"}, "reward": RewardConfig(kind="scalar", function="task:safety")},
-            "but task:safety pays; required ",
+            "but no source of the rewards is the run of a scalar reward model; required ",
         ),
         (
             {"critic": {"path": "scalar_copy"}, "reward": RewardConfig(kind="scalar", model="scalar_rm")},

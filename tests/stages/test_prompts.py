@@ -1,5 +1,6 @@
 """Prompts of a PPO run: what is read, what is refused, and the batches of one shape."""
 
+import dataclasses
 import json
 
 import jax
@@ -14,6 +15,7 @@ from jaxrm.data.tokenizer import load_tokenizer
 from jaxrm.errors import UserError
 from jaxrm.sharding.mesh import MeshConfig, build_mesh
 from jaxrm.stages.inputs.prompts import fixed_batches, load_prompts, prompt_loader, prompt_width, prompts_to_devices
+from jaxrm.types import ResponseBatch
 
 
 @pytest.fixture(scope="module")
@@ -78,12 +80,12 @@ def test_every_prompt_is_there_in_its_order(one, count, rows, batches):
     order = list(range(count))
     while len(order) < batches * rows:
         order.append(order[len(order) - count])
-    assert [row for batch in found for row in kept(*batch)] == [prompts[i].tokens.tolist() for i in order]
+    assert [row for batch in found for row in kept(*batch[:2])] == [prompts[i].tokens.tolist() for i in order]
 
 
 def test_fixed_batches_are_padded_on_the_left(one):
     (batch,) = fixed_batches(examples(3, 6), 2, 6, one)
-    tokens, mask = jax.device_get(batch)
+    tokens, mask = jax.device_get(batch[:2])
     assert (tokens.dtype, mask.dtype) == (np.int32, bool)
     assert mask.astype(int).tolist() == [[0, 0, 0, 1, 1, 1], [1, 1, 1, 1, 1, 1]]
     assert tokens[0, :3].tolist() == [0, 0, 0] and tokens[~mask].max() == 0
@@ -93,7 +95,7 @@ def test_rows_of_fixed_batches_lie_over_data_and_fsdp(one, eight):
     """They are the rows that one device has."""
     prompts = examples(4, 9, 1, 7, 2, 8)
     for mine, theirs in zip(fixed_batches(prompts, 4, 10, one), fixed_batches(prompts, 4, 10, eight), strict=True):
-        for a, b in zip(mine, theirs, strict=True):
+        for a, b in zip(mine[:2], theirs[:2], strict=True):
             np.testing.assert_array_equal(jax.device_get(a), jax.device_get(b))
             assert {shard.data.shape for shard in b.addressable_shards} == {(1, 10)}
             assert len({shard.index[0].start for shard in b.addressable_shards}) == 4  # the tensor axis has copies
@@ -110,11 +112,31 @@ def test_an_epoch_of_the_loader_has_every_prompt_once(eight):
     place = prompts_to_devices(eight)
     rows = []
     for _ in range(4):
-        tokens, mask = place(next(loader))
+        tokens, mask, records = place(next(loader))
+        assert records is None
         assert tokens.shape == (4, 16) and {shard.data.shape for shard in tokens.addressable_shards} == {(1, 16)}
         np.testing.assert_array_equal(np.sort(jax.device_get(mask), axis=1), jax.device_get(mask))
         rows += kept(tokens, mask)
     assert sorted(rows) == sorted(ids(prompts)) and rows != ids(prompts)
+
+
+def test_a_prompt_brings_the_number_of_its_record(one, eight):
+    """From the loader and in fixed batches, with n responses beside each other; the data are the same without it."""
+    plain = examples(*range(1, 9))
+    prompts = [dataclasses.replace(example, number=100 + i) for i, example in enumerate(plain)]
+    by_tokens = {tuple(example.tokens): example.number for example in prompts}
+    data = DataConfig(path="f", batch_size=4)
+    loader, mark = prompt_loader(prompts, data, 8, eight, seed=0, pad_id=0)
+    assert mark == prompt_loader(plain, data, 8, eight, seed=0, pad_id=0)[1]
+    for batch in (prompts_to_devices(eight)(next(loader)), *fixed_batches(prompts, 4, 8, eight)):
+        assert batch.records.tolist() == [by_tokens[tuple(row)] for row in kept(batch.tokens, batch.mask)]
+        rows = [jax.numpy.repeat(x, 2, axis=0) for x in batch[:2]]
+        recorded = batch.with_records(ResponseBatch(*rows, *rows))
+        assert recorded.records.tolist() == np.repeat(batch.records, 2).tolist()
+        assert recorded.records.sharding == batch.records.sharding
+    (batch,) = fixed_batches(plain, 8, 8, one)
+    responses = ResponseBatch(*batch[:2], *batch[:2])
+    assert batch.with_records(responses) is responses
 
 
 def test_the_order_of_prompts_follows_from_the_seed(one):
@@ -122,7 +144,7 @@ def test_the_order_of_prompts_follows_from_the_seed(one):
 
     def first(prompts, seed, width=16):
         loader, fingerprint = prompt_loader(prompts, data, width, one, seed=seed, pad_id=0)
-        return [kept(*prompts_to_devices(one)(next(loader))) for _ in range(3)], fingerprint
+        return [kept(*prompts_to_devices(one)(next(loader))[:2]) for _ in range(3)], fingerprint
 
     data, prompts = DataConfig(path="f", batch_size=4), examples(*range(1, 13))
     rows, mark = first(prompts, 0)

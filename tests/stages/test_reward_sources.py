@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from support.chat_server import ChatServer, Reply, closed_url, serving
 from support.same_run import differences
 
 from jaxrm import score
@@ -22,6 +23,7 @@ from jaxrm.algorithms.reward_config import RewardConfig, naming_source, sources_
 from jaxrm.algorithms.summed_rewards import source_metrics, sum_rewards
 from jaxrm.config import command_line, dicts
 from jaxrm.data.config import DataConfig
+from jaxrm.data.prompts import PromptExample
 from jaxrm.errors import UserError, option
 from jaxrm.evaluation.config import EvaluateConfig, JudgedEvaluationConfig
 from jaxrm.models.build import ModelSource
@@ -36,7 +38,9 @@ from jaxrm.stage_config import PPO, BestOfN, Evaluate, read_stage
 from jaxrm.stages.best_of_n import run as best_of_n
 from jaxrm.stages.evaluate import run as evaluate
 from jaxrm.stages.ppo import run as ppo
+from jaxrm.stages.ppo.critic import Critic
 from jaxrm.stages.rewards import sources
+from jaxrm.stages.rewards.calibration import calibration_of
 from jaxrm.stages.rewards.summed import SummedRewards
 from jaxrm.types import ResponseBatch
 
@@ -148,7 +152,7 @@ def test_the_critic_starts_from_the_first_weighted_name(monkeypatch):
         for name, weight in zip("cba", (1, 1, 0), strict=True)
     }
     for named in (each, dict(reversed(each.items()))):
-        assert sources.first_scalar_run(PPO(rewards=named)).path == "b"
+        assert [run.path for run in sources.scalar_runs(PPO(rewards=named)).values()] == ["b", "c"]
 
 
 @pytest.mark.parametrize(
@@ -303,6 +307,38 @@ def test_equal_rewards_have_no_share_and_no_correlation(parts):
     assert {float(x) for name, x in metrics.items() if not name.startswith("reward/")} == {0.0}
 
 
+def test_a_source_of_weight_0_that_gives_nan_is_named(parts):
+    """It adds nothing, but what is logged of it would say nothing: the run ends in a line, before its first step."""
+    batch, each = parts
+    rewards = {"fine": RewardConfig(kind="scalar", model="x"), "idle": RewardConfig(kind="scalar", model="y", weight=0)}
+    given = {"fine": each["a"], "idle": scored(np.full((4, 5), np.nan), batch)}
+    summed = sum_rewards(given, batch, weights={"fine": 1.0, "idle": 0.0}, end_ids=(END,))
+    config = PPO(rewards=rewards, data=DataConfig(path="task:safety", batch_size=4))
+    prompts = [PromptExample(np.ones(2, np.int32), (), "a record")]
+    mesh = build_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
+    with pytest.raises(UserError) as caught:
+        calibration_of(config, mesh, prompts, 2, lambda *_: batch, lambda *_: summed, jax.random.key(0), False)
+    assert str(caught.value).startswith("config.rewards.idle gives the responses that rewards are calibrated on a ")
+    assert str(caught.value).endswith("e.g. --config.rewards.idle.model=RUN_DIR/checkpoints/best")
+
+
+def test_a_critics_head_is_in_the_units_of_its_part_of_the_sum():
+    @dataclasses.dataclass(frozen=True)
+    class State:
+        params: dict
+
+    state = State({"scalar_head": {"kernel": jnp.array([1.0, 2.0])}})
+    unit, double = (dataclasses.replace(reward_scaling.uncalibrated(), scale=jnp.float32(x)) for x in (1, 2))
+    critic = Critic(None, "rm", head_of="score")
+    for calibration, weights, factor in (
+        (double, {}, 2.0),
+        ({"words": unit, "score": double}, {"words": 1.0, "score": -0.25}, -0.5),
+    ):
+        head = critic.calibrated(state, calibration, weights).params["scalar_head"]
+        np.testing.assert_allclose(head["kernel"], factor * np.array([1.0, 2.0]))
+    assert Critic(None, "the policy").calibrated(state, double, {}) is state
+
+
 def test_a_failure_at_work_names_its_source(parts):
     """As a function does that fails in the middle of a run."""
     batch, each = parts
@@ -334,8 +370,9 @@ def test_a_failure_at_work_names_its_source(parts):
 def place(make_run, tmp_path_factory):
     """A folder with runs of a policy and of both sorts of reward model."""
     folder = tmp_path_factory.mktemp("sources")
-    for algorithm in ("sft", "seq2seq_rm", "scalar_rm"):
+    for algorithm in ("sft", "seq2seq_rm", "scalar_rm", "dpo"):
         make_run(folder / algorithm, algorithm)
+    make_run(folder / "other_dpo", "dpo", seed=1)
     return folder
 
 
@@ -512,8 +549,32 @@ def get_config():
 """
 
 
-def run_score(*arguments):
-    argv = ["score", "--config=sum.py", "--input=pairs.jsonl", "--output=scored.jsonl", *arguments]
+JUDGED = """
+from jaxrm.algorithms.endpoint_config import EndpointConfig
+from jaxrm.algorithms.ppo_config import RolloutConfig
+from jaxrm.algorithms.reward_config import RewardConfig
+from jaxrm.data.config import DataConfig
+from jaxrm.models.build import ModelSource
+from jaxrm.models.generate import SamplingConfig
+from jaxrm.stage_config import PPO
+
+
+def get_config():
+    judge = EndpointConfig(url="{url}", model="judge", cache="{cache}", retries=0)
+    return PPO(
+        model=ModelSource(path="sft"),
+        data=DataConfig(path="task:safety", max_length=128),
+        rollout=RolloutConfig(sampling=SamplingConfig(max_new_tokens=64, temperature=0.5)),
+        rewards={{
+            "judge": RewardConfig(kind="scalar", endpoint=judge),
+            "tokens": RewardConfig(kind="dpo", model="dpo"),
+        }},
+    )
+"""
+
+
+def run_score(*arguments, config="sum.py", output="scored.jsonl"):
+    argv = ["score", f"--config={config}", "--input=pairs.jsonl", f"--output={output}", *arguments]
     return command_line.run(
         score.main,
         score.CONFIG_CLASSES,
@@ -562,4 +623,61 @@ def test_a_file_is_scored_by_the_sum_of_sources(pairs, capsys):
     np.testing.assert_allclose(brief, words / words.std(), rtol=1e-5)
     printed = capsys.readouterr().out
     assert "By source" in printed and "sum of words (literal) + -0.5 * brief (scalar)" in printed
-    assert "drawSources" in (pairs / "scored.html").read_text()
+    page = (pairs / "scored.html").read_text()
+    (content,) = re.findall(r'<script type="application/json" id="records">(.*?)</script>', page, re.DOTALL)
+    shown = json.loads(content)["records"][0]["responses"][0]["sources"]
+    assert set(shown) == {"words", "brief"} and len(shown["brief"]["rewards"]) == len(responses[0]["rewards"])
+
+
+def test_a_judge_is_asked_for_a_file_and_its_cost_is_told(pairs, capsys):
+    """Beside a policy of DPO that has learned nothing: it differs from its reference at no temperature of sampling."""
+    with serving(ChatServer(reply=lambda number, question: Reply(f"Score: {1 + len(question) % 9}"))) as server:
+        (pairs / "judged.py").write_text(JUDGED.format(url=server.url, cache=pairs / "cache"))
+        assert run_score(config="judged.py") == 0
+        printed, asked = capsys.readouterr().out, len(set(server.questions))
+    assert re.search(rf"calls +{asked}\n", printed[printed.index("The judge's cost") :]) and asked > 1
+    responses = [response for row in rows_of(pairs, "scored.jsonl") for response in row["responses"]]
+    assert max(abs(x) for response in responses for x in response["sources"]["tokens"]["rewards"]) < 1e-5
+    assert len({response["sources"]["judge"]["reward"] for response in responses}) > 1
+
+    with closed_url() as url:
+        (pairs / "judged.py").write_text(JUDGED.format(url=url, cache=pairs / "other_cache"))
+        assert run_score(config="judged.py", output="new.jsonl") == 2
+    error = capsys.readouterr().err
+    assert f"config.rewards.judge.endpoint.url is '{url}', which cannot be reached" in error
+    assert not (pairs / "new.jsonl").exists()
+
+
+def run_one_model(output, *arguments):
+    argv = ["score", "--input=pairs.jsonl", f"--output={output}", "--batch_size=16", *arguments]
+    flags = {"define_flags": score.define_flags, "flag_of_field": score.FLAG_OF_FIELD}
+    assert command_line.run(score.main, score.CONFIG_CLASSES, config_required=False, argv=argv, **flags) == 0
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    return [response for row in rows for response in row["responses"]]
+
+
+def test_a_policy_of_dpo_scores_a_file_by_its_reference(pairs):
+    """Each token by the difference of their log-probs, within 1 nat: none where both are the same policy."""
+    for run, most in (("dpo", 0.0), ("other_dpo", 1.0)):
+        responses = run_one_model(pairs / "out.jsonl", f"--checkpoint={run}", "--reference=sft")
+        largest = max(abs(x) for response in responses for x in response["rewards"])
+        assert largest == pytest.approx(most, abs=1e-5)
+
+
+@pytest.mark.slow
+def test_edit_aligned_scores_a_file_by_its_own_corrections(pairs):
+    """A token of the longest common subsequence of response and correction earns 1, another loses 1."""
+    longest = max(len(one["token_ids"]) for one in run_one_model(pairs / "one.jsonl", "--checkpoint=scalar_rm"))
+    flags = ("--checkpoint=seq2seq_rm", "--kind=edit_aligned", f"--max_new_tokens={longest}")
+    for response in run_one_model(pairs / "out.jsonl", *flags):
+        assert set(response["rewards"]) <= {-1.0, 1.0}
+        common = common_length(response["token_ids"], response["correction"]["token_ids"])
+        assert response["rewards"].count(1.0) == common
+
+
+def common_length(one, other):
+    """Length of the longest common subsequence, by the plain recurrence."""
+    best = np.zeros((len(one) + 1, len(other) + 1), int)
+    for i, j in np.ndindex(len(one), len(other)):
+        best[i + 1, j + 1] = best[i, j] + 1 if one[i] == other[j] else max(best[i, j + 1], best[i + 1, j])
+    return best[-1, -1]

@@ -25,6 +25,7 @@ from jaxrm.runtime.checkpoint import CheckpointConfig, Checkpoints
 from jaxrm.runtime.preemption import StopRequest
 from jaxrm.sharding.mesh import MeshConfig, build_mesh
 from jaxrm.stage_config import PPO
+from jaxrm.stages.inputs.prompts import PlacedPrompts
 from jaxrm.stages.ppo.critic import zero_head
 from jaxrm.stages.ppo.data import PPOData
 from jaxrm.stages.ppo.learner import open_learner
@@ -167,7 +168,7 @@ class Rows:
         mask = np.ones(tokens.shape, bool)
         mask[::3, :2] = False
         rows = jax.NamedSharding(self.mesh, jax.P(("data", "fsdp")))
-        return jax.device_put(tokens, rows), jax.device_put(mask, rows)
+        return PlacedPrompts(jax.device_put(tokens, rows), jax.device_put(mask, rows))
 
 
 class Told:

@@ -2,7 +2,6 @@
 
 import functools
 import json
-import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxrm import atomic
 from jaxrm.algorithms.best_of_n import Best, Score, best_of_n
-from jaxrm.algorithms.reward_config import weights_of
+from jaxrm.algorithms.reward_config import naming_source, weights_of
 from jaxrm.data import tasks
 from jaxrm.data.prompts import PromptExample
 from jaxrm.errors import UserError, flag
@@ -83,8 +83,10 @@ def draw(draws: Draws, first_batch: int) -> bool:
             except StoppedError:
                 return False
             rewards = best.candidate_rewards[: len(examples)]
-            if not all(map(math.isfinite, rewards.ravel().tolist())):
-                raise not_finite(f"responses to prompts from {examples[0].source} on")
+            for name, sums in (best.candidate_parts or {"reward": rewards}).items():
+                if not np.isfinite(sums).all():
+                    with naming_source(config, name):
+                        raise not_finite(f"a response to the prompts from {examples[0].source} on")
             if draws.folder.is_writer:
                 _append(draws.folder.path / CANDIDATES, lines_of(_rows(draws.stage, number, examples, best)))
             progress.update(
@@ -139,11 +141,12 @@ def _draw_batch(
     """The winners of one batch, on the host."""
     config, mesh = draws.stage.config, draws.stage.mesh
     n, batch_size = config.best_of_n.n, config.data.batch_size
-    prompts, mask = fixed_batches(examples, batch_size, draws.prompt_length, mesh)[0]
+    (prompts,) = fixed_batches(examples, batch_size, draws.prompt_length, mesh)
     watch = functools.partial(_watch, stop, progress, number * batch_size * n, batch_size)
-    select = best_of_n(draws.sample, draws.score, n, drawn=watch)
+    select = best_of_n(draws.sample, lambda batch: draws.score(prompts.with_records(batch)), n, drawn=watch)
     gather = jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, PartitionSpec()))  # whole for every process
-    return jax.device_get(gather(select(draws.params, prompts, mask, jax.random.fold_in(draws.key, number))))
+    key = jax.random.fold_in(draws.key, number)
+    return jax.device_get(gather(select(draws.params, prompts.tokens, prompts.mask, key)))
 
 
 def _rows(stage: Stage, number: int, examples: Sequence[PromptExample], best: Best) -> list[dict[str, Any]]:

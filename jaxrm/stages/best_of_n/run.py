@@ -29,8 +29,9 @@ from jaxrm.sharding.mesh import build_mesh
 from jaxrm.stages.best_of_n import report
 from jaxrm.stages.best_of_n.candidates import CANDIDATES, Draws, draw, load_progress, save_start
 from jaxrm.stages.best_of_n.checks import check
-from jaxrm.stages.inputs.prompts import Prompts, check_judgeable, stage_prompt_length, stage_prompts
+from jaxrm.stages.inputs.prompts import Prompts, numbered, stage_prompt_length, stage_prompts
 from jaxrm.stages.inspection import Inspection, inspect_prompts
+from jaxrm.stages.judge import check_judgeable
 from jaxrm.stages.report import print_reading
 from jaxrm.stages.rewards.calibration import PolicyRewards, calibration_in_words, calibration_of
 from jaxrm.stages.rewards.judges import JudgeCosts, check_reachable, judges_in_words, print_costs
@@ -128,7 +129,7 @@ def _open_inputs(config: Any) -> _Inputs:
     check_run_folder(config)
     with open_stage(config, mesh, records="prompts") as stage:
         rollout_model = shard_rollout_model(config, mesh, stage.model)
-        prompts = stage_prompts(stage, held_out=False)
+        (prompts,) = numbered(config, [stage_prompts(stage, held_out=False)])
         last = None if config.num_steps is None else config.num_steps * config.data.batch_size
         examples = prompts.examples[:last]
         judge = judge_of(config)

@@ -23,6 +23,8 @@ from jaxrm.runtime.progress import Progress
 from jaxrm.sharding import partition
 from jaxrm.sharding.mesh import batch_share
 
+REFERENCE = "reference_log_probs.npy"  # in the folder of a run of DPO; what they belong to is in the .json beside it
+
 
 @dataclass(frozen=True)
 class DPOExample(MarkedComparisonExample):
@@ -125,6 +127,15 @@ def read_reference(
             f"checkpoint, e.g. {flag('model.path')}=RUN_DIR/checkpoints/best"
         )
     return reference
+
+
+def recorded_policy(folder: Path) -> str | None:
+    """Which policy a run of DPO began with, by `jaxrm.inference.weights.identity_of_source`; None without a record."""
+    try:
+        described = json.loads((folder / REFERENCE).with_suffix(".json").read_text(encoding="utf-8"))
+        return str(described["policy"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def load_or_compute_reference(

@@ -24,6 +24,7 @@ from jaxrm.runtime.checkpoint import Checkpoints
 from jaxrm.runtime.run_folder import RunFolder
 from jaxrm.sharding.mesh import build_mesh
 from jaxrm.stages.dpo.reference import (
+    REFERENCE,
     DPOExample,
     dpo_examples,
     load_or_compute_reference,
@@ -146,7 +147,7 @@ def _reference_log_probs(stage: Stage, folder: RunFolder, examples: Sequence[DPO
     has_trained = bool(checkpoints.steps())
     checkpoints.close()
     return load_or_compute_reference(
-        folder.path / "reference_log_probs.npy",
+        folder.path / REFERENCE,
         {
             "data": fingerprint(examples, config.data),
             "pairs": len(examples),

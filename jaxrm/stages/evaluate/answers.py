@@ -1,5 +1,6 @@
 """Answers of a policy: drawn by the batch, then measured, one row an answer."""
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,7 @@ from jaxrm.data import tasks
 from jaxrm.data.prompts import PromptExample, transcript
 from jaxrm.data.tokenizer import token_texts
 from jaxrm.inference import sharded_model
+from jaxrm.stages.inputs.prompts import PlacedPrompts
 from jaxrm.types import ResponseBatch, TokenRewards
 
 Row = dict[str, Any]
@@ -40,7 +42,7 @@ def draw_answers(
     respond: Callable[..., ResponseBatch],
     score: Callable[[ResponseBatch], TokenRewards] | None,
     params: Any,
-    batches: Sequence[tuple[jax.Array, jax.Array]],
+    batches: Sequence[PlacedPrompts],
     mesh: Mesh,
     key: jax.Array,
     *,
@@ -53,7 +55,7 @@ def draw_answers(
       respond: from `jaxrm.algorithms.rollout.build_sampler`.
       score: token rewards of responses, or None.
       params: of the policy.
-      batches: prompts ``[B, P]`` and their masks, all of one shape.
+      batches: prompts, all of one shape.
       mesh: the devices.
       key: of all answers.
       best_of: responses drawn to each prompt, of which ``score`` chooses the best.
@@ -62,15 +64,16 @@ def draw_answers(
     whole = jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, PartitionSpec()))
     parts: list[tuple[Any, ...]] = []
     scored: TokenRewards | None
-    for number, (prompts, prompt_mask) in enumerate(batches):
+    for number, prompts in enumerate(batches):
         batch_key = jax.random.fold_in(key, number)
         if best_of > 1:
             assert score is not None
-            best = best_of_n(respond, score, best_of)(params, prompts, prompt_mask, batch_key)
+            select = best_of_n(respond, functools.partial(_score, score, prompts), best_of)
+            best = select(params, prompts.tokens, prompts.mask, batch_key)
             batch, scored = best.responses, best.token_rewards
         else:
-            batch = respond(params, prompts, prompt_mask, batch_key)
-            scored = None if score is None else score(batch)
+            batch = respond(params, prompts.tokens, prompts.mask, batch_key)
+            scored = None if score is None else _score(score, prompts, batch)
         ratio = None if read is None else read(batch)
         rewards = None if scored is None else scored.rewards
         by_source = {} if scored is None else {name: part.rewards for name, part in scored.parts.items()}
@@ -83,6 +86,12 @@ def draw_answers(
     assert tokens is not None and mask is not None
     sources = {name: np.concatenate([part[4][name] for part in parts]) for name in parts[0][4]}
     return Answers(tokens, mask, joined(2), joined(3), sources)
+
+
+def _score(
+    score: Callable[[ResponseBatch], TokenRewards], prompts: PlacedPrompts, batch: ResponseBatch
+) -> TokenRewards:
+    return score(prompts.with_records(batch))
 
 
 def log_ratio(graphdef: Any, mesh: Mesh, temperature: float) -> Callable[[Any, Any, ResponseBatch], jax.Array]:

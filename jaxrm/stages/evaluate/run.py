@@ -33,17 +33,11 @@ from jaxrm.stage_config import POLICIES
 from jaxrm.stages.evaluate.answers import means_of, summary
 from jaxrm.stages.evaluate.checks import check
 from jaxrm.stages.evaluate.generation import AnswerGenerator, open_generator
-from jaxrm.stages.inputs.prompts import (
-    Prompts,
-    check_judgeable,
-    load_prompts,
-    reads_fields,
-    stage_prompt_length,
-    stage_prompts,
-)
+from jaxrm.stages.inputs.prompts import Prompts, load_prompts, numbered, stage_prompt_length, stage_prompts
 from jaxrm.stages.inspection import Inspection, inspect_prompts
+from jaxrm.stages.judge import check_judgeable
 from jaxrm.stages.rewards.judges import JudgeCosts, check_reachable, judges_in_words, print_costs
-from jaxrm.stages.rewards.sources import check_rewards, identity_of_rewards
+from jaxrm.stages.rewards.sources import check_rewards, identity_of_rewards, reads_fields
 from jaxrm.stages.stage import Stage, check_run_folder, judge_of, open_stage, task_files
 
 ANSWERS, CHECKPOINT_MEANS = "answers.jsonl", "along.jsonl"
@@ -139,8 +133,11 @@ def _open_inputs(config: Any) -> _Inputs:
     check_run_folder(config)
     with open_stage(config, mesh, records="prompts") as stage:
         rollout_model = shard_rollout_model(config, mesh, stage.model)
-        prompts = {split: _split_prompts(stage, split) for split in config.evaluate.splits}
-        to_calibrate = stage_prompts(stage, held_out=False).examples if has_rewards(config) else []
+        sides = [_split_prompts(stage, split) for split in config.evaluate.splits]
+        if has_rewards(config):
+            sides = numbered(config, [*sides, stage_prompts(stage, held_out=False)])
+        prompts = dict(zip(config.evaluate.splits, sides, strict=False))
+        to_calibrate = sides[-1].examples if has_rewards(config) else []
         inputs = _Inputs(stage, rollout_model, prompts, to_calibrate)
         judge = judge_of(config)
         if judge is not None:

@@ -1,31 +1,57 @@
 """Prompts of a stage, on both sides of the held-out split, as batches of one shape."""
 
+import functools
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxrm.algorithms.reward_config import sources_of
-from jaxrm.data import tasks
 from jaxrm.data.config import DataConfig
 from jaxrm.data.loader import BatchIterator, build_loader, fingerprint
 from jaxrm.data.packing import Row, build_row
-from jaxrm.data.prompts import PromptExample, left_padded, tokenize_prompts, too_long_reason
+from jaxrm.data.prompts import RECORD, PromptExample, left_padded, tokenize_prompts, too_long_reason
 from jaxrm.data.readers import ReadReport, read_records
 from jaxrm.errors import UserError, flag, option
 from jaxrm.runtime.progress import Progress
 from jaxrm.sharding import partition
 from jaxrm.sharding.mesh import batch_shards, batch_share
-from jaxrm.stages.rewards.function_call import open_function, takes_fields
+from jaxrm.stages.rewards.sources import reads_fields
 from jaxrm.stages.stage import Stage
+from jaxrm.types import RecordedBatch, ResponseBatch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-PlacedPrompts = tuple[jax.Array, jax.Array]
+
+class PlacedPrompts(NamedTuple):
+    """A batch of prompts on the devices.
+
+    Attributes:
+      tokens: ``[G, P]`` int32, padded on the left.
+      mask: ``[G, P]`` bool, False on padding.
+      records: ``[G]`` int32, the number of each prompt's record; None where no rewards read its fields.
+    """
+
+    tokens: jax.Array
+    mask: jax.Array
+    records: jax.Array | None = None
+
+    def with_records(self, batch: ResponseBatch) -> ResponseBatch:
+        """Responses to these prompts, with the record of each; a prompt's are next to each other."""
+        if self.records is None:
+            return batch
+        n = len(batch.responses) // len(self.records)
+        return RecordedBatch(**vars(batch), records=_repeat(n, self.records.sharding)(self.records))
+
+
+@functools.cache
+def _repeat(n: int, sharding: jax.sharding.Sharding) -> Callable[[jax.Array], jax.Array]:
+    return jax.jit(lambda records: jnp.repeat(records, n), out_shardings=sharding)
 
 
 @dataclass(frozen=True)
@@ -107,35 +133,20 @@ def stage_prompts(stage: Stage, *, held_out: bool) -> Prompts:
     )
 
 
-def reads_fields(config: Any) -> bool:
-    """Whether the rewards of a stage look at the columns of a prompt's record."""
-    sources = sources_of(config).values()
-    functions = [source.function for source in sources if source.function is not None]
-    return any(source.endpoint is not None for source in sources) or any(
-        takes_fields(open_function(function)) for function in functions
-    )
+def numbered(config: Any, sides: Sequence[Prompts]) -> list[Prompts]:
+    """The sides of a stage's data, each record with a number among all of them where rewards read its fields."""
+    if not reads_fields(config):
+        return list(sides)
+    numbers = itertools.count()
+    return [
+        replace(side, examples=[replace(example, number=next(numbers)) for example in side.examples]) for side in sides
+    ]
 
 
 def stage_prompt_length(stage: Stage, examples: Sequence[PromptExample]) -> int:
     """Tokens that all prompts of a stage are padded to."""
     room = stage.config.data.max_length - stage.config.rollout.sampling.max_new_tokens
     return prompt_width(examples, room, max(16, stage.pad_to_multiple_of))
-
-
-def check_judgeable(prompts: Sequence[PromptExample], task: str, field: str) -> None:
-    """Refuse a task (``task:safety``) whose judge knows nothing of one of the prompts; ``field`` names it.
-
-    Raises:
-      UserError: naming the first such prompt.
-    """
-    for prompt in prompts:
-        try:
-            tasks.judge(task.removeprefix(tasks.PREFIX), prompt.messages, "")
-        except UserError as error:
-            raise UserError(
-                f"{option(field)} is {task!r}, but {prompt.source} has no prompt of that task; give the task's data, "
-                f"e.g. {flag('data.path')}={task}, or {flag(field)}=None"
-            ) from error
 
 
 def prompt_width(examples: Sequence[PromptExample], room: int, multiple: int) -> int:
@@ -167,11 +178,7 @@ def prompts_to_devices(mesh: Mesh) -> Callable[[Row], PlacedPrompts]:
     sharding = partition.batch_sharding(mesh)
 
     def place(row: Row) -> PlacedPrompts:
-        tokens, mask = left_padded(row)
-        return (
-            jax.make_array_from_process_local_data(sharding, tokens),
-            jax.make_array_from_process_local_data(sharding, mask),
-        )
+        return PlacedPrompts(*(jax.make_array_from_process_local_data(sharding, x) for x in _arrays(row)))
 
     return place
 
@@ -182,9 +189,15 @@ def fixed_batches(examples: Sequence[PromptExample], rows: int, width: int, mesh
     batches: list[PlacedPrompts] = []
     for start in range(0, len(examples), rows):
         indices = [i % len(examples) for i in range(start, start + rows)]
-        built = [build_row([examples[i]], width, 0, {}) for i in indices]
-        arrays = left_padded({name: np.stack([row[name] for row in built]) for name in built[0]})
+        columns = {name: values.dtype for name, values in examples[0].columns().items()}
+        built = [build_row([examples[i]], width, 0, columns) for i in indices]
+        arrays = _arrays({name: np.stack([row[name] for row in built]) for name in built[0]})
         # Every process has all of it and gives its devices their part.
-        tokens, mask = (jax.make_array_from_callback(x.shape, sharding, x.__getitem__) for x in arrays)
-        batches.append((tokens, mask))
+        placed = (jax.make_array_from_callback(x.shape, sharding, x.__getitem__) for x in arrays)
+        batches.append(PlacedPrompts(*placed))
     return batches
+
+
+def _arrays(row: Row) -> tuple[np.ndarray, ...]:
+    """The arrays of `PlacedPrompts`; a row of a batch begins with its prompt."""
+    return (*left_padded(row), *([row[RECORD][:, 0]] if RECORD in row else []))

@@ -1,12 +1,14 @@
 """Where the critic of a PPO run starts from."""
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from jaxrm.algorithms.reward_config import naming_source, sources_of
 from jaxrm.algorithms.state import TrainState
 from jaxrm.data.tokenizer import unreadable_by
 from jaxrm.errors import UserError, flag, option
@@ -16,9 +18,8 @@ from jaxrm.inference.load import as_trained
 from jaxrm.inference.sharded_model import ShardedModel
 from jaxrm.inference.weights import RunCheckpoint, find_checkpoint, trained_place
 from jaxrm.models import heads
-from jaxrm.ops.reward_scaling import Calibration
-from jaxrm.stage_config import CRITIC_TRUNKS, REWARD_MODELS
-from jaxrm.stages.rewards.sources import first_scalar_run
+from jaxrm.stage_config import CRITIC_TRUNKS
+from jaxrm.stages.rewards.sources import scalar_runs
 from jaxrm.stages.stage import Stage
 
 
@@ -31,14 +32,14 @@ class Critic:
       name: where the trunk comes from, for people.
       run: whose trunk it is; None for the policy's.
       run_decoder: the decoder of that run over the devices, where its run holds a decoder alone.
-      keeps_head: whether it begins with the head of that run, a scalar reward model, and not with one that is 0.
+      head_of: the source of rewards, by name, whose reward model's head it begins with; None for one that is 0.
     """
 
     model: ShardedModel
     name: str
     run: RunCheckpoint | None = None
     run_decoder: ShardedModel | None = None
-    keeps_head: bool = False
+    head_of: str | None = None
 
     def check_base(self, stage: Stage) -> None:
         """Refuse a trunk whose adapters stand on a base of another content than the policy's.
@@ -60,7 +61,7 @@ class Critic:
         """
         if self.run is None:
             trunk = stage.init_params(key)
-        elif self.keeps_head:
+        elif self.head_of is not None:
             return parameters.read_run(self.run, self.model)
         elif self.run_decoder is None:
             trunk = parameters.read_run(self.run, self.model)["decoder"]
@@ -68,13 +69,20 @@ class Critic:
             trunk = parameters.read_run(self.run, self.run_decoder)
         return heads.from_decoder_params(trunk, zero_head(self.model))
 
-    def calibrated(self, state: TrainState, calibration: Calibration) -> TrainState:
-        """The first state in the units of the calibrated rewards, which a reward model's own head is not in."""
-        if not self.keeps_head:
+    def calibrated(self, state: TrainState, calibration: Any, weights: Mapping[str, float]) -> TrainState:
+        """The first state in the units of the calibrated rewards, which a reward model's own head is not in.
+
+        Args:
+          state: with that head, or one that is 0.
+          calibration: of the rewards; of a sum that of each source, by name.
+          weights: of the sources of a sum; none for one source.
+        """
+        if self.head_of is None:
             return state
-        head = state.params["scalar_head"]
+        head, own = state.params["scalar_head"], calibration[self.head_of] if weights else calibration
+        scale_of_source = own.scale * weights.get(self.head_of, 1.0)
         scale = jax.jit(lambda head, scale: jax.tree.map(lambda x: x * scale, head), out_shardings=_shardings(head))
-        return dataclasses.replace(state, params={**state.params, "scalar_head": scale(head, calibration.scale)})
+        return dataclasses.replace(state, params={**state.params, "scalar_head": scale(head, scale_of_source)})
 
 
 def open_critic(stage: Stage) -> Critic:
@@ -92,7 +100,7 @@ def open_critic(stage: Stage) -> Critic:
         run = find_checkpoint(config.critic.path, "critic.path", CRITIC_TRUNKS)
         _check_reads_policy(stage, run)
     else:
-        run = first_scalar_run(config)
+        run = next(iter(scalar_runs(config).values()), None)
     if run is None:
         if config.critic.head == "reward_model":
             raise _no_head(config, "the critic starts from the policy, which has no such head")
@@ -112,30 +120,37 @@ def open_critic(stage: Stage) -> Critic:
     adapters = stage.model.lora
     model = sharded_model.shard_scalar_model(source, stage.mesh, run.shape, lora=adapters)
     is_scalar = run.config.algorithm == "scalar_rm"
-    if config.critic.head == "reward_model":
-        _check_gives_rewards(config, run)
+    head_of = _source_of_head(config, run) if config.critic.head == "reward_model" else None
     decoder = None if is_scalar else sharded_model.shard_model(source, stage.mesh, run.shape, lora=adapters)
-    return Critic(model, run.name, run, decoder, keeps_head=config.critic.head == "reward_model")
+    return Critic(model, run.name, run, decoder, head_of=head_of)
 
 
-def _check_gives_rewards(config: Any, run: RunCheckpoint) -> None:
-    """Refuse a run whose head does not say what the rewards come to."""
+def _source_of_head(config: Any, run: RunCheckpoint) -> str:
+    """The source of rewards that the head of a run speaks for, by name: the only scalar reward model among them.
+
+    Raises:
+      UserError: where there is none, or more than one, or it is another run.
+    """
     if run.config.algorithm != "scalar_rm":
         raise _no_head(config, f"the critic starts from {run.name}, a run of {run.config.algorithm}, which has no head")
-    if config.rewards:
-        raise _no_head(config, f"rewards are the sum of {', '.join(config.rewards)}, which no head of one gives")
-    if config.reward.model is None or config.reward.kind != "scalar":
-        given = f"{config.reward.function} pays" if config.reward.model is None else f"the kind is {config.reward.kind}"
-        raise _no_head(config, given)
-    paying = find_checkpoint(config.reward.model, "reward.model", REWARD_MODELS)
-    if (paying.folder.path.resolve(), paying.step) != (run.folder.path.resolve(), run.step):
-        raise _no_head(config, f"rewards come from {paying.name} and the critic from {run.name}")
+    paying = scalar_runs(config)
+    if len(paying) != 1:
+        several = f"{' and '.join(paying)} are scalar reward models, of which a head says the rewards of one"
+        raise _no_head(config, several if paying else "no source of the rewards is the run of a scalar reward model")
+    ((name, source_run),) = paying.items()
+    kind = sources_of(config)[name].kind
+    if kind != "scalar":
+        with naming_source(config, name):
+            raise _no_head(config, f"{option('reward.kind')} is {kind}")
+    if (source_run.folder.path.resolve(), source_run.step) != (run.folder.path.resolve(), run.step):
+        raise _no_head(config, f"rewards come from {source_run.name} and the critic from {run.name}")
+    return name
 
 
 def _no_head(config: Any, reason: str) -> UserError:
     return UserError(
-        f"{option('critic.head')} is {config.critic.head!r}, but {reason}; required rewards of the kind scalar from "
-        f"the scalar reward model that the critic starts from, or {flag('critic.head')}=zero"
+        f"{option('critic.head')} is {config.critic.head!r}, but {reason}; required is one scalar reward model among "
+        f"the sources, of the kind scalar, from which the critic starts; e.g. {flag('critic.head')}=zero"
     )
 
 
@@ -143,10 +158,10 @@ def _cannot_share_base(config: Any, run: RunCheckpoint) -> UserError:
     """The error for a critic whose adapters could not be trained on the policy's base."""
     base = recorded_base(run) if run.lora.is_on else None
     stands = "all of its weights trained" if base is None else f"{run.lora}, on the base {base.path or base.preset}"
+    given = f"is {config.critic.path!r}" if config.critic.path is not None else f"is None, which starts from {run.name}"
     return UserError(
-        f"the critic starts from {run.name}, which has {stands}; but {option('lora')} is {config.lora}, and it has to "
-        f"share the policy's base; start it from the policy, "
-        f"{flag('critic.path')}={trained_place(config.model)[1]}"
+        f"{option('critic.path')} {given}, a run with {stands}; required by {option('lora')} is {config.lora}, on the "
+        f"policy's base; e.g. the policy, {flag('critic.path')}={trained_place(config.model)[1]}"
     )
 
 

@@ -15,12 +15,13 @@ from jaxrm.inference.weights import identity_of, identity_of_source
 from jaxrm.stages.inputs.prompts import (
     PlacedPrompts,
     Prompts,
-    check_judgeable,
+    numbered,
     prompt_loader,
     prompts_to_devices,
     stage_prompt_length,
     stage_prompts,
 )
+from jaxrm.stages.judge import check_judgeable
 from jaxrm.stages.ppo.ptx import open_ptx
 from jaxrm.stages.rewards.sources import identities_of
 from jaxrm.stages.stage import Stage, judge_of
@@ -33,7 +34,7 @@ class PPOData:
 
     Attributes:
       prompts: batches of prompts of this process.
-      prompts_to_devices: puts one on the devices: tokens and mask ``[B, P]``, padded on the left.
+      prompts_to_devices: puts one on the devices.
       fingerprint: of the prompts, the SFT rows and the models, saved with every checkpoint.
       ptx: batches of SFT rows, or None.
       ptx_to_devices: puts one on the devices; None without ``ptx``.
@@ -99,7 +100,7 @@ def open_inputs(stage: Stage) -> PPOInputs:
       UserError: where prompts or SFT rows cannot be used, or the judge cannot judge the held-out prompts.
     """
     config = stage.config
-    train, held_out = (stage_prompts(stage, held_out=side) for side in (False, True))
+    train, held_out = numbered(config, [stage_prompts(stage, held_out=side) for side in (False, True)])
     judge = judge_of(config)
     if judge is not None:
         check_judgeable(held_out.examples, judge, "evaluation.judge")

@@ -89,13 +89,15 @@ class PolicyEvaluation:
         decoder_params = self.learner.decoder_params(self.base, state.policy.params)
         critic_params = None if state.critic is None else state.critic.params
         batches: list[tuple[ResponseBatch, TokenLogProbs, TokenRewards]] = []
-        for number, (prompts, mask) in enumerate(stop.checked(self.batches)):
+        for number, prompts in enumerate(stop.checked(self.batches)):
             key = jax.random.fold_in(self.key, number)
-            batch = self.programs.rollout(decoder_params, prompts, mask, key)
+            batch = self.programs.rollout(decoder_params, prompts.tokens, prompts.mask, key)
             token_log_probs = self.programs.log_probs(
                 self.base, state.policy.params, critic_params, self.reference_params, batch
             )
-            rewards = self.programs.scoring(state.initial_calibration, batch, token_log_probs.reference_log_probs)
+            rewards = self.programs.scoring(
+                state.initial_calibration, prompts.with_records(batch), token_log_probs.reference_log_probs
+            )
             batches.append(jax.device_get(replicate((batch, token_log_probs, rewards))))
         count = len(self.prompts)  # the last batch is filled up
 

@@ -19,14 +19,16 @@ from jaxrm.algorithms import ppo
 from jaxrm.algorithms.ppo import Programs
 from jaxrm.algorithms.ppo_one_pass import OnePassBatch
 from jaxrm.algorithms.ppo_state import PPOState, steps_of
+from jaxrm.algorithms.reward_config import naming_source
 from jaxrm.algorithms.rollout import TokenLogProbs
-from jaxrm.errors import UserError, flag
+from jaxrm.errors import UserError, flag, option
 from jaxrm.runtime.checkpoint import Checkpoints
 from jaxrm.runtime.preemption import StoppedError, StopRequest, agree
 from jaxrm.stage_config import PPO
 from jaxrm.stages.ppo.checkpoints import save
 from jaxrm.stages.ppo.data import PPOData
 from jaxrm.stages.ppo.learner import Learner
+from jaxrm.stages.rewards.calibration import not_finite
 from jaxrm.stages.rewards.classifier import cut_shares
 from jaxrm.types import ResponseBatch, TokenRewards
 
@@ -127,7 +129,7 @@ def fit(run: PPORun, state: PPOState, key: jax.Array, *, evaluation_pending: boo
         means = {name: float(x) for name, x in jax.device_get(run.programs.mean_rewards(rewards)).items()}
         if unusable := [name for name in _reward_names(config) if not math.isfinite(means[name])]:
             run.rewind(step, state, eval_reward, position)
-            raise _not_finite_reward(step + 1, unusable[0], means[unusable[0]], run.checkpoints)
+            raise _not_finite_reward(config, step + 1, unusable[0], run.checkpoints)
         if token_log_probs is None:
             inputs = OnePassBatch(batch, reference_log_probs, rewards, run.data.next_ptx())
             state, estimated, updates = clock.time(
@@ -176,7 +178,8 @@ def _collect(run: PPORun, state: PPOState, key: jax.Array, clock: "_Clock") -> _
     """
     programs, token_log_probs = run.programs, None
     decoder_params = run.learner.decoder_params(run.base, state.policy.params)
-    batch = clock.time("rollout", programs.rollout, decoder_params, *run.data.next_prompts(), key)
+    prompts = run.data.next_prompts()
+    batch = clock.time("rollout", programs.rollout, decoder_params, prompts.tokens, prompts.mask, key)
     if _must_stop(run):
         return None
     if programs.one_pass is None:
@@ -186,7 +189,8 @@ def _collect(run: PPORun, state: PPOState, key: jax.Array, clock: "_Clock") -> _
         reference = token_log_probs.reference_log_probs
     else:
         reference = clock.time("log_probs", programs.reference_log_probs, run.base, run.reference_params, batch)
-    rewards = clock.time("scoring", programs.scoring, state.feedback.calibration, batch, reference)
+    recorded = prompts.with_records(batch)
+    rewards = clock.time("scoring", programs.scoring, state.feedback.calibration, recorded, reference)
     return None if _must_stop(run) else _Collected(batch, token_log_probs, reference, rewards)
 
 
@@ -248,13 +252,16 @@ def _reward_names(config: PPO) -> list[str]:
     return [*(f"reward/{name}" for name in config.rewards), "reward"]
 
 
-def _not_finite_reward(step: int, metric: str, reward: float, checkpoints: Checkpoints) -> UserError:
+def _not_finite_reward(config: PPO, step: int, metric: str, checkpoints: Checkpoints) -> UserError:
     name = metric.removeprefix("reward").lstrip("/")
-    model, whose = flag(f"rewards.{name}.model" if name else "reward.model"), f" from {name}" if name else ""
-    return UserError(
-        f"step {step}: the reward of the responses{whose} is {reward}, no finite number; the reward model "
-        f"is spoiled, give another {model}; {_last_good(checkpoints)}"
-    )
+    if config.rewards and not name:
+        heaviest = max(config.rewards, key=lambda one: abs(config.rewards[one].weight))
+        return UserError(
+            f"{option('rewards')} adds up to no finite number in step {step}, though each source is finite; give "
+            f"smaller weights, e.g. {flag(f'rewards.{heaviest}.weight')}=1.0; {_last_good(checkpoints)}"
+        )
+    with naming_source(config, name or "reward"):
+        return UserError(f"{not_finite(f'the responses of step {step}')}; {_last_good(checkpoints)}")
 
 
 def _check_finite(step: int, metrics: dict[str, float], checkpoints: Checkpoints) -> None:

@@ -11,6 +11,7 @@ import jax
 from jaxrm.algorithms.optimizer import learning_rate
 from jaxrm.algorithms.ppo import Programs
 from jaxrm.algorithms.ppo_state import PPOState, steps_of
+from jaxrm.algorithms.reward_config import weights_of
 from jaxrm.algorithms.rollout import RewardSource
 from jaxrm.config import dicts
 from jaxrm.inference import sharded_model
@@ -156,7 +157,8 @@ def _calibrated(
     state = learner.calibrated(state, calibration)
     if opened.critic is None or state.critic is None:
         return state
-    return dataclasses.replace(state, critic=opened.critic.calibrated(state.critic, calibration))
+    critic = opened.critic.calibrated(state.critic, calibration, weights_of(stage.config))
+    return dataclasses.replace(state, critic=critic)
 
 
 def _evaluation(

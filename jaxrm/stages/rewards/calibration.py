@@ -9,19 +9,17 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxrm.algorithms import reading
 from jaxrm.algorithms.ppo import NextCalibration
 from jaxrm.algorithms.reward_config import RewardConfig, naming_source, sources_of
 from jaxrm.algorithms.rollout import RewardSource
 from jaxrm.data.prompts import PromptExample
-from jaxrm.errors import UserError, flag
-from jaxrm.inference import sharded_model
+from jaxrm.errors import UserError, flag, option
 from jaxrm.inference.sharded_model import ShardedModel
+from jaxrm.inference.token_scores import policy_log_probs
 from jaxrm.ops import reward_scaling
 from jaxrm.ops.reward_kinds import Kind, find_kind
 from jaxrm.ops.reward_scaling import Calibration, uncalibrated
 from jaxrm.runtime.progress import Progress
-from jaxrm.sharding import partition
 from jaxrm.stage_config import PPO, BestOfN, Evaluate
 from jaxrm.stages.inputs.prompts import fixed_batches
 from jaxrm.types import ResponseBatch, TokenRewards
@@ -40,33 +38,15 @@ class PolicyRewards:
     def __init__(
         self, config: PPO | BestOfN | Evaluate, policy: ShardedModel, params: Any, source: RewardSource
     ) -> None:
-        self._params, self._source, self._log_probs = params, source, None
+        self._source, self._log_probs = source, None
         if source.needs_reference:
             temperature = config.rollout.sampling.temperature or 1.0
-            self._log_probs = _policy_log_probs(policy, temperature)
+            self._log_probs = policy_log_probs(policy, params, policy.mesh, temperature=temperature)
 
     def __call__(self, calibration: Any, batch: ResponseBatch) -> TokenRewards:
         """Score responses."""
-        reference = None if self._log_probs is None else self._log_probs(self._params, batch)
+        reference = None if self._log_probs is None else self._log_probs(batch)
         return self._source(calibration, batch, reference)
-
-
-def _policy_log_probs(policy: ShardedModel, temperature: float) -> Callable[[Any, ResponseBatch], jax.Array]:
-    """Jitted ``(params, batch) -> [B, T]``: log-probs of response tokens under a policy, 0 outside the mask.
-
-    Args:
-      policy: the decoder.
-      temperature: divides the logits, as it does in sampling.
-    """
-    rows, multiple = partition.batch_sharding(policy.mesh), sharded_model.pad_to_multiple_of(policy.mesh)
-
-    def log_probs(params: Any, batch: ResponseBatch) -> jax.Array:
-        statistics = reading.response_statistics(
-            policy.graphdef, params, batch, None, pad_to_multiple_of=multiple, temperature=temperature
-        )
-        return jnp.where(batch.response_mask, statistics.log_probs, 0.0)
-
-    return jax.jit(log_probs, in_shardings=(policy.shardings, rows), out_shardings=rows)
 
 
 def calibration_of(
@@ -104,8 +84,9 @@ def calibration_of(
     some = [examples[i % len(examples)] for i in range(count)]
     rewards: list[TokenRewards] = []
     with Progress("calibrate", count, unit="responses", enabled=show) as progress:
-        for number, (prompts, mask) in enumerate(fixed_batches(some, rows, width, mesh)):
-            rewards.append(score(uncalibrated_of(config), sample(prompts, mask, jax.random.fold_in(key, number))))
+        for number, prompts in enumerate(fixed_batches(some, rows, width, mesh)):
+            batch = sample(prompts.tokens, prompts.mask, jax.random.fold_in(key, number))
+            rewards.append(score(uncalibrated_of(config), prompts.with_records(batch)))
             jax.block_until_ready(rewards)
             progress.update((number + 1) * rows)
     calibrations = {}
@@ -175,10 +156,13 @@ def calibration_from_numbers(numbers: Mapping[str, Any]) -> Any:
 
 
 def not_finite(where: str) -> UserError:
-    """The error for rewards that are no finite numbers; ``where`` says of what."""
+    """The error for rewards that are no finite numbers; ``where`` says of what.
+
+    A sum calls it below `naming_source`. A source of weight 0 is an error too: it is logged, and NaN says nothing.
+    """
     return UserError(
-        f"the rewards of {where} are not finite; the reward model is spoiled, give another, e.g. "
-        f"{flag('reward.model')}=RUN_DIR/checkpoints/best"
+        f"{option('reward')} gives {where} a reward that is no finite number, so its reward model is spoiled; give "
+        f"another, e.g. {flag('reward.model')}=RUN_DIR/checkpoints/best"
     )
 
 

@@ -11,10 +11,9 @@ from jaxrm.inference.classifier import Classifier
 from jaxrm.inference.open_classifier import describe_classifier, read_weights
 from jaxrm.inference.weights import is_run
 from jaxrm.models.hub import is_hub_name
-from jaxrm.ops.reward_kinds import find_kind
 from jaxrm.stages.rewards.scored import Responses, Scored
-from jaxrm.stages.rewards.summed import SummedRewards
-from jaxrm.stages.rewards.text import TextRewards
+from jaxrm.stages.rewards.summed import scorers_of
+from jaxrm.stages.rewards.text import open_text_rewards
 
 
 def names_classifier(path: str) -> bool:
@@ -74,14 +73,8 @@ def open_classifier_rewards(source: RewardConfig, responses: Responses) -> Rewar
     key = classifier.model.source
     if key not in responses.classifiers:
         responses.classifiers[key] = read_weights(classifier)
-    return TextRewards(
-        dataclasses.replace(classifier, weights=responses.classifiers[key]),
-        find_kind(source.kind),
-        examples=responses.examples,
-        text=responses.text,
-        end_ids=responses.end_ids,
-        mesh=responses.mesh,
-    )
+    opened = dataclasses.replace(classifier, weights=responses.classifiers[key])
+    return open_text_rewards(opened, source, responses)
 
 
 def cut_shares(source: RewardSource) -> dict[str, float]:
@@ -89,9 +82,8 @@ def cut_shares(source: RewardSource) -> dict[str, float]:
 
     It is ``texts_cut``, or ``texts_cut/NAME`` of a named source.
     """
-    if isinstance(source, SummedRewards):
-        parts = {name: cut_shares(part) for name, part in source.sources.items()}
-        return {f"{field}/{name}": share for name, part in parts.items() for field, share in part.items()}
-    if isinstance(source, TextRewards) and isinstance(source.scorer, Classifier):
-        return {"texts_cut": source.scorer.counts.cut_share}
-    return {}
+    return {
+        f"texts_cut/{name}" if name else "texts_cut": scorer.counts.cut_share
+        for name, scorer in scorers_of(source).items()
+        if isinstance(scorer, Classifier)
+    }

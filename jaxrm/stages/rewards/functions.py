@@ -47,7 +47,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from jaxrm.algorithms.reward_config import RewardConfig
-from jaxrm.data.prompts import PromptExample
 from jaxrm.data.responses import Response
 from jaxrm.data.token_spans import Span, lay_on_tokens
 from jaxrm.errors import UserError, option
@@ -59,10 +58,8 @@ from jaxrm.stages.rewards.function_call import (
     RewardFunction,
     call,
     open_function,
-    takes_fields,
 )
 from jaxrm.stages.rewards.function_processes import FunctionProcesses
-from jaxrm.stages.rewards.text import check_fields_agree
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -89,17 +86,6 @@ def open_scorer(
     return FunctionScorer(
         name, open_function(name), layout, workers=source.function_workers, timeout=source.function_timeout
     )
-
-
-def check_scorer(source: RewardConfig, examples: Sequence[PromptExample]) -> None:
-    """Refuse a function that looks at fields where records with one prompt differ in them.
-
-    Raises:
-      UserError: naming two such records.
-    """
-    name = str(source.function)
-    if takes_fields(open_function(name)):
-        check_fields_agree(f"{option('reward.function')} {name}", examples)
 
 
 class FunctionScorer:

@@ -1,21 +1,20 @@
 """Judges behind endpoints among the sources of rewards: whether they can be asked, and what they cost."""
 
+import functools
 from collections.abc import Mapping
 from dataclasses import asdict
 from types import MappingProxyType
 from typing import Any
 
-import jax
+import numpy as np
 
 from jaxrm.algorithms.reward_config import naming_source, sources_of
 from jaxrm.algorithms.rollout import RewardSource
-from jaxrm.errors import UserError, option
 from jaxrm.inference.endpoint_scorer import EndpointScorer
 from jaxrm.runtime.metrics import JUDGE_COST
+from jaxrm.runtime.processes import once_a_job
 from jaxrm.runtime.progress import print_table
-from jaxrm.runtime.run_folder import from_writer
-from jaxrm.stages.rewards.summed import SummedRewards
-from jaxrm.stages.rewards.text import TextRewards
+from jaxrm.stages.rewards.summed import scorers_of
 
 
 def check_reachable(config: Any) -> None:
@@ -32,18 +31,13 @@ def check_reachable(config: Any) -> None:
     for name, source in sources_of(config).items():
         if source.endpoint is None:
             continue
-        failure = None
         with naming_source(config, name):
-            if jax.process_index() == 0:
-                try:
-                    EndpointScorer(source.endpoint).check()
-                except UserError as error:
-                    failure = error
-            if jax.process_count() > 1 and from_writer(int(failure is not None), jax.process_index() == 0):
-                refused = f"{option('reward.endpoint')}, which the first process refused; its message says why"
-                raise failure or UserError(refused)
-        if failure is not None:
-            raise failure
+            once_a_job(functools.partial(_check, EndpointScorer(source.endpoint)), (0,))
+
+
+def _check(judge: EndpointScorer) -> np.ndarray:
+    judge.check()
+    return np.zeros(0, np.float32)  # for the other processes there is nothing to know
 
 
 def judges_in_words(config: Any) -> dict[str, str]:
@@ -63,7 +57,8 @@ class JudgeCosts:
     """
 
     def __init__(self, source: RewardSource | None, row: Mapping[str, float] = MappingProxyType({})) -> None:
-        self._judges = _judges_of(source)
+        scorers = scorers_of(source)
+        self._judges = {name: judge for name, judge in scorers.items() if isinstance(judge, EndpointScorer)}
         self._before = {name: _read(row, name) for name in self._judges}
 
     def metrics(self) -> dict[str, float]:
@@ -84,16 +79,6 @@ def print_costs(row: Mapping[str, float]) -> None:
             ["", *(name or "in all" for name in names)],
             [[field.replace("_", " "), *(row.get(_field(field, name), 0.0) for name in names)] for field in JUDGE_COST],
         )
-
-
-def _judges_of(source: RewardSource | None) -> dict[str, EndpointScorer]:
-    """Judges by the names of their sources; that of a single source has an empty name."""
-    if isinstance(source, SummedRewards):
-        parts = {name: _judges_of(part).get("") for name, part in source.sources.items()}
-        return {name: judge for name, judge in parts.items() if judge is not None}
-    if isinstance(source, TextRewards) and isinstance(source.scorer, EndpointScorer):
-        return {"": source.scorer}
-    return {}
 
 
 def _read(row: Mapping[str, float], name: str) -> dict[str, float]:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxrm.algorithms.reward_config import in_words, source_fields, weights_of
+from jaxrm.algorithms.reward_config import in_words, naming_source, source_fields, weights_of
 from jaxrm.algorithms.rollout import RewardSource
 from jaxrm.algorithms.summed_rewards import means_of_rows
 from jaxrm.data import templates
@@ -32,10 +32,13 @@ from jaxrm.inference.token_scores import EncodedRecord, TokenScores, as_record, 
 from jaxrm.ops import reward_scaling
 from jaxrm.ops.reward_kinds import find_kind
 from jaxrm.runtime.progress import Progress, print_table
+from jaxrm.sharding import partition
 from jaxrm.sharding.mesh import batch_shards
 from jaxrm.stage_config import PPO, BestOfN, Evaluate
 from jaxrm.stages.rewards.calibration import not_finite, uncalibrated_of
+from jaxrm.stages.rewards.judges import JudgeCosts, check_reachable
 from jaxrm.stages.rewards.sources import check_origins, open_rewards
+from jaxrm.types import RecordedBatch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -51,8 +54,8 @@ class _Tokens:
 
 def score_records(
     config: PPO | BestOfN | Evaluate, records: Sequence[Record], report: ReadReport, mesh: Mesh, batch_size: int
-) -> list[dict[str, Any]]:
-    """Scored records as JSON objects, as those of `jaxrm.inference.score_file.score_records`.
+) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    """Scored records as JSON objects, as those of `jaxrm.inference.score_file.score_records`, and what judges cost.
 
     The rewards of a response are those of the sum; ``sources`` has each source's own, before its weight.
 
@@ -63,8 +66,11 @@ def score_records(
       mesh: the devices.
       batch_size: responses scored at once.
 
+    Returns:
+      The records, and the costs as `jaxrm.stages.rewards.judges.JudgeCosts.metrics` names them.
+
     Raises:
-      UserError: where a source cannot score them, or no record can be scored.
+      UserError: where a source cannot score them, a judge cannot be asked, or no record can be scored.
     """
     if config.model.path is None:
         raise UserError(
@@ -72,6 +78,7 @@ def score_records(
             f"{flag('model.path')}=runs/quickstart/sft"
         )
     check_origins(config)
+    check_reachable(config)
     policy = load_policy(config.model.path, adapter=config.model.adapter, mesh=mesh, dtype=config.model.dtype)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, template=policy.template))
     encoded = _encoded(config, policy, records, report)
@@ -87,7 +94,7 @@ def score_records(
         lambda ids: response_text(policy.tokenizer, tokens.end_ids, ids),
         tokens.end_ids,
     )
-    responses = [(example.tokens, ids) for example, record in encoded for _, _, ids in record.responses]
+    responses = [(example, ids) for example, record in encoded for _, _, ids in record.responses]
     rewards = _calibrated(config, _values(config, policy, source, responses, mesh, batch_size), responses)
     weights, rows, done = weights_of(config), [], 0
     for _, record in encoded:
@@ -99,7 +106,7 @@ def score_records(
             response["sources"] = source_fields(weights, parts)
         rows.append(row)
         done += len(own)
-    return rows
+    return rows, JudgeCosts(source).metrics()
 
 
 def print_sources(rows: Sequence[dict[str, Any]]) -> None:
@@ -121,7 +128,7 @@ def _encoded(
 ) -> list[tuple[PromptExample, EncodedRecord]]:
     """Records as the policy's tokens; those that a step of the config would have no room for are left out."""
     most = config.rollout.sampling.max_new_tokens
-    encoded = []
+    encoded: list[tuple[PromptExample, EncodedRecord]] = []
     for record in records:
         try:
             texts = responses_of(record)
@@ -139,7 +146,7 @@ def _encoded(
         except UserError as error:
             report.add_bad(str(error), record.source)
             continue
-        example = PromptExample(ids, tuple(record.prompt), record.source, record.fields)
+        example = PromptExample(ids, tuple(record.prompt), record.source, record.fields, number=len(encoded))
         encoded.append((example, EncodedRecord(record.source, record.prompt, ids, responses)))
     report.used = len(encoded)
     return encoded
@@ -149,7 +156,7 @@ def _values(
     config: PPO | BestOfN | Evaluate,
     policy: Policy,
     source: RewardSource,
-    responses: Sequence[tuple[np.ndarray, np.ndarray]],
+    responses: Sequence[tuple[PromptExample, np.ndarray]],
     mesh: Mesh,
     batch_size: int,
 ) -> dict[str, list[np.ndarray]]:
@@ -157,14 +164,18 @@ def _values(
     rows = -(-batch_size // batch_shards(mesh)) * batch_shards(mesh)
     # Scorers of text know no empty rows, so the last response fills up the last batch.
     whole = [*responses, *[responses[-1]] * (-len(responses) % rows)]
-    log_probs = policy_log_probs(policy.model, policy.params, mesh) if source.needs_reference else None
+    log_probs, temperature = None, config.rollout.sampling.temperature or 1.0  # as of the sources
+    if source.needs_reference:
+        log_probs = policy_log_probs(policy.model, policy.params, mesh, temperature=temperature)
     everywhere = jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, PartitionSpec()))
     values = {name: [np.zeros(0, np.float32)] * len(whole) for name in config.rewards}
-    prompts, ids, done = [prompt for prompt, _ in whole], [response for _, response in whole], 0
+    prompts, ids, done = [example.tokens for example, _ in whole], [response for _, response in whole], 0
     with Progress("score", len(whole), unit="responses") as progress:
         for batch, indices in response_batches(prompts, ids, rows, mesh, vocab_size=policy.model.config.vocab_size):
             reference = None if log_probs is None else log_probs(batch)
-            parts = source(uncalibrated_of(config), batch, reference).parts
+            numbers = np.array([whole[i][0].number for i in indices], np.int32)
+            records = jax.make_array_from_callback(numbers.shape, partition.batch_sharding(mesh), numbers.__getitem__)
+            parts = source(uncalibrated_of(config), RecordedBatch(**vars(batch), records=records), reference).parts
             own = jax.device_get(everywhere({name: part.values for name, part in parts.items()}))
             for name in values:
                 for row, i in enumerate(indices):
@@ -177,7 +188,7 @@ def _values(
 def _calibrated(
     config: PPO | BestOfN | Evaluate,
     values: dict[str, list[np.ndarray]],
-    responses: Sequence[tuple[np.ndarray, np.ndarray]],
+    responses: Sequence[tuple[PromptExample, np.ndarray]],
 ) -> dict[str, list[np.ndarray]]:
     """Rewards ``[T]`` of each source for each response, with its own scale and center."""
     lengths = [len(ids) for _, ids in responses]
@@ -187,7 +198,8 @@ def _calibrated(
         kind, padded = find_kind(section.kind), np.zeros(mask.shape, np.float32)
         padded[mask] = np.concatenate(values[name])
         if not np.isfinite(padded).all():
-            raise not_finite(f"--input from {name}")
+            with naming_source(config, name):
+                raise not_finite("a response of --input")
         own, shown = jnp.asarray(padded), jnp.asarray(mask)
         calibration = reward_scaling.calibrate(kind, own, shown, scale=section.scale, center=section.center)
         scaled = np.asarray(reward_scaling.apply(calibration, kind, own, shown))

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from jax.sharding import Mesh
@@ -16,9 +16,6 @@ from jaxrm.inference.reward_model import RewardModel
 from jaxrm.models.build import ModelSource
 from jaxrm.models.hub import ClassifierParams
 from jaxrm.stage_config import PPO, BestOfN, Evaluate
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)
@@ -56,7 +53,7 @@ class Responses(Scored):
 
 
 class Origin(NamedTuple):
-    """What a source of rewards is: a row of the table at the end of this file.
+    """What a source of rewards is: a row of the table in `jaxrm.stages.rewards.sources`.
 
     Each function takes the source's section, whose fields messages call ``reward.…`` (see `naming_source`).
 
@@ -64,8 +61,12 @@ class Origin(NamedTuple):
       check_config: refuses what the section alone shows to be wrong.
       check: refuses a source that cannot score the policy's responses, before weights are read; its name for people.
       open: the source.
+      identity: which model, function or judge exactly; see `jaxrm.inference.weights.identity_of`.
+      reads_fields: whether it looks at the columns of a prompt's record.
     """
 
     check_config: Callable[[RewardConfig], None]
     check: Callable[[RewardConfig, Scored], str]
     open: Callable[[RewardConfig, Responses], RewardSource]
+    identity: Callable[[RewardConfig], str]
+    reads_fields: Callable[[RewardConfig], bool]

@@ -6,7 +6,6 @@ config says is found by `origin_of`, at the end of this file.
 """
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 from jax.sharding import Mesh
@@ -22,17 +21,14 @@ from jaxrm.inference.endpoint_scorer import EndpointScorer
 from jaxrm.inference.weights import RunCheckpoint, find_checkpoint, identity_of
 from jaxrm.ops.reward_kinds import find_kind
 from jaxrm.stage_config import PPO, REWARD_MODELS, BestOfN, Evaluate
-from jaxrm.stages.inputs.prompts import check_judgeable
+from jaxrm.stages.judge import check_judgeable
 from jaxrm.stages.rewards import classifier
-from jaxrm.stages.rewards.function_call import open_function
-from jaxrm.stages.rewards.functions import check_scorer, open_scorer
+from jaxrm.stages.rewards.function_call import open_function, takes_fields
+from jaxrm.stages.rewards.functions import open_scorer
 from jaxrm.stages.rewards.model_run import check_run, open_run
 from jaxrm.stages.rewards.scored import Origin, Responses, Scored
 from jaxrm.stages.rewards.summed import SummedRewards
-from jaxrm.stages.rewards.text import TextRewards, check_fields_agree
-
-if TYPE_CHECKING:
-    pass
+from jaxrm.stages.rewards.text import open_text_rewards
 
 
 def check_has_rewards(config: PPO | BestOfN | Evaluate, consequence: str) -> None:
@@ -106,7 +102,16 @@ def identities_of(config: PPO | BestOfN | Evaluate) -> list[str]:
 
 def identity_of_rewards(source: RewardConfig) -> str:
     """Which model, function or judge exactly."""
-    return identity_of(str(source.model or source.function)) if source.endpoint is None else _judge(source).identity
+    return origin_of(source).identity(source)
+
+
+def reads_fields(config: PPO | BestOfN | Evaluate) -> bool:
+    """Whether the rewards of a stage look at the columns of a prompt's record."""
+    is_read = False
+    for name, source in sources_of(config).items():
+        with naming_source(config, name):
+            is_read |= source.is_given and origin_of(source).reads_fields(source)
+    return is_read
 
 
 def are_terminal(config: PPO) -> bool:
@@ -115,16 +120,17 @@ def are_terminal(config: PPO) -> bool:
     return all(find_kind(source.kind).reads == "response" for source in added)
 
 
-def first_scalar_run(config: PPO) -> RunCheckpoint | None:
-    """The run of a scalar reward model that is the first source with a weight, in the order of their names."""
+def scalar_runs(config: PPO) -> dict[str, RunCheckpoint]:
+    """The sources that are runs of scalar reward models and have a weight, in the order of their names."""
+    runs = {}
     for name, source in sorted(sources_of(config).items()):
         if source.weight == 0 or origin_of(source) is not MODEL_RUN:
             continue
         with naming_source(config, name):
             run = find_checkpoint(str(source.model), "reward.model", REWARD_MODELS)
         if run.config.algorithm == "scalar_rm":
-            return run
-    return None
+            runs[name] = run
+    return runs
 
 
 def check_rewards(
@@ -159,40 +165,23 @@ def check_function(source: RewardConfig, scored: Scored) -> str:
     name = str(source.function)
     if name.startswith(tasks.PREFIX):
         check_judgeable(scored.examples, name, "reward.function")
-    check_scorer(source, scored.examples)
     return name
 
 
 def open_function_rewards(source: RewardConfig, responses: Responses) -> RewardSource:
     """Rewards of a function of text."""
-    return TextRewards(
-        open_scorer(source, responses.policy.tokenizer, responses.end_ids),
-        find_kind(source.kind),
-        examples=responses.examples,
-        text=responses.text,
-        end_ids=responses.end_ids,
-        mesh=responses.mesh,
-    )
+    return open_text_rewards(open_scorer(source, responses.policy.tokenizer, responses.end_ids), source, responses)
 
 
 def open_judge(source: RewardConfig, responses: Responses) -> RewardSource:
     """Rewards of a judge behind an endpoint."""
-    return TextRewards(
-        _judge(source),
-        find_kind(source.kind),
-        examples=responses.examples,
-        text=responses.text,
-        end_ids=responses.end_ids,
-        mesh=responses.mesh,
-    )
+    return open_text_rewards(_judge(source), source, responses)
 
 
 def check_endpoint(source: RewardConfig, scored: Scored) -> str:
     """Refuse prompts without the reference that the judge's rubric wants; the name of the judge, which is not asked."""
     judge = _judge(source)
     judge.check_references(scored.examples)
-    if judge.reference_column is not None:
-        check_fields_agree(option("reward.endpoint"), scored.examples, judge.reference_column)
     return judge.name
 
 
@@ -208,10 +197,28 @@ def _judge(source: RewardConfig) -> EndpointScorer:
 # --- what a source is
 
 
-FUNCTION = Origin(_check_named_function, check_function, open_function_rewards)
-JUDGE = Origin(_check_judge_config, check_endpoint, open_judge)
-MODEL_RUN = Origin(lambda source: None, check_run, open_run)
-CLASSIFIER = Origin(lambda source: None, classifier.check_classifier, classifier.open_classifier_rewards)
+FUNCTION = Origin(
+    check_config=_check_named_function,
+    check=check_function,
+    open=open_function_rewards,
+    identity=lambda source: str(source.function),
+    reads_fields=lambda source: takes_fields(open_function(str(source.function))),
+)
+JUDGE = Origin(
+    check_config=_check_judge_config,
+    check=check_endpoint,
+    open=open_judge,
+    identity=lambda source: _judge(source).identity,
+    reads_fields=lambda source: _judge(source).reference_column is not None,
+)
+MODEL_RUN = Origin(
+    check_config=lambda source: None,
+    check=check_run,
+    open=open_run,
+    identity=lambda source: identity_of(str(source.model)),
+    reads_fields=lambda source: False,
+)
+CLASSIFIER = MODEL_RUN._replace(check=classifier.check_classifier, open=classifier.open_classifier_rewards)
 
 
 def origin_of(source: RewardConfig) -> Origin:

@@ -9,8 +9,10 @@ from jax.sharding import Mesh
 from jaxrm.algorithms.rollout import RewardSource
 from jaxrm.algorithms.summed_rewards import sum_rewards
 from jaxrm.errors import naming, option
+from jaxrm.inference.text_scorer import TextScorer
 from jaxrm.ops.reward_scaling import Calibration
 from jaxrm.sharding import partition
+from jaxrm.stages.rewards.text import TextRewards
 from jaxrm.types import ResponseBatch, TokenRewards
 
 
@@ -57,3 +59,9 @@ class SummedRewards:
             with naming({"reward": option(f"rewards.{name}")}):
                 parts[name] = source(calibration[name], batch, reference_log_probs)
         return self._add(parts, batch)
+
+
+def scorers_of(source: RewardSource | None) -> dict[str, TextScorer]:
+    """What scores text in a source of rewards, by the names of a sum's sources; that of a single source has no name."""
+    by_name = source.sources if isinstance(source, SummedRewards) else {"": source}
+    return {name: part.scorer for name, part in by_name.items() if isinstance(part, TextRewards)}
