@@ -125,7 +125,7 @@ def check_a_step_of_ppo(config, shape, mesh):
     prompts, mask = (
         jax.ShapeDtypeStruct((B // config.rollout.responses_per_prompt, P), dtype) for dtype in ("int32", "bool")
     )
-    batch = jax.eval_shape(programs.rollout, decoder.shapes, prompts, mask, jax.random.key(0))
+    batch, _ = jax.eval_shape(programs.rollout, decoder.shapes, prompts, mask, jax.random.key(0))
     assert batch.responses.shape == (B, T)
     trained = (state.policy.params, state.critic and state.critic.params, decoder.trained_shapes)
     log_probs = jax.eval_shape(programs.log_probs, decoder.frozen_shapes, *trained, batch)

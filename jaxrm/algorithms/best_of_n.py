@@ -13,10 +13,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxrm.algorithms.rollout import Sampled
 from jaxrm.config.fields import at_least, bounded, check
+from jaxrm.models.generate import prompt_keys
 from jaxrm.types import ResponseBatch, TokenRewards
 
-SampleFn = Callable[[Any, jax.Array, jax.Array, jax.Array], ResponseBatch]
+SampleFn = Callable[[Any, jax.Array, jax.Array, jax.Array], Sampled]
 Score = Callable[[ResponseBatch], TokenRewards]
 
 
@@ -60,10 +62,10 @@ class Best(NamedTuple):
 def best_of_n(
     sample: SampleFn, score: Score, n: int, *, drawn: Callable[[int], None] | None = None
 ) -> Callable[[Any, jax.Array, jax.Array, jax.Array], Best]:
-    """Function ``(params, prompts [B, P], prompt_mask [B, P], key) -> Best``.
+    """Function ``(params, prompts [B, P], prompt_mask [B, P], keys [B]) -> Best``.
 
-    Draw ``i`` is made with ``fold_in(key, i)`` by the one program that draws a single response, so the n responses
-    are the first of those of ``n + 1`` with the same key, and a few batches are in memory, whatever n is. The
+    Draw ``i`` to a prompt is made with ``fold_in(its key, i)`` by the one program that draws a single response, so the
+    n responses are the first of those of ``n + 1``, and a few batches are in memory, whatever n is. The
     winner has the highest sum of token rewards, which PPO maximizes; of equal ones the first wins, and a NaN
     wins nowhere but in the first place.
 
@@ -75,13 +77,14 @@ def best_of_n(
     """
     assert n >= 1, n
 
-    def select(params: Any, prompts: jax.Array, prompt_mask: jax.Array, key: jax.Array) -> Best:
-        first = best = sample(params, prompts, prompt_mask, jax.random.fold_in(key, 0))
+    def select(params: Any, prompts: jax.Array, prompt_mask: jax.Array, keys: jax.Array) -> Best:
+        every = jax.vmap(lambda key: prompt_keys(key, 0, n))(keys)
+        first = best = sample(params, prompts, prompt_mask, every[:, :1]).responses
         rewards = score(best)
         sums, parts = [rewards.diagnostics["sum"]], [_sums_of_parts(rewards)]
         for i in range(n):
             if i:
-                candidate = sample(params, prompts, prompt_mask, jax.random.fold_in(key, i))
+                candidate = sample(params, prompts, prompt_mask, every[:, i : i + 1]).responses
                 candidate_rewards = score(candidate)
                 sums.append(candidate_rewards.diagnostics["sum"])
                 parts.append(_sums_of_parts(candidate_rewards))

@@ -12,7 +12,7 @@ from flax import nnx
 from jaxrm.algorithms import microbatches
 from jaxrm.algorithms.reading import response_hidden, response_statistics, token_statistics
 from jaxrm.models import heads, lora
-from jaxrm.models.generate import Generation, SamplingConfig, generate
+from jaxrm.models.generate import Generation, SamplingConfig, generate, response_keys
 from jaxrm.models.heads import ScalarHead
 from jaxrm.models.transformer import Decoder
 from jaxrm.ops.vocab import TokenStatistics
@@ -122,6 +122,18 @@ class RewardSource(Protocol):
         ...
 
 
+class Sampled(NamedTuple):
+    """Responses as they were drawn.
+
+    Attributes:
+      responses: n rows for each prompt, next to each other.
+      log_probs: ``[B, T]`` float32 of the tokens, as the sampler computed them; see `jaxrm.models.generate.Generation`.
+    """
+
+    responses: ResponseBatch
+    log_probs: jax.Array
+
+
 @dataclass(frozen=True)
 class Reshard:
     """Jitted copies from one mesh to another of the same devices, and back.
@@ -131,31 +143,34 @@ class Reshard:
     Attributes:
       params: ``params -> params``, to the other mesh, in the compute dtype.
       rows: ``(prompts [G, P], prompt_mask [G, P])`` to the other mesh.
-      back: a `ResponseBatch` from there.
+      back: what was sampled, from there.
     """
 
     params: Callable[[Any], Any]
     rows: Callable[[tuple[jax.Array, jax.Array]], tuple[jax.Array, jax.Array]]
-    back: Callable[[ResponseBatch], ResponseBatch]
+    back: Callable[[Sampled], Sampled]
 
 
 @dataclass(frozen=True)
 class BatchSampler:
-    """Samples responses: ``sampler(params, prompts [G, P], prompt_mask [G, P], key) -> ResponseBatch``.
+    """Samples responses: ``sampler(params, prompts [G, P], prompt_mask [G, P], key) -> Sampled``.
 
-    The batch has n rows for each prompt, next to each other.
+    The key is that of all prompts, or keys ``[G]`` or ``[G, n]``, see `jaxrm.models.generate.generate`.
 
     Attributes:
       sample: jitted; the same function on the mesh that the policy samples on, from `build_sample`.
       reshard: to that mesh and back; None where everything lies on it. The copy of the parameters lives as long as a
         call.
+      responses_per_prompt: n.
     """
 
-    sample: Callable[[Any, jax.Array, jax.Array, jax.Array], ResponseBatch]
+    sample: Callable[[Any, jax.Array, jax.Array, jax.Array], Sampled]
     reshard: Reshard | None = None
+    responses_per_prompt: int = 1
 
-    def __call__(self, params: Any, prompts: jax.Array, prompt_mask: jax.Array, key: jax.Array) -> ResponseBatch:
+    def __call__(self, params: Any, prompts: jax.Array, prompt_mask: jax.Array, key: jax.Array) -> Sampled:
         """Sample the responses to each prompt."""
+        key = response_keys(key, len(prompts), self.responses_per_prompt)
         if self.reshard is None:
             return self.sample(params, prompts, prompt_mask, key)
         rows = self.reshard.rows((prompts, prompt_mask))
@@ -171,8 +186,8 @@ def build_sample(
     batch_sharding: Any,
     num_microbatches: int = 1,
     responses_per_prompt: int = 1,
-) -> Callable[[Any, jax.Array, jax.Array, jax.Array], ResponseBatch]:
-    """Jitted ``sample(params, prompts [G, P], prompt_mask [G, P], key) -> ResponseBatch``.
+) -> Callable[[Any, jax.Array, jax.Array, jax.Array], Sampled]:
+    """Jitted ``sample(params, prompts [G, P], prompt_mask [G, P], keys [G, n]) -> Sampled``.
 
     Args:
       graphdef: of the decoder.
@@ -180,27 +195,26 @@ def build_sample(
       end_ids: ids that end a response.
       params_sharding: of the decoder's parameters.
       batch_sharding: of the rows.
-      num_microbatches: parts of the prompts, one after another; each has a key of its own.
+      num_microbatches: parts of the prompts, one after another.
       responses_per_prompt: n; the batch has ``G n`` rows, those of a prompt next to each other.
     """
     n = responses_per_prompt
 
-    def sample(params: Any, prompts: jax.Array, prompt_mask: jax.Array, key: jax.Array) -> ResponseBatch:
-        def part(rows: tuple[jax.Array, jax.Array], key: jax.Array) -> Generation:
-            generated = generate(
-                graphdef, params, *rows, key, sampling=sampling, end_ids=end_ids, responses_per_prompt=n
-            )
+    def sample(params: Any, prompts: jax.Array, prompt_mask: jax.Array, keys: jax.Array) -> Sampled:
+        def part(rows: tuple[jax.Array, jax.Array, jax.Array]) -> Generation:
+            generated = generate(graphdef, params, *rows, sampling=sampling, end_ids=end_ids, responses_per_prompt=n)
             return jax.tree.map(lambda x: x.reshape(-1, n, *x.shape[1:]), generated)
 
-        rows = (prompts, prompt_mask)
+        rows = (prompts, prompt_mask, keys)
         if num_microbatches == 1:
-            by_prompt = part(rows, key)
+            by_prompt = part(rows)
         else:
-            keyed = microbatches.split(rows, num_microbatches), jax.random.split(key, num_microbatches)
-            by_prompt = microbatches.merge(jax.lax.map(lambda one: part(*one), keyed))
+            by_prompt = microbatches.merge(jax.lax.map(part, microbatches.split(rows, num_microbatches)))
         generated = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), by_prompt)
-        prompts, prompt_mask = (jnp.repeat(x, n, axis=0) for x in rows)
-        return ResponseBatch(prompts, prompt_mask, jnp.where(generated.mask, generated.tokens, 0), generated.mask)
+        prompts, prompt_mask = (jnp.repeat(x, n, axis=0) for x in (prompts, prompt_mask))
+        tokens = jnp.where(generated.mask, generated.tokens, 0)
+        responses = ResponseBatch(prompts, prompt_mask, tokens, generated.mask)
+        return Sampled(responses, generated.log_probs)
 
     return jax.jit(
         sample, in_shardings=(params_sharding, batch_sharding, batch_sharding, None), out_shardings=batch_sharding
@@ -226,7 +240,7 @@ def build_reshard(dtype: str, *, params_sharding: Any, batch_sharding: Any, to_p
     return Reshard(
         params=jax.jit(cast, in_shardings=(params_sharding,), out_shardings=to_params),
         rows=jax.jit(lambda rows: rows, in_shardings=(batch_sharding,), out_shardings=to_batch),
-        back=jax.jit(lambda batch: batch, in_shardings=(to_batch,), out_shardings=batch_sharding),
+        back=jax.jit(lambda sampled: sampled, in_shardings=(to_batch,), out_shardings=batch_sharding),
     )
 
 

@@ -62,7 +62,7 @@ class Policy:
           temperature: divides the logits; 0 is greedy.
           top_k: draw among this many tokens only; 0 for all.
           top_p: draw among the likeliest tokens that reach this probability; 1 for all.
-          seed: sampling seed. The same prompts in the same order and batches give the same responses.
+          seed: sampling seed. A response depends on it, on its prompt and on the place of that among the prompts.
           batch_size: prompts answered at once.
 
         Returns:

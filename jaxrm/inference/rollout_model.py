@@ -121,7 +121,7 @@ def build_sampler(
         responses_per_prompt=responses_per_prompt,
     )
     if rollout_model is policy:
-        return BatchSampler(sample)
+        return BatchSampler(sample, responses_per_prompt=responses_per_prompt)
     reshard = rollout.build_reshard(
         dtype,
         params_sharding=policy.shardings,
@@ -129,4 +129,4 @@ def build_sampler(
         to_params=rollout_model.shardings,
         to_batch=rows,
     )
-    return BatchSampler(sample, reshard)
+    return BatchSampler(sample, reshard, responses_per_prompt)

@@ -12,7 +12,7 @@ from jaxrm.data.responses import Response, response_text
 from jaxrm.errors import UserError, flag, option
 from jaxrm.inference.sharded_model import ShardedModel
 from jaxrm.models.config import ModelConfig
-from jaxrm.models.generate import SamplingConfig, generate
+from jaxrm.models.generate import SamplingConfig, generate, prompt_keys
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -121,7 +121,8 @@ class Sampler:
 
     def _in_batches(self, encoded: list[list[int]], key: jax.Array, batch_size: int) -> Iterator[list[Response]]:
         for start in range(0, len(encoded), batch_size):
-            drawn = self.continue_ids(encoded[start : start + batch_size], jax.random.fold_in(key, start))
+            part = encoded[start : start + batch_size]
+            drawn = self.continue_ids(part, prompt_keys(key, start, len(part)))
             yield [self.text(token_ids) for token_ids in drawn]
 
     def continue_ids(self, prompts: Sequence[Sequence[int]], key: jax.Array) -> list[np.ndarray]:
@@ -129,7 +130,7 @@ class Sampler:
 
         Args:
           prompts: token ids, each short enough to leave room for a response.
-          key: typed PRNG key.
+          key: typed PRNG key of all, or one of each prompt, or ``[B, 1]`` of each response.
         """
         if not prompts:
             return []
@@ -137,6 +138,7 @@ class Sampler:
         longest = max(len(prompt) for prompt in prompts)
         width = min(-(-longest // _LENGTH_BUCKET) * _LENGTH_BUCKET, room)
         height = 1 << (len(prompts) - 1).bit_length()
+        keys = prompt_keys(key, 0, height) if key.ndim == 0 else key[np.minimum(np.arange(height), len(key) - 1)]
         tokens, mask = np.zeros((height, width), np.int32), np.zeros((height, width), bool)
         for row in range(height):
             prompt = prompts[min(row, len(prompts) - 1)]
@@ -147,11 +149,11 @@ class Sampler:
             self._params,
             tokens,
             mask,
-            key,
+            keys,
             sampling=self._sampling,
             end_ids=self._end_ids,
         )
-        responses, response_mask = jax.device_get(out)
+        responses, response_mask, _ = jax.device_get(out)
         return [responses[row][response_mask[row]] for row in range(len(prompts))]
 
     def text(self, tokens: Sequence[int] | np.ndarray) -> Response:

@@ -45,10 +45,14 @@ class Generation(NamedTuple):
     Attributes:
       tokens: ``[B, max_new_tokens]`` int32; after the end, whatever was there.
       mask: ``[B, max_new_tokens]`` bool, True on tokens of the response, its EOS included.
+      log_probs: ``[B, max_new_tokens]`` float32, log-prob of each token of the response under
+        ``softmax(logits / temperature)``, before top-k and top-p, as it was computed to draw it; 0 outside the mask.
+        Greedy tokens have those of temperature 1.
     """
 
     tokens: jax.Array
     mask: jax.Array
+    log_probs: jax.Array
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "sampling", "end_ids", "responses_per_prompt"))
@@ -73,7 +77,11 @@ def generate(
       params: its parameters.
       prompts: ``[B, P]`` int32, padded on the left.
       prompt_mask: ``[B, P]`` bool, False on padding.
-      key: typed PRNG key. Token ``t`` is drawn with ``fold_in(key, t)``, whatever the length limit.
+      key: typed PRNG keys: ``[B]`` of each prompt, ``[B, n]`` of each response, or ``[]``, from which prompt ``b`` has
+        ``fold_in(key, b)``. Response ``i`` of a prompt has ``fold_in(key of the prompt, i)``, and its token ``t`` is
+        drawn with ``fold_in(key of the response, t)``, whatever the length limit. So a response depends on its prompt
+        and key alone. Its batch and the mesh change how sums round, in float32 by about 1e-6, and so in rare cases
+        which of two tokens is drawn.
       sampling: see ``SamplingConfig``.
       end_ids: ids that end a response.
       responses_per_prompt: n. The prompts are read, and their keys and values stored, once for all n.
@@ -83,7 +91,7 @@ def generate(
     """
     chex.assert_equal_shape([prompts, prompt_mask])
     n, P, T = responses_per_prompt, prompts.shape[1], sampling.max_new_tokens
-    B = prompts.shape[0] * n
+    B, keys = prompts.shape[0] * n, response_keys(key, prompts.shape[0], n).reshape(-1)
     model = nnx.merge(graphdef, params)
     positions = positions_from_mask(prompt_mask)
     segment_ids, size = prompt_mask.astype(jnp.int32), P + T if n == 1 else P
@@ -96,8 +104,8 @@ def generate(
     head = model.decode_head()
     ends = jnp.asarray(end_ids, jnp.int32)
 
-    def draw(hidden: jax.Array, t: jax.Array) -> jax.Array:
-        return sample(model.logits(hidden, head), jax.random.fold_in(key, t), sampling)
+    def draw(hidden: jax.Array, t: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return sample(model.logits(hidden, head), jax.vmap(jax.random.fold_in, (0, None))(keys, t), sampling)
 
     def is_end(token: jax.Array) -> jax.Array:
         return jnp.any(token[:, None] == ends[None], axis=1)
@@ -108,6 +116,7 @@ def generate(
         alive: jax.Array
         tokens: jax.Array
         mask: jax.Array
+        log_probs: jax.Array
         past: cache_lib.Cache
 
     def unfinished(carry: Carry) -> jax.Array:
@@ -118,10 +127,11 @@ def generate(
         return emit(hidden[:, 0], carry._replace(past=past))
 
     def emit(hidden: jax.Array, carry: Carry) -> Carry:
-        token = draw(hidden, carry.t)
-        tokens = jax.lax.dynamic_update_index_in_dim(carry.tokens, token, carry.t, axis=1)
-        mask = jax.lax.dynamic_update_index_in_dim(carry.mask, carry.alive, carry.t, axis=1)
-        return Carry(carry.t + 1, token, carry.alive & ~is_end(token), tokens, mask, carry.past)
+        token, log_prob = draw(hidden, carry.t)
+        write = functools.partial(jax.lax.dynamic_update_index_in_dim, index=carry.t, axis=1)
+        tokens, mask = write(carry.tokens, token), write(carry.mask, carry.alive)
+        log_probs = write(carry.log_probs, jnp.where(carry.alive, log_prob, 0.0))
+        return Carry(carry.t + 1, token, carry.alive & ~is_end(token), tokens, mask, log_probs, carry.past)
 
     empty = Carry(
         jnp.zeros((), jnp.int32),
@@ -129,19 +139,53 @@ def generate(
         jnp.ones((B,), bool),
         jnp.zeros((B, T), jnp.int32),
         jnp.zeros((B, T), bool),
+        jnp.zeros((B, T), jnp.float32),
         past,
     )
     end = jax.lax.while_loop(unfinished, one_token, emit(last, empty))
     # Whole on every device, so that any process can read them.
-    return Generation(model.constrain(end.tokens, (None, None)), model.constrain(end.mask, (None, None)))
+    return Generation(*(model.constrain(x, (None, None)) for x in (end.tokens, end.mask, end.log_probs)))
 
 
-def sample(logits: jax.Array, key: jax.Array, sampling: SamplingConfig) -> jax.Array:
-    """Draw one token id ``[B]`` from ``logits [B, V]`` float32."""
+@functools.partial(jax.jit, static_argnames="count")
+def prompt_keys(key: jax.Array, first: int, count: int) -> jax.Array:
+    """Keys ``[count]`` of the prompts from number ``first`` on: ``fold_in(key, number)``."""
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, first + jnp.arange(count))
+
+
+@functools.partial(jax.jit, static_argnames=("num_prompts", "n"))
+def response_keys(key: jax.Array, num_prompts: int, n: int) -> jax.Array:
+    """Keys ``[num_prompts, n]`` of the n responses to each prompt; ``key`` as in `generate`."""
+    if key.ndim == 0:
+        key = prompt_keys(key, 0, num_prompts)
+    if key.ndim == 1:
+        key = jax.vmap(lambda one: prompt_keys(one, 0, n))(key)
+    assert key.shape == (num_prompts, n), (key.shape, num_prompts, n)
+    return key
+
+
+def sample(logits: jax.Array, keys: jax.Array, sampling: SamplingConfig) -> tuple[jax.Array, jax.Array]:
+    """Draw a token for each row.
+
+    Args:
+      logits: ``[B, V]`` float32.
+      keys: ``[B]`` typed PRNG keys.
+      sampling: see `SamplingConfig`.
+
+    Returns:
+      Token ids ``[B]`` int32, and their log-probs ``[B]`` float32, see `Generation`.
+    """
     chex.assert_rank(logits, 2)
+    scaled = logits / (sampling.temperature or 1.0)
+    token = _draw(scaled, keys, sampling)
+    drawn = jnp.take_along_axis(scaled, token[:, None], axis=1)[:, 0]
+    return token, drawn - jax.nn.logsumexp(scaled, axis=1)
+
+
+def _draw(logits: jax.Array, keys: jax.Array, sampling: SamplingConfig) -> jax.Array:
+    """Token ids ``[B]`` from tempered logits."""
     if sampling.temperature == 0:
         return _pick(logits, jnp.max, (jnp.argmax, jnp.argmax))
-    logits = logits / sampling.temperature
     if sampling.top_k:
         kth = jax.lax.top_k(logits, min(sampling.top_k, logits.shape[-1]))[0][:, -1:]
         logits = jnp.where(logits >= kth, logits, -jnp.inf)
@@ -151,8 +195,13 @@ def sample(logits: jax.Array, key: jax.Array, sampling: SamplingConfig) -> jax.A
         reached = jnp.cumsum(probs, axis=-1) - probs  # of the tokens before it; the first is always kept
         last = jnp.min(jnp.where(reached < sampling.top_p, ordered, jnp.inf), axis=-1, keepdims=True)
         logits = jnp.where(logits >= last, logits, -jnp.inf)
-    draws = [functools.partial(jax.random.categorical, part) for part in jax.random.split(key)]
+    parts = jax.vmap(jax.random.split)(keys)
+    draws = [functools.partial(_categorical, parts[:, i]) for i in range(2)]
     return _pick(logits, jax.nn.logsumexp, draws)
+
+
+def _categorical(keys: jax.Array, logits: jax.Array, *, axis: int) -> jax.Array:
+    return jax.vmap(functools.partial(jax.random.categorical, axis=axis))(keys, logits)
 
 
 def _pick(logits: jax.Array, merge: Callable[..., jax.Array], choose: Sequence[Callable[..., jax.Array]]) -> jax.Array:

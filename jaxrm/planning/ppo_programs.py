@@ -82,7 +82,8 @@ def _rollout(stage: PPOStage) -> list[Program]:
         stage.rows((num_prompts, stage.prompt_length), dtype, mesh=rollout_model.mesh)
         for dtype in (jnp.int32, jnp.bool_)
     ]
-    key = jax.eval_shape(lambda: jax.random.key(0))
+    n = stage.config.rollout.responses_per_prompt
+    key = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), (num_prompts, n)))
     key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=NamedSharding(rollout_model.mesh, PartitionSpec()))
     programs.append(
         Program(

@@ -4,7 +4,6 @@ Two responses to a prompt are sampled and the task's annotator, who is noisy and
 prefers. So the pairs hold the errors that this policy makes, which is what a reward model has to learn about.
 """
 
-import itertools
 import json
 import random
 from collections.abc import Sequence
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from jaxrm import atomic
 from jaxrm.data import tasks
@@ -127,22 +127,22 @@ def _read_pairs(path: str) -> list[PreferenceRecord]:
 
 def _sample(config: Any, sampler: Sampler, task: str, records: Sequence[PreferenceRecord]) -> list[dict[str, Any]]:
     """Pairs of two different responses to each prompt; a prompt whose draws are all the same gives none."""
-    settings, key = config.pairs, jax.random.key(config.seed)
+    settings, key, fold_in = config.pairs, jax.random.key(config.seed), jax.vmap(jax.random.fold_in)
     rng = random.Random(f"pairs {config.seed}")
     show = config.logging.progress
     # Every prompt twice, and again those whose answers were all the same: batches stay full and of one shape.
     waiting = [i for i in range(len(records)) for _ in range(2)]
     draws: list[list[str]] = [[] for _ in records]
     with Progress("sample pairs", len(records), unit="prompts", enabled=show) as progress:
-        for number in itertools.count():
+        while waiting:
             now, waiting = waiting[: settings.batch_size], waiting[settings.batch_size :]
-            responses = sampler.respond([records[i].prompt for i in now], jax.random.fold_in(key, number))
+            numbers = [len(draws[i]) + now[:place].count(i) for place, i in enumerate(now)]
+            keys = fold_in(fold_in(jnp.broadcast_to(key, len(now)), jnp.asarray(now)), jnp.asarray(numbers))[:, None]
+            responses = sampler.respond([records[i].prompt for i in now], keys)
             for i, response in zip(now, responses, strict=True):
                 draws[i].append(response)
             waiting += [i for i in dict.fromkeys(now) if 1 < len(draws[i]) <= _ATTEMPTS and len(set(draws[i])) == 1]
             progress.update(len(records) - len(set(waiting)))
-            if not waiting:
-                break
     rows: list[dict[str, Any]] = []
     for record, drawn in zip(records, draws, strict=True):
         first = drawn[0]

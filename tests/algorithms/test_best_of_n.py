@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from jaxrm.algorithms.best_of_n import BestOfNConfig, best_of_n, kl_bound
+from jaxrm.algorithms.rollout import Sampled
 from jaxrm.algorithms.scoring import as_token_rewards
 from jaxrm.errors import UserError
 from jaxrm.ops import reward_scaling, token_rewards
@@ -15,6 +16,7 @@ from jaxrm.ops.reward_kinds import KINDS
 from jaxrm.types import ResponseBatch
 
 KEY = jax.random.key(3)
+KEYS = jax.random.split(KEY, 3)
 PROMPTS, MASK = np.array([[0, 1], [2, 3], [0, 4]], np.int32), np.array([[0, 1], [1, 1], [0, 1]], bool)
 
 
@@ -24,12 +26,13 @@ def policy(draws):
 
     def respond(params, prompts, mask, key):
         i = len(keys)
-        keys.append(key)
+        keys.append(key[:, 0])
         kept = np.arange(4)[None, :] <= i
         responses = np.where(kept, np.asarray(draws[i], np.int32)[:, None], 0)
-        return ResponseBatch(
+        batch = ResponseBatch(
             jnp.asarray(prompts), jnp.asarray(mask), jnp.asarray(responses), jnp.asarray(np.broadcast_to(kept, (3, 4)))
         )
+        return Sampled(batch, jnp.zeros((3, 4)))
 
     return respond, keys
 
@@ -44,7 +47,7 @@ def by_token(batch):
 
 def test_the_highest_sum_wins_each_row_and_ties_go_to_the_first():
     respond, keys = policy([[5, 2, 7], [6, 2, 1], [6, 1, 7], [3, 2, 2]])
-    best = jax.device_get(best_of_n(respond, by_token, 4)("params", PROMPTS, MASK, KEY))
+    best = jax.device_get(best_of_n(respond, by_token, 4)("params", PROMPTS, MASK, KEYS))
     np.testing.assert_array_equal(best.rewards, [6, 2, 7])
     np.testing.assert_array_equal(best.candidate_rewards, [[5, 6, 6, 3], [2, 2, 1, 2], [7, 1, 7, 2]])
     # Response i has i + 1 tokens, so that which of equal ones won can be seen.
@@ -53,16 +56,18 @@ def test_the_highest_sum_wins_each_row_and_ties_go_to_the_first():
     np.testing.assert_array_equal(best.token_rewards.rewards, [[0, 6, 0, 0], [2, 0, 0, 0], [7, 0, 0, 0]])
     np.testing.assert_array_equal(best.first.responses[:, 0], [5, 2, 7])
     np.testing.assert_array_equal(best.responses.prompts, PROMPTS)
-    expected = [jax.random.fold_in(KEY, i) for i in range(4)]
-    assert [jax.random.key_data(key).tolist() for key in keys] == [jax.random.key_data(k).tolist() for k in expected]
+    expected = [[jax.random.fold_in(key, i) for key in KEYS] for i in range(4)]
+    assert [jax.random.key_data(key).tolist() for key in keys] == [
+        [jax.random.key_data(one).tolist() for one in row] for row in expected
+    ]
 
 
 def test_the_best_of_one_is_the_plain_sample():
     """More draws begin with that sample."""
     drawn = []
-    ones = best_of_n(policy([[5, 2, 7]])[0], by_token, 1, drawn=drawn.append)("params", PROMPTS, MASK, KEY)
-    many = best_of_n(policy([[5, 2, 7], [6, 1, 8]])[0], by_token, 2, drawn=drawn.append)("params", PROMPTS, MASK, KEY)
-    plain = policy([[5, 2, 7]])[0]("params", PROMPTS, MASK, jax.random.fold_in(KEY, 0))
+    ones = best_of_n(policy([[5, 2, 7]])[0], by_token, 1, drawn=drawn.append)("params", PROMPTS, MASK, KEYS)
+    many = best_of_n(policy([[5, 2, 7], [6, 1, 8]])[0], by_token, 2, drawn=drawn.append)("params", PROMPTS, MASK, KEYS)
+    plain = policy([[5, 2, 7]])[0]("params", PROMPTS, MASK, KEYS[:, None]).responses
     for mine in (ones.responses, ones.first, many.first):
         for name in ("responses", "response_mask", "prompts", "prompt_mask"):
             np.testing.assert_array_equal(getattr(mine, name), getattr(plain, name))
@@ -78,14 +83,14 @@ def test_a_reward_that_is_no_number_never_takes_a_place():
         bad = jnp.where(batch.responses[:, 0] == 6, jnp.nan, found.diagnostics["sum"])
         return type(found)(found.rewards, found.values, found.tags, found.mask, found.diagnostics | {"sum": bad})
 
-    best = best_of_n(policy(draws)[0], score, 2)("params", PROMPTS, MASK, KEY)
+    best = best_of_n(policy(draws)[0], score, 2)("params", PROMPTS, MASK, KEYS)
     np.testing.assert_array_equal(best.rewards, [5, 2, 7])
 
 
 def test_the_reward_of_the_winner_never_falls_with_n():
     rng = np.random.default_rng(0)
     draws = rng.integers(1, 100, (8, 3))
-    found = [best_of_n(policy(draws)[0], by_token, n)("params", PROMPTS, MASK, KEY).rewards for n in range(1, 9)]
+    found = [best_of_n(policy(draws)[0], by_token, n)("params", PROMPTS, MASK, KEYS).rewards for n in range(1, 9)]
     np.testing.assert_array_equal(np.array(found), np.maximum.accumulate(draws, axis=0))
 
 

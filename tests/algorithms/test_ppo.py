@@ -34,6 +34,7 @@ from jaxrm.algorithms.ppo_config import PPOConfig
 from jaxrm.algorithms.ppo_state import PPOBatch, RewardAndKLState, steps_of
 from jaxrm.algorithms.rollout import TokenLogProbs, build_sample
 from jaxrm.errors import UserError
+from jaxrm.models.generate import response_keys
 from jaxrm.ops import reward_scaling, token_rewards
 from jaxrm.ops.reward_kinds import KINDS
 from jaxrm.runtime.checkpoint import Checkpoints
@@ -94,8 +95,9 @@ def test_draws_at_a_temperature_have_the_log_probs_of_training():
     config = experiment(temperature=0.7, batch_size=2048, new_tokens=1)
     s = Setup(config)
     prompts = jnp.tile(jnp.asarray([[2, 3, 4, 5, 6]], jnp.int32), (2048, 1))
-    batch = s.programs.rollout(s.reference, prompts, jnp.ones((2048, P), bool), KEY)
+    batch, log_probs = s.programs.rollout(s.reference, prompts, jnp.ones((2048, P), bool), KEY)
     probability = np.exp(np.asarray(s.log_probs(batch).log_probs[:, 0]))
+    np.testing.assert_allclose(np.exp(log_probs[:, 0]), probability, rtol=1e-5)
     drawn = np.asarray(batch.responses[:, 0])
     checked = 0
     for token in range(16):
@@ -406,9 +408,9 @@ def test_responses_to_a_prompt_lie_next_to_each_other():
     s = Setup(dataclasses.replace(config, rollout=rollout), EIGHT)
     rng, rows = np.random.default_rng(0), jax.NamedSharding(s.mesh, jax.P(("data", "fsdp")))
     prompts = rng.integers(2, 16, (8, P)).astype(np.int32), np.arange(P)[None] >= rng.integers(0, 3, (8, 1))
-    batch = s.programs.rollout(s.reference, *jax.device_put(prompts, rows), KEY)
+    batch = s.programs.rollout(s.reference, *jax.device_put(prompts, rows), KEY).responses
     alone = s.learner.sampler(config.rollout.sampling)
-    alone = alone(s.reference, *jax.device_put([np.tile(x, (4, 1)) for x in prompts], rows), KEY)
+    alone = alone(s.reference, *jax.device_put([np.tile(x, (4, 1)) for x in prompts], rows), KEY).responses
     assert batch.responses.shape == (32, T) and batch.responses.sharding.is_equivalent_to(rows, 2)
     for name in ("prompts", "prompt_mask", "responses", "response_mask"):
         np.testing.assert_array_equal(getattr(batch, name), np.repeat(getattr(alone, name)[:8], 4, axis=0), name)
@@ -464,9 +466,10 @@ def test_a_policy_samples_alike_on_another_layout_of_devices(rollout_model):
     asked = Rows(plain.config, plain.mesh).place(1)
     sampler = other.programs.rollout
     before = len(jax.live_arrays())
-    batch = jax.block_until_ready(sampler(other.reference, *asked, KEY))
-    assert len(jax.live_arrays()) == before + len(jax.tree.leaves(batch))
-    expected = plain.programs.rollout(plain.reference, *asked, KEY)
+    batch, log_probs = jax.block_until_ready(sampler(other.reference, *asked, KEY))
+    assert len(jax.live_arrays()) == before + len(jax.tree.leaves((batch, log_probs)))
+    expected, expected_log_probs = plain.programs.rollout(plain.reference, *asked, KEY)
+    np.testing.assert_allclose(log_probs, expected_log_probs, atol=1e-5)
     np.testing.assert_array_equal(batch.responses, expected.responses)
     np.testing.assert_array_equal(batch.response_mask, expected.response_mask)
     assert batch.responses.sharding == expected.responses.sharding
@@ -477,8 +480,7 @@ def test_a_policy_samples_alike_on_another_layout_of_devices(rollout_model):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mesh", [ONE, EIGHT], ids=["one device", "eight"])
-def test_prompts_answered_in_parts_have_a_key_each(mesh):
-    """Part ``i`` has the rows ``i, i + 2, ...``, and the responses come back in the order of the prompts."""
+def test_prompts_answered_in_parts_are_answered_alike(mesh):
     s = Setup(experiment(), mesh)
     build = functools.partial(
         build_sample,
@@ -489,12 +491,12 @@ def test_prompts_answered_in_parts_have_a_key_each(mesh):
         batch_sharding=partition.batch_sharding(s.mesh),
     )
     prompts, mask = map(np.asarray, Rows(s.config, s.mesh).place(1))
-    batch = build(num_microbatches=2)(s.reference, prompts, mask, KEY)
-    np.testing.assert_array_equal(batch.prompts, prompts)
-    for part, key in enumerate(jax.random.split(KEY)):
-        alone = build()(s.reference, prompts[part::2], mask[part::2], key)
-        np.testing.assert_array_equal(batch.responses[part::2], alone.responses)
-        np.testing.assert_array_equal(batch.response_mask[part::2], alone.response_mask)
+    keys = response_keys(KEY, len(prompts), 1)
+    parts, whole = (build(num_microbatches=n)(s.reference, prompts, mask, keys) for n in (2, 1))
+    np.testing.assert_array_equal(parts.responses.prompts, prompts)
+    np.testing.assert_array_equal(parts.responses.responses, whole.responses.responses)
+    np.testing.assert_array_equal(parts.responses.response_mask, whole.responses.response_mask)
+    np.testing.assert_allclose(parts.log_probs, whole.log_probs, atol=1e-5)
 
 
 def test_a_copy_to_answer_with_is_in_the_compute_dtype():

@@ -15,7 +15,7 @@ from jaxrm.errors import UserError
 from jaxrm.inference.sharded_model import shard_model
 from jaxrm.models.build import ModelSource
 from jaxrm.models.config import PRESETS
-from jaxrm.models.generate import SamplingConfig, check_on_policy, generate, sample
+from jaxrm.models.generate import SamplingConfig, check_on_policy, generate, response_keys, sample
 from jaxrm.models.transformer import Decoder, positions_from_mask
 from jaxrm.sharding.mesh import MeshConfig, build_mesh
 from jaxrm.types import ResponseBatch
@@ -30,6 +30,10 @@ def model_and_prompts():
     prompts = jnp.asarray(np.random.default_rng(0).integers(0, 61, (3, 6)), jnp.int32)
     mask = jnp.arange(6)[None] >= jnp.asarray([0, 3, 5])[:, None]
     return graphdef, nnx.to_pure_dict(params), prompts, mask
+
+
+def keys_of(seed, count):
+    return jax.random.split(jax.random.key(seed), count)
 
 
 def test_greedy_tokens_are_the_argmax_of_the_full_forward():
@@ -91,6 +95,18 @@ def test_samples_depend_on_the_key_alone():
     assert (other.tokens != cut.tokens).any()
 
 
+def test_a_response_depends_on_no_neighbor():
+    """One row of a batch alone, by its key and by that of its prompt; log-probs are those of the training forward."""
+    graphdef, params, prompts, mask = model_and_prompts()
+    sampled = functools.partial(generate, graphdef, params, sampling=SamplingConfig(9, temperature=0.7), end_ids=(7,))
+    got, keys = sampled(prompts, mask, jax.random.key(3)), response_keys(jax.random.key(3), 3, 1)
+    alone = sampled(prompts[1:2], mask[1:2], keys[1:2])
+    np.testing.assert_array_equal(alone.tokens[0][alone.mask[0]], got.tokens[1][got.mask[1]])
+    responses = ResponseBatch(prompts, mask, jnp.where(got.mask, got.tokens, 0), got.mask)
+    expected = reading.response_statistics(graphdef, params, responses, None, temperature=0.7).log_probs
+    np.testing.assert_allclose(got.log_probs, jnp.where(got.mask, expected, 0), atol=1e-5)
+
+
 def test_bfloat16_decoding_reads_no_float32_weights():
     graphdef, params = jax.eval_shape(lambda: nnx.split(Decoder(TINY, rngs=nnx.Rngs(0), dtype=jnp.bfloat16)))
     ids, mask = jax.ShapeDtypeStruct((3, 6), jnp.int32), jax.ShapeDtypeStruct((3, 6), bool)
@@ -99,7 +115,8 @@ def test_bfloat16_decoding_reads_no_float32_weights():
     (loop,) = [eqn for eqn in traced.jaxpr.eqns if eqn.primitive.name == "while"]
     read = [v.aval for v in loop.invars if jnp.issubdtype(v.aval.dtype, jnp.floating) and v.aval.ndim > 1]
     assert sum(x.dtype == jnp.bfloat16 for x in read) == 2 * 7 + 2 * 2 + 1  # projections and cache of 2 layers, head
-    assert [x.shape for x in read if x.dtype == jnp.float32] == [(61, 32)]  # rows are looked up in it
+    weights = [x.shape for x in read if x.dtype == jnp.float32 and x.shape != (3, 5)]  # log-probs apart
+    assert weights == [(61, 32)]  # rows are looked up in it
 
 
 @pytest.mark.parametrize("n", [1, 3], ids=["a response a prompt", "three"])
@@ -135,18 +152,21 @@ def windowed():
 
 @pytest.mark.parametrize("config", [TINY, windowed()], ids=["all see all", "a window"])
 def test_responses_that_share_a_prompt_are_as_with_their_own(config):
-    """The same draws from the same key, as the prompts were written n times; greedily, what the prompt alone gets."""
+    """The same draws from the same keys, as the prompts were written n times; greedily, what the prompt alone gets."""
     _, _, prompts, mask = model_and_prompts()
     graphdef, params = jax.jit(lambda: nnx.split(Decoder(config, rngs=nnx.Rngs(0))))()
-    draw = functools.partial(generate, graphdef, nnx.to_pure_dict(params), key=jax.random.key(3), end_ids=(7,))
+    draw = functools.partial(generate, graphdef, nnx.to_pure_dict(params), end_ids=(7,))
+    keys = response_keys(jax.random.key(3), 3, 4)
     sampling, greedy = (SamplingConfig(max_new_tokens=8, temperature=temperature) for temperature in (1.0, 0.0))
-    shared = draw(prompts, mask, sampling=sampling, responses_per_prompt=4)
-    repeated = draw(*(jnp.repeat(x, 4, axis=0) for x in (prompts, mask)), sampling=sampling)
-    jax.tree.map(np.testing.assert_array_equal, shared, repeated)
+    shared = draw(prompts, mask, jax.random.key(3), sampling=sampling, responses_per_prompt=4)
+    repeated = draw(*(jnp.repeat(x, 4, axis=0) for x in (prompts, mask)), keys.reshape(-1, 1), sampling=sampling)
+    np.testing.assert_array_equal(shared.tokens, repeated.tokens)
+    np.testing.assert_array_equal(shared.mask, repeated.mask)
+    np.testing.assert_allclose(shared.log_probs, repeated.log_probs, atol=1e-5)
     assert all(len({tuple(row) for row in group.tolist()}) == 4 for group in shared.tokens.reshape(3, 4, 8))
 
-    alone = draw(prompts, mask, sampling=greedy)
-    together = draw(prompts, mask, sampling=greedy, responses_per_prompt=2)
+    alone = draw(prompts, mask, keys[:, 0], sampling=greedy)
+    together = draw(prompts, mask, keys[:, 0], sampling=greedy, responses_per_prompt=2)
     np.testing.assert_array_equal(together.tokens, jnp.repeat(alone.tokens, 2, axis=0))
     np.testing.assert_array_equal(together.mask, jnp.repeat(alone.mask, 2, axis=0))
 
@@ -167,18 +187,19 @@ def test_a_shared_prompt_has_one_set_of_keys_in_memory():
 
 def test_samples_follow_the_tempered_distribution():
     logits = jnp.tile(jnp.log(jnp.asarray([[0.6, 0.3, 0.1]])), (20_000, 1))
-    drawn = sample(logits, jax.random.key(1), SamplingConfig(temperature=0.5))
+    drawn, log_probs = sample(logits, keys_of(1, 20_000), SamplingConfig(temperature=0.5))
     want = np.asarray([0.36, 0.09, 0.01]) / 0.46
     np.testing.assert_allclose(np.bincount(drawn, minlength=3) / 20_000, want, atol=0.015)
+    np.testing.assert_allclose(np.exp(log_probs), want[drawn], rtol=1e-5)
 
 
 def test_top_k_and_top_p_keep_the_likeliest():
     logits = jnp.tile(jnp.log(jnp.asarray([[0.1, 0.5, 0.15, 0.25]])), (2000, 1))
-    key = jax.random.key(2)
-    assert set(np.unique(sample(logits, key, SamplingConfig(top_k=2)))) == {1, 3}
-    assert set(np.unique(sample(logits, key, SamplingConfig(top_p=0.6)))) == {1, 3}
-    assert set(np.unique(sample(logits, key, SamplingConfig(top_p=0.05)))) == {1}
-    assert set(np.unique(sample(logits, key, SamplingConfig()))) == {0, 1, 2, 3}
+    keys = keys_of(2, 2000)
+    assert set(np.unique(sample(logits, keys, SamplingConfig(top_k=2))[0])) == {1, 3}
+    assert set(np.unique(sample(logits, keys, SamplingConfig(top_p=0.6))[0])) == {1, 3}
+    assert set(np.unique(sample(logits, keys, SamplingConfig(top_p=0.05))[0])) == {1}
+    assert set(np.unique(sample(logits, keys, SamplingConfig())[0])) == {0, 1, 2, 3}
 
 
 def test_every_part_of_a_vocabulary_is_drawn_by_its_probability():
@@ -186,7 +207,7 @@ def test_every_part_of_a_vocabulary_is_drawn_by_its_probability():
     logits = np.random.default_rng(5).normal(size=300).astype(np.float32) * 2
     logits[128:256] = -np.inf
     rows = jnp.tile(jnp.asarray(logits)[None], (50_000, 1))
-    drawn = np.bincount(sample(rows, jax.random.key(1), SamplingConfig()), minlength=300) / 50_000
+    drawn = np.bincount(sample(rows, keys_of(1, 50_000), SamplingConfig())[0], minlength=300) / 50_000
     want = np.exp(logits) / np.exp(logits).sum()
     assert drawn.shape == (300,) and not drawn[128:256].any()
     # a frequency's standard error is sqrt(p (1 - p) / n)
@@ -195,7 +216,7 @@ def test_every_part_of_a_vocabulary_is_drawn_by_its_probability():
 
 def test_greedy_takes_the_first_of_the_likeliest():
     logits = np.random.default_rng(6).integers(0, 40, (64, 300)).astype(np.float32)  # many ties
-    greedy = sample(jnp.asarray(logits), jax.random.key(0), SamplingConfig(temperature=0.0))
+    greedy, _ = sample(jnp.asarray(logits), keys_of(0, 64), SamplingConfig(temperature=0.0))
     np.testing.assert_array_equal(greedy, logits.argmax(axis=1))
 
 
@@ -245,7 +266,7 @@ def test_log_probs_are_those_that_tokens_are_drawn_with():
     model = nnx.merge(graphdef, params)
     hidden = model(prompts, positions=positions_from_mask(mask), segment_ids=mask.astype(jnp.int32))[:1, -1]
     rows = jnp.broadcast_to(model.logits(hidden), (30_000, 61))
-    drawn = np.bincount(sample(rows, jax.random.key(0), SamplingConfig()), minlength=61) / 30_000
+    drawn = np.bincount(sample(rows, keys_of(0, 30_000), SamplingConfig())[0], minlength=61) / 30_000
     responses = ResponseBatch(
         jnp.tile(prompts[:1], (12, 1)), jnp.tile(mask[:1], (12, 1)), jnp.arange(12)[:, None], jnp.ones((12, 1), bool)
     )

@@ -3,7 +3,7 @@
 import functools
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,12 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxrm import atomic
-from jaxrm.algorithms.best_of_n import Best, Score, best_of_n
+from jaxrm.algorithms.best_of_n import Best, SampleFn, Score, best_of_n
 from jaxrm.algorithms.reward_config import naming_source, weights_of
 from jaxrm.data import tasks
 from jaxrm.data.prompts import PromptExample
 from jaxrm.errors import UserError, flag
+from jaxrm.models.generate import prompt_keys
 from jaxrm.runtime.metrics import read_rows, remove_rows_after
 from jaxrm.runtime.preemption import StoppedError, StopRequest, agree, catch_signals
 from jaxrm.runtime.progress import Progress
@@ -26,7 +27,6 @@ from jaxrm.stages.best_of_n.report import candidate_rows, lines_of
 from jaxrm.stages.inputs.prompts import fixed_batches
 from jaxrm.stages.rewards.calibration import calibration_as_numbers, calibration_from_numbers, not_finite
 from jaxrm.stages.stage import Stage, judge_of
-from jaxrm.types import ResponseBatch
 
 CANDIDATES = "candidates.jsonl"
 _START = "best_of_n.json"  # calibration, and what the candidates were drawn from
@@ -41,7 +41,7 @@ class Draws:
       folder: of the run.
       examples: the prompts.
       prompt_length: tokens that they are padded to.
-      sample: ``(params, prompts [B, P], prompt_mask [B, P], key) -> ResponseBatch``.
+      sample: see `jaxrm.algorithms.rollout.BatchSampler`.
       params: of the policy.
       score: token rewards of responses, calibrated.
       key: of all draws.
@@ -51,7 +51,7 @@ class Draws:
     folder: RunFolder
     examples: Sequence[PromptExample]
     prompt_length: int
-    sample: Callable[[Any, jax.Array, jax.Array, jax.Array], ResponseBatch]
+    sample: SampleFn
     params: Any
     score: Score
     key: jax.Array
@@ -145,8 +145,8 @@ def _draw_batch(
     watch = functools.partial(_watch, stop, progress, number * batch_size * n, batch_size)
     select = best_of_n(draws.sample, lambda batch: draws.score(prompts.with_records(batch)), n, drawn=watch)
     gather = jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, PartitionSpec()))  # whole for every process
-    key = jax.random.fold_in(draws.key, number)
-    return jax.device_get(gather(select(draws.params, prompts.tokens, prompts.mask, key)))
+    keys = prompt_keys(draws.key, number * batch_size, batch_size)
+    return jax.device_get(gather(select(draws.params, prompts.tokens, prompts.mask, keys)))
 
 
 def _rows(stage: Stage, number: int, examples: Sequence[PromptExample], best: Best) -> list[dict[str, Any]]:

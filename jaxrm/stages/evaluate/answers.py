@@ -11,13 +11,14 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxrm.algorithms import reading
-from jaxrm.algorithms.best_of_n import best_of_n
+from jaxrm.algorithms.best_of_n import SampleFn, best_of_n
 from jaxrm.algorithms.reward_config import source_fields
 from jaxrm.algorithms.summed_rewards import means_of_rows
 from jaxrm.data import tasks
 from jaxrm.data.prompts import PromptExample, transcript
 from jaxrm.data.tokenizer import token_texts
 from jaxrm.inference import sharded_model
+from jaxrm.models.generate import prompt_keys
 from jaxrm.stages.inputs.prompts import PlacedPrompts
 from jaxrm.types import ResponseBatch, TokenRewards
 
@@ -39,7 +40,7 @@ class Answers:
 
 
 def draw_answers(
-    respond: Callable[..., ResponseBatch],
+    respond: SampleFn,
     score: Callable[[ResponseBatch], TokenRewards] | None,
     params: Any,
     batches: Sequence[PlacedPrompts],
@@ -52,7 +53,7 @@ def draw_answers(
     """Answer every prompt.
 
     Args:
-      respond: from `jaxrm.algorithms.rollout.build_sampler`.
+      respond: see `jaxrm.algorithms.rollout.BatchSampler`.
       score: token rewards of responses, or None.
       params: of the policy.
       batches: prompts, all of one shape.
@@ -65,14 +66,14 @@ def draw_answers(
     parts: list[tuple[Any, ...]] = []
     scored: TokenRewards | None
     for number, prompts in enumerate(batches):
-        batch_key = jax.random.fold_in(key, number)
+        keys = prompt_keys(key, number * len(prompts.tokens), len(prompts.tokens))
         if best_of > 1:
             assert score is not None
             select = best_of_n(respond, functools.partial(_score, score, prompts), best_of)
-            best = select(params, prompts.tokens, prompts.mask, batch_key)
+            best = select(params, prompts.tokens, prompts.mask, keys)
             batch, scored = best.responses, best.token_rewards
         else:
-            batch = respond(params, prompts.tokens, prompts.mask, batch_key)
+            batch = respond(params, prompts.tokens, prompts.mask, keys).responses
             scored = None if score is None else _score(score, prompts, batch)
         ratio = None if read is None else read(batch)
         rewards = None if scored is None else scored.rewards

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from jaxrm.algorithms.reward_config import has_rewards, weights_of
-from jaxrm.algorithms.rollout import RewardSource
+from jaxrm.algorithms.rollout import BatchSampler, RewardSource
 from jaxrm.data.prompts import PromptExample
 from jaxrm.inference import parameters
 from jaxrm.inference.rollout_model import build_sampler
@@ -20,8 +20,6 @@ from jaxrm.stages.rewards.calibration import PolicyRewards, calibration_of
 from jaxrm.stages.rewards.sources import open_rewards
 from jaxrm.stages.stage import Stage, judge_of
 from jaxrm.types import ResponseBatch, TokenRewards
-
-Sample = Callable[[Any, jax.Array, jax.Array, jax.Array], ResponseBatch]
 
 
 @dataclass(frozen=True)
@@ -43,7 +41,7 @@ class AnswerGenerator:
     stage: Stage
     params: Any
     reference: Any
-    samplers: Mapping[str, Sample]
+    samplers: Mapping[str, BatchSampler]
     score: Callable[[ResponseBatch], TokenRewards] | None
     source: RewardSource | None
     log_ratio: Callable[[Any, Any, ResponseBatch], jax.Array]

@@ -18,6 +18,7 @@ from jaxrm.data import tasks
 from jaxrm.data.prompts import PromptExample, transcript
 from jaxrm.data.responses import response_text
 from jaxrm.data.tokenizer import token_texts
+from jaxrm.models.generate import prompt_keys
 from jaxrm.runtime.metrics import append_row, read_rows
 from jaxrm.runtime.preemption import StoppedError, StopRequest
 from jaxrm.runtime.run_folder import RunFolder
@@ -90,8 +91,8 @@ class PolicyEvaluation:
         critic_params = None if state.critic is None else state.critic.params
         batches: list[tuple[ResponseBatch, TokenLogProbs, TokenRewards]] = []
         for number, prompts in enumerate(stop.checked(self.batches)):
-            key = jax.random.fold_in(self.key, number)
-            batch = self.programs.rollout(decoder_params, prompts.tokens, prompts.mask, key)
+            keys = prompt_keys(self.key, number * len(prompts.tokens), len(prompts.tokens))
+            batch = self.programs.rollout(decoder_params, prompts.tokens, prompts.mask, keys).responses
             token_log_probs = self.programs.log_probs(
                 self.base, state.policy.params, critic_params, self.reference_params, batch
             )

@@ -179,7 +179,7 @@ def _collect(run: PPORun, state: PPOState, key: jax.Array, clock: "_Clock") -> _
     programs, token_log_probs = run.programs, None
     decoder_params = run.learner.decoder_params(run.base, state.policy.params)
     prompts = run.data.next_prompts()
-    batch = clock.time("rollout", programs.rollout, decoder_params, prompts.tokens, prompts.mask, key)
+    batch, _ = clock.time("rollout", programs.rollout, decoder_params, prompts.tokens, prompts.mask, key)
     if _must_stop(run):
         return None
     if programs.one_pass is None:

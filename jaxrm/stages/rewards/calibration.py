@@ -11,11 +11,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxrm.algorithms.ppo import NextCalibration
 from jaxrm.algorithms.reward_config import RewardConfig, naming_source, sources_of
-from jaxrm.algorithms.rollout import RewardSource
+from jaxrm.algorithms.rollout import RewardSource, Sampled
 from jaxrm.data.prompts import PromptExample
 from jaxrm.errors import UserError, flag, option
 from jaxrm.inference.sharded_model import ShardedModel
 from jaxrm.inference.token_scores import policy_log_probs
+from jaxrm.models.generate import prompt_keys
 from jaxrm.ops import reward_scaling
 from jaxrm.ops.reward_kinds import Kind, find_kind
 from jaxrm.ops.reward_scaling import Calibration, uncalibrated
@@ -54,7 +55,7 @@ def calibration_of(
     mesh: Mesh,
     examples: Sequence[PromptExample],
     width: int,
-    sample: Callable[[jax.Array, jax.Array, jax.Array], ResponseBatch],
+    sample: Callable[[jax.Array, jax.Array, jax.Array], Sampled],
     score: Callable[[Any, ResponseBatch], TokenRewards],
     key: jax.Array,
     show: bool,
@@ -68,7 +69,7 @@ def calibration_of(
       mesh: the devices.
       examples: prompts; responses to the first ones are sampled.
       width: that prompts are padded to.
-      sample: prompts, mask and key to a response each.
+      sample: prompts, mask and the key of each to a response each.
       score: `PolicyRewards`, or like it.
       key: typed PRNG key.
       show: draw a bar.
@@ -85,7 +86,8 @@ def calibration_of(
     rewards: list[TokenRewards] = []
     with Progress("calibrate", count, unit="responses", enabled=show) as progress:
         for number, prompts in enumerate(fixed_batches(some, rows, width, mesh)):
-            batch = sample(prompts.tokens, prompts.mask, jax.random.fold_in(key, number))
+            keys = prompt_keys(key, number * rows, rows)
+            batch = sample(prompts.tokens, prompts.mask, keys).responses
             rewards.append(score(uncalibrated_of(config), prompts.with_records(batch)))
             jax.block_until_ready(rewards)
             progress.update((number + 1) * rows)
