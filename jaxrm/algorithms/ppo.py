@@ -215,8 +215,9 @@ class Programs:
       update_critic: the same for the critic; None where it has no trunk of its own.
       reference_log_probs: the part of ``log_probs`` that an update in one pass needs before it.
       mean_rewards: `mean_rewards`, by which a reward that is not finite is seen before the update.
-      one_pass: from `jaxrm.algorithms.train_step.build_joint_step`, in place of ``estimate``, ``minibatch``, ``weigh``,
-        ``update_policy`` and ``update_critic``; None where the config is not one of `ppo_config.is_one_pass`.
+      one_pass: from `jaxrm.algorithms.ppo_one_pass.build_one_pass_step`, in place of ``estimate``, ``minibatch``,
+        ``weigh``, ``update_policy`` and ``update_critic``; None where the config is not one of
+        `ppo_config.is_one_pass`.
     """
 
     rollout: BatchSampler

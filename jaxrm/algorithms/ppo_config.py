@@ -23,8 +23,9 @@ class PPOConfig:
     Attributes:
       advantage: what a token is worth. ``gae`` asks a critic. The others have none, and compare the responses to a
         prompt, ``config.rollout.responses_per_prompt`` of them, with each other (`jaxrm.ops.advantages`): ``rloo``
-        (arXiv 2402.14740) and ``grpo`` (arXiv 2402.03300) from two on; ``reinforce++`` (arXiv 2501.03262) also one
-        alone, since it is whitened over the batch. With ``grpo`` a token without a span, of the kind ``spans``,
+        (arXiv 2402.14740; its KL counts token by token, so only with ``kl_coef=0`` as published) and ``grpo`` (arXiv
+        2402.03300) from two on; ``reinforce++`` (arXiv 2501.03262) also one alone, since it is whitened over the
+        batch. With ``grpo`` a token without a span, of the kind ``spans``,
         counts as a reward of 0, and so gets the mean taken off.
       num_epochs: passes over each rollout.
       num_minibatches: updates in a pass, each on its share of the responses.

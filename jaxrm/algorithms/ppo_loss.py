@@ -25,15 +25,7 @@ def policy_loss(networks: Networks, config: PPOConfig) -> LossFn:
     """
 
     def loss_fn(params: Any, batch: PPOBatch, key: jax.Array) -> Any:
-        token, values = networks.read_policy(params, batch.rollout.responses)
-        (total, weight), aux = policy_terms(token, batch.rollout, config)
-        if values is not None:
-            (value_sum, _), critic_aux = value_terms(values, batch.rollout, config)
-            total, aux = total + config.value_coef * value_sum, aux | critic_aux
-        if batch.ptx is not None and batch.ptx_weight is not None:
-            ptx_sum, aux["ptx_loss"] = ptx_terms(networks, params, batch.ptx, batch.ptx_weight, key)
-            total += config.ptx_coef * ptx_sum
-        return (total, weight), aux
+        return policy_sum(networks, config, params, networks.read_policy(params, batch.rollout.responses), batch, key)
 
     return loss_fn
 
@@ -51,6 +43,35 @@ def critic_loss(networks: Networks, config: PPOConfig) -> LossFn:
         return value_terms(values, batch.rollout, config)
 
     return loss_fn
+
+
+def policy_sum(
+    networks: Networks,
+    config: PPOConfig,
+    params: Any,
+    reading: tuple[TokenStatistics, jax.Array | None],
+    batch: PPOBatch,
+    key: jax.Array,
+) -> tuple[Sum, dict[str, Sum]]:
+    """The policy's loss and its aux, see `policy_loss`.
+
+    Args:
+      networks: graphs of the models.
+      config: options of PPO.
+      params: of the policy.
+      reading: what they say of the responses: statistics of tokens, and the values of a shared trunk, else None.
+      batch: of the update.
+      key: typed PRNG key.
+    """
+    token, values = reading
+    (total, weight), aux = policy_terms(token, batch.rollout, config)
+    if values is not None:
+        (value_sum, _), value_aux = value_terms(values, batch.rollout, config)
+        total, aux = total + config.value_coef * value_sum, aux | value_aux
+    if batch.ptx is not None and batch.ptx_weight is not None:
+        ptx_sum, aux["ptx_loss"] = ptx_terms(networks, params, batch.ptx, batch.ptx_weight, key)
+        total += config.ptx_coef * ptx_sum
+    return (total, weight), aux
 
 
 def policy_terms(token: TokenStatistics, rollout: Rollout, config: PPOConfig) -> tuple[Sum, dict[str, Sum]]:

@@ -180,7 +180,7 @@ def has_rewards(config: Any) -> bool:
 
 
 def in_words(config: Any) -> str:
-    """The kinds of a stage's rewards for people, ``literal`` or ``helpful: literal, length: scalar``."""
+    """The kinds of a stage's rewards for people: ``literal``; of a sum ``helpful (literal) + 0.5 * brief (scalar)``."""
     if not config.rewards:
         return config.reward.kind
     weights = {name: "" if source.weight == 1 else f"{source.weight:g} * " for name, source in config.rewards.items()}

@@ -60,8 +60,8 @@ def build_scorer(
         responses may have.
     """
     read = _build_read(kind.needs, graphdef, request, pad_to_multiple_of, temperature)
-    if kind.reads == "kept":
-        read = _build_read_kept(graphdef, request, pad_to_multiple_of, end_ids, correction_length)
+    if kind.needs_correction:
+        read = _build_read_alignment(graphdef, request, pad_to_multiple_of, end_ids, correction_length)
 
     def score(
         params: Any, calibration: Calibration, batch: ResponseBatch, reference_log_probs: jax.Array | None = None
@@ -100,7 +100,7 @@ def build_diagnostics(
         by_kind = {}
         for name, kind in reward_kinds.KINDS.items():
             lacks_reference = kind.needs_reference and reference_log_probs is None
-            if kind.needs != needs or kind.removes_length or lacks_reference or kind.reads == "kept":
+            if kind.needs != needs or kind.removes_length or lacks_reference or kind.needs_correction:
                 continue
             values = kind.values(readings[kind.reads], batch.responses, batch.response_mask, reference_log_probs)
             by_kind[name] = as_token_rewards(calibration, kind, values, tags, batch, end_ids).diagnostics
@@ -136,7 +136,7 @@ def _build_read(
     return {"seq2seq": read_seq2seq, "scalar": read_scalar, "dpo": read_policy}[needs]
 
 
-def _build_read_kept(
+def _build_read_alignment(
     graphdef: nnx.GraphDef,
     request: tuple[int, ...],
     pad_to_multiple_of: int,
@@ -146,7 +146,7 @@ def _build_read_kept(
     """The same of a seq2seq model's own corrections: what they keep has tag +."""
 
     def read(params: Any, batch: ResponseBatch) -> tuple[dict[Reads, Any], jax.Array]:
-        is_kept = kept_by_correction(
+        stays = kept_by_correction(
             graphdef,
             params,
             batch,
@@ -154,7 +154,7 @@ def _build_read_kept(
             max_new_tokens=correction_length or batch.responses.shape[1],
             end_ids=end_ids,
         )
-        return {"kept": is_kept}, is_kept
+        return {"alignment": stays}, stays
 
     return read
 

@@ -18,6 +18,8 @@ from jaxrm.algorithms import scoring
 from jaxrm.ops import masking
 from jaxrm.types import ResponseBatch, TokenRewards
 
+_ROUNDING = 1e-6  # numbers that differ by no more than this share of their mean are equal but for float32 rounding
+
 
 def sum_rewards(
     parts: Mapping[str, TokenRewards], batch: ResponseBatch, *, weights: Mapping[str, float], end_ids: tuple[int, ...]
@@ -90,7 +92,7 @@ def metrics_of_sums(
     return metrics
 
 
-def means_of_rows(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+def metrics_of_rows(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """`metrics_of_sums` of rows of a file; ``{}`` where rewards are of one source.
 
     Args:
@@ -117,6 +119,3 @@ def _deviation(x: jax.Array, counted: jax.Array) -> jax.Array:
     deviation = jnp.sqrt(masking.masked_mean(jnp.square(x - mean), counted))
     # NaN is no constant: it passes on, so that a sick source is seen.
     return jnp.where(deviation <= _ROUNDING * jnp.abs(mean), 0.0, deviation)
-
-
-_ROUNDING = 1e-6  # numbers that differ by no more than this share of their mean are equal but for float32 rounding

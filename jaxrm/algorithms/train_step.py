@@ -1,8 +1,8 @@
-"""The one builder of training steps: it alone knows about jit, donation and microbatches."""
+"""The one builder of training steps of one loss; and what a step is made of: gradients over microbatches, updates."""
 
 from collections.abc import Callable
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -50,7 +50,7 @@ def build_train_step(
       The step. Its metrics are float32 scalars: ``loss``, ``weight`` (the divisor, e.g. tokens), ``grad_norm``
       before clipping, and each metric of aux, NaN where its weight is 0.
     """
-    apply = _build_apply(optimizer, state_sharding)
+    apply = build_apply(optimizer, state_sharding)
 
     def step(state: TrainState, frozen: Any, batch: Any) -> tuple[TrainState, Metrics]:
         def total(params: Any, batch: Any, key: jax.Array) -> Any:
@@ -58,9 +58,9 @@ def build_train_step(
             return loss_sum, ({"loss": (loss_sum, weight), **aux}, ())
 
         key = jax.random.fold_in(state.key, state.step)
-        grads, sums, _ = _accumulated(total, state.params, batch, key, num_microbatches)
+        grads, sums, _ = accumulated(total, state.params, batch, key, num_microbatches)
         state, metrics = apply(state, grads, sums.pop("loss"))
-        return state, _means(sums) | metrics
+        return state, means(sums) | metrics
 
     # Stated on both sides: left to the compiler, the new state may lie otherwise than the old one. Then its buffers
     # could not be reused, and the next step would compile again.
@@ -72,82 +72,7 @@ def build_train_step(
     )
 
 
-class JointLoss(Protocol):
-    """Losses of several models that one forward of each serves, as `build_joint_step` takes them."""
-
-    def frozen(self, base: Any) -> dict[str, Any]:
-        """The frozen parameters of each model by its name; all are parts of ``base``."""
-        ...
-
-    def prepare(self, context: Any, batch: Any) -> Any:
-        """The batch with what has to be known of it whole, before it is cut into microbatches."""
-        ...
-
-    def __call__(
-        self, params: dict[str, Any], context: Any, batch: Any, key: jax.Array
-    ) -> tuple[dict[str, Sum], dict[str, Sum], Any]:
-        """Loss ``(sum, weight)`` of each model by its name, metrics alike, and a tree of rows for `finish`."""
-        ...
-
-    def finish(self, context: Any, batch: Any, rows: Any) -> tuple[Any, Metrics]:
-        """The context of the next step, and metrics, from the rows of the whole batch."""
-        ...
-
-
-def build_joint_step(
-    loss: JointLoss,
-    optimizers: dict[str, optax.GradientTransformation],
-    *,
-    state_shardings: dict[str, Any],
-    base_sharding: Any,
-    context_sharding: Any,
-    batch_sharding: Any,
-    num_microbatches: int = 1,
-) -> Callable[[dict[str, TrainState], Any, Any, Any], Any]:
-    """Jitted ``step(states, base, context, batch) -> (states, context, metrics, metrics of each model)``.
-
-    Each model is trained as by `build_train_step`, on one backward pass through the losses of all. Metrics of aux are
-    among those of the first model.
-
-    Args:
-      loss: of the models; a loss depends on the parameters of its own model alone.
-      optimizers: by model, as all that follows; the first one's key is that of the losses.
-      state_shardings: of the states, which are donated.
-      base_sharding: of the frozen parameters, which the models share; ``{}`` where all are trained.
-      context_sharding: of what a step hands to the next besides the states.
-      batch_sharding: of the rows.
-      num_microbatches: see `build_train_step`.
-    """
-    applies = {name: _build_apply(optimizers[name], state_shardings[name]) for name in optimizers}
-    first = next(iter(optimizers))
-
-    def step(states: dict[str, TrainState], base: Any, context: Any, batch: Any) -> Any:
-        frozen = loss.frozen(base)
-
-        def total(params: dict[str, Any], batch: Any, key: jax.Array) -> Any:
-            joined = {name: lora.join(frozen[name], own) for name, own in params.items()}
-            losses, aux, rows = loss(joined, context, batch, key)
-            return sum(loss_sum for loss_sum, _ in losses.values()), ({"losses": losses, "aux": aux}, rows)
-
-        key = jax.random.fold_in(states[first].key, states[first].step)
-        params = {name: state.params for name, state in states.items()}
-        whole = loss.prepare(context, batch)
-        grads, sums, rows = _accumulated(total, params, whole, key, num_microbatches)
-        applied = {name: apply(states[name], grads[name], sums["losses"][name]) for name, apply in applies.items()}
-        context, metrics = loss.finish(context, batch, rows)
-        by_model = {name: metrics for name, (_, metrics) in applied.items()}
-        by_model[first] |= _means(sums["aux"])
-        return {name: state for name, (state, _) in applied.items()}, context, metrics, by_model
-
-    return jax.jit(
-        step,
-        in_shardings=(state_shardings, base_sharding, context_sharding, batch_sharding),
-        out_shardings=(state_shardings, context_sharding, None, None),
-        donate_argnums=0,
-    )
-
-
-def _accumulated(
+def accumulated(
     total: Callable[[Any, Any, jax.Array], Any], params: Any, batch: Any, key: jax.Array, num_microbatches: int
 ) -> tuple[Any, Any, Any]:
     """Gradients and sums, added over microbatches, and rows in the order of the batch.
@@ -172,7 +97,7 @@ def _accumulated(
     return grads, sums, microbatches.merge(rows)
 
 
-def _build_apply(
+def build_apply(
     optimizer: optax.GradientTransformation, state_sharding: Any
 ) -> Callable[[TrainState, Any, Sum], tuple[TrainState, Metrics]]:
     """``apply(state, gradients of the sum, (loss_sum, weight)) -> state, metrics``."""
@@ -196,7 +121,7 @@ def _build_apply(
     return apply
 
 
-def _means(sums: dict[str, Sum]) -> Metrics:
+def means(sums: dict[str, Sum]) -> Metrics:
     """Metrics of their sums and weights."""
     # A metric of nothing, such as that of a mapping which the batch has none of, has no value.
     return {name: jnp.where(weight > 0, total / weight, jnp.nan) for name, (total, weight) in sums.items()}

@@ -27,7 +27,7 @@ from jaxrm.ops.vocab import TokenStatistics
 Source = Literal["seq2seq", "scalar", "dpo", "text"]
 
 
-Reads = Literal["tokens", "response", "prefixes", "kept", "spans"]
+Reads = Literal["tokens", "response", "prefixes", "alignment", "spans"]
 
 
 # (reading, responses, mask, reference_log_probs) -> u_t
@@ -53,8 +53,8 @@ class Kind:
       values: ``(reading, responses, mask, reference_log_probs) -> u_t``, all ``[B, T]``, float32.
       reads: what the reading is: ``tokens``, the `TokenStatistics` of a seq2seq reward model or a policy; ``response``,
         the scores ``[B]`` of a scalar one or of a function of text; ``prefixes``, the scores ``[B, T + 1]`` that a
-        scalar one gives to the first 0, 1, ... T tokens of a response; ``kept``, True ``[B, T]`` on the tokens that a
-        seq2seq model's own correction keeps, which costs a generation; ``spans``, the numbers ``[B, T]`` of a
+        scalar one gives to the first 0, 1, ... T tokens of a response; ``alignment``, True ``[B, T]`` on the tokens
+        that a seq2seq model's own correction keeps; ``spans``, the numbers ``[B, T]`` of a
         function's spans.
       needs_reference: whether ``values`` reads the reference policy's log-probs ``[B, T]``; else they may be None.
       removes_length: whether the linear effect of length is taken off the score, on the last response token.
@@ -67,6 +67,11 @@ class Kind:
     reads: Reads = "tokens"
     needs_reference: bool = False
     removes_length: bool = False
+
+    @property
+    def needs_correction(self) -> bool:
+        """Whether its reading costs a generation: a seq2seq model's correction of every response."""
+        return self.reads == "alignment"
 
 
 KINDS = {
@@ -84,7 +89,7 @@ KINDS = {
             lambda q, y, mask, reference: contrast(q.log_probs, reference, mask),
             needs_reference=True,
         ),
-        Kind("edit_aligned", "seq2seq", True, lambda kept, y, mask, _: signed(kept, mask), reads="kept"),
+        Kind("edit_aligned", "seq2seq", True, lambda stays, y, mask, _: signed(stays, mask), reads="alignment"),
         Kind("scalar", "scalar", False, lambda scores, y, mask, _: scalar(scores, mask), reads="response"),
         Kind(
             "scalar_length_residual",

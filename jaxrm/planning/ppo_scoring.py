@@ -57,7 +57,7 @@ def scoring_program(stage: PPOStage, model: ShardedModel, kind: Kind, weights: A
         weights,
         rows * forward_flops(model.config, length, predicted=predicted, scalar_head=is_scalar, lora=model.lora),
     )
-    if kind.reads != "kept":
+    if not kind.needs_correction:
         return program
     rows_at_once = rows // config.num_microbatches
     cache_bytes = cache_of_slots(stage, stage.mesh, rows_at_once, rows_at_once * length)

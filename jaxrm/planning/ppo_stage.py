@@ -1,6 +1,7 @@
 """What the programs of a PPO step share in a plan: shapes, counts and caches."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from jaxrm.algorithms import ppo
+from jaxrm.algorithms import ppo, scoring
 from jaxrm.algorithms.ppo_state import PPOState
 from jaxrm.algorithms.rollout import FrozenParams
 from jaxrm.models.flops import forward_flops
@@ -104,9 +105,12 @@ class PPOStage:
     def token_rewards(self) -> TokenRewards:
         """Abstract token rewards of a batch."""
         shape = (self.batch_size, self.response_length)
-        names = ("sum", "mean", "length", "tag_rate", "divergence", "ended", "end_tag")
         numbers, flags = self.rows(shape, jnp.float32), self.rows(shape, jnp.bool_)
-        diagnostics = {name: self.rows(shape[:1], jnp.float32) for name in names}
+        diagnose = functools.partial(scoring.diagnose, end_ids=(0,))
+        diagnostics = {
+            name: self.rows(x.shape, x.dtype)
+            for name, x in jax.eval_shape(diagnose, numbers, flags, self.responses(self.batch_size)).items()
+        }
         rewards = TokenRewards(numbers, numbers, flags, flags, diagnostics)
         return dataclasses.replace(rewards, parts=dict.fromkeys(self.config.rewards, rewards))
 

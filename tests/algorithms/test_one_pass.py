@@ -6,9 +6,10 @@ import functools
 import jax
 import numpy as np
 import pytest
-from support.ppo import ONE, Setup, experiment, fit, pattern_reward
+from support.ppo import EIGHT, ONE, Setup, experiment, fit, pattern_reward, ptx_rows
 
 from jaxrm.algorithms.ppo_config import PPOConfig, is_one_pass
+from jaxrm.models.lora import NO_LORA, LoRAConfig
 from jaxrm.runtime.metrics import WALL_CLOCK
 
 
@@ -31,27 +32,33 @@ def test_one_pass_is_of_the_only_update_of_a_rollout(options, parts, expected):
     assert is_one_pass(PPOConfig(**options), parts) is expected
 
 
+CRITIC = {"kl_target": 0.5, "kl_horizon": 100, "whiten_advantages": True}
+SHARED = {"shared_trunk": True, "kl_loss_coef": 0.1, "normalize_rewards": True, "ptx_coef": 0.5}
+GRPO = {"advantage": "grpo", "n": 2, "kl_coef": 0.3, "loss_aggregation": "constant", "parts": 2, "ptx_coef": 0.5}
+# options, adapters, whether SFT rows are mixed in, devices
 CASES = {
-    "critic": ({"kl_target": 0.5, "kl_horizon": 100, "whiten_advantages": True}, 1),
-    "shared trunk": ({"shared_trunk": True, "kl_loss_coef": 0.1, "normalize_rewards": True}, 1),
-    "rloo": ({"advantage": "rloo", "n": 2, "loss_aggregation": "sequence"}, 1),
-    "grpo": ({"advantage": "grpo", "n": 2, "kl_coef": 0.3, "loss_aggregation": "constant"}, 2),
-    "reinforce++": ({"advantage": "reinforce++", "kl_coef": 0.0}, 2),
+    "critic": (CRITIC, NO_LORA, False, ONE),
+    "critic with adapters": (CRITIC, LoRAConfig(rank=2), False, ONE),
+    "shared trunk and SFT rows": (SHARED, NO_LORA, True, ONE),
+    "rloo": ({"advantage": "rloo", "n": 2, "loss_aggregation": "sequence"}, NO_LORA, False, ONE),
+    "grpo, SFT rows, eight devices": (GRPO, NO_LORA, True, EIGHT),
+    "reinforce++": ({"advantage": "reinforce++", "kl_coef": 0.0, "parts": 2}, NO_LORA, False, ONE),
 }
 
 
 @functools.cache
-def steps_of_both(tmp_path, case, mesh=ONE):
+def steps_of_both(tmp_path, case):
     """Rows of metrics and the last state of three steps, in one pass and in two."""
-    options, parts = CASES[case]
-    s = Setup(experiment(batch_size=16, lr=1e-3, parts=parts, **options), mesh, reward=pattern_reward)
+    options, adapters, is_mixed, mesh = CASES[case]
+    ptx = ptx_rows(8) if is_mixed else None
+    s = Setup(experiment(batch_size=16, lr=1e-3, **options), mesh, reward=pattern_reward, adapters=adapters)
     assert s.programs.one_pass is not None
     results = []
     for name, programs in (("one", s.programs), ("two", dataclasses.replace(s.programs, one_pass=None))):
         s.programs = programs
-        state, finished, told, _ = fit(s, tmp_path / name, num_steps=3, state=s.init_state())
+        state, finished, recorded, _ = fit(s, tmp_path / name, num_steps=3, state=s.init_state(), ptx=ptx)
         assert finished
-        results.append((told.steps, state))
+        results.append((recorded.steps, state))
     return results
 
 

@@ -23,6 +23,7 @@ from support.ppo import (
     experiment,
     fit,
     pattern_reward,
+    ptx_rows,
     rewarded,
     rows_of_16,
     separate,
@@ -42,7 +43,7 @@ from jaxrm.runtime.preemption import StopRequest
 from jaxrm.sharding import partition
 from jaxrm.sharding.mesh import MeshConfig
 from jaxrm.stages.ppo.checkpoints import restore, saved_arrays
-from jaxrm.types import ResponseBatch, TokenBatch
+from jaxrm.types import ResponseBatch
 
 
 def rollout_of(s, batch, scores=None, feedback=None):
@@ -287,15 +288,6 @@ def test_minibatches_share_the_responses_out():
         np.testing.assert_array_equal(together[order[0]], np.asarray(rollout.advantages)[order[1]])
     first, second = (np.asarray(split(rollout, key, np.int32(0)).advantages) for key in (KEY, jax.random.key(1)))
     assert not np.array_equal(first, second)
-
-
-def ptx_rows():
-    rng = np.random.default_rng(2)
-    real = np.arange(9)[None] < np.array([9, 6, 4, 8])[:, None]
-    positions = np.broadcast_to(np.arange(9, dtype=np.int32), (4, 9))
-    loss_mask = real & (np.arange(9)[None] > 2)
-    arrays = rng.integers(2, 16, (4, 9)).astype(np.int32), real.astype(np.int32), positions, loss_mask
-    return TokenBatch(*map(jnp.asarray, arrays))
 
 
 @pytest.mark.parametrize("parts", [1, 2])

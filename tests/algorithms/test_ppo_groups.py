@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from support.ppo import EOS, KEY, B, Setup, T, batch_of, experiment, fit, pattern_reward, rewarded, stay
+from support.ppo import EOS, KEY, B, Setup, T, batch_of, experiment, fit, pattern_reward, ptx_rows, rewarded, stay
 
 from jaxrm.algorithms import ppo, ppo_loss, scoring
 from jaxrm.algorithms.ppo_config import PPOConfig
@@ -22,7 +22,7 @@ from jaxrm.ops.masking import masked_whiten
 from jaxrm.ops.reward_kinds import KINDS
 from jaxrm.ops.vocab import TokenStatistics
 from jaxrm.stages.ppo.checkpoints import saved_arrays
-from jaxrm.types import Rollout, TokenBatch
+from jaxrm.types import Rollout
 
 CALIBRATION = reward_scaling.uncalibrated()
 
@@ -114,14 +114,6 @@ def test_the_kl_of_grpo_is_a_term_of_its_loss(options):
     assert np.isclose(aux["kl_loss"][0] / aux["kl_loss"][1], np.asarray(penalty)[mask].mean(), rtol=1e-4)
 
 
-def ptx_rows():
-    rng = np.random.default_rng(2)
-    real = np.arange(9)[None] < np.array([9, 6, 4, 8])[:, None]
-    positions = np.broadcast_to(np.arange(9, dtype=np.int32), (4, 9))
-    arrays = rng.integers(2, 16, (4, 9)).astype(np.int32), real.astype(np.int32), positions, real & (positions > 2)
-    return TokenBatch(*map(jnp.asarray, arrays))
-
-
 @pytest.mark.parametrize("aggregation", ["sequence", "constant"])
 def test_an_aggregation_is_the_same_however_the_batch_is_cut(aggregation):
     """One step of plain SGD moves the parameters by the gradient of policy loss + coefficient x SFT mean."""
@@ -197,7 +189,7 @@ def test_every_advantage_learns_a_pattern(tmp_path, advantage, kl_coef, at_end):
     if not at_end:
         config = dataclasses.replace(config, reward=RewardConfig(kind="margin", model="none"))
     s = Setup(config, reward=functools.partial(pattern_reward, at_end=at_end))
-    _, finished, told, _ = fit(s, tmp_path / "checkpoints", num_steps=80)
-    rewards = [row["reward_uncalibrated"] for row in told.steps]
+    _, finished, recorded, _ = fit(s, tmp_path / "checkpoints", num_steps=80)
+    rewards = [row["reward_uncalibrated"] for row in recorded.steps]
     assert finished and rewards[0] < 0.2 and np.mean(rewards[-4:]) >= 0.95, rewards[::10]
-    assert all(("equal_groups" in row) == (advantage != "gae") for row in told.steps)
+    assert all(("equal_groups" in row) == (advantage != "gae") for row in recorded.steps)

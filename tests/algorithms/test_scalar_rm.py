@@ -337,14 +337,6 @@ def test_the_whole_score_is_a_target_without_a_gradient():
     np.testing.assert_allclose(gradient[1:3], [2 * 0.5 * 1.5, -2 * 0.5 * 1.5], atol=1e-6)
 
 
-def test_coefficients_of_0_give_the_bits_of_the_plain_loss():
-    marks = marked_rows(VALUED, [[0, 1], []], 20)
-    plain = ComparisonBatch(**{x.name: getattr(marks, x.name) for x in dataclasses.fields(ComparisonBatch)})
-    loss_fn = jax.jit(scalar_rm_loss(nnx.graphdef(Priced(6)), ScalarRMConfig(prefix_coef=0.0, neighbor_coef=0.0)))
-    params = {"table": jnp.ones(8).at[:6].set(PRICES)}
-    chex.assert_trees_all_equal(loss_fn(params, marks, None), loss_fn(params, plain, None))
-
-
 def test_errors_of_prefixes_are_those_of_a_loop():
     """Random rows of packed pairs, without gradient through padding."""
     rng = np.random.default_rng(4)

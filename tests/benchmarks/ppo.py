@@ -77,7 +77,7 @@ class Prompts:
         pass
 
 
-class Told:
+class RecordedMetrics:
     def __init__(self):
         self.rows = []
 
@@ -123,9 +123,9 @@ def jaxrm_side(arguments, ids):
     programs = learner.programs(lambda calibration, batch, _: score(reward_params, calibration, batch, None))
     state = learner.init_state(params(0), heads.from_decoder_params(params(2), zero_head(scalar)), jax.random.key(0))
     place = lambda ids: PlacedPrompts(jnp.asarray(ids), jnp.ones(ids.shape, bool))  # noqa: E731 - short
-    told, compiled = Told(), []
+    recorded, compiled = RecordedMetrics(), []
     jax.monitoring.register_event_duration_secs_listener(
-        lambda name, _, **__: compiled.append(len(told.rows)) if name.endswith("backend_compile_duration") else None
+        lambda name, _, **__: compiled.append(len(recorded.rows)) if name.endswith("backend_compile_duration") else None
     )
     with tempfile.TemporaryDirectory() as folder:
         run = PPORun(
@@ -136,12 +136,12 @@ def jaxrm_side(arguments, ids):
             data=PPOData(Prompts(ids), place, fingerprint=""),
             evaluate=lambda *_: {"eval_reward": 0.0},
             checkpoints=Checkpoints(folder),
-            reporter=told,
+            reporter=recorded,
             stop=StopRequest(),
         )
         fit(run, state, jax.random.key(0))
-    # The last iteration saves, after it was told of.
-    return told.rows, sum(1 <= at < arguments.steps for at in compiled)
+    # The last iteration saves, after its metrics came.
+    return recorded.rows, sum(1 <= at < arguments.steps for at in compiled)
 
 
 def trl_side(arguments, ids):

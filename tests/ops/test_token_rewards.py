@@ -47,7 +47,7 @@ def values_of(kind, case):
         reading = jnp.concatenate([case["prompt_scores"][:, None], case["prefix_scores"]], axis=1)
     if KINDS[kind].reads == "spans":
         reading = case["span_numbers"]
-    if KINDS[kind].reads == "kept":
+    if KINDS[kind].reads == "alignment":
         reading = case["tags"]
     responses = jnp.zeros(mask.shape, jnp.int32)
     if KINDS[kind].reads == "tokens":

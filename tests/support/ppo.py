@@ -14,15 +14,17 @@ from jaxrm.algorithms.ppo_config import CriticConfig, PPOConfig, RolloutConfig
 from jaxrm.algorithms.reward_config import RewardConfig
 from jaxrm.data.config import DataConfig
 from jaxrm.evaluation.config import JudgedEvaluationConfig
-from jaxrm.inference import sharded_model, weights
-from jaxrm.models import heads
+from jaxrm.inference import parameters, sharded_model
+from jaxrm.models import heads, lora
 from jaxrm.models.build import ModelSource
 from jaxrm.models.config import PRESETS
 from jaxrm.models.generate import SamplingConfig
+from jaxrm.models.lora import NO_LORA
 from jaxrm.ops import reward_scaling, token_rewards
 from jaxrm.ops.reward_kinds import KINDS
 from jaxrm.runtime.checkpoint import CheckpointConfig, Checkpoints
 from jaxrm.runtime.preemption import StopRequest
+from jaxrm.sharding import partition
 from jaxrm.sharding.mesh import MeshConfig, build_mesh
 from jaxrm.stage_config import PPO
 from jaxrm.stages.inputs.prompts import PlacedPrompts
@@ -31,7 +33,7 @@ from jaxrm.stages.ppo.data import PPOData
 from jaxrm.stages.ppo.learner import open_learner
 from jaxrm.stages.ppo.loop import PPORun
 from jaxrm.stages.ppo.loop import fit as train
-from jaxrm.types import ResponseBatch
+from jaxrm.types import ResponseBatch, TokenBatch
 
 SMALL = dataclasses.replace(
     PRESETS["tiny"], vocab_size=16, hidden_size=32, intermediate_size=64, num_layers=2, head_dim=8
@@ -72,24 +74,24 @@ def experiment(
 class Setup:
     """A small learner with parameters, on one device or eight."""
 
-    def __init__(self, config, mesh_config=ONE, reward=None, shape=SMALL):
+    def __init__(self, config, mesh_config=ONE, reward=None, shape=SMALL, adapters=NO_LORA):
         self.config = config
         mesh = build_mesh(mesh_config, jax.devices()[: math.prod(dataclasses.astuple(mesh_config))])
-        self.decoder = sharded_model.shard_model(config.model, mesh, shape)
+        self.decoder = sharded_model.shard_model(config.model, mesh, shape, lora=adapters)
         critic = None
         if config.ppo.has_values and not config.ppo.shared_trunk:
-            critic = sharded_model.shard_scalar_model(config.model, mesh, shape)
+            critic = sharded_model.shard_scalar_model(config.model, mesh, shape, lora=adapters)
         self.learner = open_learner(
             config, mesh, self.decoder, critic, num_steps=config.num_steps or 100, end_ids=(EOS,)
         )
         self.networks, self.mesh = self.learner.networks, mesh
         self.programs = self.learner.programs(reward or (lambda *_: None))
-        self.reference = self.params(0)
+        self.reference, self.base = lora.split(self.params(0))
         self.state = self.init_state()
 
     def params(self, seed):
-        key, opened = jax.random.key(seed), self.decoder
-        return weights.load_or_init_params(opened.config, self.config.model, key, opened.shapes, opened.shardings)
+        """Of a decoder; adapters stand on one base whatever the seed."""
+        return parameters.init_params(self.decoder, jax.random.key(seed), seed=0)
 
     def init_state(self, seed=0):
         policy, critic = self.params(seed), None
@@ -97,12 +99,12 @@ class Setup:
             policy = {"decoder": policy, "scalar_head": zero_head(self.learner.policy)}
         if self.learner.critic is not None:
             critic = heads.from_decoder_params(self.params(seed + 1), zero_head(self.learner.critic))
-        return self.learner.init_state(policy, critic, KEY)
+        return self.learner.init_state(lora.split(policy)[0], lora.split(critic)[0], KEY)
 
     def log_probs(self, batch, state=None):
         state = state or self.state
         critic = None if state.critic is None else state.critic.params
-        return self.programs.log_probs({}, state.policy.params, critic, self.reference, batch)
+        return self.programs.log_probs(self.base, state.policy.params, critic, self.reference, batch)
 
 
 @functools.cache
@@ -171,7 +173,18 @@ class Rows:
         return PlacedPrompts(jax.device_put(tokens, rows), jax.device_put(mask, rows))
 
 
-class Told:
+def ptx_rows(rows=4):
+    """Rows of SFT data of unequal lengths."""
+    rng = np.random.default_rng(2)
+    real = np.arange(9)[None] < np.resize([9, 6, 4, 8], rows)[:, None]
+    positions = np.broadcast_to(np.arange(9, dtype=np.int32), (rows, 9))
+    arrays = rng.integers(2, 16, (rows, 9)).astype(np.int32), real.astype(np.int32), positions, real & (positions > 2)
+    return TokenBatch(*map(jnp.asarray, arrays))
+
+
+class RecordedMetrics:
+    """A reporter that keeps what it gets."""
+
     def __init__(self):
         self.steps, self.evaluations = [], []
 
@@ -193,8 +206,9 @@ def pattern_reward(calibration, batch, reference_log_probs, *, at_end=False):
     return scoring.as_token_rewards(calibration, KINDS["margin"], values, batch.response_mask, batch, (EOS,))
 
 
-def data_of(rows, fingerprint="these"):
-    return PPOData(rows, rows.place, fingerprint)
+def data_of(rows, fingerprint="these", ptx=None):
+    to_devices = None if ptx is None else lambda _: jax.device_put(ptx, partition.batch_sharding(rows.mesh))
+    return PPOData(rows, rows.place, fingerprint, None if ptx is None else Rows(rows.config, rows.mesh), to_devices)
 
 
 def fit(
@@ -210,21 +224,22 @@ def fit(
     evaluate=None,
     owed=False,
     eval_every=1000,
+    ptx=None,
 ):
-    told, rows = Told(), rows or Rows(s.config, s.mesh)
+    recorded, rows = RecordedMetrics(), rows or Rows(s.config, s.mesh)
     checkpoints = Checkpoints(folder, CheckpointConfig(every=every))
     evaluation = JudgedEvaluationConfig(every=eval_every)
     config = dataclasses.replace(s.config, evaluation=evaluation, checkpoint=CheckpointConfig(every=every))
     run = PPORun(
         learner=dataclasses.replace(s.learner, config=config, num_steps=num_steps),
         programs=s.programs if reward is None else dataclasses.replace(s.programs, scoring=reward),
-        base={},
+        base=s.base,
         reference_params=s.reference,
-        data=data_of(rows),
+        data=data_of(rows, ptx=ptx),
         evaluate=evaluate or (lambda step, state: {"eval_reward": float(step)}),
         checkpoints=checkpoints,
-        reporter=told,
+        reporter=recorded,
         stop=stop or StopRequest(),
     )
     state, finished = train(run, state or s.init_state(), KEY, evaluation_pending=owed)
-    return state, finished, told, checkpoints
+    return state, finished, recorded, checkpoints

@@ -12,7 +12,7 @@ import numpy as np
 from jaxrm import atomic
 from jaxrm.algorithms.best_of_n import Best, kl_bound
 from jaxrm.algorithms.reward_config import in_words
-from jaxrm.algorithms.summed_rewards import means_of_rows
+from jaxrm.algorithms.summed_rewards import metrics_of_rows
 from jaxrm.data import tasks
 from jaxrm.data.prompts import PromptExample
 from jaxrm.data.tasks.prompts import prompt_field
@@ -105,7 +105,7 @@ def summary(rows: Sequence[Row], config: BestOfN) -> dict[str, Any]:
         keys = dict.fromkeys(key for answer in answers for key in answer.get("behaviour", {}))
         for key in keys:  # over the prompts that it applies to
             means[key] = statistics.fmean(a["behaviour"][key] for a in answers if key in a.get("behaviour", {}))
-        means |= means_of_rows(answers)
+        means |= metrics_of_rows(answers)
         means["length"] = statistics.fmean(answer["length"] for answer in answers)
         means["ended"] = statistics.fmean(answer["ended"] for answer in answers)
         means["distinct"] = len({answer["response"] for answer in answers}) / len(answers)

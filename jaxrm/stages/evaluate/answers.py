@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxrm.algorithms import reading
 from jaxrm.algorithms.best_of_n import SampleFn, best_of_n
 from jaxrm.algorithms.reward_config import source_fields
-from jaxrm.algorithms.summed_rewards import means_of_rows
+from jaxrm.algorithms.summed_rewards import metrics_of_rows
 from jaxrm.data import tasks
 from jaxrm.data.prompts import PromptExample, transcript
 from jaxrm.data.tokenizer import token_texts
@@ -182,13 +182,13 @@ def summary(rows: Sequence[Row], judge: str | None) -> dict[str, dict[str, float
 
 
 def means_of(rows: Sequence[Row], judge: str | None) -> dict[str, float]:
-    """Mean mark, reward, KL, length and behavior, of what was measured; and `means_of_rows` of a sum of rewards."""
+    """Mean mark, reward, KL, length and behavior, of what was measured; and `metrics_of_rows` of a sum of rewards."""
     means = {}
     for column in ("judge", "reward", "kl", "length"):
         values = [float(row[column]) for row in rows if row.get(column) is not None]
         if values:
             means[column] = float(np.mean(values))
-    means |= means_of_rows(rows)
+    means |= metrics_of_rows(rows)
     if judge is not None:
         means |= tasks.mean_behavior(judge.removeprefix(tasks.PREFIX), [row["behaviour"] for row in rows])
     return means

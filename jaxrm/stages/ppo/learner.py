@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxrm.algorithms import ppo, ppo_loss
 from jaxrm.algorithms.optimizer import build_optimizer
 from jaxrm.algorithms.ppo_config import is_one_pass
-from jaxrm.algorithms.ppo_one_pass import Estimate, OnePassLoss
+from jaxrm.algorithms.ppo_one_pass import Estimate, build_one_pass_step
 from jaxrm.algorithms.ppo_state import PPOState, RewardAndKLState
 from jaxrm.algorithms.reward_config import weights_of
 from jaxrm.algorithms.rollout import (
@@ -25,7 +25,7 @@ from jaxrm.algorithms.rollout import (
     build_reference_log_probs,
 )
 from jaxrm.algorithms.state import TrainState, create
-from jaxrm.algorithms.train_step import build_joint_step, build_train_step
+from jaxrm.algorithms.train_step import build_train_step
 from jaxrm.inference import sharded_model
 from jaxrm.inference.rollout_model import build_sampler, shard_rollout_model
 from jaxrm.inference.sharded_model import ShardedModel
@@ -192,29 +192,23 @@ class Learner:
             weights=weights_of(config),
         )
         minibatch = functools.partial(ppo.minibatch, num_minibatches=config.ppo.num_minibatches)
-        build_step = functools.partial(build_train_step, batch_sharding=rows, num_microbatches=config.num_microbatches)
-        update_critic = None
-        if self.critic is not None:
-            loss_fn = ppo_loss.critic_loss(self.networks, config.ppo)
-            update_critic = build_step(
-                loss_fn,
-                self.critic_optimizer,
-                state_sharding=shardings.critic,
-                frozen_sharding=self.critic.frozen_shardings,
-            )
+        update_policy, update_critic = self._updates()
         one_pass = None
         if is_one_pass(config.ppo, config.num_microbatches):
             one_pass = self._one_pass(estimate)
+        readings = {
+            "reference_sharding": self.decoder.trained_shardings,
+            "batch_sharding": rows,
+            "base_sharding": self.decoder.frozen_shardings,
+            "num_microbatches": config.num_microbatches,
+        }
         return ppo.Programs(
             rollout=self.rollout_sampler(),
             log_probs=build_log_probs(
                 self.networks,
                 policy_sharding=self.policy.trained_shardings,
                 critic_sharding=None if self.critic is None else self.critic.trained_shardings,
-                reference_sharding=self.decoder.trained_shardings,
-                batch_sharding=rows,
-                base_sharding=self.decoder.frozen_shardings,
-                num_microbatches=config.num_microbatches,
+                **readings,
             ),
             scoring=source,
             estimate=jax.jit(
@@ -228,37 +222,50 @@ class Learner:
                 in_shardings=(rows, rows),
                 out_shardings=rows,
             ),
-            update_policy=build_step(
-                ppo_loss.policy_loss(self.networks, config.ppo),
-                self.policy_optimizer,
-                state_sharding=shardings.policy,
-                frozen_sharding=self.policy.frozen_shardings,
-            ),
+            update_policy=update_policy,
             update_critic=update_critic,
-            reference_log_probs=build_reference_log_probs(
-                self.networks,
-                reference_sharding=self.decoder.trained_shardings,
-                batch_sharding=rows,
-                base_sharding=self.decoder.frozen_shardings,
-                num_microbatches=config.num_microbatches,
-            ),
+            reference_log_probs=build_reference_log_probs(self.networks, **readings),
             mean_rewards=jax.jit(ppo.mean_rewards, in_shardings=(rows,), out_shardings=self.replicated),
             one_pass=one_pass,
         )
 
+    def _updates(self) -> tuple[Callable[..., Any], Callable[..., Any] | None]:
+        """The jitted updates of policy and critic, one after another; of the latter where it has a trunk of its own."""
+        shardings, loss = self.shardings, self.config.ppo
+        build_step = functools.partial(
+            build_train_step,
+            batch_sharding=partition.batch_sharding(self.mesh),
+            num_microbatches=self.config.num_microbatches,
+        )
+        update_policy = build_step(
+            ppo_loss.policy_loss(self.networks, loss),
+            self.policy_optimizer,
+            state_sharding=shardings.policy,
+            frozen_sharding=self.policy.frozen_shardings,
+        )
+        if self.critic is None:
+            return update_policy, None
+        update_critic = build_step(
+            ppo_loss.critic_loss(self.networks, loss),
+            self.critic_optimizer,
+            state_sharding=shardings.critic,
+            frozen_sharding=self.critic.frozen_shardings,
+        )
+        return update_policy, update_critic
+
     def _one_pass(self, estimate: Estimate) -> Callable[..., Any]:
         """The jitted update of policy and critic in one pass."""
         shardings = self.shardings
-        optimizers: dict[str, Any] = {"policy": self.policy_optimizer}
-        states: dict[str, Any] = {"policy": shardings.policy}
-        if self.critic is not None:
-            optimizers["critic"], states["critic"] = self.critic_optimizer, shardings.critic
-        return build_joint_step(
-            OnePassLoss(self.networks, self.config.ppo, estimate),
-            optimizers,
-            state_shardings=states,
+        models = {"policy": (self.policy_optimizer, shardings.policy)}
+        if shardings.critic is not None:
+            models["critic"] = (self.critic_optimizer, shardings.critic)
+        return build_one_pass_step(
+            self.networks,
+            self.config.ppo,
+            estimate,
+            models,
             base_sharding=dict(self.decoder.frozen_shardings),
-            context_sharding=shardings.feedback,
+            feedback_sharding=shardings.feedback,
             batch_sharding=partition.batch_sharding(self.mesh),
             num_microbatches=self.config.num_microbatches,
         )

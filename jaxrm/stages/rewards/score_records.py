@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxrm.algorithms.reward_config import in_words, naming_source, source_fields, weights_of
 from jaxrm.algorithms.rollout import RewardSource
-from jaxrm.algorithms.summed_rewards import means_of_rows
+from jaxrm.algorithms.summed_rewards import metrics_of_rows
 from jaxrm.data import templates
 from jaxrm.data.prompts import PromptExample
 from jaxrm.data.readers import ReadReport
@@ -112,7 +112,7 @@ def score_records(
 def print_sources(rows: Sequence[dict[str, Any]]) -> None:
     """Print how often each source ranks the chosen response first, and what its part in the sum is."""
     responses = [response for row in rows for response in row["responses"]]
-    metrics = means_of_rows([{"length": len(each["tokens"]), "sources": each["sources"]} for each in responses])
+    metrics = metrics_of_rows([{"length": len(each["tokens"]), "sources": each["sources"]} for each in responses])
     pairs = [row["responses"] for row in rows if len(row["responses"]) == 2]
     table = []
     for name, source in responses[0]["sources"].items():
