@@ -46,35 +46,33 @@ def refuse_options(source: RewardConfig) -> None:
 
 def check_classifier(source: RewardConfig, scored: Scored) -> str:
     """Refuse a classifier that cannot score the prompts, or not as the kind, before its weights are read; its name."""
-    config = scored.config
-    classifier = describe_classifier(
-        str(source.model),
-        source.classifier,
-        mesh=scored.mesh,
-        dtype=config.model.dtype,
-        attention=config.model.attention,
-    )
+    classifier = _described(source, scored)
     classifier.check_kind(source.kind, "reward.kind")
     classifier.check_roles([example.messages for example in scored.examples])
     return f"the classifier {classifier.name}"
 
 
 def open_classifier_rewards(source: RewardConfig, responses: Responses) -> RewardSource:
-    """Rewards of a classifier; a share of the batch is scored at once, as by other reward models."""
-    config: Any = responses.config
-    classifier = describe_classifier(
-        str(source.model),
-        source.classifier,
-        mesh=responses.mesh,
-        dtype=config.model.dtype,
-        attention=config.model.attention,
-        rows=-(-config.data.batch_size // config.num_microbatches),
-    )
+    """Rewards of a classifier."""
+    classifier = _described(source, responses)
     key = classifier.model.source
     if key not in responses.classifiers:
         responses.classifiers[key] = read_weights(classifier)
     opened = dataclasses.replace(classifier, weights=responses.classifiers[key])
     return open_text_rewards(opened, source, responses)
+
+
+def _described(source: RewardConfig, scored: Scored) -> Classifier:
+    """The classifier without its weights; a share of the batch is scored at once, as by other reward models."""
+    config: Any = scored.config
+    return describe_classifier(
+        str(source.model),
+        source.classifier,
+        mesh=scored.mesh,
+        dtype=config.model.dtype,
+        attention=config.model.attention,
+        rows=-(-config.data.batch_size // config.num_microbatches),
+    )
 
 
 def cut_shares(source: RewardSource) -> dict[str, float]:
