@@ -44,6 +44,8 @@ RESUMABLE_FIELDS = frozenset(
         "on_existing",
         "mesh",
         "rollout.mesh",
+        "rollout.weights",
+        "rollout.max_mismatch",
         "reward.function_workers",
         "reward.function_timeout",
         "rewards.*.function_workers",

@@ -146,6 +146,7 @@ class Rollout:
       values: V_old of the state before y_t; None where there is no critic.
       advantages: A_t.
       returns: G_t = A_t + V_old; None where there is no critic.
+      sampler_log_probs: those that the tokens were drawn with; None where the loss is not weighed by them.
     """
 
     responses: ResponseBatch
@@ -154,3 +155,4 @@ class Rollout:
     values: jax.Array | None
     advantages: jax.Array
     returns: jax.Array | None
+    sampler_log_probs: jax.Array | None = None

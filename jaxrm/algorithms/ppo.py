@@ -124,7 +124,8 @@ def estimate(
             count=jnp.sum(jnp.any(mask, axis=1)),
         )
     log_probs, reference_log_probs = token_log_probs.log_probs, token_log_probs.reference_log_probs
-    rollout = Rollout(batch, log_probs, reference_log_probs, values, advantage, returns)
+    sampler_log_probs = None if config.importance_cap is None else token_log_probs.sampler_log_probs
+    rollout = Rollout(batch, log_probs, reference_log_probs, values, advantage, returns, sampler_log_probs)
     return rollout, RewardAndKLState(calibration, kl_coef), metrics
 
 
@@ -174,6 +175,9 @@ def _rollout_metrics(
         "tokens": jnp.sum(mask, dtype=jnp.float32),
         "prompt_tokens": jnp.sum(batch.prompt_mask, dtype=jnp.float32),
     }
+    if token_log_probs.sampler_log_probs is not None:
+        difference = jnp.abs(token_log_probs.log_probs - token_log_probs.sampler_log_probs)
+        metrics["sampler_mismatch"] = masking.masked_mean(difference, mask)
     if token_log_probs.values is not None:
         metrics["value"] = masking.masked_mean(token_log_probs.values, mask)
     for name in ("ended", "tag_rate", "divergence", "end_tag"):

@@ -31,6 +31,9 @@ class PPOConfig:
       num_minibatches: updates in a pass, each on its share of the responses.
       clip: epsilon, how far the ratio of new to old probabilities pays. With one epoch of one minibatch the ratio is 1.
       clip_high: the same above 1, where it is to be wider (arXiv 2503.14476); None is ``clip``.
+      importance_cap: weigh the policy's loss of a token by ``min(exp(log pi_old - log pi_sampler), cap)``, for samplers
+        whose log-probs differ from those of the training forward (`jaxrm.ops.losses.importance_weights`). 2 is common;
+        None weighs every token alike.
       loss_aggregation: how the losses of tokens are averaged: over all tokens of the batch (``token``), first over
         those of each response (``sequence``, as in the paper of GRPO), or over the most tokens that the responses may
         have (``constant``, Dr. GRPO, arXiv 2503.20783). A critic's loss alike.
@@ -64,6 +67,7 @@ class PPOConfig:
     num_minibatches: int = bounded(1, at_least(1))
     clip: float = bounded(0.2, above(0), below(1))
     clip_high: float | None = bounded(None, above(0), finite, meaning="that of clip")
+    importance_cap: float | None = bounded(None, at_least(1), finite, meaning="no weights")
     loss_aggregation: str = bounded("token", one_of(*losses.AGGREGATIONS))
     value_clip: float = bounded(5.0, above(0))
     reward_clip: float = bounded(50.0, above(0))
@@ -164,11 +168,18 @@ class RolloutConfig:
     Attributes:
       sampling: temperature and length of responses; prompts have what ``config.data.max_length`` leaves of a row.
         Top-k and top-p are refused: log-probs would not be those that tokens were drawn with.
-      mesh: how the devices of ``config.mesh`` lie while the policy answers; None as they lie in training. Training
-        wants parameters in shards, but writing token by token wants them whole, or split over ``tensor`` alone:
-        ``--config.rollout.mesh.fsdp=1``. It costs a copy of the policy in the compute dtype while it answers, 2 bytes
-        a parameter in bfloat16, and for the loop over tokens that once more, both divided by what ``fsdp``,
-        ``context`` and ``tensor`` are here. Tokens are drawn alike.
+      mesh: how the devices of ``config.mesh`` lie while the policy answers. Training wants parameters in shards, but
+        writing token by token wants them whole, or split over ``tensor`` alone. None chooses by what a token reads
+        (`jaxrm.inference.decode_mesh`); the run prints the choice, and ``run.json`` has it. Where it is not that of
+        training, it costs a copy of the policy in the compute dtype while it answers, 2 bytes a parameter in bfloat16,
+        and for the loop over tokens that once more, both divided by what ``fsdp``, ``context`` and ``tensor`` are here.
+        Tokens are drawn alike.
+      weights: how the loop over tokens stores the policy's weights. ``compute`` is in the compute dtype. ``int8`` is a
+        byte a weight and a scale for each output, the embedding of the head too, so that a token reads half as much.
+        Prompts are read in the compute dtype. Calibration, evaluation and training are not touched.
+      max_mismatch: most ``sampler_mismatch``, the mean over response tokens of how far the sampler's log-prob is from
+        that of the training forward, in nats. Where a step passes it, the run stops with its state saved. None is 0.2
+        with ``int8``, and no bound without.
       num_microbatches: parts that a batch of prompts is answered in, one after another, so that the key-value cache is
         that of a part. The weights are read once for each part and token. Tokens are drawn
         from the same distribution, with other random numbers.
@@ -178,11 +189,23 @@ class RolloutConfig:
 
     sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(max_new_tokens=128))
     mesh: MeshConfig | None = None
+    weights: Literal["compute", "int8"] = "compute"
+    max_mismatch: float | None = bounded(None, above(0), meaning="0.2 with int8")
     num_microbatches: int = bounded(1, at_least(1))
     responses_per_prompt: int = bounded(1, at_least(1))
 
     def __post_init__(self) -> None:
         check(self)
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether the sampler reads codes."""
+        return self.weights == "int8"
+
+    @property
+    def mismatch_bound(self) -> float | None:
+        """The largest ``sampler_mismatch`` that a run goes on with; None for any."""
+        return 0.2 if self.max_mismatch is None and self.is_quantized else self.max_mismatch
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,8 @@ def policy_loss(networks: Networks, config: PPOConfig) -> LossFn:
     Returns:
       ``loss_fn(params, PPOBatch, key)``. Aux: ``policy_loss``; means over response tokens, ``approx_kl`` (k3 of the new
       policy from the old), ``ratio_error`` (``|rho - 1|``), ``clip_fraction``, ``entropy``; ``kl_loss`` where the loss
-      has one; ``ptx_loss``; and where the trunk is shared those of `critic_loss`.
+      has one; ``importance_weight`` and the share ``importance_capped`` where the loss is weighed; ``ptx_loss``; and
+      where the trunk is shared those of `critic_loss`.
     """
 
     def loss_fn(params: Any, batch: PPOBatch, key: jax.Array) -> Any:
@@ -82,16 +83,21 @@ def policy_terms(token: TokenStatistics, rollout: Rollout, config: PPOConfig) ->
     surrogate = losses.clipped_policy_loss(
         log_probs, rollout.log_probs, rollout.advantages, clip=config.clip, clip_high=config.clip_high
     )
-    loss, (kl_coef, kl_estimator) = surrogate.loss, config.loss_kl
+    policy_loss, (kl_coef, kl_estimator) = surrogate.loss, config.loss_kl
     observed = {
         "approx_kl": kl.kl_estimate("k3", rollout.log_probs, log_probs),
         "ratio_error": jnp.abs(surrogate.ratio - 1.0),
         "clip_fraction": surrogate.is_clipped.astype(jnp.float32),
         "entropy": token.entropy,
     }
+    if config.importance_cap is not None and rollout.sampler_log_probs is not None:
+        weights = losses.importance_weights(rollout.log_probs, rollout.sampler_log_probs, config.importance_cap)
+        policy_loss = weights * policy_loss
+        observed |= {"importance_weight": weights, "importance_capped": weights >= config.importance_cap}
     tokens = jnp.sum(mask, dtype=jnp.float32)
     aux = {name: (masking.masked_sum(jax.lax.stop_gradient(x), mask), tokens) for name, x in observed.items()}
-    aux["policy_loss"] = losses.aggregate(jax.lax.stop_gradient(surrogate.loss), mask, config.loss_aggregation)
+    aux["policy_loss"] = losses.aggregate(jax.lax.stop_gradient(policy_loss), mask, config.loss_aggregation)
+    loss = policy_loss
     if kl_coef:
         kl_loss = kl.kl_estimate(kl_estimator, log_probs, rollout.reference_log_probs)
         aux["kl_loss"] = losses.aggregate(jax.lax.stop_gradient(kl_loss), mask, config.loss_aggregation)

@@ -38,6 +38,7 @@ class OnePassBatch:
       responses: prompts and responses.
       reference_log_probs: ``[B, T]`` float32.
       rewards: of the reward source.
+      sampler_log_probs: see `TokenLogProbs`.
       ptx: rows of SFT data, or None.
       ptx_weight: as in `jaxrm.algorithms.ppo_state.PPOBatch`; the step fills it in.
       advantages: ``[B, T]`` float32, where they need no log-probs; the step fills them in.
@@ -46,6 +47,7 @@ class OnePassBatch:
     responses: ResponseBatch
     reference_log_probs: jax.Array
     rewards: TokenRewards
+    sampler_log_probs: jax.Array | None = None
     ptx: TokenBatch | None = None
     ptx_weight: jax.Array | None = None
     advantages: jax.Array | None = None
@@ -138,14 +140,15 @@ def _losses(
     """
     token, shared_values = networks.read_policy(params["policy"], batch.responses)
     values = networks.values(params["critic"], batch.responses) if "critic" in params else shared_values
-    every = TokenLogProbs(token.log_probs, token.entropy, batch.reference_log_probs, values)
+    every = TokenLogProbs(token.log_probs, token.entropy, batch.reference_log_probs, values, batch.sampler_log_probs)
     every = jax.tree.map(lambda x: jnp.where(batch.responses.response_mask, x, 0.0), jax.lax.stop_gradient(every))
     rest: Any = every
     if batch.advantages is None:
         rollout, *rest = estimate(batch.responses, every, batch.rewards)
     else:
         old = every.log_probs, every.reference_log_probs, every.values
-        rollout = Rollout(batch.responses, *old, batch.advantages, None)
+        sampler_log_probs = None if config.importance_cap is None else every.sampler_log_probs
+        rollout = Rollout(batch.responses, *old, batch.advantages, None, sampler_log_probs)
     update = PPOBatch(rollout, batch.ptx, batch.ptx_weight)
     policy_loss, aux = ppo_loss.policy_sum(networks, config, params["policy"], (token, shared_values), update, key)
     losses = {"policy": policy_loss}

@@ -95,12 +95,14 @@ class TokenLogProbs(NamedTuple):
       entropy: of the policy, nats.
       reference_log_probs: log-prob under the reference.
       values: the critic's, of the state before each token; None where there are none.
+      sampler_log_probs: those that the tokens were drawn with, see `Sampled`; None where nothing is made of them.
     """
 
     log_probs: jax.Array
     entropy: jax.Array
     reference_log_probs: jax.Array
     values: jax.Array | None
+    sampler_log_probs: jax.Array | None = None
 
 
 class RewardSource(Protocol):

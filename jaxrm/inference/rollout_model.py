@@ -1,22 +1,28 @@
 """How a policy answers prompts: on the mesh that it lies on, or on another layout of the same devices."""
 
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 from jax.sharding import Mesh
 
 from jaxrm.algorithms import rollout
 from jaxrm.algorithms.rollout import BatchSampler
 from jaxrm.errors import UserError, flag, option
 from jaxrm.inference import sharded_model
+from jaxrm.inference.decode_mesh import DecodeLoad, decode_meshes
 from jaxrm.inference.sharded_model import ShardedModel
+from jaxrm.models import build, lora
 from jaxrm.models.generate import SamplingConfig
+from jaxrm.models.quantized_params import count_parameters
+from jaxrm.models.transformer import DecodingStorage
 from jaxrm.sharding import partition
 from jaxrm.sharding.mesh import batch_shards, check_batch, reshape_mesh
 from jaxrm.stage_config import PPO
 
 
 def shard_rollout_model(config: PPO, mesh: Mesh, policy: ShardedModel) -> ShardedModel:
-    """The policy as it lies while it answers: on ``config.rollout.mesh``, where that is another mesh than its own.
+    """The policy as it lies while it answers, on ``config.rollout.mesh`` or on one that is chosen.
 
     Nothing is allocated.
 
@@ -28,22 +34,63 @@ def shard_rollout_model(config: PPO, mesh: Mesh, policy: ShardedModel) -> Sharde
     Raises:
       UserError: where model or batch do not fit ``config.rollout.mesh``.
     """
-    rollout, batch_size = config.rollout, config.data.batch_size
-    field = "mesh" if rollout.mesh is None else "rollout.mesh"
-    other = mesh if rollout.mesh is None else reshape_mesh(mesh, rollout.mesh, field)
+    check_groups(config, mesh)
+    if config.rollout.mesh is not None:
+        return _on_mesh(config, reshape_mesh(mesh, config.rollout.mesh, "rollout.mesh"), policy, "rollout.mesh")
+    for layout in decode_meshes(mesh, _decode_load(config, policy)) if mesh.devices.size > 1 else []:
+        try:
+            return _on_mesh(config, reshape_mesh(mesh, layout, "rollout.mesh"), policy, "rollout.mesh")
+        except UserError:  # heads, vocabulary or batch do not divide
+            continue
+    return _on_mesh(config, mesh, policy, "mesh")
+
+
+def with_storage(rollout_model: ShardedModel, storage: DecodingStorage) -> ShardedModel:
+    """A policy whose loop over tokens reads weights that are stored so."""
+    return replace(rollout_model, graphdef=build.with_storage(rollout_model.graphdef, rollout_model.shapes, storage))
+
+
+def layout_of(rollout_model: ShardedModel) -> dict[str, dict[str, int]]:
+    """The mesh that a policy writes on, as ``run.json`` records it."""
+    return {"rollout_mesh": {axis: int(size) for axis, size in rollout_model.mesh.shape.items()}}
+
+
+def layout_in_words(rollout_model: ShardedModel) -> str:
+    """The mesh that a policy writes on, as ``tensor 8``."""
+    sizes = [f"{axis} {size}" for axis, size in rollout_model.mesh.shape.items() if size > 1]
+    return " x ".join(sizes) or "one device"
+
+
+def _on_mesh(config: PPO, mesh: Mesh, policy: ShardedModel, field: str) -> ShardedModel:
+    parts = config.rollout.num_microbatches
     check_batch(
-        other,
+        mesh,
         "data.batch_size",
-        batch_size,
-        rollout.num_microbatches,
+        config.data.batch_size,
+        parts,
         mesh_field=field,
         microbatches_field="rollout.num_microbatches",
     )
-    check_groups(config, mesh)
-    check_groups(config, other, rollout.num_microbatches, mesh_field=field)
-    if other.shape == mesh.shape:
+    check_groups(config, mesh, parts, mesh_field=field)
+    if mesh.shape == policy.mesh.shape:
         return policy
-    return sharded_model.shard_model(config.model, other, policy.config, lora=policy.lora, field=field)
+    return sharded_model.shard_model(config.model, mesh, policy.config, lora=policy.lora, field=field)
+
+
+def _decode_load(config: PPO, policy: ShardedModel) -> DecodeLoad:
+    """What one part of a batch reads for a token; the input embedding is looked up, not read."""
+    shape, rollout, itemsize = policy.config, config.rollout, np.dtype(config.model.dtype).itemsize
+    own = lora.split(policy.shapes)[1] or policy.shapes  # adapters are merged
+    read = count_parameters(own) - (0 if shape.tie_embeddings else shape.vocab_size * shape.hidden_size)
+    rows, length = config.data.batch_size / rollout.num_microbatches, rollout.sampling.max_new_tokens
+    slots = rows * (length + (config.data.max_length - length) / rollout.responses_per_prompt)
+    return DecodeLoad(
+        weights=read * (1 if rollout.weights == "int8" else itemsize),
+        cache=2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * slots * itemsize,
+        kv_heads=shape.num_kv_heads,
+        sums=2 * shape.num_layers,
+        sum_bytes=rows * shape.hidden_size * itemsize,
+    )
 
 
 def check_groups(config: Any, mesh: Mesh, num_microbatches: int = 1, *, mesh_field: str = "mesh") -> None:
@@ -89,6 +136,19 @@ def check_one_response_a_prompt(config: Any, instead: str) -> None:
         )
 
 
+def check_is_exact(config: Any) -> None:
+    """Refuse in other stages what is for PPO's rollouts alone, whose training forward says how far they are off.
+
+    Raises:
+      UserError: naming the field.
+    """
+    for name, default in (("weights", "compute"), ("max_mismatch", None)):
+        value = getattr(config.rollout, name)
+        if value != default:
+            field = f"rollout.{name}"
+            raise UserError(f"{option(field)} is {value!r}, which is for PPO alone; use {flag(field)}={default}")
+
+
 def build_sampler(
     policy: ShardedModel,
     rollout_model: ShardedModel,
@@ -120,7 +180,7 @@ def build_sampler(
         num_microbatches=num_microbatches,
         responses_per_prompt=responses_per_prompt,
     )
-    if rollout_model is policy:
+    if rollout_model.mesh.shape == policy.mesh.shape:
         return BatchSampler(sample, responses_per_prompt=responses_per_prompt)
     reshard = rollout.build_reshard(
         dtype,

@@ -14,7 +14,7 @@ from jaxrm.models import attention, hub, layers, quantized
 from jaxrm.models.config import ModelConfig, preset
 from jaxrm.models.heads import ActorCritic, ScalarHead, ScalarModel
 from jaxrm.models.lora import NO_LORA, LoRAConfig
-from jaxrm.models.transformer import REMAT_POLICIES, Decoder
+from jaxrm.models.transformer import REMAT_POLICIES, Decoder, DecodingStorage
 
 DTYPES = ("float32", "bfloat16")
 
@@ -218,3 +218,16 @@ def _decoder(
         constrain=constrain,
         projections=layers.ProjectionOptions(lora=lora, quantize=source.quantize, merges_adapters=merges_adapters),
     )
+
+
+def with_storage(graphdef: nnx.GraphDef, params: Any, storage: DecodingStorage) -> nnx.GraphDef:
+    """The graph of a decoder that stores what it reads at every token as ``storage`` says.
+
+    Args:
+      graphdef: of the decoder.
+      params: its parameters or their shapes.
+      storage: in a loop over tokens.
+    """
+    decoder = nnx.merge(graphdef, params)
+    decoder.storage = storage
+    return nnx.split(decoder)[0]

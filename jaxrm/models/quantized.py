@@ -16,7 +16,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -111,6 +111,44 @@ def dequantize(codes: jax.Array, scales: jax.Array, dtype: Any) -> jax.Array:
     levels, scales = _unpack(codes, axis), _by_run(codes, scales, axis)
     kernel = _levels(levels) * jnp.expand_dims(scales, (axis + 1, axis + 2))
     return kernel.reshape(*codes.shape[:axis], -1, *codes.shape[axis + 1 :]).astype(dtype)
+
+
+class Int8Array(NamedTuple):
+    """An array that a loop over tokens reads at every token.
+
+    Attributes:
+      codes: int8 of the array's shape.
+      scales: float32 of the same shape, but for an axis of one in place of that which shares a scale.
+    """
+
+    codes: jax.Array
+    scales: jax.Array
+
+
+def to_int8(x: jax.Array, axis: int) -> Int8Array:
+    """Codes of an array whose numbers along ``axis`` share a scale; the numbers are those of ``quantize``."""
+    wide = x.astype(jnp.float32)
+    scales = jnp.max(jnp.abs(wide), axis=axis, keepdims=True) / _INT8_RANGE
+    scales = jnp.where(scales < _LEAST_SCALE, 1.0, scales)
+    return Int8Array(jnp.clip(jnp.round(wide / scales), -127, 127).astype(jnp.int8), scales)
+
+
+def int8_product(x: jax.Array, matrix: Int8Array) -> jax.Array:
+    """Product ``[..., O]`` in float32 of ``x [..., I]`` with a matrix ``[O, I]`` of a scale for each output.
+
+    Codes are whole numbers up to 127, which bfloat16 has exactly. So the product is of codes, and its result is scaled.
+    """
+    y = jnp.einsum("...i,oi->...o", x, codes_beside(matrix.codes, x), preferred_element_type=jnp.float32)
+    return y * jnp.expand_dims(matrix.scales[:, 0], tuple(range(y.ndim - 1)))
+
+
+def codes_beside(codes: jax.Array, x: jax.Array) -> jax.Array:
+    """Codes in the dtype of ``x``, which changes from token to token, for a product with it.
+
+    The barrier ties the one to the other. Without it the compiler converts codes once, before the loop over tokens, and
+    every token reads two bytes a number again.
+    """
+    return jax.lax.optimization_barrier((codes, x))[0].astype(x.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))

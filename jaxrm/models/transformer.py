@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxrm.models import attention, blockwise, cache, layers, rope
+from jaxrm.models import attention, blockwise, cache, layers, quantized, rope
 from jaxrm.models.config import ModelConfig
 from jaxrm.ops import vocab
 
@@ -21,6 +21,20 @@ REMAT_POLICIES = ("full", "dots", "none")
 _HIDDEN = ("batch", "sequence", None)
 _KEYS = ("batch", "kv_heads", "head_dim", None)
 _VALUES = ("batch", "kv_heads", None, "head_dim")
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodingStorage:
+    """How a loop over tokens stores what it reads at every token.
+
+    Attributes:
+      weights: ``compute``, in the compute dtype; or ``int8``, a byte a weight and a scale for each output.
+    """
+
+    weights: str = "compute"
+
+
+COMPUTE_STORAGE = DecodingStorage()
 
 
 class Decoder(nnx.Module):
@@ -53,6 +67,7 @@ class Decoder(nnx.Module):
         dtype = jnp.dtype(dtype)
         self.config, self.dtype, self.remat = config, dtype, remat
         self.attend, self.constrain = attend, constrain
+        self.storage = COMPUTE_STORAGE  # see ``jaxrm.models.build.with_storage``
         self.scale = config.head_dim**-0.5 if config.query_scale is None else config.query_scale
         self.embedder = layers.Embedding(rngs, config)
         options = dataclasses.replace(projections, dtype=dtype)
@@ -89,8 +104,8 @@ class Decoder(nnx.Module):
     def unstack_layers(self) -> tuple[layers.Layer, ...]:
         """The layers one by one, for ``decode``; outside the decoding loop, which then reads each in place.
 
-        Their weights are as the loop reads them at every token: in the compute dtype and transposed. Those of a
-        quantized base are dequantized for the loop's length (jaxrm choice): reading codes at every token takes longer.
+        Their weights are as the loop reads them at every token: transposed, and in the compute dtype or as int8 codes
+        (``DecodingStorage``). Those of a quantized base are dequantized first (jaxrm choice), and adapters added.
         """
         graphdef, stacked = nnx.split(self.layers)
 
@@ -98,14 +113,15 @@ class Decoder(nnx.Module):
             layer = nnx.merge(graphdef, jax.tree.map(lambda p: p[i], stacked))
             for _, part in nnx.iter_modules(layer):
                 if isinstance(part, layers.Projection):
-                    part.transpose()
-                    part.kernel.set_value(part.kernel[...].astype(self.dtype))
+                    part.transpose(self.storage.weights)
             return layer
 
         return tuple(one_layer(i) for i in range(self.config.num_layers))
 
-    def decode_head(self) -> jax.Array:
+    def decode_head(self) -> jax.Array | quantized.Int8Array:
         """Output embedding ``[V, D]`` for the ``logits`` of a decoding loop; as ``unstack_layers``."""
+        if self.storage.weights == "int8":
+            return quantized.to_int8(self.head_embedding, axis=1)
         return self.head_embedding.astype(self.dtype)
 
     def decode(
@@ -165,7 +181,7 @@ class Decoder(nnx.Module):
         """Output embedding ``[V, D]`` as the parameters hold it: what ``jaxrm.ops.vocab`` takes as its head."""
         return (self.head or self.embedder).embedding[...]
 
-    def logits(self, hidden: jax.Array, head: jax.Array | None = None) -> jax.Array:
+    def logits(self, hidden: jax.Array, head: jax.Array | quantized.Int8Array | None = None) -> jax.Array:
         """Logits ``[..., V]`` in float32, soft-capped; for single positions (decoding) and small tests only.
 
         Those of ids that cannot be drawn are -inf.
@@ -174,8 +190,11 @@ class Decoder(nnx.Module):
           hidden: ``[..., D]``.
           head: from ``decode_head``, in a loop.
         """
-        head = (self.head_embedding if head is None else head).astype(hidden.dtype)
-        logits = jnp.einsum("...d,vd->...v", hidden, head, preferred_element_type=jnp.float32)
+        if isinstance(head, quantized.Int8Array):
+            logits = quantized.int8_product(hidden, head)
+        else:
+            head = (self.head_embedding if head is None else head).astype(hidden.dtype)
+            logits = jnp.einsum("...d,vd->...v", hidden, head, preferred_element_type=jnp.float32)
         cap = self.config.logit_softcap
         logits = logits if cap is None else cap * jnp.tanh(logits / cap)
         if not self.config.drawable:

@@ -165,6 +165,27 @@ def clipped_policy_loss(
     return PolicyLoss(-counted * advantages, ratio, is_clipped)
 
 
+def importance_weights(log_probs: jax.Array, sampler_log_probs: jax.Array, cap: float) -> jax.Array:
+    """Truncated importance weights ``min(pi_old / pi_sampler, cap)`` of tokens, without a gradient.
+
+    Tokens come from the sampler, whose rounding differs from that of the training forward. The weights make the policy
+    gradient that of the policy again; the cap bounds its variance at the cost of a bias (Ionides 2008, "Truncated
+    Importance Sampling"; for the sampler of a rollout Yao et al. 2025, "Your Efficient RL Framework Secretly Brings You
+    Off-Policy RL Training").
+
+    Args:
+      log_probs: ``[...]`` float log-probs of the tokens under the policy before the update, by the training forward.
+      sampler_log_probs: ``[...]`` float, as the sampler computed them.
+      cap: largest weight.
+
+    Returns:
+      ``[...]`` float32.
+    """
+    chex.assert_equal_shape([log_probs, sampler_log_probs])
+    log_ratio = log_probs.astype(jnp.float32) - sampler_log_probs.astype(jnp.float32)
+    return jax.lax.stop_gradient(jnp.minimum(jnp.exp(jnp.minimum(log_ratio, 80.0)), cap))  # below overflow
+
+
 def clipped_value_loss(
     values: jax.Array,
     old_values: jax.Array,

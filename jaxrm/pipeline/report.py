@@ -32,6 +32,7 @@ _CURVES = (  # field of a row in metrics.jsonl, title, unit
     ("eval_reward", "Reward, held-out prompts", "sum over a response"),
     ("reward", "Reward of the rollouts", "sum over a response"),
     ("kl", "KL from the SFT policy", "nats a response"),
+    ("sampler_mismatch", "Log-probs of the sampler less those of training", "mean |difference|, nats a token"),
     ("entropy", "Entropy of the policy", "nats a token"),
     ("response_length", "Length of the responses", "tokens"),
     ("explained_variance", "Explained variance of the critic", "share"),

@@ -15,10 +15,10 @@ from jaxrm.planning.abstract import BASE, Program, StagePrograms, device_bytes
 from jaxrm.planning.cost import Cost, ProgramPlan, StagePlan, subtract
 from jaxrm.planning.flops import matmul_flops
 from jaxrm.planning.programs import stage_programs
-from jaxrm.planning.topology import GIB, Topology, slice_indices
+from jaxrm.planning.topology import GIB, Topology
 from jaxrm.planning.traffic import traffic
 from jaxrm.runtime.progress import Progress
-from jaxrm.sharding.mesh import build_mesh
+from jaxrm.sharding.mesh import build_mesh, slice_indices
 from jaxrm.stage_config import TrainingConfig
 
 

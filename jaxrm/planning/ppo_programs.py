@@ -158,7 +158,7 @@ def _update(stage: PPOStage) -> Program:
         states["critic"] = stage.state.critic
         flops += stage.row_flops(training_flops, scalar_head=True)
     rows = stage.rows((stage.batch_size, stage.response_length), jnp.float32)
-    batch, ptx = OnePassBatch(stage.responses(stage.batch_size), rows, stage.token_rewards()), stage.config.ptx
+    batch, ptx = OnePassBatch(stage.responses(stage.batch_size), rows, stage.token_rewards(), rows), stage.config.ptx
     tokens, model_flops = stage.batch_size * stage.config.data.max_length, stage.batch_size * flops
     if ptx is not None:
         batch = dataclasses.replace(batch, ptx=abstract_batch(TokenBatch, ptx.batch_size, ptx.max_length, stage.mesh))

@@ -119,6 +119,8 @@ class PPOStage:
         rows = self.minibatch_size
         arrays = [self.rows((rows, self.response_length), jnp.float32) for _ in range(5)]
         rollout = Rollout(self.responses(rows), *arrays)
+        if self.config.ppo.importance_cap is not None:
+            rollout = dataclasses.replace(rollout, sampler_log_probs=arrays[0])
         return rollout if self.config.ppo.has_values else dataclasses.replace(rollout, values=None, returns=None)
 
 

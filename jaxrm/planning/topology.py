@@ -159,16 +159,6 @@ def open_topology(name: str) -> Topology:
     return Topology(name, tuple(devices), CHIPS[kind], devices[0].device_kind)
 
 
-def slice_indices(devices: Sequence[Any]) -> list[int]:
-    """The slice of each device; for a GPU its host.
-
-    ICI (NVLink) joins the devices of a slice, DCN joins the slices.
-    """
-    if devices[0].platform == "tpu":
-        return [getattr(device, "slice_index", None) or 0 for device in devices]
-    return [device.process_index for device in devices]
-
-
 def _tpu_devices(name: str, one_slice: str, num_slices: int) -> Sequence[Any]:
     from jax.experimental import topologies
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 from jax.experimental import mesh_utils
@@ -86,6 +87,16 @@ def reshape_mesh(mesh: Mesh, config: MeshConfig, field: str) -> Mesh:
     """
     shape = _shape(config, mesh.devices.size, field)
     return Mesh(mesh.devices.reshape(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def slice_indices(devices: Sequence[Any]) -> list[int]:
+    """The slice of each device; for a GPU its host.
+
+    ICI (NVLink) joins the devices of a slice, DCN joins the slices.
+    """
+    if devices[0].platform == "tpu":
+        return [getattr(device, "slice_index", None) or 0 for device in devices]
+    return [device.process_index for device in devices]
 
 
 def _shape(config: MeshConfig, count: int, field: str) -> tuple[int, ...]:

@@ -11,10 +11,11 @@ A stage runs in five phases. `jaxrm.stages.sft` is the shortest example.
 
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -39,6 +40,7 @@ from jaxrm.models import build
 from jaxrm.models.build import ModelSource
 from jaxrm.models.lora import NO_LORA, LoRAConfig
 from jaxrm.runtime.processes import check_same_inputs
+from jaxrm.runtime.provenance import describe_devices
 from jaxrm.runtime.run_folder import RunFolder, check_run, open_run
 from jaxrm.sharding import partition
 from jaxrm.sharding.mesh import batch_shards, batch_share, check_batch, check_row_length
@@ -149,12 +151,19 @@ class Stage:
         if source.path is not None and Path(source.path).expanduser().exists():
             weights.check_weights(self.model.config, source)
 
-    def open_run(self, read: Sequence[Sequence[TokenExample] | str], *, keeps_model: bool = True) -> RunFolder:
+    def open_run(
+        self,
+        read: Sequence[Sequence[TokenExample] | str],
+        *,
+        keeps_model: bool = True,
+        layout: Mapping[str, Any] = MappingProxyType({}),
+    ) -> RunFolder:
         """Make or find the folder of the run; the first thing that a stage writes.
 
         Args:
           read: the examples that were read of the data, or a text about them, alike in all processes.
           keeps_model: save the model's shape and tokenizer too, so that the run can be read without its sources.
+          layout: see `open_run_folder`.
 
         Raises:
           UserError: where the weights cannot be read, the processes have read different inputs, or the folder holds
@@ -166,7 +175,7 @@ class Stage:
             self._check_same_inputs(read, "" if base is None else base.sha256)
         if base is not None and keeps_model and self.config.on_existing != "restart":
             check_kept(self.config.run_dir, base)
-        folder = open_run_folder(self.config)
+        folder = open_run_folder(self.config, layout)
         if self.is_writer and keeps_model:
             save_shape_and_tokenizer(self.model.config, self.tokenizer, folder)
         if base is not None and keeps_model:
@@ -244,8 +253,13 @@ def check_run_folder(config: Any) -> None:
         check_run(config.run_dir, dicts.to_dict(config), on_existing=config.on_existing, may_differ=RESUMABLE_FIELDS)
 
 
-def open_run_folder(config: Any) -> RunFolder:
-    """Make or find the folder of a run, and print what was found there."""
+def open_run_folder(config: Any, layout: Mapping[str, Any] = MappingProxyType({})) -> RunFolder:
+    """Make or find the folder of a run, and print what was found there.
+
+    Args:
+      config: of the stage.
+      layout: what ``run.json`` says of the devices besides their kind and number.
+    """
     folder = open_run(
         config.run_dir,
         dicts.to_dict(config),
@@ -253,6 +267,7 @@ def open_run_folder(config: Any) -> RunFolder:
         may_differ=RESUMABLE_FIELDS,
         is_writer=jax.process_index() == 0,
         process_count=jax.process_count(),
+        devices=describe_devices() | layout,
     )
     if folder.is_writer:
         print(folder.message)

@@ -88,7 +88,7 @@ def test_log_probs_are_those_of_the_policy_at_its_temperature(temperature):
             expected = [normal[len(prompt) - 1 + t, token] for t, token in enumerate(response)]
             np.testing.assert_allclose(log_probs[row, : len(response)], expected, atol=2e-5)
     outside = ~np.asarray(batch.response_mask)
-    assert all(not np.asarray(x)[outside].any() for x in found)
+    assert all(not np.asarray(x)[outside].any() for x in jax.tree.leaves(found))
 
 
 def test_draws_at_a_temperature_have_the_log_probs_of_training():
@@ -168,7 +168,7 @@ def made_up(seed=5):
     mask = np.asarray(batch.response_mask)
     arrays = [np.where(mask, rng.normal(size=(B, T)), 0.0).astype(np.float32) for _ in range(5)]
     readings = TokenLogProbs(*map(jnp.asarray, (arrays[0] - 2, np.abs(arrays[1]), arrays[2] - 2, arrays[3])))
-    readings = TokenLogProbs(*(jnp.where(batch.response_mask, x, 0.0) for x in readings))
+    readings = jax.tree.map(lambda x: jnp.where(batch.response_mask, x, 0.0), readings)
     return batch, mask, readings, arrays[4]
 
 
@@ -211,7 +211,7 @@ def test_advantages_are_those_of_a_plain_loop(kind):
 
 def test_a_response_that_was_cut_off_pays_at_its_last_token():
     batch, mask, readings, _ = made_up()
-    readings = TokenLogProbs(*(jnp.zeros_like(x) for x in readings))
+    readings = jax.tree.map(jnp.zeros_like, readings)
     rewards = rewarded(batch, np.zeros(B))
     config = PPOConfig(missing_end_penalty=0.75, gae_lambda=0.0)
     estimate = jax.jit(functools.partial(ppo.estimate, config=config, next_calibration=stay))
@@ -250,7 +250,7 @@ def test_whitening_and_normalizing_look_at_response_tokens_alone():
     def estimated(**options):
         config = PPOConfig(kl_coef=0.0, gae_lambda=0.0, discount=0.5, missing_end_penalty=0.0, **options)
         estimate = jax.jit(functools.partial(ppo.estimate, config=config, next_calibration=stay))
-        blank = TokenLogProbs(*(jnp.zeros_like(x) for x in readings))
+        blank = jax.tree.map(jnp.zeros_like, readings)
         zero = RewardAndKLState(reward_scaling.uncalibrated(), jnp.float32(0.0))
         return np.asarray(estimate(zero, batch, blank, rewards)[0].advantages)
 

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import jax
 import pytest
-from support.planning import config, with_memory
+from support.planning import MESH, config, with_memory
 
 from jaxrm.algorithms.ppo_config import RolloutConfig
 from jaxrm.algorithms.reward_config import RewardConfig
@@ -141,7 +141,8 @@ def test_products_are_those_of_the_hand_count(here, algorithm):
 
 
 def rollout_of(here, **options):
-    one = dataclasses.replace(ppo(), rollout=RolloutConfig(sampling=SamplingConfig(max_new_tokens=16), **options))
+    rollout = RolloutConfig(sampling=SamplingConfig(max_new_tokens=16), mesh=MESH, **options)
+    one = dataclasses.replace(ppo(), rollout=rollout)
     return next(program for program in stage_of(one, here).programs if program.name == "rollout")
 
 

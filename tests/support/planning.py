@@ -14,6 +14,7 @@ from jaxrm.planning.topology import CHIPS, Topology
 from jaxrm.sharding.mesh import MeshConfig
 
 EIGHT = "cpu:8"
+MESH = MeshConfig(data=2, fsdp=2, tensor=2)
 tpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="the compiler for TPUs (libtpu) is not here"
 )
@@ -25,8 +26,8 @@ def config(algorithm: str = "sft", **sections):
         algorithm,
         model=ModelSource(preset="lab-tiny", remat="none"),
         data=DataConfig(path="task:safety", max_length=64, batch_size=16),
-        rollout=RolloutConfig(sampling=SamplingConfig(max_new_tokens=16)),
-        mesh=MeshConfig(data=2, fsdp=2, tensor=2),
+        rollout=RolloutConfig(sampling=SamplingConfig(max_new_tokens=16), mesh=MESH),
+        mesh=MESH,
         **sections,
     )
 

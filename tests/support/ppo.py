@@ -54,6 +54,7 @@ def experiment(
     ptx=None,
     rollout_model=None,
     n=1,
+    rollout=None,
     **options,
 ):
     sampling = SamplingConfig(max_new_tokens=new_tokens, temperature=temperature)
@@ -64,7 +65,7 @@ def experiment(
         data=DataConfig(path="task:safety", batch_size=batch_size, max_length=P + new_tokens),
         optimizer=OptimizerConfig(lr=lr, schedule="constant", warmup=0.0),
         critic=CriticConfig(optimizer=OptimizerConfig(lr=3 * lr, schedule="constant", warmup=0.0)),
-        rollout=RolloutConfig(sampling=sampling, mesh=rollout_model, responses_per_prompt=n),
+        rollout=RolloutConfig(sampling=sampling, mesh=rollout_model, responses_per_prompt=n, **(rollout or {})),
         reward=RewardConfig(kind="scalar", function="task:safety"),
         ppo=PPOConfig(**options),
         ptx=ptx,

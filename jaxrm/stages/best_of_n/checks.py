@@ -5,7 +5,7 @@ from typing import Any
 from jax.sharding import Mesh
 
 from jaxrm.errors import UserError, flag, option
-from jaxrm.inference.rollout_model import check_one_response_a_prompt
+from jaxrm.inference.rollout_model import check_is_exact, check_one_response_a_prompt
 from jaxrm.sharding.mesh import check_batch
 from jaxrm.stages.judge import check_judge
 from jaxrm.stages.rewards.sources import check_has_rewards, check_origins
@@ -24,6 +24,7 @@ def check(config: Any, mesh: Mesh) -> None:
             f"weights, e.g. {flag('model.path')}=runs/quickstart/sft"
         )
     check_one_response_a_prompt(config, "best_of_n.n")
+    check_is_exact(config)
     check_has_rewards(config, "no response is the best")
     check_origins(config)
     n, sampling = config.best_of_n.n, config.rollout.sampling

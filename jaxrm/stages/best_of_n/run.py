@@ -20,7 +20,7 @@ from jaxrm.data.prompts import PromptExample
 from jaxrm.data.readers import ReadReport
 from jaxrm.data.tasks.prompts import prompt_field
 from jaxrm.inference import sharded_model, weights
-from jaxrm.inference.rollout_model import build_sampler, shard_rollout_model
+from jaxrm.inference.rollout_model import build_sampler, layout_of, shard_rollout_model
 from jaxrm.inference.sharded_model import ShardedModel
 from jaxrm.runtime.metrics import read_rows
 from jaxrm.runtime.preemption import EXIT_PREEMPTED
@@ -62,7 +62,7 @@ def run(config: Any) -> int:
         config, stage.mesh, stage.vocabulary, prompts.examples, stage.response_text, stage.end_ids
     )
 
-    folder = stage.open_run([examples], keeps_model=False)
+    folder = stage.open_run([examples], keeps_model=False, layout=layout_of(inputs.rollout_model))
     policy_name = weights.name_of(config.model)  # by every process, since they look into the checkpoints together
     if stage.is_writer:
         print_reading(inputs.reading)

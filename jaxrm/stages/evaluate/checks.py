@@ -9,7 +9,7 @@ from jaxrm.algorithms.reward_config import has_rewards
 from jaxrm.data import tasks
 from jaxrm.errors import UserError, flag, option
 from jaxrm.inference import weights
-from jaxrm.inference.rollout_model import check_one_response_a_prompt
+from jaxrm.inference.rollout_model import check_is_exact, check_one_response_a_prompt
 from jaxrm.sharding.mesh import check_batch
 from jaxrm.stages.judge import check_judge
 from jaxrm.stages.rewards.sources import check_origins
@@ -42,6 +42,7 @@ def check(config: Any, mesh: Mesh) -> None:
             f"or endpoint that would say which is best; e.g. {flag('reward.model')}=runs/quickstart/rm_seq2seq"
         )
     check_one_response_a_prompt(config, "evaluate.best_of")
+    check_is_exact(config)
     if has_rewards(config):
         check_origins(config)
     if config.evaluate.evaluate_checkpoints:

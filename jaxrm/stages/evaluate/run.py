@@ -22,7 +22,7 @@ from jaxrm.data.loader import fingerprint
 from jaxrm.data.prompts import PromptExample
 from jaxrm.errors import UserError, flag, option
 from jaxrm.inference import weights
-from jaxrm.inference.rollout_model import shard_rollout_model
+from jaxrm.inference.rollout_model import layout_of, shard_rollout_model
 from jaxrm.inference.sharded_model import ShardedModel
 from jaxrm.runtime.checkpoint import Checkpoints
 from jaxrm.runtime.metrics import json_line, read_rows
@@ -58,7 +58,7 @@ def run(config: Any) -> int:
     stage, judge = inputs.stage, judge_of(config)
     if not _has_all_answers(config):
         check_reachable(config)
-    folder = stage.open_run([inputs.every], keeps_model=False)
+    folder = stage.open_run([inputs.every], keeps_model=False, layout=layout_of(inputs.rollout_model))
     target = folder.path / ANSWERS
     has_answers = target.exists() or (folder.path / _PARTS).exists()
     _check_same_models(folder.path / _MODELS, config, has_answers=has_answers)

@@ -27,10 +27,11 @@ from jaxrm.algorithms.rollout import (
 from jaxrm.algorithms.state import TrainState, create
 from jaxrm.algorithms.train_step import build_train_step
 from jaxrm.inference import sharded_model
-from jaxrm.inference.rollout_model import build_sampler, shard_rollout_model
+from jaxrm.inference.rollout_model import build_sampler, shard_rollout_model, with_storage
 from jaxrm.inference.sharded_model import ShardedModel
 from jaxrm.models import lora
 from jaxrm.models.generate import SamplingConfig
+from jaxrm.models.transformer import DecodingStorage
 from jaxrm.runtime.checkpoint import with_shardings
 from jaxrm.sharding import partition
 from jaxrm.sharding.mesh import batch_shards
@@ -153,7 +154,8 @@ class Learner:
     def rollout_sampler(self) -> BatchSampler:
         """Samples the responses of a step: ``config.rollout.responses_per_prompt`` to each prompt."""
         rollout = self.config.rollout
-        return self._sampler(rollout.sampling, rollout.num_microbatches, rollout.responses_per_prompt)
+        model = with_storage(self.rollout_model, DecodingStorage(rollout.weights))
+        return self._sampler(model, rollout.sampling, rollout.num_microbatches, rollout.responses_per_prompt)
 
     def sampler(self, sampling: SamplingConfig) -> BatchSampler:
         """Samples one response to each prompt, in so many parts that they take no larger cache than a step's.
@@ -162,18 +164,20 @@ class Learner:
         """
         config, rollout = self.config, self.config.rollout
         if rollout.responses_per_prompt == 1:
-            return self._sampler(sampling, rollout.num_microbatches, 1)
+            return self._sampler(self.rollout_model, sampling, rollout.num_microbatches, 1)
         batch_size, width = config.data.batch_size, config.data.max_length
         length = rollout.sampling.max_new_tokens
         slots = length + (width - length) / rollout.responses_per_prompt  # a response of a step
         rows = batch_size // batch_shards(self.rollout_model.mesh)
         parts = next(n for n in range(1, rows + 1) if rows % n == 0 and width / n <= slots / rollout.num_microbatches)
-        return self._sampler(sampling, parts, 1)
+        return self._sampler(self.rollout_model, sampling, parts, 1)
 
-    def _sampler(self, sampling: SamplingConfig, num_microbatches: int, responses_per_prompt: int) -> BatchSampler:
+    def _sampler(
+        self, model: ShardedModel, sampling: SamplingConfig, num_microbatches: int, responses_per_prompt: int
+    ) -> BatchSampler:
         return build_sampler(
             self.decoder,
-            self.rollout_model,
+            model,
             dtype=self.config.model.dtype,
             sampling=sampling,
             end_ids=self.end_ids,

@@ -100,8 +100,8 @@ def fit(run: PPORun, state: PPOState, key: jax.Array, *, evaluation_pending: boo
       The state, and whether it reached the last step and its evaluation.
 
     Raises:
-      UserError: a reward function failed, and the state before is saved; or a reward, a loss or a gradient is not
-        finite, and nothing of that step is saved.
+      UserError: a reward function failed, and the state before is saved; a reward, a loss or a gradient is not
+        finite, and nothing of that step is saved; or the sampler is too far from the policy, and the state is saved.
     """
     config, num_steps = run.learner.config, run.learner.num_steps
     step, eval_reward = steps_of(state, config.ppo), None
@@ -125,13 +125,13 @@ def fit(run: PPORun, state: PPOState, key: jax.Array, *, evaluation_pending: boo
             run.rewind(step, state, eval_reward, position)
             is_stopping = True
             break
-        batch, token_log_probs, reference_log_probs, rewards = collected
+        batch, sampler_log_probs, token_log_probs, reference_log_probs, rewards = collected
         means = {name: float(x) for name, x in jax.device_get(run.programs.mean_rewards(rewards)).items()}
         if unusable := [name for name in _reward_names(config) if not math.isfinite(means[name])]:
             run.rewind(step, state, eval_reward, position)
             raise _not_finite_reward(config, step + 1, unusable[0], run.checkpoints)
         if token_log_probs is None:
-            inputs = OnePassBatch(batch, reference_log_probs, rewards, run.data.next_ptx())
+            inputs = OnePassBatch(batch, reference_log_probs, rewards, sampler_log_probs, run.data.next_ptx())
             state, estimated, updates = clock.time(
                 "update", ppo.update_in_one_pass, run.programs, state, run.base, inputs
             )
@@ -145,11 +145,13 @@ def fit(run: PPORun, state: PPOState, key: jax.Array, *, evaluation_pending: boo
         step += 1
         run.stop.has_progress = True
 
-        metrics = {name: float(x) for name, x in jax.device_get(estimated).items()}
+        estimated, updates = jax.device_get((estimated, updates))
+        metrics = {name: float(x) for name, x in estimated.items()}
         metrics |= cut_shares(run.programs.scoring)
-        metrics |= _averaged(jax.device_get(updates))
+        metrics |= _averaged(updates)
         _check_finite(step, metrics, run.checkpoints)
         run.reporter.step(step, metrics | clock.rates(metrics["tokens"], metrics["prompt_tokens"]))
+        _check_mismatch(run, step, state, metrics["sampler_mismatch"])
         is_last, eval_reward = step == num_steps, None
         if is_last or step % config.evaluation.every == 0:
             eval_reward = _evaluate(run, step, state)
@@ -165,6 +167,7 @@ class _Collected(NamedTuple):
     """Responses and what the update follows from; ``token_log_probs`` are None where it is in one pass."""
 
     batch: ResponseBatch
+    sampler_log_probs: jax.Array
     token_log_probs: TokenLogProbs | None
     reference_log_probs: jax.Array
     rewards: TokenRewards
@@ -179,19 +182,22 @@ def _collect(run: PPORun, state: PPOState, key: jax.Array, clock: "_Clock") -> _
     programs, token_log_probs = run.programs, None
     decoder_params = run.learner.decoder_params(run.base, state.policy.params)
     prompts = run.data.next_prompts()
-    batch, _ = clock.time("rollout", programs.rollout, decoder_params, prompts.tokens, prompts.mask, key)
+    batch, sampler_log_probs = clock.time(
+        "rollout", programs.rollout, decoder_params, prompts.tokens, prompts.mask, key
+    )
     if _must_stop(run):
         return None
     if programs.one_pass is None:
         critic_params = None if state.critic is None else state.critic.params
         params = state.policy.params, critic_params, run.reference_params
         token_log_probs = clock.time("log_probs", programs.log_probs, run.base, *params, batch)
+        token_log_probs = token_log_probs._replace(sampler_log_probs=sampler_log_probs)
         reference = token_log_probs.reference_log_probs
     else:
         reference = clock.time("log_probs", programs.reference_log_probs, run.base, run.reference_params, batch)
     recorded = prompts.with_records(batch)
     rewards = clock.time("scoring", programs.scoring, state.feedback.calibration, recorded, reference)
-    return None if _must_stop(run) else _Collected(batch, token_log_probs, reference, rewards)
+    return None if _must_stop(run) else _Collected(batch, sampler_log_probs, token_log_probs, reference, rewards)
 
 
 def _must_stop(run: PPORun) -> bool:
@@ -273,6 +279,23 @@ def _check_finite(step: int, metrics: dict[str, float], checkpoints: Checkpoints
             f"{_last_good(checkpoints)}; try a lower {flag('optimizer.lr')} and {flag('critic.optimizer.lr')}, or a "
             f"lower {flag('ppo.reward_clip')}"
         )
+
+
+def _check_mismatch(run: PPORun, step: int, state: PPOState, mismatch: float) -> None:
+    """Stop, with the state saved, where the sampler's log-probs are too far from those of the training forward."""
+    rollout = run.learner.config.rollout
+    bound = rollout.mismatch_bound
+    if bound is None or mismatch <= bound:
+        return
+    run.save(step, state, None)
+    run.checkpoints.wait()
+    field, name = option("rollout.max_mismatch"), flag("rollout.max_mismatch")
+    exact = f"{flag('rollout.weights')}=compute, or allow more, " if rollout.is_quantized else ""
+    raise UserError(
+        f"step {step}: sampler_mismatch is {mismatch:.3g} nats a token, but {field} is {bound:g}: responses are not "
+        f"drawn from the policy that is trained; the state is saved, and the same command goes on with {exact}"
+        f"{name}={2 * mismatch:.2g}"
+    )
 
 
 def _last_good(checkpoints: Checkpoints) -> str:

@@ -161,6 +161,12 @@ def closing_report(folder: RunFolder, kind: str, prompts: int) -> dict[str, Any]
                 for phase in PHASES
             ],
         )
+    mismatch = [row["sampler_mismatch"] for row in steps if "sampler_mismatch" in row]
+    if mismatch:
+        print(
+            f"Log-probs of the sampler differ from those of training by {statistics.median(mismatch):.3g} nats a token "
+            f"(median; at most {max(mismatch):.3g})"
+        )
     print_costs(rows[-1] if rows else {})
     evaluated = [row for row in rows if "eval_reward" in row]
     if sources := source_rows(evaluated[0], evaluated[-1]):

@@ -7,6 +7,7 @@ from jaxrm import atomic
 from jaxrm.algorithms.reward_config import in_words
 from jaxrm.data.readers import ReadReport
 from jaxrm.inference import weights
+from jaxrm.inference.rollout_model import layout_in_words, layout_of
 from jaxrm.runtime.preemption import EXIT_PREEMPTED
 from jaxrm.runtime.run_folder import RunFolder
 from jaxrm.sharding.mesh import build_mesh
@@ -44,7 +45,9 @@ def run(config: Any) -> int:
     )
     opened = Opened(inputs.learner, inputs.critic, source, with_models(inputs.data, config), base)
 
-    folder = stage.open_run([opened.inputs.data.fingerprint, inputs.data.held_out.examples])
+    folder = stage.open_run(
+        [opened.inputs.data.fingerprint, inputs.data.held_out.examples], layout=layout_of(inputs.learner.rollout_model)
+    )
     policy_name = weights.name_of(config.model)  # by every process, since they look into the checkpoints together
     if stage.is_writer:
         _print_inputs(stage, opened, policy_name, reward_name)
@@ -70,6 +73,7 @@ def inspect(config: Any) -> Inspection:
         f"{config.rollout.sampling.max_new_tokens:,} tokens",
         "steps": f"{data.num_steps:,}, {passes:.3g} passes over the prompts",
         "updates a step": f"{ppo.num_epochs * ppo.num_minibatches:,}",
+        "responses are written on": _written(inputs.learner),
         "rewards": inputs.reward_name,
         **judges_in_words(config),
         "critic": _critic_name(config, inputs.critic),
@@ -116,6 +120,12 @@ def _critic_name(config: Any, critic: Critic | None) -> str:
     return "the policy, on one trunk" if critic is None else critic.name
 
 
+def _written(learner: Learner) -> str:
+    """The devices that write, and what the loop over tokens reads."""
+    codes = ", int8 weights" if learner.config.rollout.weights == "int8" else ""
+    return f"{layout_in_words(learner.rollout_model)}{codes}"
+
+
 def _to_each_prompt(config: Any) -> str:
     n = config.rollout.responses_per_prompt
     return "" if n == 1 else f" ({n:,} to each prompt)"
@@ -133,6 +143,8 @@ def _print_inputs(stage: Stage, opened: Opened, policy_name: str, reward_name: s
         f"{config.rollout.sampling.max_new_tokens} tokens to prompts of up to {inputs.prompt_length}; policy from "
         f"{policy_name}, {critic}, rewards: {reward_name}"
     )
+    if stage.mesh.size > 1 or config.rollout.is_quantized:
+        print(f"Responses are written on {_written(opened.learner)}")
 
 
 def _report(config: Any, folder: RunFolder, num_prompts: int) -> None:

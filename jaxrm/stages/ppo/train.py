@@ -81,7 +81,7 @@ def train(stage: Stage, folder: RunFolder, opened: Opened) -> tuple[int, bool]:
     (reference, _), base = lora.split(stage.init_params(init_key(config.seed))), opened.base
     reference = sharded_model.in_compute_dtype(reference, config.model.dtype)
     programs = plain = learner.programs(opened.source)
-    if config.rollout.responses_per_prompt > 1:  # which are for training alone
+    if config.rollout.responses_per_prompt > 1 or config.rollout.is_quantized:  # which are for training alone
         plain = dataclasses.replace(programs, rollout=learner.sampler(config.rollout.sampling))
     checkpoints = Checkpoints(folder.checkpoints, config.checkpoint)
     if checkpoints.steps():
