@@ -377,10 +377,13 @@ def test_sampling_from_another_distribution_is_refused(refuse, sampling, field, 
             "--config.data.batch_size=32, or --config.rollout.responses_per_prompt=2",
         ),
         (
-            {"rollout": {"responses_per_prompt": 2, "num_microbatches": 2}, "data": {"batch_size": 16}},
+            {
+                "rollout": {"responses_per_prompt": 2, "num_microbatches": 2, "mesh": MeshConfig()},
+                "data": {"batch_size": 16},
+            },
             "config.data.batch_size is 16, config.rollout.responses_per_prompt 2 to each of 8 prompts, but prompts lie "
-            "on the 8 devices of the data and fsdp axes of config.mesh x 2 microbatches; use a multiple of 32, e.g. "
-            "--config.data.batch_size=32",
+            "on the 8 devices of the data and fsdp axes of config.rollout.mesh x 2 microbatches; use a multiple of 32, "
+            "e.g. --config.data.batch_size=32",
         ),
         (
             {"rollout": {"responses_per_prompt": 2}, "data": {"batch_size": 128}},
