@@ -267,7 +267,7 @@ def open_run_folder(config: Any, layout: Mapping[str, Any] = MappingProxyType({}
         may_differ=RESUMABLE_FIELDS,
         is_writer=jax.process_index() == 0,
         process_count=jax.process_count(),
-        devices=describe_devices() | layout,
+        devices={**describe_devices(), **layout},
     )
     if folder.is_writer:
         print(folder.message)
