@@ -1,22 +1,22 @@
 """Memory of a training step on one device, by reckoning: no program is compiled.
 
-What stays on the devices is exact. Activations are a rule of thumb (jaxrm choice): the saved input of every layer, the
-widest layer's arrays, and one chunk of logits. `jaxrm.plan` compiles the programs and gives the true figure.
+What stays on the devices is exact. Activations are a rule of thumb (`jaxrm.models.activations`). `jaxrm.plan` compiles
+the programs and gives the true figure.
 """
 
 import dataclasses
-import os
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
-from jaxrm.models.config import ModelConfig
-from jaxrm.ops.vocab import DEFAULT_CHUNK
-from jaxrm.planning.abstract import BASE, device_bytes
+from jaxrm.models.activations import activation_bytes
+from jaxrm.planning.abstract import BASE
 from jaxrm.planning.programs import stage_programs
+from jaxrm.runtime.hardware import device_limit
 from jaxrm.sharding.mesh import batch_shards, build_mesh
+from jaxrm.sharding.partition import device_bytes
 from jaxrm.stage_config import PLANNED
+from jaxrm.stages import remat
 
 GIB = 2**30
 
@@ -64,7 +64,7 @@ def reckon(config: Any) -> Memory | None:
     """
     if config.algorithm not in PLANNED:
         return None
-    mesh = build_mesh(config.mesh)
+    config, mesh = remat.decide(config).config, build_mesh(config.mesh)
     stage = stage_programs(config, mesh)
     residents = {_name(name, config): device_bytes(tree) for name, tree in stage.residents.items()}
     trained = [tree.params for tree in stage.residents.values() if hasattr(tree, "params")]
@@ -72,8 +72,14 @@ def reckon(config: Any) -> Memory | None:
     return Memory(
         residents,
         max(device_bytes(params) for params in trained),
-        _activations(stage.shape, rows * config.data.max_length, jnp.dtype(config.model.dtype).itemsize),
-        _limit(),
+        activation_bytes(
+            stage.shape,
+            rows * config.data.max_length,
+            jnp.dtype(config.model.dtype).itemsize,
+            config.model.remat,
+            dict(mesh.shape),
+        ),
+        device_limit(),
     )
 
 
@@ -84,26 +90,6 @@ def _name(resident: str, config: Any) -> str:
     if resident == BASE:
         return f"base in {config.model.quantize or config.model.dtype}"
     return "adapters and their optimizer" if resident == "state" else f"adapters of the {resident}"
-
-
-def _activations(shape: ModelConfig, tokens: int, itemsize: int) -> float:
-    """Bytes of a forward and backward pass that recomputes its layers, on a device with all of a row's tokens."""
-    saved = shape.num_layers * shape.hidden_size
-    attended = (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim
-    widest = 3 * shape.intermediate_size + 4 * shape.hidden_size + 2 * attended
-    logits = 2 * 4 * min(DEFAULT_CHUNK, shape.vocab_size)  # float32, and their gradient
-    return float(tokens * ((saved + widest) * itemsize + logits))
-
-
-def _limit() -> float | None:
-    """Bytes that one device may use; of a CPU, its share of the machine's memory."""
-    device = jax.local_devices()[0]
-    if device.platform != "cpu":
-        return float((device.memory_stats() or {}).get("bytes_limit", 0)) or None
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / jax.local_device_count()
-    except (ValueError, OSError, AttributeError):
-        return None
 
 
 def _gib(size: float) -> str:

@@ -17,6 +17,7 @@ from jaxrm.models.lora import NO_LORA, LoRAConfig
 from jaxrm.models.transformer import REMAT_POLICIES, Decoder, DecodingStorage
 
 DTYPES = ("float32", "bfloat16")
+AUTO_REMAT = "auto"  # decided by a stage before it opens its model
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,9 @@ class ModelSource:
         (tests/benchmarks/quantize.py).
       preset: shape by public name (``jaxrm.models.config.PRESETS``), with random parameters.
       dtype: compute dtype, ``float32`` or ``bfloat16``; parameters are float32 whatever it is.
-      remat: what the backward pass keeps of a layer: ``full`` least, ``dots`` matrix products, ``none`` all.
+      remat: what the backward pass keeps of a layer, and does not compute again: ``full`` least, ``attention`` the
+        projections of attention, ``dots`` those of the MLP too, ``none`` all. ``auto`` is the first of ``dots``,
+        ``attention`` and ``full`` that the devices have room for (`jaxrm.stages.remat`).
       attention: ``auto`` (by platform), ``xla``, ``cudnn`` or ``splash``.
     """
 
@@ -41,7 +44,7 @@ class ModelSource:
     quantize: str | None = bounded(None, one_of(*quantized.KINDS))
     preset: str | None = None
     dtype: str = bounded("float32", one_of(*DTYPES))
-    remat: str = bounded("full", one_of(*REMAT_POLICIES))
+    remat: str = bounded("full", one_of(*REMAT_POLICIES, AUTO_REMAT))
     attention: str = bounded("auto", one_of(*attention.KERNELS))
 
     def __post_init__(self) -> None:
@@ -213,7 +216,7 @@ def _decoder(
         config,
         rngs=rngs,
         dtype=jnp.dtype(source.dtype),
-        remat=source.remat,
+        remat="full" if source.remat == AUTO_REMAT else source.remat,  # undecided: of what is not trained
         attend=attend,
         constrain=constrain,
         projections=layers.ProjectionOptions(lora=lora, quantize=source.quantize, merges_adapters=merges_adapters),

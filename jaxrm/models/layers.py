@@ -24,8 +24,9 @@ _ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
 }
-# What a projection gives, before its bias, for policies of what the backward pass keeps: once, with adapters too.
-PROJECTED = "projected"
+# What the projections of a part give, before their bias, for policies of what the backward pass keeps: once, with
+# adapters too.
+PROJECTED = {"attention": "projected_attention", "mlp": "projected_mlp"}
 
 # Pins an activation, given the logical name of each of its axes, to devices; single-device code leaves it alone.
 Constrain = Callable[[jax.Array, tuple[str | None, ...]], jax.Array]
@@ -114,7 +115,7 @@ class Projection(nnx.Module):
         stddev: float,
     ):
         assert axes[0] == "layers", axes
-        self.contracted, self.dtype = contracted, options.dtype
+        self.contracted, self.dtype, self.name = contracted, options.dtype, PROJECTED[place[0]]
         self.output_shape: tuple[int, ...] | None = None  # set once the kernel is transposed
         kernel = stddev * jax.random.normal(rngs.params(), shape)
         self.is_quantized = options.quantize is not None
@@ -140,7 +141,7 @@ class Projection(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Apply to ``x [B, T, *contracted]``."""
         if self.output_shape is None:
-            y = checkpoint_name(self._product(x), PROJECTED)
+            y = checkpoint_name(self._product(x), self.name)
         else:
             rows = x.shape[: x.ndim - self.contracted]
             y = self._transposed_product(x.reshape(*rows, -1)).reshape(*rows, *self.output_shape)

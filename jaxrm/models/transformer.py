@@ -17,7 +17,13 @@ from jaxrm.models import attention, blockwise, cache, layers, quantized, rope
 from jaxrm.models.config import ModelConfig
 from jaxrm.ops import vocab
 
-REMAT_POLICIES = ("full", "dots", "none")
+# Names of what the backward pass keeps of a layer, by how it is given in a config; the rest is computed again.
+KEPT_NAMES: dict[str, tuple[str, ...]] = {
+    "full": blockwise.SAVED_BY_REMAT,
+    "attention": (*blockwise.SAVED_BY_REMAT, layers.PROJECTED["attention"]),
+    "dots": (*blockwise.SAVED_BY_REMAT, *layers.PROJECTED.values()),
+}
+REMAT_POLICIES = (*KEPT_NAMES, "none")
 _HIDDEN = ("batch", "sequence", None)
 _KEYS = ("batch", "kv_heads", "head_dim", None)
 _VALUES = ("batch", "kv_heads", None, "head_dim")
@@ -45,8 +51,8 @@ class Decoder(nnx.Module):
       rngs: source of the initial parameters, float32.
       dtype: compute dtype; norms, softmax and rotations are in float32 whatever it is.
       remat: what the backward pass keeps of a layer: ``full`` the output of attention alone, and nothing with cuDNN,
-        whose kernel does not name it (least memory); ``dots`` the results of matrix products with weights too;
-        ``none`` everything.
+        whose kernel does not name it (least memory); ``attention`` its projections too; ``dots`` the results of all
+        matrix products with weights; ``none`` everything.
       attend: attention kernel, see ``jaxrm.models.attention.choose``.
       constrain: pins activations to devices where a mesh is used.
       projections: their adapters, and how their kernels are stored; in ``dtype`` whatever theirs is.
@@ -249,8 +255,7 @@ class Decoder(nnx.Module):
             return x, qkv[1:] if return_kv else None
 
         if self.remat != "none":
-            names = (*blockwise.SAVED_BY_REMAT, layers.PROJECTED) if self.remat == "dots" else blockwise.SAVED_BY_REMAT
-            policy = jax.checkpoint_policies.save_only_these_names(*names)
+            policy = jax.checkpoint_policies.save_only_these_names(*KEPT_NAMES[self.remat])
             one_layer = jax.checkpoint(one_layer, policy=policy, prevent_cse=False)
         x, kv = jax.lax.scan(one_layer, self._embed(tokens), (stacked, jnp.asarray(flags)))
         return self.final_norm(x), kv

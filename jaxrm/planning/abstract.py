@@ -1,7 +1,6 @@
 """Programs and arrays without content: shapes, dtypes and shardings, enough to compile for devices elsewhere."""
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -65,13 +64,7 @@ class StagePrograms:
 
     def bytes_beside(self, program: Program) -> float:
         """Bytes on one device of the residents that are no arguments of a program."""
-        return device_bytes(dict(self.residents)) - device_bytes(program.resident_arguments)
-
-
-def device_bytes(tree: Any) -> float:
-    """Bytes of device memory that abstract arrays take on one device; arrays in host memory take none."""
-    leaves = [leaf for leaf in jax.tree.leaves(tree) if leaf.sharding.memory_kind != partition.HOST_MEMORY]
-    return float(sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * _item_bytes(leaf.dtype) for leaf in leaves))
+        return partition.device_bytes(dict(self.residents)) - partition.device_bytes(program.resident_arguments)
 
 
 def abstract_batch(batch_type: type, rows: int, length: int, mesh: Mesh) -> Any:
@@ -88,7 +81,3 @@ def abstract_batch(batch_type: type, rows: int, length: int, mesh: Mesh) -> Any:
             for field in dataclasses.fields(batch_type)
         }
     )
-
-
-def _item_bytes(dtype: Any) -> int:
-    return 8 if jnp.issubdtype(dtype, jax.dtypes.prng_key) else jnp.dtype(dtype).itemsize

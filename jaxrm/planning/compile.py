@@ -11,7 +11,7 @@ from jaxrm.algorithms.state import TrainState
 from jaxrm.errors import UserError, flag
 from jaxrm.models import lora
 from jaxrm.models.flops import peak_flops
-from jaxrm.planning.abstract import BASE, Program, StagePrograms, device_bytes
+from jaxrm.planning.abstract import BASE, Program, StagePrograms
 from jaxrm.planning.cost import Cost, ProgramPlan, StagePlan, subtract
 from jaxrm.planning.flops import matmul_flops
 from jaxrm.planning.programs import stage_programs
@@ -19,7 +19,9 @@ from jaxrm.planning.topology import GIB, Topology
 from jaxrm.planning.traffic import traffic
 from jaxrm.runtime.progress import Progress
 from jaxrm.sharding.mesh import build_mesh, slice_indices
+from jaxrm.sharding.partition import device_bytes
 from jaxrm.stage_config import TrainingConfig
+from jaxrm.stages import remat
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,8 @@ def plan_stage(
       UserError: where the stage has no plan, or does not fit the mesh.
     """
     mesh = build_mesh(config.mesh, topology.devices)
+    chip_memory = None if topology.chip is None else topology.chip.memory * GIB
+    config, decided = remat.decide_for(config, mesh, None if chip_memory is None else remat.for_chip(chip_memory))
     stage = stage_programs(config, mesh)
     peak = peak_flops(topology.kind, config.model.dtype)
     peak = None if peak is None or topology.chip is None else peak * topology.chip.share * len(topology.devices)
@@ -88,8 +92,9 @@ def plan_stage(
         stage.trained_parameters,
         {name: device_bytes(tree) for name, tree in stage.residents.items()},
         tuple(plans),
-        None if topology.chip is None else topology.chip.memory * GIB,
+        chip_memory,
         peak,
+        decided,
     )
 
 

@@ -103,6 +103,7 @@ class StagePlan:
       programs: in the order of a step.
       memory: bytes of one device; None where that is unknown.
       peak_flops: of all devices, FLOP/s; None where that is unknown.
+      remat: what ``model.remat=auto`` comes to there, in one line; empty where the config says itself.
     """
 
     topology: str
@@ -116,6 +117,7 @@ class StagePlan:
     programs: tuple[ProgramPlan, ...]
     memory: float | None
     peak_flops: float | None
+    remat: str = ""
 
     @property
     def fits(self) -> bool:

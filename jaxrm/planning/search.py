@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxrm.config.dicts import with_changes
 from jaxrm.errors import UserError, flag
 from jaxrm.models import quantized_params
-from jaxrm.planning.abstract import StagePrograms, device_bytes
+from jaxrm.planning.abstract import StagePrograms
 from jaxrm.planning.compile import plan_stage
 from jaxrm.planning.cost import StagePlan
 from jaxrm.planning.programs import stage_programs
@@ -20,6 +20,7 @@ from jaxrm.planning.topology import GIB, Topology
 from jaxrm.runtime.checkpoint import with_shardings
 from jaxrm.runtime.progress import Progress
 from jaxrm.sharding.mesh import AXES, batch_shards, build_mesh
+from jaxrm.sharding.partition import device_bytes
 from jaxrm.stage_config import PPO, TrainingConfig
 
 SUGGESTED_RANK = 16  # of adapters (jaxrm choice)

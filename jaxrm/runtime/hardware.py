@@ -1,5 +1,6 @@
 """Memory in use, of this process and of its devices."""
 
+import os
 import resource
 import sys
 from dataclasses import dataclass
@@ -36,3 +37,16 @@ def device_memory() -> DeviceMemory | None:
         peak=fullest.get("peak_bytes_in_use", 0) / GIB,
         limit=None if limit is None else limit / GIB,
     )
+
+
+def device_limit() -> float | None:
+    """Bytes that one device of this process may use; of a CPU, its share of the machine's memory. None if unknown."""
+    import jax
+
+    device = jax.local_devices()[0]
+    if device.platform != "cpu":
+        return float((device.memory_stats() or {}).get("bytes_limit", 0)) or None
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / jax.local_device_count()
+    except (ValueError, OSError, AttributeError):
+        return None

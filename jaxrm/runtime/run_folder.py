@@ -28,6 +28,9 @@ from jaxrm.runtime.folders import check_writable, checked_path, rename_aside, un
 from jaxrm.runtime.provenance import code_digest, describe_devices, git_state, package_versions
 from jaxrm.runtime.run_record import check_same_config, is_same_launch, now, read_record
 
+# A run records what it decided where its config says this (`jaxrm.stages.remat`).
+_AUTO_REMAT = ("model.remat", "auto")
+
 OnExisting = Literal["resume", "restart", "error"]
 
 
@@ -214,7 +217,7 @@ def _look(run_dir: str, config: Mapping[str, Any], on_existing: OnExisting, may_
     since = f"{run_dir} holds a run started {record['launches'][0].get('started', 'at an unknown time')}"
     if on_existing == "error":
         raise UserError(f"{since}; {what_to_type(run_dir, ('resume', 'restart'))}")
-    changed = differences(upgraded(record["config"], config), config)
+    changed = [each for each in differences(upgraded(record["config"], config), config) if each[::2] != _AUTO_REMAT]
     if on_existing == "restart":
         if not is_same_launch(record, config):
             return _Present(path, record, True, [], since)

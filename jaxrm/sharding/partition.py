@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -210,3 +211,13 @@ def _does_not_divide(mesh: Mesh, field: str, axis: str | tuple[str, ...] | None,
 def _divisor(size: int, most: int) -> int:
     """Largest divisor of ``size`` up to ``most``."""
     return max(n for n in range(1, most + 1) if size % n == 0)
+
+
+def device_bytes(tree: Any) -> float:
+    """Bytes of device memory that abstract arrays take on one device; arrays in host memory take none."""
+    leaves = [leaf for leaf in jax.tree.leaves(tree) if leaf.sharding.memory_kind != HOST_MEMORY]
+    return float(sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * _item_bytes(leaf.dtype) for leaf in leaves))
+
+
+def _item_bytes(dtype: Any) -> int:
+    return 8 if jnp.issubdtype(dtype, jax.dtypes.prng_key) else jnp.dtype(dtype).itemsize

@@ -1,5 +1,6 @@
 """Which module runs which stage."""
 
+import dataclasses
 import importlib
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from jaxrm.runtime import run_lock
 from jaxrm.runtime.disk import disk_errors
 from jaxrm.runtime.run_record import note_end
 from jaxrm.stage_config import STAGES
+from jaxrm.stages import remat
 from jaxrm.stages.inspection import Inspection
 
 
@@ -28,6 +30,9 @@ def run_stage(config: Any) -> int:
       UserError: for what the user can mend.
       StorageError: the disk refused a file.
     """
+    config, line = remat.decide(config)
+    if line and jax.process_index() == 0:
+        print(line, flush=True)
     folder = Path(config.run_dir).expanduser()
     with disk_errors("the run stopped", folder / "checkpoints"), run_lock.given_back():
         status = importlib.import_module(module_of(config)).run(config)
@@ -38,5 +43,6 @@ def run_stage(config: Any) -> int:
 
 def inspect_stage(config: Any) -> Inspection:
     """What `run_stage` would do; errors are the same, no weights are read and nothing is written."""
+    config, line = remat.decide(config)
     inspection: Inspection = importlib.import_module(module_of(config)).inspect(config)
-    return inspection
+    return dataclasses.replace(inspection, facts={**inspection.facts, "layers": line}) if line else inspection

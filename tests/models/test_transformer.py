@@ -131,7 +131,7 @@ def test_remat_changes_no_gradient(name):
         return jax.jit(jax.grad(lambda p: (read((graphdef, p), tokens) ** 2).sum()))(params)
 
     full = gradient("full")
-    for remat in ("dots", "none"):
+    for remat in ("attention", "dots", "none"):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-4), gradient(remat), full)
 
 

@@ -17,11 +17,11 @@ from jaxrm.models.generate import SamplingConfig
 from jaxrm.models.lora import LoRAConfig
 from jaxrm.models.quantized_params import count_parameters
 from jaxrm.planning import search
-from jaxrm.planning.abstract import device_bytes
 from jaxrm.planning.compile import plan_stage
 from jaxrm.planning.programs import stage_programs
 from jaxrm.planning.report import print_plan
 from jaxrm.sharding.mesh import MeshConfig, build_mesh
+from jaxrm.sharding.partition import device_bytes
 
 RANK = 4
 

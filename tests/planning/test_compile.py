@@ -13,12 +13,12 @@ from jaxrm.config.dicts import with_changes
 from jaxrm.errors import UserError
 from jaxrm.models.config import preset
 from jaxrm.models.flops import training_flops_per_token
-from jaxrm.planning.abstract import device_bytes
 from jaxrm.planning.compile import plan_stage
 from jaxrm.planning.programs import stage_programs
 from jaxrm.planning.report import critic_note, print_plan
 from jaxrm.planning.topology import CHIPS, open_topology
 from jaxrm.sharding.mesh import MeshConfig, build_mesh
+from jaxrm.sharding.partition import device_bytes
 
 
 @pytest.mark.parametrize("algorithm", ["sft", "seq2seq_rm", "scalar_rm"])
