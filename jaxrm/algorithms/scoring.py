@@ -5,7 +5,7 @@ response, greedy and forced context are the same, and from there on the response
 Figure 2). So one pass over ``template(x, y), y`` gives the greedy token at every place, and with it every tag.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import jax
@@ -35,8 +35,23 @@ class Scorer(Protocol):
         ...
 
 
-def build_scorer(
-    kind: Kind,
+def build_scorer(kind: Kind, graphdef: nnx.GraphDef, **options: Any) -> Scorer:
+    """Scorer of a reward model: one forward pass, the kind's values, scale and center.
+
+    Arguments are those of `build_joint_scorer`.
+    """
+    joint = build_joint_scorer({"": kind}, graphdef, **options)
+
+    def score(
+        params: Any, calibration: Calibration, batch: ResponseBatch, reference_log_probs: jax.Array | None = None
+    ) -> TokenRewards:
+        return joint(params, {"": calibration}, batch, reference_log_probs)[""]
+
+    return score
+
+
+def build_joint_scorer(
+    kinds: Mapping[str, Kind],
     graphdef: nnx.GraphDef,
     *,
     request: tuple[int, ...],
@@ -44,13 +59,13 @@ def build_scorer(
     pad_to_multiple_of: int = 1,
     temperature: float = 1.0,
     correction_length: int | None = None,
-) -> Scorer:
-    """Scorer of a reward model: one forward pass, the kind's values, scale and center.
+) -> Callable[[Any, Mapping[str, Calibration], ResponseBatch, jax.Array | None], dict[str, TokenRewards]]:
+    """Token rewards of several kinds by name from one forward pass of a reward model, as a `Scorer` gives one kind's.
 
-    The kind ``edit_aligned`` has the model write its correction of each response, and compares the two.
+    The kind ``edit_aligned`` has the model write its correction of each response, and compares the two; it is alone.
 
     Args:
-      kind: of token reward; it says which sort of reward model ``graphdef`` must be.
+      kinds: of token reward; they say which sort of reward model ``graphdef`` must be.
       graphdef: of the decoder of a seq2seq reward model, or of a scalar model.
       request: see `response_statistics`; a scalar reward model does not read it.
       end_ids: tokens that end a response.
@@ -58,17 +73,25 @@ def build_scorer(
       temperature: of sampling, at which a policy of DPO is read, as its reference is; no reward model is.
       correction_length: most tokens of a correction, where the kind has one written; None for as many as the batch's
         responses may have.
+
+    Returns:
+      ``(params, calibrations by name, batch, reference_log_probs) -> TokenRewards by name``.
     """
-    read = _build_read(kind.needs, graphdef, request, pad_to_multiple_of, temperature)
-    if kind.needs_correction:
+    (needs,) = {kind.needs for kind in kinds.values()}
+    read = _build_read(needs, graphdef, request, pad_to_multiple_of, temperature)
+    if any(kind.needs_correction for kind in kinds.values()):
+        assert len(kinds) == 1, kinds
         read = _build_read_alignment(graphdef, request, pad_to_multiple_of, end_ids, correction_length)
 
     def score(
-        params: Any, calibration: Calibration, batch: ResponseBatch, reference_log_probs: jax.Array | None = None
-    ) -> TokenRewards:
+        params: Any, calibrations: Mapping[str, Calibration], batch: ResponseBatch, reference: jax.Array | None
+    ) -> dict[str, TokenRewards]:
         readings, tags = read(params, batch)
-        values = kind.values(readings[kind.reads], batch.responses, batch.response_mask, reference_log_probs)
-        return as_token_rewards(calibration, kind, values, tags, batch, end_ids)
+        rewards = {}
+        for name, kind in kinds.items():
+            values = kind.values(readings[kind.reads], batch.responses, batch.response_mask, reference)
+            rewards[name] = as_token_rewards(calibrations[name], kind, values, tags, batch, end_ids)
+        return rewards
 
     return score
 
@@ -160,27 +183,27 @@ def _build_read_alignment(
 
 
 def build_score_step(
-    score: Scorer,
+    score: Callable[[Any, Any, ResponseBatch, jax.Array | None], Any],
     *,
     params_sharding: Any,
     batch_sharding: Any,
     output_sharding: Any = None,
     num_microbatches: int = 1,
-) -> Callable[..., TokenRewards]:
+) -> Callable[..., Any]:
     """Jitted `Scorer` over a mesh.
 
     Args:
-      score: from `build_scorer`.
+      score: from `build_scorer`, or `build_joint_scorer`.
       params_sharding: pytree of shardings like the reward model's parameters.
       batch_sharding: sharding of the rows.
       output_sharding: of the results.
       num_microbatches: shares of the rows, one after another.
 
     Returns:
-      ``(params, calibration, batch, reference_log_probs) -> TokenRewards``.
+      ``(params, calibration, batch, reference_log_probs) -> TokenRewards``, or these by name.
     """
 
-    def step(params: Any, calibration: Calibration, batch: ResponseBatch, reference: jax.Array | None) -> TokenRewards:
+    def step(params: Any, calibration: Any, batch: ResponseBatch, reference: jax.Array | None) -> Any:
         scored = microbatches.in_microbatches(lambda rows: score(params, calibration, *rows), num_microbatches)
         return scored((batch, reference))
 

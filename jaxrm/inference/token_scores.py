@@ -316,15 +316,19 @@ def build_scorer(
     correction_length: int | None = None,
 ) -> scoring.Scorer:
     """The scorer of a reward model with its own request, and its own end ids unless others are given."""
+    options = scorer_options(model, end_ids)
     return scoring.build_scorer(
-        kind,
-        model.model.graphdef,
-        request=model.request if model.is_seq2seq else (),
-        end_ids=model.end_ids if end_ids is None else end_ids,
-        pad_to_multiple_of=sharded_model.pad_to_multiple_of(model.model.mesh),
-        temperature=temperature,
-        correction_length=correction_length,
+        kind, model.model.graphdef, **options, temperature=temperature, correction_length=correction_length
     )
+
+
+def scorer_options(model: RewardModel, end_ids: tuple[int, ...] | None) -> dict[str, Any]:
+    """What `jaxrm.algorithms.scoring.build_joint_scorer` has to know of a reward model; see `build_scorer`."""
+    return {
+        "request": model.request if model.is_seq2seq else (),
+        "end_ids": model.end_ids if end_ids is None else end_ids,
+        "pad_to_multiple_of": sharded_model.pad_to_multiple_of(model.model.mesh),
+    }
 
 
 def policy_log_probs(

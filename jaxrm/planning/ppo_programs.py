@@ -41,6 +41,7 @@ def build(config: PPO, mesh: Mesh, decoder: ShardedModel) -> StagePrograms:
     if stage.state.critic is not None:
         residents["critic"] = stage.state.critic
     paths: set[str] = set()
+    readings: set[tuple[str, bool]] = set()
     for name, source in sources_of(config).items():
         if source.model is None:  # what scores text needs no device
             continue
@@ -57,8 +58,11 @@ def build(config: PPO, mesh: Mesh, decoder: ShardedModel) -> StagePrograms:
             whole = lora.join(with_shardings(model.frozen_shapes, model.frozen_shardings), resident)
         if source.model not in paths:  # two sources of one model hold it once
             residents[f"reward model{suffix}"] = resident
+        reading = source.model, kind.needs_correction  # one serves all kinds but that of corrections
+        if reading not in readings:
+            programs.append(scoring_program(stage, model, kind, whole, f"scoring{suffix}"))
         paths.add(source.model)
-        programs.append(scoring_program(stage, model, kind, whole, f"scoring{suffix}"))
+        readings.add(reading)
     if is_one_pass:
         programs.append(_update(stage))
     else:

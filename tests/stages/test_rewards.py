@@ -27,7 +27,8 @@ from jaxrm.ops.reward_kinds import KINDS, names_for
 from jaxrm.sharding.mesh import MeshConfig, build_mesh
 from jaxrm.stages.rewards.calibration import calibrate
 from jaxrm.stages.rewards.functions import FunctionScorer, open_function
-from jaxrm.stages.rewards.model_run import ModelRewards, check_reward_model
+from jaxrm.stages.rewards.model_run import ModelRewards, check_reward_model, shared_readings
+from jaxrm.stages.rewards.summed import SummedRewards
 from jaxrm.stages.rewards.text import TextRewards
 from jaxrm.types import ResponseBatch, TokenRewards
 
@@ -448,6 +449,26 @@ def test_a_batch_is_scored_as_each_response_alone(models, tokenizer, one, name, 
         for diagnostic, numbers in alone.diagnostics.items():
             np.testing.assert_allclose(found.diagnostics[diagnostic][row], numbers[0], atol=1e-4, err_msg=diagnostic)
     assert found.diagnostics["ended"].tolist() == [float(r[-1] in ends) for r in responses]
+
+
+def test_sources_of_one_model_read_it_once(models, one, monkeypatch):
+    """Each gets what it gets alone. A kind that has a correction written reads other rows."""
+    model, rng = models["seq2seq_rm"], np.random.default_rng(0)
+    batch = respond([[5, 6, 7], [8]], [[9, 10, 11], [12, 13]], P=4, T=4)
+    reference = rng.uniform(-4, 0, (2, 4)).astype(np.float32)
+    calibration = reward_scaling.uncalibrated()
+    sources = {kind: ModelRewards(model, KINDS[kind], one) for kind in ("literal", "contrast")}
+    alone = {kind: source(calibration, batch, reference) for kind, source in sources.items()}
+    readings, read = [], scoring.response_statistics
+    monkeypatch.setattr(scoring, "response_statistics", lambda *a, **more: readings.append(a) or read(*a, **more))
+    summed = SummedRewards(sources, dict.fromkeys(sources, 1.0), end_ids=(0,), mesh=one)
+    together = summed(dict.fromkeys(sources, calibration), batch, reference).parts
+    assert len(readings) == 1
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), together, alone)
+    assert len(shared_readings({**sources, "kept": ModelRewards(model, KINDS["edit_aligned"], one)})) == 1
+    assert not shared_readings(
+        {"literal": sources["literal"], "scalar": ModelRewards(models["scalar_rm"], KINDS["scalar"], one)}
+    )
 
 
 # --- calibration

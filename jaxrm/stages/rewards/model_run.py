@@ -1,7 +1,8 @@
 """Rewards of a reward model's run: whether it can read the policy's tokens, and its jitted scoring step."""
 
 import dataclasses
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
 
 import jax
 from jax.sharding import Mesh
@@ -15,7 +16,7 @@ from jaxrm.errors import UserError, flag, naming, option
 from jaxrm.inference import parameters, sharded_model
 from jaxrm.inference.load import describe_reward_model, load_reward_model
 from jaxrm.inference.reward_model import RewardModel
-from jaxrm.inference.token_scores import build_scorer
+from jaxrm.inference.token_scores import scorer_options
 from jaxrm.inference.weights import as_stored, find_checkpoint
 from jaxrm.ops import reward_kinds
 from jaxrm.ops.reward_kinds import Kind, find_kind
@@ -28,6 +29,9 @@ from jaxrm.types import ResponseBatch, TokenRewards
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+# Calibrations by name of the source, responses and reference log-probs to token rewards by name.
+Scores = Callable[[Mapping[str, Calibration], ResponseBatch, jax.Array | None], dict[str, TokenRewards]]
 
 
 def check_run(source: RewardConfig, scored: Scored) -> str:
@@ -92,28 +96,57 @@ class ModelRewards:
         end_ids: tuple[int, ...] | None = None,
         temperature: float = 1.0,
     ) -> None:
-        self._params, self._kind = model.params, kind
-        rows = partition.batch_sharding(mesh)
-        self._score = scoring.build_score_step(
-            build_scorer(model, kind, end_ids, temperature=temperature),
-            params_sharding=model.model.shardings,
-            batch_sharding=rows,
-            output_sharding=rows,
-            num_microbatches=num_microbatches,
-        )
+        self.model, self.kind = model, kind
+        self._mesh, self._num_microbatches = mesh, num_microbatches
+        self._end_ids, self._temperature = end_ids, temperature
+        self._scores = self.scores_of({"": kind})
 
     @property
     def needs_reference(self) -> bool:
         """Whether the kind does."""
-        return self._kind.needs_reference
+        return self.kind.needs_reference
 
     def __call__(
         self, calibration: Calibration, batch: ResponseBatch, reference_log_probs: jax.Array | None
     ) -> TokenRewards:
         """Score responses."""
-        # Log-probs that the kind does not read would be an argument more, and so another program.
-        reference = reference_log_probs if self._kind.needs_reference else None
-        return self._score(self._params, calibration, batch, reference)
+        return self._scores({"": calibration}, batch, reference_log_probs)[""]
+
+    def scores_of(self, kinds: Mapping[str, Kind]) -> Scores:
+        """Token rewards of several kinds from one reading of the model, which is that of them all."""
+        rows = partition.batch_sharding(self._mesh)
+        options = scorer_options(self.model, self._end_ids)
+        step = scoring.build_score_step(
+            scoring.build_joint_scorer(kinds, self.model.model.graphdef, **options, temperature=self._temperature),
+            params_sharding=self.model.model.shardings,
+            batch_sharding=rows,
+            output_sharding=rows,
+            num_microbatches=self._num_microbatches,
+        )
+        reads_reference = any(kind.needs_reference for kind in kinds.values())
+
+        def score(calibrations: Mapping[str, Calibration], batch: ResponseBatch, reference: Any) -> Any:
+            # Log-probs that no kind reads would be an argument more, and so another program.
+            own = {name: calibrations[name] for name in kinds}
+            return step(self.model.params, own, batch, reference if reads_reference else None)
+
+        return score
+
+
+def shared_readings(sources: Mapping[str, RewardSource]) -> list[Scores]:
+    """Token rewards of sources that have a model in common, of which one reading serves all.
+
+    A kind that has the model write a correction reads other rows, so it is none of them.
+    """
+    by_model: dict[int, dict[str, ModelRewards]] = {}
+    for name, source in sources.items():
+        if isinstance(source, ModelRewards) and not source.kind.needs_correction:
+            by_model.setdefault(id(source.model), {})[name] = source
+    return [
+        next(iter(same.values())).scores_of({name: source.kind for name, source in same.items()})
+        for same in by_model.values()
+        if len(same) > 1
+    ]
 
 
 def check_reward_model(

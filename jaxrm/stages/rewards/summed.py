@@ -12,6 +12,7 @@ from jaxrm.errors import naming, option
 from jaxrm.inference.text_scorer import TextScorer
 from jaxrm.ops.reward_scaling import Calibration
 from jaxrm.sharding import partition
+from jaxrm.stages.rewards.model_run import shared_readings
 from jaxrm.stages.rewards.text import TextRewards
 from jaxrm.types import ResponseBatch, TokenRewards
 
@@ -36,7 +37,7 @@ class SummedRewards:
         end_ids: tuple[int, ...],
         mesh: Mesh,
     ) -> None:
-        self.sources = dict(sources)
+        self.sources, self._shared = dict(sources), shared_readings(sources)
         rows = partition.batch_sharding(mesh)
         add = functools.partial(sum_rewards, weights=dict(weights), end_ids=end_ids)
         self._add = jax.jit(add, in_shardings=(rows, rows), out_shardings=rows)
@@ -49,13 +50,17 @@ class SummedRewards:
     def __call__(
         self, calibration: Mapping[str, Calibration], batch: ResponseBatch, reference_log_probs: jax.Array | None
     ) -> TokenRewards:
-        """Score responses with each source, one after another, and add.
+        """Score responses with each source, one after another, and add. Sources of one model read it once.
 
         Raises:
           UserError: of a source, whose options it names.
         """
-        parts = {}
+        parts: dict[str, TokenRewards] = {}
+        for score in self._shared:
+            parts |= score(calibration, batch, reference_log_probs)
         for name, source in self.sources.items():
+            if name in parts:
+                continue
             with naming({"reward": option(f"rewards.{name}")}):
                 parts[name] = source(calibration[name], batch, reference_log_probs)
         return self._add(parts, batch)
