@@ -220,9 +220,7 @@ def _backward(
 ) -> tuple[jax.Array, jax.Array | None, None]:
     # The last is () or None, since a flag would come back as an array.
     hidden, head, targets, log_normalizer, entropy, is_trained = residuals
-    d_log_prob, d_entropy = (
-        jnp.zeros(targets.shape, jnp.float32) if isinstance(x, SymbolicZero) else x for x in cotangents[:2]
-    )
+    d_log_prob, d_entropy = (None if isinstance(x, SymbolicZero) else x for x in cotangents[:2])
     chunks = _chunked_head(head, chunk_size)
 
     def one_chunk(carry: tuple[Any, ...], chunk: jax.Array) -> tuple[tuple[Any, ...], None]:
@@ -232,8 +230,11 @@ def _backward(
         log_p = logits - log_normalizer[..., None]
         p = jnp.exp(log_p)
         # d log p_y / d l_v = 1[v = y] - p_v    and    d H / d l_v = -p_v (log p_v + H)
-        d_logits = d_log_prob[..., None] * ((ids == targets[..., None]) - p)
-        d_logits -= d_entropy[..., None] * jnp.where(p > 0, p * (log_p + entropy[..., None]), 0.0)
+        d_logits = (
+            jnp.zeros_like(p) if d_log_prob is None else d_log_prob[..., None] * ((ids == targets[..., None]) - p)
+        )
+        if d_entropy is not None:  # most losses have no part of it
+            d_logits -= d_entropy[..., None] * jnp.where(p > 0, p * (log_p + entropy[..., None]), 0.0)
         d_logits /= temperature
         if softcap is not None:
             capped = jnp.where(logits > -jnp.inf, logits * temperature / softcap, 0.0)

@@ -5,8 +5,8 @@
 
 A scalar reward model, a critic of its own, one epoch of one minibatch, random parameters. TRL is the last version with
 PPO (pip install trl==1.12.0 accelerate, and torch); without it that line is left out. TRL collects garbage several
-times in each iteration; here that is switched off, which is to its advantage. jaxrm recomputes
-each layer in the backward pass (remat full), which is faster here than keeping it; TRL keeps it.
+times in each iteration; here that is switched off, which is to its advantage. TRL keeps all of each layer for the
+backward pass; what jaxrm keeps is --remat.
 """
 
 import argparse
@@ -90,7 +90,7 @@ class RecordedMetrics:
 
 def jaxrm_side(arguments, ids):
     """Metrics of each iteration, and how many programs were compiled after the first."""
-    shape, source = shape_of(arguments.preset), ModelSource(preset="tiny")
+    shape, source = shape_of(arguments.preset), ModelSource(preset="tiny", remat=arguments.remat)
     end = shape.vocab_size - 1
     config = PPO(
         model=source,
@@ -229,6 +229,7 @@ def trl_side(arguments, ids):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--preset", default="small", help="small, or a public name such as smollm2-135m")
+    parser.add_argument("--remat", default="dots", help="what jaxrm keeps: full, attention, dots or none")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--prompt", type=int, default=14)
     parser.add_argument("--response", type=int, default=20)

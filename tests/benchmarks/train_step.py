@@ -104,6 +104,7 @@ SIDES = {
     "torch, checkpointing": (run_torch, "full"),
     "jaxrm, remat full": (run_jaxrm, "full"),
     "jaxrm, remat dots": (run_jaxrm, "dots"),
+    "jaxrm, remat attention": (run_jaxrm, "attention"),
     "jaxrm, remat none": (run_jaxrm, "none"),
 }
 
