@@ -28,13 +28,13 @@ def activation_bytes(
     tensor, tokens_here = axes.get("tensor", 1), tokens / axes.get("context", 1)
     heads, keys = shape.num_heads * shape.head_dim / tensor, shape.num_kv_heads * shape.head_dim / tensor
     mlp, hidden = shape.intermediate_size / tensor, shape.hidden_size
-    kept = hidden + heads + _FLOAT32 * shape.num_heads / tensor / itemsize  # input, attention's output and normalizer
+    saved = hidden + heads + _FLOAT32 * shape.num_heads / tensor / itemsize  # input, attention's output and normalizer
     if remat != "full":
-        kept += heads + 2 * keys + hidden  # the projections of attention
+        saved += heads + 2 * keys + hidden  # the projections of attention
     if remat in ("dots", "none"):
-        kept += 2 * mlp  # gate and up; the result of down is in the next layer's input
+        saved += 2 * mlp  # gate and up; the result of down is in the next layer's input
     if remat == "none":
-        kept += 3 * mlp + heads + keys + 6 * hidden * _FLOAT32 / itemsize  # what the MLP, rotations and norms compute
+        saved += 3 * mlp + heads + keys + 6 * hidden * _FLOAT32 / itemsize  # what the MLP, rotations and norms compute
     widest = 3 * mlp + 4 * hidden + 2 * (heads + 2 * keys)
     logits = 2 * _FLOAT32 * min(DEFAULT_CHUNK, shape.vocab_size)  # and their gradient
-    return float(tokens_here * ((shape.num_layers * kept + widest) * itemsize + logits))
+    return float(tokens_here * ((shape.num_layers * saved + widest) * itemsize + logits))

@@ -35,8 +35,8 @@ def test_more_is_kept_where_there_is_more_memory(config):
         assert decision.config == dataclasses.replace(config, model=dataclasses.replace(AUTO, remat=level))
     for memory in (None, 1.0):
         assert remat.decide_for(config, mesh, memory).config.model.remat == "full"
-    told = dataclasses.replace(config, model=dataclasses.replace(AUTO, remat="none"))
-    assert remat.decide_for(told, mesh, 1.0) == (told, "")
+    explicit = dataclasses.replace(config, model=dataclasses.replace(AUTO, remat="none"))
+    assert remat.decide_for(explicit, mesh, 1.0) == (explicit, "")
 
 
 def test_a_critic_leaves_less_room():
@@ -44,8 +44,8 @@ def test_a_critic_leaves_less_room():
     alone = dataclasses.replace(PPO, ppo=PPOConfig(advantage="rloo"))
     with_critic, without = (remat._bytes_needed(config, mesh) for config in (PPO, alone))
     assert with_critic["full"] > 1.5 * without["full"]
-    kept, kept_without = (needs["dots"] - needs["full"] for needs in (with_critic, without))
-    assert kept == pytest.approx(2 * kept_without)  # one backward pass of two models
+    saved, saved_without = (needs["dots"] - needs["full"] for needs in (with_critic, without))
+    assert saved == pytest.approx(2 * saved_without)  # one backward pass of two models
 
 
 def test_a_run_goes_on_as_it_was_decided(tmp_path, monkeypatch):
