@@ -1,0 +1,62 @@
+"""The devices of this process, as `jaxrm.planning` describes devices, and what its programs take of them."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from accelerator.report import Report
+
+from jaxrm.models.flops import peak_bandwidth
+from jaxrm.planning.cost import StagePlan
+from jaxrm.planning.topology import GIB, Chip, Topology
+from jaxrm.runtime.hardware import device_memory
+
+
+def topology() -> Topology:
+    """The devices, with the memory that JAX may use; its chip is None on CPU."""
+    devices, memory = tuple(jax.devices()), device_memory()
+    kind, chip = devices[0].device_kind, None
+    if memory is not None and memory.limit is not None:
+        # The speed of their links is unknown; `planned_seconds` is of one device, which needs none.
+        chip = Chip(memory.limit, peak_bandwidth(kind) or float("nan"), float("nan"), None, "")
+    return Topology(f"{len(devices)} x {kind}", devices, chip, kind)
+
+
+def devices_text() -> str:
+    """How many devices a figure is of; nothing where it is one."""
+    return f", {jax.device_count()} devices" if jax.device_count() > 1 else ""
+
+
+def best_seconds(run: Callable[[], Any], *, rounds: int, most_seconds: float = 15.0) -> float:
+    """Least time of a run, of those after the first, which compiles; at least one is counted."""
+    jax.block_until_ready(run())
+    begun, times = time.perf_counter(), []
+    while not times or (len(times) < rounds and time.perf_counter() - begun < most_seconds):
+        start = time.perf_counter()
+        jax.block_until_ready(run())
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def least_bytes(residents: dict[str, Any], gradients: Any) -> float:
+    """Bytes on one device that a step cannot do without: what stays there, and gradients in float32."""
+    from jaxrm.planning.abstract import device_bytes
+
+    return device_bytes(residents) + device_bytes(gradients)
+
+
+def report_misfit(report: Report, what: str, needed: float | None, chip: Chip) -> None:
+    """A row of a model that does not fit."""
+    size = "more" if needed is None else f"{needed / GIB:.1f} GiB"
+    report.row(f"{what} does not fit", beside=f"needs {size} of {chip.memory:.1f} GiB")
+
+
+def report_memory(report: Report, plan: StagePlan) -> None:
+    """The peak of this process's devices so far beside the planner's."""
+    memory, planned = device_memory(), plan.fullest / GIB
+    if memory is None:
+        report.row("peak memory by the planner", planned, "GiB", beside="this device keeps no count of its own")
+        return
+    beside = f"planner {planned:.2f} GiB, ratio {planned / memory.peak:.2f}"
+    report.row("peak memory of a device", memory.peak, "GiB", beside=beside)
