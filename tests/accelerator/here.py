@@ -1,16 +1,19 @@
 """The devices of this process, as `jaxrm.planning` describes devices, and what its programs take of them."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 from accelerator.report import Report
 
 from jaxrm.models.flops import peak_bandwidth
+from jaxrm.planning.abstract import device_bytes
+from jaxrm.planning.compile import plan_stage
 from jaxrm.planning.cost import StagePlan
 from jaxrm.planning.topology import GIB, Chip, Topology
 from jaxrm.runtime.hardware import device_memory
+from jaxrm.stage_config import TrainingConfig
 
 
 def topology() -> Topology:
@@ -18,8 +21,8 @@ def topology() -> Topology:
     devices, memory = tuple(jax.devices()), device_memory()
     kind, chip = devices[0].device_kind, None
     if memory is not None and memory.limit is not None:
-        # The speed of their links is unknown; `planned_seconds` is of one device, which needs none.
-        chip = Chip(memory.limit, peak_bandwidth(kind) or float("nan"), float("nan"), None, "")
+        # The speed of their links is unknown, so only the seconds that one device takes mean something.
+        chip = Chip(memory.limit, peak_bandwidth(kind) or float("nan"), float("inf"), None, "")
     return Topology(f"{len(devices)} x {kind}", devices, chip, kind)
 
 
@@ -39,11 +42,18 @@ def best_seconds(run: Callable[[], Any], *, rounds: int, most_seconds: float = 1
     return min(times)
 
 
-def least_bytes(residents: dict[str, Any], gradients: Any) -> float:
-    """Bytes on one device that a step cannot do without: what stays there, and gradients in float32."""
-    from jaxrm.planning.abstract import device_bytes
+def plan(config: TrainingConfig, topology: Topology, report: Report) -> StagePlan | None:
+    """The plan of a stage; None, with a row that says so, where the planner itself fails: the check goes on."""
+    try:
+        return plan_stage(config, topology, until_misfit=True)
+    except Exception as error:
+        report.row("the planner failed", beside=f"{type(error).__name__}: {' '.join(str(error).split())}"[:200])
+        return None
 
-    return device_bytes(residents) + device_bytes(gradients)
+
+def least_bytes(residents: Mapping[str, Any], gradients: Any) -> float:
+    """Bytes on one device that a step cannot do without: what stays there, and gradients in float32."""
+    return device_bytes(dict(residents)) + device_bytes(gradients)
 
 
 def report_misfit(report: Report, what: str, needed: float | None, chip: Chip) -> None:
@@ -52,11 +62,12 @@ def report_misfit(report: Report, what: str, needed: float | None, chip: Chip) -
     report.row(f"{what} does not fit", beside=f"needs {size} of {chip.memory:.1f} GiB")
 
 
-def report_memory(report: Report, plan: StagePlan) -> None:
+def report_memory(report: Report, plan: StagePlan | None) -> None:
     """The peak of this process's devices so far beside the planner's."""
-    memory, planned = device_memory(), plan.fullest / GIB
+    memory = device_memory()
+    planner = float("nan") if plan is None else plan.fullest / GIB
     if memory is None:
-        report.row("peak memory by the planner", planned, "GiB", beside="this device keeps no count of its own")
+        report.row("peak memory by the planner", planner, "GiB", beside="this device keeps no count of its own")
         return
-    beside = f"planner {planned:.2f} GiB, ratio {planned / memory.peak:.2f}"
+    beside = f"planner {planner:.2f} GiB, ratio {planner / memory.peak:.2f}"
     report.row("peak memory of a device", memory.peak, "GiB", beside=beside)

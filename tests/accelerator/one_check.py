@@ -22,7 +22,7 @@ def main() -> int:
     try:
         if not check.is_torch:
             report.doing("start of JAX")
-            _describe(report)
+            _describe(report, arguments.shape)
         module, _, function = check.function.partition(":")
         getattr(importlib.import_module(f"accelerator.{module}"), function)(SHAPES[arguments.shape], report)
     except LeftOutError as reason:
@@ -37,19 +37,28 @@ def main() -> int:
     return 0
 
 
-def _describe(report: Report) -> None:
+def _describe(report: Report, shape: str) -> None:
     import jax
 
     from jaxrm.runtime.hardware import device_memory
     from jaxrm.runtime.provenance import describe_devices, package_versions
 
-    memory = device_memory()
+    memory, devices = device_memory(), describe_devices()
     report.setting(
-        **describe_devices(),
+        **devices,
         memory_gib=None if memory is None else memory.limit,
         versions={name: version for name, version in package_versions().items() if version},
         backend=jax.devices()[0].client.platform_version,
     )
+    if shape == "full" and devices["platform"] == "cpu":
+        raise NoAcceleratorError(
+            "JAX sees no accelerator: install it for this machine, pip install 'jax[tpu]' or 'jax[cuda13]', or use "
+            "--shape=small"
+        )
+
+
+class NoAcceleratorError(Exception):
+    """The shape is too large for a CPU."""
 
 
 if __name__ == "__main__":

@@ -25,7 +25,6 @@ from jaxrm.models.build import ModelSource
 from jaxrm.models.generate import SamplingConfig
 from jaxrm.models.lora import LoRAConfig
 from jaxrm.planning.abstract import StagePrograms
-from jaxrm.planning.compile import plan_stage
 from jaxrm.planning.cost import StagePlan
 from jaxrm.planning.programs import stage_programs
 from jaxrm.planning.topology import GIB, Topology
@@ -100,8 +99,8 @@ def _measure_first_that_fits(candidates: dict[str, PPO], report: Report) -> None
                 here.report_misfit(report, name, needed, topology.chip)
                 continue
         report.doing(f"compile {len(stage.programs)} programs: {name}")
-        plan = plan_stage(config, topology, until_misfit=True)
-        if topology.chip is not None and not plan.fits:
+        plan = here.plan(config, topology, report)
+        if topology.chip is not None and plan is not None and not plan.fits:
             here.report_misfit(report, name, plan.programs[-1].fullest, topology.chip)
             continue
         _measure(name, config, topology, stage, plan, report)
@@ -116,7 +115,9 @@ def _trained_at_once(stage: StagePrograms) -> Any:
     return [state.params for state in (states if is_one_pass else states[:1])]
 
 
-def _measure(name: str, config: PPO, topology: Topology, stage: StagePrograms, plan: StagePlan, report: Report) -> None:
+def _measure(
+    name: str, config: PPO, topology: Topology, stage: StagePrograms, plan: StagePlan | None, report: Report
+) -> None:
     report.doing(f"draw the weights: {name}")
     run, state = _open_run(config, topology, stage)
     report.doing(f"{STEPS} steps: {name}")
@@ -134,13 +135,15 @@ def _measure(name: str, config: PPO, topology: Topology, stage: StagePrograms, p
         rate = best[f"{phase}_tokens_per_second"]
         report.row(phase, best[f"{phase}_seconds"], "s", beside=f"{rate:,.0f} tokens/s")
     here.report_memory(report, plan)
-    report.row("compiled in", sum(program.compile_seconds for program in plan.programs), "s")
+    if plan is not None:
+        report.row("compiled in", sum(program.compile_seconds for program in plan.programs), "s")
 
 
-def _by_planner(plan: StagePlan, topology: Topology) -> str:
-    if len(topology.devices) > 1 or plan.seconds is None or not np.isfinite(plan.seconds).all():
+def _by_planner(plan: StagePlan | None, topology: Topology) -> str:
+    seconds = None if plan is None else plan.seconds
+    if len(topology.devices) > 1 or seconds is None or not np.isfinite(seconds).all():
         return "the planner knows no speeds of these devices"
-    return f"planner {plan.seconds[0]:.3g} to {plan.seconds[1]:.3g} s"
+    return f"planner {seconds[0]:.3g} to {seconds[1]:.3g} s"
 
 
 class _NoCheckpoints:

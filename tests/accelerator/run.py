@@ -62,6 +62,8 @@ def run_checks(chosen: list[Check], options: argparse.Namespace, command: str) -
             results.append(_run(check, options.shape, out, limit, started))
             _say(started, results[-1].line)
             table.write(out, setting, results)
+            if results[-1].note.startswith("NoAcceleratorError"):
+                return 2
     except KeyboardInterrupt:
         print("\nStopped; what there is so far:")
     finally:

@@ -66,7 +66,7 @@ class Result:
     def line(self) -> str:
         """For the console."""
         figures = "; ".join(f"{row.what} {_figure(row)}" for row in self.rows if row.number is not None)
-        return f"{self.check}: {self.status}{f' ({self.note})' if self.note else ''} {figures}"[:400]
+        return f"{self.check}: {self.status}{f' ({self.note})' if self.note else ''} {figures}"[:240]
 
 
 def describe_run(command: str, shape: str, root: Path) -> dict[str, Any]:

@@ -30,7 +30,7 @@ def train(shape: Shape, report: Report) -> None:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        float(loss)
+        loss.item()
 
     report.doing(f"steps of {name}")
     seconds = _best_seconds(torch, step, shape.rounds)
@@ -102,7 +102,7 @@ def _model(name: str, device: str, dtype: Any) -> Any:
 
     config = transformers.AutoConfig.for_model(**to_hf_config(preset(name)))
     with torch.device(device):
-        return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).to(dtype)
+        return transformers.AutoModelForCausalLM.from_config(config).to(dtype)
 
 
 def _best_seconds(torch: Any, run: Callable[[], None], rounds: int, most_seconds: float = 15.0) -> float:

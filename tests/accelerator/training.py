@@ -20,9 +20,8 @@ from jaxrm.models import build, heads
 from jaxrm.models.build import ModelSource
 from jaxrm.models.flops import mfu, training_flops_per_token
 from jaxrm.planning.abstract import Program
-from jaxrm.planning.compile import plan_stage
 from jaxrm.planning.programs import stage_programs
-from jaxrm.planning.topology import Topology
+from jaxrm.planning.topology import GIB, Topology
 from jaxrm.sharding.mesh import MeshConfig, build_mesh
 from jaxrm.stage_config import SFT, ScalarRM, TrainingConfig
 from jaxrm.stages.objective import Objective, build_objective
@@ -117,12 +116,12 @@ def _measure(config: TrainingConfig, topology: Topology, shape: Shape, report: R
     (program,) = stage.programs
     if topology.chip is not None:
         needed = here.least_bytes(stage.residents, stage.residents["state"].params)
-        if needed > topology.chip.memory * 2**30:
+        if needed > topology.chip.memory * GIB:
             here.report_misfit(report, f"{name}, all weights,", needed, topology.chip)
             return False
     report.doing(f"compile a step of {name}")
-    plan = plan_stage(config, topology)
-    if topology.chip is not None and not plan.fits:
+    plan = here.plan(config, topology, report)
+    if topology.chip is not None and plan is not None and not plan.fits:
         here.report_misfit(report, f"{name}, all weights,", plan.programs[0].fullest, topology.chip)
         return False
     report.doing(f"draw the weights of {name}")
@@ -144,5 +143,6 @@ def _measure(config: TrainingConfig, topology: Topology, shape: Shape, report: R
     )
     report.row("MFU by hand count", share, beside="" if share else "the peak of this device is unknown")
     here.report_memory(report, plan)
-    report.row("compiled in", plan.programs[0].compile_seconds, "s")
+    if plan is not None:
+        report.row("compiled in", plan.programs[0].compile_seconds, "s")
     return True
