@@ -10,8 +10,7 @@ import numpy as np
 from accelerator import here
 from accelerator.report import LeftOutError, Report
 from accelerator.shapes import Answers, Shape
-from benchmarks.ppo import Prompts
-from support.ppo import Told
+from benchmarks.ppo import Prompts, RecordedMetrics
 
 from jaxrm.algorithms.optimizer import OptimizerConfig
 from jaxrm.algorithms.ppo_config import CriticConfig, PPOConfig, RolloutConfig
@@ -122,7 +121,7 @@ def _measure(
     run, state = _open_run(config, topology, stage)
     report.doing(f"{STEPS} steps: {name}")
     fit(run, state, jax.random.key(0))
-    best = min(run.reporter.steps[1:], key=lambda row: row["step_seconds"])
+    best = min(run.reporter.rows[1:], key=lambda row: row["step_seconds"])
     rows, sizes = config.data.batch_size, config.rollout.sampling
     prompt = config.data.max_length - sizes.max_new_tokens
     report.row(
@@ -184,7 +183,7 @@ def _open_run(config: PPO, topology: Topology, stage: StagePrograms) -> tuple[PP
         data=PPOData(Prompts(ids), lambda ids: jax.device_put((ids, np.ones(ids.shape, bool)), rows), fingerprint=""),
         evaluate=lambda *_: {"eval_reward": 0.0},
         checkpoints=_NoCheckpoints(),
-        reporter=Told(),
+        reporter=RecordedMetrics(),
         stop=StopRequest(),
     )
     return run, _first_state(learner)
