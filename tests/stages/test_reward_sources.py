@@ -314,10 +314,10 @@ def test_a_source_of_weight_0_that_gives_nan_is_named(parts):
     given = {"fine": each["a"], "idle": scored(np.full((4, 5), np.nan), batch)}
     summed = sum_rewards(given, batch, weights={"fine": 1.0, "idle": 0.0}, end_ids=(END,))
     config = PPO(rewards=rewards, data=DataConfig(path="task:safety", batch_size=4))
-    prompts = [PromptExample(np.ones(2, np.int32), (), "a record")]
+    prompts, drawn = [PromptExample(np.ones(2, np.int32), (), "a record")], types.SimpleNamespace(responses=batch)
     mesh = build_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
     with pytest.raises(UserError) as caught:
-        calibration_of(config, mesh, prompts, 2, lambda *_: batch, lambda *_: summed, jax.random.key(0), False)
+        calibration_of(config, mesh, prompts, 2, lambda *_: drawn, lambda *_: summed, jax.random.key(0), False)
     assert str(caught.value).startswith("config.rewards.idle gives the responses that rewards are calibrated on a ")
     assert str(caught.value).endswith("e.g. --config.rewards.idle.model=RUN_DIR/checkpoints/best")
 
