@@ -92,6 +92,7 @@ def pair_log_probs(graphdef: nnx.GraphDef) -> Callable[[Any, DPOBatch], PairLogP
             targets,
             softcap=model.config.logit_softcap,
             drawable=model.config.drawable,  # as in PPO: the policy is what is sampled
+            forward=model.kernels.vocabulary,
         )
         sums = _sums_so_far(jnp.where(mask, token.log_probs, 0.0), batch.segment_ids)
         lengths = _sums_so_far(mask.astype(jnp.float32), batch.segment_ids)

@@ -49,6 +49,7 @@ def token_statistics(
         softcap=model.config.logit_softcap,
         temperature=temperature,
         drawable=model.config.drawable,
+        forward=model.kernels.vocabulary,
     )
 
 

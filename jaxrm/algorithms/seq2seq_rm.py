@@ -36,7 +36,13 @@ def seq2seq_rm_loss(graphdef: nnx.GraphDef, *, correction_weight: float = 1.0, i
         targets, mask = losses.next_token_targets(batch.tokens, batch.segment_ids, batch.loss_mask)
         _, is_correction = losses.next_token_targets(batch.tokens, batch.segment_ids, batch.is_correction)
         # Over all rows, as models are pre-trained: it also teaches not to draw those without a token.
-        token = vocab.token_statistics(hidden, model.head_embedding, targets, softcap=model.config.logit_softcap)
+        token = vocab.token_statistics(
+            hidden,
+            model.head_embedding,
+            targets,
+            softcap=model.config.logit_softcap,
+            forward=model.kernels.vocabulary,
+        )
         right = token.argmax == targets
         is_first = mask & ~jnp.pad(mask, ((0, 0), (1, 0)))[:, :-1]  # of each target
 

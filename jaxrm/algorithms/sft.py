@@ -28,7 +28,13 @@ def sft_loss(graphdef: nnx.GraphDef) -> LossFn:
         hidden = model(batch.tokens, positions=batch.positions, segment_ids=batch.segment_ids)
         targets, mask = losses.next_token_targets(batch.tokens, batch.segment_ids, batch.loss_mask)
         # Over all rows, as models are pre-trained: it also teaches not to draw those without a token.
-        token = vocab.token_statistics(hidden, model.head_embedding, targets, softcap=model.config.logit_softcap)
+        token = vocab.token_statistics(
+            hidden,
+            model.head_embedding,
+            targets,
+            softcap=model.config.logit_softcap,
+            forward=model.kernels.vocabulary,
+        )
         weight = mask.sum().astype("float32")
         aux = {
             "accuracy": (masking.masked_sum(token.argmax == targets, mask), weight),

@@ -209,7 +209,7 @@ def _on_base(
             f"{option('model.quantize')} is {model.source.quantize!r}, but adapters are merged here, which quantized "
             f"weights cannot take up; give {flag('model.quantize')}=None"
         )
-    source = dataclasses.replace(source, dtype="float32", attention="auto")
+    source = dataclasses.replace(source, dtype="float32", attention="auto", cached_attention="auto", vocabulary="auto")
     shard = sharded_model.shard_scalar_model if has_head else sharded_model.shard_model
     whole = shard(source, model.mesh, model.config, lora=adapters) if merged else model
     decoder = sharded_model.shard_model(whole.source, model.mesh, model.config, lora=adapters) if has_head else whole

@@ -17,10 +17,12 @@ from jaxrm.data.config import DataConfig
 from jaxrm.data.tokenizer import first_without_row, load_tokenizer, token_ranges, vocabulary_conflict
 from jaxrm.errors import UserError, flag, option
 from jaxrm.inference import weights
-from jaxrm.models import attention, build, lora
+from jaxrm.models import attention, build, cached_attention, lora
 from jaxrm.models.build import ModelSource
 from jaxrm.models.config import ModelConfig
+from jaxrm.models.kernels import Kernels
 from jaxrm.models.lora import NO_LORA, LoRAConfig
+from jaxrm.ops import vocab, vocab_kernels
 from jaxrm.sharding import partition
 
 if TYPE_CHECKING:
@@ -50,6 +52,19 @@ class ShardedModel:
     shardings: Any
     source: ModelSource
     lora: LoRAConfig = NO_LORA
+
+    @property
+    def kernels(self) -> str:
+        """The kernels that it runs, in words."""
+        platform, dtype = self.mesh.devices.flat[0].platform, np.dtype(self.source.dtype)
+        names = {
+            "attention": attention.resolve(self.source.attention, platform, dtype),
+            "cached_attention": cached_attention.resolve(
+                self.source.cached_attention, platform, dtype, self.config.head_dim
+            ),
+            "vocabulary": vocab_kernels.resolve(self.source.vocabulary, platform, dtype, self.config.hidden_size),
+        }
+        return ", ".join(f"{name} {kernel}" for name, kernel in names.items())
 
     @property
     def trained_shapes(self) -> Any:
@@ -134,19 +149,35 @@ def _open(
 ) -> ShardedModel:
     config = config or weights.read_shape(source)
     platform = mesh.devices.flat[0].platform
-    attend = attention.choose(source.attention, platform, np.dtype(source.dtype))
-    # The compiler splits plain XLA attention over rows and heads by itself. It cannot split other kernels, and over the
-    # context axis it would gather whole rows.
-    if attend is not attention.xla or mesh.shape["context"] > 1:
-        attend = partition.per_device(attend, mesh)
     partition.check_heads(mesh, config.num_heads, field=field)
     constrain = partition.activation_constraint(mesh)
     # The graph holds the kernel and the constraints, so the same functions run on any mesh without being told of it.
     graphdef, shapes, axes = abstract(
-        config, source, attend=attend, constrain=constrain, lora=adapters, merges_adapters=platform == "cpu"
+        config,
+        source,
+        kernels=_kernels(source, mesh, config),
+        constrain=constrain,
+        lora=adapters,
+        merges_adapters=platform == "cpu",
     )
     shardings = partition.parameter_shardings(shapes, axes, mesh, field=field)
     return ShardedModel(config, mesh, graphdef, shapes, shardings, source, adapters)
+
+
+def _kernels(source: ModelSource, mesh: Mesh, config: ModelConfig) -> Kernels:
+    """The kernels of the platform, each for a device's own part where the compiler cannot split it."""
+    platform, dtype = mesh.devices.flat[0].platform, np.dtype(source.dtype)
+    attend = attention.choose(source.attention, platform, dtype)
+    # The compiler splits plain XLA attention over rows and heads by itself. It cannot split other kernels, and over the
+    # context axis it would gather whole rows.
+    if attend is not attention.xla or mesh.shape["context"] > 1:
+        attend = partition.per_device(attend, mesh)
+    read_cache = cached_attention.choose(source.cached_attention, platform, dtype, config.head_dim)
+    if read_cache is not cached_attention.read_in_xla:
+        read_cache = partition.read_per_device(read_cache, mesh)
+    sum_chunk = vocab_kernels.choose(source.vocabulary, platform, dtype, config.hidden_size)
+    vocabulary = vocab.Chunks() if sum_chunk is None else partition.sum_per_device(sum_chunk, mesh)
+    return Kernels(attend, read_cache, vocabulary)
 
 
 def state_shardings(

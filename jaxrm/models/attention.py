@@ -5,7 +5,7 @@ own segment, the last ``window`` of them where there is a window.
 """
 
 import functools
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import chex
 import jax
@@ -50,7 +50,12 @@ class Attend(Protocol):
 
 
 def choose(kernel: str, platform: str, dtype: jnp.dtype) -> Attend:
-    """The kernel for a platform.
+    """The kernel that ``resolve`` names."""
+    return {"xla": xla, "cudnn": cudnn, "splash": splash}[resolve(kernel, platform, dtype)]
+
+
+def resolve(kernel: str, platform: str, dtype: jnp.dtype) -> str:
+    """Name of the kernel for a platform.
 
     Args:
       kernel: one of ``KERNELS``; ``auto`` takes splash on TPU, cuDNN on GPU in 16 bits, XLA elsewhere.
@@ -77,7 +82,7 @@ def choose(kernel: str, platform: str, dtype: jnp.dtype) -> Attend:
             f"{jnp.dtype(dtype)}; "
             f"use {flag('model.dtype')}=bfloat16 or {flag('model.attention')}=xla"
         )
-    return {"xla": xla, "cudnn": cudnn, "splash": splash}[kernel]
+    return kernel
 
 
 def causal_mask(segment_ids: jax.Array, window: int | None) -> jax.Array:
@@ -169,75 +174,6 @@ def splash(
     query, key, value = (jnp.pad(x, widen).transpose(0, 2, 1, 3) for x in (query * scale, key, value))
     segments = tpu.SegmentIds(q=segment_ids, kv=segment_ids)
     return jax.vmap(kernel)(query, key, value, segments).transpose(0, 2, 1, 3)[..., :H].astype(query.dtype)
-
-
-class CachedKeys(NamedTuple):
-    """Keys and values of one layer, laid out as in ``jaxrm.models.cache.Cache``.
-
-    Attributes:
-      keys: ``[B, K, H, S]``.
-      values: ``[B, K, S, H]``.
-      mask: ``[B, S]`` bool, True on those that a query sees.
-    """
-
-    keys: jax.Array
-    values: jax.Array
-    mask: jax.Array
-
-
-def cached(
-    query: jax.Array, own: CachedKeys, prompts: CachedKeys | None = None, *, scale: float, softcap: float | None
-) -> jax.Array:
-    """Attention of one query a row over its cached keys.
-
-    Args:
-      query: ``[B, N, H]``.
-      own: keys of each row; every query sees at least one.
-      prompts: keys of G prompts, each seen by the ``B / G`` rows that lie next to each other; they are read once for
-        all of these. None where ``own`` has them.
-      scale: factor on the logits.
-      softcap: bound on the absolute logit, or None.
-
-    Returns:
-      ``[B, N, H]`` in the dtype of ``query``.
-    """
-    B, N, H = query.shape
-    K = own.keys.shape[1]
-    chex.assert_shape(own.mask, (B, own.keys.shape[3]))
-    grouped = query.reshape(B, K, N // K, H)
-    logits = _cached_logits(grouped, own, scale, softcap)
-    if prompts is None:
-        weights = jax.nn.softmax(logits, axis=-1).astype(query.dtype)
-        out = jnp.einsum("bkgs,bksh->bkgh", weights, own.values, preferred_element_type=jnp.float32)
-        return out.reshape(B, N, H).astype(query.dtype)
-
-    G = prompts.mask.shape[0]
-    n = B // G
-
-    def by_prompt(x: jax.Array) -> jax.Array:  # [B, K, g, ...] -> [G, K, n g, ...]
-        return x.reshape(G, n, *x.shape[1:]).swapaxes(1, 2).reshape(G, K, -1, *x.shape[3:])
-
-    def by_row(x: jax.Array) -> jax.Array:
-        return x.reshape(G, K, n, N // K, *x.shape[3:]).swapaxes(1, 2).reshape(B, K, N // K, *x.shape[3:])
-
-    # One softmax over both: its largest logit and its sum are put together, not the logits, which are large.
-    prompt_logits = _cached_logits(by_prompt(grouped), prompts, scale, softcap)
-    largest = jnp.maximum(jnp.max(logits, axis=-1), by_row(jnp.max(prompt_logits, axis=-1)))
-    weights = jnp.exp(logits - largest[..., None])
-    prompt_weights = jnp.exp(prompt_logits - by_prompt(largest)[..., None])
-    total = jnp.sum(weights, axis=-1) + by_row(jnp.sum(prompt_weights, axis=-1))
-    weigh = functools.partial(jnp.einsum, "bkgs,bksh->bkgh", preferred_element_type=jnp.float32)
-    out = weigh(weights.astype(query.dtype), own.values)
-    out += by_row(weigh(prompt_weights.astype(query.dtype), prompts.values))
-    return (out / total[..., None]).reshape(B, N, H).astype(query.dtype)
-
-
-def _cached_logits(query: jax.Array, cached_keys: CachedKeys, scale: float, softcap: float | None) -> jax.Array:
-    """Logits ``[B, K, g, S]`` float32 of queries ``[B, K, g, H]``."""
-    logits = jnp.einsum("bkgh,bkhs->bkgs", query, cached_keys.keys, preferred_element_type=jnp.float32) * scale
-    if softcap is not None:
-        logits = softcap * jnp.tanh(logits / softcap)
-    return jnp.where(cached_keys.mask[:, None, None], logits, jnp.finfo(jnp.float32).min)
 
 
 splash_interpreted: Attend = functools.partial(splash, interpret=True)

@@ -10,11 +10,13 @@ from flax import nnx
 
 from jaxrm.config.fields import bounded, check, one_of, place, typed
 from jaxrm.errors import UserError, flag, option
-from jaxrm.models import attention, hub, layers, quantized
+from jaxrm.models import attention, cached_attention, hub, layers, quantized
 from jaxrm.models.config import ModelConfig, preset
 from jaxrm.models.heads import ActorCritic, ScalarHead, ScalarModel
+from jaxrm.models.kernels import PLAIN, Kernels
 from jaxrm.models.lora import NO_LORA, LoRAConfig
 from jaxrm.models.transformer import REMAT_POLICIES, Decoder, DecodingStorage
+from jaxrm.ops import vocab_kernels
 
 DTYPES = ("float32", "bfloat16")
 AUTO_REMAT = "auto"  # decided by a stage before it opens its model
@@ -37,6 +39,11 @@ class ModelSource:
         projections of attention, ``dots`` those of the MLP too, ``none`` all. ``auto`` is the first of ``dots``,
         ``attention`` and ``full`` that the devices have room for (`jaxrm.stages.remat`).
       attention: ``auto`` (by platform), ``xla``, ``cudnn`` or ``splash``.
+      cached_attention: of one token to those before it, as responses are drawn: ``auto``, ``xla`` or ``pallas``, which
+        reads of a cache what its rows hold. ``auto`` takes it where it can: on TPU with heads of 128 or 256, on GPU in
+        16 bits with heads of 64, 128 or 256.
+      vocabulary: of log-probs, entropies and most likely tokens: ``auto``, ``xla`` or ``pallas``, whose logits never
+        leave the chip. ``auto`` takes it on TPU where channels are a multiple of 128. The pass backward is in XLA.
     """
 
     path: str | None = None
@@ -46,6 +53,8 @@ class ModelSource:
     dtype: str = bounded("float32", one_of(*DTYPES))
     remat: str = bounded("full", one_of(*REMAT_POLICIES, AUTO_REMAT))
     attention: str = bounded("auto", one_of(*attention.KERNELS))
+    cached_attention: str = bounded("auto", one_of(*cached_attention.KERNELS))
+    vocabulary: str = bounded("auto", one_of(*vocab_kernels.KERNELS))
 
     def __post_init__(self) -> None:
         check(self)
@@ -120,7 +129,7 @@ def abstract_decoder(
     config: ModelConfig,
     source: ModelSource,
     *,
-    attend: attention.Attend = attention.xla,
+    kernels: Kernels = PLAIN,
     constrain: layers.Constrain = layers.unconstrained,
     lora: LoRAConfig = NO_LORA,
     merges_adapters: bool = False,
@@ -131,14 +140,14 @@ def abstract_decoder(
       ``graphdef`` (static, for ``nnx.merge(graphdef, params)``), a nested dict of ``jax.ShapeDtypeStruct`` and the
       same dict of tuples of logical axis names.
     """
-    return _abstract(lambda: _decoder(config, source, nnx.Rngs(0), attend, constrain, lora, merges_adapters))
+    return _abstract(lambda: _decoder(config, source, nnx.Rngs(0), kernels, constrain, lora, merges_adapters))
 
 
 def abstract_scalar_model(
     config: ModelConfig,
     source: ModelSource,
     *,
-    attend: attention.Attend = attention.xla,
+    kernels: Kernels = PLAIN,
     constrain: layers.Constrain = layers.unconstrained,
     lora: LoRAConfig = NO_LORA,
     merges_adapters: bool = False,
@@ -148,7 +157,7 @@ def abstract_scalar_model(
 
     def make() -> ScalarModel:
         rngs = nnx.Rngs(0)
-        return ScalarModel(_decoder(trunk, source, rngs, attend, constrain, lora, merges_adapters), rngs=rngs)
+        return ScalarModel(_decoder(trunk, source, rngs, kernels, constrain, lora, merges_adapters), rngs=rngs)
 
     return _abstract(make)
 
@@ -157,7 +166,7 @@ def abstract_actor_critic(
     config: ModelConfig,
     source: ModelSource,
     *,
-    attend: attention.Attend = attention.xla,
+    kernels: Kernels = PLAIN,
     constrain: layers.Constrain = layers.unconstrained,
     lora: LoRAConfig = NO_LORA,
     merges_adapters: bool = False,
@@ -166,7 +175,7 @@ def abstract_actor_critic(
 
     def make() -> ActorCritic:
         rngs = nnx.Rngs(0)
-        return ActorCritic(_decoder(config, source, rngs, attend, constrain, lora, merges_adapters), rngs=rngs)
+        return ActorCritic(_decoder(config, source, rngs, kernels, constrain, lora, merges_adapters), rngs=rngs)
 
     return _abstract(make)
 
@@ -189,7 +198,7 @@ def init_params(config: ModelConfig, source: ModelSource, key: jax.Array, shardi
         return hub.load_params(source.path, config, shardings=shardings, quantize=source.quantize)
 
     def draw(key: jax.Array) -> Any:
-        decoder = _decoder(config, source, nnx.Rngs(params=key), attention.xla, layers.unconstrained, NO_LORA)
+        decoder = _decoder(config, source, nnx.Rngs(params=key), PLAIN, layers.unconstrained, NO_LORA)
         return nnx.to_pure_dict(nnx.state(decoder))
 
     return jax.jit(draw, out_shardings=shardings)(key)
@@ -207,7 +216,7 @@ def _decoder(
     config: ModelConfig,
     source: ModelSource,
     rngs: nnx.Rngs,
-    attend: attention.Attend,
+    kernels: Kernels,
     constrain: layers.Constrain,
     lora: LoRAConfig,
     merges_adapters: bool = False,
@@ -217,7 +226,7 @@ def _decoder(
         rngs=rngs,
         dtype=jnp.dtype(source.dtype),
         remat="full" if source.remat == AUTO_REMAT else source.remat,  # undecided: of what is not trained
-        attend=attend,
+        kernels=kernels,
         constrain=constrain,
         projections=layers.ProjectionOptions(lora=lora, quantize=source.quantize, merges_adapters=merges_adapters),
     )

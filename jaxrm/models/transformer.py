@@ -13,9 +13,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxrm.models import attention, blockwise, cache, layers, quantized, rope
+from jaxrm.models import blockwise, cache, cached_attention, layers, quantized, rope
 from jaxrm.models.config import ModelConfig
-from jaxrm.ops import vocab
+from jaxrm.models.kernels import PLAIN, Kernels
+from jaxrm.ops import vocab_chunks
 
 # Names of what the backward pass keeps of a layer, by how it is given in a config; the rest is computed again.
 KEPT_NAMES: dict[str, tuple[str, ...]] = {
@@ -53,7 +54,7 @@ class Decoder(nnx.Module):
       remat: what the backward pass keeps of a layer: ``full`` the output of attention alone, and nothing with cuDNN,
         whose kernel does not name it (least memory); ``attention`` its projections too; ``dots`` the results of all
         matrix products with weights; ``none`` everything.
-      attend: attention kernel, see ``jaxrm.models.attention.choose``.
+      kernels: those of the platform.
       constrain: pins activations to devices where a mesh is used.
       projections: their adapters, and how their kernels are stored; in ``dtype`` whatever theirs is.
     """
@@ -65,14 +66,14 @@ class Decoder(nnx.Module):
         rngs: nnx.Rngs,
         dtype: jnp.dtype | type = jnp.float32,
         remat: str = "full",
-        attend: attention.Attend = attention.xla,
+        kernels: Kernels = PLAIN,
         constrain: layers.Constrain = layers.unconstrained,
         projections: layers.ProjectionOptions = layers.PLAIN,
     ):
         assert remat in REMAT_POLICIES, remat
         dtype = jnp.dtype(dtype)
         self.config, self.dtype, self.remat = config, dtype, remat
-        self.attend, self.constrain = attend, constrain
+        self.kernels, self.constrain = kernels, constrain
         self.storage = COMPUTE_STORAGE  # see ``jaxrm.models.build.with_storage``
         self.scale = config.head_dim**-0.5 if config.query_scale is None else config.query_scale
         self.embedder = layers.Embedding(rngs, config)
@@ -154,13 +155,19 @@ class Decoder(nnx.Module):
         nearest = past.length - (config.sliding_window or 0)
         near = seen & (slot > nearest)[None]
 
-        def cached_prompts(i: int, is_sliding: bool) -> attention.CachedKeys | None:
+        def cached_prompts(i: int, is_sliding: bool) -> cached_attention.CachedKeys | None:
             if prompts is None:
                 return None
             width = prompts.occupied.shape[1]
             mask = prompts.occupied & (jnp.arange(-width, 0) > nearest)[None] if is_sliding else prompts.occupied
-            return attention.CachedKeys(prompts.keys[i], prompts.values[i], mask)
+            return cached_attention.CachedKeys(prompts.keys[i], prompts.values[i], mask)
 
+        attend = functools.partial(
+            cached_attention.attend,
+            scale=self.scale,
+            softcap=config.attention_softcap,
+            read=self.kernels.read_cache,
+        )
         x = self._embed(tokens)
         keys, values = list(past.keys), list(past.values)
         for i, layer in enumerate(unstacked):
@@ -169,10 +176,8 @@ class Decoder(nnx.Module):
             write = functools.partial(jax.lax.dynamic_update_index_in_dim, index=past.length)
             keys[i] = self.constrain(write(keys[i], key[:, 0], axis=3), _KEYS)
             values[i] = self.constrain(write(values[i], value[:, 0], axis=2), _VALUES)
-            own = attention.CachedKeys(keys[i], values[i], near if is_sliding else seen)
-            attended = attention.cached(
-                query[:, 0], own, cached_prompts(i, is_sliding), scale=self.scale, softcap=config.attention_softcap
-            )
+            own = cached_attention.CachedKeys(keys[i], values[i], near if is_sliding else seen)
+            attended = attend(query[:, 0], own, cached_prompts(i, is_sliding))
             x = self.constrain(layer.output_and_mlp(x, attended[:, None]), _HIDDEN)
         grown = cache.Cache(tuple(keys), tuple(values), occupied, past.length + 1, past.next_position + 1)
         return self.final_norm(x), grown
@@ -205,7 +210,7 @@ class Decoder(nnx.Module):
         logits = logits if cap is None else cap * jnp.tanh(logits / cap)
         if not self.config.drawable:
             return logits
-        can_be_drawn = vocab.is_drawable(jnp.arange(logits.shape[-1], dtype=jnp.int32), self.config.drawable)
+        can_be_drawn = vocab_chunks.is_drawable(jnp.arange(logits.shape[-1], dtype=jnp.int32), self.config.drawable)
         return jnp.where(jnp.expand_dims(can_be_drawn, range(logits.ndim - 1)), logits, -jnp.inf)
 
     def _embed(self, tokens: jax.Array) -> jax.Array:
@@ -235,7 +240,7 @@ class Decoder(nnx.Module):
         config = self.config
         graphdef, stacked = nnx.split(self.layers)
         full, sliding = self._rotations(positions)
-        attend = functools.partial(self.attend, scale=self.scale, softcap=config.attention_softcap)
+        attend = functools.partial(self.kernels.attend, scale=self.scale, softcap=config.attention_softcap)
         attend_full = functools.partial(attend, window=None)
         attend_near = functools.partial(attend, window=config.sliding_window)
         flags = config.layer_is_sliding or (False,) * config.num_layers

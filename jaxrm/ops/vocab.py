@@ -18,8 +18,9 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
+from jaxrm.ops.vocab_chunks import Ranges, Softmax, SumChunk, Sums, chunk_logits, sum_in_xla, together
+
 DEFAULT_CHUNK = 4096
-Ranges = tuple[tuple[int, int], ...]
 
 
 class TokenStatistics(NamedTuple):
@@ -38,6 +39,18 @@ class TokenStatistics(NamedTuple):
     max_log_prob: jax.Array
 
 
+class Chunks(NamedTuple):
+    """How the vocabulary is gone through forward; backward it is always in plain XLA.
+
+    Attributes:
+      sum_chunk: kernel, see ``jaxrm.ops.vocab_kernels``; None for plain XLA.
+      size: most rows of the head in one chunk of the kernel.
+    """
+
+    sum_chunk: SumChunk | None = None
+    size: int = DEFAULT_CHUNK
+
+
 def token_statistics(
     hidden: jax.Array,
     head: jax.Array,
@@ -47,6 +60,7 @@ def token_statistics(
     temperature: float = 1.0,
     drawable: Ranges = (),
     chunk_size: int = DEFAULT_CHUNK,
+    forward: Chunks | None = None,
 ) -> TokenStatistics:
     """Statistics of ``softmax(cap(hidden . head^T) / temperature)`` without the ``[..., V]`` array.
 
@@ -58,8 +72,9 @@ def token_statistics(
       targets: ``[...]`` int token ids in ``[0, V)``.
       softcap: bound on the absolute logit (Gemma 2), or None.
       temperature: divides the capped logits. It is the same for every log-prob of a run.
-      drawable: the ids that the softmax is over, see `is_drawable`.
+      drawable: the ids that the softmax is over, see ``jaxrm.ops.vocab_chunks.is_drawable``.
       chunk_size: most rows of the head in one chunk. Memory is ``[..., chunk_size]`` in float32.
+      forward: a kernel for the pass forward, and its chunks; None for plain XLA with ``chunk_size``.
 
     Returns:
       ``TokenStatistics``; ``log_probs`` and ``entropy`` are differentiable in ``hidden`` and ``head``.
@@ -67,7 +82,10 @@ def token_statistics(
     chex.assert_rank(head, 2)
     chex.assert_equal_shape_prefix([hidden, targets], targets.ndim)
     chex.assert_axis_dimension(hidden, -1, head.shape[1])
-    return TokenStatistics(*_statistics(hidden, head, targets, softcap, temperature, drawable, chunk_size))
+    softmax = Softmax(head.shape[0], softcap, temperature, drawable)
+    return TokenStatistics(
+        *_statistics(hidden, head, targets, softmax, chunk_size, forward or Chunks(None, chunk_size))
+    )
 
 
 def linear_cross_entropy(
@@ -83,14 +101,6 @@ def linear_cross_entropy(
     Shapes as in ``token_statistics``.
     """
     return -token_statistics(hidden, head, targets, softcap=softcap, chunk_size=chunk_size).log_probs
-
-
-def is_drawable(ids: jax.Array, drawable: Ranges) -> jax.Array:
-    """Which ``ids [N]`` lie in one of the ranges ``(first, last + 1)``; all of them where there is none."""
-    if not drawable:
-        return jnp.ones(ids.shape, bool)
-    first, end = (jnp.asarray(bounds, jnp.int32)[None] for bounds in zip(*drawable, strict=True))
-    return jnp.any((ids[:, None] >= first) & (ids[:, None] < end), axis=1)
 
 
 def number_of_chunks(vocab_size: int, chunk_size: int) -> int:
@@ -109,29 +119,6 @@ def _chunked_head(head: jax.Array, chunk_size: int) -> jax.Array:
     return padded.reshape(-1, n, head.shape[1])
 
 
-def _chunk_logits(
-    hidden: jax.Array,
-    chunks: jax.Array,
-    chunk: jax.Array,
-    vocab_size: int,
-    softcap: float | None,
-    temperature: float,
-    drawable: Ranges,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Logits ``[..., rows]`` of one chunk, the ids of its tokens ``[rows]`` and its rows of the head."""
-    rows, n, _ = chunks.shape
-    weights = jax.lax.dynamic_index_in_dim(chunks, chunk, axis=1, keepdims=False).astype(hidden.dtype)
-    logits = jnp.einsum("...d,vd->...v", hidden, weights, preferred_element_type=jnp.float32)
-    if softcap is not None:
-        logits = softcap * jnp.tanh(logits / softcap)
-    logits = logits / temperature
-    ids = jnp.arange(rows, dtype=jnp.int32) * n + chunk
-    if rows * n > vocab_size or drawable:
-        is_token = (ids < vocab_size) & is_drawable(ids, drawable)
-        logits = jnp.where(jnp.expand_dims(is_token, range(logits.ndim - 1)), logits, -jnp.inf)
-    return logits, ids, weights
-
-
 def _head_gradient(hidden: jax.Array, d_logits: jax.Array) -> jax.Array:
     """Gradient ``[rows, D]``, float32, of the rows of the head that made the logits ``[..., rows]``."""
     axes = tuple(range(hidden.ndim - 1))
@@ -143,67 +130,39 @@ def _head_gradient(hidden: jax.Array, d_logits: jax.Array) -> jax.Array:
     return jax.lax.dot_general(jnp.moveaxis(hidden, -1, 0), d_logits, contraction).T
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
 def _statistics(
-    hidden: jax.Array,
-    head: jax.Array,
-    targets: jax.Array,
-    softcap: float | None,
-    temperature: float,
-    drawable: Ranges,
-    chunk_size: int,
+    hidden: jax.Array, head: jax.Array, targets: jax.Array, softmax: Softmax, chunk_size: int, forward: Chunks
 ) -> tuple[jax.Array, ...]:
-    return _forward(hidden, head, targets, softcap, temperature, drawable, chunk_size)[0]
+    del chunk_size
+    return _forward(hidden, head, targets, softmax, forward)[0]
 
 
 def _forward_to_train(
-    hidden: Any, head: Any, targets: Any, *options: Any
+    hidden: Any, head: Any, targets: Any, softmax: Softmax, chunk_size: int, forward: Chunks
 ) -> tuple[tuple[jax.Array, ...], tuple[Any, ...]]:
-    outputs, residuals = _forward(hidden.value, head.value, targets.value, *options)
+    del chunk_size
+    outputs, residuals = _forward(hidden.value, head.value, targets.value, softmax, forward)
     return outputs, (*residuals, () if head.perturbed else None)
 
 
 def _forward(
-    hidden: jax.Array,
-    head: jax.Array,
-    targets: jax.Array,
-    softcap: float | None,
-    temperature: float,
-    drawable: Ranges,
-    chunk_size: int,
+    hidden: jax.Array, head: jax.Array, targets: jax.Array, softmax: Softmax, forward: Chunks
 ) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
-    chunks = _chunked_head(head, chunk_size)
-    shape = targets.shape
+    chunks = _chunked_head(head, forward.size)
+    n = chunks.shape[1]
+    sum_chunk = forward.sum_chunk or sum_in_xla
 
-    def one_chunk(carry: tuple[jax.Array, ...], chunk: jax.Array) -> tuple[tuple[jax.Array, ...], None]:
-        top, top_id, total, weighted, target_logit = carry
-        logits, ids, _ = _chunk_logits(hidden, chunks, chunk, head.shape[0], softcap, temperature, drawable)
-        ids = jnp.expand_dims(ids, range(targets.ndim))
+    def one_chunk(sums: Sums, chunk: jax.Array) -> tuple[Sums, None]:
+        weights = jax.lax.dynamic_index_in_dim(chunks, chunk, axis=1, keepdims=False)
+        return together(sums, sum_chunk(hidden, weights, targets, chunk, n, softmax)), None
 
-        best = jnp.max(logits, axis=-1)
-        best_id = jnp.min(jnp.where(logits == best[..., None], ids, head.shape[0]), axis=-1)
-        wins = (best > top) | ((best == top) & (best_id < top_id))
-        new_top = jnp.maximum(top, best)
-
-        shrink = jnp.exp(top - new_top)
-        weight = jnp.exp(logits - new_top[..., None])
-        # A padded row has weight 0 and logit -inf, whose product would be NaN.
-        product = jnp.where(weight > 0, weight * logits, 0.0)
-        return (
-            new_top,
-            jnp.where(wins, best_id, top_id),
-            total * shrink + jnp.sum(weight, axis=-1),
-            weighted * shrink + jnp.sum(product, axis=-1),
-            target_logit + jnp.sum(jnp.where(ids == targets[..., None], logits, 0.0), axis=-1),
-        ), None
-
-    zeros = jnp.zeros(shape, jnp.float32)
-    # Not -inf, since a chunk may have no token that can be drawn: -inf less itself is NaN.
-    lowest = zeros + jnp.finfo(jnp.float32).min
-    start: tuple[jax.Array, ...] = (lowest, jnp.zeros(shape, jnp.int32), zeros, zeros, zeros)
-    (top, top_id, total, weighted, target_logit), _ = jax.lax.scan(
-        one_chunk, start, jnp.arange(chunks.shape[1], dtype=jnp.int32)
+    zeros = jnp.zeros(targets.shape, jnp.float32)
+    start = Sums(
+        zeros + jnp.finfo(jnp.float32).min, jnp.full(targets.shape, head.shape[0], jnp.int32), zeros, zeros, zeros
     )
+    sums, _ = jax.lax.scan(one_chunk, start, jnp.arange(n, dtype=jnp.int32))
+    top, top_id, total, weighted, target_logit = sums
     log_normalizer = top + jnp.log(total)
     entropy = log_normalizer - weighted / total
     outputs = (target_logit - log_normalizer, entropy, top_id, top - log_normalizer)
@@ -211,13 +170,13 @@ def _forward(
 
 
 def _backward(
-    softcap: float | None,
-    temperature: float,
-    drawable: Ranges,
+    softmax: Softmax,
     chunk_size: int,
+    forward: Chunks,
     residuals: tuple[jax.Array, ...],
     cotangents: tuple[Any, ...],
 ) -> tuple[jax.Array, jax.Array | None, None]:
+    del forward
     # The last is () or None, since a flag would come back as an array.
     hidden, head, targets, log_normalizer, entropy, is_trained = residuals
     d_log_prob, d_entropy = (None if isinstance(x, SymbolicZero) else x for x in cotangents[:2])
@@ -225,7 +184,8 @@ def _backward(
 
     def one_chunk(carry: tuple[Any, ...], chunk: jax.Array) -> tuple[tuple[Any, ...], None]:
         d_hidden, d_chunks = carry
-        logits, ids, weights = _chunk_logits(hidden, chunks, chunk, head.shape[0], softcap, temperature, drawable)
+        weights = jax.lax.dynamic_index_in_dim(chunks, chunk, axis=1, keepdims=False).astype(hidden.dtype)
+        logits, ids = chunk_logits(hidden, weights, chunk, chunks.shape[1], softmax)
         ids = jnp.expand_dims(ids, range(targets.ndim))
         log_p = logits - log_normalizer[..., None]
         p = jnp.exp(log_p)
@@ -235,9 +195,9 @@ def _backward(
         )
         if d_entropy is not None:  # most losses have no part of it
             d_logits -= d_entropy[..., None] * jnp.where(p > 0, p * (log_p + entropy[..., None]), 0.0)
-        d_logits /= temperature
-        if softcap is not None:
-            capped = jnp.where(logits > -jnp.inf, logits * temperature / softcap, 0.0)
+        d_logits /= softmax.temperature
+        if softmax.softcap is not None:
+            capped = jnp.where(logits > -jnp.inf, logits * softmax.temperature / softmax.softcap, 0.0)
             d_logits *= 1.0 - capped**2
         d_logits = d_logits.astype(hidden.dtype)
         d_hidden += jnp.einsum("...v,vd->...d", d_logits, weights, preferred_element_type=jnp.float32)

@@ -54,6 +54,7 @@ class StagePrograms:
       parameters: number of parameters of the largest model.
       trained_parameters: how many of them are trained.
       shape: of its decoder.
+      kernels: of its decoder, in words.
     """
 
     programs: tuple[Program, ...]
@@ -61,6 +62,7 @@ class StagePrograms:
     parameters: int
     trained_parameters: int
     shape: ModelConfig
+    kernels: str
 
     def bytes_beside(self, program: Program) -> float:
         """Bytes on one device of the residents that are no arguments of a program."""

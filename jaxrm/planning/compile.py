@@ -92,6 +92,7 @@ def plan_stage(
         stage.trained_parameters,
         {name: device_bytes(tree) for name, tree in stage.residents.items()},
         tuple(plans),
+        stage.kernels,
         chip_memory,
         peak,
         decided,

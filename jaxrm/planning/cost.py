@@ -101,6 +101,7 @@ class StagePlan:
       trained_parameters: how many of them are trained, in PPO of the policy.
       residents: bytes on one device of what stays there between programs, by name.
       programs: in the order of a step.
+      kernels: of its models, in words.
       memory: bytes of one device; None where that is unknown.
       peak_flops: of all devices, FLOP/s; None where that is unknown.
       remat: what ``model.remat=auto`` comes to there, in one line; empty where the config says itself.
@@ -115,6 +116,7 @@ class StagePlan:
     trained_parameters: int
     residents: dict[str, float]
     programs: tuple[ProgramPlan, ...]
+    kernels: str
     memory: float | None
     peak_flops: float | None
     remat: str = ""

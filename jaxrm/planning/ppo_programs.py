@@ -70,7 +70,7 @@ def build(config: PPO, mesh: Mesh, decoder: ShardedModel) -> StagePrograms:
         if stage.state.critic is not None:
             programs.append(_critic_update(stage))
     counts = count_parameters(decoder.shapes), count_parameters(decoder.trained_shapes)
-    return StagePrograms(tuple(programs), residents, *counts, decoder.config)
+    return StagePrograms(tuple(programs), residents, *counts, decoder.config, decoder.kernels)
 
 
 def _rollout(stage: PPOStage) -> list[Program]:

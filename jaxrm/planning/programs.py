@@ -66,4 +66,4 @@ def _supervised(config: TrainingConfig, mesh: Mesh, decoder: ShardedModel) -> St
     program = Program("train step", step, (state, base, batch), rows * length, (state, base), model_flops)
     residents = {"state": state} | ({BASE: base} if base else {})
     counts = count_parameters(objective.model.shapes), count_parameters(shapes)
-    return StagePrograms((program,), residents, *counts, decoder.config)
+    return StagePrograms((program,), residents, *counts, decoder.config, decoder.kernels)

@@ -37,7 +37,7 @@ def stage_naming(name: str) -> Iterator[None]:
 
 def print_plan(plan: StagePlan) -> None:
     """Print a plan as tables."""
-    print(f"\n{plan.algorithm}, {_size(plan)}, on {plan.topology} as {_mesh(plan)}")
+    print(f"\n{plan.algorithm}, {_size(plan)}, on {plan.topology} as {_mesh(plan)}; kernels: {plan.kernels}")
     if plan.remat:
         print(plan.remat)
     parts = list(dict.fromkeys(part for program in plan.programs for part in program.parts))

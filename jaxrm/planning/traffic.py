@@ -166,6 +166,10 @@ def _memory_bytes(each: Instruction, around: Mapping[str, Instruction], computat
         return result + (_all_bytes(each.shape) if not operands or operands[0] > 0 else 0.0)
     if each.kind == "dynamic-update-slice":
         return 2 * operands[1]
+    if each.kind == "custom-call":
+        # A kernel that reads an array several times says so; one that reads parts of it is taken to read all.
+        stated = re.search(r'"bytes_accessed":\s*"?(\d+)', each.rest)
+        return max(sum(operands) + result, float(stated[1]) if stated else 0.0)
     if each.kind == "fusion":
         return _fusion_bytes(each, operands, around, computations)
     return sum(operands) + result

@@ -1,5 +1,6 @@
 """Where every array lies: the one table from logical axes to mesh axes, and what follows from it."""
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -10,11 +11,13 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxrm.errors import UserError, flag, option
+from jaxrm.ops import vocab, vocab_chunks
 from jaxrm.sharding.mesh import BATCH_AXES
 
 HOST_MEMORY = "pinned_host"
 # Axes over which attention's heads are split: first over tensor, as the projections are, then over context.
 _HEADS = ("tensor", "context")
+_GATHERED_CHUNK, _WHOLE = 16_384, 2**31 - 1  # most rows of the head in one chunk
 
 LOGICAL_TO_MESH: dict[str, str | tuple[str, ...] | None] = {
     # activations
@@ -184,6 +187,75 @@ def per_device(attend: Callable[..., jax.Array], mesh: Mesh) -> Callable[..., ja
         return constrain(kernel(query, key, value, segment_ids), by_token)
 
     return sharded
+
+
+def read_per_device(read: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
+    """Run a kernel that reads a cache on each device's own rows and heads.
+
+    Args:
+      read: as ``jaxrm.models.cached_attention.Read``.
+      mesh: the devices; rows lie over data and fsdp, key heads over tensor. Key heads that tensor does not divide are
+        copied, and the queries of each are split where it divides those.
+    """
+
+    def sharded(query: jax.Array, past: Any, **options: Any) -> Any:
+        (rows, keys, queries), tensor = query.shape[:3], _devices(mesh, "tensor")
+        batch = BATCH_AXES if rows % _devices(mesh, BATCH_AXES) == 0 else None
+        heads = PartitionSpec(batch, "tensor" if keys % tensor == 0 else None)
+        by_query = keys % tensor > 0 and queries % tensor == 0 and past.mask.shape[0] == rows
+        query_spec = PartitionSpec(batch, None, "tensor") if by_query else heads
+        kernel = jax.shard_map(
+            lambda query, past: read(query, past, **options),
+            mesh=mesh,
+            in_specs=(query_spec, type(past)(heads, heads, PartitionSpec(batch))),
+            out_specs=query_spec,
+            check_vma=False,  # Pallas kernels do not say over which axes their results vary
+        )
+        return kernel(query, past)
+
+    return sharded
+
+
+def sum_per_device(sum_chunk: vocab_chunks.SumChunk, mesh: Mesh) -> vocab.Chunks:
+    """Run a kernel that sums a chunk of the vocabulary on each device's own tokens and ids.
+
+    Tokens lie over data, fsdp and context, the rows of a chunk over tensor, whose sums are then put together. The
+    channels of the head lie over fsdp and context, so each chunk is gathered, in the dtype of the hidden states. Where
+    nothing is gathered, the vocabulary is one chunk.
+    """
+    is_gathered = _devices(mesh, LOGICAL_TO_MESH["embed"]) > 1
+
+    def sharded(
+        hidden: jax.Array,
+        weights: jax.Array,
+        targets: jax.Array,
+        first: jax.Array,
+        step: int,
+        softmax: vocab_chunks.Softmax,
+    ) -> vocab_chunks.Sums:
+        tensor = _devices(mesh, "tensor") if weights.shape[0] % _devices(mesh, "tensor") == 0 else 1
+        axes: tuple[str | tuple[str, ...], ...] = (BATCH_AXES, "context")
+        sizes = zip(axes, targets.shape, strict=False)
+        tokens = PartitionSpec(*(axis if size % _devices(mesh, axis) == 0 else None for axis, size in sizes))
+
+        def on_device(hidden: jax.Array, weights: jax.Array, targets: jax.Array, first: jax.Array) -> vocab_chunks.Sums:
+            if tensor == 1:
+                return sum_chunk(hidden, weights, targets, first, step, softmax)
+            first += jax.lax.axis_index("tensor") * weights.shape[0] * step
+            sums = jax.lax.all_gather(sum_chunk(hidden, weights, targets, first, step, softmax), "tensor")
+            shares = [jax.tree.map(lambda x, i=i: x[i], sums) for i in range(tensor)]
+            return functools.reduce(vocab_chunks.together, shares)
+
+        kernel = jax.shard_map(
+            on_device,
+            mesh=mesh,
+            in_specs=(tokens, PartitionSpec("tensor" if tensor > 1 else None), tokens, PartitionSpec()),
+            out_specs=tokens,
+            check_vma=False,  # Pallas kernels do not say over which axes their results vary
+        )
+        return kernel(hidden, weights.astype(hidden.dtype) if is_gathered else weights, targets, first)
+
+    return vocab.Chunks(sharded, _GATHERED_CHUNK if is_gathered else _WHOLE)
 
 
 def _devices(mesh: Mesh, axis: str | tuple[str, ...] | None) -> int:

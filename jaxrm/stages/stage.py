@@ -176,6 +176,8 @@ class Stage:
         if base is not None and keeps_model and self.config.on_existing != "restart":
             check_kept(self.config.run_dir, base)
         folder = open_run_folder(self.config, layout)
+        if self.is_writer and self.mesh.devices.flat[0].platform != "cpu":  # where there is a choice
+            print(f"kernels: {self.model.kernels}")
         if self.is_writer and keeps_model:
             save_shape_and_tokenizer(self.model.config, self.tokenizer, folder)
         if base is not None and keeps_model:

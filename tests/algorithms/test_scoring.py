@@ -17,6 +17,7 @@ from jaxrm.models import build
 from jaxrm.models.build import ModelSource
 from jaxrm.models.config import PRESETS
 from jaxrm.models.generate import SamplingConfig, generate
+from jaxrm.models.kernels import Kernels
 from jaxrm.ops import reward_scaling, token_rewards
 from jaxrm.ops.reward_kinds import KINDS, names_for
 from jaxrm.ops.vocab import TokenStatistics
@@ -273,7 +274,7 @@ def test_rows_are_filled_up_to_the_multiple():
         seen.append(query.shape[1])
         return jnp.zeros_like(query)
 
-    graphdef = build.abstract_decoder(config, SOURCE, attend=attend)[0]
+    graphdef = build.abstract_decoder(config, SOURCE, kernels=Kernels(attend))[0]
     params = draw(config, 0)
     for multiple in (1, 16, 22):
         seen.clear()

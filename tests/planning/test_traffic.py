@@ -263,3 +263,18 @@ ENTRY %main (g: f32[64,32], x: f32[16,32]) -> (f32[16,16], f32[64,32]) {
 }
 """
     assert traffic(text).memory == 16 * 32 * 4 + 16 * 16 * 4
+
+
+def test_a_kernel_moves_what_it_says_or_its_arrays():
+    """The more of both: one that reads an array several times says so, one that reads parts of it is not trusted."""
+    text = """
+ENTRY %main (a: bf16[64,8], b: bf16[16,8]) -> f32[64,128] {
+  %a = bf16[64,8]{1,0} parameter(0)
+  %b = bf16[16,8]{1,0} parameter(1)
+  %k = f32[64,128]{1,0} custom-call(%a, %b), backend_config={"cost_estimate":{"bytes_accessed":"BYTES","flops":"1"}}
+  ROOT %l = f32[64,128]{1,0} custom-call(%a, %b), custom_call_target="other"
+}
+"""
+    arrays = 64 * 8 * 2 + 16 * 8 * 2 + 64 * 128 * 4
+    assert traffic(text.replace("BYTES", "100000")).memory == 100_000 + arrays
+    assert traffic(text.replace("BYTES", "1000")).memory == 2 * arrays

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 
+import jax
 import pytest
 from support.stage_configs import stage_config
 
@@ -10,7 +11,7 @@ from jaxrm.algorithms.ppo_config import RolloutConfig
 from jaxrm.data.config import DataConfig
 from jaxrm.models.build import ModelSource
 from jaxrm.models.generate import SamplingConfig
-from jaxrm.planning.topology import CHIPS, Topology
+from jaxrm.planning.topology import CHIPS, Topology, open_topology
 from jaxrm.sharding.mesh import MeshConfig
 
 EIGHT = "cpu:8"
@@ -18,6 +19,16 @@ MESH = MeshConfig(data=2, fsdp=2, tensor=2)
 tpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="the compiler for TPUs (libtpu) is not here"
 )
+gpu = pytest.mark.skipif(
+    importlib.util.find_spec("jax_cuda13_plugin") is None, reason="the compiler for GPUs (jax[cuda13]) is not here"
+)
+
+
+def compiled_for(topology: str, function, shapes, dtypes):
+    """A function compiled for one device that is not there, on arguments of these shapes and dtypes."""
+    device = jax.sharding.SingleDeviceSharding(open_topology(topology).devices[0])
+    arguments = jax.tree.map(lambda dtype, shape: jax.ShapeDtypeStruct(shape, dtype, sharding=device), dtypes, shapes)
+    return jax.jit(function).lower(*arguments).compile()
 
 
 def config(algorithm: str = "sft", **sections):
