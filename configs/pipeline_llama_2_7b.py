@@ -1,10 +1,12 @@
-"""The whole recipe at the size of Llama 2 7B: SFT, both reward models, PPO with each, one table and one page.
+"""The whole recipe at the size of Llama 2 7B: SFT, both reward models, PPO with each, compared on one page.
 
     python -m jaxrm.train --config=configs/pipeline_llama_2_7b.py
 
 Needs: an account that may download the model (or --config.sft.model.path=FOLDER) and accelerators with room for PPO
 (see `configs/ppo_llama_2_7b.py`): policy, critic, reference and reward model at once. Run a stage alone with
 --config.stages=sft, and override any field of it: --config.ppo_seq2seq.ppo.kl_coef=0.05. Published defaults.
+Prompts out of distribution are added with --config.compare.prompts.ood.path=FILE, a judge
+with --config.compare.judges.lm.language_model=MODEL.
 """
 
 from dataclasses import replace
@@ -12,13 +14,14 @@ from dataclasses import replace
 from jaxrm.algorithms.optimizer import OptimizerConfig
 from jaxrm.algorithms.ppo_config import RolloutConfig
 from jaxrm.algorithms.reward_config import RewardConfig
+from jaxrm.comparison_config import CompareConfig, ComparedPolicyConfig, ComparisonJudgeConfig, PromptSetConfig
 from jaxrm.data.config import DataConfig
 from jaxrm.evaluation.config import JudgedEvaluationConfig
 from jaxrm.models.build import ModelSource
 from jaxrm.models.generate import SamplingConfig
 from jaxrm.pipeline.config import Pipeline, pipeline
 from jaxrm.sharding.mesh import MeshConfig
-from jaxrm.stage_config import PPO, SFT, ScalarRM, Seq2SeqRM
+from jaxrm.stage_config import PPO, SFT, Compare, ScalarRM, Seq2SeqRM
 
 POLICY = ModelSource(path="stage:sft", dtype="bfloat16")
 SAMPLING = SamplingConfig(max_new_tokens=512)
@@ -50,6 +53,17 @@ def get_config(data: str = "PKU-Alignment/PKU-SafeRLHF") -> Pipeline:
         evaluation=JudgedEvaluationConfig(every=50, samples=8, sampling=SAMPLING),
     )
     ppo_seq2seq = replace(ppo_scalar, reward=RewardConfig(kind="literal", model="stage:rm_seq2seq"))
+    compare = Compare(
+        policies={name: ComparedPolicyConfig(path=f"stage:{name}") for name in ("sft", "ppo_scalar", "ppo_seq2seq")},
+        prompts={"in_distribution": PromptSetConfig(path=data, held_out_share=pairs.eval_share, max_prompts=256)}
+        | {name: PromptSetConfig(path=f"set:{name}") for name in ("plain", "harmless", "harmful")},
+        judges={
+            "rm_scalar": ComparisonJudgeConfig(reward_model="stage:rm_scalar"),
+            "rm_seq2seq": ComparisonJudgeConfig(reward_model="stage:rm_seq2seq"),
+        },
+        compare=CompareConfig(sampling=SAMPLING, reference="stage:sft"),
+        mesh=mesh,
+    )
     return pipeline(
         run_dir="runs/pipeline_llama_2_7b",
         sft=sft,
@@ -57,4 +71,5 @@ def get_config(data: str = "PKU-Alignment/PKU-SafeRLHF") -> Pipeline:
         rm_seq2seq=rm_seq2seq,
         ppo_scalar=ppo_scalar,
         ppo_seq2seq=ppo_seq2seq,
+        compare=compare,
     )

@@ -14,6 +14,7 @@ from dataclasses import replace
 from jaxrm.algorithms.optimizer import OptimizerConfig
 from jaxrm.algorithms.ppo_config import CriticConfig, PPOConfig, RolloutConfig
 from jaxrm.algorithms.reward_config import RewardConfig, RewardKindConfig
+from jaxrm.comparison_config import CompareConfig, ComparedPolicyConfig, ComparisonJudgeConfig, PromptSetConfig
 from jaxrm.data.config import DataConfig
 from jaxrm.evaluation.config import (
     CorrectionEvaluationConfig,
@@ -26,7 +27,7 @@ from jaxrm.models.generate import SamplingConfig
 from jaxrm.pipeline.config import Pipeline, pipeline
 from jaxrm.runtime.checkpoint import CheckpointConfig
 from jaxrm.runtime.metrics import LoggingConfig
-from jaxrm.stage_config import PPO, SFT, ScalarRM, Seq2SeqRM
+from jaxrm.stage_config import PPO, SFT, Compare, ScalarRM, Seq2SeqRM
 
 POLICY = ModelSource(path="stage:sft")
 SAMPLING = SamplingConfig(max_new_tokens=64)
@@ -78,6 +79,16 @@ def get_config(data: str = "Anthropic/hh-rlhf") -> Pipeline:
     )
     soft = RewardConfig(kind="soft", model="stage:rm_seq2seq", calibration_responses=16)
     ppo_seq2seq = replace(ppo_scalar, reward=soft)
+    compare = Compare(
+        policies={name: ComparedPolicyConfig(path=f"stage:{name}") for name in ("sft", "ppo_scalar", "ppo_seq2seq")},
+        prompts={"in_distribution": PromptSetConfig(path=data, held_out_share=pairs.eval_share, max_prompts=16)}
+        | {name: PromptSetConfig(path=f"set:{name}", max_prompts=16) for name in ("plain", "harmless", "harmful")},
+        judges={
+            "rm_scalar": ComparisonJudgeConfig(reward_model="stage:rm_scalar"),
+            "rm_seq2seq": ComparisonJudgeConfig(reward_model="stage:rm_seq2seq"),
+        },
+        compare=CompareConfig(sampling=SAMPLING, reference="stage:sft"),
+    )
     return pipeline(
         run_dir="runs/pipeline_smollm2_135m",
         sft=sft,
@@ -85,6 +96,7 @@ def get_config(data: str = "Anthropic/hh-rlhf") -> Pipeline:
         rm_seq2seq=rm_seq2seq,
         ppo_scalar=ppo_scalar,
         ppo_seq2seq=ppo_seq2seq,
+        compare=compare,
     )
 
 

@@ -1,4 +1,4 @@
-"""The whole method on the embedded task: SFT, pairs, both reward models, PPO with each, one table and one page.
+"""The whole method on the embedded task: SFT, pairs, both reward models, PPO with each, and who wins, in one page.
 
     ./launch/quickstart.sh
     python -m jaxrm.train --config=configs/quickstart.py
@@ -12,6 +12,7 @@ from dataclasses import replace
 from jaxrm.algorithms.optimizer import OptimizerConfig
 from jaxrm.algorithms.ppo_config import CriticConfig, PPOConfig, RolloutConfig
 from jaxrm.algorithms.reward_config import RewardConfig
+from jaxrm.comparison_config import CompareConfig, ComparedPolicyConfig, ComparisonJudgeConfig, PromptSetConfig
 from jaxrm.data.config import DataConfig
 from jaxrm.data.pairs import MappingConfig
 from jaxrm.evaluation.config import CorrectionEvaluationConfig, JudgedEvaluationConfig
@@ -19,7 +20,7 @@ from jaxrm.models.build import ModelSource
 from jaxrm.models.generate import SamplingConfig
 from jaxrm.pipeline.config import Pipeline, pipeline
 from jaxrm.runtime.metrics import LoggingConfig
-from jaxrm.stage_config import PPO, SFT, PairsConfig, SamplePairs, ScalarRM, Seq2SeqRM
+from jaxrm.stage_config import PPO, SFT, Compare, PairsConfig, SamplePairs, ScalarRM, Seq2SeqRM
 
 POLICY, PAIRS = ModelSource(path="stage:sft"), "stage:pairs/pairs.jsonl"
 SAMPLING = SamplingConfig(max_new_tokens=40)
@@ -62,6 +63,18 @@ def get_config() -> Pipeline:
         logging=LoggingConfig(every=1),
     )
     ppo_seq2seq = replace(ppo_scalar, reward=RewardConfig(kind="literal", model="stage:rm_seq2seq"))
+    compare = Compare(
+        policies={name: ComparedPolicyConfig(path=f"stage:{name}") for name in ("sft", "ppo_scalar", "ppo_seq2seq")},
+        prompts={"heldout": PromptSetConfig(path="task:safety", max_prompts=128)},
+        judges={
+            "exact": ComparisonJudgeConfig(function="task:safety"),
+            "rm_scalar": ComparisonJudgeConfig(reward_model="stage:rm_scalar"),
+            "rm_seq2seq": ComparisonJudgeConfig(reward_model="stage:rm_seq2seq"),
+        },
+        compare=CompareConfig(
+            decodings=("sampled",), sampling=SAMPLING, batch_size=64, reference="stage:sft", token_rewards=8
+        ),
+    )
     return pipeline(
         run_dir="runs/quickstart",
         sft=sft,
@@ -70,4 +83,5 @@ def get_config() -> Pipeline:
         rm_seq2seq=rm_seq2seq,
         ppo_scalar=ppo_scalar,
         ppo_seq2seq=ppo_seq2seq,
+        compare=compare,
     )

@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from jaxrm.algorithms.reward_config import RewardConfig as RewardConfig
     from jaxrm.algorithms.reward_config import RewardKindConfig as RewardKindConfig
     from jaxrm.algorithms.scalar_rm import ScalarRMConfig as ScalarRMConfig
+    from jaxrm.comparison_config import CompareConfig as CompareConfig
+    from jaxrm.comparison_config import ComparedPolicyConfig as ComparedPolicyConfig
+    from jaxrm.comparison_config import ComparisonJudgeConfig as ComparisonJudgeConfig
+    from jaxrm.comparison_config import PromptSetConfig as PromptSetConfig
     from jaxrm.data.config import DataConfig as DataConfig
     from jaxrm.data.pairs import MappingConfig as MappingConfig
     from jaxrm.data.records import Message as Message
@@ -57,11 +61,13 @@ if TYPE_CHECKING:
     from jaxrm.stage_config import PPO as PPO
     from jaxrm.stage_config import SFT as SFT
     from jaxrm.stage_config import BestOfN as BestOfN
+    from jaxrm.stage_config import Compare as Compare
     from jaxrm.stage_config import Evaluate as Evaluate
     from jaxrm.stage_config import PairsConfig as PairsConfig
     from jaxrm.stage_config import SamplePairs as SamplePairs
     from jaxrm.stage_config import ScalarRM as ScalarRM
     from jaxrm.stage_config import Seq2SeqRM as Seq2SeqRM
+    from jaxrm.stages.compare.run import compare as compare
     from jaxrm.study.config import Study as Study
     from jaxrm.train import run as run
 
@@ -80,6 +86,12 @@ _NAMES = {
     ),
     "algorithms.reward_config": ("ClassifierConfig", "RewardConfig", "RewardKindConfig"),
     "algorithms.scalar_rm": ("ScalarRMConfig",),
+    "comparison_config": (
+        "CompareConfig",
+        "ComparedPolicyConfig",
+        "ComparisonJudgeConfig",
+        "PromptSetConfig",
+    ),
     "data.config": ("DataConfig",),
     "data.pairs": ("MappingConfig",),
     "data.records": ("Message",),
@@ -120,6 +132,7 @@ _NAMES = {
     ),
     "stage_config": (
         "BestOfN",
+        "Compare",
         "DPO",
         "Evaluate",
         "PPO",
@@ -129,6 +142,7 @@ _NAMES = {
         "ScalarRM",
         "Seq2SeqRM",
     ),
+    "stages.compare.run": ("compare",),
     "study.config": ("Study",),
     "train": ("run",),
 }

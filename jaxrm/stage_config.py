@@ -14,6 +14,12 @@ from jaxrm.algorithms.optimizer import OptimizerConfig
 from jaxrm.algorithms.ppo_config import CriticConfig, PPOConfig, RolloutConfig
 from jaxrm.algorithms.reward_config import RewardConfig, RewardKindConfig, check_sources
 from jaxrm.algorithms.scalar_rm import ScalarRMConfig
+from jaxrm.comparison_config import (
+    CompareConfig,
+    ComparedPolicyConfig,
+    ComparisonJudgeConfig,
+    PromptSetConfig,
+)
 from jaxrm.config import dicts, field_names
 from jaxrm.config.fields import above, at_least, at_most, below, bounded, check, finite
 from jaxrm.config.named_sections import typed_names
@@ -55,6 +61,10 @@ RESUMABLE_FIELDS = frozenset(
         "checkpoint",
         "logging",
         "evaluation",
+        "policies",
+        "prompts",
+        "judges",
+        "compare",
         *(f"{source}.endpoint.{name}" for source in ("reward", "rewards.*") for name in RESUMABLE_ENDPOINT_FIELDS),
     }
 )
@@ -96,8 +106,6 @@ class StageConfig:
     run_dir: str = ""
     on_existing: OnExisting = "resume"
     seed: int = bounded(0, at_least(0), below(2**32))
-    model: ModelSource = field(default_factory=ModelSource)
-    data: DataConfig = field(default_factory=DataConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
 
@@ -115,7 +123,15 @@ class StageConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingConfig(StageConfig):
+class ModelStageConfig(StageConfig):
+    """What the configs of the stages have that work with one model on one set of records."""
+
+    model: ModelSource = field(default_factory=ModelSource)
+    data: DataConfig = field(default_factory=DataConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig(ModelStageConfig):
     """What the configs of the stages that train have.
 
     Attributes:
@@ -142,7 +158,7 @@ class SFT(TrainingConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SamplePairs(StageConfig):
+class SamplePairs(ModelStageConfig):
     """Preference pairs of an embedded task, sampled from a policy."""
 
     algorithm: ClassVar[str] = "sample_pairs"
@@ -203,7 +219,7 @@ class DPO(TrainingConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class BestOfN(StageConfig):
+class BestOfN(ModelStageConfig):
     """The best of n responses of a policy to each prompt.
 
     Attributes:
@@ -228,7 +244,7 @@ class BestOfN(StageConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluate(StageConfig):
+class Evaluate(ModelStageConfig):
     """Answers of a policy, judged and scored.
 
     Attributes:
@@ -248,6 +264,23 @@ class Evaluate(StageConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_sources(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compare(StageConfig):
+    """Policies compared on prompts, by judges. All that was answered or judged is found again, whatever is added.
+
+    Attributes:
+      policies: two or more, by name; the first is the one that others are compared with.
+      prompts: sets of prompts, by name.
+      judges: by name; without one, only what can be counted is compared.
+    """
+
+    algorithm: ClassVar[str] = "compare"
+    policies: Mapping[str, ComparedPolicyConfig] = field(default_factory=dict)
+    prompts: Mapping[str, PromptSetConfig] = field(default_factory=dict)
+    judges: Mapping[str, ComparisonJudgeConfig] = field(default_factory=dict)
+    compare: CompareConfig = field(default_factory=CompareConfig)
 
 
 class StageRow(NamedTuple):
@@ -283,6 +316,7 @@ STAGES = {
         StageRow("dpo", DPO, "jaxrm.stages.dpo.run", "direct preference optimization", "policy", is_planned=True),
         StageRow("best_of_n", BestOfN, "jaxrm.stages.best_of_n.run", "best of n responses"),
         StageRow("evaluate", Evaluate, "jaxrm.stages.evaluate.run", "answers to test prompts"),
+        StageRow("compare", Compare, "jaxrm.stages.compare.run", "policies compared"),
     )
 }
 

@@ -18,7 +18,6 @@ The answer is read strictly. It is one of:
 What stands before ``</think>`` is not read. A number outside the range and an unknown label are no score.
 """
 
-import hashlib
 import json
 import math
 import re
@@ -29,10 +28,9 @@ from typing import Any
 from jaxrm.algorithms.endpoint_config import EndpointConfig
 from jaxrm.data.prompts import transcript
 from jaxrm.data.records import Message
-from jaxrm.errors import UserError, flag, option
+from jaxrm.inference.question_file import fill, placeholders, read_question
 
 _SHIPPED = Path(__file__).with_name("rubric.txt")
-_PLACEHOLDER = re.compile(r"\{(\w+)\}")
 _QUOTED = ("prompt", "response", "reference")
 _LINE = re.compile(
     r"[\s*_#>`-]*(?:(?:my|the|final|overall|total)\s+)*[*_`]*score[*_`\s]*[:=](.+)", re.IGNORECASE | re.DOTALL
@@ -42,7 +40,6 @@ _NUMBER = re.compile(
     re.IGNORECASE,
 )
 _FENCE = re.compile(r"```(?:json)?\s*(\{[^`]*\})\s*```\s*$")
-_MOST_CHARACTERS = 200_000  # of a rubric file; a larger one is something else
 
 
 class UnreadableScoreError(ValueError):
@@ -67,7 +64,7 @@ class Rubric:
     @property
     def needs_reference(self) -> bool:
         """Whether records must have the column of a reference."""
-        return "reference" in _PLACEHOLDER.findall(self.template)
+        return "reference" in placeholders(self.template)
 
     @property
     def scale(self) -> str:
@@ -85,10 +82,7 @@ class Rubric:
         if self.needs_reference:
             assert reference is not None, "a rubric with {reference} needs one"
             texts["reference"] = reference
-        code = _code(texts)
-        inserted = {name: _quote(name, text, code) for name, text in texts.items()} | {"scale": self.scale}
-        content = _PLACEHOLDER.sub(lambda match: inserted[match[1]], self.template)
-        return [{"role": "user", "content": content}]
+        return [{"role": "user", "content": fill(self.template, texts, {"scale": self.scale})}]
 
     def score(self, answer: str) -> float:
         """The number that an answer gives.
@@ -133,45 +127,7 @@ class Rubric:
 
 def _read(path: str | None, field: str) -> str:
     file = _SHIPPED if path is None else Path(path).expanduser()
-    required, example = "a text file with {response} in it", f"a copy of {_SHIPPED}, {flag(field)}=rubric.txt"
-    try:
-        template = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else "it is no UTF-8 text"
-        raise UserError(
-            f"{option(field)} is {path!r}, which cannot be read ({reason}); give {required}, e.g. {example}"
-        ) from error
-    names = _PLACEHOLDER.findall(template)
-    unknown = [name for name in names if name not in (*_QUOTED, "scale")]
-    if unknown:
-        known = ", ".join(f"{{{name}}}" for name in (*_QUOTED, "scale"))
-        raise UserError(
-            f"{option(field)} is {path!r}, which has {{{unknown[0]}}}; it may have {known} and no other word in "
-            f"braces, e.g. {example}"
-        )
-    if "response" not in names:
-        raise UserError(f"{option(field)} is {path!r}, which has no {{response}}; give {required}, e.g. {example}")
-    if len(template) > _MOST_CHARACTERS:
-        raise UserError(
-            f"{option(field)} is {path!r}, which has {len(template):,} characters; give at most {_MOST_CHARACTERS:,}, "
-            f"e.g. {example}"
-        )
-    return template
-
-
-def _code(texts: dict[str, str]) -> str:
-    """Eight hex digits that occur in none of the texts, the same for the same texts, so that answers can be cached."""
-    attempt = 0
-    while True:
-        code = hashlib.sha256(json.dumps([attempt, texts]).encode()).hexdigest()[:8]
-        if not any(code in text.lower() for text in texts.values()):
-            return code
-        attempt += 1
-
-
-def _quote(name: str, text: str, code: str) -> str:
-    mark = f"{name.upper()} {code}"
-    return f"<<<BEGIN {mark}>>>\n{text}\n<<<END {mark}>>>"
+    return read_question(file, field, given=path, required=("response",), known=(*_QUOTED, "scale"))
 
 
 def _json_object(text: str) -> dict[str, Any] | None:

@@ -24,6 +24,8 @@ from jaxrm.reports.report import (
 from jaxrm.runtime.metrics import read_rows
 from jaxrm.runtime.progress import format_seconds, format_value, print_table
 from jaxrm.stage_config import STAGES
+from jaxrm.stages.compare.report import who_wins
+from jaxrm.stages.compare.run import RESULT
 from jaxrm.stages.ppo.report import source_columns, source_rows
 
 _CURVES = (  # field of a row in metrics.jsonl, title, unit
@@ -68,6 +70,7 @@ def publish(path: Path, stages: Sequence[PipelineStage], seconds: Mapping[str, f
         if policies.note:
             print(f"{policies.note}\n")
         tables.insert(0, policies)
+    tables[:0] = win_tables(stages)
     for table in by_source:
         print_table(table.title, table.columns, table.rows)
     report = path / "report.html"
@@ -114,6 +117,13 @@ def policy_table(stages: Sequence[PipelineStage]) -> Table | None:
     differing = [name for name in names if name not in shared]
     note = f"{', '.join(differing)}: before → after, since each row measures it in its own way." if differing else ""
     return Table(title, ("policy", *names), tuple(rows), note)
+
+
+def win_tables(stages: Sequence[PipelineStage]) -> list[Table]:
+    """Who wins, of each stage that compares policies."""
+    results = [_folder(stage) / RESULT for stage in stages if stage.experiment.algorithm == "compare"]
+    by_stage = [json.loads(path.read_text(encoding="utf-8"))["wins"] for path in results if path.exists()]
+    return [who_wins(wins) for wins in by_stage if wins]
 
 
 def source_tables(stages: Sequence[PipelineStage]) -> list[Table]:

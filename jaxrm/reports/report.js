@@ -124,13 +124,15 @@ for (const key of document.querySelectorAll(".key")) {
 
 // ---- examples, one at a time; which one is in the address after the #, so that it can be linked to
 
-const state = { example: 1, q: "", theme: "auto" };
+const initial = { example: 1, q: "", tag: "", theme: "auto" };
+const state = { ...initial };
 let found = [];
 
 for (const example of examples) {
   const said = example.responses.flatMap(({ name, text }) => [name, text]);
   example.words = [example.prompt, ...said].join("\n").toLowerCase();
 }
+const allTags = [...new Set(examples.flatMap(({ tags }) => tags))];
 const allResponses = examples.flatMap((example) => example.responses);
 setScale(allResponses);
 
@@ -190,6 +192,7 @@ const themes = ["auto", "light", "dark"];
 function readAddress() {
   const address = new URLSearchParams(location.hash.slice(1));
   state.q = address.get("q") ?? "";
+  state.tag = allTags.includes(address.get("tag")) ? address.get("tag") : "";
   state.theme = themes.includes(address.get("theme")) ? address.get("theme") : "auto";
   state.example = Number(address.get("example")) || 1;
 }
@@ -200,9 +203,10 @@ function apply() {
   $("theme").textContent = `Theme: ${state.theme}`;
   if (!examples.length) return;
   const wanted = state.q.trim().toLowerCase();
-  found = examples.filter((example) => example.words.includes(wanted));
+  found = examples.filter(({ words, tags }) => words.includes(wanted) && (!state.tag || tags.includes(state.tag)));
   state.example = Math.min(Math.max(1, Math.trunc(state.example)), Math.max(1, found.length));
   if ($("q").value !== state.q) $("q").value = state.q;
+  $("tag").value = state.tag;
   const of = found.length === examples.length ? "" : ` (${examples.length.toLocaleString("en")} in all)`;
   $("count").textContent = found.length ? `${state.example} of ${found.length.toLocaleString("en")}${of}` : "";
   $("none").hidden = found.length > 0;
@@ -215,7 +219,6 @@ function apply() {
 function choose(change) {
   Object.assign(state, change);
   apply();
-  const initial = { example: 1, q: "", theme: "auto" };
   const changed = Object.entries(state).filter(([key, value]) => value !== initial[key]);
   history.replaceState(null, "", "#" + new URLSearchParams(changed));
 }
@@ -228,6 +231,11 @@ if (examples.length) {
     clearTimeout(typing);
     typing = setTimeout(() => choose({ q: $("q").value, example: 1 }), 120);
   });
+  if (allTags.length) {
+    $("tag").append(new Option("All", ""), ...allTags.map((tag) => new Option(tag, tag)));
+    $("tag").addEventListener("change", () => choose({ tag: $("tag").value, example: 1 }));
+    $("tag").hidden = false;
+  }
   $("tools").addEventListener("submit", (event) => event.preventDefault());
   $("previous").addEventListener("click", () => turnPage(-1));
   $("next").addEventListener("click", () => turnPage(1));

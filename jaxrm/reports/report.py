@@ -15,12 +15,15 @@ from jaxrm import atomic
 from jaxrm.reports.bars import Bar, Bars, draw_bars
 from jaxrm.reports.charts import Curves, Series, draw_chart, number_text, palette_indices
 from jaxrm.reports.document import fill_template, read_template
+from jaxrm.reports.intervals import Interval, Intervals, draw_intervals
 
 __all__ = [
     "Bar",
     "Bars",
     "Curves",
     "ExampleResponse",
+    "Interval",
+    "Intervals",
     "ReportExample",
     "Series",
     "Shaded",
@@ -61,12 +64,14 @@ class Table:
       rows: cells row by row, as many as there are columns. The numbers of a column get the same decimals; None and
         NaN are shown as missing. A `Shaded` cell keeps its color, but not in the first column.
       note: a sentence below the table.
+      is_folded: whether only its heading is seen until a reader opens it.
     """
 
     title: str
     columns: tuple[str, ...]
     rows: tuple[tuple[Cell, ...], ...]
     note: str = ""
+    is_folded: bool = False
 
 
 @dataclass(frozen=True)
@@ -109,10 +114,17 @@ class ExampleResponse:
 
 @dataclass(frozen=True)
 class ReportExample:
-    """A prompt with the responses to compare."""
+    """A prompt with the responses to compare.
+
+    Attributes:
+      prompt: as one text.
+      responses: to it.
+      tags: by which a reader may choose, e.g. ``judges disagree``.
+    """
 
     prompt: str
     responses: tuple[ExampleResponse, ...]
+    tags: tuple[str, ...] = ()
 
 
 def write_report(
@@ -124,8 +136,9 @@ def write_report(
     curves: Sequence[Curves],
     examples: Sequence[ReportExample],
     bars: Sequence[Bars] = (),
+    intervals: Sequence[Intervals] = (),
 ) -> None:
-    """Write the report, atomically: bars, tables, then curves as small multiples, then examples one at a time.
+    """Write the report, atomically: bars, tables, intervals, curves as small multiples, then examples one at a time.
 
     Tables and charts are HTML and SVG in the file. Its script adds the values under the pointer and the examples. The
     file needs no network and no other file. Every text is escaped or reaches the browser as JSON. The page's
@@ -140,6 +153,7 @@ def write_report(
         values at the same x under the pointer.
       examples: prompts with responses to compare.
       bars: charts of stacked bars.
+      intervals: charts of shares with their intervals.
     """
     palette = palette_indices(curves)
     charts = [draw_chart(chart, number, palette) for number, chart in enumerate(curves)]
@@ -153,6 +167,7 @@ def write_report(
         about=_about(about),
         bars=_section("bars", "Bars", "".join(draw_bars(chart) for chart in bars)),
         tables=_section("tables", "Results", "".join(_table(table) for table in tables)),
+        intervals=_section("intervals", "Shares", "".join(draw_intervals(chart) for chart in intervals)),
         curves=_section("curves", "Curves", f'<h2>Curves</h2><div class="charts">{figures}</div>' if figures else ""),
         examples=_section("examples", "Examples", read_template("report_examples.html")) if examples else "",
     )
@@ -190,9 +205,11 @@ def _table(table: Table) -> str:
         ]
         body.append(f'<tr><th scope="row" dir="auto">{html.escape(texts[0] or "–")}</th>{"".join(cells)}</tr>')
     note = f'<p class="note" dir="auto">{html.escape(table.note)}</p>' if table.note else ""
+    heading = f'<h2 dir="auto">{html.escape(table.title)}</h2>'
+    outer, heading = ("details", f"<summary>{heading}</summary>") if table.is_folded else ("section", heading)
     return (
-        f'<section class="result"><h2 dir="auto">{html.escape(table.title)}</h2><div class="card scroll" tabindex="0">'
-        f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table></div>{note}</section>"
+        f'<{outer} class="result">{heading}<div class="card scroll" tabindex="0">'
+        f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table></div>{note}</{outer}>"
     )
 
 
@@ -247,7 +264,8 @@ def _column_class(column: Sequence[str | None]) -> str:
 
 
 def _example(example: ReportExample) -> dict[str, Any]:
-    return {"prompt": example.prompt, "responses": [_response(response) for response in example.responses]}
+    responses = [_response(response) for response in example.responses]
+    return {"prompt": example.prompt, "responses": responses, "tags": list(example.tags)}
 
 
 def _response(response: ExampleResponse) -> dict[str, Any]:

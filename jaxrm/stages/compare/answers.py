@@ -1,0 +1,270 @@
+"""Answers of the policies that are compared: generated once, kept, and read again when a comparison goes on.
+
+In the run's folder ``answers/`` has a file for each policy, run, set of prompts and decoding. Its name ends with a hash
+of all that decides what is in it, so answers of other weights or other prompts are never taken for these.
+"""
+
+import functools
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxrm.comparison_config import ComparedPolicyConfig
+from jaxrm.data import templates
+from jaxrm.data.config import DataConfig
+from jaxrm.data.prompts import transcript
+from jaxrm.data.readers import read_records
+from jaxrm.data.records import DemonstrationRecord, Message
+from jaxrm.errors import UserError, flag, naming, option
+from jaxrm.inference import weights
+from jaxrm.inference.load import load_policy
+from jaxrm.inference.policy import Policy
+from jaxrm.inference.response_batches import response_batches
+from jaxrm.inference.token_scores import policy_log_probs
+from jaxrm.models.build import ModelSource
+from jaxrm.models.generate import SamplingConfig
+from jaxrm.runtime.progress import Progress
+from jaxrm.runtime.row_log import RowLog
+from jaxrm.sharding.mesh import build_mesh
+from jaxrm.stage_config import Compare
+from jaxrm.stages.compare.prompts import PromptSet
+
+
+@dataclass(frozen=True)
+class AnswerKey:
+    """Whose answers to what.
+
+    Attributes:
+      policy: name of the policy.
+      run: 0 for its path, and from 1 its further seeds.
+      prompts: name of the set.
+      decoding: ``sampled`` or ``greedy``.
+    """
+
+    policy: str
+    run: int
+    prompts: str
+    decoding: str
+
+
+# Rows in the order of the prompts: response, token_ids (None where another program answered), ended.
+Answers = Mapping[AnswerKey, Sequence[dict[str, Any]]]
+
+
+def answer_keys(config: Compare) -> list[AnswerKey]:
+    """All that is answered. Answers that another program wrote are of one decoding."""
+    keys = []
+    for name, policy in config.policies.items():
+        for run in range(1 + len(policy.seeds)):
+            for prompts in config.prompts:
+                keys += [AnswerKey(name, run, prompts, decoding) for decoding in config.compare.decodings]
+    return keys
+
+
+def check_policies(config: Compare) -> None:
+    """Refuse policies that are not there, before anything is made; nothing is loaded.
+
+    Raises:
+      UserError: naming the policy.
+    """
+    for name, policy in config.policies.items():
+        for run, path in enumerate(_paths(policy)):
+            with _named(name, run):
+                if weights.is_run(policy.adapter or path):
+                    weights.find_checkpoint(policy.adapter or path, "path")
+                else:
+                    weights.read_shape(ModelSource(path=path, adapter=policy.adapter))
+
+
+def find_answers(config: Compare, folder: Path, sets: Mapping[str, PromptSet], *, show_progress: bool) -> Answers:
+    """The answers of all policies; what is missing is generated, a batch at a time.
+
+    Args:
+      config: of the stage.
+      folder: of the run.
+      sets: of prompts, by name.
+      show_progress: draw a bar.
+
+    Raises:
+      UserError: a policy cannot answer a prompt, or a file lacks an answer.
+    """
+    keys = answer_keys(config)
+    logs = {key: RowLog(folder / "answers" / _file_name(config, key, sets[key.prompts])) for key in keys}
+    total = sum(len(sets[key.prompts].prompts) for key in keys)
+    with Progress("answer", total, unit="answers", done=_count(logs), enabled=show_progress) as progress:
+        for name, policy in config.policies.items():
+            for run, path in enumerate(_paths(policy)):
+                missing = [
+                    key for key in keys
+                    if (key.policy, key.run) == (name, run) and len(logs[key].rows) < len(sets[key.prompts].prompts)
+                ]  # fmt: skip
+                if missing:
+                    with _named(name, run):
+                        opened = _open_policy(config, policy, path)
+                        for key in missing:
+                            for _ in _generate(config, opened, key, sets[key.prompts], logs[key]):
+                                progress.update(_count(logs))
+                        del opened
+            if policy.answers is not None:
+                for key in keys:
+                    if key.policy == name and not logs[key].rows:
+                        logs[key].append(_read_answers(name, policy.answers, sets[key.prompts]))
+                        progress.update(_count(logs))
+    return {key: log.rows for key, log in logs.items()}
+
+
+def _count(logs: Mapping[AnswerKey, RowLog]) -> int:
+    return sum(len(log.rows) for log in logs.values())
+
+
+def _paths(policy: ComparedPolicyConfig) -> tuple[str, ...]:
+    return () if policy.path is None else (policy.path, *policy.seeds)
+
+
+def _named(name: str, run: int) -> Any:
+    field = f"config.policies.{name}"
+    place = f"{field}.path" if run == 0 else f"{field}.seeds[{run - 1}]"
+    return naming(
+        {"path": place, "model.path": place, "model.adapter": f"{field}.adapter"}
+        | {f"data.{key}": f"{field}.{key}" for key in ("tokenizer", "template")}
+    )
+
+
+def _open_policy(config: Compare, policy: ComparedPolicyConfig, path: str) -> Policy:
+    return load_policy(
+        path,
+        adapter=policy.adapter,
+        mesh=build_mesh(config.mesh),
+        dtype=policy.dtype,
+        tokenizer=policy.tokenizer,
+        template=policy.template,
+    )
+
+
+def _file_name(config: Compare, key: AnswerKey, prompts: PromptSet) -> str:
+    """A name that tells for people what is in the file, with a hash of what decides it."""
+    policy, compare = config.policies[key.policy], config.compare
+    decisive: list[Any] = [[[message.role, message.content] for message in prompt] for prompt in prompts.prompts]
+    if policy.answers is not None:
+        decisive += [hashlib.sha256(Path(policy.answers).expanduser().read_bytes()).hexdigest()]
+    else:
+        source = ModelSource(path=_paths(policy)[key.run], adapter=policy.adapter)
+        sampling = _sampling(config, key.decoding)
+        decisive += [weights.identity_of_source(source), weights.contents_of(source), policy.tokenizer, policy.template]
+        decisive += [policy.dtype, repr(sampling), config.seed, compare.batch_size, key.run, key.policy]
+    digest = hashlib.sha256(json.dumps(decisive).encode()).hexdigest()[:12]
+    return f"{key.policy}-{key.run}-{key.prompts}-{key.decoding}-{digest}.jsonl"
+
+
+def _sampling(config: Compare, decoding: str) -> SamplingConfig:
+    sampling = config.compare.sampling
+    return sampling if decoding == "sampled" else SamplingConfig(sampling.max_new_tokens, temperature=0.0)
+
+
+def _generate(config: Compare, policy: Policy, key: AnswerKey, prompts: PromptSet, log: RowLog) -> Iterator[None]:
+    """Generate the answers that are missing, block by block, with their log-probs where they are sampled."""
+    sampling, rows = _sampling(config, key.decoding), config.compare.batch_size
+    try:
+        policy.sampler(sampling).encode(prompts.prompts)
+    except UserError as error:
+        raise UserError(f"the prompts {key.prompts} do not fit {policy.name}: {error}") from error
+    for start in range(len(log.rows), len(prompts.prompts), rows):
+        block = prompts.prompts[start : start + rows]
+        # Policies that are compared draw different numbers, lest they share their luck.
+        seed = hashlib.sha256(f"{config.seed} {key} {start}".encode()).digest()
+        responses = policy.generate(
+            block,
+            max_new_tokens=sampling.max_new_tokens,
+            temperature=sampling.temperature,
+            top_k=sampling.top_k,
+            top_p=sampling.top_p,
+            seed=int.from_bytes(seed[:4], "big"),
+            batch_size=rows,
+        )
+        ids = [[int(token) for token in response.token_ids] for response in responses]
+        sums: Sequence[float | None] = [None] * len(block)
+        vocabulary = vocabulary_digest(policy)
+        if key.decoding == "sampled" and config.compare.reference is not None:
+            sums = log_prob_sums(policy, block, ids, rows)
+        log.append(
+            {
+                "response": str(response),
+                "token_ids": tokens,
+                "ended": response.ended,
+                "log_prob": log_prob,
+                "vocabulary": vocabulary,
+            }
+            for response, tokens, log_prob in zip(responses, ids, sums, strict=True)
+        )
+        yield
+
+
+def log_prob_sums(
+    policy: Policy, prompts: Sequence[Sequence[Message]], ids: Sequence[Sequence[int]], rows: int
+) -> list[float]:
+    """Log-prob of each response, given as ids, under a policy, in nats."""
+    encoded = [
+        np.array(templates.encode_prompt(policy.tokenizer, prompt, policy.template), np.int32) for prompt in prompts
+    ]
+    responses = [np.array(each, np.int32) for each in ids]
+    read = _reader(policy)
+    sums = [0.0] * len(ids)
+    for batch, indices in response_batches(encoded, responses, rows, policy.model.mesh):
+        log_probs = np.asarray(read(batch))
+        for row, i in enumerate(indices):
+            sums[i] = float(log_probs[row, : len(responses[i])].sum())
+    return sums
+
+
+@functools.lru_cache(maxsize=1)
+def _reader(policy: Policy) -> Any:
+    return policy_log_probs(policy.model, policy.params, policy.model.mesh, whole=True)
+
+
+def _read_answers(name: str, path: str, prompts: PromptSet) -> list[dict[str, Any]]:
+    """Answers of another program to these prompts, in their order.
+
+    Raises:
+      UserError: a prompt has no answer, or two that differ.
+    """
+    field = f"policies.{name}.answers"
+    with naming({"data.path": f"config.{field}", "data.eval_path": f"config.{field}"}):
+        data = DataConfig(path=path, eval_path=path, max_eval_records=None, max_bad_share=1.0)
+        records, _ = read_records(data, held_out=True)
+    by_prompt: dict[str, DemonstrationRecord] = {}
+    for record in records:
+        if isinstance(record, DemonstrationRecord):
+            first = by_prompt.setdefault(transcript(record.prompt), record)
+            if first.response != record.response:
+                raise UserError(
+                    f"{option(field)} is {path!r}, where {first.source} and {record.source} answer one prompt "
+                    "differently; leave one of them out"
+                )
+    rows = []
+    for number, prompt in enumerate(prompts.prompts, 1):
+        answer = by_prompt.get(transcript(prompt))
+        if answer is None:
+            raise UserError(
+                f"{option(field)} is {path!r}, which has no answer to prompt {number} of {prompts.name}, "
+                f"{transcript(prompt)[:60]!r}; each row must have a prompt, word for word, and a response; or compare "
+                f"on other prompts, {flag(f'prompts.{prompts.name}.path')}=…"
+            )
+        rows.append({"response": answer.response, "token_ids": None, "ended": None, "log_prob": None})
+    return rows
+
+
+def vocabulary_digest(policy: Policy) -> str:
+    """What a policy's token ids mean, so that ids of one policy are read by another only where they mean the same."""
+    return hashlib.sha256(json.dumps(policy.tokenizer.get_vocab(), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def free_memory() -> None:
+    """Forget the programs of the models that are done with."""
+    _reader.cache_clear()
+    jax.clear_caches()

@@ -1,0 +1,234 @@
+"""Policies compared: what is answered, judged, kept, and refused. Most policies are files of answers."""
+
+import dataclasses
+import json
+import sys
+import types
+
+import numpy as np
+import pytest
+from support.chat_server import ChatServer, Reply, serving
+
+from jaxrm.algorithms.endpoint_config import EndpointConfig
+from jaxrm.comparison_config import (
+    CompareConfig,
+    ComparedPolicyConfig,
+    ComparisonJudgeConfig,
+    PromptSetConfig,
+)
+from jaxrm.errors import UserError
+from jaxrm.models.generate import SamplingConfig
+from jaxrm.runtime.metrics import LoggingConfig, read_rows
+from jaxrm.stage_config import Compare
+from jaxrm.stages.compare.run import compare, inspect
+
+PROMPTS = [f"how do i wash lamp {number} ?" for number in range(12)]
+SHORT, LONG = "with water .", "with water , soap , and a lot of time ."
+
+
+@pytest.fixture
+def config(tmp_path):
+    """Two files of answers to twelve prompts: ``brief`` and ``wordy``."""
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in PROMPTS))
+    for name, answer in (("brief", SHORT), ("wordy", LONG)):
+        rows = [{"prompt": text, "response": f"{answer} {text[-3]}"} for text in reversed(PROMPTS)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return Compare(
+        run_dir=str(tmp_path / "run"),
+        policies={name: ComparedPolicyConfig(answers=str(tmp_path / f"{name}.jsonl")) for name in ("brief", "wordy")},
+        prompts={"lamps": PromptSetConfig(path=str(tmp_path / "prompts.jsonl"), label="harmless")},
+        compare=CompareConfig(decodings=("greedy",), batch_size=4),
+        logging=LoggingConfig(progress=False, tensorboard=False),
+    )
+
+
+@pytest.fixture
+def judge_module(monkeypatch):
+    """A module of functions that judge, which counts the answers that it was given."""
+    module = types.ModuleType("comparison_judges")
+    module.given, module.fails_after = [], None
+
+    def longer(prompts, responses):
+        module.given += responses
+        if module.fails_after is not None and len(module.given) > module.fails_after:
+            raise RuntimeError("out of order")
+        return [float(len(response)) for response in responses]
+
+    module.longer = longer
+    monkeypatch.setitem(sys.modules, "comparison_judges", module)
+    return module
+
+
+LONGER = ComparisonJudgeConfig(function="comparison_judges:longer")
+
+
+def with_judges(config, **judges):
+    return dataclasses.replace(config, judges=judges)
+
+
+def test_a_judge_of_length_and_its_page(config, judge_module, tmp_path, capsys):
+    found = compare(with_judges(config, longer=LONGER))
+    (wins,) = found.tables["wins"]
+    assert (wins["policy"], wins["against"], wins["win_rate"], wins["wins"]) == ("wordy", "brief", 1.0, 1.0)
+    assert wins["verdicts"] == 12 and wins["position_bias"] is None
+    answers = {row["policy"]: row for row in found.tables["answers"]}
+    assert answers["wordy"]["words"] == len(LONG.split()) + 1 and answers["wordy"]["refusals"] == 0.0
+    assert answers["wordy"]["ended"] is None and answers["wordy"]["kl"] is None
+    assert json.loads((tmp_path / "run/comparison.json").read_text())["wins"] == found.tables["wins"]
+    verdicts = read_rows(tmp_path / "run/verdicts.jsonl")
+    assert len(verdicts) == 12 and {row["verdict"] for row in verdicts} == {"win"}
+    page = (tmp_path / "run/comparison.html").read_text()
+    assert "Who wins" in page and "wordy against brief" in page and SHORT in page
+    assert "Who wins" in capsys.readouterr().out
+
+
+def test_nothing_is_judged_twice(config, judge_module):
+    """Neither after an end midway nor when a policy or a judge is added."""
+    judge_module.fails_after = 10
+    with pytest.raises(UserError, match=r"config.judges.longer.function comparison_judges:longer raised RuntimeError"):
+        compare(with_judges(config, longer=LONGER))
+    kept = len(judge_module.given) - 4 - 4  # the block that failed, and its answers one by one
+    judge_module.fails_after, judge_module.given = None, []
+    first = compare(with_judges(config, longer=LONGER))
+    assert len(judge_module.given) <= 24 - kept + 4
+    judge_module.given = []
+    policies = {**config.policies, "again": config.policies["brief"]}
+    again = compare(dataclasses.replace(with_judges(config, longer=LONGER), policies=policies))
+    assert judge_module.given == [] and again.tables["wins"][0] == first.tables["wins"][0]
+    assert again.tables["wins"][1]["ties"] == 1.0
+
+
+def test_an_endpoint_is_asked_in_both_orders(config, tmp_path):
+    """One that always says A has a position bias of 1 and gives 50 %; it is asked once, whatever happens."""
+    with serving(ChatServer(reply=lambda number, question: Reply("A"))) as server:
+        endpoint = EndpointConfig(url=server.url, model="judge", cache=str(tmp_path / "cache"), retry_seconds=0.0)
+        judged = with_judges(config, chat=ComparisonJudgeConfig(endpoint=endpoint))
+        (wins,) = compare(judged).tables["wins"]
+        assert (wins["win_rate"], wins["position_bias"]) == (0.5, 1.0)
+        assert len(server.questions) == 24 and SHORT in server.questions[0] and "Answer A" in server.questions[0]
+        compare(judged)
+        assert len(server.questions) == 24
+
+
+def test_refusals_may_be_asked_of_a_judge(config, tmp_path):
+    said = {"refuse": lambda question: "A" if LONG in question else "B"}
+    reply = lambda number, question: Reply(said["refuse"](question) if "refuse" in question else "B")  # noqa: E731
+    with serving(ChatServer(reply=reply)) as server:
+        endpoint = EndpointConfig(url=server.url, model="judge", cache=str(tmp_path / "cache"), retry_seconds=0.0)
+        judged = with_judges(config, chat=ComparisonJudgeConfig(endpoint=endpoint))
+        found = compare(dataclasses.replace(judged, compare=dataclasses.replace(config.compare, refusal_judge="chat")))
+    rates = {row["policy"]: row["refused_of_harmless"] for row in found.tables["labels"]}
+    assert rates == {"brief": 0.0, "wordy": 1.0}
+
+
+@pytest.mark.slow
+def test_policies_answer_and_what_is_there_stays(config, make_run, tmp_path):
+    """Random policies: the reference measures KL 0 of itself; again, no file of answers or verdicts changes."""
+    for number, name in enumerate(("one", "two")):
+        make_run(tmp_path / name, seed=number)
+    make_run(tmp_path / "rm", "seq2seq_rm", seed=3)
+    config = dataclasses.replace(
+        config,
+        policies={name: ComparedPolicyConfig(path=str(tmp_path / name)) for name in ("one", "two")},
+        prompts={"heldout": PromptSetConfig(path="task:safety", max_prompts=5)},
+        judges={
+            "rm": ComparisonJudgeConfig(reward_model=str(tmp_path / "rm")),
+            "exact": ComparisonJudgeConfig(function="task:safety"),
+        },
+        compare=CompareConfig(
+            decodings=("sampled",),
+            sampling=SamplingConfig(max_new_tokens=8),
+            batch_size=4,
+            reference=str(tmp_path / "one"),
+            token_rewards=2,
+        ),
+    )
+    found = compare(config)
+    answers = {row["policy"]: row for row in found.tables["answers"]}
+    assert answers["one"]["kl"] == pytest.approx(0, abs=1e-4) and answers["two"]["kl"] > 0
+    assert {duel.judge for duel in found.duels} == {"rm", "exact"}
+    assert all(np.isin(duel.outcomes, (0, 0.5, 1)).all() for duel in found.duels)
+    before = {path: path.read_bytes() for path in (tmp_path / "run").glob("*/*.jsonl")}
+    assert compare(config).tables == found.tables
+    assert {path: path.read_bytes() for path in before} == before
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            lambda c: {"policies": {"brief": c.policies["brief"]}},
+            ("config.policies has 1", "--config.policies.ppo.path="),
+        ),
+        (lambda c: {"prompts": {}}, ("config.prompts is empty", "set:plain")),
+        (lambda c: {"prompts": {"lamps": PromptSetConfig(path="set:plane")}}, ("'set:plane'", "set:harmless")),
+        (
+            lambda c: {"prompts": {"p": PromptSetConfig(path="set:plain", split="test")}},
+            ("config.prompts.p.split is 'test'", "no splits"),
+        ),
+        (
+            lambda c: {
+                "prompts": {"lamps": dataclasses.replace(c.prompts["lamps"], label=None)},
+                "compare": dataclasses.replace(c.compare, refusals=True),
+            },
+            ("have no label", "--config.prompts.lamps.label=harmless"),
+        ),
+        (
+            lambda c: {"compare": dataclasses.replace(c.compare, refusal_judge="chat")},
+            ("config.compare.refusal_judge is 'chat'",),
+        ),
+        (
+            lambda c: {"judges": {"exact": ComparisonJudgeConfig(function="task:safety")}},
+            ("config.judges.exact.function", "no prompt of that task"),
+        ),
+        (
+            lambda c: {
+                "judges": {
+                    "lm": ComparisonJudgeConfig(language_model="x", prompt="no_such_file.txt"),
+                }
+            },
+            ("config.judges.lm.prompt is 'no_such_file.txt'", "{prompt} and {first} and {second}"),
+        ),
+    ],
+)
+def test_what_cannot_be_compared_is_refused_before_writing(config, tmp_path, change, words):
+    for run in (compare, inspect):
+        with pytest.raises(UserError) as error:
+            run(dataclasses.replace(config, **change(config)))
+        assert all(word in str(error.value) for word in words), error.value
+    assert not (tmp_path / "run").exists()
+
+
+def test_answers_that_do_not_match_the_prompts_are_named(config, tmp_path):
+    rows = (tmp_path / "wordy.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "wordy.jsonl").write_text("".join(rows[1:]))
+    with pytest.raises(UserError, match=r"config.policies.wordy.answers .* no answer to prompt 12 of lamps, 'how do"):
+        compare(config)
+    (tmp_path / "wordy.jsonl").write_text("".join([*rows, rows[0].replace("water", "sand")]))
+    with pytest.raises(UserError, match="answer one prompt differently"):
+        compare(config)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({}, "has no judge"),
+        ({"function": "task:safety", "language_model": "x"}, "has function and language_model"),
+        ({"function": "task:safety", "kind": "soft"}, "kind is 'soft', which is for reward models"),
+        ({"reward_model": "x", "prompt": "summary"}, "prompt is 'summary', which is for a language_model"),
+        (
+            {"endpoint": EndpointConfig(url="http://localhost:1/v1", model="m", answer="1..5")},
+            "answer asks for a score of one answer",
+        ),
+    ],
+)
+def test_a_judge_is_one_thing(fields, words):
+    with pytest.raises(UserError) as error:
+        ComparisonJudgeConfig(**fields)
+    assert words in str(error.value)
+
+
+def test_a_dry_run_counts_answers_and_questions(config):
+    judge = ComparisonJudgeConfig(language_model="somewhere")
+    facts = inspect(with_judges(config, lm=judge)).facts
+    assert facts["answers"].startswith("24,") and facts["questions"].startswith("at most 24 to each of lm")
