@@ -75,6 +75,28 @@ class MarkedComparisonBatch(ComparisonBatch):
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class RowPacking:
+    """How the prompts of a `ResponseBatch` with their responses share rows, from `jaxrm.algorithms.row_packing`.
+
+    The rows of a batch are S runs of B / S. Each is packed by itself, into as many rows of one width, so that no row
+    leaves its device.
+
+    Attributes:
+      starts: ``[B]`` int32; where each prompt begins, counted in tokens through the packed rows of its run, which are
+        put end to end.
+      num_shares: S.
+      num_rows: packed rows of a run.
+      num_tokens: room for the response tokens of a run, side by side.
+    """
+
+    starts: jax.Array
+    num_shares: int = dataclasses.field(metadata={"static": True})
+    num_rows: int = dataclasses.field(metadata={"static": True})
+    num_tokens: int = dataclasses.field(metadata={"static": True})
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class ResponseBatch:
     """Prompts and a response to each, as a policy emits them.
 
@@ -85,12 +107,14 @@ class ResponseBatch:
       prompt_mask: ``[B, P]`` bool, False on padding.
       responses: ``[B, T]`` int32 token ids, padded on the right.
       response_mask: ``[B, T]`` bool, True on response tokens, an emitted EOS included.
+      packing: how they share rows where a policy or a critic reads them; None gives each a row of its own.
     """
 
     prompts: jax.Array
     prompt_mask: jax.Array
     responses: jax.Array
     response_mask: jax.Array
+    packing: RowPacking | None = None
 
 
 @jax.tree_util.register_dataclass

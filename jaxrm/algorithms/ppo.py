@@ -219,6 +219,7 @@ class Programs:
       update_critic: the same for the critic; None where it has no trunk of its own.
       reference_log_probs: the part of ``log_probs`` that an update in one pass needs before it.
       mean_rewards: `mean_rewards`, by which a reward that is not finite is seen before the update.
+      pack_rows: lets prompts with their responses share rows (`jaxrm.algorithms.row_packing`); else the batch as it is.
       one_pass: from `jaxrm.algorithms.ppo_one_pass.build_one_pass_step`, in place of ``estimate``, ``minibatch``,
         ``weigh``, ``update_policy`` and ``update_critic``; None where the config is not one of
         `ppo_config.is_one_pass`.
@@ -234,6 +235,7 @@ class Programs:
     update_critic: Callable[[TrainState, Any, PPOBatch], tuple[TrainState, Metrics]] | None
     reference_log_probs: Callable[[Any, Any, ResponseBatch], jax.Array]
     mean_rewards: Callable[[TokenRewards], Metrics]
+    pack_rows: Callable[[ResponseBatch], ResponseBatch]
     one_pass: Callable[..., Any] | None = None
 
 
@@ -266,6 +268,7 @@ def update(
             share = rollout
             if config.num_minibatches > 1:
                 share = programs.minibatch(rollout, jax.random.fold_in(key, epoch), np.int32(index))
+            share = dataclasses.replace(share, responses=programs.pack_rows(share.responses))
             ptx = next_ptx()
             batch = PPOBatch(share) if ptx is None else programs.weigh(share, ptx)
             policy, metrics = programs.update_policy(policy, frozen.policy, batch)
@@ -293,6 +296,7 @@ def update_in_one_pass(
       The state after, the metrics of the rollout as those of `estimate`, and those of the update as those of `update`.
     """
     assert programs.one_pass is not None
+    batch = dataclasses.replace(batch, responses=programs.pack_rows(batch.responses))
     states = {"policy": state.policy}
     if state.critic is not None:
         states["critic"] = state.critic

@@ -57,6 +57,10 @@ class PPOConfig:
         like one that does. With ``config.reward.scale=unit``, 1 is the standard deviation of the SFT policy's rewards.
       whiten_advantages: give the advantages of a rollout zero mean and unit standard deviation; ``reinforce++`` does.
       normalize_rewards: divide token rewards by their standard deviation in the rollout.
+      packing: let prompts with their responses share rows where policy, reference and critic read them, as SFT does, so
+        that a short answer costs less than the longest there may be (`jaxrm.algorithms.row_packing`). Losses are the
+        same but for rounding. The programs are compiled again where another number of rows does, of seven that there
+        are; and the host waits for the lengths before each update.
       ptx_coef: weight of the next-token loss on SFT data, where ``config.ptx`` gives any.
       shared_trunk: one trunk with two heads in place of a critic of its own; halves the memory.
       value_coef: weight of the value loss where the trunk is shared.
@@ -82,6 +86,7 @@ class PPOConfig:
     missing_end_penalty: float = bounded(1.0, at_least(0), finite)
     whiten_advantages: bool = False
     normalize_rewards: bool = False
+    packing: bool = False
     ptx_coef: float = bounded(16.0, at_least(0), finite)
     shared_trunk: bool = False
     value_coef: float = bounded(0.1, above(0), finite)

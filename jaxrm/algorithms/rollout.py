@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxrm.algorithms import microbatches
-from jaxrm.algorithms.reading import response_hidden, response_statistics, token_statistics
+from jaxrm.algorithms.reading import read_responses, response_statistics, token_statistics
 from jaxrm.models import heads, lora
 from jaxrm.models.generate import Generation, SamplingConfig, generate, response_keys
 from jaxrm.models.heads import ScalarHead
@@ -58,9 +58,12 @@ class Networks:
     def read_policy(self, params: Any, batch: ResponseBatch) -> tuple[TokenStatistics, jax.Array | None]:
         """What the policy says of each response token, and the values ``[B, T]`` where they are on its trunk."""
         decoder, value_head = self.open_policy(params)
-        hidden = response_hidden(decoder, batch, pad_to_multiple_of=self.pad_to_multiple_of)
-        token = token_statistics(decoder, hidden, batch, temperature=self.temperature)
-        return token, None if value_head is None else value_head(hidden)
+
+        def read(hidden: jax.Array, tokens: jax.Array) -> tuple[TokenStatistics, jax.Array | None]:
+            token = token_statistics(decoder, hidden, tokens, temperature=self.temperature)
+            return token, None if value_head is None else value_head(hidden)
+
+        return read_responses(decoder, batch, read, pad_to_multiple_of=self.pad_to_multiple_of)
 
     def read_reference(self, params: Any, batch: ResponseBatch) -> TokenStatistics:
         """What the reference says of each response token."""
@@ -77,7 +80,13 @@ class Networks:
         """Values ``[B, T]`` of a critic with a trunk of its own: of the states before each response token."""
         assert self.critic is not None, "the values of a shared trunk come with the policy's log-probs"
         critic = nnx.merge(self.critic, critic_params)
-        return critic.scalar_head(response_hidden(critic.decoder, batch, pad_to_multiple_of=self.pad_to_multiple_of))
+
+        def read(hidden: jax.Array, tokens: jax.Array) -> jax.Array:
+            del tokens  # a value is of the state before
+            values: jax.Array = critic.scalar_head(hidden)
+            return values
+
+        return read_responses(critic.decoder, batch, read, pad_to_multiple_of=self.pad_to_multiple_of)
 
 
 class FrozenParams(NamedTuple):

@@ -24,6 +24,7 @@ from jaxrm.algorithms.rollout import (
     build_log_probs,
     build_reference_log_probs,
 )
+from jaxrm.algorithms.row_packing import build_pack_rows
 from jaxrm.algorithms.state import TrainState, create
 from jaxrm.algorithms.train_step import build_train_step
 from jaxrm.inference import sharded_model
@@ -38,6 +39,7 @@ from jaxrm.sharding.mesh import batch_shards
 from jaxrm.stage_config import PPO
 from jaxrm.stages.rewards.calibration import build_next_calibration, uncalibrated_of
 from jaxrm.stages.rewards.sources import are_terminal
+from jaxrm.types import ResponseBatch
 
 
 @dataclass(frozen=True)
@@ -229,8 +231,20 @@ class Learner:
             update_policy=update_policy,
             update_critic=update_critic,
             reference_log_probs=build_reference_log_probs(self.networks, **readings),
+            pack_rows=self._pack_rows(),
             mean_rewards=jax.jit(ppo.mean_rewards, in_shardings=(rows,), out_shardings=self.replicated),
             one_pass=one_pass,
+        )
+
+    def _pack_rows(self) -> Callable[[ResponseBatch], ResponseBatch]:
+        """Lets prompts with their responses share rows, where the config says so."""
+        if not self.config.ppo.packing:
+            return lambda batch: batch
+        return build_pack_rows(
+            partition.batch_sharding(self.mesh),
+            num_shards=batch_shards(self.mesh),
+            num_microbatches=self.config.num_microbatches,
+            pad_to_multiple_of=self.networks.pad_to_multiple_of,
         )
 
     def _updates(self) -> tuple[Callable[..., Any], Callable[..., Any] | None]:

@@ -7,6 +7,7 @@ back to where they were, and the step happens alike when the run goes on.
 """
 
 import dataclasses
+import functools
 import math
 import time
 from collections.abc import Callable
@@ -190,11 +191,13 @@ def _collect(run: PPORun, state: PPOState, key: jax.Array, clock: "_Clock") -> _
     if programs.one_pass is None:
         critic_params = None if state.critic is None else state.critic.params
         params = state.policy.params, critic_params, run.reference_params
-        token_log_probs = clock.time("log_probs", programs.log_probs, run.base, *params, batch)
+        read = functools.partial(programs.log_probs, run.base, *params)
+        token_log_probs = clock.time("log_probs", lambda: read(programs.pack_rows(batch)))
         token_log_probs = token_log_probs._replace(sampler_log_probs=sampler_log_probs)
         reference = token_log_probs.reference_log_probs
     else:
-        reference = clock.time("log_probs", programs.reference_log_probs, run.base, run.reference_params, batch)
+        read_reference = functools.partial(programs.reference_log_probs, run.base, run.reference_params)
+        reference = clock.time("log_probs", lambda: read_reference(programs.pack_rows(batch)))
     recorded = prompts.with_records(batch)
     rewards = clock.time("scoring", programs.scoring, state.feedback.calibration, recorded, reference)
     return None if _must_stop(run) else _Collected(batch, sampler_log_probs, token_log_probs, reference, rewards)
