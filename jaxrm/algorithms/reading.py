@@ -207,7 +207,8 @@ def _packed_responses(batch: ResponseBatch, packing: RowPacking) -> tuple[jax.Ar
     firsts, slots = ends - response_lengths, jnp.arange(N, dtype=jnp.int32)
     owners = jax.vmap(lambda one: jnp.searchsorted(one, slots, side="right"))(ends)
     owners = jnp.minimum(owners, starts.shape[1] - 1)
-    at = jnp.minimum(slots[None, :] - _take(firsts, owners), T - 1)
+    # Places after the last token read it again, since what lies outside of the rows would be no number.
+    at = jnp.minimum(slots[None, :] - _take(firsts, owners), jnp.maximum(_take(response_lengths, owners) - 1, 0))
     predicting = _take(starts + prompt_lengths - 1, owners) + at
     places = firsts[:, :, None] + jnp.arange(T, dtype=jnp.int32)[None, None, :]
     return predicting, _take_tokens(batch.responses, owners, at), jnp.minimum(places, N - 1).reshape(len(starts), -1)
