@@ -114,7 +114,7 @@ class ResponseBatch:
     prompt_mask: jax.Array
     responses: jax.Array
     response_mask: jax.Array
-    packing: RowPacking | None = None
+    packing: RowPacking | None = dataclasses.field(default=None, kw_only=True)
 
 
 @jax.tree_util.register_dataclass
