@@ -94,7 +94,7 @@ def test_packed_steps_equal_plain_ones(tmp_path, case):
 
 @pytest.mark.slow
 def test_packed_gradients_equal_plain_ones():
-    """Of policy and critic, to 5e-6 of their norm (float32), with rows that hold several prompts."""
+    """Of policy and critic, to 2e-6 of their norm (float32), with rows that hold several prompts."""
     s = setup("one pass")[True]
     batch = batch_of(rows=16, width=5, length=LONG)
     packed = s.programs.pack_rows(batch)
@@ -115,8 +115,8 @@ def test_packed_gradients_equal_plain_ones():
         plain = gradient(params, PPOBatch(rollout))
         ours = gradient(params, PPOBatch(dataclasses.replace(rollout, responses=packed)))
         difference = jax.tree.map(lambda a, b: a - b, ours[1], plain[1])
-        assert optax.tree.norm(difference) / optax.tree.norm(plain[1]) < 5e-6
-        assert np.isclose(ours[0], plain[0], rtol=1e-6)
+        assert optax.tree.norm(difference) / optax.tree.norm(plain[1]) < 2e-6
+        assert np.isclose(ours[0], plain[0], rtol=1e-6, atol=5e-6)  # whitened advantages add up to 0
 
 
 @pytest.mark.slow
