@@ -229,7 +229,7 @@ def trl_side(arguments, ids):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--preset", default="small", help="small, or a public name such as smollm2-135m")
-    parser.add_argument("--remat", default="dots", help="what jaxrm keeps: full, attention, dots or none")
+    parser.add_argument("--remat", default="full", help="what jaxrm keeps: full, attention, dots or none")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--prompt", type=int, default=14)
     parser.add_argument("--response", type=int, default=20)
