@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 MODULES = sorted((ROOT / "jaxrm").rglob("*.py"))
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))
-SCRIPTS = [*sorted((ROOT / "launch").glob("*.sh")), ROOT / ".ci" / "run"]
+SCRIPTS = [*sorted((ROOT / "launch").glob("*.sh")), ROOT / "tests" / "accelerator" / "run.sh", ROOT / ".ci" / "run"]
 READMES = [
     path
     for path in sorted(ROOT.rglob("README.md"))

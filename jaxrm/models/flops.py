@@ -1,7 +1,7 @@
 """FLOPs of forward passes and training steps, counted by hand, and the share of the devices' peak that they use."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from jaxrm.models.config import ModelConfig
@@ -32,6 +32,32 @@ _PEAK_TFLOPS: dict[str, tuple[float, float]] = {
     "b200": (2250.0, 1125.0),
     "l4": (121.0, 60.0),
     "l40s": (362.0, 183.0),
+}
+
+# Of the memory of one jax device, in 10^9 bytes/s, from the same sheets.
+_PEAK_BANDWIDTH: dict[str, float] = {
+    "tpu v2": 350.0,
+    "tpu v3": 450.0,
+    "tpu v4": 1200.0,
+    "tpu v5 lite": 819.0,
+    "tpu v5e": 819.0,
+    "tpu v5": 2765.0,
+    "tpu v5p": 2765.0,
+    "tpu v6 lite": 1640.0,
+    "tpu v6e": 1640.0,
+    "tpu7x": 3690.0,
+    "v100": 900.0,
+    "t4": 320.0,
+    "a100": 1555.0,
+    "a100 sxm4 80gb": 2039.0,
+    "a100 80gb pcie": 1935.0,
+    "h100": 3350.0,
+    "h100 pcie": 2000.0,
+    "h100 nvl": 3900.0,
+    "h200": 4800.0,
+    "b200": 8000.0,
+    "l4": 300.0,
+    "l40s": 864.0,
 }
 
 
@@ -81,12 +107,21 @@ def peak_flops(device_kind: str, dtype: str = "bfloat16") -> float | None:
       dtype: what the products are computed in: "bfloat16", "float16" or "float32".
     """
     assert dtype in ("bfloat16", "float16", "float32"), dtype
-    words = " ".join(re.findall(r"[a-z0-9]+", device_kind.lower()))
-    known = [name for name in _PEAK_TFLOPS if re.search(rf"\b{name}\b", words)]
-    if not known:
+    name = _longest_name_in(device_kind, _PEAK_TFLOPS)
+    if name is None:
         return None
-    half, single = _PEAK_TFLOPS[max(known, key=len)]
+    half, single = _PEAK_TFLOPS[name]
     return (single if dtype == "float32" else half) * 1e12
+
+
+def peak_bandwidth(device_kind: str) -> float | None:
+    """Peak of what one device reads from its memory, in bytes/s; None where it is unknown, as on CPU.
+
+    Args:
+      device_kind: as for `peak_flops`.
+    """
+    name = _longest_name_in(device_kind, _PEAK_BANDWIDTH)
+    return None if name is None else _PEAK_BANDWIDTH[name] * 1e9
 
 
 def mfu(flops: float, seconds: float, devices: Sequence[Any], dtype: str = "bfloat16") -> float | None:
@@ -107,6 +142,11 @@ def mfu(flops: float, seconds: float, devices: Sequence[Any], dtype: str = "bflo
     if not peaks or None in peaks or seconds <= 0:
         return None
     return flops / (seconds * sum(peak for peak in peaks if peak is not None))
+
+
+def _longest_name_in(device_kind: str, names: Iterable[str]) -> str | None:
+    words = " ".join(re.findall(r"[a-z0-9]+", device_kind.lower()))
+    return max((name for name in names if re.search(rf"\b{name}\b", words)), key=len, default=None)
 
 
 def _projections(config: ModelConfig) -> int:

@@ -9,7 +9,7 @@ import pytest
 
 from jaxrm.models.build import ModelSource, abstract_decoder
 from jaxrm.models.config import PRESETS, preset
-from jaxrm.models.flops import mfu, peak_flops, training_flops_per_token
+from jaxrm.models.flops import mfu, peak_bandwidth, peak_flops, training_flops_per_token
 
 SMALL = dataclasses.replace(
     PRESETS["tiny"], vocab_size=61, hidden_size=32, intermediate_size=48, num_layers=4, num_heads=4, num_kv_heads=2,
@@ -106,6 +106,23 @@ def test_a_scalar_head_saves_the_products_with_the_vocabulary():
 def test_the_peak_is_the_makers_where_it_is_known(kind, dtype, teraflops):
     peak = peak_flops(kind, dtype)
     assert peak is None if teraflops is None else math.isclose(peak, teraflops * 1e12)
+
+
+@pytest.mark.parametrize(
+    ("kind", "gigabytes"),
+    [
+        ("TPU v5 lite", 819),
+        ("TPU v4", 1200),
+        ("NVIDIA A100-SXM4-40GB", 1555),
+        ("NVIDIA A100-SXM4-80GB", 2039),
+        ("NVIDIA H100 80GB HBM3", 3350),
+        ("NVIDIA H200", 4800),
+        ("cpu", None),
+    ],
+)
+def test_the_bandwidth_is_the_makers_where_it_is_known(kind, gigabytes):
+    bandwidth = peak_bandwidth(kind)
+    assert bandwidth is None if gigabytes is None else math.isclose(bandwidth, gigabytes * 1e9)
 
 
 def test_mfu_is_the_share_of_all_devices_peak():
