@@ -19,6 +19,7 @@ BEGIN, END = "<!-- fits: written by launch/fits.py -->", "<!-- end of fits -->"
 RM, PPO = "rm_seq2seq", "ppo"
 RM_LORA, PPO_LORA = f"{RM}_lora", f"{PPO}_lora"
 GRPO, GRPO_LORA = "grpo", "grpo_lora"
+RLOO_LORA, RTO_LORA = "rloo_lora", "ppo_rto_lora"
 # model, algorithm, topology, changes to the config
 ROWS: list[tuple[str, str, str, tuple[str, ...]]] = [
     ("gemma-2b", RM, "v5e:2x4", ()),
@@ -40,6 +41,8 @@ ROWS: list[tuple[str, str, str, tuple[str, ...]]] = [
     ("llama-2-7b", PPO_LORA, "v5e:2x4", ()),
     ("llama-2-7b", PPO_LORA, "h100:1", ()),
     ("llama-2-7b", GRPO_LORA, "h100:1", ()),
+    ("llama-2-7b", RLOO_LORA, "h100:1", ()),
+    ("llama-2-7b", RTO_LORA, "h100:1", ()),
 ]
 
 
