@@ -33,7 +33,7 @@ ROWS: list[tuple[str, str, str, tuple[str, ...]]] = [
     ("llama-2-7b", RM, "h100:8", ()),
     ("llama-2-7b", PPO, "v5e:16x16", ("mesh.tensor=2", "rollout.mesh.tensor=8")),
     ("llama-2-7b", PPO, "v5p:4x4x4", ("rollout.mesh.fsdp=1",)),
-    ("llama-2-7b", PPO, "h100:8", ("rollout.mesh.fsdp=1",)),
+    ("llama-2-7b", PPO, "h100:8", ()),
     ("llama-2-7b", GRPO, "h100:8", ()),
     ("gemma-2b", PPO_LORA, "h100:1", ()),
     ("llama-2-7b", RM_LORA, "v5e:2x4", ()),
