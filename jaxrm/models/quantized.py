@@ -126,9 +126,9 @@ class Int8Array(NamedTuple):
 
 
 def to_int8(x: jax.Array, axis: int) -> Int8Array:
-    """Codes of an array whose numbers along ``axis`` share a scale; the numbers are those of ``quantize``."""
+    """Codes of an array whose numbers along ``axis`` share a scale: the largest of them over 127."""
     wide = x.astype(jnp.float32)
-    scales = jnp.max(jnp.abs(wide), axis=axis, keepdims=True) / _INT8_RANGE
+    scales = jnp.max(jnp.abs(wide), axis=axis, keepdims=True) / 127
     scales = jnp.where(scales < _LEAST_SCALE, 1.0, scales)
     return Int8Array(jnp.clip(jnp.round(wide / scales), -127, 127).astype(jnp.int8), scales)
 
