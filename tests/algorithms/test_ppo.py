@@ -455,8 +455,8 @@ def test_a_step_is_the_same_where_devices_share_a_rows_tokens(mesh):
 def test_a_policy_samples_alike_on_another_layout_of_devices(rollout_model):
     """Its copy is whole over what was fsdp, in the compute dtype, and gone after the call; the rows come back."""
     plain, other = (Setup(experiment(rollout_model=mesh), EIGHT) for mesh in (None, rollout_model))
-    asked = Rows(plain.config, plain.mesh).place(1)
-    sampler = other.programs.rollout
+    placed = Rows(plain.config, plain.mesh).place(1)
+    asked, sampler = (placed.tokens, placed.mask), other.programs.rollout
     before = len(jax.live_arrays())
     batch, log_probs = jax.block_until_ready(sampler(other.reference, *asked, KEY))
     assert len(jax.live_arrays()) == before + len(jax.tree.leaves((batch, log_probs)))
