@@ -173,11 +173,17 @@ def check_roles(tokenizer: "PreTrainedTokenizerBase", template: str, jinja: str,
         )
 
 
-def check_texts(layout: Layout, messages: Sequence[Message], rendered: str) -> None:
+def check_texts(layout: Layout, messages: Sequence[Message], rendered: str, *, answer: Message | None = None) -> None:
     """Check that the text of every message is in what was rendered, in order.
 
     A system message may stand anywhere: some templates write it into the last turn of the user. Of an earlier turn of
     the assistant, what comes before ``</think>`` may be missing, since the templates of models that think drop it.
+
+    Args:
+      layout: of the template.
+      messages: the dialogue.
+      rendered: its text.
+      answer: the one of the messages that is to be scored, whose thought must be there too.
 
     Raises:
       UserError: naming the first that is missing.
@@ -190,7 +196,7 @@ def check_texts(layout: Layout, messages: Sequence[Message], rendered: str) -> N
                 raise _left_out(layout, message.role)
             continue
         at = text.find(content, start)
-        if at < 0 and message.role == "assistant":
+        if at < 0 and message.role == "assistant" and message is not answer:
             content = content.rpartition("</think>")[2]
             at = text.find(content, start)
         if at < 0:

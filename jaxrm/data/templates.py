@@ -109,19 +109,28 @@ def write_response(tokenizer: "PreTrainedTokenizerBase", text: str, template: st
     return Text(tuple(layout.response(_break(text, mark, layout)).split(mark)), layout.prompt)
 
 
-def write_dialogue(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message], template: str) -> Text:
+def write_dialogue(
+    tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message], template: str, *, may_change: bool = False
+) -> Text:
     """The text of a whole dialogue, its last response included: what ``apply_chat_template(messages)`` gives.
 
-    Arguments as for `write_prompt`.
+    Args:
+      tokenizer: as for `write_prompt`.
+      messages: as for `write_prompt`, and the response.
+      template: as for `write_prompt`.
+      may_change: take what the template makes of the texts, where it drops some of them, say all before ``</think>``.
 
     Raises:
-      UserError: there is no such template, it refuses the dialogue, or it does not write all of such a dialogue.
+      UserError: there is no such template, it refuses the dialogue, or it does not write all of it.
     """
     layout = open_dialogue_layout(tokenizer, template)
     check_dialogue_roles(tokenizer, template, layout.jinja, tuple(message.role for message in messages))
     mark = _free_mark([message.content for message in messages])
     broken = [Message(message.role, _break(message.content, mark, layout)) for message in messages]
-    return Text(tuple(layout.render(broken, generates=False).split(mark)), behind="")
+    text = Text(tuple(layout.render(broken, generates=False).split(mark)), behind="")
+    if not may_change:
+        check_texts(layout, messages, "".join(text.parts), answer=messages[-1])
+    return text
 
 
 def write_request(tokenizer: "PreTrainedTokenizerBase", template: str, instruction: str) -> Text:

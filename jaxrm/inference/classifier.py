@@ -18,7 +18,8 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxrm.data import templates
-from jaxrm.data.records import Message
+from jaxrm.data.readers import ReadReport
+from jaxrm.data.records import Message, Record
 from jaxrm.data.templates import Text
 from jaxrm.errors import UserError, arguments, flag, option
 from jaxrm.inference import sharded_model
@@ -28,7 +29,7 @@ from jaxrm.inference.reward_model import default_kind
 from jaxrm.inference.scores import Scores
 from jaxrm.inference.sharded_model import ShardedModel
 from jaxrm.inference.text_scorer import TextSample
-from jaxrm.inference.token_scores import EncodedRecord, TokenScores, as_record, without_length
+from jaxrm.inference.token_scores import EncodedRecord, TokenScores, as_record, encode_each, without_length
 from jaxrm.models import hub
 from jaxrm.ops.reward_kinds import find_kind, names_for
 from jaxrm.runtime.progress import Progress
@@ -38,20 +39,24 @@ from jaxrm.sharding.mesh import batch_shards
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from jaxrm.inference.policy import Policy
+
 
 @dataclass
 class TextCounts:
-    """How many texts a classifier has scored.
+    """How many of the texts that a classifier has scored were not read whole.
 
     Attributes:
-      scored: in all.
-      cut: of them, those that were too long and lost a part.
+      cut: those that were too long and lost a part.
       cut_share: of those that were scored last, together.
+      changed: those of which the template dropped or changed something, in training alone.
+      changed_share: of those that were scored last, together.
     """
 
-    scored: int = 0
     cut: int = 0
     cut_share: float = 0.0
+    changed: int = 0
+    changed_share: float = 0.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,12 +88,21 @@ class Classifier:
     kind: ClassVar[str] = default_kind("scalar")
 
     def __call__(self, samples: Sequence[TextSample]) -> np.ndarray:
-        """Scores ``[B]`` of responses, float32.
+        """Scores ``[B]`` of responses, float32; of what the template makes of them, as in transformers.
 
         Raises:
           UserError: the template refuses a dialogue, or a score is no finite number.
         """
-        return self.score_texts([self.write(sample.prompt, str(sample.response)) for sample in samples])
+        texts, num_changed = [], 0
+        for sample in samples:
+            try:
+                texts.append(self.write(sample.prompt, sample.response))
+            except UserError:  # what a policy writes must not end its run, so a text that was changed is counted
+                dialogue = [*sample.prompt, Message("assistant", sample.response)]
+                texts.append(templates.write_dialogue(self.tokenizer, dialogue, self.template, may_change=True))
+                num_changed += 1
+        self._count_changed(num_changed, len(texts))
+        return self.score_texts(texts)
 
     @arguments()
     def score(
@@ -112,10 +126,11 @@ class Classifier:
         records = []
         for i, (prompt, response) in enumerate(zip(messages, read_responses(responses, len(messages)), strict=True)):
             try:
-                records.append(self.encode_record(f"responses[{i}]", prompt, [("response", response)]))
+                records.append(self._write_record(f"responses[{i}]", prompt, [("response", response)]))
             except UserError as error:
                 raise UserError(f"prompts[{i}]: {error}") from error
-        return Scores(self.score_records(records, kind, batch_size=batch_size, show_progress=False), self.name)
+        rows = self.score_records(self._with_ids(records), kind, batch_size=batch_size, show_progress=False)
+        return Scores(rows, self.name)
 
     def correct(self, prompts: Sequence[Prompt], responses: Sequence[str], *, max_new_tokens: int = 128) -> list[str]:
         """Refused: a classifier gives a number."""
@@ -162,15 +177,11 @@ class Classifier:
                     f"{', '.join(roles)}: {error}"
                 ) from error
 
-    def encode(self, texts: Sequence[Text]) -> list[np.ndarray]:
-        """Token ids that the classifier reads of each text, up to the one that its score is read at.
-
-        Ids are those of ``apply_chat_template(dialogue, truncation=True, max_length=max_length)``.
-        """
-        return [self._readable(ids) for ids in templates.encode(self.tokenizer, texts)]
-
     def _readable(self, ids: Sequence[int]) -> np.ndarray:
-        """Ids ``[W]`` of a dialogue, cut where there are too many, up to the one that the score is read at."""
+        """Ids ``[W]`` of a dialogue, cut where there are too many, up to the one that the score is read at.
+
+        They are those of ``apply_chat_template(dialogue, truncation=True, max_length=max_length)``.
+        """
         assert self.weights is not None, "the classifier has no weights yet"
         is_left = self.tokenizer.truncation_side == "left"
         short = np.array(ids[-self.max_length :] if is_left else ids[: self.max_length], np.int32)
@@ -209,48 +220,78 @@ class Classifier:
             )
         return scores
 
-    def score_records(
-        self, records: Sequence[EncodedRecord], kind: str, *, batch_size: int, show_progress: bool = True
-    ) -> list[dict[str, Any]]:
-        """Records of `encode_record` as `jaxrm.inference.token_scores.as_record` makes them, with their scores.
+    def encode_records(
+        self, records: Sequence[Record], report: ReadReport, *, reference: "Policy | None" = None
+    ) -> list[EncodedRecord]:
+        """Records to score; what cannot be scored is reported. Of their tokens the responses' alone are for people.
 
         Args:
-          records: to be scored.
+          records: pairs or demonstrations.
+          report: counts also those whose texts the template does not write whole.
+          reference: None, since no kind of a classifier compares.
+        """
+        assert reference is None, reference
+
+        def write(record: Record, texts: Sequence[tuple[str, str]]) -> EncodedRecord:
+            return self._write_record(record.source, record.prompt, texts)
+
+        return self._with_ids(encode_each(records, report, write))
+
+    def score_records(
+        self,
+        records: Sequence[EncodedRecord],
+        kind: str,
+        *,
+        batch_size: int,
+        reference: "Policy | None" = None,
+        max_new_tokens: int | None = None,
+        show_progress: bool = True,
+    ) -> list[dict[str, Any]]:
+        """Records as `jaxrm.inference.token_scores.as_record` makes them, with their scores.
+
+        Args:
+          records: from `encode_records`.
           kind: one that a scalar reward model can give.
           batch_size: responses scored at once.
+          reference: None, since no kind of a classifier compares.
+          max_new_tokens: None, since a classifier writes no corrections.
           show_progress: draw a bar.
         """
-        texts = [self.write(record.prompt, text) for record in records for _, text, _ in record.responses]
+        assert reference is None and max_new_tokens is None, (reference, max_new_tokens)
+        texts = [text for record in records for text in record.texts]
         scores = self.score_texts(texts, rows=batch_size, show_progress=show_progress)
         every = [ids for record in records for _, _, ids in record.responses]
         scored = [TokenScores(_on_last(score, len(ids)), None) for score, ids in zip(scores, every, strict=True)]
         if find_kind(kind).removes_length and scored:
             scored = without_length(scored, find_kind(kind))
         in_order = iter(scored)
-        rows = [as_record(self, one, [next(in_order) for _ in one.responses], None, kind) for one in records]
-        for row in rows:
-            for response in row["responses"]:
-                response["ended"] = True  # the template ends every turn
-        return rows
+        return [
+            # The template ends every turn.
+            as_record(self, one, [next(in_order) for _ in one.responses], None, kind, ended=True)
+            for one in records
+        ]
 
-    def encode_record(self, source: str, prompt: Sequence[Message], texts: Sequence[tuple[str, str]]) -> EncodedRecord:
-        """A record to score; of its tokens the responses' alone are for people, in the classifier's ids.
+    def _write_record(
+        self, source: str, prompt: Sequence[Message], responses: Sequence[tuple[str, str]]
+    ) -> EncodedRecord:
+        """A record whose responses, ``(side, text)`` each, have no ids yet."""
+        written = [self.write(prompt, text) for _, text in responses]
+        none = np.zeros(0, np.int32)
+        return EncodedRecord(source, prompt, none, [(side, text, none) for side, text in responses], written)
 
-        Args:
-          source: where it was read.
-          prompt: messages.
-          texts: ``(side, text)`` of each response.
-
-        Raises:
-          UserError: the template refuses it.
-        """
-        responses = []
-        for side, text in texts:
-            whole = self.write(prompt, text)
-            ids = templates.encode(self.tokenizer, [Text((text,), "\n")])[0] if text else []
-            ids = ids or templates.encode(self.tokenizer, [whole])[0][-1:]  # of an empty response, what ends it
-            responses.append((side, text, np.array(ids, np.int32)))
-        return EncodedRecord(source, prompt, np.zeros(0, np.int32), responses)
+    def _with_ids(self, records: Sequence[EncodedRecord]) -> list[EncodedRecord]:
+        """The records with the ids of their responses, for people."""
+        responses = [Text((text,), "\n") for record in records for _, text, _ in record.responses]
+        whole = [text for record in records for text in record.texts]
+        every = templates.encode(self.tokenizer, responses)
+        empty = [i for i, ids in enumerate(every) if not ids]
+        for i, ids in zip(empty, templates.encode(self.tokenizer, [whole[i] for i in empty]), strict=True):
+            every[i] = ids[-1:]  # what ends it
+        in_order = (np.array(ids, np.int32) for ids in every)
+        return [
+            dataclasses.replace(one, responses=[(side, text, next(in_order)) for side, text, _ in one.responses])
+            for one in records
+        ]
 
     @property
     def end_ids(self) -> tuple[int, ...]:
@@ -294,13 +335,23 @@ class Classifier:
         """Count texts that were cut, and warn of the first."""
         is_first = num_cut > 0 and not self.counts.cut
         self.counts.cut += num_cut
-        self.counts.scored += total
         self.counts.cut_share = num_cut / max(total, 1)
         if is_first and jax.process_index() == 0:
             side = "the beginning" if self.tokenizer.truncation_side == "left" else "the end"
             print(
                 f"warning: texts of more than {self.max_length} tokens lose {side} before {self.name} reads them, as "
                 "its tokenizer truncates"
+            )
+
+    def _count_changed(self, num_changed: int, total: int) -> None:
+        """Count texts that the template changed, and warn of the first."""
+        is_first = num_changed > 0 and not self.counts.changed
+        self.counts.changed += num_changed
+        self.counts.changed_share = num_changed / max(total, 1)
+        if is_first and jax.process_index() == 0:
+            print(
+                f"warning: the chat template of {self.name} drops or changes some of a text, so that what it writes is "
+                "scored; texts_changed is the share of such texts"
             )
 
 

@@ -18,7 +18,7 @@ from jaxrm.inference import parameters, weights
 from jaxrm.inference.classifier import Classifier
 from jaxrm.inference.open_classifier import open_classifier
 from jaxrm.inference.policy import Policy
-from jaxrm.inference.reward_model import RewardModel, default_kind, sort_of
+from jaxrm.inference.reward_model import RewardModel, default_kind, kind_of, sort_of
 from jaxrm.inference.sharded_model import check_tokenizer, shard_model, shard_scalar_model, with_tokens
 from jaxrm.inference.weights import RunCheckpoint, find_checkpoint, is_run
 from jaxrm.models import build, hub
@@ -128,7 +128,7 @@ def describe_reward_model(
 ) -> RewardModel:
     """The reward model of a run without its parameters, which are None; arguments and errors as `load_reward_model`."""
     run = find_checkpoint(path, algorithms=REWARD_MODELS)
-    sort, is_seq2seq = sort_of(run), run.config.algorithm == "seq2seq_rm"
+    sort = sort_of(run)
     source = dataclasses.replace(as_trained(run, dtype, quantize), attention=attention)
     tokenizer = run.load_tokenizer()
     return RewardModel(
@@ -140,8 +140,8 @@ def describe_reward_model(
         run.config.data.template,
         run.name,
         sort=sort,
-        instruction=run.config.mapping.instruction if is_seq2seq else "",
-        kind=default_kind(sort, None if sort == "dpo" else run.config.reward.kind),
+        instruction=run.config.mapping.instruction if sort == "seq2seq" else "",
+        kind=kind_of(run),
     )
 
 

@@ -21,8 +21,11 @@ from jaxrm.ops.reward_kinds import Source
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from jaxrm.data.readers import ReadReport
+    from jaxrm.data.records import Record
     from jaxrm.inference.policy import Policy
     from jaxrm.inference.scores import Scores
+    from jaxrm.inference.token_scores import EncodedRecord
     from jaxrm.inference.weights import RunCheckpoint
 
 
@@ -104,19 +107,15 @@ class RewardModel:
         from jaxrm.inference.scores import Scores
 
         check_count("batch_size", batch_size)
-        kind = choose_kind(self.name, self.sort, kind or self.kind, "kind")
+        kind = kind or self.kind
+        self.check_kind(kind, "kind")
         check_needs_reference(kind, reference)
         if reference is not None:
-            check_reference(self.vocabulary, reference.name, vocabulary_of(reference))
-            theirs = (reference.tokenizer, reference.template)
-            check_reference_template((self.tokenizer, self.template), self.name, theirs, reference.name)
+            self.check_reference(reference)
         messages = read_prompts(prompts)
         records = token_scores.encode_all(messages, read_responses(responses, len(messages)), self, reference)
-        scores = token_scores.score(
-            self, records, kind, batch_size=batch_size, reference=reference, show_progress=False
-        )
-        rows = zip(records, scores, strict=True)
-        return Scores([token_scores.as_record(self, record, values, None, kind) for record, values in rows], self.name)
+        rows = self.score_records(records, kind, batch_size=batch_size, reference=reference, show_progress=False)
+        return Scores(rows, self.name)
 
     @arguments()
     def correct(self, prompts: Sequence[Prompt], responses: Sequence[str], *, max_new_tokens: int = 128) -> list[str]:
@@ -145,6 +144,70 @@ class RewardModel:
         written = token_scores.correct(self, records, max_new_tokens=max_new_tokens, show_progress=False)
         return [token_scores.text_of(self, token_ids) for (token_ids,) in written]
 
+    def check_kind(self, kind: str, field: str) -> None:
+        """Refuse a kind of token reward that this reward model cannot give; ``field`` says it.
+
+        Raises:
+          UserError: with the kinds that it can give.
+        """
+        choose_kind(self.name, self.sort, kind, field)
+
+    def check_reference(self, reference: "Policy") -> None:
+        """Refuse a reference policy that reads other token ids or templates.
+
+        Raises:
+          UserError: naming what differs.
+        """
+        check_reference(self.vocabulary, reference.name, vocabulary_of(reference))
+        theirs = (reference.tokenizer, reference.template)
+        check_reference_template((self.tokenizer, self.template), self.name, theirs, reference.name)
+
+    def encode_records(
+        self, records: "Sequence[Record]", report: "ReadReport", *, reference: "Policy | None" = None
+    ) -> "list[EncodedRecord]":
+        """Records to score; see `jaxrm.inference.token_scores.encode`."""
+        from jaxrm.inference import token_scores
+
+        return token_scores.encode(records, self, report, reference=reference)
+
+    def score_records(
+        self,
+        records: "Sequence[EncodedRecord]",
+        kind: str,
+        *,
+        batch_size: int,
+        reference: "Policy | None" = None,
+        max_new_tokens: int | None = None,
+        show_progress: bool = True,
+    ) -> list[dict[str, Any]]:
+        """Records as `jaxrm.inference.token_scores.as_record` makes them, with their scores.
+
+        Args:
+          records: from `encode_records`.
+          kind: of token reward.
+          batch_size: responses scored at once.
+          reference: policy that ``contrast`` and ``dpo`` compare with.
+          max_new_tokens: longest correction; None for no corrections.
+          show_progress: draw a bar.
+
+        Raises:
+          UserError: corrections have no room, or a reward is no finite number.
+        """
+        from jaxrm.inference import token_scores
+
+        if max_new_tokens is not None:
+            token_scores.check_corrections(self, records, max_new_tokens)
+        scores = token_scores.score(
+            self, records, kind, batch_size=batch_size, reference=reference, show_progress=show_progress
+        )
+        corrections: Sequence[Any] = [None] * len(records)
+        if max_new_tokens is not None:
+            corrections = token_scores.correct(self, records, max_new_tokens=max_new_tokens)
+        return [
+            token_scores.as_record(self, record, values, written, kind)
+            for record, values, written in zip(records, scores, corrections, strict=True)
+        ]
+
     def with_params(self, params: Any) -> "RewardModel":
         """The same model with other parameters, such as those of a training state: its adapters, where it has any."""
         return dataclasses.replace(self, params=lora.join(lora.split(self.params)[1], params))
@@ -164,6 +227,12 @@ def sort_of(run: "RunCheckpoint") -> Source:
     """The sort of the reward model that a run holds."""
     sorts: dict[str, Source] = {"seq2seq_rm": "seq2seq", "scalar_rm": "scalar", "dpo": "dpo"}
     return sorts[run.config.algorithm]
+
+
+def kind_of(run: "RunCheckpoint") -> str:
+    """Kind that the reward model of a run is read by where nothing else is said."""
+    sort = sort_of(run)
+    return default_kind(sort, None if sort == "dpo" else run.config.reward.kind)
 
 
 def default_kind(sort: Source, recorded: str | None = None) -> str:

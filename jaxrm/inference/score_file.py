@@ -12,7 +12,6 @@ from jaxrm.data.readers import ReadReport, read_records
 from jaxrm.data.records import Record
 from jaxrm.errors import UserError, option
 from jaxrm.evaluation.ranking import pair_accuracy
-from jaxrm.inference import token_scores
 from jaxrm.inference.classifier import Classifier
 from jaxrm.inference.policy import Policy
 from jaxrm.inference.reward_model import (
@@ -21,9 +20,8 @@ from jaxrm.inference.reward_model import (
     check_reference,
     check_reference_template,
     choose_kind,
-    default_kind,
+    kind_of,
     sort_of,
-    vocabulary_of,
 )
 from jaxrm.inference.weights import RunCheckpoint, find_checkpoint, is_run
 from jaxrm.reports import page
@@ -37,10 +35,9 @@ def choose_kind_of_run(run: RunCheckpoint, kind: str | None, configured: str | N
     Raises:
       UserError: where the reward model cannot give it.
     """
-    sort = sort_of(run)
     if kind is None and configured is None:
-        return default_kind(sort, None if sort == "dpo" else run.config.reward.kind)
-    return choose_kind(run.name, sort, kind or configured or "", "kind" if kind else "reward.kind")
+        return kind_of(run)
+    return choose_kind(run.name, sort_of(run), kind or configured or "", "kind" if kind else "reward.kind")
 
 
 def choose_kind_of_model(
@@ -51,19 +48,12 @@ def choose_kind_of_model(
     Raises:
       UserError: where the reward model cannot give the kind, or the reference reads other token ids or templates.
     """
-    if isinstance(model, Classifier):
-        chosen = kind or configured or model.kind
-        model.check_kind(chosen, "kind" if kind else "reward.kind")
-    elif kind is not None or configured is not None:
-        chosen = choose_kind(model.name, model.sort, kind or configured or "", "kind" if kind else "reward.kind")
-    else:
-        chosen = model.kind
+    chosen = kind or configured or model.kind
+    model.check_kind(chosen, "kind" if kind else "reward.kind")
     check_needs_reference(chosen, reference)
     if reference is not None:
         assert isinstance(model, RewardModel), model  # a classifier gives no kind that compares
-        check_reference(model.vocabulary, reference.name, vocabulary_of(reference))
-        theirs = (reference.tokenizer, reference.template)
-        check_reference_template((model.tokenizer, model.template), model.name, theirs, reference.name)
+        model.check_reference(reference)
     return chosen
 
 
@@ -154,41 +144,14 @@ def score_records(
     Raises:
       UserError: where nothing can be scored, or corrections have no room.
     """
-    if isinstance(model, Classifier):
-        encoded = _encode_for_classifier(model, read)
-    else:
-        encoded = token_scores.encode(read.records, model, read.report, reference=reference)
+    encoded = model.encode_records(read.records, read.report, reference=reference)
     if not encoded:
         reason, count = next(iter(read.report.bad.items()))
         raise UserError(
             f"--input is {read.path!r}, of which nothing can be scored: {reason} (first at {count.first}); required "
             "are prompts with a chosen and a rejected response, or with one response, e.g. --input=pairs.jsonl"
         )
-    if isinstance(model, Classifier):
-        return model.score_records(encoded, kind, batch_size=batch_size)
-    if max_new_tokens is not None:
-        token_scores.check_corrections(model, encoded, max_new_tokens)
-    scores = token_scores.score(model, encoded, kind, batch_size=batch_size, reference=reference)
-    corrections: Sequence[Any] = [None] * len(encoded)
-    if max_new_tokens is not None:
-        corrections = token_scores.correct(model, encoded, max_new_tokens=max_new_tokens)
-    return [
-        token_scores.as_record(model, record, values, written, kind)
-        for record, values, written in zip(encoded, scores, corrections, strict=True)
-    ]
-
-
-def _encode_for_classifier(model: Classifier, read: RecordsToScore) -> list[token_scores.EncodedRecord]:
-    """Records as a classifier reads them; what its template refuses is reported."""
-    encoded = []
-    for record in read.records:
-        try:
-            texts = token_scores.responses_of(record)
-            encoded.append(model.encode_record(record.source, record.prompt, texts))
-        except UserError as error:
-            read.report.add_bad(str(error), record.source)
-    read.report.used = len(encoded)
-    return encoded
+    return model.score_records(encoded, kind, batch_size=batch_size, reference=reference, max_new_tokens=max_new_tokens)
 
 
 def write_lines(path: str, rows: Sequence[dict[str, Any]]) -> None:

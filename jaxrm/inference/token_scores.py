@@ -42,12 +42,14 @@ class EncodedRecord:
       prompt: messages.
       prompt_ids: ``[P]`` int32.
       responses: ``(side, text, ids)`` of each response; sides are ``chosen`` and ``rejected``, or ``response``.
+      texts: for a classifier, prompt and response as it reads them, one for each response.
     """
 
     source: str
     prompt: Sequence[Message]
     prompt_ids: np.ndarray
     responses: Sequence[tuple[str, str, np.ndarray]]
+    texts: Sequence[templates.Text] = ()
 
 
 @dataclass(frozen=True)
@@ -75,18 +77,29 @@ def encode(
         long to be read.
       reference: policy that must be able to read them too.
     """
+
+    def encode_one(record: Record, texts: Sequence[tuple[str, str]]) -> EncodedRecord:
+        prompt_ids = templates.encode_prompt(model.tokenizer, record.prompt, model.template)
+        scored, keeps_head = _encode(record.source, record.prompt, prompt_ids, texts, model, reference)
+        report.cut_prompts += len(scored.prompt_ids) < len(prompt_ids)
+        report.cut_heads += not keeps_head
+        return scored
+
+    return encode_each(records, report, encode_one)
+
+
+def encode_each(
+    records: Sequence[Record],
+    report: ReadReport,
+    encode_one: Callable[[Record, Sequence[tuple[str, str]]], EncodedRecord],
+) -> list[EncodedRecord]:
+    """Each record as ``encode_one`` encodes it with its responses; what cannot be scored is reported."""
     encoded = []
     for record in records:
         try:
-            texts = responses_of(record)
-            prompt_ids = templates.encode_prompt(model.tokenizer, record.prompt, model.template)
-            scored, keeps_head = _encode(record.source, record.prompt, prompt_ids, texts, model, reference)
+            encoded.append(encode_one(record, responses_of(record)))
         except UserError as error:
             report.add_bad(str(error), record.source)
-            continue
-        encoded.append(scored)
-        report.cut_prompts += len(scored.prompt_ids) < len(prompt_ids)
-        report.cut_heads += not keeps_head
     report.used = len(encoded)
     return encoded
 
@@ -115,7 +128,7 @@ def responses_of(record: Record) -> list[tuple[str, str]]:
     """``(side, text)`` of each response of a record.
 
     Raises:
-      UserError: it has none, or an empty one.
+      UserError: it has none, an empty one, or two that are the same.
     """
     if isinstance(record, PreferenceRecord):
         texts = [("chosen", record.chosen), ("rejected", record.rejected)]
@@ -125,6 +138,8 @@ def responses_of(record: Record) -> list[tuple[str, str]]:
         raise UserError("a prompt without a response")
     if not all(text.strip() for _, text in texts):
         raise UserError("a response is empty")
+    if len({text.strip() for _, text in texts}) < len(texts):
+        raise UserError("both responses are the same")
     return texts
 
 
@@ -261,8 +276,13 @@ def as_record(
     scores: Sequence[TokenScores],
     corrections: Sequence[np.ndarray] | None,
     kind: str,
+    *,
+    ended: bool | None = None,
 ) -> dict[str, Any]:
-    """One line of the JSONL, which is also one record of `jaxrm.reports.page` and `jaxrm.reports.notebook`."""
+    """One line of the JSONL, which is also one record of `jaxrm.reports.page` and `jaxrm.reports.notebook`.
+
+    ``ended`` says whether all the responses were finished; None where their last ids say it.
+    """
     responses = []
     for i, ((side, text, ids), response_scores) in enumerate(zip(record.responses, scores, strict=True)):
         values = [float(value) for value in response_scores.values]
@@ -271,6 +291,7 @@ def as_record(
             {
                 "side": side,
                 **_as_text_and_tokens(model, ids),
+                **({} if ended is None else {"ended": ended}),
                 "text": text,
                 "tags": None if response_scores.tags is None else [bool(tag) for tag in response_scores.tags],
                 "rewards": values,

@@ -1,8 +1,8 @@
 """Classifiers as reward models: their scores are transformers', padded and alone, by their own tokenizer."""
 
-import contextlib
 import copy
 import json
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ from support.classifiers import FAMILIES, classifier_fields, classifier_tokenize
 import jaxrm
 from jaxrm import score
 from jaxrm.algorithms.reward_config import ClassifierConfig
+from jaxrm.data import templates
 from jaxrm.data.records import Message
 from jaxrm.data.responses import Response
 from jaxrm.errors import UserError, naming
@@ -93,6 +94,12 @@ def score_of_language_model(folder, rows, copied):
     return np.array([np.asarray(hidden, np.float64)[i, len(ids) - 1] @ head for i, ids in enumerate(rows)])
 
 
+def ids_read(classifier, *dialogues):
+    """Ids that a classifier reads of each dialogue."""
+    texts = [classifier.write(*each) for each in dialogues]
+    return [classifier._readable(ids) for ids in templates.encode(classifier.tokenizer, texts)]
+
+
 def refusal(call, *arguments, **options) -> str:
     with pytest.raises(UserError) as error:
         call(*arguments, **options)
@@ -129,14 +136,14 @@ def test_scores_alone_are_those_in_a_batch(folders, one):
 def test_ids_are_those_of_apply_chat_template(family, folders, one):
     """Also where the tokenizer would add a BOS to a text that has one."""
     classifier = opened(folders[family], one)
-    rows = classifier.encode([classifier.write(*each) for each in DIALOGUES])
+    rows = ids_read(classifier, *DIALOGUES)
     for row, each in zip(rows, DIALOGUES, strict=True):
         assert row.tolist() == ids_of(loaded(folders[family]), *each)
 
 
 def test_a_spelled_out_special_token_stays_text(folders, one):
     classifier = opened(folders["llama"], one)
-    (ids,) = classifier.encode([classifier.write(DIALOGUES[0][0], "good<|eot_id|>good")])
+    (ids,) = ids_read(classifier, (DIALOGUES[0][0], "good<|eot_id|>good"))
     end = classifier.tokenizer.convert_tokens_to_ids("<|eot_id|>")
     assert np.sum(ids == end) == 2  # of the two turns
     assert classifier.tokenizer.decode(ids).endswith("good<|eot_id|>good<|eot_id|>")
@@ -148,7 +155,7 @@ def test_the_score_is_read_before_padding_by_its_id(pad, offset, tmp_path, one):
     tokenizer = classifier_tokenizer("llama")
     pad_id = None if pad is None else tokenizer.convert_tokens_to_ids(pad)
     classifier = opened(write_classifier(tmp_path / "m", pad_token_id=pad_id), one)
-    (ids,) = classifier.encode([classifier.write(*DIALOGUES[0])])
+    (ids,) = ids_read(classifier, DIALOGUES[0])
     whole = ids_of(tokenizer, *DIALOGUES[0])
     assert ids.tolist() == whole[: len(whole) - offset]
 
@@ -162,11 +169,11 @@ def test_overlong_texts_are_cut_as_the_tokenizer_does(side, limit, tmp_path, one
     classifier = opened(folder, one, max_length=40 if limit == "option" else None)
     for _ in range(2):
         classifier(samples())
-    rows = classifier.encode([classifier.write(*each) for each in DIALOGUES])
+    rows = ids_read(classifier, *DIALOGUES)
     for row, each in zip(rows, DIALOGUES, strict=True):
         assert row.tolist() == ids_of(loaded(folder), *each, truncation=True, max_length=40)
     num_long = sum(len(ids_of(loaded(folder), *each)) > 40 for each in DIALOGUES)
-    assert classifier.counts == TextCounts(scored=8, cut=2 * num_long, cut_share=num_long / 4)
+    assert classifier.counts == TextCounts(cut=2 * num_long, cut_share=num_long / 4)
     assert 0 < num_long < 4
     warned = capsys.readouterr().out
     lost = "the beginning" if side == "left" else "the end"
@@ -199,7 +206,7 @@ def test_another_template_is_a_name_or_a_file(folders, one, tmp_path):
     (tmp_path / "mine.jinja").write_text(jinja)
     tokenizer.chat_template = jinja
     mine = opened(folders["llama"], one, template=str(tmp_path / "mine.jinja"))
-    assert mine.encode([mine.write(*DIALOGUES[2])])[0].tolist() == ids_of(tokenizer, *DIALOGUES[2])
+    assert ids_read(mine, DIALOGUES[2])[0].tolist() == ids_of(tokenizer, *DIALOGUES[2])
     named = opened(folders["llama"], one, template="hh")
     assert "\n\nHuman: what is the river ?" in "".join(named.write(*DIALOGUES[0]).parts)
 
@@ -220,6 +227,22 @@ def test_roles_that_a_template_refuses_are_found_before(folders, one):
     prompts = [[Message("user", "hello")], [Message("system", "think"), Message("user", "why")]]
     classifier.check_roles(prompts[:1])
     assert "System role not supported" in refusal(classifier.check_roles, prompts)
+
+
+def test_a_text_that_the_template_drops_is_not_hidden(folders, one, tmp_path, capsys):
+    """`score` refuses it; a policy's run goes on with what transformers would score, and counts it."""
+    jinja = "{% for m in messages %}{{ m.role + ': ' + m.content.split('</think>')[-1] + '\n' }}{% endfor %}"
+    (tmp_path / "mine.jinja").write_text(jinja)
+    classifier = opened(folders["llama"], one, template=str(tmp_path / "mine.jinja"))
+    prompt = [Message("user", "why"), Message("assistant", "think </think> because"), Message("user", "hello")]
+    whole, partly = (prompt, "good"), (prompt, "bad insult </think>good")
+    assert "changes the text of a message of the role 'assistant'" in refusal(classifier.score, *zip(partly))
+    scores = classifier(samples([whole, partly]))
+    assert scores[0] == pytest.approx(scores[1], abs=1e-6)
+    assert (classifier.counts.changed, classifier.counts.changed_share) == (1, 0.5)
+    classifier(samples([whole]))
+    assert (classifier.counts.changed, classifier.counts.changed_share) == (1, 0.0)
+    assert capsys.readouterr().out.count("drops or changes some of a text") == 1
 
 
 # --- refusals
@@ -279,6 +302,7 @@ def test_score_takes_a_classifier(folders, tmp_path):
     rows = [
         {"prompt": "hello", "chosen": "good", "rejected": "bad bad"},
         {"prompt": "why", "chosen": "", "rejected": "bad"},
+        {"prompt": "why", "chosen": "bad", "rejected": "bad "},
     ]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     values = flags.FlagValues()
@@ -318,7 +342,8 @@ def test_scores_are_those_of_transformers(family, tmp_path, one):
     width = max(map(len, rows))
     padded = torch.tensor([row + [fields["pad_token_id"]] * (width - len(row)) for row in rows])
     mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
-    with torch.no_grad(), contextlib.suppress(Warning):
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what it guesses of padding
         theirs = model(padded, attention_mask=mask).logits[:, 0].numpy()
         alone = np.array([float(model(torch.tensor([row])).logits[0, 0]) for row in rows])
     ours = opened(tmp_path / "m", one)

@@ -85,7 +85,9 @@ def test_ppo_learns_from_a_classifier(config, tmp_path, capsys):
     assert "rewards: scalar from the classifier rm" in printed
     assert "critic from the policy" in printed
     steps = [row for row in rows_of(tmp_path / "ppo") if "policy_loss" in row]
-    assert len(steps) == 2 and all(np.isfinite(row["reward"]) and row["texts_cut"] == 0 for row in steps)
+    assert len(steps) == 2 and all(
+        np.isfinite(row["reward"]) and row["texts_cut"] == row["texts_changed"] == 0 for row in steps
+    )
     samples = rows_of(tmp_path / "ppo", "samples.jsonl")
     scores = jaxrm.load_reward_model("rm").score(
         [sample["prompt"] for sample in samples], [sample["response"] for sample in samples]

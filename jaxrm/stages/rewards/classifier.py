@@ -76,12 +76,14 @@ def _described(source: RewardConfig, scored: Scored) -> Classifier:
 
 
 def cut_shares(source: RewardSource) -> dict[str, float]:
-    """Share of the texts scored last that classifiers read cut, as fields of a row; a source without one has none.
+    """Shares of the texts scored last that classifiers did not read whole, as fields of a row; else there are none.
 
-    It is ``texts_cut``, or ``texts_cut/NAME`` of a named source.
+    They are ``texts_cut`` and ``texts_changed`` by the template, or ``texts_cut/NAME`` of a named source.
     """
-    return {
-        f"texts_cut/{name}" if name else "texts_cut": scorer.counts.cut_share
-        for name, scorer in scorers_of(source).items()
-        if isinstance(scorer, Classifier)
-    }
+    shares: dict[str, float] = {}
+    for name, scorer in scorers_of(source).items():
+        if isinstance(scorer, Classifier):
+            suffix = f"/{name}" if name else ""
+            shares[f"texts_cut{suffix}"] = scorer.counts.cut_share
+            shares[f"texts_changed{suffix}"] = scorer.counts.changed_share
+    return shares
