@@ -91,8 +91,14 @@ def _write_model(given: flags.FlagValues, path: str, *, is_scalar: bool) -> tupl
     from jaxrm.inference.classifier import Classifier
     from jaxrm.inference.load import load_policy, load_reward_model, spread_mesh
     from jaxrm.inference.parameters import merge
-    from jaxrm.models.hub import export_model
+    from jaxrm.inference.weights import is_run
+    from jaxrm.models.hub import export_model, is_classifier
 
+    if given.adapter is None and not is_run(path) and is_classifier(path):
+        raise UserError(
+            f"--weights is {path!r}, a sequence classifier, which is what an export makes; give the run of a reward "
+            "model or a language model"
+        )
     load = load_reward_model if is_scalar else load_policy
     trained = load(
         path,
@@ -102,11 +108,7 @@ def _write_model(given: flags.FlagValues, path: str, *, is_scalar: bool) -> tupl
         tokenizer=given.tokenizer,
         template=given.template,
     )
-    if isinstance(trained, Classifier):
-        raise UserError(
-            f"--{'checkpoint' if given.checkpoint else 'weights'} is {path!r}, a sequence classifier, which is what an "
-            "export makes; give the run of a reward model or a language model"
-        )
+    assert not isinstance(trained, Classifier), trained  # it was refused
     model, params = trained.model, trained.params
     if trained.template != "auto" or given.checkpoint is not None:
         set_exported_template(trained.tokenizer, trained.template)

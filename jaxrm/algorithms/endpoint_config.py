@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
@@ -28,6 +28,7 @@ _SET_ELSEWHERE = ("model", "messages", "max_tokens", "temperature")
 _ONE_ANSWER = ("n", "stream")  # what would give another form of answer than the one that is read
 _BASE = "an address that /chat/completions follows, without user, password or query"
 _EXAMPLE_URL = "http://localhost:8000/v1"
+_EXAMPLE_EXTRA = '{"top_p": 1}'
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,8 @@ class EndpointConfig:
         answer in time. One whose text cannot be used is asked for once more at most.
       retry_seconds: to wait before the first retry; it doubles up to a minute. ``Retry-After`` is obeyed.
       api_key_variable: the environment variable that holds the key, not the key itself; None to send none.
-      cache: a folder in which every answer stays, so that no question is paid for twice.
+      cache: a folder in which every answer stays, so that no question is paid for twice. An answer belongs to its
+        request, not to the address: another model of the same name needs another folder.
     """
 
     url: str
@@ -85,19 +87,21 @@ class EndpointConfig:
                 f"{place(self, 'api_key_variable')} must be {_VARIABLE.required} that holds the key, not the key "
                 f"itself, e.g. {example}"
             )
-        if not isinstance(extra := _json(self.extra), dict):
-            raise wrong(self, "extra", "a JSON object", '{"top_p": 1}')
-        if (name := _secret_name(extra)) is not None:  # the text is not shown, since it holds a key
+        if not isinstance(extra := _json(self.extra), dict):  # it is not shown, since it may hold a key
             raise UserError(
-                f"{place(self, 'extra')} must be without keys, but has {name!r}, which would be written into files; "
-                f"e.g. export JUDGE_KEY=… and {typed(self, 'api_key_variable', _VARIABLE.example)}"
+                f"{place(self, 'extra')} must be a JSON object, e.g. {typed(self, 'extra', _EXAMPLE_EXTRA)}"
+            )
+        if (name := _secret_name(extra)) is not None:
+            raise UserError(
+                f"{place(self, 'extra')} must be without keys, but has one in {name!r}, which would be written into "
+                f"files; e.g. export JUDGE_KEY=… and {typed(self, 'api_key_variable', _VARIABLE.example)}"
             )
         refused = [name for name in extra if name in (*_SET_ELSEWHERE, *_ONE_ANSWER)]
         if refused:
             others = (
                 "fields of the config" if refused[0] in _SET_ELSEWHERE else "one whole answer, which is what is read"
             )
-            raise wrong(self, "extra", f"without {refused[0]!r}, for {others}", '{"top_p": 1}')
+            raise wrong(self, "extra", f"without {refused[0]!r}, for {others}", _EXAMPLE_EXTRA)
         if (problem := _answer_problem(self.answer)) is not None:
             raise wrong(self, "answer", problem, "1..10")
 
@@ -120,13 +124,26 @@ class EndpointConfig:
 
 def _secret_name(fields: Mapping[str, Any]) -> str | None:
     """The first field, at any depth, whose text is a key by its name or form; None where there is none."""
-    for name, value in fields.items():
-        if isinstance(value, Mapping) and (inner := _secret_name(value)) is not None:
-            return inner
-        compact = re.sub("[^a-z]", "", name.lower())
-        if isinstance(value, str) and (_SECRET_NAME.search(compact) or _SECRET_TEXT.match(value)):
+    for name, text in _texts(fields, ""):
+        if _SECRET_NAME.search(re.sub("[^a-z]", "", name.lower())) or _SECRET_TEXT.match(text):
             return name
     return None
+
+
+def _texts(value: Any, name: str) -> Iterator[tuple[str, str]]:
+    """Every text at any depth and its name; headers may be ``{"name": …, "value": …}`` or ``[name, value]`` too."""
+    if isinstance(value, str):
+        yield name, value
+    elif isinstance(value, Mapping):
+        if isinstance(value.get("name"), str) and isinstance(value.get("value"), str):
+            yield value["name"], value["value"]
+        for inner_name, inner in value.items():
+            yield from _texts(inner, inner_name)
+    elif isinstance(value, list):
+        if len(value) == 2 and all(isinstance(item, str) for item in value):
+            yield value[0], value[1]
+        for item in value:
+            yield from _texts(item, name)
 
 
 def _check_url(section: EndpointConfig) -> None:

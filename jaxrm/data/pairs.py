@@ -210,8 +210,16 @@ def comparison_examples(
     Raises:
       UserError: a pair does not fit and ``too_long`` is "error"; more bad pairs than ``max_bad_share``, or none left.
     """
+    marked, report = marked_comparison_examples(pairs, config, first_id=first_id)
+    return [ComparisonExample(each.tokens, each.chosen_length, each.source) for each in marked], report
+
+
+def marked_comparison_examples(
+    pairs: Sequence[TokenPair], config: DataConfig, *, first_id: int | None
+) -> tuple[list[MarkedComparisonExample], ReadReport]:
+    """`comparison_examples` that know which tokens are those of the responses; arguments and errors are the same."""
     report = ReadReport(total=len(pairs))
-    examples: list[ComparisonExample] = []
+    examples: list[MarkedComparisonExample] = []
     for pair in pairs:
         responses = len(pair.chosen) + len(pair.rejected)
         max_prompt_tokens = (config.max_length - responses) // 2
@@ -220,22 +228,11 @@ def comparison_examples(
             continue
         prompt = cut_prompt(pair.prompt, max_prompt_tokens, first_id, pair.points)
         tokens = np.concatenate([prompt, pair.chosen, prompt, pair.rejected])
-        examples.append(ComparisonExample(tokens, len(prompt) + len(pair.chosen), pair.source))
+        lengths = (len(pair.chosen), len(pair.rejected))
+        examples.append(MarkedComparisonExample(tokens, len(prompt) + len(pair.chosen), pair.source, lengths))
         _count_cut(report, pair, max_prompt_tokens, first_id)
     report.used = len(examples)
     report.check(config.max_bad_share, config.path)
-    return examples, report
-
-
-def marked_comparison_examples(
-    pairs: Sequence[TokenPair], config: DataConfig, *, first_id: int | None
-) -> tuple[list[MarkedComparisonExample], ReadReport]:
-    """`comparison_examples` that know which tokens are those of the responses; arguments and errors are the same."""
-    lengths = {pair.source: (len(pair.chosen), len(pair.rejected)) for pair in pairs}
-    comparisons, report = comparison_examples(pairs, config, first_id=first_id)
-    examples = [
-        MarkedComparisonExample(one.tokens, one.chosen_length, one.source, lengths[one.source]) for one in comparisons
-    ]
     return examples, report
 
 

@@ -2,12 +2,12 @@
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from jaxrm import atomic
 from jaxrm.errors import UserError
+from jaxrm.runtime.folders import why_unwritable
 
 
 class AnswerCache:
@@ -21,9 +21,9 @@ class AnswerCache:
         self._folder = Path(folder).expanduser()
 
     @staticmethod
-    def key(url: str, body: bytes) -> str:
-        """SHA-256 of all that decides an answer: the address, and the request without its headers."""
-        return hashlib.sha256(url.encode() + b"\n" + body).hexdigest()
+    def key(body: bytes) -> str:
+        """SHA-256 of all that decides an answer: the request without its headers, wherever it is sent."""
+        return hashlib.sha256(body).hexdigest()
 
     def get(self, key: str) -> str | None:
         """The answer; None where there is none, or the file is damaged or may not be read."""
@@ -49,14 +49,11 @@ class AnswerCache:
         Raises:
           UserError: naming ``field``.
         """
-        folder = self._folder
-        existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-        if existing.is_dir() and os.access(existing, os.W_OK | os.X_OK):
-            return
-        reason = "cannot be written to" if existing.is_dir() else "is no folder"
-        raise UserError(
-            f"{field} is {str(folder)!r}, but {existing} {reason}; give a folder of your own, e.g. judge_answers"
-        )
+        if (reason := why_unwritable(self._folder)) is not None:
+            raise UserError(
+                f"{field} is {str(self._folder)!r}, which cannot be written ({reason}); give a folder of your own, "
+                "e.g. judge_answers"
+            )
 
     def _file(self, key: str) -> Path:
         return self._folder / key[:2] / f"{key}.json"  # 256 folders, since one of 10^6 files is slow to list

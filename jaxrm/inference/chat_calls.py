@@ -23,9 +23,9 @@ from jaxrm.inference.http_requests import (
     RetryableError,
     first_words,
     in_loop_of_its_own,
+    may_pass,
     open_client,
     request,
-    retry_after,
     status_text,
     wait_before_retry,
 )
@@ -49,6 +49,10 @@ class Answer(NamedTuple):
 
     text: str
     cut: str = ""
+
+
+class _GivenUpError(Exception):
+    """A question that is not asked again, since another one failed or the run is to stop."""
 
 
 class Calls:
@@ -86,10 +90,10 @@ class Calls:
         After a failure no new call is made, but those under way are waited for.
 
         Raises:
-          StoppedError: the run was asked to stop; nothing is lost, since those under way are waited for too.
+          StoppedError: the run was asked to stop, and nothing failed. Calls under way are waited for too.
         """
         in_loop_of_its_own(self._run, requests)
-        if self._is_stopping:
+        if self._is_stopping and self._failure is None:
             raise StoppedError
         return self._answers, self._failure
 
@@ -121,6 +125,8 @@ class Calls:
                 self._failure = self._failure or (key, str(failure))
                 self._stopped.set()
                 return
+            except _GivenUpError:
+                return
             self._answers[key] = answer.text
             try:
                 self._keep(key, answer)
@@ -134,6 +140,7 @@ class Calls:
 
         Raises:
           CallError: there is none.
+          _GivenUpError: no further call is to be made.
         """
         retries, malformed = self._config.retries, 0
         for attempt in range(retries + 1):
@@ -155,15 +162,15 @@ class Calls:
         raise AssertionError("the last attempt returns or raises")
 
     async def _sleep(self, seconds: float) -> None:
-        """Wait, unless another question fails for good.
+        """Wait, unless no further call is to be made.
 
         Raises:
-          CallError: it does.
+          _GivenUpError: none is.
         """
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._stopped.wait(), seconds)
         if self._stopped.is_set():
-            raise CallError("another question failed")
+            raise _GivenUpError
 
     async def _call(self, client: httpx2.AsyncClient, body: bytes) -> Answer:
         """One call.
@@ -176,7 +183,7 @@ class Calls:
         response = await request(client, "POST", CHAT, self._config.timeout, body)
         status = response.status_code
         if status in (408, 429) or status >= 500:
-            raise RetryableError(status_text(response), retry_after(response))
+            raise may_pass(response)
         if status >= 300:
             raise CallError(status_text(response))
         try:

@@ -58,20 +58,6 @@ class EndpointCost:
     unmetered: int = 0
     seconds: float = 0.0
 
-    def since(self, before: "EndpointCost") -> "EndpointCost":
-        """What was added to ``before``."""
-        fields = [field.name for field in dataclasses.fields(self)]
-        return EndpointCost(*(getattr(self, name) - getattr(before, name) for name in fields))
-
-    def as_text(self) -> str:
-        """One line for people."""
-        tokens = f"{self.prompt_tokens:,} tokens in, {self.completion_tokens:,} out"
-        tokens += f" ({self.unmetered:,} answers without a count)" if self.unmetered else ""
-        return (
-            f"{self.calls:,} calls for {self.questions:,} questions ({self.cached:,} answered from the cache, "
-            f"{self.retries:,} retries, {self.malformed:,} answers unreadable), {tokens}, {self.seconds:,.1f} s"
-        )
-
 
 class ChatEndpoint:
     """Asks questions of an endpoint.
@@ -88,7 +74,6 @@ class ChatEndpoint:
         self.config, self._option = config, option(section)  # as it is named where the source is opened
         self._url_flag, self._key_flag = flag(f"{section}.url"), flag(f"{section}.api_key_variable")
         self.cost = EndpointCost()
-        self._url = f"{config.url.rstrip('/')}/chat/completions"
         self._cache = AnswerCache(config.cache)
         self._key = _read_key(config.api_key_variable, f"{section}.api_key_variable")
 
@@ -117,7 +102,7 @@ class ChatEndpoint:
         """
         started = time.perf_counter()
         bodies = [self._body(question) for question in questions]
-        keys = [AnswerCache.key(self._url, body) for body in bodies]
+        keys = [AnswerCache.key(body) for body in bodies]
         requests = dict(zip(keys, bodies, strict=True))
 
         def usable(text: str) -> str:
@@ -186,7 +171,7 @@ class ChatEndpoint:
 
         def keep(key: str, answer: Answer) -> None:
             cut = {"cut": answer.cut} if answer.cut else {}
-            self._cache.put(key, answer.text, url=self._url, request=json.loads(requests[key]), **cut)
+            self._cache.put(key, answer.text, url=self.config.url, request=json.loads(requests[key]), **cut)
 
         calls = Calls(self.config, self._headers(), self.cost, keep=keep, problem=problem, keep_unusable=keep_unusable)
         return calls.run(requests)

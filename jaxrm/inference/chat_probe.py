@@ -14,9 +14,9 @@ from jaxrm.inference.http_requests import (
     CallError,
     RetryableError,
     in_loop_of_its_own,
+    may_pass,
     open_client,
     request,
-    retry_after,
     status_text,
     wait_before_retry,
 )
@@ -54,7 +54,7 @@ async def _probe(config: EndpointConfig, headers: Mapping[str, str]) -> Probed:
                 return Probed(reason=f"which cannot be reached: {failure}")
             except RetryableError as failure:
                 # A server that loads its model says 503; one that is not there will not come by waiting.
-                is_starting = failure.__cause__ is None and failure.retry_after <= LONGEST_RETRY_AFTER
+                is_starting = failure.status is not None and failure.retry_after <= LONGEST_RETRY_AFTER
                 if not is_starting or attempt == config.retries:
                     return Probed(reason=f"which cannot be reached: {failure}")
                 await asyncio.sleep(max(failure.retry_after, wait_before_retry(config.retry_seconds, attempt)))
@@ -67,7 +67,7 @@ async def _probe_once(client: httpx2.AsyncClient, config: EndpointConfig) -> Pro
     response = await request(client, "POST", CHAT, config.timeout, body)
     status = response.status_code
     if status in (502, 503, 504):
-        raise RetryableError(status_text(response), retry_after(response))
+        raise may_pass(response)
     if status in (401, 403):
         return Probed(reason=f"which refuses the key: {status_text(response)}", refuses_key=True)
     if status in (404, 405, 501) or 300 <= status < 400:

@@ -36,8 +36,8 @@ class EndpointScorer:
 
     def __init__(self, config: EndpointConfig, section: str = "reward.endpoint") -> None:
         self.name = f"{config.model} at {config.url}"
-        self._endpoint, self._rubric = ChatEndpoint(config, section), Rubric(config, section)
-        self._config, self._column, self._unreadable = config, config.reference, config.unreadable
+        self._config, self._endpoint, self._rubric = config, ChatEndpoint(config, section), Rubric(config, section)
+        # As they are named where the source is opened.
         self._column_option, self._column_flag = option(f"{section}.reference"), flag(f"{section}.reference")
 
     @property
@@ -51,7 +51,7 @@ class EndpointScorer:
     @property
     def reference_column(self) -> str | None:
         """The column of a record that the rubric reads; None where it reads none."""
-        return self._column if self._rubric.needs_reference else None
+        return self._config.reference if self._rubric.needs_reference else None
 
     @property
     def cost(self) -> EndpointCost:
@@ -68,13 +68,14 @@ class EndpointScorer:
         Raises:
           UserError: naming the record.
         """
-        if not self._rubric.needs_reference:
+        column = self.reference_column
+        if column is None:
             return
         for example in examples:
-            if not _is_text(example.fields.get(self._column)):
+            if not _is_text(example.fields.get(column)):
                 columns = ", ".join(example.fields) or "none"
                 raise UserError(
-                    f"{self._column_option} is {self._column!r}, which the rubric wants, but {example.source} has no "
+                    f"{self._column_option} is {column!r}, which the rubric wants, but {example.source} has no "
                     f"such text; its other columns: {columns}; e.g. {self._column_flag}=answer"
                 )
 
@@ -84,26 +85,25 @@ class EndpointScorer:
         Raises:
           UserError: naming the sample that got no score.
         """
+        column = self.reference_column
         questions = [
             self._rubric.question(
-                sample.prompt,
-                sample.response,
-                str(sample.fields[self._column]) if self._rubric.needs_reference else None,
+                sample.prompt, sample.response, None if column is None else str(sample.fields[column])
             )
             for sample in samples
         ]
         answers = self._endpoint.ask(
             questions,
             problem=self._problem,
-            keep_unusable=self._unreadable is not None,
+            keep_unusable=self._config.unreadable is not None,
             name=lambda number: f"response {number} of the batch, {samples[number].response[:_SHOWN]!r}",
         )
         return np.array([self._score(answer) for answer in answers], np.float32)
 
     def _score(self, answer: str) -> float:
         if not answer:
-            assert self._unreadable is not None, "an answer that cannot be used is an error"
-            return self._unreadable
+            assert self._config.unreadable is not None, "an answer that cannot be used is an error"
+            return self._config.unreadable
         return self._rubric.score(answer)
 
     def _problem(self, answer: str) -> str | None:

@@ -42,11 +42,19 @@ class RetryableError(Exception):
       reason: as of a `CallError`.
       retry_after: seconds that the server asked for; 0 where it did not.
       answer: the answer that cannot be used; None where there is no text at all.
+      status: of the response; None where none came, or where its status is no failure.
     """
 
-    def __init__(self, reason: str, retry_after: float = 0.0, answer: "Answer | None" = None) -> None:
+    def __init__(
+        self, reason: str, retry_after: float = 0.0, answer: "Answer | None" = None, status: int | None = None
+    ) -> None:
         super().__init__(reason)
-        self.retry_after, self.answer = retry_after, answer
+        self.retry_after, self.answer, self.status = retry_after, answer, status
+
+
+def may_pass(response: httpx2.Response) -> RetryableError:
+    """The error of a response whose status says nothing against the question."""
+    return RetryableError(status_text(response), retry_after(response), status=response.status_code)
 
 
 def in_loop_of_its_own(function: Callable[..., Coroutine[Any, Any, Result]], *args: Any) -> Result:

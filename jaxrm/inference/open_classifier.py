@@ -47,7 +47,7 @@ def describe_classifier(
       UserError: no classifier of one label, no tokenizer that fits it, no chat template, a length that it cannot read,
         or it does not fit the mesh.
     """
-    names = {"model.path": "reward.model", "data.template": "reward.classifier.template", "mesh": "mesh"}
+    names = {"model.path": "reward.model", "data.template": "reward.classifier.template"}
     with naming({name: option(place) for name, place in names.items()}):
         shape = hub.read_classifier_config(path)
         if Path(path).expanduser().exists():

@@ -59,7 +59,7 @@ class Rubric:
 
     def __init__(self, config: EndpointConfig, section: str = "reward.endpoint") -> None:
         self.template = _read(config.rubric, f"{section}.rubric")
-        self._range, self._labels, self._column = config.range, config.labels, config.reference
+        self._range, self._labels = config.range, config.labels
 
     @property
     def needs_reference(self) -> bool:

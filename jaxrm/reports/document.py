@@ -41,6 +41,11 @@ def fill_template(template: str, *, title: str, style: str, script: str, content
     return re.sub(r"\{\{(\w+)\}\}", lambda match: values[match[1]], template)
 
 
+def rounded(reward: float) -> float:
+    """A reward to the digits that a page shows of it."""
+    return float(f"{reward:.4g}")
+
+
 def _inert_json(content: Any) -> str:
     """JSON that holds no character with a meaning in HTML, and none that an encoding could lose."""
     text = json.dumps(content, ensure_ascii=True, allow_nan=False, separators=(",", ":"))

@@ -18,19 +18,30 @@ _LINE_ENDS = {"\n": "↵", "\t": "⇥"}
 def token_rewards_html(records: Iterable[Mapping[str, Any]]) -> str:
     """Return scored records as HTML: every token of every response on the color of its reward.
 
-    All records share one color scale, which ends at the largest reward. A token that a seq2seq reward model would not
-    have written is underlined, and its correction stands below. All text is escaped.
+    All records share one color scale, which ends at the largest reward. Each source of a sum has a scale of its own, so
+    that one of large rewards does not hide the others. A token that a seq2seq reward model would not have written is
+    underlined, and its correction stands below. All text is escaped.
 
     Args:
       records: as `jaxrm.score` writes them to JSONL, one object a line.
     """
     rows = list(records)
     responses = [response for record in rows for response in record["responses"]]
-    sources = [source for response in responses for source in response.get("sources", {}).values()]
-    sizes = [abs(reward) for rewarded in (*responses, *sources) for reward in rewarded["rewards"]]
-    limit = max(sizes, default=0.0) or 1.0
-    body = "".join(_record(record, limit) for record in rows)
+    limit = _limit(response["rewards"] for response in responses)
+    names = dict.fromkeys(name for response in responses for name in response.get("sources", {}))
+    limits = {
+        name: _limit(
+            response["sources"][name]["rewards"] for response in responses if name in response.get("sources", {})
+        )
+        for name in names
+    }
+    body = "".join(_record(record, limit, limits) for record in rows)
     return f'{_legend(rows, limit)}<div style="max-width: 70em">{body}</div>'
+
+
+def _limit(rewards: Iterable[Iterable[float]]) -> float:
+    """The largest reward of all responses, where a color scale ends."""
+    return max((abs(reward) for each in rewards for reward in each), default=0.0) or 1.0
 
 
 def _legend(records: list[Mapping[str, Any]], limit: float) -> str:
@@ -42,22 +53,24 @@ def _legend(records: list[Mapping[str, Any]], limit: float) -> str:
     return f'<p style="{_QUIET}">Reward of a token{kind}: {ends[0]} to {ends[1]}{underlined}.</p>'
 
 
-def _record(record: Mapping[str, Any], limit: float) -> str:
+def _record(record: Mapping[str, Any], limit: float, limits: Mapping[str, float]) -> str:
     turns = "".join(
         f'<div><span style="{_QUIET}">{_text(turn["role"])}:</span> {_text(turn["content"])}</div>'
         for turn in record["prompt"]
     )
-    responses = "".join(_response(response, limit) for response in record["responses"])
+    responses = "".join(_response(response, limit, limits) for response in record["responses"])
     return f'<div style="margin: 0 0 1.8em; overflow-wrap: anywhere">{turns}{responses}</div>'
 
 
-def _response(response: Mapping[str, Any], limit: float) -> str:
+def _response(response: Mapping[str, Any], limit: float, limits: Mapping[str, float]) -> str:
     tags = response["tags"] or [True] * len(response["tokens"])
     tokens = "".join(
         _token(token, reward, tag, limit)
         for token, reward, tag in zip(response["tokens"], response["rewards"], tags, strict=True)
     )
-    sources = "".join(_source(response, name, source, limit) for name, source in response.get("sources", {}).items())
+    sources = "".join(
+        _source(response, name, source, limits[name]) for name, source in response.get("sources", {}).items()
+    )
     label = f"<b>{_text(response['side'])}</b>, sum of rewards {_number(response['sum'])}"
     correction = response["correction"]
     correction_line = ""
@@ -76,7 +89,7 @@ def _source(response: Mapping[str, Any], name: str, source: Mapping[str, Any], l
     """A row of tokens on the colors of one source of a sum, before its weight."""
     pairs = zip(response["tokens"], source["rewards"], strict=True)
     tokens = "".join(_token(token, reward, True, limit) for token, reward in pairs)
-    label = f"{_text(name)}, weight {source['weight']:g}, reward {_number(source['reward'])}"
+    label = f"{_text(name)}, weight {source['weight']:g}, reward {_number(source['reward'])}, color to ±{limit:.2g}"
     return (
         f'<div style="margin: 0.4em 0 0 1em"><span style="{_QUIET}">{label}</span>'
         f'<div style="line-height: 1.9; white-space: pre-wrap" dir="auto">{tokens}</div></div>'

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxrm import atomic
-from jaxrm.reports.document import fill_template, read_template
+from jaxrm.reports.document import fill_template, read_template, rounded
 
 
 def write_page(
@@ -50,17 +50,16 @@ def _response(response: Mapping[str, Any]) -> dict[str, Any]:
     assert len(response["tokens"]) == len(response["token_ids"]) == len(response["rewards"]), response["text"]
     length, correction = _text_length(response), response["correction"]
     end = length if length < len(response["tokens"]) else None
-    shown = {**response, "end": end, "rewards": _rounded(response["rewards"])}
+    shown = {**response, "end": end, "rewards": [rounded(reward) for reward in response["rewards"]]}
     if sources := response.get("sources"):
-        shown["sources"] = {name: {**each, "rewards": _rounded(each["rewards"])} for name, each in sources.items()}
+        shown["sources"] = {
+            name: {**source, "rewards": [rounded(reward) for reward in source["rewards"]]}
+            for name, source in sources.items()
+        }
     if correction is not None:
         ids = (response["token_ids"][:length], correction["token_ids"][: _text_length(correction)])
         shown["correction"] = {**correction, "diff": _token_diff(*ids)}
     return shown
-
-
-def _rounded(rewards: Sequence[float]) -> list[float]:
-    return [float(f"{reward:.4g}") for reward in rewards]
 
 
 def _text_length(response: Mapping[str, Any]) -> int:

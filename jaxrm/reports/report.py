@@ -14,7 +14,7 @@ from typing import Any, TypeGuard
 from jaxrm import atomic
 from jaxrm.reports.bars import Bar, Bars, draw_bars
 from jaxrm.reports.charts import Curves, Series, draw_chart, number_text, palette_indices
-from jaxrm.reports.document import fill_template, read_template
+from jaxrm.reports.document import fill_template, read_template, rounded
 from jaxrm.reports.intervals import Interval, Intervals, draw_intervals
 
 __all__ = [
@@ -290,4 +290,5 @@ def _response(response: ExampleResponse) -> dict[str, Any]:
 
 
 def _rounded(rewards: Sequence[float | None]) -> list[float | None]:
-    return [float(f"{x:.4g}") if x is not None and math.isfinite(x) else None for x in rewards]
+    """As a page shows them; None for what is no finite number."""
+    return [rounded(reward) if reward is not None and math.isfinite(reward) else None for reward in rewards]

@@ -12,11 +12,16 @@ def check_writable(path: Path, run_dir: str) -> None:
     Raises:
       UserError: naming it; ``run_dir`` is how ``config.run_dir`` spells the path.
     """
+    if (reason := why_unwritable(path)) is not None:
+        raise unusable(run_dir, reason)
+
+
+def why_unwritable(path: Path) -> str | None:
+    """Why no folder can be made at a path, and nothing written to it; None where it can."""
     nearest = next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
     if not nearest.is_dir():
-        raise unusable(run_dir, f"{nearest} is a file")
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        raise unusable(run_dir, f"no permission to write in {nearest}")
+        return f"{nearest} is a file"
+    return None if os.access(nearest, os.W_OK | os.X_OK) else f"no permission to write in {nearest}"
 
 
 def unusable(run_dir: str, reason: str) -> UserError:

@@ -105,8 +105,10 @@ def test_nothing_to_show_is_no_error():
 
 
 def test_each_source_of_a_sum_has_a_row_of_tokens():
-    """On one scale of colors, and escaped."""
+    """On a scale of its own, and escaped."""
     sources = {"wo<rds": {"weight": 1.0, "reward": 2.0, "rewards": [2.0, 0.0]}}
     drawn = token_rewards_html([record(response() | {"sources": sources})])
     assert "wo&lt;rds, weight 1, reward +2.00" in drawn
-    assert "\u22122.00" in drawn and len(tokens_of(drawn)) == 4
+    found = tokens_of(drawn)
+    assert len(found) == 4 and strength(found[0][1]) == strength(found[2][1]) == 0.75
+    assert "\u22121.00" in drawn and "color to ±2" in drawn

@@ -110,9 +110,7 @@ def test_a_classifier_adds_up_with_a_rule(config, tmp_path):
     assert (row["texts_cut/one"], row["texts_cut/other"]) == (0, 1) and "texts_cut/rule" not in row
 
 
-def test_a_classifier_is_not_exported_again(place, tmp_path, monkeypatch, capsys):
-    """What an export makes is refused in a line, not by an assertion."""
-    monkeypatch.setattr(export, "_is_scalar", lambda *_: True)
+def test_a_classifier_is_not_exported_again(place, tmp_path, capsys):
     argv = ["x", f"--weights={place / 'rm'}", f"--output={tmp_path / 'again'}"]
     assert command_line.run(export.main, define_flags=export.define_flags, argv=argv) == 2
     error = capsys.readouterr().err

@@ -163,7 +163,9 @@ def _ask(config: Compare, name: str, folder: Path, texts: Sequence[str], *, show
                 shares |= new
                 bar.update(done + start + len(block))
             if isinstance(asker, EndpointAsker) and show_progress:
-                print(f"{name}: {asker.endpoint.cost.as_text()}")
+                cost = asker.endpoint.cost
+                tokens = f"{cost.prompt_tokens:,} tokens in, {cost.completion_tokens:,} out"
+                print(f"{name}: {cost.calls:,} calls, {cost.cached:,} answers from the cache, {tokens}")
     return np.array([shares[key] for key in keys])
 
 
