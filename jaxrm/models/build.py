@@ -41,7 +41,7 @@ class ModelSource:
       attention: ``auto`` (by platform), ``xla``, ``cudnn`` or ``splash``.
       cached_attention: of one token to those before it, as responses are drawn: ``auto``, ``xla`` or ``pallas``, which
         reads of a cache what its rows hold. ``auto`` takes it where it can: on TPU with heads of 128 or 256, on GPU in
-        16 bits with heads of 64, 128 or 256.
+        16 bits with heads of 64, 128 or 256. On TPU a cache that is no whole number of 128s is read in XLA.
       vocabulary: of log-probs, entropies and most likely tokens: ``auto``, ``xla`` or ``pallas``, whose logits never
         leave the chip. ``auto`` takes it on TPU where channels are a multiple of 128. The pass backward is in XLA.
     """

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from jaxrm.models.cached_attention import HIDDEN_LOGIT, CachedKeys, Part, mask_of_queries, seen_blocks
+from jaxrm.models.cached_attention import HIDDEN_LOGIT, CachedKeys, Part, mask_of_queries, read_in_xla, seen_blocks
 
 _LANES, _SUBLANES = 128, 8
 _BLOCKS = (1024, 512, 256, 128)
@@ -28,9 +28,14 @@ _BLOCK_BYTES = 2 * 2**20  # of keys; the same of values, and both twice since th
 
 
 def read(query: jax.Array, past: CachedKeys, *, scale: float, softcap: float | None, interpret: bool = False) -> Part:
-    """``Read`` of ``jaxrm.models.cached_attention``; with ``interpret`` on any platform."""
+    """``Read`` of ``jaxrm.models.cached_attention``; with ``interpret`` on any platform.
+
+    A cache that is no whole number of lanes is read in XLA, which would copy it for the kernel at every token.
+    """
     B, K, g, H = query.shape
     S = past.mask.shape[1]
+    if S % _LANES:
+        return read_in_xla(query, past, scale=scale, softcap=softcap)
     block = block_size(K, H, S, past.keys.dtype.itemsize)
     rows = g + -g % _SUBLANES
     query = jnp.pad(query, ((0, 0), (0, 0), (0, rows - g), (0, 0)))
