@@ -18,7 +18,7 @@ from jaxrm.comparison_config import CompareConfig, ComparedPolicyConfig, Compari
 from jaxrm.data.config import DataConfig
 from jaxrm.evaluation.config import JudgedEvaluationConfig
 from jaxrm.models.build import ModelSource
-from jaxrm.models.generate import SamplingConfig
+from jaxrm.models.sampling import SamplingConfig
 from jaxrm.pipeline.config import Pipeline, pipeline
 from jaxrm.sharding.mesh import MeshConfig
 from jaxrm.stage_config import PPO, SFT, Compare, ScalarRM, Seq2SeqRM

@@ -23,7 +23,7 @@ from jaxrm.evaluation.config import (
     RankingEvaluationConfig,
 )
 from jaxrm.models.build import ModelSource
-from jaxrm.models.generate import SamplingConfig
+from jaxrm.models.sampling import SamplingConfig
 from jaxrm.pipeline.config import Pipeline, pipeline
 from jaxrm.runtime.checkpoint import CheckpointConfig
 from jaxrm.runtime.metrics import LoggingConfig

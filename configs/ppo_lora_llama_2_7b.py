@@ -17,8 +17,8 @@ from jaxrm.algorithms.reward_config import RewardConfig
 from jaxrm.data.config import DataConfig
 from jaxrm.evaluation.config import JudgedEvaluationConfig
 from jaxrm.models.build import ModelSource
-from jaxrm.models.generate import SamplingConfig
 from jaxrm.models.lora import LoRAConfig
+from jaxrm.models.sampling import SamplingConfig
 from jaxrm.sharding.mesh import MeshConfig
 from jaxrm.stage_config import PPO
 

@@ -17,7 +17,7 @@ from jaxrm.data.config import DataConfig
 from jaxrm.data.pairs import MappingConfig
 from jaxrm.evaluation.config import CorrectionEvaluationConfig, JudgedEvaluationConfig
 from jaxrm.models.build import ModelSource
-from jaxrm.models.generate import SamplingConfig
+from jaxrm.models.sampling import SamplingConfig
 from jaxrm.pipeline.config import Pipeline, pipeline
 from jaxrm.runtime.metrics import LoggingConfig
 from jaxrm.stage_config import PPO, SFT, Compare, PairsConfig, SamplePairs, ScalarRM, Seq2SeqRM

@@ -17,7 +17,7 @@ from jaxrm.algorithms.reward_config import RewardConfig
 from jaxrm.data.config import DataConfig
 from jaxrm.evaluation.config import EvaluationConfig
 from jaxrm.models.build import ModelSource
-from jaxrm.models.generate import SamplingConfig
+from jaxrm.models.sampling import SamplingConfig
 from jaxrm.pipeline.config import Pipeline, pipeline
 from jaxrm.sharding.mesh import MeshConfig
 from jaxrm.stage_config import SFT, BestOfN

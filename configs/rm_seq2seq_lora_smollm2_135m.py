@@ -15,8 +15,8 @@ from jaxrm.algorithms.optimizer import OptimizerConfig
 from jaxrm.data.config import DataConfig
 from jaxrm.evaluation.config import CorrectionEvaluationConfig
 from jaxrm.models.build import ModelSource
-from jaxrm.models.generate import SamplingConfig
 from jaxrm.models.lora import LoRAConfig
+from jaxrm.models.sampling import SamplingConfig
 from jaxrm.runtime.checkpoint import CheckpointConfig
 from jaxrm.runtime.metrics import LoggingConfig
 from jaxrm.stage_config import Seq2SeqRM

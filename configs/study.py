@@ -21,7 +21,7 @@ from jaxrm.evaluation.config import (
     JudgedEvaluationConfig,
     RankingEvaluationConfig,
 )
-from jaxrm.models.generate import SamplingConfig
+from jaxrm.models.sampling import SamplingConfig
 from jaxrm.runtime.checkpoint import CheckpointConfig
 from jaxrm.runtime.metrics import LoggingConfig
 from jaxrm.stage_config import DPO, PPO, SFT, BestOfN, Evaluate, PairsConfig, SamplePairs, ScalarRM, Seq2SeqRM

@@ -48,8 +48,8 @@ if TYPE_CHECKING:
     from jaxrm.inference.training import build_training as build_training
     from jaxrm.models.build import ModelSource as Model  # noqa: F401  # public name
     from jaxrm.models.build import ModelSource as ModelSource
-    from jaxrm.models.generate import SamplingConfig as SamplingConfig
     from jaxrm.models.lora import LoRAConfig as LoRAConfig
+    from jaxrm.models.sampling import SamplingConfig as SamplingConfig
     from jaxrm.ops.reward_kinds import reward_kind as reward_kind
     from jaxrm.pipeline.config import Pipeline as Pipeline
     from jaxrm.pipeline.config import pipeline as make_pipeline  # noqa: F401  # public name
@@ -112,8 +112,8 @@ _NAMES = {
     "inference.scores": ("Scores",),
     "inference.training": ("build_training",),
     "models.build": ("ModelSource",),
-    "models.generate": ("SamplingConfig",),
     "models.lora": ("LoRAConfig",),
+    "models.sampling": ("SamplingConfig",),
     "ops.reward_kinds": ("reward_kind",),
     "pipeline.config": ("Pipeline",),
     "runtime.checkpoint": ("CheckpointConfig",),

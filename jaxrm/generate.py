@@ -33,7 +33,7 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "compute dtype", flag_values=values)
     text("prompt", None, "a prompt to answer", flag_values=values)
     text("input", None, "file of prompts, in any schema that jaxrm reads", flag_values=values)
-    text("output", None, "JSONL to write responses to; standard output without it", flag_values=values)
+    text("output", None, "JSONL to write responses to, else standard output; a killed run goes on", flag_values=values)
     flags.DEFINE_bool("interactive", False, "chat; an empty line or Ctrl-D ends it", flag_values=values)
     number("batch_size", 16, "prompts answered at once, with --input", lower_bound=1, flag_values=values)
     number("max_new_tokens", 128, "longest response in tokens", flag_values=values)
@@ -64,7 +64,7 @@ def main(_: None, given: flags.FlagValues) -> int:
     from jaxrm.inference.chat import chat
     from jaxrm.inference.load import check_flags, load_policy
     from jaxrm.inference.prompt_file import read_prompt_file, write_responses
-    from jaxrm.models.generate import SamplingConfig
+    from jaxrm.models.sampling import SamplingConfig
 
     names = ("max_new_tokens", "temperature", "top_k", "top_p")
     sampling = dicts.from_dict(SamplingConfig, {name: given[name].value for name in names}, "--")
@@ -77,7 +77,9 @@ def main(_: None, given: flags.FlagValues) -> int:
         print(f"{policy.name}; an empty line ends the chat", file=sys.stderr)
         chat(sampler, key)
     elif prompts is not None:
-        write_responses(sampler, prompts, given.output, given.batch_size, key)
+        flags_of_answers = ("checkpoint", "weights", "adapter", "tokenizer", "template", "dtype", "seed", *names)
+        identity = {name: given[name].value for name in flags_of_answers} | {"model": policy.name}
+        write_responses(sampler, prompts, given.output, given.batch_size, key, identity)
     else:
         print(sampler.respond([[Message("user", given.prompt)]], key)[0])
     return 0

@@ -36,8 +36,8 @@ from jaxrm.evaluation.config import (
     RankingEvaluationConfig,
 )
 from jaxrm.models.build import ModelSource
-from jaxrm.models.generate import SamplingConfig
 from jaxrm.models.lora import LoRAConfig
+from jaxrm.models.sampling import SamplingConfig
 from jaxrm.runtime.checkpoint import CheckpointConfig
 from jaxrm.runtime.metrics import LoggingConfig
 from jaxrm.runtime.run_folder import OnExisting

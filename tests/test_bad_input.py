@@ -43,7 +43,7 @@ from jaxrm.data.config import DataConfig
 from jaxrm.evaluation.config import EvaluationConfig
 from jaxrm.stage_config import SFT
 from jaxrm.models.build import ModelSource
-from jaxrm.models.generate import SamplingConfig
+from jaxrm.models.sampling import SamplingConfig
 from jaxrm.runtime.checkpoint import CheckpointConfig
 from jaxrm.runtime.metrics import LoggingConfig
 

@@ -47,7 +47,7 @@ CONFIG = '''"""A reward model on the pairs beside this file."""
 from jaxrm.data.config import DataConfig
 from jaxrm.stage_config import STAGES
 from jaxrm.models.build import ModelSource
-from jaxrm.models.generate import SamplingConfig
+from jaxrm.models.sampling import SamplingConfig
 from jaxrm.runtime.metrics import LoggingConfig
 
 

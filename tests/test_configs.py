@@ -18,7 +18,7 @@ from jaxrm.config.files import load_config_file
 from jaxrm.inference.sharded_model import shard_model, shard_scalar_model
 from jaxrm.models import lora
 from jaxrm.models.config import preset
-from jaxrm.models.generate import check_on_policy
+from jaxrm.models.sampling import check_on_policy
 from jaxrm.ops.reward_kinds import KINDS
 from jaxrm.pipeline.config import resolve
 from jaxrm.sharding.mesh import MeshConfig, build_mesh, check_batch

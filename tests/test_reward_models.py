@@ -28,7 +28,7 @@ from jaxrm.inference.load import load_policy, load_reward_model
 from jaxrm.inference.parameters import init_key
 from jaxrm.models import config as models
 from jaxrm.models.build import ModelSource
-from jaxrm.models.generate import SamplingConfig
+from jaxrm.models.sampling import SamplingConfig
 from jaxrm.ops.reward_kinds import names_for
 from jaxrm.runtime.checkpoint import CheckpointConfig
 from jaxrm.runtime.metrics import LoggingConfig, read_rows

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from jaxrm.algorithms.rollout import Sampled
 from jaxrm.config.fields import at_least, bounded, check
-from jaxrm.models.generate import prompt_keys
+from jaxrm.models.sampling import prompt_keys
 from jaxrm.types import ResponseBatch, TokenRewards
 
 SampleFn = Callable[[Any, jax.Array, jax.Array, jax.Array], Sampled]

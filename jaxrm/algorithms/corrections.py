@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxrm.models.generate import SamplingConfig, generate
+from jaxrm.models.generate import generate
+from jaxrm.models.sampling import SamplingConfig
 from jaxrm.ops import edit_alignment
 from jaxrm.types import ResponseBatch
 

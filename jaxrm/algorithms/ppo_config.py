@@ -6,7 +6,7 @@ from typing import Literal
 from jaxrm.algorithms.optimizer import OptimizerConfig
 from jaxrm.config.fields import above, at_least, at_most, below, bounded, check, finite, one_of, place, typed, wrong
 from jaxrm.errors import UserError
-from jaxrm.models.generate import SamplingConfig
+from jaxrm.models.sampling import SamplingConfig
 from jaxrm.ops import kl, losses
 from jaxrm.sharding.mesh import MeshConfig
 
@@ -186,8 +186,11 @@ class RolloutConfig:
         that of the training forward, in nats. Where a step passes it, the run stops with its state saved. None is 0.2
         with ``int8``, and no bound without.
       num_microbatches: parts that a batch of prompts is answered in, one after another, so that the key-value cache is
-        that of a part. The weights are read once for each part and token. Tokens are drawn
-        from the same distribution, with other random numbers.
+        that of a part. The weights are read once for each part and token. Tokens are drawn alike.
+      slots: responses of a batch that are written at once; None for all of them. Where there are fewer, the slots of
+        a prompt whose responses have ended are taken by the next prompt, so that none is idle while others wait, and
+        the key-value cache is that of the slots. Its worth is in responses of very different lengths. A multiple of
+        ``responses_per_prompt`` and of the devices of the data and fsdp axes. Tokens are drawn alike.
       responses_per_prompt: n, in PPO: responses to each prompt of a step. ``config.data.batch_size`` counts responses,
         so a step has 1 / n as many prompts. A prompt is read, and its keys and values stored, once for all n.
     """
@@ -197,6 +200,7 @@ class RolloutConfig:
     weights: Literal["compute", "int8"] = "compute"
     max_mismatch: float | None = bounded(None, above(0), meaning="0.2 with int8")
     num_microbatches: int = bounded(1, at_least(1))
+    slots: int | None = bounded(None, at_least(1))
     responses_per_prompt: int = bounded(1, at_least(1))
 
     def __post_init__(self) -> None:

@@ -12,10 +12,12 @@ from flax import nnx
 from jaxrm.algorithms import microbatches
 from jaxrm.algorithms.reading import read_responses, response_statistics, token_statistics
 from jaxrm.models import heads, lora
-from jaxrm.models.generate import Generation, SamplingConfig, generate, response_keys
+from jaxrm.models.generate import generate, refill_of
 from jaxrm.models.heads import ScalarHead
+from jaxrm.models.sampling import SamplingConfig, response_keys
 from jaxrm.models.transformer import Decoder
 from jaxrm.ops.vocab import TokenStatistics
+from jaxrm.sharding.mesh import batch_shards
 from jaxrm.types import ResponseBatch, TokenRewards
 
 
@@ -197,6 +199,7 @@ def build_sample(
     batch_sharding: Any,
     num_microbatches: int = 1,
     responses_per_prompt: int = 1,
+    slots: int | None = None,
 ) -> Callable[[Any, jax.Array, jax.Array, jax.Array], Sampled]:
     """Jitted ``sample(params, prompts [G, P], prompt_mask [G, P], keys [G, n]) -> Sampled``.
 
@@ -208,24 +211,26 @@ def build_sample(
       batch_sharding: of the rows.
       num_microbatches: parts of the prompts, one after another.
       responses_per_prompt: n; the batch has ``G n`` rows, those of a prompt next to each other.
+      slots: rows that are written at once, see `jaxrm.models.generate.generate`; None for those of a part.
     """
-    n = responses_per_prompt
+    n, shards = responses_per_prompt, batch_shards(batch_sharding.mesh)
+    options = {"sampling": sampling, "end_ids": end_ids, "responses_per_prompt": n, "slots": slots}
+    if slots is not None:
+        options["refill"] = refill_of(slots // n, shards)
 
     def sample(params: Any, prompts: jax.Array, prompt_mask: jax.Array, keys: jax.Array) -> Sampled:
-        def part(rows: tuple[jax.Array, jax.Array, jax.Array]) -> Generation:
-            generated = generate(graphdef, params, *rows, sampling=sampling, end_ids=end_ids, responses_per_prompt=n)
-            return jax.tree.map(lambda x: x.reshape(-1, n, *x.shape[1:]), generated)
+        def part(rows: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
+            drawn = generate(graphdef, params, *rows, **options)
+            return tuple(x.reshape(-1, n, x.shape[1]) for x in (drawn.tokens, drawn.mask, drawn.log_probs))
 
         rows = (prompts, prompt_mask, keys)
         if num_microbatches == 1:
             by_prompt = part(rows)
         else:
             by_prompt = microbatches.merge(jax.lax.map(part, microbatches.split(rows, num_microbatches)))
-        generated = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), by_prompt)
+        tokens, mask, log_probs = (x.reshape(-1, x.shape[2]) for x in by_prompt)
         prompts, prompt_mask = (jnp.repeat(x, n, axis=0) for x in (prompts, prompt_mask))
-        tokens = jnp.where(generated.mask, generated.tokens, 0)
-        responses = ResponseBatch(prompts, prompt_mask, tokens, generated.mask)
-        return Sampled(responses, generated.log_probs)
+        return Sampled(ResponseBatch(prompts, prompt_mask, jnp.where(mask, tokens, 0), mask), log_probs)
 
     return jax.jit(
         sample, in_shardings=(params_sharding, batch_sharding, batch_sharding, None), out_shardings=batch_sharding

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from jaxrm.config.fields import at_least, bounded, check, wrong
-from jaxrm.models.generate import SamplingConfig
+from jaxrm.models.sampling import SamplingConfig
 
 
 def _greedy() -> SamplingConfig:

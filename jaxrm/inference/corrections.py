@@ -14,7 +14,7 @@ from jaxrm.errors import UserError, flag, option
 from jaxrm.inference.sampler import Sampler
 from jaxrm.inference.sharded_model import ShardedModel
 from jaxrm.models.config import ModelConfig
-from jaxrm.models.generate import SamplingConfig
+from jaxrm.models.sampling import SamplingConfig
 from jaxrm.runtime.progress import Progress
 
 if TYPE_CHECKING:

@@ -15,8 +15,8 @@ from jaxrm.inference.reward_model import RewardModel, default_kind
 from jaxrm.inference.sampler import Sampler
 from jaxrm.inference.sharded_model import ShardedModel, shard_model, shard_scalar_model
 from jaxrm.models import build, heads
-from jaxrm.models.generate import SamplingConfig
 from jaxrm.models.lora import LoRAConfig, init_adapters, join, split
+from jaxrm.models.sampling import SamplingConfig, prompt_keys
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -63,7 +63,7 @@ class Policy:
           top_k: draw among this many tokens only; 0 for all.
           top_p: draw among the likeliest tokens that reach this probability; 1 for all.
           seed: sampling seed. A response depends on it, on its prompt and on the place of that among the prompts.
-          batch_size: prompts answered at once.
+          batch_size: prompts answered at once; where one response ends, the next prompt takes its place.
 
         Returns:
           The responses in the order of the prompts, each a ``str`` without its end token.
@@ -75,8 +75,9 @@ class Policy:
         check_count("batch_size", batch_size)
         check_count("seed", seed, 0)
         sampling = SamplingConfig(max_new_tokens, temperature, top_k, top_p)
-        batches = self.sampler(sampling).in_batches(messages, jax.random.key(seed), batch_size)
-        return [response for batch in batches for response in batch]
+        keys = prompt_keys(jax.random.key(seed), 0, len(messages))
+        answers = dict(self.sampler(sampling).answers(messages, keys, batch_size))
+        return [answers[place] for place in range(len(messages))]
 
     def with_adapters(self, lora: LoRAConfig = DEFAULT_LORA, *, seed: int = 0) -> "Policy":
         """The same model as the base of new adapters, which are then what is trained of it, and change nothing yet.

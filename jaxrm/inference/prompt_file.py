@@ -1,11 +1,14 @@
 """A file of prompts, and the file of the responses to them."""
 
+import hashlib
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
+import numpy as np
 
 from jaxrm import atomic
 from jaxrm.data.config import DataConfig
@@ -13,6 +16,7 @@ from jaxrm.data.readers import read_records
 from jaxrm.data.records import Message
 from jaxrm.errors import UserError, option
 from jaxrm.inference.sampler import Sampler
+from jaxrm.models.sampling import prompt_keys
 from jaxrm.runtime.progress import Progress
 
 
@@ -34,34 +38,84 @@ def read_prompt_file(path: str) -> list[Sequence[Message]]:
 
 
 def write_responses(
-    sampler: Sampler, prompts: Sequence[Sequence[Message]], output: str | None, batch_size: int, key: jax.Array
+    sampler: Sampler,
+    prompts: Sequence[Sequence[Message]],
+    output: str | None,
+    slots: int,
+    key: jax.Array,
+    identity: Mapping[str, Any],
 ) -> None:
     """Write one JSON object a prompt, in order.
+
+    Responses are kept as they end in a file beside the output, ``OUTPUT.part``. A run that was killed goes on from it.
 
     Args:
       sampler: the model.
       prompts: each as messages.
       output: JSONL, which appears once it is whole; standard output without it.
-      batch_size: prompts answered at once.
+      slots: prompts answered at once.
       key: typed PRNG key.
+      identity: what the responses follow from besides the prompts; a file of others is not continued.
 
     Raises:
-      UserError: a prompt that cannot be read whole, before anything is drawn or written.
+      UserError: a prompt that cannot be read whole, before anything is drawn or written; or responses of others are
+        kept beside the output.
     """
-    batches = sampler.in_batches(prompts, key, batch_size)
-
-    def lines() -> Iterator[str]:
-        with Progress("generate", len(prompts), unit="prompts", enabled=output is not None) as progress:
-            done = 0
-            for batch in batches:
-                for prompt, response in zip(prompts[done : done + len(batch)], batch, strict=True):
-                    messages = [{"role": message.role, "content": message.content} for message in prompt]
-                    yield json.dumps({"prompt": messages, "response": response}, ensure_ascii=False) + "\n"
-                done += len(batch)
-                progress.update(done)
-
+    keys = prompt_keys(key, 0, max(len(prompts), 1))[: len(prompts)]
     if output is None:
-        sys.stdout.writelines(lines())
+        for line in _in_order(prompts, sampler.answers(prompts, keys, slots)):
+            sys.stdout.write(line)
         return
-    with atomic.open_for_writing(Path(output).expanduser()) as file:
-        file.writelines(lines())
+    target = Path(output).expanduser()
+    kept = target.with_name(f"{target.name}.part")
+    digest = hashlib.sha256(json.dumps([_messages(prompt) for prompt in prompts]).encode()).hexdigest()
+    done = _kept_responses(kept, {"prompts": digest, **identity})
+    rest = [place for place in range(len(prompts)) if place not in done]
+    answers = sampler.answers([prompts[place] for place in rest], keys[np.asarray(rest, int)], slots)
+    with (
+        Progress("generate", len(prompts), unit="prompts", done=len(done)) as progress,
+        kept.open("a", encoding="utf-8") as file,
+    ):
+        for number, response in answers:
+            done[rest[number]] = response
+            file.write(json.dumps({"place": rest[number], "response": response}, ensure_ascii=False) + "\n")
+            file.flush()
+            progress.update(len(done))
+    with atomic.open_for_writing(target) as file:
+        file.writelines(_in_order(prompts, sorted(done.items())))
+    kept.unlink()
+
+
+def _kept_responses(path: Path, identity: Mapping[str, Any]) -> dict[int, str]:
+    """The responses that a killed run has kept, by the place of their prompt; begins the file where there is none.
+
+    Raises:
+      UserError: they follow from something else.
+    """
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    whole = [json.loads(line) for line in lines if line.endswith("\n")]  # a kill may have cut the last one short
+    if whole and whole[0] != identity:
+        other = [name for name in identity if whole[0].get(name) != identity[name]]
+        raise UserError(
+            f"{path} has responses of a run that was stopped, with other {', '.join(other)}; give what it was given to "
+            "go on, or remove that file to begin anew, or give another --output=responses.jsonl"
+        )
+    with atomic.open_for_writing(path) as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in whole or [identity])
+    return {row["place"]: row["response"] for row in whole[1:]}
+
+
+def _in_order(prompts: Sequence[Sequence[Message]], answers: Iterable[tuple[int, str]]) -> Iterator[str]:
+    """A line for each answer, each as soon as those of the prompts before it are written."""
+    waiting: dict[int, str] = {}
+    first = 0
+    for place, response in answers:
+        waiting[place] = response
+        while first in waiting:
+            row = {"prompt": _messages(prompts[first]), "response": waiting.pop(first)}
+            yield json.dumps(row, ensure_ascii=False) + "\n"
+            first += 1
+
+
+def _messages(prompt: Sequence[Message]) -> list[dict[str, str]]:
+    return [{"role": message.role, "content": message.content} for message in prompt]

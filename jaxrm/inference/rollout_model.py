@@ -13,8 +13,8 @@ from jaxrm.inference import sharded_model
 from jaxrm.inference.decode_mesh import DecodeLoad, decode_meshes
 from jaxrm.inference.sharded_model import ShardedModel
 from jaxrm.models import build, lora
-from jaxrm.models.generate import SamplingConfig
 from jaxrm.models.quantized_params import count_parameters
+from jaxrm.models.sampling import SamplingConfig
 from jaxrm.models.transformer import DecodingStorage
 from jaxrm.sharding import partition
 from jaxrm.sharding.mesh import batch_shards, check_batch, reshape_mesh
@@ -72,6 +72,7 @@ def _on_mesh(config: PPO, mesh: Mesh, policy: ShardedModel, field: str) -> Shard
         microbatches_field="rollout.num_microbatches",
     )
     check_groups(config, mesh, parts, mesh_field=field)
+    check_slots(config, mesh, mesh_field=field)
     if mesh.shape == policy.mesh.shape:
         return policy
     return sharded_model.shard_model(config.model, mesh, policy.config, lora=policy.lora, field=field)
@@ -82,7 +83,8 @@ def _decode_load(config: PPO, policy: ShardedModel) -> DecodeLoad:
     shape, rollout, itemsize = policy.config, config.rollout, np.dtype(config.model.dtype).itemsize
     own = lora.split(policy.shapes)[1] or policy.shapes  # adapters are merged
     read = count_parameters(own) - (0 if shape.tie_embeddings else shape.vocab_size * shape.hidden_size)
-    rows, length = config.data.batch_size / rollout.num_microbatches, rollout.sampling.max_new_tokens
+    rows = rollout.slots or config.data.batch_size / rollout.num_microbatches
+    length = rollout.sampling.max_new_tokens
     slots = rows * (length + (config.data.max_length - length) / rollout.responses_per_prompt)
     return DecodeLoad(
         weights=read * (1 if rollout.weights == "int8" else itemsize),
@@ -122,6 +124,41 @@ def check_groups(config: Any, mesh: Mesh, num_microbatches: int = 1, *, mesh_fie
     )
 
 
+def check_slots(config: Any, mesh: Mesh, *, mesh_field: str = "mesh") -> None:
+    """Refuse slots that are not as many whole groups of responses on every device, or that mean nothing.
+
+    Args:
+      config: the whole config.
+      mesh: that the prompts lie on while they are answered.
+      mesh_field: that says how ``mesh`` lies, for messages.
+
+    Raises:
+      UserError: naming what to type.
+    """
+    rollout, batch_size = config.rollout, config.data.batch_size
+    slots, n, parts = rollout.slots, rollout.responses_per_prompt, rollout.num_microbatches
+    if slots is None:
+        return
+    name, unit = "rollout.slots", n * batch_shards(mesh)
+    if parts > 1:
+        raise UserError(
+            f"{option(name)} is {slots} and {option('rollout.num_microbatches')} is {parts}, but both say how many "
+            f"responses are written at once; use {flag('rollout.num_microbatches')}=1, or {flag(name)}=None"
+        )
+    if slots > batch_size:
+        raise UserError(
+            f"{option(name)} is {slots}, but a batch has {batch_size} responses ({option('data.batch_size')}); use "
+            f"{flag(name)}=None to write all of them at once"
+        )
+    if slots % unit:
+        groups = f"in groups of {option('rollout.responses_per_prompt')} {n} on" if n > 1 else "on"
+        raise UserError(
+            f"{option(name)} is {slots}, but slots lie {groups} the {batch_shards(mesh)} devices of the data and "
+            f"fsdp axes of {option(mesh_field)}; use a multiple of {unit}, e.g. "
+            f"{flag(name)}={max(1, round(slots / unit)) * unit}"
+        )
+
+
 def check_one_response_a_prompt(config: Any, instead: str) -> None:
     """Refuse several responses a prompt in a stage that has an option of its own for them: ``instead``.
 
@@ -158,6 +195,7 @@ def build_sampler(
     end_ids: tuple[int, ...],
     num_microbatches: int = 1,
     responses_per_prompt: int = 1,
+    slots: int | None = None,
 ) -> BatchSampler:
     """The programs by which a policy answers.
 
@@ -169,6 +207,7 @@ def build_sampler(
       end_ids: ids that end a response.
       num_microbatches: parts of a batch of prompts that are answered one after another.
       responses_per_prompt: see `jaxrm.models.generate.generate`.
+      slots: see `jaxrm.models.generate.generate`.
     """
     rows = partition.batch_sharding(rollout_model.mesh)
     sample = rollout.build_sample(
@@ -179,6 +218,7 @@ def build_sampler(
         batch_sharding=rows,
         num_microbatches=num_microbatches,
         responses_per_prompt=responses_per_prompt,
+        slots=slots,
     )
     if rollout_model.mesh.shape == policy.mesh.shape:
         return BatchSampler(sample, responses_per_prompt=responses_per_prompt)

@@ -12,7 +12,10 @@ from jaxrm.data.responses import Response, response_text
 from jaxrm.errors import UserError, flag, option
 from jaxrm.inference.sharded_model import ShardedModel
 from jaxrm.models.config import ModelConfig
-from jaxrm.models.generate import SamplingConfig, generate, prompt_keys
+from jaxrm.models.generate import generate
+from jaxrm.models.sampling import SamplingConfig, prompt_keys, response_keys
+from jaxrm.models.stream import Prompt, Stream
+from jaxrm.sharding.mesh import batch_shards
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -78,6 +81,7 @@ class Sampler:
         self._model, self._params = model, params
         self._tokenizer, self._template, self._sampling = tokenizer, template, sampling
         self._end_ids = model.end_ids(tokenizer, template)
+        self._streams: dict[int, Stream] = {}
 
     def encode(self, prompts: Sequence[Sequence[Message]]) -> list[list[int]]:
         """Token ids of each prompt.
@@ -109,21 +113,42 @@ class Sampler:
         """
         return [self.text(tokens) for tokens in self.continue_ids(self.encode(prompts), key)]
 
-    def in_batches(
-        self, prompts: Sequence[Sequence[Message]], key: jax.Array, batch_size: int
-    ) -> Iterator[list[Response]]:
-        """One response to each prompt, ``batch_size`` prompts at a time, in their order.
+    def answers(
+        self, prompts: Sequence[Sequence[Message]], keys: jax.Array, slots: int
+    ) -> Iterator[tuple[int, Response]]:
+        """One response to each prompt as soon as it has ended, with the number of its prompt, from 0.
+
+        Args:
+          prompts: each as messages; any number.
+          keys: ``[N]`` typed PRNG keys of the prompts, or ``[N, 1]`` of the responses.
+          slots: prompts answered at once; as one response ends, the next prompt takes its place.
 
         Raises:
           UserError: as `encode`; at once, before anything is drawn.
         """
-        return self._in_batches(self.encode(prompts), key, batch_size)
+        return self._answers(self.encode(prompts), keys, slots)
 
-    def _in_batches(self, encoded: list[list[int]], key: jax.Array, batch_size: int) -> Iterator[list[Response]]:
-        for start in range(0, len(encoded), batch_size):
-            part = encoded[start : start + batch_size]
-            drawn = self.continue_ids(part, prompt_keys(key, start, len(part)))
-            yield [self.text(token_ids) for token_ids in drawn]
+    def _answers(self, encoded: list[list[int]], keys: jax.Array, slots: int) -> Iterator[tuple[int, Response]]:
+        if not encoded:
+            return
+        data = np.asarray(jax.random.key_data(response_keys(keys, len(encoded), 1)[:, 0]))
+        limit = self._sampling.max_new_tokens
+        waiting = [Prompt(ids, key, limit) for ids, key in zip(encoded, data, strict=True)]
+        for answer in self._stream(slots).answer(waiting):
+            yield answer.place, self.text(answer.tokens)
+
+    def _stream(self, slots: int) -> Stream:
+        """The programs for so many slots; with their copy of the weights they live as long as this."""
+        if slots not in self._streams:
+            self._streams[slots] = Stream(
+                self._model.graphdef,
+                self._params,
+                sampling=self._sampling,
+                end_ids=self._end_ids,
+                slots=slots,
+                shards=batch_shards(self._model.mesh),
+            )
+        return self._streams[slots]
 
     def continue_ids(self, prompts: Sequence[Sequence[int]], key: jax.Array) -> list[np.ndarray]:
         """Token ids of one response to each prompt, its end token included where it was reached.

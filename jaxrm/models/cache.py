@@ -8,80 +8,105 @@ import jax.numpy as jnp
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Cache:
-    """Key-value cache: one pair of buffers a layer, so that a step writes in place and copies nothing else.
-
-    Slot ``s`` of a row holds its ``s``-th token, padding of the prompt included. Where rows share prompts, these are
-    in `Prompts`, and slot ``s`` holds the ``s``-th token after them.
+class SharedPrompts:
+    """Keys and values of G prompts, each of which begins ``n`` rows that lie next to each other.
 
     Attributes:
-      keys: one ``[B, K, H, S]`` for each layer, rotated. Slots are last, those of the values are not: both products of
+      keys: one ``[G, K, H, P]`` for each layer, rotated. Tokens are last, those of the values are not: both products of
         attention then read the cache along its memory.
-      values: one ``[B, K, S, H]`` for each layer.
-      occupied: ``[B, S]`` bool, True on slots that hold a token that may be seen (not padding).
-      length: ``[]`` int32, number of slots written, the same for every row.
-      next_position: ``[B]`` int32, position of each row's next token.
+      values: one ``[G, K, P, H]`` for each layer.
+      occupied: ``[G, P]`` bool, False on padding, which is on the left.
+      next_position: ``[G]`` int32, position of the token after the prompt.
     """
 
     keys: tuple[jax.Array, ...]
     values: tuple[jax.Array, ...]
     occupied: jax.Array
-    length: jax.Array
     next_position: jax.Array
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Prompts:
-    """Keys and values of G prompts, of which each begins ``n`` rows that lie next to each other.
+class Cache:
+    """Keys and values of the tokens after the prompts: one pair of buffers a layer, so that a step writes in place.
+
+    It is a ring of W columns: every row writes its token into the same column, and then into the next, however long it
+    is. So rows that began at different steps need no column of their own to write into, which would be a scatter; a
+    row sees the last of its own tokens alone. A row of W tokens fills the ring, and is over.
 
     Attributes:
-      keys: one ``[G, K, H, P]`` for each layer, rotated.
-      values: one ``[G, K, P, H]`` for each layer.
-      occupied: ``[G, P]`` bool, False on padding.
+      keys: one ``[B, K, H, W]`` for each layer, as in `SharedPrompts`.
+      values: one ``[B, K, W, H]`` for each layer.
+      cursor: ``[]`` int32, column of the next token.
+      lengths: ``[B]`` int32, tokens of each row before it: those in the columns up to the cursor.
+      next_position: ``[B]`` int32, position of each row's next token.
     """
 
     keys: tuple[jax.Array, ...]
     values: tuple[jax.Array, ...]
-    occupied: jax.Array
+    cursor: jax.Array
+    lengths: jax.Array
+    next_position: jax.Array
 
 
-def branch(past: Cache, n: int, size: int) -> tuple[Prompts, Cache]:
-    """Prompts as they are, and an empty cache of ``size`` slots for each of the ``n`` rows that begin with each."""
-    rows = past.occupied.shape[0] * n
+def empty(prompts: SharedPrompts, n: int, size: int) -> Cache:
+    """A ring of ``size`` columns for each of the ``n`` rows that begin with each prompt."""
+    rows = prompts.occupied.shape[0] * n
 
-    def empty(x: jax.Array, slots: int) -> jax.Array:
+    def zeros(x: jax.Array, columns: int) -> jax.Array:
         shape = list(x.shape)
-        shape[0], shape[slots] = rows, size
+        shape[0], shape[columns] = rows, size
         return jnp.zeros(shape, x.dtype)
 
-    return Prompts(past.keys, past.values, past.occupied), Cache(
-        keys=tuple(empty(x, 3) for x in past.keys),
-        values=tuple(empty(x, 2) for x in past.values),
-        occupied=jnp.zeros((rows, size), bool),
-        length=jnp.zeros((), jnp.int32),
-        next_position=jnp.repeat(past.next_position, n),
+    return Cache(
+        keys=tuple(zeros(x, 3) for x in prompts.keys),
+        values=tuple(zeros(x, 2) for x in prompts.values),
+        cursor=jnp.zeros((), jnp.int32),
+        lengths=jnp.zeros((rows,), jnp.int32),
+        next_position=jnp.repeat(prompts.next_position, n),
     )
 
 
-def from_prompt(keys: jax.Array, values: jax.Array, segment_ids: jax.Array, positions: jax.Array, size: int) -> Cache:
-    """Cache that holds a prompt and has room for ``size`` slots in all.
+def from_prompts(keys: jax.Array, values: jax.Array, segment_ids: jax.Array, positions: jax.Array) -> SharedPrompts:
+    """Prompts as they were read.
 
     Args:
-      keys: ``[L, B, P, K, H]`` of the prompt, rotated.
-      values: ``[L, B, P, K, H]``.
-      segment_ids: ``[B, P]`` int, 0 for (left) padding.
-      positions: ``[B, P]`` int.
-      size: slots, at least ``P``.
+      keys: ``[L, G, P, K, H]``, rotated.
+      values: ``[L, G, P, K, H]``.
+      segment_ids: ``[G, P]`` int, 0 for (left) padding.
+      positions: ``[G, P]`` int.
     """
-    padding = size - keys.shape[2]
-    assert padding >= 0, (size, keys.shape)
-
-    none = (0, 0)
-    return Cache(
-        keys=tuple(jnp.pad(x.transpose(0, 2, 3, 1), (none, none, none, (0, padding))) for x in keys),
-        values=tuple(jnp.pad(x.transpose(0, 2, 1, 3), (none, none, (0, padding), none)) for x in values),
-        occupied=jnp.pad(segment_ids > 0, ((0, 0), (0, padding))),
-        length=jnp.asarray(keys.shape[2], jnp.int32),
+    return SharedPrompts(
+        keys=tuple(x.transpose(0, 2, 3, 1) for x in keys),
+        values=tuple(x.transpose(0, 2, 1, 3) for x in values),
+        occupied=segment_ids > 0,
         next_position=jnp.max(jnp.where(segment_ids > 0, positions, -1), axis=1) + 1,
+    )
+
+
+def widened(prompts: SharedPrompts, width: int) -> SharedPrompts:
+    """The prompts with padding up to ``width`` on their left."""
+    more, none = (width - prompts.occupied.shape[1], 0), (0, 0)
+    return dataclasses.replace(
+        prompts,
+        keys=tuple(jnp.pad(x, (none, none, none, more)) for x in prompts.keys),
+        values=tuple(jnp.pad(x, (none, none, more, none)) for x in prompts.values),
+        occupied=jnp.pad(prompts.occupied, (none, more)),
+    )
+
+
+def grown(past: Cache, size: int) -> Cache:
+    """The cache as a ring of ``size`` columns, whose first are those of the old one from its oldest token on."""
+    width = past.keys[0].shape[3]
+
+    def wider(x: jax.Array, columns: int) -> jax.Array:
+        padding = [(0, 0)] * x.ndim
+        padding[columns] = (0, size - width)
+        return jnp.pad(jnp.roll(x, -past.cursor - 1, axis=columns), padding)
+
+    return dataclasses.replace(
+        past,
+        keys=tuple(wider(x, 3) for x in past.keys),
+        values=tuple(wider(x, 2) for x in past.values),
+        cursor=jnp.full_like(past.cursor, width - 1),
     )

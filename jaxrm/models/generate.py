@@ -1,8 +1,10 @@
-"""Sampling from a decoder: one prefill, then one jitted loop over a key-value cache."""
+"""Answers of a decoder to a batch of prompts, in one jitted program.
+
+Every row has a slot, or there are fewer slots than rows. Then a slot whose response has ended is taken by the next
+prompt, so that no step decodes rows that are over while others wait (continuous batching, Yu et al. 2022, Orca).
+"""
 
 import functools
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import chex
@@ -10,33 +12,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxrm.config.fields import above, at_least, at_most, bounded, check
-from jaxrm.errors import UserError, flag, option
-from jaxrm.models import cache as cache_lib
-from jaxrm.models.transformer import positions_from_mask
+from jaxrm.models.sampling import SamplingConfig, response_keys
+from jaxrm.models.slots import Slots, Work, Writer, free_groups, in_order, pick
 
-_BLOCK = 128  # of the vocabulary, for drawing
-
-
-@dataclass(frozen=True)
-class SamplingConfig:
-    """How the next token is drawn.
-
-    Attributes:
-      max_new_tokens: longest response, its EOS included.
-      temperature: divides the logits; 0 takes the most likely token.
-      top_k: draw among this many most likely tokens only; 0 for all.
-      top_p: draw among the fewest most likely tokens whose probabilities reach this sum (Holtzman et al. 2020,
-        arXiv 1904.09751); 1 for all.
-    """
-
-    max_new_tokens: int = bounded(128, at_least(1))
-    temperature: float = bounded(1.0, at_least(0), meaning=" (0 is greedy)")
-    top_k: int = bounded(0, at_least(0), meaning=" (0 is no limit)")
-    top_p: float = bounded(1.0, above(0), at_most(1))
-
-    def __post_init__(self) -> None:
-        check(self)
+_LEAST_SLOTS = 8  # the last rows of a batch are not packed into fewer
 
 
 class Generation(NamedTuple):
@@ -48,24 +27,32 @@ class Generation(NamedTuple):
       log_probs: ``[B, max_new_tokens]`` float32, log-prob of each token of the response under
         ``softmax(logits / temperature)``, before top-k and top-p, as it was computed to draw it; 0 outside the mask.
         Greedy tokens have those of temperature 1.
+      capacity: ``[]`` int32, tokens that all steps could have drawn, had no slot been idle; ``sum(mask) / capacity`` is
+        the use of the slots.
     """
 
     tokens: jax.Array
     mask: jax.Array
     log_probs: jax.Array
+    capacity: jax.Array
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "sampling", "end_ids", "responses_per_prompt"))
+@functools.partial(
+    jax.jit, static_argnames=("graphdef", "sampling", "end_ids", "responses_per_prompt", "slots", "refill")
+)
 def generate(
     graphdef: nnx.GraphDef,
     params: Any,
     prompts: jax.Array,
     prompt_mask: jax.Array,
     key: jax.Array,
+    limits: jax.Array | None = None,
     *,
     sampling: SamplingConfig,
     end_ids: tuple[int, ...],
     responses_per_prompt: int = 1,
+    slots: int | None = None,
+    refill: int | None = None,
 ) -> Generation:
     """Sample responses to prompts; stops early once every row has ended.
 
@@ -75,167 +62,99 @@ def generate(
     Args:
       graphdef: of the decoder.
       params: its parameters.
-      prompts: ``[B, P]`` int32, padded on the left.
-      prompt_mask: ``[B, P]`` bool, False on padding.
-      key: typed PRNG keys: ``[B]`` of each prompt, ``[B, n]`` of each response, or ``[]``, from which prompt ``b`` has
-        ``fold_in(key, b)``. Response ``i`` of a prompt has ``fold_in(key of the prompt, i)``, and its token ``t`` is
+      prompts: ``[G, P]`` int32, padded on the left.
+      prompt_mask: ``[G, P]`` bool, False on padding.
+      key: typed PRNG keys: ``[G]`` of each prompt, ``[G, n]`` of each response, or ``[]``, from which prompt ``g`` has
+        ``fold_in(key, g)``. Response ``i`` of a prompt has ``fold_in(key of the prompt, i)``, and its token ``t`` is
         drawn with ``fold_in(key of the response, t)``, whatever the length limit. So a response depends on its prompt
-        and key alone. Its batch and the mesh change how sums round, in float32 by about 1e-6, and so in rare cases
-        which of two tokens is drawn.
+        and key alone, not on its slot or neighbors. The number of rows, the column that a slot's response begins in and
+        the mesh change the order of sums, which in float32 moves logits by about 1e-6; in rare cases that
+        decides which of two tokens is drawn.
+      limits: ``[G]`` int32, longest response to each prompt where it is shorter than ``sampling`` says; None for that.
       sampling: see ``SamplingConfig``.
       end_ids: ids that end a response.
       responses_per_prompt: n. The prompts are read, and their keys and values stored, once for all n.
+      slots: responses that are written at once, a multiple of n; None or more than ``G n`` for all. With n responses a
+        prompt the n slots of a prompt are taken anew when the last of them has ended.
+      refill: prompts that are read at once, when so many can be begun; None for an eighth of the slots.
 
     Returns:
-      ``B n`` responses; those to one prompt lie next to each other.
+      ``G n`` responses; those to one prompt lie next to each other.
     """
     chex.assert_equal_shape([prompts, prompt_mask])
-    n, P, T = responses_per_prompt, prompts.shape[1], sampling.max_new_tokens
-    B, keys = prompts.shape[0] * n, response_keys(key, prompts.shape[0], n).reshape(-1)
+    G, n, T = prompts.shape[0], responses_per_prompt, sampling.max_new_tokens
+    limits = jnp.full((G,), T, jnp.int32) if limits is None else jnp.minimum(limits, T)
+    work = Work(prompts, prompt_mask, response_keys(key, G, n), limits)
     model = nnx.merge(graphdef, params)
-    positions = positions_from_mask(prompt_mask)
-    segment_ids, size = prompt_mask.astype(jnp.int32), P + T if n == 1 else P
-    hidden, past = model.prefill(prompts, positions=positions, segment_ids=segment_ids, size=size)
-    last, shared = hidden[:, -1], None
-    if n > 1:
-        last = jnp.repeat(last, n, axis=0)
-        shared, past = model.branch(past, n, T)
-    layers = model.unstack_layers()
-    head = model.decode_head()
-    ends = jnp.asarray(end_ids, jnp.int32)
-
-    def draw(hidden: jax.Array, t: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return sample(model.logits(hidden, head), jax.vmap(jax.random.fold_in, (0, None))(keys, t), sampling)
-
-    def is_end(token: jax.Array) -> jax.Array:
-        return jnp.any(token[:, None] == ends[None], axis=1)
-
-    class Carry(NamedTuple):
-        t: jax.Array
-        token: jax.Array
-        alive: jax.Array
-        tokens: jax.Array
-        mask: jax.Array
-        log_probs: jax.Array
-        past: cache_lib.Cache
-
-    def unfinished(carry: Carry) -> jax.Array:
-        return (carry.t < T) & jnp.any(carry.alive)
-
-    def one_token(carry: Carry) -> Carry:
-        hidden, past = model.decode(carry.token[:, None], layers, carry.past, shared)
-        return emit(hidden[:, 0], carry._replace(past=past))
-
-    def emit(hidden: jax.Array, carry: Carry) -> Carry:
-        token, log_prob = draw(hidden, carry.t)
-        write = functools.partial(jax.lax.dynamic_update_index_in_dim, index=carry.t, axis=1)
-        tokens, mask = write(carry.tokens, token), write(carry.mask, carry.alive)
-        log_probs = write(carry.log_probs, jnp.where(carry.alive, log_prob, 0.0))
-        return Carry(carry.t + 1, token, carry.alive & ~is_end(token), tokens, mask, log_probs, carry.past)
-
-    empty = Carry(
-        jnp.zeros((), jnp.int32),
-        jnp.zeros((B,), jnp.int32),
-        jnp.ones((B,), bool),
-        jnp.zeros((B, T), jnp.int32),
-        jnp.zeros((B, T), bool),
-        jnp.zeros((B, T), jnp.float32),
-        past,
-    )
-    end = jax.lax.while_loop(unfinished, one_token, emit(last, empty))
+    writer = Writer(model, model.unstack_layers(), model.decode_head(), sampling, end_ids)
+    groups = G if slots is None else min(slots // n, G)
+    assert groups > 0, (slots, n)
+    state = writer.begin(jax.tree.map(lambda x: x[:groups], work), T)
+    if slots is None or groups == G:
+        state = jax.lax.while_loop(lambda now: jnp.any(now.alive), writer.step, state)
+        out = Generation(*in_order(state, T), state.capacity)
+    else:
+        out = _in_turn(writer, state, work, refill or refill_of(groups, 1))
     # Whole on every device, so that any process can read them.
-    return Generation(*(model.constrain(x, (None, None)) for x in (end.tokens, end.mask, end.log_probs)))
+    return Generation(*(model.constrain(x, (None,) * x.ndim) for x in out))
 
 
-@functools.partial(jax.jit, static_argnames="count")
-def prompt_keys(key: jax.Array, first: int, count: int) -> jax.Array:
-    """Keys ``[count]`` of the prompts from number ``first`` on: ``fold_in(key, number)``."""
-    return jax.vmap(jax.random.fold_in, (None, 0))(key, first + jnp.arange(count))
+def refill_of(groups: int, shards: int) -> int:
+    """Prompts to read at once: about an eighth of the groups of slots, as many for each of the ``shards`` of rows.
 
-
-@functools.partial(jax.jit, static_argnames=("num_prompts", "n"))
-def response_keys(key: jax.Array, num_prompts: int, n: int) -> jax.Array:
-    """Keys ``[num_prompts, n]`` of the n responses to each prompt; ``key`` as in `generate`."""
-    if key.ndim == 0:
-        key = prompt_keys(key, 0, num_prompts)
-    if key.ndim == 1:
-        key = jax.vmap(lambda one: prompt_keys(one, 0, n))(key)
-    assert key.shape == (num_prompts, n), (key.shape, num_prompts, n)
-    return key
-
-
-def sample(logits: jax.Array, keys: jax.Array, sampling: SamplingConfig) -> tuple[jax.Array, jax.Array]:
-    """Draw a token for each row.
-
-    Args:
-      logits: ``[B, V]`` float32.
-      keys: ``[B]`` typed PRNG keys.
-      sampling: see `SamplingConfig`.
-
-    Returns:
-      Token ids ``[B]`` int32, and their log-probs ``[B]`` float32, see `Generation`.
+    More would keep slots idle until so many are free; fewer would read the weights for too few prompts (jaxrm choice).
     """
-    chex.assert_rank(logits, 2)
-    scaled = logits / (sampling.temperature or 1.0)
-    token = _draw(scaled, keys, sampling)
-    drawn = jnp.take_along_axis(scaled, token[:, None], axis=1)[:, 0]
-    return token, drawn - jax.nn.logsumexp(scaled, axis=1)
+    return max(1, groups // 8 // shards) * shards
 
 
-def _draw(logits: jax.Array, keys: jax.Array, sampling: SamplingConfig) -> jax.Array:
-    """Token ids ``[B]`` from tempered logits."""
-    if sampling.temperature == 0:
-        return _pick(logits, jnp.max, (jnp.argmax, jnp.argmax))
-    if sampling.top_k:
-        kth = jax.lax.top_k(logits, min(sampling.top_k, logits.shape[-1]))[0][:, -1:]
-        logits = jnp.where(logits >= kth, logits, -jnp.inf)
-    if sampling.top_p < 1:
-        ordered = jnp.sort(logits, axis=-1, descending=True)
-        probs = jax.nn.softmax(ordered, axis=-1)
-        reached = jnp.cumsum(probs, axis=-1) - probs  # of the tokens before it; the first is always kept
-        last = jnp.min(jnp.where(reached < sampling.top_p, ordered, jnp.inf), axis=-1, keepdims=True)
-        logits = jnp.where(logits >= last, logits, -jnp.inf)
-    parts = jax.vmap(jax.random.split)(keys)
-    draws = [functools.partial(_categorical, parts[:, i]) for i in range(2)]
-    return _pick(logits, jax.nn.logsumexp, draws)
+def fewer_slots(groups: int, n: int) -> int:
+    """Groups that are left once no prompt waits and most rows have ended: a quarter, or 0 to go on with what there is.
 
-
-def _categorical(keys: jax.Array, logits: jax.Array, *, axis: int) -> jax.Array:
-    return jax.vmap(functools.partial(jax.random.categorical, axis=axis))(keys, logits)
-
-
-def _pick(logits: jax.Array, merge: Callable[..., jax.Array], choose: Sequence[Callable[..., jax.Array]]) -> jax.Array:
-    """Choose one of ``logits [B, V]``: a block of the vocabulary by its merged logits, then a token of the block.
-
-    As one choice among all, exactly, but random numbers for a whole vocabulary are a seventh of a step on CPU.
+    A quarter and not half, since a loop is compiled for every number (jaxrm choice).
     """
-    B, V = logits.shape
-    padded = jnp.pad(logits, ((0, 0), (0, -V % _BLOCK)), constant_values=-jnp.inf)
-    blocks = padded.reshape(B, -1, _BLOCK)
-    block = choose[0](merge(blocks, axis=-1), axis=-1)
-    token = choose[1](jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0], axis=-1)
-    return (block * _BLOCK + token).astype(jnp.int32)
+    return groups // 4 if groups % 4 == 0 and groups * n >= 4 * _LEAST_SLOTS else 0
 
 
-def check_on_policy(sampling: SamplingConfig, field: str) -> None:
-    """Refuse sampling whose tokens are not drawn from ``softmax(logits / temperature)``, whose log-probs PPO computes.
+def num_loops(num_prompts: int, groups: int, n: int, refill: int) -> int:
+    """Times that tokens are written until something else is done, where prompts outnumber the groups of slots."""
+    loops = len(range(groups, num_prompts, refill)) + 1
+    while groups := fewer_slots(groups, n):
+        loops += 1
+    return loops
 
-    Args:
-      sampling: how responses are drawn.
-      field: the config section that says so, for messages.
 
-    Raises:
-      UserError: for greedy sampling, top-k and top-p.
-    """
-    for name, good, required in (
-        ("temperature", sampling.temperature > 0, "above 0"),
-        ("top_k", sampling.top_k == 0, "0 (all)"),
-        ("top_p", sampling.top_p == 1, "1 (all)"),
-    ):
-        if not good:
-            raise UserError(
-                f"{option(f'{field}.{name}')} is {getattr(sampling, name)}, with which tokens are not drawn from "
-                f"the policy whose "
-                f"log-probs are trained; it must be {required}, e.g. "
-                f"{flag(f'{field}.{name}')}={getattr(SamplingConfig, name)}"
-            )
+def _in_turn(writer: Writer, state: Slots, work: Work, refill: int) -> Generation:
+    """The responses to all of ``work``, of which ``state`` has begun the first."""
+    (G, n), T = work.keys.shape, state.tokens.shape[1]
+    groups = state.alive.shape[0] // n
+    shapes = (jnp.int32, jnp.bool_, jnp.float32)
+    out = [jnp.zeros((G * n, T), dtype) for dtype in shapes]
+
+    def collect(state: Slots, out: list[jax.Array]) -> list[jax.Array]:
+        """The responses so far, at their places; those that are unfinished are overwritten later."""
+        return [old.at[state.places].set(new, mode="drop") for old, new in zip(out, in_order(state, T), strict=True)]
+
+    def until_free(state: Slots, count: jax.Array | int) -> Slots:
+        return jax.lax.while_loop(lambda now: jnp.sum(free_groups(now, n)) < count, writer.step, state)
+
+    def read_next(carry: tuple[Slots, list[jax.Array]], first: jax.Array) -> tuple[Any, None]:
+        state, out = carry
+        last = groups - fewer_slots(groups, n)
+        state = until_free(state, jnp.where(first < G, jnp.minimum(refill, G - first), last))
+        out = collect(state, out)
+        number = first + jnp.arange(refill)
+        chosen = jnp.argsort(~free_groups(state, n), stable=True)[:refill]
+        part = jax.tree.map(lambda x: x[jnp.minimum(number, G - 1)], work)
+        places = number[:, None] * n + jnp.arange(n)[None]
+        return (writer.refill(state, part, jnp.where(number < G, chosen, groups), places), out), None
+
+    # The last of these reads no prompt that counts: to compile another loop as wide takes longer.
+    reads = [*range(groups, G, refill), G]
+    (state, out), _ = jax.lax.scan(read_next, (state, out), jnp.asarray(reads))
+    while fewer := fewer_slots(groups, n):  # no prompt waits, and the slots become fewer with the rows
+        chosen = jnp.argsort(free_groups(state, n), stable=True)[:fewer]
+        state, groups = pick(writer.model, state, chosen, n), fewer
+        state = until_free(state, groups - fewer_slots(groups, n))
+        out = collect(state, out)
+    tokens, mask, log_probs = out
+    return Generation(tokens, mask, log_probs, state.capacity)

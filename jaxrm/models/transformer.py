@@ -7,7 +7,7 @@ alone unrolls them, since a scan would copy the cache of every layer at every to
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,8 @@ REMAT_POLICIES = (*KEPT_NAMES, "none")
 _HIDDEN = ("batch", "sequence", None)
 _KEYS = ("batch", "kv_heads", "head_dim", None)
 _VALUES = ("batch", "kv_heads", None, "head_dim")
+
+CacheType = TypeVar("CacheType", cache.Cache, cache.SharedPrompts)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,20 +95,19 @@ class Decoder(nnx.Module):
         return self._forward(tokens, positions, segment_ids, return_kv=False)[0]
 
     def prefill(
-        self, tokens: jax.Array, *, positions: jax.Array, segment_ids: jax.Array, size: int
-    ) -> tuple[jax.Array, cache.Cache]:
-        """Hidden states ``[B, P, D]`` of a prompt, and a cache of ``size`` slots that holds it.
+        self, tokens: jax.Array, *, positions: jax.Array, segment_ids: jax.Array
+    ) -> tuple[jax.Array, cache.SharedPrompts]:
+        """Hidden states ``[G, P, D]`` of prompts, and their keys and values.
 
         Arguments as for a call, with one segment a row and any padding on the left.
         """
         hidden, kv = self._forward(tokens, positions, segment_ids, return_kv=True)
         assert kv is not None
-        return hidden, self._constrain_cache(cache.from_prompt(*kv, segment_ids, positions, size))
+        return hidden, self.constrain_cache(cache.from_prompts(*kv, segment_ids, positions))
 
-    def branch(self, past: cache.Cache, n: int, size: int) -> tuple[cache.Prompts, cache.Cache]:
-        """The cache of a prefill as that of ``n`` rows a prompt, with ``size`` slots of their own; for ``decode``."""
-        prompts, own = cache.branch(past, n, size)
-        return prompts, self._constrain_cache(own)
+    def empty_cache(self, prompts: cache.SharedPrompts, n: int, size: int) -> cache.Cache:
+        """Room for ``size`` tokens of each of the ``n`` rows that begin with each prompt; for ``decode``."""
+        return self.constrain_cache(cache.empty(prompts, n, size))
 
     def unstack_layers(self) -> tuple[layers.Layer, ...]:
         """The layers one by one, for ``decode``; outside the decoding loop, which then reads each in place.
@@ -136,30 +137,30 @@ class Decoder(nnx.Module):
         tokens: jax.Array,
         unstacked: tuple[layers.Layer, ...],
         past: cache.Cache,
-        prompts: cache.Prompts | None = None,
+        prompts: cache.SharedPrompts,
     ) -> tuple[jax.Array, cache.Cache]:
         """Hidden states ``[B, 1, D]`` of the next token of each row, and the cache with it written in.
 
         Args:
           tokens: ``[B, 1]`` int token ids.
           unstacked: from ``unstack_layers``.
-          past: the tokens before it.
-          prompts: what the rows begin with, from ``branch``; None where it is in ``past``.
+          past: the tokens between the prompt and it.
+          prompts: what the rows begin with.
         """
         config = self.config
         positions = past.next_position[:, None]
         full, sliding = self._rotations(positions)
-        slot = jnp.arange(past.occupied.shape[1])
-        occupied = past.occupied | (slot == past.length)[None]
-        seen = occupied & (slot <= past.length)[None]
-        nearest = past.length - (config.sliding_window or 0)
-        near = seen & (slot > nearest)[None]
+        window, width, P = config.sliding_window or 0, past.keys[0].shape[3], prompts.occupied.shape[1]
+        age = (past.cursor - jnp.arange(width)) % width
+        seen = age[None] <= past.lengths[:, None]
+        near = seen & (age < window)[None]
+        n = past.lengths.shape[0] // prompts.occupied.shape[0]
+        # Rows of one prompt may have lengths of their own, so a window's edge in the prompt is that of each row.
+        distance = past.lengths[:, None] + jnp.arange(P, 0, -1)[None]
+        near_prompt = jnp.repeat(prompts.occupied, n, axis=0) & (distance < window)
 
-        def cached_prompts(i: int, is_sliding: bool) -> cached_attention.CachedKeys | None:
-            if prompts is None:
-                return None
-            width = prompts.occupied.shape[1]
-            mask = prompts.occupied & (jnp.arange(-width, 0) > nearest)[None] if is_sliding else prompts.occupied
+        def cached_prompts(i: int, is_sliding: bool) -> cached_attention.CachedKeys:
+            mask = near_prompt if is_sliding else prompts.occupied
             return cached_attention.CachedKeys(prompts.keys[i], prompts.values[i], mask)
 
         attend = functools.partial(
@@ -173,16 +174,18 @@ class Decoder(nnx.Module):
         for i, layer in enumerate(unstacked):
             is_sliding = bool(config.layer_is_sliding) and config.layer_is_sliding[i]
             query, key, value = layer.attention.qkv(layer.attention_norm(x), sliding if is_sliding else full)
-            write = functools.partial(jax.lax.dynamic_update_index_in_dim, index=past.length)
+            write = functools.partial(jax.lax.dynamic_update_index_in_dim, index=past.cursor)
             keys[i] = self.constrain(write(keys[i], key[:, 0], axis=3), _KEYS)
             values[i] = self.constrain(write(values[i], value[:, 0], axis=2), _VALUES)
             own = cached_attention.CachedKeys(keys[i], values[i], near if is_sliding else seen)
             attended = attend(query[:, 0], own, cached_prompts(i, is_sliding))
             x = self.constrain(layer.output_and_mlp(x, attended[:, None]), _HIDDEN)
-        grown = cache.Cache(tuple(keys), tuple(values), occupied, past.length + 1, past.next_position + 1)
+        cursor = (past.cursor + 1) % width
+        grown = cache.Cache(tuple(keys), tuple(values), cursor, past.lengths + 1, past.next_position + 1)
         return self.final_norm(x), grown
 
-    def _constrain_cache(self, past: cache.Cache) -> cache.Cache:
+    def constrain_cache(self, past: CacheType) -> CacheType:
+        """Rows and heads of keys and values on their devices."""
         keys = tuple(self.constrain(x, _KEYS) for x in past.keys)
         values = tuple(self.constrain(x, _VALUES) for x in past.values)
         return dataclasses.replace(past, keys=keys, values=values)

@@ -14,12 +14,14 @@ from jaxrm.inference import sharded_model
 from jaxrm.inference.sharded_model import ShardedModel
 from jaxrm.models import lora
 from jaxrm.models.flops import forward_flops, training_flops
+from jaxrm.models.generate import num_loops, refill_of
 from jaxrm.models.quantized_params import count_parameters
 from jaxrm.ops.reward_kinds import find_kind
 from jaxrm.planning.abstract import BASE, Program, StagePrograms, abstract_batch
 from jaxrm.planning.ppo_scoring import scoring_program, shard_classifier, shard_reward_model
 from jaxrm.planning.ppo_stage import PPOStage, cache_of_rollout
 from jaxrm.runtime.checkpoint import with_shardings
+from jaxrm.sharding.mesh import batch_shards
 from jaxrm.stage_config import PPO
 from jaxrm.stages.ppo.learner import open_learner
 from jaxrm.types import TokenBatch
@@ -97,12 +99,25 @@ def _rollout(stage: PPOStage) -> list[Program]:
             rows * stage.config.data.max_length,
             resident,
             rows * stage.row_flops(forward_flops) - (rows - num_prompts) * stage.prompt_flops(),
-            while_trips=stage.response_length - 1,
+            while_trips=_steps_of_a_loop(stage, rollout_model.mesh),
             cache_bytes=cache_of_rollout(stage, rollout_model.mesh),
             copied_parameters=copied,
         )
     )
     return programs
+
+
+def _steps_of_a_loop(stage: PPOStage, mesh: Mesh) -> int:
+    """Tokens that each loop of the rollout writes where all responses have full length, were they spread over all.
+
+    With slots there is a loop before each read of further prompts, and some after the last.
+    """
+    steps, config = stage.response_length - 1, stage.config.rollout
+    if config.slots is None or config.slots == stage.batch_size:
+        return steps
+    groups, n = config.slots // config.responses_per_prompt, config.responses_per_prompt
+    loops = num_loops(stage.num_prompts, groups, n, refill_of(groups, batch_shards(mesh)))
+    return max(1, round(steps * -(-stage.num_prompts // groups) / loops))
 
 
 def _log_probs(stage: PPOStage) -> Program:

@@ -129,9 +129,10 @@ def cache_of_rollout(stage: PPOStage, mesh: Mesh) -> float:
 
     Responses to one prompt share its keys and values.
     """
-    parts = stage.config.rollout.num_microbatches
-    slots = (stage.num_prompts * stage.prompt_length + stage.batch_size * stage.response_length) / parts
-    return cache_of_slots(stage, mesh, stage.num_prompts // parts, slots)
+    rollout = stage.config.rollout
+    rows = rollout.slots or stage.batch_size // rollout.num_microbatches
+    prompts = rows // rollout.responses_per_prompt
+    return cache_of_slots(stage, mesh, prompts, prompts * stage.prompt_length + rows * stage.response_length)
 
 
 def cache_of_slots(stage: PPOStage, mesh: Mesh, rows: int, slots: float) -> float:

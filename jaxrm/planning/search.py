@@ -185,12 +185,11 @@ def _where_residents_fit(
             continue
         if device_bytes(dict(stage.residents)) > memory:
             continue
-        parts = _rollout_parts(changed, stage, memory) if isinstance(changed, PPO) else None
-        yield changes if parts is None else {**changes, "rollout.num_microbatches": parts}
+        yield {**changes, **(_rollout_changes(changed, stage, memory) if isinstance(changed, PPO) else {})}
 
 
-def _rollout_parts(config: PPO, stage: StagePrograms, memory: float) -> int | None:
-    """Number of parts to answer prompts in, so that the cache of one fits; None where that of the config may do.
+def _rollout_changes(config: PPO, stage: StagePrograms, memory: float) -> dict[str, Any]:
+    """Fewer slots, or parts to answer prompts in, so that the cache fits; none where that of the config may do.
 
     A rule of thumb (jaxrm choice): half of the cache exists twice, while it is filled with the prompts, and the loop
     over tokens has the layers once more in the compute dtype.
@@ -206,12 +205,17 @@ def _rollout_parts(config: PPO, stage: StagePrograms, memory: float) -> int | No
     free = memory - taken - device_bytes(in_compute_dtype)
     present = config.rollout.num_microbatches
     if 1.5 * rollout.cache_bytes <= free:
-        return None
+        return {}
     prompts = rollout.arguments[1]
+    if (slots := config.rollout.slots) is not None:
+        unit = config.rollout.responses_per_prompt * batch_shards(prompts.sharding.mesh)
+        by_memory = int(slots * max(free, 0) / (1.5 * rollout.cache_bytes))
+        return {"rollout.slots": max(by_memory // unit, 1) * unit}
     rows = prompts.shape[0] // batch_shards(prompts.sharding.mesh)
     choices = [each for each in _divisors(rows) if each.bit_count() == 1 and each > present]
     fitting = [each for each in choices if 1.5 * rollout.cache_bytes * present / each <= free]
-    return next(iter(fitting), choices[-1] if choices else None)
+    parts = next(iter(fitting), choices[-1] if choices else None)
+    return {} if parts is None else {"rollout.num_microbatches": parts}
 
 
 def _microbatches(config: TrainingConfig, topology: Topology) -> list[int]:

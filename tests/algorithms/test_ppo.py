@@ -35,7 +35,7 @@ from jaxrm.algorithms.ppo_config import PPOConfig
 from jaxrm.algorithms.ppo_state import PPOBatch, RewardAndKLState, steps_of
 from jaxrm.algorithms.rollout import TokenLogProbs, build_sample
 from jaxrm.errors import UserError
-from jaxrm.models.generate import response_keys
+from jaxrm.models.sampling import response_keys
 from jaxrm.ops import reward_scaling, token_rewards
 from jaxrm.ops.reward_kinds import KINDS
 from jaxrm.runtime.checkpoint import Checkpoints
@@ -482,7 +482,7 @@ def test_prompts_answered_in_parts_are_answered_alike(mesh):
         params_sharding=s.decoder.shardings,
         batch_sharding=partition.batch_sharding(s.mesh),
     )
-    prompts, mask = map(np.asarray, Rows(s.config, s.mesh).place(1))
+    prompts, mask = map(np.asarray, Rows(s.config, s.mesh).place(1)[:2])
     keys = response_keys(KEY, len(prompts), 1)
     parts, whole = (build(num_microbatches=n)(s.reference, prompts, mask, keys) for n in (2, 1))
     np.testing.assert_array_equal(parts.responses.prompts, prompts)

@@ -16,8 +16,9 @@ from jaxrm.errors import UserError
 from jaxrm.models import build
 from jaxrm.models.build import ModelSource
 from jaxrm.models.config import PRESETS
-from jaxrm.models.generate import SamplingConfig, generate
+from jaxrm.models.generate import generate
 from jaxrm.models.kernels import Kernels
+from jaxrm.models.sampling import SamplingConfig
 from jaxrm.ops import reward_scaling, token_rewards
 from jaxrm.ops.reward_kinds import KINDS, names_for
 from jaxrm.ops.vocab import TokenStatistics

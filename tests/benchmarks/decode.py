@@ -2,6 +2,13 @@
 
     PYTHONPATH=. python tests/benchmarks/decode.py
     PYTHONPATH=. python tests/benchmarks/decode.py --preset=tiny --rounds=20
+    PYTHONPATH=. python tests/benchmarks/decode.py --of=ragged --rounds=2
+    PYTHONPATH=. python tests/benchmarks/decode.py --of=shared --prompt=512 --batch=16 --rounds=2
+
+``--of=ragged`` answers four batches of prompts, with lengths from a geometric distribution of mean ``--response`` and
+limit four times that: in slots, and in static batches, each of which ends with its longest response. Random weights end
+nowhere, so every prompt has its length as a limit. ``--of=shared`` draws ``--batch`` responses to one prompt that is
+read once, and beside it to as many copies of it.
 
 Random weights, random prompts of equal length, and nothing ends early, so every side reads and draws as many tokens.
 The sides take turns and every time is the best of its rounds; what one side leaves out (compiling, text) is left out
@@ -13,26 +20,33 @@ Printed, never asserted: machines are noisy. The defaults take some minutes and 
 import argparse
 import time
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
 
-from jaxrm.inference.sharded_model import shard_model
+from jaxrm.inference.sharded_model import ShardedModel, shard_model
 from jaxrm.models import build
 from jaxrm.models.build import ModelSource
 from jaxrm.models.config import ModelConfig, preset
-from jaxrm.models.generate import SamplingConfig, generate
+from jaxrm.models.generate import generate
+from jaxrm.models.sampling import SamplingConfig, response_keys
+from jaxrm.models.stream import Prompt, Stream
 from jaxrm.sharding.mesh import MeshConfig, build_mesh
 
 PAD = 0
 Side = Callable[[], np.ndarray]  # sampled tokens [B, T]
 
 
-def jaxrm_side(args: argparse.Namespace, prompts: np.ndarray) -> Side:
+def opened(args: argparse.Namespace) -> tuple[ShardedModel, Any]:
     source = ModelSource(preset=args.preset, dtype=args.dtype)
     model = shard_model(source, build_mesh(MeshConfig(), jax.devices()[:1]))
-    params = build.init_params(model.config, source, jax.random.key(0), model.shardings)
+    return model, build.init_params(model.config, source, jax.random.key(0), model.shardings)
+
+
+def jaxrm_side(args: argparse.Namespace, prompts: np.ndarray) -> Side:
+    model, params = opened(args)
     sampling = SamplingConfig(max_new_tokens=args.response, temperature=args.temperature)
     key, mask = jax.random.key(0), np.ones_like(prompts, bool)
 
@@ -137,22 +151,75 @@ def tunix_side(args: argparse.Namespace, prompts: np.ndarray) -> Side:
     return run
 
 
+def compare(sides: dict[str, Callable[[], tuple[int, int]]], rounds: int) -> None:
+    """Print the best time of each side; each says how many tokens it drew, and how many it could have drawn."""
+    work = {name: side() for name, side in sides.items()}  # compiles too
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(rounds):
+        for name, side in sides.items():
+            start = time.perf_counter()
+            side()
+            times[name].append(time.perf_counter() - start)
+    first = min(next(iter(times.values())))
+    for name, (tokens, capacity) in work.items():
+        best = min(times[name])
+        print(
+            f"{name:16}{best:10.3f} s{tokens / best:10.0f} tokens/s, slot use {tokens / capacity:.0%}, "
+            f"the first is {best / first:.2f} times as fast"
+        )
+
+
+def ragged(args: argparse.Namespace) -> None:
+    model, params = opened(args)
+    rng, count, longest = np.random.default_rng(0), 4 * args.batch, 4 * args.response
+    lengths = np.minimum(rng.geometric(1 / args.response, count), longest).astype(np.int32)
+    ids = rng.integers(1, preset(args.preset).vocab_size, (count, args.prompt)).astype(np.int32)
+    sampling = SamplingConfig(max_new_tokens=longest, temperature=args.temperature)
+    data = np.asarray(jax.random.key_data(response_keys(jax.random.key(0), count, 1)))[:, 0]
+
+    def draw(rows: slice, slots: int | None = None) -> tuple[int, int]:
+        keys = jax.random.wrap_key_data(data[rows])
+        given = (params, ids[rows], np.ones_like(ids[rows], bool), keys[:, None], lengths[rows])
+        drawn = generate(model.graphdef, *given, sampling=sampling, end_ids=(), slots=slots)
+        return int(drawn.mask.sum()), int(drawn.capacity)
+
+    def in_batches() -> tuple[int, int]:
+        parts = [draw(slice(start, start + args.batch)) for start in range(0, count, args.batch)]
+        return sum(part[0] for part in parts), sum(part[1] for part in parts)
+
+    stream = Stream(model.graphdef, params, sampling=sampling, end_ids=(), slots=args.batch)
+    waiting = [Prompt(*row) for row in zip(ids.tolist(), data, lengths.tolist(), strict=True)]
+
+    def streamed() -> tuple[int, int]:
+        tokens = sum(len(answer.tokens) for answer in stream.answer(waiting))
+        return tokens, stream.capacity
+
+    print(f"{args.preset}: {count} prompts of {args.prompt}, lengths {lengths.mean():.0f} on average")
+    sides = {"slots": lambda: draw(slice(None), args.batch), "stream": streamed, "static batches": in_batches}
+    compare(sides, args.rounds)
+
+
+def shared(args: argparse.Namespace) -> None:
+    model, params = opened(args)
+    sampling = SamplingConfig(max_new_tokens=args.response, temperature=args.temperature)
+    one = np.random.default_rng(0).integers(1, preset(args.preset).vocab_size, (1, args.prompt)).astype(np.int32)
+
+    def draw(ids: np.ndarray, n: int) -> tuple[int, int]:
+        given = (params, ids, np.ones_like(ids, bool), jax.random.key(0))
+        drawn = generate(model.graphdef, *given, sampling=sampling, end_ids=(), responses_per_prompt=n)
+        return int(drawn.mask.sum()), int(drawn.capacity)
+
+    print(f"{args.preset}: {args.batch} responses of {args.response} to a prompt of {args.prompt}")
+    copies = np.repeat(one, args.batch, axis=0)
+    compare({"read once": lambda: draw(one, args.batch), "read each": lambda: draw(copies, 1)}, args.rounds)
+
+
 def check_shape(config: ModelConfig) -> None:
     if config.family != "llama" or config.rope_scaling is not None:
         raise SystemExit("this benchmark knows Llama shapes without scaled rotations, e.g. --preset=smollm2-135m")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", default="smollm2-135m")
-    parser.add_argument("--dtype", default="float32", choices=build.DTYPES)
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--prompt", type=int, default=64)
-    parser.add_argument("--response", type=int, default=64)
-    parser.add_argument("--temperature", type=float, default=1.0, help="0 for greedy")
-    parser.add_argument("--rounds", type=int, default=5)
-    args = parser.parse_args()
-    check_shape(preset(args.preset))
+def peers(args: argparse.Namespace) -> None:
 
     ids = np.random.default_rng(0).integers(PAD + 1, preset(args.preset).vocab_size, (args.batch, args.prompt))
     sides: dict[str, Side] = {}
@@ -181,6 +248,21 @@ def main() -> None:
         faster = "" if name == "jaxrm" else f"{best / first:.2f} times"
         rate = args.batch * args.response / best
         print(f"{name:16}{best:10.3f}{np.median(seconds):10.3f}{rate:10.0f}{faster:>18}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", default="smollm2-135m")
+    parser.add_argument("--dtype", default="float32", choices=build.DTYPES)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--prompt", type=int, default=64)
+    parser.add_argument("--response", type=int, default=64)
+    parser.add_argument("--temperature", type=float, default=1.0, help="0 for greedy")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--of", default="peers", choices=["peers", "ragged", "shared"])
+    args = parser.parse_args()
+    check_shape(preset(args.preset))
+    {"peers": peers, "ragged": ragged, "shared": shared}[args.of](args)
 
 
 if __name__ == "__main__":

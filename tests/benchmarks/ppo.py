@@ -32,7 +32,7 @@ from jaxrm.inference import sharded_model, weights
 from jaxrm.models import heads
 from jaxrm.models.build import ModelSource, init_scalar_head
 from jaxrm.models.config import preset
-from jaxrm.models.generate import SamplingConfig
+from jaxrm.models.sampling import SamplingConfig
 from jaxrm.ops.reward_kinds import KINDS
 from jaxrm.runtime.checkpoint import CheckpointConfig, Checkpoints
 from jaxrm.runtime.metrics import PHASES

@@ -24,7 +24,8 @@ from jaxrm.algorithms import scoring
 from jaxrm.inference.sharded_model import pad_to_multiple_of, shard_model
 from jaxrm.models import build
 from jaxrm.models.build import ModelSource
-from jaxrm.models.generate import SamplingConfig, generate
+from jaxrm.models.generate import generate
+from jaxrm.models.sampling import SamplingConfig
 from jaxrm.ops import reward_scaling
 from jaxrm.ops.reward_kinds import KINDS
 from jaxrm.sharding.mesh import MeshConfig, build_mesh

@@ -15,7 +15,8 @@ from jaxrm.errors import UserError
 from jaxrm.inference.sharded_model import shard_model
 from jaxrm.models.build import ModelSource
 from jaxrm.models.config import PRESETS
-from jaxrm.models.generate import SamplingConfig, check_on_policy, generate, response_keys, sample
+from jaxrm.models.generate import generate
+from jaxrm.models.sampling import SamplingConfig, check_on_policy, response_keys, sample
 from jaxrm.models.transformer import Decoder, positions_from_mask
 from jaxrm.sharding.mesh import MeshConfig, build_mesh
 from jaxrm.types import ResponseBatch
@@ -114,7 +115,7 @@ def test_bfloat16_decoding_reads_no_float32_weights():
     traced = generate.trace(graphdef, params, ids, mask, jax.random.key(0), sampling=sampling, end_ids=())
     (loop,) = [eqn for eqn in traced.jaxpr.eqns if eqn.primitive.name == "while"]
     read = [v.aval for v in loop.invars if jnp.issubdtype(v.aval.dtype, jnp.floating) and v.aval.ndim > 1]
-    assert sum(x.dtype == jnp.bfloat16 for x in read) == 2 * 7 + 2 * 2 + 1  # projections and cache of 2 layers, head
+    assert sum(x.dtype == jnp.bfloat16 for x in read) == 2 * (7 + 4) + 1  # projections and keys of 2 layers, head
     weights = [x.shape for x in read if x.dtype == jnp.float32 and x.shape != (3, 5)]  # log-probs apart
     assert weights == [(61, 32)]  # rows are looked up in it
 
@@ -139,7 +140,46 @@ def test_eight_devices_sample_as_one(n):
     eight, specs = drawn(jax.devices(), MeshConfig(data=2, fsdp=2, tensor=2))
     np.testing.assert_array_equal(eight.tokens, one.tokens)
     np.testing.assert_array_equal(eight.mask, one.mask)
-    assert specs.count(PartitionSpec(("data", "fsdp"), "tensor", None, None)) == 2 * (1 + (n > 1))  # keys and values
+    assert (
+        specs.count(PartitionSpec(("data", "fsdp"), "tensor", None, None)) == 4
+    )  # keys and values of prompts and responses
+
+
+# --- slots
+
+
+SLOTS = {1: [(8, "one"), (32, "one"), (64, "one"), (32, "eight")], 4: [(8, "eight")]}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n", SLOTS, ids=["a response a prompt", "four"])
+def test_tokens_depend_on_no_slot_and_no_device(n):
+    """All rows at once or in slots, on one device and on eight; each prompt has a limit of its own."""
+    config = dataclasses.replace(TINY, vocab_size=64, num_layers=1, sliding_window=3, layer_is_sliding=(True,))
+    rng, G, T = np.random.default_rng(1), 72 // n, 12
+    prompts = rng.integers(0, 61, (G, 6)).astype(np.int32)
+    mask = np.arange(6)[None] >= rng.integers(0, 6, (G, 1))
+    limits = np.minimum(rng.geometric(1 / 5, G), T).astype(np.int32)
+    params = jax.jit(lambda: nnx.to_pure_dict(nnx.state(Decoder(config, rngs=nnx.Rngs(0)))))()
+    devices = {"one": (MeshConfig(), jax.devices()[:1]), "eight": (MeshConfig(data=2, fsdp=2, tensor=2), jax.devices())}
+    models = {name: shard_model(ModelSource(), build_mesh(*mesh), config) for name, mesh in devices.items()}
+
+    def drawn(slots, devices="one"):
+        model = models[devices]
+        given = jax.device_put(params, model.shardings), prompts, mask, jax.random.key(3), limits
+        options = {"sampling": SamplingConfig(T), "end_ids": (5,), "responses_per_prompt": n, "slots": slots}
+        return jax.device_get(generate(model.graphdef, *given, **options))
+
+    whole = drawn(None)
+    lengths = whole.mask.sum(axis=1)
+    assert lengths.min() < lengths.max() and (lengths <= np.repeat(limits, n)).all()
+    assert whole.capacity == 72 * lengths.max()
+    for slots, devices in SLOTS[n]:
+        few = drawn(slots, devices)
+        np.testing.assert_array_equal(few.mask, whole.mask)
+        np.testing.assert_array_equal(few.tokens[few.mask], whole.tokens[whole.mask])
+        np.testing.assert_allclose(few.log_probs, whole.log_probs, atol=1e-5)
+        assert few.mask.sum() <= few.capacity and (slots == 64 or few.capacity < whole.capacity)
 
 
 # --- several responses to a prompt

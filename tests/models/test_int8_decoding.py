@@ -32,14 +32,14 @@ def model(storage=COMPUTE_STORAGE):
 def decoded(graphdef, params):
     """Logits of the tokens after one of a prompt, each read by itself."""
     decoder, mask = nnx.merge(graphdef, params), jnp.ones((2, 1), jnp.int32)
-    _, past = decoder.prefill(TOKENS[:, :1], positions=positions_from_mask(mask), segment_ids=mask, size=12)
+    _, prompts = decoder.prefill(TOKENS[:, :1], positions=positions_from_mask(mask), segment_ids=mask)
     unstacked, head = decoder.unstack_layers(), decoder.decode_head()
 
     def one_token(past, token):
-        hidden, past = decoder.decode(token[:, None], unstacked, past)
+        hidden, past = decoder.decode(token[:, None], unstacked, past, prompts)
         return past, decoder.logits(hidden[:, 0], head)
 
-    return jax.lax.scan(one_token, past, TOKENS[:, 1:].T)[1]
+    return jax.lax.scan(one_token, decoder.empty_cache(prompts, 1, 11), TOKENS[:, 1:].T)[1]
 
 
 @pytest.fixture(scope="module")

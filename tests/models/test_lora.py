@@ -83,16 +83,14 @@ def forward_logits(graphdef, params, tokens, positions, segments):
 def decoded_logits(graphdef, params, tokens, positions, segments):
     """Logits of prompts of six tokens and of the tokens after them, one by one, with a cache."""
     model, prompt = nnx.merge(graphdef, params), slice(None, 6)
-    hidden, past = model.prefill(
-        tokens[:, prompt], positions=positions[:, prompt], segment_ids=segments[:, prompt], size=tokens.shape[1]
-    )
+    hidden, prompts = model.prefill(tokens[:, prompt], positions=positions[:, prompt], segment_ids=segments[:, prompt])
     unstacked, head = model.unstack_layers(), model.decode_head()
 
     def one_token(past, token):
-        hidden, past = model.decode(token[:, None], unstacked, past)
+        hidden, past = model.decode(token[:, None], unstacked, past, prompts)
         return past, model.logits(hidden[:, 0], head)
 
-    after = jax.lax.scan(one_token, past, tokens[:, 6:].T)[1]
+    after = jax.lax.scan(one_token, model.empty_cache(prompts, 1, tokens.shape[1] - 6), tokens[:, 6:].T)[1]
     return jnp.concatenate([model.logits(hidden), after.swapaxes(0, 1)], axis=1)
 
 

@@ -107,8 +107,9 @@ def test_decoding_step_is_that_of_the_whole_row():
     def last(params):
         decoder = nnx.merge(graphdef, params)
         mask = jnp.ones((2, 11), jnp.int32)
-        _, past = decoder.prefill(TOKENS[:, :11], positions=positions_from_mask(mask), segment_ids=mask, size=12)
-        return decoder.decode(TOKENS[:, 11:], decoder.unstack_layers(), past)[0][:, 0]
+        _, prompts = decoder.prefill(TOKENS[:, :11], positions=positions_from_mask(mask), segment_ids=mask)
+        past = decoder.empty_cache(prompts, 1, 1)
+        return decoder.decode(TOKENS[:, 11:], decoder.unstack_layers(), past, prompts)[0][:, 0]
 
     np.testing.assert_allclose(last(params), hidden(graphdef, params)[:, -1], rtol=1e-3, atol=1e-4)
 

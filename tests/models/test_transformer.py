@@ -106,17 +106,20 @@ def test_cached_decoding_equals_the_full_forward(name):
     @jax.jit
     def prefill(params):
         decoder, first = nnx.merge(model[0], params), slice(None, P)
-        return decoder.prefill(tokens[:, first], positions=positions[:, first], segment_ids=segments[:, first], size=T)
+        hidden, prompts = decoder.prefill(
+            tokens[:, first], positions=positions[:, first], segment_ids=segments[:, first]
+        )
+        return hidden, prompts, decoder.empty_cache(prompts, 1, T - P)
 
     @jax.jit
-    def decode(params, tokens, cache):
+    def decode(params, tokens, cache, prompts):
         decoder = nnx.merge(model[0], params)
-        return decoder.decode(tokens, decoder.unstack_layers(), cache)
+        return decoder.decode(tokens, decoder.unstack_layers(), cache, prompts)
 
-    hidden, cache = prefill(model[1])
+    hidden, prompts, cache = prefill(model[1])
     states = [hidden]
     for t in range(P, T):
-        hidden, cache = decode(model[1], tokens[:, t : t + 1], cache)
+        hidden, cache = decode(model[1], tokens[:, t : t + 1], cache, prompts)
         states.append(hidden)
     cached = np.concatenate(states, axis=1)
     np.testing.assert_allclose(jnp.where(mask[..., None], cached - whole, 0), 0, atol=3e-5)

@@ -13,9 +13,9 @@ from jaxrm.config.dicts import with_changes
 from jaxrm.data.config import DataConfig
 from jaxrm.models.build import ModelSource
 from jaxrm.models.flops import forward_flops
-from jaxrm.models.generate import SamplingConfig
 from jaxrm.models.lora import LoRAConfig
 from jaxrm.models.quantized_params import count_parameters
+from jaxrm.models.sampling import SamplingConfig
 from jaxrm.planning import search
 from jaxrm.planning.compile import plan_stage
 from jaxrm.planning.programs import stage_programs
@@ -148,7 +148,7 @@ def rollout_of(here, **options):
 
 def test_prompts_answered_in_parts_have_a_part_of_the_cache(here):
     whole, parts = (rollout_of(here, num_microbatches=count) for count in (1, 4))
-    assert whole.cache_bytes == 4 * parts.cache_bytes > 0
+    assert whole.cache_bytes == 4 * parts.cache_bytes == 2 * rollout_of(here, slots=8).cache_bytes > 0
     assert whole.model_flops == parts.model_flops
 
 
@@ -196,3 +196,6 @@ def test_prompts_are_answered_in_parts_where_the_cache_is_large(here, monkeypatc
     monkeypatch.setattr(search, "plan_stage", lambda *_, **__: Plan(fits=True))
     (trial,) = search.nearest_fit(one, with_memory(here, memory / 2**30), most=4)
     assert trial.changes == {"num_microbatches": 2, "rollout.num_microbatches": 2}
+    slots = dataclasses.replace(one, rollout=dataclasses.replace(one.rollout, slots=16))
+    (trial,) = search.nearest_fit(slots, with_memory(here, memory / 2**30), most=4)
+    assert trial.changes == {"num_microbatches": 2, "rollout.slots": 8}

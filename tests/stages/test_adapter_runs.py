@@ -24,9 +24,9 @@ from jaxrm.inference.sharded_model import shard_model
 from jaxrm.inference.weights import find_checkpoint
 from jaxrm.models import lora
 from jaxrm.models.build import ModelSource
-from jaxrm.models.generate import SamplingConfig
 from jaxrm.models.hub import export_model
 from jaxrm.models.lora import LoRAConfig
+from jaxrm.models.sampling import SamplingConfig
 from jaxrm.runtime.metrics import LoggingConfig
 from jaxrm.sharding.mesh import MeshConfig, build_mesh
 from jaxrm.stage_config import PPO, SFT

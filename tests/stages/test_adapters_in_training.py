@@ -19,8 +19,8 @@ from jaxrm.inference.weights import find_checkpoint
 from jaxrm.models import lora
 from jaxrm.models.build import ModelSource
 from jaxrm.models.config import PRESETS
-from jaxrm.models.generate import SamplingConfig
 from jaxrm.models.lora import LoRAConfig
+from jaxrm.models.sampling import SamplingConfig
 from jaxrm.runtime.checkpoint import CheckpointConfig
 from jaxrm.runtime.metrics import LoggingConfig, read_rows
 from jaxrm.runtime.preemption import EXIT_PREEMPTED, StopRequest

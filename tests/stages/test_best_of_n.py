@@ -22,7 +22,7 @@ from jaxrm.data.tasks.prompts import prompt_field
 from jaxrm.errors import UserError
 from jaxrm.evaluation.config import EvaluationConfig, JudgeConfig
 from jaxrm.models.build import ModelSource
-from jaxrm.models.generate import SamplingConfig
+from jaxrm.models.sampling import SamplingConfig
 from jaxrm.runtime.metrics import LoggingConfig
 from jaxrm.runtime.preemption import EXIT_PREEMPTED
 from jaxrm.sharding.mesh import MeshConfig

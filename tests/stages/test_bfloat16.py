@@ -12,7 +12,7 @@ from jaxrm.algorithms.ppo_config import PPOConfig, RolloutConfig
 from jaxrm.algorithms.reward_config import RewardConfig
 from jaxrm.data.config import DataConfig
 from jaxrm.models.build import ModelSource
-from jaxrm.models.generate import SamplingConfig
+from jaxrm.models.sampling import SamplingConfig
 from jaxrm.runtime.metrics import LoggingConfig, read_rows
 from jaxrm.sharding.mesh import MeshConfig, build_mesh
 from jaxrm.stages.table import module_of, run_stage

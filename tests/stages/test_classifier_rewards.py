@@ -18,7 +18,7 @@ from jaxrm.dry_run.run import check
 from jaxrm.errors import UserError
 from jaxrm.evaluation.config import JudgedEvaluationConfig
 from jaxrm.models.build import ModelSource
-from jaxrm.models.generate import SamplingConfig
+from jaxrm.models.sampling import SamplingConfig
 from jaxrm.planning.programs import stage_programs
 from jaxrm.runtime.metrics import LoggingConfig
 from jaxrm.sharding.mesh import MeshConfig, build_mesh

@@ -16,7 +16,7 @@ from jaxrm.evaluation.config import JudgedEvaluationConfig
 from jaxrm.inference import weights
 from jaxrm.inference.load import load_policy
 from jaxrm.models.build import ModelSource
-from jaxrm.models.generate import SamplingConfig
+from jaxrm.models.sampling import SamplingConfig
 from jaxrm.runtime.checkpoint import CheckpointConfig
 from jaxrm.runtime.metrics import WALL_CLOCK, LoggingConfig, read_rows
 from jaxrm.runtime.preemption import EXIT_PREEMPTED, StopRequest

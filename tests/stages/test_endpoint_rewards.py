@@ -20,7 +20,7 @@ from jaxrm.errors import UserError
 from jaxrm.evaluation.config import EvaluateConfig, JudgedEvaluationConfig
 from jaxrm.inference.chat_endpoint import EndpointCost
 from jaxrm.models.build import ModelSource
-from jaxrm.models.generate import SamplingConfig
+from jaxrm.models.sampling import SamplingConfig
 from jaxrm.runtime.checkpoint import CheckpointConfig
 from jaxrm.runtime.metrics import JUDGE_COST, LoggingConfig, is_wall_clock
 from jaxrm.sharding.mesh import MeshConfig, build_mesh

@@ -10,7 +10,7 @@ from jaxrm.data.config import DataConfig
 from jaxrm.errors import UserError
 from jaxrm.evaluation.config import EvaluateConfig
 from jaxrm.models.build import ModelSource
-from jaxrm.models.generate import SamplingConfig
+from jaxrm.models.sampling import SamplingConfig
 from jaxrm.runtime.metrics import LoggingConfig
 from jaxrm.sharding.mesh import MeshConfig, build_mesh
 from jaxrm.stage_config import Evaluate

@@ -27,7 +27,7 @@ from jaxrm.errors import UserError, naming
 from jaxrm.evaluation.config import JudgedEvaluationConfig
 from jaxrm.inference.text_scorer import TextSample
 from jaxrm.models.build import ModelSource
-from jaxrm.models.generate import SamplingConfig
+from jaxrm.models.sampling import SamplingConfig
 from jaxrm.ops import reward_scaling
 from jaxrm.ops.reward_kinds import KINDS
 from jaxrm.runtime.metrics import LoggingConfig

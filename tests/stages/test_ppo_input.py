@@ -20,7 +20,7 @@ from jaxrm.errors import UserError
 from jaxrm.evaluation.config import JudgedEvaluationConfig
 from jaxrm.inference.weights import identity_of
 from jaxrm.models.build import ModelSource
-from jaxrm.models.generate import SamplingConfig
+from jaxrm.models.sampling import SamplingConfig
 from jaxrm.runtime.metrics import LoggingConfig
 from jaxrm.sharding.mesh import MeshConfig
 from jaxrm.stage_config import PPO
@@ -386,6 +386,26 @@ def test_sampling_from_another_distribution_is_refused(refuse, sampling, field, 
             "e.g. --config.data.batch_size=32",
         ),
         (
+            {"rollout": {"slots": 12}, "data": {"batch_size": 16}},
+            "config.rollout.slots is 12, but slots lie on the 8 devices of the data and fsdp axes of config.mesh; use "
+            "a multiple of 8, e.g. --config.rollout.slots=16",
+        ),
+        (
+            {"rollout": {"slots": 8, "responses_per_prompt": 2}, "data": {"batch_size": 16}},
+            "config.rollout.slots is 8, but slots lie in groups of config.rollout.responses_per_prompt 2 on the 8 "
+            "devices of the data and fsdp axes of config.mesh; use a multiple of 16, e.g. --config.rollout.slots=16",
+        ),
+        (
+            {"rollout": {"slots": 16}},
+            "config.rollout.slots is 16, but a batch has 8 responses (config.data.batch_size); use "
+            "--config.rollout.slots=None to write all of them at once",
+        ),
+        (
+            {"rollout": {"slots": 8, "num_microbatches": 2}, "data": {"batch_size": 16}},
+            "config.rollout.slots is 8 and config.rollout.num_microbatches is 2, but both say how many responses are "
+            "written at once; use --config.rollout.num_microbatches=1, or --config.rollout.slots=None",
+        ),
+        (
             {"rollout": {"responses_per_prompt": 2}, "data": {"batch_size": 128}},
             "config.data.batch_size is 128, config.rollout.responses_per_prompt 2 to each of 64 prompts, but "
             "'prompts.jsonl' has only 45; give more data, or a smaller --config.data.batch_size",
@@ -422,6 +442,10 @@ def test_sampling_from_another_distribution_is_refused(refuse, sampling, field, 
         "no multiple",
         "prompts",
         "parts of prompts",
+        "slots on devices",
+        "slots in groups",
+        "more slots than rows",
+        "slots and parts",
         "few prompts",
         "no room",
         "positions",

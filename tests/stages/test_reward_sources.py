@@ -27,7 +27,7 @@ from jaxrm.data.prompts import PromptExample
 from jaxrm.errors import UserError, option
 from jaxrm.evaluation.config import EvaluateConfig, JudgedEvaluationConfig
 from jaxrm.models.build import ModelSource
-from jaxrm.models.generate import SamplingConfig
+from jaxrm.models.sampling import SamplingConfig
 from jaxrm.ops import reward_scaling
 from jaxrm.ops.reward_kinds import KINDS
 from jaxrm.pipeline.config import resolve
@@ -532,7 +532,7 @@ from jaxrm.algorithms.ppo_config import RolloutConfig
 from jaxrm.algorithms.reward_config import RewardConfig
 from jaxrm.data.config import DataConfig
 from jaxrm.models.build import ModelSource
-from jaxrm.models.generate import SamplingConfig
+from jaxrm.models.sampling import SamplingConfig
 from jaxrm.stage_config import PPO
 
 
@@ -555,7 +555,7 @@ from jaxrm.algorithms.ppo_config import RolloutConfig
 from jaxrm.algorithms.reward_config import RewardConfig
 from jaxrm.data.config import DataConfig
 from jaxrm.models.build import ModelSource
-from jaxrm.models.generate import SamplingConfig
+from jaxrm.models.sampling import SamplingConfig
 from jaxrm.stage_config import PPO
 
 

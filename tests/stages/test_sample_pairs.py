@@ -14,7 +14,7 @@ from jaxrm.data.records import Message
 from jaxrm.data.tasks.safety.task import ideal_response, parse_request
 from jaxrm.errors import UserError
 from jaxrm.models.build import ModelSource
-from jaxrm.models.generate import SamplingConfig
+from jaxrm.models.sampling import SamplingConfig
 from jaxrm.runtime.metrics import LoggingConfig
 from jaxrm.stage_config import PairsConfig, SamplePairs
 from jaxrm.stages import sample_pairs

@@ -15,7 +15,7 @@ from jaxrm.algorithms.scalar_rm import ScalarRMConfig
 from jaxrm.data.config import DataConfig
 from jaxrm.evaluation.config import JudgedEvaluationConfig
 from jaxrm.models.build import ModelSource
-from jaxrm.models.generate import SamplingConfig
+from jaxrm.models.sampling import SamplingConfig
 from jaxrm.runtime.metrics import LoggingConfig, read_rows
 from jaxrm.sharding.mesh import MeshConfig, build_mesh
 from jaxrm.stage_config import PPO, ScalarRM

@@ -10,7 +10,7 @@ from support.stage_configs import stage_config
 from jaxrm.algorithms.ppo_config import RolloutConfig
 from jaxrm.data.config import DataConfig
 from jaxrm.models.build import ModelSource
-from jaxrm.models.generate import SamplingConfig
+from jaxrm.models.sampling import SamplingConfig
 from jaxrm.planning.topology import CHIPS, Topology, open_topology
 from jaxrm.sharding.mesh import MeshConfig
 

@@ -18,8 +18,8 @@ from jaxrm.inference import parameters, sharded_model
 from jaxrm.models import heads, lora
 from jaxrm.models.build import ModelSource
 from jaxrm.models.config import PRESETS
-from jaxrm.models.generate import SamplingConfig
 from jaxrm.models.lora import NO_LORA
+from jaxrm.models.sampling import SamplingConfig
 from jaxrm.ops import reward_scaling, token_rewards
 from jaxrm.ops.reward_kinds import KINDS
 from jaxrm.runtime.checkpoint import CheckpointConfig, Checkpoints

@@ -18,7 +18,7 @@ from jaxrm.algorithms.reward_config import naming_source, weights_of
 from jaxrm.data import tasks
 from jaxrm.data.prompts import PromptExample
 from jaxrm.errors import UserError, flag
-from jaxrm.models.generate import prompt_keys
+from jaxrm.models.sampling import prompt_keys
 from jaxrm.runtime.metrics import read_rows, remove_rows_after
 from jaxrm.runtime.preemption import StoppedError, StopRequest, agree, catch_signals
 from jaxrm.runtime.progress import Progress

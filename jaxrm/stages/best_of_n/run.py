@@ -159,6 +159,7 @@ def _open_draws(inputs: _Inputs, folder: RunFolder, source: RewardSource) -> tup
         sampling=config.rollout.sampling,
         end_ids=stage.end_ids,
         num_microbatches=config.rollout.num_microbatches,
+        slots=config.rollout.slots,
     )
     score = PolicyRewards(config, stage.model, params, source)
     run_key, _, calibration_key, _ = jax.random.split(jax.random.key(config.seed), 4)  # as those of PPO

@@ -18,7 +18,7 @@ from jaxrm.data import tasks
 from jaxrm.data.prompts import PromptExample, transcript
 from jaxrm.data.tokenizer import token_texts
 from jaxrm.inference import sharded_model
-from jaxrm.models.generate import prompt_keys
+from jaxrm.models.sampling import prompt_keys
 from jaxrm.stages.inputs.prompts import PlacedPrompts
 from jaxrm.types import ResponseBatch, TokenRewards
 

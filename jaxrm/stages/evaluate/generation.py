@@ -122,6 +122,7 @@ def open_generator(
         dtype=config.model.dtype,
         end_ids=stage.end_ids,
         num_microbatches=config.rollout.num_microbatches,
+        slots=config.rollout.slots,
     )
     samplers = {
         "sampled": build(sampling=sampling),

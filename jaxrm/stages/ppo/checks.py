@@ -8,7 +8,7 @@ from jaxrm.algorithms.ppo_config import CriticConfig
 from jaxrm.config import dicts, field_types
 from jaxrm.errors import UserError, flag, option
 from jaxrm.inference.rollout_model import check_groups
-from jaxrm.models.generate import check_on_policy
+from jaxrm.models.sampling import check_on_policy
 from jaxrm.sharding import partition
 from jaxrm.sharding.mesh import batch_shards, check_batch, check_row_length
 from jaxrm.stages.judge import check_judge

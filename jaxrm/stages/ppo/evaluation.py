@@ -18,7 +18,7 @@ from jaxrm.data import tasks
 from jaxrm.data.prompts import PromptExample, transcript
 from jaxrm.data.responses import response_text
 from jaxrm.data.tokenizer import token_texts
-from jaxrm.models.generate import prompt_keys
+from jaxrm.models.sampling import prompt_keys
 from jaxrm.runtime.metrics import append_row, read_rows
 from jaxrm.runtime.preemption import StoppedError, StopRequest
 from jaxrm.runtime.run_folder import RunFolder

@@ -31,7 +31,7 @@ from jaxrm.inference import sharded_model
 from jaxrm.inference.rollout_model import build_sampler, shard_rollout_model, with_storage
 from jaxrm.inference.sharded_model import ShardedModel
 from jaxrm.models import lora
-from jaxrm.models.generate import SamplingConfig
+from jaxrm.models.sampling import SamplingConfig
 from jaxrm.models.transformer import DecodingStorage
 from jaxrm.runtime.checkpoint import with_shardings
 from jaxrm.sharding import partition
@@ -156,8 +156,8 @@ class Learner:
     def rollout_sampler(self) -> BatchSampler:
         """Samples the responses of a step: ``config.rollout.responses_per_prompt`` to each prompt."""
         rollout = self.config.rollout
-        model = with_storage(self.rollout_model, DecodingStorage(rollout.weights))
-        return self._sampler(model, rollout.sampling, rollout.num_microbatches, rollout.responses_per_prompt)
+        model, n = with_storage(self.rollout_model, DecodingStorage(rollout.weights)), rollout.responses_per_prompt
+        return self._sampler(model, rollout.sampling, rollout.num_microbatches, n, rollout.slots)
 
     def sampler(self, sampling: SamplingConfig) -> BatchSampler:
         """Samples one response to each prompt, in so many parts that they take no larger cache than a step's.
@@ -166,16 +166,22 @@ class Learner:
         """
         config, rollout = self.config, self.config.rollout
         if rollout.responses_per_prompt == 1:
-            return self._sampler(self.rollout_model, sampling, rollout.num_microbatches, 1)
+            return self._sampler(self.rollout_model, sampling, rollout.num_microbatches, 1, rollout.slots)
         batch_size, width = config.data.batch_size, config.data.max_length
         length = rollout.sampling.max_new_tokens
-        slots = length + (width - length) / rollout.responses_per_prompt  # a response of a step
+        tokens = length + (width - length) / rollout.responses_per_prompt  # in the cache, of a response of a step
         rows = batch_size // batch_shards(self.rollout_model.mesh)
-        parts = next(n for n in range(1, rows + 1) if rows % n == 0 and width / n <= slots / rollout.num_microbatches)
-        return self._sampler(self.rollout_model, sampling, parts, 1)
+        at_once = rollout.slots or batch_size // rollout.num_microbatches
+        parts = next(n for n in range(1, rows + 1) if rows % n == 0 and width * batch_size / n <= tokens * at_once)
+        return self._sampler(self.rollout_model, sampling, parts, 1, None)
 
     def _sampler(
-        self, model: ShardedModel, sampling: SamplingConfig, num_microbatches: int, responses_per_prompt: int
+        self,
+        model: ShardedModel,
+        sampling: SamplingConfig,
+        num_microbatches: int,
+        responses_per_prompt: int,
+        slots: int | None,
     ) -> BatchSampler:
         return build_sampler(
             self.decoder,
@@ -185,6 +191,7 @@ class Learner:
             end_ids=self.end_ids,
             num_microbatches=num_microbatches,
             responses_per_prompt=responses_per_prompt,
+            slots=slots,
         )
 
     def programs(self, source: RewardSource) -> ppo.Programs:

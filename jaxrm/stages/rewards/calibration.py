@@ -16,7 +16,7 @@ from jaxrm.data.prompts import PromptExample
 from jaxrm.errors import UserError, flag, option
 from jaxrm.inference.sharded_model import ShardedModel
 from jaxrm.inference.token_scores import policy_log_probs
-from jaxrm.models.generate import prompt_keys
+from jaxrm.models.sampling import prompt_keys
 from jaxrm.ops import reward_scaling
 from jaxrm.ops.reward_kinds import Kind, find_kind
 from jaxrm.ops.reward_scaling import Calibration, uncalibrated

@@ -1,0 +1,57 @@
+"""Prompts answered one after another: the same tokens as all at once, and nothing compiled twice."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from jaxrm.models import stream
+from jaxrm.models.config import PRESETS
+from jaxrm.models.generate import generate
+from jaxrm.models.sampling import SamplingConfig, response_keys
+from jaxrm.models.transformer import Decoder
+
+CONFIG = dataclasses.replace(
+    PRESETS["tiny"],
+    vocab_size=61,
+    hidden_size=32,
+    intermediate_size=48,
+    num_layers=1,
+    head_dim=8,
+    sliding_window=3,
+    layer_is_sliding=(True,),
+)
+PROGRAMS = ("_begin", "_burst", "_grown", "_picked", "_empty", "_unstack")
+
+
+@pytest.mark.slow
+def test_answers_in_a_stream_are_those_of_one_batch(monkeypatch):
+    """Thirty-two slots that become eight, a cache that grows twice, prompts of two widths, a limit for each."""
+    monkeypatch.setattr(stream, "_FIRST_WIDTH", 4)
+    monkeypatch.setattr(stream, "_LENGTH_BUCKET", 4)
+    monkeypatch.setattr(stream, "_BURST", 5)
+    graphdef, params = jax.jit(lambda: nnx.split(Decoder(CONFIG, rngs=nnx.Rngs(0))))()
+    params, sampling, rng, G = nnx.to_pure_dict(params), SamplingConfig(12), np.random.default_rng(0), 70
+    prompts = rng.integers(0, 61, (G, 8)).astype(np.int32)
+    mask = np.arange(8)[None] >= 8 - rng.integers(1, 9, (G, 1))
+    limits, keys = np.minimum(rng.geometric(1 / 6, G), 12).astype(np.int32), response_keys(jax.random.key(3), G, 1)
+    whole = generate(graphdef, params, prompts, mask, keys, limits, sampling=sampling, end_ids=(7,))
+    whole = jax.device_get(whole)
+
+    answers = stream.Stream(graphdef, params, sampling=sampling, end_ids=(7,), slots=32)
+    rows = zip(prompts, mask, np.asarray(jax.random.key_data(keys[:, 0])), limits, strict=True)
+    waiting = [stream.Prompt(ids[real].tolist(), key, int(limit)) for ids, real, key, limit in rows]
+    compiled = []
+    for _ in range(2):
+        places = []
+        for answer in answers.answer(waiting):
+            real = whole.mask[answer.place]
+            np.testing.assert_array_equal(answer.tokens, whole.tokens[answer.place][real])
+            np.testing.assert_allclose(answer.log_probs, whole.log_probs[answer.place][real], atol=1e-5)
+            places.append(answer.place)
+        assert sorted(places) == list(range(G)) != places  # as they end
+        assert whole.mask.sum() <= answers.capacity < whole.capacity
+        compiled.append([getattr(stream, name)._cache_size() for name in PROGRAMS])
+    assert compiled[0] == compiled[1]
