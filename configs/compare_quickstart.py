@@ -12,7 +12,7 @@ from jaxrm.comparison_config import (
     ComparisonJudgeConfig,
     PromptSetConfig,
 )
-from jaxrm.models.generate import SamplingConfig
+from jaxrm.models.sampling import SamplingConfig
 from jaxrm.stage_config import Compare
 
 RUNS = "runs/quickstart"

@@ -8,7 +8,7 @@ from jaxrm.algorithms.endpoint_config import EndpointConfig
 from jaxrm.config.fields import above, at_least, below, bounded, check, one_of, place, typed
 from jaxrm.errors import UserError
 from jaxrm.models.build import DTYPES
-from jaxrm.models.generate import SamplingConfig
+from jaxrm.models.sampling import SamplingConfig
 
 # Fields of an endpoint that ask for a score of one answer; a comparison asks which of two is better.
 _OF_SCORES = ("rubric", "answer", "reference", "unreadable")

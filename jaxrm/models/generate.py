@@ -107,18 +107,23 @@ def refill_of(groups: int, shards: int) -> int:
     return max(1, groups // 8 // shards) * shards
 
 
-def fewer_slots(groups: int, n: int) -> int:
-    """Groups that are left once no prompt waits and most rows have ended: a quarter, or 0 to go on with what there is.
+def fewer_slots(groups: int, first: int, n: int) -> int:
+    """Groups that are left once no prompt waits and so many are free: half, or 0 to go on with what there is.
 
-    A quarter and not half, since a loop is compiled for every number (jaxrm choice).
+    They are halved twice at most, since a loop is compiled for every number (jaxrm choice).
+
+    Args:
+      groups: of n slots, now.
+      first: of n slots, at first.
+      n: responses to a prompt.
     """
-    return groups // 4 if groups % 4 == 0 and groups * n >= 4 * _LEAST_SLOTS else 0
+    return groups // 2 if groups % 2 == 0 and 4 * groups > first and groups * n >= 2 * _LEAST_SLOTS else 0
 
 
 def num_loops(num_prompts: int, groups: int, n: int, refill: int) -> int:
     """Times that tokens are written until something else is done, where prompts outnumber the groups of slots."""
-    loops = len(range(groups, num_prompts, refill)) + 1
-    while groups := fewer_slots(groups, n):
+    loops, first = len(range(groups, num_prompts, refill)) + 1, groups
+    while groups := fewer_slots(groups, first, n):
         loops += 1
     return loops
 
@@ -126,7 +131,7 @@ def num_loops(num_prompts: int, groups: int, n: int, refill: int) -> int:
 def _in_turn(writer: Writer, state: Slots, work: Work, refill: int) -> Generation:
     """The responses to all of ``work``, of which ``state`` has begun the first."""
     (G, n), T = work.keys.shape, state.tokens.shape[1]
-    groups = state.alive.shape[0] // n
+    groups = first_groups = state.alive.shape[0] // n
     shapes = (jnp.int32, jnp.bool_, jnp.float32)
     out = [jnp.zeros((G * n, T), dtype) for dtype in shapes]
 
@@ -139,7 +144,7 @@ def _in_turn(writer: Writer, state: Slots, work: Work, refill: int) -> Generatio
 
     def read_next(carry: tuple[Slots, list[jax.Array]], first: jax.Array) -> tuple[Any, None]:
         state, out = carry
-        last = groups - fewer_slots(groups, n)
+        last = groups - fewer_slots(groups, first_groups, n)
         state = until_free(state, jnp.where(first < G, jnp.minimum(refill, G - first), last))
         out = collect(state, out)
         number = first + jnp.arange(refill)
@@ -151,10 +156,10 @@ def _in_turn(writer: Writer, state: Slots, work: Work, refill: int) -> Generatio
     # The last of these reads no prompt that counts: to compile another loop as wide takes longer.
     reads = [*range(groups, G, refill), G]
     (state, out), _ = jax.lax.scan(read_next, (state, out), jnp.asarray(reads))
-    while fewer := fewer_slots(groups, n):  # no prompt waits, and the slots become fewer with the rows
+    while fewer := fewer_slots(groups, first_groups, n):  # no prompt waits, and the slots become fewer with the rows
         chosen = jnp.argsort(free_groups(state, n), stable=True)[:fewer]
         state, groups = pick(writer.model, state, chosen, n), fewer
-        state = until_free(state, groups - fewer_slots(groups, n))
+        state = until_free(state, groups - fewer_slots(groups, first_groups, n))
         out = collect(state, out)
     tokens, mask, log_probs = out
     return Generation(tokens, mask, log_probs, state.capacity)

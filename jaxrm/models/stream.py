@@ -112,7 +112,7 @@ class Stream:
             if len(free) == len(places) and not waiting:
                 self.capacity = int(state.capacity)
                 return
-            fewer = fewer_slots(len(places), 1)
+            fewer = fewer_slots(len(places), self._slots, 1)
             enough = min(self._refill, waiting) if waiting else len(places) - fewer
             if not waiting and len(free) >= enough:
                 chosen = np.argsort(places < 0, kind="stable")[:fewer]

@@ -21,7 +21,8 @@ from jaxrm.inference.sharded_model import ShardedModel, shard_model
 from jaxrm.models import build
 from jaxrm.models.build import ModelSource
 from jaxrm.models.config import ModelConfig, preset
-from jaxrm.models.generate import SamplingConfig, generate
+from jaxrm.models.generate import generate
+from jaxrm.models.sampling import SamplingConfig
 from jaxrm.sharding.mesh import MeshConfig, build_mesh
 from jaxrm.types import TokenBatch
 

@@ -14,7 +14,8 @@ from jaxrm.models import build
 from jaxrm.models.build import ModelSource
 from jaxrm.models.config import ModelConfig
 from jaxrm.models.flops import peak_bandwidth
-from jaxrm.models.generate import SamplingConfig, generate
+from jaxrm.models.generate import generate
+from jaxrm.models.sampling import SamplingConfig
 from jaxrm.sharding.mesh import MeshConfig, build_mesh
 from jaxrm.sharding.partition import batch_sharding
 

@@ -21,7 +21,7 @@ from jaxrm.inference import sharded_model
 from jaxrm.inference.sharded_model import ShardedModel, in_compute_dtype
 from jaxrm.models import build, heads, lora
 from jaxrm.models.build import ModelSource
-from jaxrm.models.generate import SamplingConfig
+from jaxrm.models.sampling import SamplingConfig
 from jaxrm.models.lora import LoRAConfig
 from jaxrm.planning.abstract import StagePrograms
 from jaxrm.planning.cost import StagePlan

@@ -28,7 +28,7 @@ PROGRAMS = ("_begin", "_burst", "_grown", "_picked", "_empty", "_unstack")
 
 @pytest.mark.slow
 def test_answers_in_a_stream_are_those_of_one_batch(monkeypatch):
-    """Thirty-two slots that become eight, a cache that grows twice, prompts of two widths, a limit for each."""
+    """Slots that become sixteen and eight, a cache that grows twice, prompts of two widths, a limit for each."""
     monkeypatch.setattr(stream, "_FIRST_WIDTH", 4)
     monkeypatch.setattr(stream, "_LENGTH_BUCKET", 4)
     monkeypatch.setattr(stream, "_BURST", 5)
@@ -55,3 +55,17 @@ def test_answers_in_a_stream_are_those_of_one_batch(monkeypatch):
         assert whole.mask.sum() <= answers.capacity < whole.capacity
         compiled.append([getattr(stream, name)._cache_size() for name in PROGRAMS])
     assert compiled[0] == compiled[1]
+
+
+def test_a_burst_writes_into_the_cache_that_it_is_given():
+    """Beside the cache, which is donated, it needs no more than the keys of one layer."""
+    config = dataclasses.replace(CONFIG, num_layers=4, sliding_window=None, layer_is_sliding=())
+    graphdef, params = jax.eval_shape(lambda: nnx.split(Decoder(config, rngs=nnx.Rngs(0))))
+    params = nnx.to_pure_dict(params)
+    layers, head = jax.eval_shape(lambda params: stream._unstack(graphdef, params), params)
+    state = jax.eval_shape(lambda params: stream._empty(params, 32, 512, 512, graphdef=graphdef), params)
+    options = {"graphdef": graphdef, "sampling": SamplingConfig(512), "end_ids": (7,)}
+    compiled = stream._burst.lower(state, params, layers, head, 4, **options).compile()
+    one = 4 * state.past.keys[0].size  # bytes of the keys of one layer; it has values too, and so have the prompts
+    memory = compiled.memory_analysis()
+    assert memory.alias_size_in_bytes > 16 * one and memory.temp_size_in_bytes < 2 * one

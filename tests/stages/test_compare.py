@@ -17,7 +17,7 @@ from jaxrm.comparison_config import (
     PromptSetConfig,
 )
 from jaxrm.errors import UserError
-from jaxrm.models.generate import SamplingConfig
+from jaxrm.models.sampling import SamplingConfig
 from jaxrm.runtime.metrics import LoggingConfig, read_rows
 from jaxrm.stage_config import Compare
 from jaxrm.stages.compare.run import compare, inspect
