@@ -134,6 +134,7 @@ class Sampler:
         data = np.asarray(jax.random.key_data(response_keys(keys, len(encoded), 1)[:, 0]))
         limit = self._sampling.max_new_tokens
         waiting = [Prompt(ids, key, limit) for ids, key in zip(encoded, data, strict=True)]
+        slots = min(slots, 1 << (len(encoded) - 1).bit_length())  # few numbers, so that few programs are compiled
         for answer in self._stream(slots).answer(waiting):
             yield answer.place, self.text(answer.tokens)
 

@@ -130,19 +130,23 @@ def _sample(config: Any, sampler: Sampler, task: str, records: Sequence[Preferen
     settings, key, fold_in = config.pairs, jax.random.key(config.seed), jax.vmap(jax.random.fold_in)
     rng = random.Random(f"pairs {config.seed}")
     show = config.logging.progress
-    # Every prompt twice, and again those whose answers were all the same: batches stay full and of one shape.
+    # Every prompt twice, and again those whose answers were all the same.
     waiting = [i for i in range(len(records)) for _ in range(2)]
     draws: list[list[str]] = [[] for _ in records]
-    with Progress("sample pairs", len(records), unit="prompts", enabled=show) as progress:
+    with Progress("sample pairs", len(waiting), unit="responses", enabled=show) as progress:
+        total = 0
         while waiting:
-            now, waiting = waiting[: settings.batch_size], waiting[settings.batch_size :]
-            numbers = [len(draws[i]) + now[:place].count(i) for place, i in enumerate(now)]
-            keys = fold_in(fold_in(jnp.broadcast_to(key, len(now)), jnp.asarray(now)), jnp.asarray(numbers))[:, None]
-            responses = sampler.respond([records[i].prompt for i in now], keys)
-            for i, response in zip(now, responses, strict=True):
-                draws[i].append(response)
-            waiting += [i for i in dict.fromkeys(now) if 1 < len(draws[i]) <= _ATTEMPTS and len(set(draws[i])) == 1]
-            progress.update(len(records) - len(set(waiting)))
+            numbers = [len(draws[i]) + (place > 0 and waiting[place - 1] == i) for place, i in enumerate(waiting)]
+            keys = fold_in(fold_in(jnp.broadcast_to(key, len(waiting)), jnp.asarray(waiting)), jnp.asarray(numbers))
+            answered: dict[int, str] = {}
+            prompts = [records[i].prompt for i in waiting]
+            for place, response in sampler.answers(prompts, keys[:, None], settings.batch_size):
+                answered[place] = response
+                total += 1
+                progress.update(min(total, 2 * len(records)))
+            for place, i in enumerate(waiting):
+                draws[i].append(answered[place])
+            waiting = [i for i in dict.fromkeys(waiting) if len(draws[i]) <= _ATTEMPTS and len(set(draws[i])) == 1]
     rows: list[dict[str, Any]] = []
     for record, drawn in zip(records, draws, strict=True):
         first = drawn[0]

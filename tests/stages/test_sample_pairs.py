@@ -57,7 +57,7 @@ def policy_run(make_run, tmp_path_factory):
 
 @pytest.fixture
 def answers(monkeypatch):
-    """Replaces the policy by a function of the prompt and of how often it was asked; returns the sizes of its batches.
+    """Replaces the policy by a function of the prompt and of how often it was asked; returns how much it was asked.
 
     The keys that it was given are added to ``keys``.
     """
@@ -69,15 +69,15 @@ def answers(monkeypatch):
             def __init__(self, *_):
                 pass
 
-            def respond(self, prompts, key):
+            def answers(self, prompts, response_keys, slots):
                 sizes.append(len(prompts))
                 if keys is not None:
-                    keys.extend(map(tuple, jax.random.key_data(key)[:, 0].tolist()))
+                    keys.extend(map(tuple, jax.random.key_data(response_keys)[:, 0].tolist()))
                 responses = []
                 for asked in (prompt[-1].content for prompt in prompts):
                     number = draws[asked] = draws.get(asked, -1) + 1
                     responses.append(answer(asked, number))
-                return responses
+                return reversed(list(enumerate(responses)))
 
         opened = types.SimpleNamespace(model=None, params=None, tokenizer=None, template="auto")
         monkeypatch.setattr(sample_pairs, "load_policy", lambda *_, **__: opened)
@@ -91,7 +91,7 @@ def test_both_draws_are_in_the_pair_of_their_prompt(answers, policy_run, tmp_pat
     sizes = answers(lambda prompt, draw: f"{'yes' if draw else 'no'}, i {prompt}")
     assert sample_pairs.run(config(tmp_path, policy_run, batch_size=8)) == 0
     rows = rows_of(tmp_path)
-    assert sizes == [8, 8, 8, 8, 8] and len({row["prompt"] for row in rows}) == len(rows) == 20
+    assert sizes == [40] and len({row["prompt"] for row in rows}) == len(rows) == 20
     for row in rows:
         assert {row["chosen"], row["rejected"]} == {f"no, i {row['prompt']}", f"yes, i {row['prompt']}"}
         assert parse_request(row["prompt"]) is not None
