@@ -21,8 +21,8 @@ from jaxrm.inference import sharded_model
 from jaxrm.inference.sharded_model import ShardedModel, in_compute_dtype
 from jaxrm.models import build, heads, lora
 from jaxrm.models.build import ModelSource
-from jaxrm.models.sampling import SamplingConfig
 from jaxrm.models.lora import LoRAConfig
+from jaxrm.models.sampling import SamplingConfig
 from jaxrm.planning.abstract import StagePrograms
 from jaxrm.planning.cost import StagePlan
 from jaxrm.planning.programs import stage_programs
