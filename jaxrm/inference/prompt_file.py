@@ -67,14 +67,14 @@ def write_responses(
             sys.stdout.write(line)
         return
     target = Path(output).expanduser()
-    kept = target.with_name(f"{target.name}.part")
+    part_file = target.with_name(f"{target.name}.part")
     digest = hashlib.sha256(json.dumps([_messages(prompt) for prompt in prompts]).encode()).hexdigest()
-    done = _kept_responses(kept, {"prompts": digest, **identity})
+    done = _kept_responses(part_file, {"prompts": digest, **identity})
     rest = [place for place in range(len(prompts)) if place not in done]
     answers = sampler.answers([prompts[place] for place in rest], keys[np.asarray(rest, int)], slots)
     with (
         Progress("generate", len(prompts), unit="prompts", done=len(done)) as progress,
-        kept.open("a", encoding="utf-8") as file,
+        part_file.open("a", encoding="utf-8") as file,
     ):
         for number, response in answers:
             done[rest[number]] = response
@@ -83,7 +83,7 @@ def write_responses(
             progress.update(len(done))
     with atomic.open_for_writing(target) as file:
         file.writelines(_in_order(prompts, sorted(done.items())))
-    kept.unlink()
+    part_file.unlink()
 
 
 def _kept_responses(path: Path, identity: Mapping[str, Any]) -> dict[int, str]:
