@@ -110,7 +110,8 @@ def correlation(a: jax.Array, b: jax.Array, counted: jax.Array) -> jax.Array:
     deviations = _deviation(a, counted) * _deviation(b, counted)
     from_mean = [x - masking.masked_mean(x, counted) for x in (a, b)]
     covariance = masking.masked_mean(from_mean[0] * from_mean[1], counted)
-    return jnp.where(deviations > 0, covariance / jnp.where(deviations > 0, deviations, 1.0), 0.0)
+    # Rounding must not take it past its bounds.
+    return jnp.clip(jnp.where(deviations > 0, covariance / jnp.where(deviations > 0, deviations, 1.0), 0.0), -1, 1)
 
 
 def _deviation(x: jax.Array, counted: jax.Array) -> jax.Array:

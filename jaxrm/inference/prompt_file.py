@@ -66,6 +66,7 @@ def write_responses(
         for line in _in_order(prompts, sampler.answers(prompts, keys, slots)):
             sys.stdout.write(line)
         return
+    sampler.encode(prompts)  # refuses what cannot be read before a file is made
     target = Path(output).expanduser()
     part_file = target.with_name(f"{target.name}.part")
     digest = hashlib.sha256(json.dumps([_messages(prompt) for prompt in prompts]).encode()).hexdigest()

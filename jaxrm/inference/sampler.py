@@ -179,7 +179,7 @@ class Sampler:
             sampling=self._sampling,
             end_ids=self._end_ids,
         )
-        responses, response_mask, _ = jax.device_get(out)
+        responses, response_mask = jax.device_get((out.tokens, out.mask))
         return [responses[row][response_mask[row]] for row in range(len(prompts))]
 
     def text(self, tokens: Sequence[int] | np.ndarray) -> Response:

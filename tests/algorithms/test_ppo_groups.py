@@ -178,18 +178,18 @@ def test_unlikely_tokens_outside_the_mask_have_no_gradient(aggregation, estimato
     [("gae", 0.03, False), ("rloo", 0.03, True), ("grpo", 0.1, False), ("reinforce++", 0.03, False)],
 )
 def test_every_advantage_learns_a_pattern(tmp_path, advantage, kl_coef, at_end):
-    """From a sixteenth a token to at least 0.9, of 16 prompts with eight responses each.
+    """From a sixteenth a token to at least 0.95, of 16 prompts with eight responses each.
 
     Three of four tokens are one, which a policy without a KL finds first and then writes four times: 0.75.
     """
     options = {"num_epochs": 2, "num_minibatches": 4, "kl_coef": kl_coef, "missing_end_penalty": 0.0}
     options["whiten_advantages"] = advantage == "gae"
-    config = experiment(num_steps=80, batch_size=128, new_tokens=4, lr=3e-3, n=8, advantage=advantage, **options)
+    config = experiment(num_steps=140, batch_size=128, new_tokens=4, lr=3e-3, n=8, advantage=advantage, **options)
     config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, schedule="linear"))
     if not at_end:
         config = dataclasses.replace(config, reward=RewardConfig(kind="margin", model="none"))
     s = Setup(config, reward=functools.partial(pattern_reward, at_end=at_end))
-    _, finished, recorded, _ = fit(s, tmp_path / "checkpoints", num_steps=80)
+    _, finished, recorded, _ = fit(s, tmp_path / "checkpoints", num_steps=140)
     rewards = [row["reward_uncalibrated"] for row in recorded.steps]
-    assert finished and rewards[0] < 0.2 and np.mean(rewards[-4:]) >= 0.9, rewards[::10]
+    assert finished and rewards[0] < 0.2 and np.mean(rewards[-4:]) >= 0.95, rewards[::10]
     assert all(("equal_groups" in row) == (advantage != "gae") for row in recorded.steps)

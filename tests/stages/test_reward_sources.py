@@ -465,7 +465,7 @@ TWO = {
 def answers(place, tmp_path, monkeypatch):
     """Makes the config of a stage that answers prompts and rewards the answers by two rules."""
     module = types.ModuleType("rules_of_this_test")
-    module.brief = lambda prompts, responses: [-float(len(response.split())) for response in responses]
+    module.brief = lambda prompts, responses: [-2.0 * len(response.split()) for response in responses]
     module.varied = lambda prompts, responses: [float(len(set(response.split()))) for response in responses]
     monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.chdir(place)

@@ -53,6 +53,8 @@ class AnswerKey:
     decoding: str
 
 
+_BLOCK = 4  # batches that are kept together: in between, the next prompt takes the place of a response that ended
+
 # Rows in the order of the prompts: response, token_ids (None where another program answered), ended.
 Answers = Mapping[AnswerKey, Sequence[dict[str, Any]]]
 
@@ -169,24 +171,18 @@ def _sampling(config: Compare, decoding: str) -> SamplingConfig:
 
 def _generate(config: Compare, policy: Policy, key: AnswerKey, prompts: PromptSet, log: RowLog) -> Iterator[None]:
     """Generate the answers that are missing, block by block, with their log-probs where they are sampled."""
-    sampling, rows = _sampling(config, key.decoding), config.compare.batch_size
+    sampler, rows = policy.sampler(_sampling(config, key.decoding)), config.compare.batch_size
     try:
-        policy.sampler(sampling).encode(prompts.prompts)
+        sampler.encode(prompts.prompts)
     except UserError as error:
         raise UserError(f"the prompts {key.prompts} do not fit {policy.name}: {error}") from error
-    for start in range(len(log.rows), len(prompts.prompts), rows):
-        block = prompts.prompts[start : start + rows]
-        # Policies that are compared draw different numbers, lest they share their luck.
-        seed = hashlib.sha256(f"{config.seed} {key} {start}".encode()).digest()
-        responses = policy.generate(
-            block,
-            max_new_tokens=sampling.max_new_tokens,
-            temperature=sampling.temperature,
-            top_k=sampling.top_k,
-            top_p=sampling.top_p,
-            seed=int.from_bytes(seed[:4], "big"),
-            batch_size=rows,
-        )
+    # Policies that are compared draw different numbers, lest they share their luck.
+    seed = int.from_bytes(hashlib.sha256(f"{config.seed} {key}".encode()).digest()[:4], "big")
+    keys = prompt_keys(jax.random.key(seed), 0, len(prompts.prompts))
+    for start in range(len(log.rows), len(prompts.prompts), _BLOCK * rows):
+        block = prompts.prompts[start : start + _BLOCK * rows]
+        answers = dict(sampler.answers(block, keys[start : start + len(block)], rows))
+        responses = [answers[place] for place in range(len(block))]
         ids = [[int(token) for token in response.token_ids] for response in responses]
         sums: Sequence[float | None] = [None] * len(block)
         vocabulary = vocabulary_digest(policy)
