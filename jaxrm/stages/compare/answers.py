@@ -28,7 +28,7 @@ from jaxrm.inference.policy import Policy
 from jaxrm.inference.response_batches import response_batches
 from jaxrm.inference.token_scores import policy_log_probs
 from jaxrm.models.build import ModelSource
-from jaxrm.models.sampling import SamplingConfig
+from jaxrm.models.sampling import SamplingConfig, prompt_keys
 from jaxrm.runtime.progress import Progress
 from jaxrm.runtime.row_log import RowLog
 from jaxrm.sharding.mesh import build_mesh
