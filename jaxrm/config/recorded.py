@@ -17,6 +17,10 @@ _SINCE: Mapping[str, Any] = {
     "head": "zero",
     "prefix_coef": 0.0,
     "neighbor_coef": 0.0,
+    "cached_attention": "auto",
+    "vocabulary": "auto",
+    "weights": "compute",
+    "packing": False,
 }
 _RENAMED = {"answers": "evaluate", "along": "evaluate_checkpoints", "draw": "sampling_seed"}
 

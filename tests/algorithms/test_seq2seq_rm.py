@@ -22,6 +22,7 @@ from jaxrm.inference.sharded_model import shard_model, state_shardings
 from jaxrm.models import build
 from jaxrm.models.build import ModelSource
 from jaxrm.models.config import PRESETS
+from jaxrm.models.kernels import PLAIN
 from jaxrm.sharding import partition
 from jaxrm.sharding.mesh import MeshConfig, build_mesh
 from jaxrm.types import MappingBatch
@@ -61,6 +62,7 @@ class Bigram(nnx.Module):
     def __init__(self, size):
         self.table = nnx.Param(jnp.zeros((size, size)))
         self.config = types.SimpleNamespace(logit_softcap=None)
+        self.kernels = PLAIN
 
     def __call__(self, tokens, *, positions, segment_ids):
         return self.table[...][tokens]

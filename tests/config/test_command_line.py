@@ -304,7 +304,7 @@ def test_a_bare_name_is_a_config_that_comes_with_jaxrm(refuse):
     message = refuse("--config=sft_tini")
     assert "--config is 'sft_tini', neither a file nor a config" in message
     assert "did you mean sft_tiny or " in message
-    assert "required a Python file or dpo_gemma_2b, " in refuse("--config=zzz")
+    assert "required a Python file or compare_quickstart, " in refuse("--config=zzz")
 
 
 def test_overrides_without_an_optional_config_file_are_refused(refuse):
