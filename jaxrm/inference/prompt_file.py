@@ -66,13 +66,15 @@ def write_responses(
         for line in _in_order(prompts, sampler.answers(prompts, keys, slots)):
             sys.stdout.write(line)
         return
-    sampler.encode(prompts)  # refuses what cannot be read before a file is made
     target = Path(output).expanduser()
     part_file = target.with_name(f"{target.name}.part")
     digest = hashlib.sha256(json.dumps([_messages(prompt) for prompt in prompts]).encode()).hexdigest()
-    done = _kept_responses(part_file, {"prompts": digest, **identity})
+    rows = _kept_rows(part_file, {"prompts": digest, **identity})
+    done: dict[int, str] = {row["place"]: row["response"] for row in rows[1:]}
     rest = [place for place in range(len(prompts)) if place not in done]
     answers = sampler.answers([prompts[place] for place in rest], keys[np.asarray(rest, int)], slots)
+    with atomic.open_for_writing(part_file) as file:  # after what cannot be read was refused
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     with (
         Progress("generate", len(prompts), unit="prompts", done=len(done)) as progress,
         part_file.open("a", encoding="utf-8") as file,
@@ -87,8 +89,8 @@ def write_responses(
     part_file.unlink()
 
 
-def _kept_responses(path: Path, identity: Mapping[str, Any]) -> dict[int, str]:
-    """The responses that a killed run has kept, by the place of their prompt; begins the file where there is none.
+def _kept_rows(path: Path, identity: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What a killed run has kept: what its responses follow from, and a row for each; the first alone without a file.
 
     Raises:
       UserError: they follow from something else.
@@ -101,9 +103,7 @@ def _kept_responses(path: Path, identity: Mapping[str, Any]) -> dict[int, str]:
             f"{path} has responses of a run that was stopped, with other {', '.join(other)}; give what it was given to "
             "go on, or remove that file to begin anew, or give another --output=responses.jsonl"
         )
-    with atomic.open_for_writing(path) as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in whole or [identity])
-    return {row["place"]: row["response"] for row in whole[1:]}
+    return whole or [dict(identity)]
 
 
 def _in_order(prompts: Sequence[Sequence[Message]], answers: Iterable[tuple[int, str]]) -> Iterator[str]:

@@ -116,7 +116,7 @@ def test_padding_without_a_row_is_read_as_another_id(published, small, tokenizer
     padded.save_pretrained(str(tmp_path))
     policy = load_policy(str(published), mesh=mesh, tokenizer=str(tmp_path))
     assert policy.model.config.drawable == ()
-    assert all(policy.generate(PROMPTS, max_new_tokens=4, seed=1))
+    assert all(len(response.token_ids) for response in policy.generate(PROMPTS, max_new_tokens=4, seed=1))
     padded.add_tokens(["typed"])
     padded.save_pretrained(str(tmp_path))
     with pytest.raises(UserError, match=r"has 'typed' with id 513, but the model's vocabulary holds 512 tokens"):

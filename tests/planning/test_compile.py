@@ -59,7 +59,7 @@ def test_a_plan_of_ppo_has_all_programs_and_residents(ppo_plan, capsys):
 
 
 def test_a_sum_of_sources_holds_each_model_once(here):
-    """Two of one run share its weights; a function needs none."""
+    """Two of one run share its weights and its pass; a function needs none."""
     rewards = {
         "words": RewardConfig(kind="literal", model="runs/a"),
         "doubts": RewardConfig(kind="soft", model="runs/a"),
@@ -68,7 +68,7 @@ def test_a_sum_of_sources_holds_each_model_once(here):
     }
     planned = stage_programs(config("ppo", rewards=rewards), build_mesh(PPO.mesh, here.devices))
     names = [program.name for program in planned.programs]
-    assert names == ["rollout", "log_probs", "scoring words", "scoring doubts", "scoring score", "update"]
+    assert names == ["rollout", "log_probs", "scoring words", "scoring score", "update"]
     assert planned.residents.keys() == {"policy", "critic", "reference", "reward model words", "reward model score"}
 
 
