@@ -54,7 +54,7 @@ def decide(config: Any) -> Decision:
     Raises:
       UserError: where there is no such model, or it does not fit the mesh.
     """
-    if config.model.remat != AUTO_REMAT or config.algorithm not in PLANNED:
+    if config.algorithm not in PLANNED or config.model.remat != AUTO_REMAT:
         return Decision(config, "")
     recorded = None if config.on_existing == "restart" else _recorded(config.run_dir)
     is_writer = jax.process_index() == 0

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from support.chat_server import ChatServer, Reply, serving
 
+import jaxrm
 from jaxrm.algorithms.endpoint_config import EndpointConfig
 from jaxrm.comparison_config import (
     CompareConfig,
@@ -149,7 +150,7 @@ def test_policies_answer_and_what_is_there_stays(config, make_run, tmp_path):
     assert {duel.judge for duel in found.duels} == {"rm", "exact"}
     assert all(np.isin(duel.outcomes, (0, 0.5, 1)).all() for duel in found.duels)
     before = {path: path.read_bytes() for path in (tmp_path / "run").glob("*/*.jsonl")}
-    assert compare(config).tables == found.tables
+    assert jaxrm.run(config) == 0 and compare(config).tables == found.tables
     assert {path: path.read_bytes() for path in before} == before
 
 
