@@ -7,7 +7,7 @@ from typing import Any
 from jaxrm.errors import UserError, option
 from jaxrm.models.build import ModelSource
 from jaxrm.pipeline.config import PREFIX, Pipeline, stage_names
-from jaxrm.stage_config import PLANNED, StageConfig
+from jaxrm.stage_config import PLANNED, ModelStageConfig, StageConfig
 
 
 def planned_stages(config: StageConfig | Pipeline, preset: str | None) -> dict[str, Any]:
@@ -25,7 +25,8 @@ def planned_stages(config: StageConfig | Pipeline, preset: str | None) -> dict[s
     stages = {name: stage for name in config.stages if (stage := getattr(config, name)).algorithm in PLANNED}
     if not stages:
         raise UserError(f"{option('stages')} has none that can be planned; those are {', '.join(PLANNED)}")
-    models = {name: getattr(config, name).model for name in stage_names(config)}
+    every = {name: getattr(config, name) for name in stage_names(config)}
+    models = {name: stage.model for name, stage in every.items() if isinstance(stage, ModelStageConfig)}
     return {
         name: _with_preset(dataclasses.replace(stage, model=_initial_model(stage.model, models)), preset)
         for name, stage in stages.items()

@@ -76,7 +76,7 @@ def decide_for(config: TrainingConfig, mesh: Mesh, memory: float | None) -> Deci
       mesh: the devices.
       memory: bytes that a run may fill on one of them; None where that is unknown, and the least is kept.
     """
-    if config.model.remat != AUTO_REMAT:
+    if config.algorithm not in PLANNED or config.model.remat != AUTO_REMAT:
         return Decision(config, "")
     needs = _bytes_needed(config, mesh)
     if memory is None:

@@ -324,7 +324,7 @@ def test_lines_stand_out_and_apart_also_for_colour_blind_readers(theme):
 def test_examples_reach_the_browser_whole(tmp_path):
     response = ExampleResponse("sft", "a b", ("a", " b", "<end>"), (0.123456, math.nan, -2.0), (("reward", "1"),))
     plain = ExampleResponse("ppo", "only text")
-    text = written(tmp_path / "r.html", examples=[ReportExample("p", (response, plain))])
+    text = written(tmp_path / "r.html", examples=[ReportExample("p", (response, plain), ("longest",))])
     assert embedded(text)["examples"] == [
         {
             "prompt": "p",
@@ -338,6 +338,7 @@ def test_examples_reach_the_browser_whole(tmp_path):
                 },
                 {"name": "ppo", "text": "only text", "tokens": [], "rewards": [], "facts": []},
             ],
+            "tags": ["longest"],
         }
     ]
 
