@@ -109,7 +109,7 @@ def test_a_stage_whose_disk_fails_says_what_is_saved(tmp_path, monkeypatch, numb
         raise OSError(number, os.strerror(number), "/runs/x/samples.jsonl")
 
     monkeypatch.setattr(table.importlib, "import_module", lambda name: SimpleNamespace(run=fail))
-    config = SimpleNamespace(algorithm="sft", run_dir=str(tmp_path))
+    config = SimpleNamespace(algorithm="sample_pairs", run_dir=str(tmp_path))
     with pytest.raises(StorageError) as caught:
         table.run_stage(config)
     assert str(caught.value) == (

@@ -18,9 +18,14 @@ def planned_stages(config: StageConfig | Pipeline, preset: str | None) -> dict[s
       preset: public name of the model's shape, in place of ``config.model``; None keeps that.
 
     Raises:
-      UserError: no stage of the pipeline can be planned.
+      UserError: the stage, or no stage of the pipeline, can be planned.
     """
     if isinstance(config, StageConfig):
+        if config.algorithm not in PLANNED:
+            raise UserError(
+                f"--config is a run of {config.algorithm}, which cannot be planned; those that can are "
+                f"{', '.join(PLANNED)}, e.g. --config=ppo_tiny"
+            )
         return {"": _with_preset(config, preset)}
     stages = {name: stage for name in config.stages if (stage := getattr(config, name)).algorithm in PLANNED}
     if not stages:

@@ -386,14 +386,15 @@ def test_sampling_from_another_distribution_is_refused(refuse, sampling, field, 
             "e.g. --config.data.batch_size=32",
         ),
         (
-            {"rollout": {"slots": 12}, "data": {"batch_size": 16}},
-            "config.rollout.slots is 12, but slots lie on the 8 devices of the data and fsdp axes of config.mesh; use "
-            "a multiple of 8, e.g. --config.rollout.slots=16",
+            {"rollout": {"slots": 12, "mesh": MeshConfig()}, "data": {"batch_size": 16}},
+            "config.rollout.slots is 12, but slots lie on the 8 devices of the data and fsdp axes of "
+            "config.rollout.mesh; use a multiple of 8, e.g. --config.rollout.slots=16",
         ),
         (
-            {"rollout": {"slots": 8, "responses_per_prompt": 2}, "data": {"batch_size": 16}},
+            {"rollout": {"slots": 8, "responses_per_prompt": 2, "mesh": MeshConfig()}, "data": {"batch_size": 16}},
             "config.rollout.slots is 8, but slots lie in groups of config.rollout.responses_per_prompt 2 on the 8 "
-            "devices of the data and fsdp axes of config.mesh; use a multiple of 16, e.g. --config.rollout.slots=16",
+            "devices of the data and fsdp axes of config.rollout.mesh; use a multiple of 16, e.g. "
+            "--config.rollout.slots=16",
         ),
         (
             {"rollout": {"slots": 16}},
