@@ -12,6 +12,10 @@ is calibrated on the responses of the input, and its own rewards stand in `sourc
 
 python -m jaxrm.score --config=ppo.py --input=pairs.jsonl --output=scored.jsonl --html=scored.html
 
+Benchmarks of preferences, with a column ``subset`` (RewardBench, RewardBench 2), are scored by subset:
+
+python -m jaxrm.score --checkpoint=runs/rm_seq2seq_tiny --pairs=benchmark.jsonl --kind=all --second=runs/rm_scalar_tiny
+
 python -m jaxrm.score --weights=google/gemma-2b --adapter=exported/rm --input=pairs.jsonl --output=scored.jsonl
 python -m jaxrm.score --weights=Skywork/Skywork-Reward-V2-Qwen3-0.6B --input=pairs.jsonl --output=scored.jsonl
 """
@@ -55,6 +59,8 @@ def define_flags(values: flags.FlagValues) -> None:
     text("template", None, "with --weights: chat template, a name or for a classifier a file", flag_values=values)
     text("input", None, "required: file of pairs, or of prompts and responses", flag_values=values)
     text("output", None, "required: JSONL to write, one record a line", flag_values=values)
+    text("pairs", None, "in place of --input: a benchmark of preferences, scored by subset", flag_values=values)
+    text("second", None, "with --pairs: another reward model, whose figures stand beside", flag_values=values)
     text("html", None, "page to draw, one self-contained file", flag_values=values)
     text("kind", None, "kind of token reward, by default that of the config or else of the run", flag_values=values)
     text("reference", None, "with --kind=contrast or dpo: run of the policy to compare with", flag_values=values)
@@ -70,6 +76,10 @@ def define_flags(values: flags.FlagValues) -> None:
 
 def main(config: Any, given: flags.FlagValues) -> int:
     """Open the model, score, write and draw."""
+    if given.pairs is not None:
+        return _score_benchmark(config, given)
+    if given.second is not None:
+        raise UserError("--second goes with --pairs=FILE, a benchmark that two reward models are compared on")
     examples = {"input": "pairs.jsonl", "output": "scored.jsonl"}
     adds_sources = bool(getattr(config, "rewards", None))
     if given.weights is None and not adds_sources:
@@ -113,6 +123,37 @@ def main(config: Any, given: flags.FlagValues) -> int:
     score_file.print_scored(records, rows, model.name, kind, given.output, is_training_data)
     if given.html is not None:
         score_file.write_page(given.html, rows, model.name, kind)
+    return 0
+
+
+def _score_benchmark(config: Any, given: flags.FlagValues) -> int:
+    """Score a benchmark by subset."""
+    for name in ("input", "html", "reference", "held_out"):
+        if getattr(given, name):
+            raise UserError(f"--{name} does not go with --pairs, a benchmark that is scored by subset; leave it out")
+    if getattr(config, "rewards", None):
+        raise UserError("--config has several sources, but --pairs scores with one reward model at a time")
+    if given.output is not None:
+        check_output_files(given.pairs, {"output": given.output}, "figures")
+
+    from jaxrm.inference import score_benchmark
+    from jaxrm.inference.load import check_flags, load_reward_model
+    from jaxrm.sharding.mesh import MeshConfig, build_mesh
+
+    path = check_flags(given.checkpoint, given.weights, given.adapter)
+    mesh = build_mesh(config.mesh if config is not None else MeshConfig())
+    models = [load_reward_model(path, adapter=given.adapter, mesh=mesh, dtype=given.dtype, template=given.template)]
+    if given.second is not None:
+        with naming({"path": "--second", "model.path": "--second", "reward.model": "--second"}):
+            models.append(load_reward_model(given.second, mesh=mesh, dtype=given.dtype))
+    score_benchmark.run_benchmark(
+        models,
+        given.pairs,
+        kind=given.kind or (None if config is None else config.reward.kind),
+        batch_size=given.batch_size,
+        max_records=given.max_records,
+        output=given.output,
+    )
     return 0
 
 
