@@ -343,20 +343,23 @@ def test_a_shared_trunk_adds_both_losses_under_one_optimizer():
 @pytest.mark.slow
 @pytest.mark.parametrize("shared", [False, True], ids=["own critic", "shared trunk"])
 def test_it_learns_to_emit_a_pattern(tmp_path, shared):
-    """From chance (a sixteenth a token) to at least 0.9 in 40 steps of 64 responses of four tokens."""
-    options = {"num_epochs": 2, "num_minibatches": 4, "kl_coef": 0.0, "whiten_advantages": True, "value_coef": 0.5}
-    config = experiment(num_steps=40, batch_size=64, new_tokens=4, lr=5e-3, shared_trunk=shared, **options)
+    """From chance (a sixteenth a token) to at least 0.9 in 100 steps of 64 responses of four tokens.
+
+    Three of the four are one token. Without a KL a policy may stay at writing it four times, 0.75.
+    """
+    options = {"num_epochs": 2, "num_minibatches": 4, "kl_coef": 0.03, "whiten_advantages": True, "value_coef": 0.5}
+    config = experiment(num_steps=100, batch_size=64, new_tokens=4, lr=5e-3, shared_trunk=shared, **options)
     config = dataclasses.replace(
         config,
         optimizer=dataclasses.replace(config.optimizer, schedule="linear"),
         ppo=dataclasses.replace(config.ppo, missing_end_penalty=0.0),  # a pattern has no end
     )
     s = Setup(config, reward=pattern_reward)
-    _, finished, told, checkpoints = fit(s, tmp_path / "checkpoints", num_steps=40)
+    _, finished, told, checkpoints = fit(s, tmp_path / "checkpoints", num_steps=100)
     rewards = [row["reward_uncalibrated"] for row in told.steps]
     assert finished and rewards[0] < 0.2 and np.mean(rewards[-3:]) >= 0.9, rewards[::10]
     assert all(row["ratio_error/first"] < 1e-5 and abs(row["approx_kl/first"]) < 1e-6 for row in told.steps)
-    assert told.steps[-1]["entropy"] < told.steps[0]["entropy"] and checkpoints.steps() == [40]
+    assert told.steps[-1]["entropy"] < told.steps[0]["entropy"] and checkpoints.steps() == [100]
     programs = [
         s.programs.rollout.sample,
         s.programs.log_probs,
