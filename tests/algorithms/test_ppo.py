@@ -611,9 +611,7 @@ def test_numbers_that_are_not_finite_stop_the_run_before_a_save(tmp_path, where)
             return dataclasses.replace(found, rewards=found.rewards * jnp.nan, diagnostics=diagnostics)
         return found
 
-    with pytest.raises(
-        UserError, match=r"step \d: .*(not finite|no finite number).*the last good checkpoint is|nothing"
-    ):
+    with pytest.raises(UserError, match=r"step \d.*(not finite|no finite number).*the last good checkpoint is"):
         fit(s, tmp_path / "run", num_steps=6, reward=source, every=1)
     kept = Checkpoints(tmp_path / "run", read_only=True)
     assert kept.steps() == [1]
