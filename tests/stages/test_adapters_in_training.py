@@ -196,7 +196,7 @@ def test_four_roles_of_ppo_have_one_base_in_memory(roles, tmp_path, monkeypatch,
     assert len(counted) == 2
     assert once <= max(counted) - before < 1.3 * once
     # The reward model has the very arrays of the policy's base.
-    scored = lora.split(runs[0].programs.scoring._params)[1]
+    scored = lora.split(runs[0].programs.scoring.model.params)[1]
     assert all(a is b for a, b in zip(jax.tree.leaves(scored), jax.tree.leaves(runs[0].base), strict=True))
     # The reference is what the policy began as.
     began = lora.split(load_policy(str(roles / "sft"), mesh=runs[0].learner.mesh).params)[0]
