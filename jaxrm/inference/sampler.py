@@ -135,6 +135,8 @@ class Sampler:
         limit = self._sampling.max_new_tokens
         waiting = [Prompt(ids, key, limit) for ids, key in zip(encoded, data, strict=True)]
         slots = min(slots, 1 << (len(encoded) - 1).bit_length())  # few numbers, so that few programs are compiled
+        shards = batch_shards(self._model.mesh)
+        slots = -(-slots // shards) * shards  # as many on every device
         for answer in self._stream(slots).answer(waiting):
             yield answer.place, self.text(answer.tokens)
 

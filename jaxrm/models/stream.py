@@ -83,7 +83,8 @@ class Stream:
     ) -> None:
         self._graphdef, self._params, self._sampling = graphdef, params, sampling
         self._static = {"graphdef": graphdef, "sampling": sampling, "end_ids": end_ids}
-        self._slots, self._refill = slots, refill_of(slots, shards)
+        assert slots % shards == 0, (slots, shards)
+        self._slots, self._refill = slots, min(refill_of(slots, shards), slots)
         self._layers, self._head = _unstack(graphdef, params)
         self.capacity = 0
 
