@@ -233,7 +233,7 @@ def test_corrections_and_ranking_are_learnt(runs):
     run = runs.reward_model("seq2seq_rm")
     before, after = [row for row in rows_of(run) if "eval_loss" in row]
     for mapping in ("correction", "identity"):
-        assert after[f"eval_nll_{mapping}"] < 0.8 * before[f"eval_nll_{mapping}"]
+        assert after[f"eval_nll_{mapping}"] < 0.85 * before[f"eval_nll_{mapping}"]
     report = evaluation_of(run)
     literal = next(kind for kind in report["kinds"] if kind["kind"] == "literal")
     assert literal["by_sum"][1] > 0.5 and literal["verdict"] == "ranks pairs"
