@@ -7,7 +7,7 @@ answer contradicts itself then, which is a tie, and its position bias is seen.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,9 @@ from jaxrm.inference.policy import Policy
 from jaxrm.inference.question_file import fill, read_question
 from jaxrm.inference.response_batches import bucket
 from jaxrm.models.transformer import positions_from_mask
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _SHIPPED = Path(__file__).parent
 SHIPPED = ("helpfulness", "harmlessness", "summary")
@@ -63,19 +66,7 @@ class LanguageModelAsker:
     def __init__(self, policy: Policy, field: str, *, max_length: int, batch_size: int) -> None:
         self._policy, self._batch_size = policy, batch_size
         self._max_length = min(max_length, policy.model.config.max_position)
-        replies = [templates.encode_response(policy.tokenizer, letter, policy.template) for letter in _LETTERS]
-        shared = 0
-        while shared < min(map(len, replies)) and replies[0][shared] == replies[1][shared]:
-            shared += 1
-        unknown = policy.tokenizer.unk_token_id
-        letters = [reply[shared] if shared < len(reply) else None for reply in replies]
-        if None in letters or (unknown is not None and unknown in letters) or letters[0] == letters[1]:
-            raise UserError(
-                f"{option(field)} is {policy.name}, whose tokenizer has no two tokens for the letters A and B, from "
-                f"which a verdict is read; give another model, e.g. "
-                f"{flag(field)}=HuggingFaceTB/SmolLM2-135M-Instruct"
-            )
-        self._prefix = replies[0][:shared]
+        self._prefix, letters = letter_ids(policy.tokenizer, policy.template, policy.name, field)
         ids = jnp.asarray(letters, jnp.int32)
         graphdef = policy.model.graphdef
 
@@ -108,6 +99,33 @@ class LanguageModelAsker:
                 tokens[row, width - len(encoded[i]) :], mask[row, width - len(encoded[i]) :] = encoded[i], True
             shares[indices] = np.asarray(self._read(policy.params, tokens, mask), np.float64)[: len(indices)]
         return shares
+
+
+def letter_ids(
+    tokenizer: "PreTrainedTokenizerBase", template: str, name: str, field: str
+) -> tuple[list[int], tuple[int, int]]:
+    """The ids that both replies begin with, and the ids of the two letters behind them.
+
+    Args:
+      tokenizer: of the model.
+      template: its chat template.
+      name: of the model, for the message.
+      field: of the config that names it.
+
+    Raises:
+      UserError: the letters are not two tokens of the model.
+    """
+    replies = [templates.encode_response(tokenizer, letter, template) for letter in _LETTERS]
+    shared = 0
+    while shared < min(map(len, replies)) and replies[0][shared] == replies[1][shared]:
+        shared += 1
+    first, second = (reply[shared] if shared < len(reply) else tokenizer.unk_token_id for reply in replies)
+    if first == second or tokenizer.unk_token_id in (first, second):
+        raise UserError(
+            f"{option(field)} is {name}, whose tokenizer has no two tokens for the letters A and B, from which a "
+            f"verdict is read; give another model, e.g. {flag(field)}=HuggingFaceTB/SmolLM2-135M-Instruct"
+        )
+    return replies[0][:shared], (int(first), int(second))
 
 
 class EndpointAsker:

@@ -70,7 +70,7 @@ def answer_keys(config: Compare) -> list[AnswerKey]:
 
 
 def check_policies(config: Compare) -> None:
-    """Refuse policies that are not there, before anything is made; nothing is loaded.
+    """Refuse policies, and a reference, that are not there, before anything is made; nothing is loaded.
 
     Raises:
       UserError: naming the policy.
@@ -82,6 +82,18 @@ def check_policies(config: Compare) -> None:
                     weights.find_checkpoint(policy.adapter or path, "path")
                 else:
                     weights.read_shape(ModelSource(path=path, adapter=policy.adapter))
+        if policy.answers is not None and not Path(policy.answers).expanduser().is_file():
+            raise UserError(
+                f"{option(f'policies.{name}.answers')} is {policy.answers!r}, which is no file; give a JSONL file with "
+                f"prompt and response, e.g. {flag(f'policies.{name}.answers')}=answers.jsonl"
+            )
+    reference = config.compare.reference
+    if reference is not None:
+        with naming({"path": "config.compare.reference", "model.path": "config.compare.reference"}):
+            if weights.is_run(reference):
+                weights.find_checkpoint(reference, "path")
+            else:
+                weights.read_shape(ModelSource(path=reference))
 
 
 def find_answers(config: Compare, folder: Path, sets: Mapping[str, PromptSet], *, show_progress: bool) -> Answers:

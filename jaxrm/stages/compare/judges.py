@@ -28,6 +28,7 @@ from jaxrm.inference.pair_judge import (
     EndpointAsker,
     LanguageModelAsker,
     PairQuestion,
+    letter_ids,
     pair_texts,
     read_pair_question,
     refusal_texts,
@@ -77,7 +78,9 @@ def check_judges(config: Compare, prompts: Iterable[Sequence[Message]]) -> None:
                 _check_task(name, judge.function, every)
             path = judge.language_model or judge.reward_model
             if path is not None and weights.is_run(path):
-                weights.find_checkpoint(path, "path")
+                run = weights.find_checkpoint(path, "path")
+                if judge.language_model is not None:  # before answers are written for it
+                    letter_ids(run.load_tokenizer(), run.config.data.template, path, f"judges.{name}.language_model")
 
 
 def check_reachable(config: Compare) -> None:
