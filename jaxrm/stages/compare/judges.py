@@ -186,7 +186,7 @@ def _open_scorer(config: Compare, judge: ComparisonJudgeConfig) -> Callable[[Seq
         model = load_reward_model(judge.reward_model, mesh=build_mesh(config.mesh), dtype=judge.dtype)
 
         def by_model(answers: Sequence[JudgedAnswer]) -> np.ndarray:
-            prompts, responses = [each.prompt for each in answers], [each.response or " " for each in answers]
+            prompts, responses = [each.prompt for each in answers], [each.response for each in answers]
             return model.score(prompts, responses, kind=judge.kind, batch_size=config.compare.batch_size).sum
 
         return by_model
