@@ -133,6 +133,7 @@ def ppo(folder: Path) -> list[str]:
     ]
 
 
+@pytest.mark.each_python
 @pytest.mark.slow
 @pytest.mark.parametrize("count", COUNTS)
 def test_sft_in_several_processes_has_the_losses_of_one(alone: Path, tmp_path: Path, count: int) -> None:

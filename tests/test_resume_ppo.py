@@ -140,6 +140,7 @@ def assert_same(run_dir, other):
     assert (run_dir / "evaluation.json").read_text() == (other / "evaluation.json").read_text()
 
 
+@pytest.mark.each_python
 @pytest.mark.filterwarnings("ignore:Sharding info not provided")
 def test_a_stopped_run_ends_with_the_same_bits(environment, ppo, unbroken, tmp_path):
     """SIGKILL mostly, a SIGTERM now and then, a random time after a random step; the same command until it is done."""

@@ -340,6 +340,7 @@ def test_a_shared_trunk_adds_both_losses_under_one_optimizer():
 # --- whole steps
 
 
+@pytest.mark.each_python
 @pytest.mark.slow
 @pytest.mark.parametrize("shared", [False, True], ids=["own critic", "shared trunk"])
 def test_it_learns_to_emit_a_pattern(tmp_path, shared):
@@ -370,6 +371,7 @@ def test_it_learns_to_emit_a_pattern(tmp_path, shared):
     assert [program._cache_size() for program in programs] == [1] * 5  # nothing was compiled twice
 
 
+@pytest.mark.each_python
 @pytest.mark.slow
 def test_one_device_and_eight_agree(tmp_path):
     """Three steps: the same tokens, and losses, rewards and KL within 1e-4 in float32; eight lie anew to answer."""
