@@ -53,7 +53,8 @@ def main(_: None, given: flags.FlagValues) -> int:
             raise UserError(f"--{name} goes with --weights; a run has its own, so leave it out with --checkpoint")
 
     from jaxrm.inference.load import check_flags
-    from jaxrm.inference.weights import check_has_adapters, find_checkpoint, is_run
+    from jaxrm.inference.run_checkpoint import find_checkpoint, is_run
+    from jaxrm.inference.weights import check_has_adapters
     from jaxrm.models.hub import check_export_folder
 
     check_export_folder(given.output, overwrite=given.overwrite)
@@ -91,7 +92,7 @@ def _write_model(given: flags.FlagValues, path: str, *, is_scalar: bool) -> tupl
     from jaxrm.inference.classifier import Classifier
     from jaxrm.inference.load import load_policy, load_reward_model, spread_mesh
     from jaxrm.inference.parameters import merge
-    from jaxrm.inference.weights import is_run
+    from jaxrm.inference.run_checkpoint import is_run
     from jaxrm.models.hub import export_model, is_classifier
 
     if given.adapter is None and not is_run(path) and is_classifier(path):
@@ -136,7 +137,7 @@ def _write_adapters(given: flags.FlagValues, run: Any) -> tuple[str, Any]:
     from jaxrm.inference.base import read_base, recorded_base
     from jaxrm.inference.load import spread_mesh
     from jaxrm.inference.parameters import read_trained
-    from jaxrm.inference.weights import is_run
+    from jaxrm.inference.run_checkpoint import is_run
     from jaxrm.models.hub import write_adapter
 
     base = read_base(run, given.weights) if given.weights else recorded_base(run)

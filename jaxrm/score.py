@@ -94,7 +94,7 @@ def main(config: Any, given: flags.FlagValues) -> int:
     from jaxrm.data.config import DataConfig
     from jaxrm.inference import score_file
     from jaxrm.inference.load import check_flags, load_policy, load_reward_model
-    from jaxrm.inference.weights import find_checkpoint, is_run
+    from jaxrm.inference.run_checkpoint import find_checkpoint, is_run
     from jaxrm.sharding.mesh import MeshConfig, build_mesh
     from jaxrm.stage_config import REWARD_MODELS
 

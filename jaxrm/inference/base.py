@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jaxrm import atomic
 from jaxrm.config import dicts
 from jaxrm.errors import UserError, flag, option
-from jaxrm.inference import weights
+from jaxrm.inference import run_checkpoint, weights
 from jaxrm.inference.sharded_model import ShardedModel, in_compute_dtype
 from jaxrm.models import build, hub
 from jaxrm.models.build import ModelSource
@@ -54,9 +54,9 @@ def locate_base(source: ModelSource, seed: int) -> Base:
     """
     if source.path is None:
         return Base(None, source.preset, seed, "")
-    if not weights.is_run(source.path):
+    if not run_checkpoint.is_run(source.path):
         return Base(source.path, None, 0, "")
-    run = weights.find_checkpoint(source.path, "model.path", weights.LANGUAGE_MODELS)
+    run = run_checkpoint.find_checkpoint(source.path, "model.path", weights.LANGUAGE_MODELS)
     return Base(str(run.folder.checkpoints / str(run.step)), None, 0, "")
 
 
@@ -71,14 +71,14 @@ def describe_base(source: ModelSource, seed: int) -> Base:
         shape = dicts.to_dict(build.read_shape(source))
         drawn = json.dumps({"drawn": shape, "seed": seed}, sort_keys=True)
         return dataclasses.replace(base, sha256=hashlib.sha256(drawn.encode()).hexdigest())
-    if not weights.is_run(base.path):
+    if not run_checkpoint.is_run(base.path):
         return dataclasses.replace(base, sha256=_content(tuple(hub.model_files(base.path))))
     step = Path(base.path)
     files = sorted(path for path in (step / "params").rglob("*") if path.is_file())
     return dataclasses.replace(base, sha256=_content((step.parents[1] / "model.json", *files)))
 
 
-def read_base(run: weights.RunCheckpoint, path: str | None = None) -> Base:
+def read_base(run: run_checkpoint.RunCheckpoint, path: str | None = None) -> Base:
     """The base that the adapters of a run stand on, which is there and has not changed.
 
     Args:
@@ -112,7 +112,7 @@ def read_base(run: weights.RunCheckpoint, path: str | None = None) -> Base:
     raise UserError(f"{stands}{problems[0]}; {instead}")
 
 
-def recorded_base(run: weights.RunCheckpoint) -> Base:
+def recorded_base(run: run_checkpoint.RunCheckpoint) -> Base:
     """The base that a run with adapters was trained on, which may be there no more.
 
     Raises:
@@ -186,8 +186,8 @@ _in_use: dict[Any, Any] = {}  # weak references to the parameters of each base, 
 
 def _read(base: Base, model: ShardedModel, key: jax.Array) -> Any:
     shardings = model.frozen_shardings
-    if base.path is not None and weights.is_run(base.path):
-        run = weights.find_checkpoint(base.path, "model.path")
+    if base.path is not None and run_checkpoint.is_run(base.path):
+        run = run_checkpoint.find_checkpoint(base.path, "model.path")
         shapes = jax.tree.map(_as_saved, model.frozen_shapes)
         return in_compute_dtype(run.restore(shapes, shardings), model.source.dtype)
     source = dataclasses.replace(model.source, path=base.path, preset=base.preset, adapter=None)
@@ -209,7 +209,7 @@ def _recorded(folder: Path) -> Base | None:
         raise UserError(f"{file} is damaged ({error}); give another run") from error
 
 
-def _places(run: weights.RunCheckpoint, recorded: Base, path: str) -> list[str | None]:
+def _places(run: run_checkpoint.RunCheckpoint, recorded: Base, path: str) -> list[str | None]:
     """Where there is something that may be the base: where it was, as far from the run as it was, where it was seen."""
     beside = Path(os.path.normpath(run.folder.path / os.path.relpath(path, run.config.run_dir)))
     seen = _seen.get(recorded.sha256) or path

@@ -23,13 +23,14 @@ from jaxrm.data.records import Message, Record
 from jaxrm.data.templates import Text
 from jaxrm.errors import UserError, arguments, flag, option
 from jaxrm.inference import sharded_model
+from jaxrm.inference.encoded_records import EncodedRecord, encode_each
 from jaxrm.inference.prompts import Prompt, check_count, read_prompts, read_responses
 from jaxrm.inference.response_batches import bucket
 from jaxrm.inference.reward_model import default_kind
 from jaxrm.inference.scores import Scores
 from jaxrm.inference.sharded_model import ShardedModel
 from jaxrm.inference.text_scorer import TextSample
-from jaxrm.inference.token_scores import EncodedRecord, TokenScores, as_record, encode_each, without_length
+from jaxrm.inference.token_scores import TokenScores, as_record, without_length
 from jaxrm.models import hub
 from jaxrm.ops.reward_kinds import find_kind, names_for
 from jaxrm.runtime.progress import Progress

@@ -22,8 +22,8 @@ from jaxrm.inference.base import (
     read_base,
     recorded_base,
 )
+from jaxrm.inference.run_checkpoint import RunCheckpoint
 from jaxrm.inference.sharded_model import ShardedModel
-from jaxrm.inference.weights import RunCheckpoint
 from jaxrm.models import heads, hub, lora, quantized_params
 from jaxrm.models.build import ModelSource
 

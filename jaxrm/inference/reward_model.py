@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 
     from jaxrm.data.readers import ReadReport
     from jaxrm.data.records import Record
+    from jaxrm.inference.encoded_records import EncodedRecord
     from jaxrm.inference.policy import Policy
+    from jaxrm.inference.run_checkpoint import RunCheckpoint
     from jaxrm.inference.scores import Scores
-    from jaxrm.inference.token_scores import EncodedRecord
-    from jaxrm.inference.weights import RunCheckpoint
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,7 +103,7 @@ class RewardModel:
         Raises:
           UserError: naming the prompt, response or argument that is wrong.
         """
-        from jaxrm.inference import token_scores
+        from jaxrm.inference import encoded_records
         from jaxrm.inference.scores import Scores
 
         check_count("batch_size", batch_size)
@@ -113,7 +113,7 @@ class RewardModel:
         if reference is not None:
             self.check_reference(reference)
         messages = read_prompts(prompts)
-        records = token_scores.encode_all(messages, read_responses(responses, len(messages)), self, reference)
+        records = encoded_records.encode_all(messages, read_responses(responses, len(messages)), self, reference)
         rows = self.score_records(records, kind, batch_size=batch_size, reference=reference, show_progress=False)
         return Scores(rows, self.name)
 
@@ -132,7 +132,7 @@ class RewardModel:
         Raises:
           UserError: naming the prompt, response or argument that is wrong; or where the model is a scalar one.
         """
-        from jaxrm.inference import token_scores
+        from jaxrm.inference import encoded_records, token_scores
 
         check_count("max_new_tokens", max_new_tokens)
         if not self.is_seq2seq:
@@ -140,7 +140,7 @@ class RewardModel:
                 f"{self.name} is a {self.sort} reward model, which writes no corrections; use a seq2seq one"
             )
         messages = read_prompts(prompts)
-        records = token_scores.encode_all(messages, read_responses(responses, len(messages)), self)
+        records = encoded_records.encode_all(messages, read_responses(responses, len(messages)), self)
         written = token_scores.correct(self, records, max_new_tokens=max_new_tokens, show_progress=False)
         return [token_scores.text_of(self, token_ids) for (token_ids,) in written]
 
@@ -165,10 +165,10 @@ class RewardModel:
     def encode_records(
         self, records: "Sequence[Record]", report: "ReadReport", *, reference: "Policy | None" = None
     ) -> "list[EncodedRecord]":
-        """Records to score; see `jaxrm.inference.token_scores.encode`."""
-        from jaxrm.inference import token_scores
+        """Records to score; see `jaxrm.inference.encoded_records.encode`."""
+        from jaxrm.inference import encoded_records
 
-        return token_scores.encode(records, self, report, reference=reference)
+        return encoded_records.encode(records, self, report, reference=reference)
 
     def score_records(
         self,

@@ -23,7 +23,7 @@ from jaxrm.inference.reward_model import (
     kind_of,
     sort_of,
 )
-from jaxrm.inference.weights import RunCheckpoint, find_checkpoint, is_run
+from jaxrm.inference.run_checkpoint import RunCheckpoint, find_checkpoint, is_run
 from jaxrm.reports import page
 from jaxrm.runtime.progress import print_table
 from jaxrm.stage_config import LANGUAGE_MODELS

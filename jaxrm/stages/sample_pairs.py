@@ -21,8 +21,9 @@ from jaxrm.data.records import Message, PreferenceRecord
 from jaxrm.data.tasks.prompts import prompt_field
 from jaxrm.errors import UserError, flag, naming, option
 from jaxrm.inference.load import load_policy
+from jaxrm.inference.run_checkpoint import find_checkpoint
 from jaxrm.inference.sampler import Sampler, prompt_room
-from jaxrm.inference.weights import find_checkpoint, lora_of, peft_path, read_shape, trained_place
+from jaxrm.inference.weights import lora_of, peft_path, read_shape, trained_place
 from jaxrm.runtime.progress import Progress, print_table
 from jaxrm.sharding.mesh import build_mesh
 from jaxrm.stage_config import LANGUAGE_MODELS

@@ -31,7 +31,7 @@ from jaxrm.data.responses import Response, response_text
 from jaxrm.data.templates import bos_id, text_of
 from jaxrm.data.tokenizer import Vocabulary, load_tokenizer
 from jaxrm.errors import option
-from jaxrm.inference import parameters, sharded_model, weights
+from jaxrm.inference import parameters, run_checkpoint, sharded_model, weights
 from jaxrm.inference.base import Base, check_kept, keep_base, load_base
 from jaxrm.inference.load import save_shape_and_tokenizer
 from jaxrm.inference.sharded_model import ShardedModel
@@ -296,8 +296,8 @@ def check_is_policy(config: Any) -> None:
     """
     for name in ("path", "adapter"):
         path = getattr(config.model, name)
-        if weights.is_run(path):
-            weights.find_checkpoint(path, f"model.{name}", POLICIES)
+        if run_checkpoint.is_run(path):
+            run_checkpoint.find_checkpoint(path, f"model.{name}", POLICIES)
 
 
 def judge_of(config: Any) -> str | None:

@@ -7,7 +7,7 @@ import jax
 from jaxrm.data.template_comparison import write_alike
 from jaxrm.data.templates import check_template
 from jaxrm.errors import UserError, flag, option
-from jaxrm.inference import weights
+from jaxrm.inference import run_checkpoint, weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -24,9 +24,9 @@ def check_trained_template(config: Any, tokenizer: "PreTrainedTokenizerBase") ->
     template = config.data.template
     check_template(tokenizer, template)
     field, path = weights.trained_place(config.model)
-    if not weights.is_run(path):
+    if not run_checkpoint.is_run(path):
         return
-    run = weights.find_checkpoint(path, field)
+    run = run_checkpoint.find_checkpoint(path, field)
     trained = run.config.data.template
     if write_alike((tokenizer, template), (run.load_tokenizer(), trained)):
         return

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from support.fuzz import fuzz
 
 from jaxrm.errors import UserError
-from jaxrm.inference import weights
+from jaxrm.inference import run_checkpoint, weights
 from jaxrm.runtime.metrics import LoggingConfig, open_metrics, read_rows
 from jaxrm.runtime.run_folder import RunFolder, check_run
 from jaxrm.storage import failure_of
@@ -52,8 +52,8 @@ def test_fuzz_a_spoiled_run_is_opened_or_one_line(whole, tmp_path_factory, which
     spoil(files[which % len(files)], how, at)
     try:
         for path in (folder, folder / "checkpoints/best"):
-            if weights.is_run(str(path)):
-                checkpoint = weights.find_checkpoint(str(path), "model.path")
+            if run_checkpoint.is_run(str(path)):
+                checkpoint = run_checkpoint.find_checkpoint(str(path), "model.path")
                 assert checkpoint.step == (4 if path == folder else 2)
                 checkpoint.vocabulary()
         weights.identity_of(str(folder))

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from jaxrm.errors import UserError
-from jaxrm.inference import sharded_model, weights
+from jaxrm.inference import run_checkpoint, sharded_model, weights
 from jaxrm.inference.load import load_policy, load_reward_model
-from jaxrm.inference.weights import find_checkpoint
+from jaxrm.inference.run_checkpoint import find_checkpoint
 from jaxrm.models.build import ModelSource
 from jaxrm.sharding.mesh import MeshConfig, build_mesh
 from jaxrm.stage_config import LANGUAGE_MODELS, REWARD_MODELS
@@ -63,8 +63,8 @@ def test_a_path_names_the_latest_the_best_or_a_step(runs, mesh, suffix, step):
 def test_a_run_may_lie_in_a_folder_called_checkpoints(make_run, tmp_path):
     make_run(tmp_path / "checkpoints" / "mine", losses=LOSSES)
     path = str(tmp_path / "checkpoints" / "mine")
-    assert weights.is_run(path) and find_checkpoint(path).step == 8
-    assert weights.is_run(f"{path}/checkpoints/best") and find_checkpoint(f"{path}/checkpoints/best").step == 4
+    assert run_checkpoint.is_run(path) and find_checkpoint(path).step == 8
+    assert run_checkpoint.is_run(f"{path}/checkpoints/best") and find_checkpoint(f"{path}/checkpoints/best").step == 4
 
 
 @pytest.mark.parametrize(
@@ -140,10 +140,12 @@ def test_a_run_without_its_model_or_tokenizer_says_what_it_lacks(make_run, tmp_p
 
 def test_a_config_path_says_whether_it_is_a_run(runs, tmp_path):
     folder, _ = runs
-    assert weights.is_run(str(folder / "sft")) and weights.is_run(str(folder / "sft" / "checkpoints" / "best"))
+    assert run_checkpoint.is_run(str(folder / "sft")) and run_checkpoint.is_run(
+        str(folder / "sft" / "checkpoints" / "best")
+    )
     (tmp_path / "config.json").write_text("{}")
     for path in (None, str(tmp_path), str(tmp_path / "nowhere"), "org/name"):
-        assert not weights.is_run(path)
+        assert not run_checkpoint.is_run(path)
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -20,8 +20,8 @@ from jaxrm.evaluation.config import EvaluationConfig, JudgedEvaluationConfig
 from jaxrm.inference import base as bases
 from jaxrm.inference import parameters
 from jaxrm.inference.load import load_policy, load_reward_model
+from jaxrm.inference.run_checkpoint import find_checkpoint
 from jaxrm.inference.sharded_model import shard_model
-from jaxrm.inference.weights import find_checkpoint
 from jaxrm.models import lora
 from jaxrm.models.build import ModelSource
 from jaxrm.models.hub import export_model

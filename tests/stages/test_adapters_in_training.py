@@ -15,7 +15,7 @@ from jaxrm.algorithms.reward_config import RewardConfig
 from jaxrm.data.config import DataConfig
 from jaxrm.evaluation.config import EvaluationConfig, JudgedEvaluationConfig
 from jaxrm.inference.load import load_policy
-from jaxrm.inference.weights import find_checkpoint
+from jaxrm.inference.run_checkpoint import find_checkpoint
 from jaxrm.models import lora
 from jaxrm.models.build import ModelSource
 from jaxrm.models.config import PRESETS

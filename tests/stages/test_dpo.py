@@ -13,7 +13,7 @@ from jaxrm.algorithms.optimizer import OptimizerConfig
 from jaxrm.data.config import DataConfig
 from jaxrm.errors import UserError
 from jaxrm.evaluation.config import JudgedEvaluationConfig
-from jaxrm.inference import weights
+from jaxrm.inference import run_checkpoint
 from jaxrm.inference.load import load_policy
 from jaxrm.models.build import ModelSource
 from jaxrm.models.sampling import SamplingConfig
@@ -100,7 +100,7 @@ def test_training_starts_at_the_reference_and_learns_preferences(unbroken):
 
 
 def test_the_result_is_a_policy_that_others_start_from(unbroken):
-    found = weights.find_checkpoint(str(unbroken), algorithms=POLICIES)
+    found = run_checkpoint.find_checkpoint(str(unbroken), algorithms=POLICIES)
     assert (found.step, found.config.algorithm) == (STEPS, "dpo")
 
 

@@ -22,7 +22,7 @@ from jaxrm.data.prompts import transcript
 from jaxrm.data.readers import read_records
 from jaxrm.data.records import DemonstrationRecord, Message
 from jaxrm.errors import UserError, flag, naming, option
-from jaxrm.inference import weights
+from jaxrm.inference import run_checkpoint, weights
 from jaxrm.inference.load import load_policy
 from jaxrm.inference.policy import Policy
 from jaxrm.inference.response_batches import response_batches
@@ -78,8 +78,8 @@ def check_policies(config: Compare) -> None:
     for name, policy in config.policies.items():
         for run, path in enumerate(_paths(policy)):
             with _named(name, run):
-                if weights.is_run(policy.adapter or path):
-                    weights.find_checkpoint(policy.adapter or path, "path")
+                if run_checkpoint.is_run(policy.adapter or path):
+                    run_checkpoint.find_checkpoint(policy.adapter or path, "path")
                 else:
                     weights.read_shape(ModelSource(path=path, adapter=policy.adapter))
         if policy.answers is not None and not Path(policy.answers).expanduser().is_file():
@@ -90,8 +90,8 @@ def check_policies(config: Compare) -> None:
     reference = config.compare.reference
     if reference is not None:
         with naming({"path": "config.compare.reference", "model.path": "config.compare.reference"}):
-            if weights.is_run(reference):
-                weights.find_checkpoint(reference, "path")
+            if run_checkpoint.is_run(reference):
+                run_checkpoint.find_checkpoint(reference, "path")
             else:
                 weights.read_shape(ModelSource(path=reference))
 

@@ -20,7 +20,7 @@ from jaxrm.data.prompts import transcript
 from jaxrm.data.records import Message
 from jaxrm.data.responses import Response
 from jaxrm.errors import UserError, flag, naming, option
-from jaxrm.inference import weights
+from jaxrm.inference import run_checkpoint, weights
 from jaxrm.inference.chat_endpoint import ChatEndpoint
 from jaxrm.inference.load import load_policy, load_reward_model
 from jaxrm.inference.pair_judge import (
@@ -77,8 +77,8 @@ def check_judges(config: Compare, prompts: Iterable[Sequence[Message]]) -> None:
                 open_function(judge.function)
                 _check_task(name, judge.function, every)
             path = judge.language_model or judge.reward_model
-            if path is not None and weights.is_run(path):
-                run = weights.find_checkpoint(path, "path")
+            if path is not None and run_checkpoint.is_run(path):
+                run = run_checkpoint.find_checkpoint(path, "path")
                 if judge.language_model is not None:  # before answers are written for it
                     letter_ids(run.load_tokenizer(), run.config.data.template, path, f"judges.{name}.language_model")
 

@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 from jaxrm.algorithms.reward_config import has_rewards
 from jaxrm.data import tasks
 from jaxrm.errors import UserError, flag, option
-from jaxrm.inference import weights
+from jaxrm.inference import run_checkpoint, weights
 from jaxrm.inference.rollout_model import check_is_exact, check_one_response_a_prompt
 from jaxrm.sharding.mesh import check_batch
 from jaxrm.stages.judge import check_judge
@@ -60,7 +60,7 @@ def _check_checkpoints(config: Any) -> None:
             f"training began, and sampled answers; e.g. {flag('evaluate.reference')}=runs/quickstart/sft"
         )
     field, path = weights.trained_place(config.model)
-    if not weights.is_run(path):
+    if not run_checkpoint.is_run(path):
         raise UserError(
             f"{option('evaluate.evaluate_checkpoints')} is True, but {option(field)} is {path!r}, "
             f"which is no run and has no checkpoints; use {flag('evaluate.evaluate_checkpoints')}=False"

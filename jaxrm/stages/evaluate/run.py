@@ -21,7 +21,7 @@ from jaxrm.algorithms.reward_config import has_rewards, sources_of
 from jaxrm.data.loader import fingerprint
 from jaxrm.data.prompts import PromptExample
 from jaxrm.errors import UserError, flag, option
-from jaxrm.inference import weights
+from jaxrm.inference import run_checkpoint, weights
 from jaxrm.inference.rollout_model import layout_of, shard_rollout_model
 from jaxrm.inference.sharded_model import ShardedModel
 from jaxrm.runtime.checkpoint import Checkpoints
@@ -214,7 +214,7 @@ def _checkpoints(config: Any) -> dict[int, str]:
     if not config.evaluate.evaluate_checkpoints:
         return {}
     field, path = weights.trained_place(config.model)
-    latest = weights.find_checkpoint(path, field, POLICIES)
+    latest = run_checkpoint.find_checkpoint(path, field, POLICIES)
     checkpoints = Checkpoints(latest.folder.checkpoints, read_only=True)
     steps = checkpoints.steps()
     checkpoints.close()

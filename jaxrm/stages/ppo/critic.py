@@ -15,8 +15,9 @@ from jaxrm.errors import UserError, flag, option
 from jaxrm.inference import parameters, sharded_model
 from jaxrm.inference.base import recorded_base
 from jaxrm.inference.load import as_trained
+from jaxrm.inference.run_checkpoint import RunCheckpoint, find_checkpoint
 from jaxrm.inference.sharded_model import ShardedModel
-from jaxrm.inference.weights import RunCheckpoint, find_checkpoint, trained_place
+from jaxrm.inference.weights import trained_place
 from jaxrm.models import heads
 from jaxrm.stage_config import CRITIC_TRUNKS
 from jaxrm.stages.rewards.sources import scalar_runs

@@ -9,7 +9,7 @@ from jaxrm.algorithms.rollout import RewardSource
 from jaxrm.errors import UserError, flag, option
 from jaxrm.inference.classifier import Classifier
 from jaxrm.inference.open_classifier import describe_classifier, read_weights
-from jaxrm.inference.weights import is_run
+from jaxrm.inference.run_checkpoint import is_run
 from jaxrm.models.hub import is_hub_name
 from jaxrm.stages.rewards.scored import Responses, Scored
 from jaxrm.stages.rewards.summed import scorers_of

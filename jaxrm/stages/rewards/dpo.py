@@ -1,7 +1,8 @@
 """What a policy of DPO is compared with, where its log-probs are rewards."""
 
 from jaxrm.errors import UserError, flag, option
-from jaxrm.inference.weights import RunCheckpoint, identity_of, identity_of_source, is_same_identity, split_identity
+from jaxrm.inference.run_checkpoint import RunCheckpoint
+from jaxrm.inference.weights import identity_of, identity_of_source, is_same_identity, split_identity
 from jaxrm.stage_config import PPO, BestOfN, Evaluate
 from jaxrm.stages.dpo.reference import recorded_policy
 

@@ -16,8 +16,9 @@ from jaxrm.errors import UserError, flag, naming, option
 from jaxrm.inference import parameters, sharded_model
 from jaxrm.inference.load import describe_reward_model, load_reward_model
 from jaxrm.inference.reward_model import RewardModel
+from jaxrm.inference.run_checkpoint import find_checkpoint
 from jaxrm.inference.token_scores import scorer_options
-from jaxrm.inference.weights import as_stored, find_checkpoint
+from jaxrm.inference.weights import as_stored
 from jaxrm.ops import reward_kinds
 from jaxrm.ops.reward_kinds import Kind, find_kind
 from jaxrm.ops.reward_scaling import Calibration

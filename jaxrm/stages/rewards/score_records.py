@@ -23,12 +23,13 @@ from jaxrm.data.readers import ReadReport
 from jaxrm.data.records import Record
 from jaxrm.errors import UserError, flag, option
 from jaxrm.evaluation.ranking import pair_accuracy
+from jaxrm.inference.encoded_records import EncodedRecord, responses_of
 from jaxrm.inference.load import load_policy
 from jaxrm.inference.policy import Policy
 from jaxrm.inference.response_batches import response_batches
 from jaxrm.inference.reward_model import vocabulary_of
 from jaxrm.inference.sampler import response_text
-from jaxrm.inference.token_scores import EncodedRecord, TokenScores, as_record, policy_log_probs, responses_of
+from jaxrm.inference.token_scores import TokenScores, as_record, policy_log_probs
 from jaxrm.ops import reward_scaling
 from jaxrm.ops.reward_kinds import find_kind
 from jaxrm.runtime.progress import Progress, print_table

@@ -18,7 +18,8 @@ from jaxrm.data.responses import Response
 from jaxrm.data.tokenizer import Vocabulary
 from jaxrm.errors import UserError, flag, option
 from jaxrm.inference.endpoint_scorer import EndpointScorer
-from jaxrm.inference.weights import RunCheckpoint, find_checkpoint, identity_of
+from jaxrm.inference.run_checkpoint import RunCheckpoint, find_checkpoint
+from jaxrm.inference.weights import identity_of
 from jaxrm.ops.reward_kinds import find_kind
 from jaxrm.stage_config import PPO, REWARD_MODELS, BestOfN, Evaluate
 from jaxrm.stages.judge import check_judgeable
