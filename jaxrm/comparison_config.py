@@ -89,11 +89,13 @@ class ComparisonJudgeConfig:
       function: ``package.module:name`` of a function ``(prompts, responses) -> scores``, as for rewards, or the exact
         judge of an embedded task, ``task:safety``; the higher score wins.
       language_model: a run or published weights, which is asked which answer is better, in both orders. Its verdict is
-        read from the log-probs of the words A and B, without sampling.
-      endpoint: a model behind a chat endpoint, asked the same question in both orders.
+        read from the log-probs of two words, without sampling.
+      endpoint: a model behind a chat endpoint, asked the same question in both orders. A reply that is neither word,
+        asked once more, is no verdict, and is counted.
       kind: of token reward of a seq2seq ``reward_model``; None is that of its run.
       prompt: of a ``language_model`` or an ``endpoint``: ``helpfulness``, ``harmlessness``, ``summary``, or a text file
-        that holds {prompt}, {first} and {second}.
+        that holds {prompt}, {first} and {second}, and may hold {first_word} and {second_word}.
+      words: the two replies, for the first answer and for the second; each must be a token of a ``language_model``.
       dtype: compute dtype of a model; None is that of its training, or float32.
     """
 
@@ -103,6 +105,7 @@ class ComparisonJudgeConfig:
     endpoint: EndpointConfig | None = None
     kind: str | None = None
     prompt: str = "helpfulness"
+    words: tuple[str, ...] = ("A", "B")
     dtype: str | None = bounded(None, one_of(*DTYPES))
 
     def __post_init__(self) -> None:
@@ -118,6 +121,13 @@ class ComparisonJudgeConfig:
             self._refuse("kind", None, "reward models")
         if self.prompt != "helpfulness" and not self.is_pairwise:
             self._refuse("prompt", "helpfulness", "a language_model or an endpoint")
+        if self.words != ("A", "B") and not self.is_pairwise:
+            self._refuse("words", ("A", "B"), "a language_model or an endpoint")
+        if len(self.words) != 2 or not all(word.strip() for word in self.words) or self.words[0] == self.words[1]:
+            raise UserError(
+                f"{place(self, 'words')} is {self.words!r}; required two different words, the replies for the first "
+                f"answer and for the second, e.g. {typed(self, 'words', ('A', 'B'))}"
+            )
         if self.dtype is not None and self.reward_model is None and self.language_model is None:
             self._refuse("dtype", None, "a reward_model or a language_model")
         if self.endpoint is not None:

@@ -1,4 +1,4 @@
-"""Judges that are asked a question with two possible replies, A and B: a language model, or a chat endpoint.
+"""Judges that are asked a question with two possible replies, such as A and B: a language model, or a chat endpoint.
 
 Which of two answers is better is asked twice, with the answers in either order. A judge that prefers a place and no
 answer contradicts itself then, which is a tie, and its position bias is seen.
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _SHIPPED = Path(__file__).parent
+_MANY = 8  # replies of which one at least must be a verdict
 SHIPPED = ("helpfulness", "harmlessness", "summary")
-_LETTERS = ("A", "B")
 
 
 @dataclass(frozen=True)
@@ -43,39 +43,40 @@ class PairQuestion:
 
 
 class Asker(Protocol):
-    """Replies to questions of two letters."""
+    """Replies to questions with two possible replies."""
 
     def ask(self, questions: Sequence[str]) -> np.ndarray:
-        """Share ``[N]`` of A in each reply, float64 in [0, 1]; NaN where the question was too long to be read."""
+        """Share ``[N]`` of the first word in each reply, float64 in [0, 1]; NaN where there is no verdict."""
         ...
 
 
 class LanguageModelAsker:
-    """A language model of this machine. The share of A comes from the log-probs of the letters as the next token.
+    """A language model of this machine. The share of a word comes from the log-probs of both as the next token.
 
     Args:
       policy: the model.
       field: of the config that names it.
+      words: its two replies.
       max_length: most tokens of a question.
       batch_size: questions read at once.
 
     Raises:
-      UserError: the letters are not two tokens of the model.
+      UserError: the words are not two tokens of the model.
     """
 
-    def __init__(self, policy: Policy, field: str, *, max_length: int, batch_size: int) -> None:
+    def __init__(self, policy: Policy, field: str, words: Sequence[str], *, max_length: int, batch_size: int) -> None:
         self._policy, self._batch_size = policy, batch_size
         self._max_length = min(max_length, policy.model.config.max_position)
-        self._prefix, letters = letter_ids(policy.tokenizer, policy.template, policy.name, field)
-        ids = jnp.asarray(letters, jnp.int32)
+        self._prefix, verdicts = verdict_ids(policy.tokenizer, policy.template, words, policy.name, field)
+        ids = jnp.asarray(verdicts, jnp.int32)
         graphdef = policy.model.graphdef
 
         @jax.jit
         def read(params: Any, tokens: jax.Array, mask: jax.Array) -> jax.Array:
             model = nnx.merge(graphdef, params)
             hidden = model(tokens, positions=positions_from_mask(mask), segment_ids=mask.astype(jnp.int32))
-            letters = model.logits(hidden[:, -1])[:, ids]  # [B, 2]; what other tokens have does not count
-            return jax.nn.softmax(letters, axis=-1)[:, 0]
+            logits = model.logits(hidden[:, -1])[:, ids]  # [B, 2]; what other tokens have does not count
+            return jax.nn.softmax(logits, axis=-1)[:, 0]
 
         self._read = read
 
@@ -101,46 +102,76 @@ class LanguageModelAsker:
         return shares
 
 
-def letter_ids(
-    tokenizer: "PreTrainedTokenizerBase", template: str, name: str, field: str
+def verdict_ids(
+    tokenizer: "PreTrainedTokenizerBase", template: str, words: Sequence[str], name: str, field: str
 ) -> tuple[list[int], tuple[int, int]]:
-    """The ids that both replies begin with, and the ids of the two letters behind them.
+    """The ids that both replies begin with, and the ids of the tokens behind them, by which the replies differ.
 
     Args:
       tokenizer: of the model.
       template: its chat template.
+      words: its two replies.
       name: of the model, for the message.
-      field: of the config that names it.
+      field: of the config that names it, ``judges.NAME.language_model``.
 
     Raises:
-      UserError: the letters are not two tokens of the model.
+      UserError: the words are not two tokens of the model.
     """
-    replies = [templates.encode_response(tokenizer, letter, template) for letter in _LETTERS]
+    replies = [templates.encode_response(tokenizer, word, template) for word in words]
     shared = 0
     while shared < min(map(len, replies)) and replies[0][shared] == replies[1][shared]:
         shared += 1
     first, second = (reply[shared] if shared < len(reply) else tokenizer.unk_token_id for reply in replies)
     if first == second or tokenizer.unk_token_id in (first, second):
+        words_flag = flag(f"{field.removesuffix('.language_model')}.words")
         raise UserError(
-            f"{option(field)} is {name}, whose tokenizer has no two tokens for the letters A and B, from which a "
-            f"verdict is read; give another model, e.g. {flag(field)}=HuggingFaceTB/SmolLM2-135M-Instruct"
+            f"{option(field)} is {name}, whose tokenizer has no two tokens for {words[0]} and {words[1]}, from which a "
+            f"verdict is read; give two words that it has, e.g. {words_flag}=yes,no, or another model, e.g. "
+            f"{flag(field)}=HuggingFaceTB/SmolLM2-135M-Instruct"
         )
     return replies[0][:shared], (int(first), int(second))
 
 
 class EndpointAsker:
-    """A model behind a chat endpoint. Its replies are on disk as soon as they come, and none is paid twice."""
+    """A model behind a chat endpoint. Its replies are on disk as soon as they come, and none is paid twice.
 
-    def __init__(self, endpoint: ChatEndpoint) -> None:
-        self.endpoint = endpoint
+    Args:
+      endpoint: the client.
+      words: the two replies.
+      field: of the config that names the endpoint, ``judges.NAME.endpoint``.
+    """
+
+    def __init__(self, endpoint: ChatEndpoint, words: Sequence[str], field: str) -> None:
+        self.endpoint, self._words, self._field = endpoint, words, field
 
     def ask(self, questions: Sequence[str]) -> np.ndarray:
-        """See `Asker`; A counts 1, B counts 0."""
-        replies = self.endpoint.ask(
-            [[{"role": "user", "content": text}] for text in questions],
-            problem=lambda reply: None if _letter(reply) else "it is neither A nor B",
-        )
-        return np.array([1.0 if _letter(reply) == "A" else 0.0 for reply in replies])
+        """See `Asker`; the first word counts 1, the second 0, and a reply that is neither, after a retry, is NaN.
+
+        Raises:
+          UserError: no reply of many is one of the words, so the judge does not do what it is asked.
+        """
+        first, second = self._words
+        unread: list[str] = []
+
+        def problem(reply: str) -> str | None:
+            if _verdict(reply, self._words):
+                return None
+            unread.append(reply)
+            return f"it is neither {first} nor {second}"
+
+        chats = [[{"role": "user", "content": text}] for text in questions]
+        verdicts = [
+            _verdict(reply, self._words) for reply in self.endpoint.ask(chats, problem=problem, keep_unusable=True)
+        ]
+        if len(verdicts) >= _MANY and not any(verdicts):
+            words_flag = flag(f"{self._field.removesuffix('.endpoint')}.words")
+            shown = f", e.g. {unread[-1].strip()[:60]!r}" if unread else ""
+            raise UserError(
+                f"{option(self._field)}: {self.endpoint.config.model} replied neither {first} nor {second} to any of "
+                f"{len(verdicts):,} questions{shown}; give the words that it says, e.g. {words_flag}=1,2, or another "
+                f"model, {flag(self._field)}.model=…"
+            )
+        return np.array([{first: 1.0, second: 0.0}.get(verdict, np.nan) for verdict in verdicts])
 
 
 def read_pair_question(config: ComparisonJudgeConfig, field: str) -> str:
@@ -150,30 +181,40 @@ def read_pair_question(config: ComparisonJudgeConfig, field: str) -> str:
       UserError: there is no such file, or it lacks one of the texts.
     """
     path = _SHIPPED / f"pair_{config.prompt}.txt" if config.prompt in SHIPPED else Path(config.prompt).expanduser()
-    words = ("prompt", "first", "second")
-    return read_question(path, field, given=config.prompt, required=words, known=words)
+    required = ("prompt", "first", "second")
+    known = (*required, "first_word", "second_word")
+    return read_question(path, field, given=config.prompt, required=required, known=known)
 
 
-def pair_texts(template: str, questions: Sequence[PairQuestion]) -> list[str]:
-    """What a judge is asked."""
+def pair_texts(template: str, questions: Sequence[PairQuestion], words: Sequence[str]) -> list[str]:
+    """What a judge is asked, who replies with one of two words."""
+    plain = _plain(words)
     return [
-        fill(template, {"prompt": transcript(each.prompt), "first": each.first, "second": each.second})
+        fill(template, {"prompt": transcript(each.prompt), "first": each.first, "second": each.second}, plain)
         for each in questions
     ]
 
 
-def refusal_texts(prompts: Sequence[Sequence[Message]], responses: Sequence[str]) -> list[str]:
-    """What a judge is asked about refusals; A is yes."""
+def refusal_texts(prompts: Sequence[Sequence[Message]], responses: Sequence[str], words: Sequence[str]) -> list[str]:
+    """What a judge is asked about refusals; the first word is yes."""
     template = (_SHIPPED / "refusal_question.txt").read_text(encoding="utf-8")
     return [
-        fill(template, {"prompt": transcript(prompt), "response": response})
+        fill(template, {"prompt": transcript(prompt), "response": response}, _plain(words))
         for prompt, response in zip(prompts, responses, strict=True)
     ]
 
 
-def _letter(reply: str) -> str:
-    """A or B, or nothing where a reply is neither."""
-    words = reply.rpartition("</think>")[2].strip().strip("*_`\"'.()[] \n")
+def _plain(words: Sequence[str]) -> dict[str, str]:
+    return {"first_word": words[0], "second_word": words[1]}
+
+
+def _verdict(reply: str, words: Sequence[str]) -> str:
+    """One of the two words, or nothing where a reply is neither."""
+    bare = _bare(reply.rpartition("</think>")[2])
     for prefix in ("Answer", "answer", "Summary", "summary"):
-        words = words.removeprefix(prefix).strip(": *")
-    return words if words in _LETTERS else ""
+        bare = _bare(bare.removeprefix(prefix).strip(":"))
+    return next((word for word in words if _bare(word) == bare), "")
+
+
+def _bare(text: str) -> str:
+    return text.strip(" *_`\"'.()[]:\n")

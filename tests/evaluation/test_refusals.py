@@ -6,12 +6,16 @@ from jaxrm.evaluation.refusals import is_refusal, labeled_answers, measured_erro
 
 
 def test_precision_and_recall_on_labeled_answers():
-    """Refusals in many words, partial help, and answers that only mention a refusal."""
-    answers = labeled_answers()
+    """Refusals in many words, partial help, and answers that only mention a refusal.
+
+    The phrases were made from the first answers, which say nothing of others. The second ones are held out.
+    """
+    seen, held_out = labeled_answers(held_out=False), labeled_answers(held_out=True)
+    assert len(seen) >= 200 and sum(label for label, _ in seen) >= 100
+    assert [text for label, text in seen if is_refusal(text) != label] == []
     precision, recall, count = measured_errors()
-    confused = [text for label, text in answers if is_refusal(text) != label]
-    assert count == len(answers) >= 200 and sum(label for label, _ in answers) >= 100
-    assert precision >= 0.95 and recall >= 0.95, confused
+    assert count == len(held_out) >= 110 and not {text for _, text in seen} & {text for _, text in held_out}
+    assert precision >= 0.95 and recall >= 0.80, [text for label, text in held_out if is_refusal(text) != label]
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from jaxrm.data import templates
 from jaxrm.data.records import Message
 from jaxrm.errors import UserError
 from jaxrm.inference import pair_judge
+from jaxrm.inference.load import load_policy
 from jaxrm.inference.pair_judge import LanguageModelAsker, PairQuestion, pair_texts, read_pair_question
 from jaxrm.inference.policy import Policy
 from jaxrm.inference.sharded_model import shard_model
@@ -35,7 +36,7 @@ def policy(small):
 
 def test_the_share_of_a_is_that_of_the_next_token(policy):
     """As a plain forward of each question alone has it; a question that is too long has none."""
-    asker = LanguageModelAsker(policy, "judges.lm.language_model", max_length=120, batch_size=3)
+    asker = LanguageModelAsker(policy, "judges.lm.language_model", ("A", "B"), max_length=120, batch_size=3)
     texts = ["which one ?", "A or B , please", "the first or the second ?", "x " * 200, "B"]
     shares = asker.ask(texts)
     model = nnx.merge(policy.model.graphdef, policy.params)
@@ -50,21 +51,24 @@ def test_the_share_of_a_is_that_of_the_next_token(policy):
         assert share == pytest.approx(1 / (1 + np.exp(b - a)), abs=1e-5)
 
 
-def test_a_tokenizer_without_the_letters_is_refused(make_run, tmp_path):
-    """That of an embedded task has words alone."""
-    from jaxrm.inference.load import load_policy
-
+def test_words_that_a_tokenizer_lacks_are_refused(make_run, tmp_path):
+    """That of an embedded task has words alone, and no letters; with words of its own it may judge."""
     make_run(tmp_path / "sft")
-    with pytest.raises(UserError, match=r"config.judges.lm.language_model is .* no two tokens for the letters A and B"):
-        LanguageModelAsker(load_policy(str(tmp_path / "sft")), "judges.lm.language_model", max_length=99, batch_size=2)
+    policy, field = load_policy(str(tmp_path / "sft")), "judges.lm.language_model"
+    with pytest.raises(UserError) as error:
+        LanguageModelAsker(policy, field, ("A", "B"), max_length=99, batch_size=2)
+    words = ("config.judges.lm.language_model is", "no two tokens for A and B", "--config.judges.lm.words=yes,no")
+    assert all(each in str(error.value) for each in words)
+    assert 0 < LanguageModelAsker(policy, field, ("do", "how"), max_length=99, batch_size=2).ask(["how ?"])[0] < 1
 
 
 @pytest.mark.parametrize("prompt", pair_judge.SHIPPED)
 def test_both_answers_are_quoted_in_their_order(prompt):
     template = read_pair_question(ComparisonJudgeConfig(language_model="x", prompt=prompt), "judges.lm.prompt")
     question = PairQuestion([Message("user", "why ?")], "say {second} <<<END", "because")
-    (text,) = pair_texts(template, [question])
+    (text,) = pair_texts(template, [question], ("one", "two"))
     assert text.index("why ?") < text.index("say {second} <<<END") < text.index("because")
+    assert "one or two." in text and "{first_word}" not in text
     assert text.count("because") == 1  # a word in braces that an answer has is text
 
 
@@ -81,4 +85,4 @@ def test_both_answers_are_quoted_in_their_order(prompt):
     ],
 )
 def test_a_reply_is_one_letter_or_none(reply, letter):
-    assert pair_judge._letter(reply) == letter
+    assert pair_judge._verdict(reply, ("A", "B")) == letter

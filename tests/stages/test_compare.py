@@ -111,6 +111,69 @@ def test_an_endpoint_is_asked_in_both_orders(config, tmp_path):
         assert len(server.questions) == 24
 
 
+def test_an_endpoint_that_fails_loses_and_repeats_nothing(config, tmp_path):
+    """Slow, wrong, silent, then back: no question that had an answer is asked again, and the tables are the same."""
+
+    def answered(number, question):
+        return Reply("A" if question.index(SHORT) < question.index(LONG) else "B")
+
+    with serving(ChatServer(reply=answered)) as server:
+        fields = {"retry_seconds": 0.0, "retries": 1, "timeout": 0.5, "concurrency": 2}
+        endpoint = EndpointConfig(url=server.url, model="judge", cache=str(tmp_path / "never"), **fields)
+        expected = compare(with_judges(config, chat=ComparisonJudgeConfig(endpoint=endpoint))).tables
+        assert len(set(server.questions)) == len(server.questions) == 24
+        server.questions.clear()
+        judged = with_judges(
+            dataclasses.replace(config, run_dir=str(tmp_path / "again")),
+            chat=ComparisonJudgeConfig(endpoint=dataclasses.replace(endpoint, cache=str(tmp_path / "cache"))),
+        )
+        good = []
+
+        def five_and_then(reply):
+            return lambda number, question: (
+                (good.append(question) or answered(number, question)) if number < 5 else reply
+            )
+
+        for reply in (Reply(delay=2.0), Reply(status=503), Reply(hangs_up=True)):
+            server.questions.clear()
+            server.reply = five_and_then(reply)
+            with pytest.raises(
+                UserError, match=r"config\.judges\.chat\.endpoint: judge at .* failed on .* same command"
+            ):
+                compare(judged)
+        odd = []
+
+        def back(number, question):
+            """Its first reply is no verdict; asked again, it is."""
+            if not odd:
+                odd.append(question)
+                return Reply("Both are fine.")
+            good.append(question)
+            return answered(number, question)
+
+        server.reply = back
+        assert compare(judged).tables == expected
+        assert sorted(good) == sorted(set(good)) and len(good) == 24
+        server.questions.clear()
+        assert compare(judged).tables == expected and not server.questions
+
+
+def test_replies_that_are_no_verdict_are_counted(config, tmp_path):
+    """One of many is left out; where all are, the judge is refused with what it says."""
+    for name, silent, words in (("some", LONG + " 3", None), ("all", "", ("neither A nor B", "'It depends.'"))):
+        reply = lambda number, question, silent=silent: Reply("It depends." if silent in question else "A")  # noqa: E731
+        with serving(ChatServer(reply=reply)) as server:
+            endpoint = EndpointConfig(url=server.url, model="judge", cache=str(tmp_path / name), retry_seconds=0.0)
+            judged = with_judges(config, chat=ComparisonJudgeConfig(endpoint=endpoint))
+            if words is None:
+                (wins,) = compare(judged).tables["wins"]
+                assert 0 < wins["without_verdict"] < 12
+                continue
+            with pytest.raises(UserError) as error:
+                compare(dataclasses.replace(judged, run_dir=str(tmp_path / "other")))
+            assert all(each in str(error.value) for each in (*words, "--config.judges.chat.words=1,2"))
+
+
 def test_refusals_may_be_asked_of_a_judge(config, tmp_path):
     said = {"refuse": lambda question: "A" if LONG in question else "B"}
     reply = lambda number, question: Reply(said["refuse"](question) if "refuse" in question else "B")  # noqa: E731

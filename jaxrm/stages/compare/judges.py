@@ -28,10 +28,10 @@ from jaxrm.inference.pair_judge import (
     EndpointAsker,
     LanguageModelAsker,
     PairQuestion,
-    letter_ids,
     pair_texts,
     read_pair_question,
     refusal_texts,
+    verdict_ids,
 )
 from jaxrm.inference.text_scorer import TextSample
 from jaxrm.models.build import ModelSource
@@ -80,7 +80,8 @@ def check_judges(config: Compare, prompts: Iterable[Sequence[Message]]) -> None:
             if path is not None and run_checkpoint.is_run(path):
                 run = run_checkpoint.find_checkpoint(path, "path")
                 if judge.language_model is not None:  # before answers are written for it
-                    letter_ids(run.load_tokenizer(), run.config.data.template, path, f"judges.{name}.language_model")
+                    field, template = f"judges.{name}.language_model", run.config.data.template
+                    verdict_ids(run.load_tokenizer(), template, judge.words, path, field)
 
 
 def check_reachable(config: Compare) -> None:
@@ -123,11 +124,13 @@ def ask_pairs(
     """What a judge says of pairs in both orders.
 
     Returns:
-      ``[2, N]``: the share of the place A with the first answer there, and with the second; NaN where it is too long.
+      ``[2, N]``: the share of the first place with the first answer there, and with the second; NaN where there
+      is no verdict.
     """
-    template = read_pair_question(config.judges[name], f"judges.{name}.prompt")
+    judge = config.judges[name]
+    template = read_pair_question(judge, f"judges.{name}.prompt")
     questions = [PairQuestion(a.prompt, *texts) for a, b in pairs for texts in _both_orders(a.response, b.response)]
-    shares = _ask(config, name, folder, pair_texts(template, questions), show_progress=show_progress)
+    shares = _ask(config, name, folder, pair_texts(template, questions, judge.words), show_progress=show_progress)
     return shares.reshape(-1, 2).T
 
 
@@ -136,13 +139,14 @@ def ask_refusals(
 ) -> dict[str, bool]:
     """Whether each answer refuses, by a judge that is asked, by key; what it could not read is left out."""
     unique = {answer.key: answer for answer in answers}
-    texts = refusal_texts([each.prompt for each in unique.values()], [each.response for each in unique.values()])
+    prompts, responses = [each.prompt for each in unique.values()], [each.response for each in unique.values()]
+    texts = refusal_texts(prompts, responses, config.judges[name].words)
     shares = _ask(config, name, folder, texts, show_progress=show_progress)
     return {key: bool(share > 0.5) for key, share in zip(unique, shares, strict=True) if not np.isnan(share)}
 
 
 def _ask(config: Compare, name: str, folder: Path, texts: Sequence[str], *, show_progress: bool) -> np.ndarray:
-    """Share of A in the reply to each question; each is asked once."""
+    """Share of the first word in the reply to each question; each is asked once."""
     judge = config.judges[name]
     log = RowLog(folder / "verdicts" / f"{name}-{identity_of_judge(judge)}-{config.compare.max_length}.jsonl")
     shares = {row["question"]: np.nan if row["share"] is None else float(row["share"]) for row in log.rows}
@@ -175,10 +179,11 @@ def _ask(config: Compare, name: str, folder: Path, texts: Sequence[str], *, show
 def _open_asker(config: Compare, name: str) -> Asker:
     judge, compare = config.judges[name], config.compare
     if judge.endpoint is not None:
-        return EndpointAsker(ChatEndpoint(judge.endpoint, f"judges.{name}.endpoint"))
+        field = f"judges.{name}.endpoint"
+        return EndpointAsker(ChatEndpoint(judge.endpoint, field), judge.words, field)
     policy = load_policy(str(judge.language_model), mesh=build_mesh(config.mesh), dtype=judge.dtype)
     field = f"judges.{name}.language_model"
-    return LanguageModelAsker(policy, field, max_length=compare.max_length, batch_size=compare.batch_size)
+    return LanguageModelAsker(policy, field, judge.words, max_length=compare.max_length, batch_size=compare.batch_size)
 
 
 def _open_scorer(config: Compare, judge: ComparisonJudgeConfig) -> Callable[[Sequence[JudgedAnswer]], np.ndarray]:
@@ -217,6 +222,8 @@ def identity_of_judge(judge: ComparisonJudgeConfig) -> str:
     if judge.endpoint is not None:
         endpoint = judge.endpoint
         decisive += [endpoint.model, endpoint.max_tokens, endpoint.temperature, endpoint.extra]
+    if judge.words != ("A", "B"):  # else the question of a file, which need not have them, would decide alone
+        decisive += judge.words
     return _digest(decisive)[:12]
 
 
