@@ -43,6 +43,18 @@ class MappingBatch(TokenBatch):
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class MarkedMappingBatch(MappingBatch):
+    """The same, for losses in which edits weigh otherwise than what is copied.
+
+    Attributes:
+      is_edit: ``[B, T]`` bool, True on the targets of a correction mapping that are not copied from its source.
+    """
+
+    is_edit: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class ComparisonBatch:
     """Rows of pairs for a scalar RM: two segments a pair, ``prompt, chosen`` and then ``prompt, rejected``.
 

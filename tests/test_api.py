@@ -41,7 +41,7 @@ import optax
 
 policy = jaxrm.load_policy("sft")
 batches = jaxrm.pairs("pairs.jsonl", policy, batch_size=8, max_length=128)
-state, step = jaxrm.build_training(policy, jaxrm.losses.seq2seq_rm(policy), optax.adamw(1e-3))
+state, step = jaxrm.build_training(policy, jaxrm.losses.seq2seq_rm(policy, edit_weight=2.0), optax.adamw(1e-3))
 for batch in itertools.islice(batches, 3):
     state, metrics = step(state, batch)
     print(float(metrics["loss"]))

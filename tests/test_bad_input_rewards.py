@@ -214,6 +214,7 @@ BOTH = pytest.mark.parametrize("algorithm", ["seq2seq_rm", "scalar_rm"])
             "config.reward.center_momentum is a field of ppo, best_of_n, ",
         ),
         (["--config.mapping.correction_weight=0"], "config.mapping.correction_weight is 0.0; it must be above 0"),
+        (["--config.mapping.edit_weight=0"], "config.mapping.edit_weight is 0.0; it must be above 0 and finite"),
         (
             ["--config.mapping.identity_weight=nan"],
             "config.mapping.identity_weight is nan, not a number; required ",

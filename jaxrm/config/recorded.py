@@ -15,6 +15,7 @@ _SINCE: Mapping[str, Any] = {
     "rewards": {},
     "weight": 1.0,
     "head": "zero",
+    "edit_weight": 1.0,
     "prefix_coef": 0.0,
     "neighbor_coef": 0.0,
     "cached_attention": "auto",

@@ -82,6 +82,22 @@ class MappingExample(Example):
 
 
 @dataclass(frozen=True)
+class MarkedMappingExample(MappingExample):
+    """The same, for losses in which edits weigh otherwise than what is copied.
+
+    Attributes:
+      is_edit: bool ``[n]``, True on the targets of a correction mapping that are not in a longest common subsequence
+        with the source (`jaxrm.data.edits`).
+    """
+
+    is_edit: np.ndarray
+
+    def columns(self) -> dict[str, np.ndarray]:
+        """Those of a mapping, and ``is_edit``."""
+        return {**super().columns(), "is_edit": self.is_edit}
+
+
+@dataclass(frozen=True)
 class ComparisonExample:
     """Both sides of a pair, in two segments: prompt and chosen response, prompt and rejected response.
 

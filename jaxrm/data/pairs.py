@@ -15,7 +15,15 @@ import numpy as np
 from jaxrm.config.fields import above, at_least, bounded, check, finite, place, wrong
 from jaxrm.data.config import DataConfig
 from jaxrm.data.cutting import CutPoints, cut_points, cut_prompt, find_cut
-from jaxrm.data.examples import ComparisonExample, MappingExample, MarkedComparisonExample, Progress, write_all
+from jaxrm.data.edits import copied_tokens
+from jaxrm.data.examples import (
+    ComparisonExample,
+    MappingExample,
+    MarkedComparisonExample,
+    MarkedMappingExample,
+    Progress,
+    write_all,
+)
 from jaxrm.data.readers import ReadReport
 from jaxrm.data.records import PreferenceRecord, Record
 from jaxrm.data.templates import (
@@ -45,6 +53,9 @@ class MappingConfig:
     Attributes:
       instruction: the user's turn after the source response; empty where an empty turn is enough.
       correction_weight: weight of the loss on a token of the correction mapping.
+      edit_weight: how much more a token of the correction mapping weighs where it is not copied from the source, that
+        is not in a longest common subsequence of token ids. Most of a correction is copied, so with 1, as in the
+        paper, a small model learns little else.
       identity: train on the identity mapping too.
       identity_weight: weight of the loss on a token of the identity mapping.
       identity_warmup_steps: first steps that see the identity mapping alone; they count among the run's steps.
@@ -55,6 +66,7 @@ class MappingConfig:
 
     instruction: str = "Rewrite your last response as the best one you can give."
     correction_weight: float = bounded(1.0, above(0), finite)
+    edit_weight: float = bounded(1.0, above(0), finite)
     identity: bool = True
     identity_weight: float = bounded(1.0, above(0), finite, meaning=" (identity=False leaves the mapping out)")
     identity_warmup_steps: int = bounded(0, at_least(0))
@@ -64,6 +76,11 @@ class MappingConfig:
         if self.identity_warmup_steps and not self.identity:
             required = f"0 where {place(self, 'identity')} is False"
             raise wrong(self, "identity_warmup_steps", required, 0)
+
+    @property
+    def weighs_edits(self) -> bool:
+        """Whether the loss has to know which tokens are edits."""
+        return self.edit_weight != 1
 
 
 @dataclass(frozen=True)
@@ -153,6 +170,7 @@ def mapping_examples(
     *,
     first_id: int | None,
     identity: bool = True,
+    marks_edits: bool = False,
 ) -> tuple[list[MappingExample], ReadReport]:
     """Examples of a seq2seq reward model: prompt, source response and request; the target is the chosen response.
 
@@ -162,6 +180,7 @@ def mapping_examples(
       config: ``max_length``, ``too_long``, ``max_bad_share``.
       first_id: the template's BOS (``templates.bos_id``), which stays where a prompt is cut.
       identity: make the identity mapping too.
+      marks_edits: make examples that know which of their targets are edits.
 
     Returns:
       Two examples a pair, of at most ``max_length`` tokens: the correction mapping, then the identity mapping. And the
@@ -184,7 +203,13 @@ def mapping_examples(
         for rest, max_tokens, (_, is_correction) in zip(rests, max_prompt_tokens, mappings, strict=True):
             tokens = np.concatenate([cut_prompt(pair.prompt, max_tokens, first_id, pair.points), rest])
             loss_mask = np.arange(len(tokens)) >= len(tokens) - len(pair.chosen)
-            examples.append(MappingExample(tokens, loss_mask, pair.source, is_correction))
+            if marks_edits:
+                is_edit = np.zeros(len(tokens), bool)
+                if is_correction:
+                    is_edit[loss_mask] = ~copied_tokens(pair.chosen, pair.rejected)
+                examples.append(MarkedMappingExample(tokens, loss_mask, pair.source, is_correction, is_edit))
+            else:
+                examples.append(MappingExample(tokens, loss_mask, pair.source, is_correction))
         _count_cut(report, pair, min(max_prompt_tokens), first_id)
         report.used += 1
     report.check(config.max_bad_share, config.path)

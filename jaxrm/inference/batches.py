@@ -19,7 +19,7 @@ from jaxrm.inference.sharded_model import pad_id, to_devices
 from jaxrm.inference.task_files import Records, task_files
 from jaxrm.models import build
 from jaxrm.sharding.mesh import batch_shards, batch_share, check_batch, check_row_length
-from jaxrm.types import ComparisonBatch, MappingBatch, TokenBatch
+from jaxrm.types import ComparisonBatch, MarkedMappingBatch, TokenBatch
 
 Batch = TypeVar("Batch")
 _ARGUMENTS = {"data": ""}  # data.batch_size is the argument batch_size
@@ -34,7 +34,7 @@ def pairs(
     max_length: int | None = None,
     seed: int = 0,
     held_out: bool = False,
-) -> Iterator[MappingBatch]:
+) -> Iterator[MarkedMappingBatch]:
     """Batches of both mappings of a seq2seq reward model, without end, shuffled anew every epoch.
 
     Args:
@@ -47,7 +47,7 @@ def pairs(
       held_out: read the records that are held out by a hash of their prompts, 5 % by default, in place of the others.
 
     Returns:
-      Iterator over `jaxrm.types.MappingBatch`, ``[B, T]``, on the devices.
+      Iterator over `jaxrm.types.MarkedMappingBatch`, ``[B, T]``, on the devices.
 
     Raises:
       UserError: where there is no such file, its records are no pairs, or rows or batch do not fit; at once.
@@ -55,8 +55,8 @@ def pairs(
     rm = model if isinstance(model, RewardModel) else model.as_reward_model("seq2seq")
     data = _data(path, rm, batch_size, max_length)
     tokenized = _tokenized_pairs(data, rm, seed, held_out)
-    examples, _ = mapping_examples(tokenized, rm.request, data, first_id=rm.bos_id)
-    return _batches(examples, data, rm, seed, MappingBatch)
+    examples, _ = mapping_examples(tokenized, rm.request, data, first_id=rm.bos_id, marks_edits=True)
+    return _batches(examples, data, rm, seed, MarkedMappingBatch)
 
 
 @arguments(_ARGUMENTS)

@@ -17,10 +17,21 @@ def sft(model: Policy | RewardModel) -> LossFn:
 
 
 @arguments()
-def seq2seq_rm(model: Policy | RewardModel, *, correction_weight: float = 1.0, identity_weight: float = 1.0) -> LossFn:
+def seq2seq_rm(
+    model: Policy | RewardModel,
+    *,
+    correction_weight: float = 1.0,
+    identity_weight: float = 1.0,
+    edit_weight: float = 1.0,
+) -> LossFn:
     """Sequence MLE on both mappings, of `jaxrm.pairs`; see `jaxrm.algorithms.seq2seq_rm.seq2seq_rm_loss`."""
     _check_sort(model, is_scalar=False)
-    return seq2seq_rm_loss(model.model.graphdef, correction_weight=correction_weight, identity_weight=identity_weight)
+    return seq2seq_rm_loss(
+        model.model.graphdef,
+        correction_weight=correction_weight,
+        identity_weight=identity_weight,
+        edit_weight=edit_weight,
+    )
 
 
 @arguments({"scalar_rm": ""})

@@ -72,7 +72,7 @@ class StagePrograms:
 def abstract_batch(batch_type: type, rows: int, length: int, mesh: Mesh) -> Any:
     """An abstract batch: masks are bool, reference log-probs float32, the rest int32, as from the loaders."""
     sharding = partition.batch_sharding(mesh)
-    dtypes = {"loss_mask": jnp.bool_, "is_correction": jnp.bool_, "is_chosen_end": jnp.bool_}
+    dtypes = dict.fromkeys(("loss_mask", "is_correction", "is_edit", "is_chosen_end"), jnp.bool_)
     return batch_type(
         **{
             field.name: jax.ShapeDtypeStruct(

@@ -16,8 +16,9 @@ from jaxrm.algorithms.optimizer import OptimizerConfig, build_optimizer
 from jaxrm.algorithms.seq2seq_rm import seq2seq_rm_loss
 from jaxrm.algorithms.state import create
 from jaxrm.algorithms.train_step import build_train_step
-from jaxrm.data.examples import MappingExample
+from jaxrm.data.examples import MarkedMappingExample
 from jaxrm.data.packing import build_row, pack
+from jaxrm.errors import UserError
 from jaxrm.inference.sharded_model import shard_model, state_shardings
 from jaxrm.models import build
 from jaxrm.models.build import ModelSource
@@ -25,7 +26,7 @@ from jaxrm.models.config import PRESETS
 from jaxrm.models.kernels import PLAIN
 from jaxrm.sharding import partition
 from jaxrm.sharding.mesh import MeshConfig, build_mesh
-from jaxrm.types import MappingBatch
+from jaxrm.types import MappingBatch, MarkedMappingBatch
 
 SMALL = dataclasses.replace(
     PRESETS["tiny"], vocab_size=32, hidden_size=32, intermediate_size=64, num_layers=2, head_dim=8, logit_softcap=5.0
@@ -34,19 +35,21 @@ SOURCE = ModelSource(preset="tiny")
 ONE, EIGHT = MeshConfig(1, 1, 1), MeshConfig(2, 2, 2)
 MIXED, LONG = MeshConfig(data=2, tensor=2, context=2), MeshConfig(data=1, context=4)
 REQUEST, EOS = (30, 31), 1
-COLUMNS = {"loss_mask": np.dtype(bool), "is_correction": np.dtype(bool)}
+COLUMNS = dict.fromkeys(("loss_mask", "is_correction", "is_edit"), np.dtype(bool))
 
 
 def mapping(prompt, source, target, is_correction):
     tokens = np.array([*prompt, *source, *REQUEST, *target], np.int32)
     loss_mask = np.arange(len(tokens)) >= len(tokens) - len(target)
-    return MappingExample(tokens, loss_mask, "here", is_correction)
+    is_edit = np.zeros(len(tokens), bool)
+    is_edit[loss_mask] = is_correction & ~np.isin(target, source)
+    return MarkedMappingExample(tokens, loss_mask, "here", is_correction, is_edit)
 
 
 def rows_of(examples, rows, row_length):
     """A batch in which the i-th row holds the examples that ``rows[i]`` numbers."""
     built = [build_row([examples[i] for i in row], row_length, pad_id=7, columns=COLUMNS) for row in rows]
-    return MappingBatch(**{name: jnp.asarray(np.stack([row[name] for row in built])) for name in built[0]})
+    return MarkedMappingBatch(**{name: jnp.asarray(np.stack([row[name] for row in built])) for name in built[0]})
 
 
 def one_a_row(examples, row_length):
@@ -78,19 +81,21 @@ def test_two_mappings_by_hand(compiler):
     after_0, after_1 = np.log([0.5, 0.25, 0.25]), np.log([0.125, 0.125, 0.75])
     params = {"table": jnp.asarray([after_0, after_1, after_1], jnp.float32)}
     graphdef = nnx.graphdef(Bigram(3))
-    batch = MappingBatch(
+    batch = MarkedMappingBatch(
         tokens=jnp.asarray([[1, 2, 0, 0, 1, 2], [0, 1, 1, 2, 9, 9]], jnp.int32) % 3,
         segment_ids=jnp.asarray([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]]),
         positions=jnp.asarray([[0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 0, 0]]),
         loss_mask=jnp.asarray([[0, 0, 0, 1, 1, 1], [0, 0, 1, 1, 0, 0]], bool),
         is_correction=jnp.asarray([[0, 0, 0, 1, 1, 1], [0, 0, 0, 0, 0, 0]], bool),
+        is_edit=jnp.asarray([[0, 0, 0, 0, 1, 0], [0, 0, 0, 0, 0, 0]], bool),
     )
     # Correction: 0 1 2 after 0 0 1, probabilities 1/2, 1/4, 3/4. Identity: 1 2 after 1 1, probabilities 1/8, 3/4.
     correction, identity = -np.log(1 / 2 * 1 / 4 * 3 / 4), -np.log(1 / 8 * 3 / 4)
-    loss_fn = seq2seq_rm_loss(graphdef, correction_weight=2.0, identity_weight=0.5)
+    # The edit, of probability 1/4, counts four times: three times more than without its weight.
+    loss_fn = seq2seq_rm_loss(graphdef, correction_weight=2.0, identity_weight=0.5, edit_weight=4.0)
     (total, weight), aux = compiler(loss_fn)(params, batch, jax.random.key(0))
-    np.testing.assert_allclose(total, 2.0 * correction + 0.5 * identity, rtol=1e-6)
-    np.testing.assert_allclose(weight, 2.0 * 3 + 0.5 * 2, rtol=1e-6)
+    np.testing.assert_allclose(total, 2.0 * (correction + 3 * np.log(4)) + 0.5 * identity, rtol=1e-6)
+    np.testing.assert_allclose(weight, 2.0 * (3 + 3) + 0.5 * 2, rtol=1e-6)
     want = {
         "nll_correction": (correction, 3),
         "sequence_nll_correction": (correction, 1),
@@ -98,6 +103,8 @@ def test_two_mappings_by_hand(compiler):
         "nll_identity": (identity, 2),
         "sequence_nll_identity": (identity, 1),
         "accuracy_identity": (1, 2),
+        "nll_edit": (np.log(4), 1),
+        "accuracy_edit": (0, 1),
     }
     assert set(aux) == set(want)
     for name, pair in want.items():
@@ -178,6 +185,23 @@ def test_weights_of_one_are_plain_sequence_mle():
     assert float(weight) == np.asarray(batch.loss_mask).sum()
 
 
+def test_an_edit_weight_of_one_changes_no_bit():
+    """Neither the loss nor a gradient, against the same batch whose edits nobody marked."""
+    marked = one_a_row(random_mappings(), 24)
+    plain = MappingBatch(**{field.name: getattr(marked, field.name) for field in dataclasses.fields(MappingBatch)})
+    assert marked.is_edit.any()
+
+    @jax.jit
+    def gradients(params, batch):
+        weights = {"correction_weight": 1.5, "identity_weight": 0.25, "edit_weight": 1.0}
+        loss = seq2seq_rm_loss(small()[0], **weights)
+        return jax.value_and_grad(lambda p: loss(p, batch, None)[0][0])(params)
+
+    chex.assert_trees_all_equal(gradients(small()[1], marked), gradients(small()[1], plain))
+    with pytest.raises(UserError, match=r"edit_weight is 4\.0, but these batches do not say which tokens are edits"):
+        seq2seq_rm_loss(small()[0], edit_weight=4.0)(small()[1], plain, None)
+
+
 def test_packing_changes_nothing():
     """Sums and gradients of packed rows are those of one example a row, with padding of whatever id."""
     examples = random_mappings()
@@ -188,7 +212,8 @@ def test_packing_changes_nothing():
     @jax.jit
     def gradients(params, batch):
         def total(params):
-            loss, aux = seq2seq_rm_loss(small()[0], correction_weight=1.5, identity_weight=0.25)(params, batch, None)
+            weights = {"correction_weight": 1.5, "identity_weight": 0.25, "edit_weight": 4.0}
+            loss, aux = seq2seq_rm_loss(small()[0], **weights)(params, batch, None)
             return loss[0], (loss, aux)
 
         return jax.grad(total, has_aux=True)(params)
@@ -225,14 +250,14 @@ def test_a_mapping_that_is_absent_has_no_weight():
 class Setup:
     """A seq2seq reward model, an optimizer and a step on one mesh."""
 
-    def __init__(self, mesh_config, num_microbatches=1):
+    def __init__(self, mesh_config, num_microbatches=1, edit_weight=2.0):
         mesh = build_mesh(mesh_config, jax.devices()[: math.prod(dataclasses.astuple(mesh_config))])
         model = shard_model(SOURCE, mesh, SMALL)
         optimizer = build_optimizer(OptimizerConfig(lr=1e-2, b2=0.99), 150)
         sharding = state_shardings(model, optimizer, mesh)
         self.rows = partition.batch_sharding(mesh)
         self.step = build_train_step(
-            seq2seq_rm_loss(model.graphdef, correction_weight=1.0, identity_weight=0.5),
+            seq2seq_rm_loss(model.graphdef, correction_weight=1.0, identity_weight=0.5, edit_weight=edit_weight),
             optimizer,
             state_sharding=sharding,
             batch_sharding=self.rows,
@@ -269,7 +294,7 @@ def lowering_batch(seed, lengths, rows=8, pairs=16):
 
 def test_both_mappings_are_learnt():
     """Every batch is a new one, so this is no memory of examples."""
-    _, metrics = Setup(ONE).run(100, lengths=(3, 4))
+    _, metrics = Setup(ONE, edit_weight=1.0).run(100, lengths=(3, 4))
     first, last = metrics[0], metrics[-1]
     for name in ("correction", "identity"):
         assert first[f"nll_{name}"] > 3 and last[f"nll_{name}"] < 0.2

@@ -254,6 +254,14 @@ def test_mappings_of_a_pair_worked_by_hand():
     assert report.rows() == [("read", 1, ""), ("used", 1, "")]
 
 
+def test_edits_of_a_correction_worked_by_hand():
+    """Of the target ``50 51 52 53 2`` the source ``51 70 53 2`` has 51, 53 and 2; an identity has no edits."""
+    pair = TokenPair(*(np.array(x, np.int32) for x in ([1, 10], [50, 51, 52, 53, 2], [51, 70, 53, 2])), "f:1")
+    (correction, identity), _ = mapping_examples([pair], [8], settings(), first_id=1, marks_edits=True)
+    assert correction.columns()["is_edit"].tolist() == [False] * 7 + [True, False, True, False, False]
+    assert identity.columns()["is_edit"].tolist() == [False] * len(identity.tokens)
+
+
 def test_the_identity_mapping_can_be_left_out():
     (only,), report = mapping_examples([token_pair(3, 2, 3)], [8, 9], settings(), first_id=1, identity=False)
     assert only.is_correction

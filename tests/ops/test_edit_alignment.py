@@ -1,4 +1,4 @@
-"""Longest common subsequences of token ids, against a plain loop over all subsequences."""
+"""Longest common subsequences of token ids, on devices and in NumPy, against a plain loop over all subsequences."""
 
 import itertools
 
@@ -8,6 +8,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jaxrm.data.edits import copied_tokens
 from jaxrm.ops import edit_alignment
 
 kept_tokens = jax.jit(edit_alignment.kept_tokens)
@@ -42,8 +43,9 @@ def test_kept_tokens_by_hand():
     responses = [[5, 6, 7, 8], [5, 6, 7], [1, 2, 3], [4, 4, 4], [5, 5], [], [3]]
     others = [[5, 9, 7, 8], [5, 9, 6, 7], [3, 1, 2], [4, 4], [6, 7], [5], []]
     expected = [[1, 0, 1, 1], [1, 1, 1], [1, 1, 0], [1, 1, 0], [0, 0], [], [0]]
-    for row, want in zip(kept(responses, others), expected, strict=True):
+    for row, response, other, want in zip(kept(responses, others), responses, others, expected, strict=True):
         assert row.tolist() == [bool(x) for x in want] + [False] * (T - len(want))
+        assert copied_tokens(response, other).tolist() == [bool(x) for x in want]
 
 
 def test_padding_changes_nothing():
@@ -68,6 +70,7 @@ def test_kept_tokens_are_those_of_a_loop(responses, others):
     """As many as the longest has, and of several the one that stands earliest from the last token on."""
     for row, response, other in zip(kept(responses, others), responses, others, strict=True):
         places = np.flatnonzero(row).tolist()
+        assert copied_tokens(response, other).tolist() == row[: len(response)].tolist()
         best = longest(response, other, range(len(response)))
         assert len(places) == best
         rest = iter(other)

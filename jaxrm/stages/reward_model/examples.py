@@ -1,6 +1,7 @@
 """From pairs to what a reward model trains on: mappings of a seq2seq one, comparisons of a scalar one."""
 
 from collections.abc import Sequence
+from functools import partial
 
 from jaxrm.data.examples import TokenExample
 from jaxrm.data.loader import build_loader, warm_up
@@ -41,8 +42,10 @@ def _mappings(
     stage: Stage, train: Preferences, held_out: Preferences, request: Sequence[int]
 ) -> tuple[TrainingData, ReadReport, ReadReport]:
     config, mapping = stage.config.data, stage.config.mapping
-    examples, fitted = mapping_examples(train.pairs, request, config, first_id=stage.bos_id, identity=mapping.identity)
-    held_out_examples, held_out_fitted = mapping_examples(held_out.pairs, request, config, first_id=stage.bos_id)
+    # Without marks where they are not read: a run's data is known by a hash of all that is in its examples.
+    build = partial(mapping_examples, first_id=stage.bos_id, marks_edits=mapping.weighs_edits)
+    examples, fitted = build(train.pairs, request, config, identity=mapping.identity)
+    held_out_examples, held_out_fitted = build(held_out.pairs, request, config)
     loader = None
     if mapping.identity_warmup_steps:
         copies: list[TokenExample] = [example for example in examples if not example.is_correction]

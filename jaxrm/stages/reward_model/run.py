@@ -29,7 +29,7 @@ from jaxrm.stages.reward_model.examples import reward_model_data
 from jaxrm.stages.reward_model.held_out import PairEvaluation, RankedPairs, ranked_pairs
 from jaxrm.stages.stage import Stage, check_training, open_stage
 from jaxrm.stages.supervised.train import exit_status, train
-from jaxrm.types import ComparisonBatch, MappingBatch, MarkedComparisonBatch
+from jaxrm.types import ComparisonBatch, MappingBatch, MarkedComparisonBatch, MarkedMappingBatch
 
 
 @dataclass(frozen=True)
@@ -121,8 +121,9 @@ def objective(config: Any, decoder: ShardedModel) -> Objective:
         decoder.graphdef,
         correction_weight=mapping.correction_weight,
         identity_weight=mapping.identity_weight if mapping.identity else 0.0,
+        edit_weight=mapping.edit_weight,
     )
-    return Objective(decoder, loss_fn, MappingBatch)
+    return Objective(decoder, loss_fn, MarkedMappingBatch if mapping.weighs_edits else MappingBatch)
 
 
 def _request(stage: Stage) -> tuple[int, ...] | None:
