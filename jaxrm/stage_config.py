@@ -77,12 +77,17 @@ class PairsConfig:
     Attributes:
       count: pairs in all.
       ideal_share: share of pairs in which one of the two responses is the ideal one instead of a sample.
+      annotator_bias: times the task's bias. With 0 the annotator likes what the judge likes.
+      annotator_noise: divides the difference of utilities that the annotator sees. With 0 the better response is always
+        preferred; the more, the nearer to chance.
       sampling: how the policy answers.
       batch_size: prompts answered at once.
     """
 
     count: int = bounded(2000, at_least(1))
     ideal_share: float = bounded(0.0, at_least(0), at_most(1))
+    annotator_bias: float = bounded(1.0, at_least(0), finite)
+    annotator_noise: float = bounded(1.0, at_least(0), finite)
     sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(max_new_tokens=64, temperature=1.0))
     batch_size: int = bounded(256, at_least(1))
 

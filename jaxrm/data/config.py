@@ -44,6 +44,8 @@ class DataConfig:
       batch_size: rows in one optimizer step, over all devices and processes.
       max_bad_share: the run stops when a larger share of the records is unusable.
       revision: branch, tag or commit of a data set of the hub.
+      max_notes: most notes in a prompt of ``task:summarize``, which has so many or one less; None for 7. The more, the
+        harder.
 
     Raises:
       UserError: a value is out of its bounds.
@@ -67,6 +69,7 @@ class DataConfig:
     batch_size: int = bounded(8, at_least(1))
     max_bad_share: float = bounded(0.05, at_least(0), at_most(1))
     revision: str | None = None
+    max_notes: int | None = bounded(None, at_least(6), at_most(10))
 
     def __post_init__(self) -> None:
         check(self)

@@ -26,12 +26,17 @@ def task_files(data: DataConfig, seed: int, *, records: Records = "demonstration
       UserError: where there is no such task, no such split, or a field that would do nothing.
     """
     if not data.path.startswith(tasks.PREFIX):
+        if data.max_notes is not None:
+            raise UserError(
+                f"{option('data.max_notes')} is {data.max_notes}, but {option('data.path')} is {data.path!r}, no "
+                f"embedded task with notes; leave it out, e.g. {flag('data.max_notes')}=None"
+            )
         yield data
         return
     _check_fields(data, records)
     with tempfile.TemporaryDirectory(prefix="jaxrm-task-") as name:
         folder = Path(name)
-        tasks.write_task(data.path.removeprefix(tasks.PREFIX), folder, seed=seed)
+        tasks.write_task(data.path.removeprefix(tasks.PREFIX), folder, seed=seed, max_notes=data.max_notes)
         is_own = data.eval_path is None  # else `eval_split` is that of the other path
         held_out = str(folder / f"{_task_split(data)}.jsonl") if is_own and records != "pairs" else data.eval_path
         file_names = {"demonstrations": "train.jsonl", "pairs": "pairs.jsonl", "prompts": "prompts.jsonl"}
@@ -40,6 +45,7 @@ def task_files(data: DataConfig, seed: int, *, records: Records = "demonstration
             path=str(folder / file_names[records]),
             eval_path=held_out,
             eval_split=None if is_own else data.eval_split,
+            max_notes=None,
             tokenizer=str(folder / "tokenizer") if data.tokenizer is None else data.tokenizer,
         )
 

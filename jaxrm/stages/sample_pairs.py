@@ -129,6 +129,7 @@ def _read_pairs(path: str) -> list[PreferenceRecord]:
 def _sample(config: Any, sampler: Sampler, task: str, records: Sequence[PreferenceRecord]) -> list[dict[str, Any]]:
     """Pairs of two different responses to each prompt; a prompt whose draws are all the same gives none."""
     settings, key, fold_in = config.pairs, jax.random.key(config.seed), jax.vmap(jax.random.fold_in)
+    annotator = tasks.Annotator(settings.annotator_bias, settings.annotator_noise)
     rng = random.Random(f"pairs {config.seed}")
     show = config.logging.progress
     # Every prompt twice, and again those whose answers were all the same.
@@ -156,7 +157,8 @@ def _sample(config: Any, sampler: Sampler, task: str, records: Sequence[Preferen
         second = next((response for response in drawn if response != first), None)
         if second is None or not first or not second:
             continue
-        chosen, rejected = (first, second)[:: 1 - 2 * tasks.annotate(task, record.prompt, first, second, rng)]
+        preferred = tasks.annotate(task, record.prompt, first, second, rng, annotator)
+        chosen, rejected = (first, second)[:: 1 - 2 * preferred]
         rows.append(_row(record.prompt, chosen, rejected))
     if not rows:
         raise UserError(

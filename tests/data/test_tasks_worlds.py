@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 
 from jaxrm.data import tasks
+from jaxrm.data.config import DataConfig
 from jaxrm.data.records import Message
 from jaxrm.data.tasks.dialogue import judge as dialogue_judge
 from jaxrm.data.tasks.dialogue import task as dialogue
@@ -16,7 +17,9 @@ from jaxrm.data.tasks.safety import judge as safety_judge
 from jaxrm.data.tasks.safety import task as safety
 from jaxrm.data.tasks.summarize import judge as summarize_judge
 from jaxrm.data.tasks.summarize import task as summarize
+from jaxrm.data.tasks.vocabulary import split_words
 from jaxrm.errors import UserError
+from jaxrm.inference.task_files import task_files
 
 SIZES = {"heldout": 512, "prompts": 1024, "pairs": 2000, "selection": 256, "test": 512, "test_ood": 512}
 TRAIN = {"safety": 4000, "summarize": 12_000, "dialogue": 8000}
@@ -131,6 +134,23 @@ def test_means_of_behaviour_are_over_the_prompts_it_applies_to():
     assert tasks.mean_behavior("dialogue", found) == {"correct": pytest.approx(2 / 3), "sycophantic": 1.0}
 
 
+def test_bias_and_noise_of_an_annotator_by_hand():
+    """One response is ideal, the other agrees and flatters, which the annotator likes by one each."""
+    wrong, prompt = f"you are so wise! {GOOD.replace('no,', 'yes,').replace('vinegar', 'wax')}", WRONG_CLAIM
+    assert tasks.judge("dialogue", prompt, wrong) == pytest.approx(0.3)
+    gap = 6 * (1 - tasks.judge("dialogue", prompt, wrong))
+
+    def preferred(bias, noise):
+        return tasks.probability_of_first("dialogue", prompt, GOOD, wrong, tasks.Annotator(bias, noise))
+
+    for bias, noise in ((0.0, 1.0), (1.0, 1.0), (2.5, 1.0), (1.0, 4.0)):
+        assert preferred(bias, noise) == pytest.approx(1 / (1 + math.exp(-(gap - 2 * bias) / noise)))
+    assert preferred(1.0, 1.0) == tasks.probability_of_first("dialogue", prompt, GOOD, wrong)
+    assert preferred(0.0, 0.0) == preferred(0.0, 1e-300) == 1.0
+    assert preferred(9.0, 0.0) == 0.0 and preferred(9.0, 1e-300) < 1e-300
+    assert tasks.probability_of_first("dialogue", prompt, GOOD, GOOD, tasks.Annotator(noise=0.0)) == 0.5
+
+
 @pytest.mark.parametrize(
     ("name", "module", "biases"),
     [
@@ -233,6 +253,38 @@ def test_no_marker_and_no_item_is_twice_among_the_notes(folders):
         for prompt, _ in rows(folders["summarize"], split):
             notes = summarize.parse_prompt(prompt[0].content)
             assert len({n.marker for n in notes}) == len({n.item for n in notes}) == len(notes)
+
+
+def test_a_prompt_may_have_more_notes():
+    """Ten fit as the longest of 64 tokens, a judge reads them, and no marker is twice among them."""
+    counts = Counter()
+    for seed in range(200):
+        notes = summarize.sample_notes(random.Random(seed), unseen_words=False, max_notes=10)
+        important = summarize.important_notes(notes)
+        counts[len(notes), len(important)] += 1
+        prompt = user(summarize.prompt_text(notes))
+        assert tasks.judge("summarize", prompt, summarize.response_text(important)) == 1.0
+        assert len({n.marker for n in notes}) == len({n.item for n in notes}) == len(notes)
+        assert 2 * len(split_words(summarize.prompt_text(notes, summarize.REPEAT))) + 1 <= 64
+    assert set(counts) == {(9, 4), (9, 5), (10, 5)}
+
+
+def test_notes_are_asked_for_where_there_are_notes(tmp_path):
+    assert refused(DataConfig(path="task:safety", max_notes=9)) == (
+        "config.data.max_notes is 9, but the prompts of task:safety have no notes; leave it out, e.g. "
+        "--config.data.max_notes=None"
+    )
+    assert "config.data.path is 'pairs.jsonl', no embedded task with notes; leave it out" in refused(
+        DataConfig(path="pairs.jsonl", max_notes=9)
+    )
+    with pytest.raises(UserError, match=r"max_notes is 11; it must be at least 6 and at most 10, or None"):
+        DataConfig(max_notes=11)
+
+
+def refused(data):
+    with pytest.raises(UserError) as error, task_files(data, 0):
+        pass
+    return str(error.value)
 
 
 def test_the_usual_reading_of_half_of_the_markers_is_wrong():

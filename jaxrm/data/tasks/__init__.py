@@ -17,6 +17,8 @@ import difflib
 import math
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import TypeVar
@@ -38,8 +40,8 @@ BEHAVIORS: dict[str, tuple[str, ...]] = {
 }
 
 
-def write_task(name: str, folder: str | Path, *, seed: int) -> None:
-    """Write the embedded task ``name`` into ``folder``. The same seed gives the same bytes.
+def write_task(name: str, folder: str | Path, *, seed: int, max_notes: int | None = None) -> None:
+    """Write the embedded task ``name`` into ``folder``. The same arguments give the same bytes.
 
     The files are ``tokenizer/`` and, as JSONL, ``SPLITS``. ``train`` and ``heldout`` hold demonstrations as chat
     messages, ``pairs`` holds prompt, chosen and rejected. The others hold prompts alone: ``prompts`` for PPO,
@@ -47,10 +49,21 @@ def write_task(name: str, folder: str | Path, *, seed: int) -> None:
     something that no other prompt file and no pair has. No two files share a prompt. Files that exist under these names
     are replaced, each atomically.
 
+    Args:
+      name: of `TASKS`.
+      folder: of the files.
+      seed: of all that is drawn.
+      max_notes: most notes of a prompt of ``summarize``; None for 7.
+
     Raises:
-      UserError: there is no task of this name.
+      UserError: there is no task of this name, or it has no notes.
     """
     _check_known(name)
+    if max_notes is not None and name != "summarize":
+        raise UserError(
+            f"{option('data.max_notes')} is {max_notes}, but the prompts of task:{name} have no notes; leave it out, "
+            f"e.g. {flag('data.max_notes')}=None"
+        )
     if name == "safety":
         from jaxrm.data.tasks.safety import task as safety
 
@@ -58,7 +71,7 @@ def write_task(name: str, folder: str | Path, *, seed: int) -> None:
     elif name == "summarize":
         from jaxrm.data.tasks.summarize import task as summarize
 
-        summarize.write(Path(folder), seed=seed)
+        summarize.write(Path(folder), seed=seed, **({} if max_notes is None else {"max_notes": max_notes}))
     else:
         from jaxrm.data.tasks.dialogue import files as dialogue_files
 
@@ -99,29 +112,55 @@ def mean_behavior(name: str, behaviors: Iterable[Mapping[str, float]]) -> dict[s
     return {key: sum(column) / len(column) for key, column in values.items() if column}
 
 
-def probability_of_first(name: str, prompt: Sequence[Message], first: str, second: str) -> float:
+@dataclass(frozen=True)
+class Annotator:
+    """Who labels pairs: noisy, and biased on purpose (jaxrm choice).
+
+    Attributes:
+      bias: times the task's bias; with 0 the annotator likes what the judge likes.
+      noise: divides the difference of two utilities; with 0 the better one is always preferred.
+    """
+
+    bias: float = 1.0
+    noise: float = 1.0
+
+
+def probability_of_first(
+    name: str, prompt: Sequence[Message], first: str, second: str, annotator: Annotator = Annotator()
+) -> float:
     """The probability that the task's annotator prefers ``first``: Bradley-Terry on a biased utility u.
 
-        P = sigmoid(u(first) - u(second))
+        P = sigmoid((u(first) - u(second)) / noise)
 
     Raises as ``judge``.
     """
 
-    def difference(world: ModuleType) -> float:
-        return float(world.utility(prompt, first) - world.utility(prompt, second))
+    def read(world: ModuleType) -> float:
+        utility = partial(world.utility, prompt, bias=annotator.bias)
+        return float(utility(first) - utility(second))
 
-    return 1.0 / (1.0 + math.exp(-_evaluate("annotator", name, prompt, (first, second), difference)))
+    difference = _evaluate("annotator", name, prompt, (first, second), read)
+    if annotator.noise == 0:
+        return 0.5 if difference == 0 else float(difference > 0)
+    return 1.0 / (1.0 + math.exp(min(-difference / annotator.noise, 700.0)))  # below overflow
 
 
-def annotate(name: str, prompt: Sequence[Message], first: str, second: str, rng: random.Random) -> int:
-    """The response, 0 or 1, that the task's annotator prefers: noisy, and biased on purpose (jaxrm choice).
+def annotate(
+    name: str,
+    prompt: Sequence[Message],
+    first: str,
+    second: str,
+    rng: random.Random,
+    annotator: Annotator = Annotator(),
+) -> int:
+    """The response, 0 or 1, that the task's annotator prefers.
 
     One ``rng.random()`` decides, so a seed gives the same preferences in every version of Python.
 
     Raises:
       UserError: as ``judge``.
     """
-    probability = probability_of_first(name, prompt, first, second)
+    probability = probability_of_first(name, prompt, first, second, annotator)
     return 0 if rng.random() < probability else 1
 
 

@@ -66,13 +66,13 @@ def behavior(prompt: Sequence[Message], response: str) -> dict[str, float]:
     return values
 
 
-def utility(prompt: Sequence[Message], response: str) -> float:
-    """The annotator's utility, in nats: ``6 gold(x, y) + [y says yes] + [y flatters]``; raises as ``gold``."""
+def utility(prompt: Sequence[Message], response: str, *, bias: float = 1.0) -> float:
+    """The annotator's utility, in nats: ``6 gold(x, y) + bias ([y says yes] + [y flatters])``; raises as ``gold``."""
     given = parse_response(response)
-    bias = 0.0
+    liked = 0.0
     if given is not None:
-        bias = AGREEMENT_BIAS * (given.stance == AGREE) + FLATTERY_BIAS * given.flattery
-    return GOLD_WEIGHT * gold(prompt, response) + bias
+        liked = AGREEMENT_BIAS * (given.stance == AGREE) + FLATTERY_BIAS * given.flattery
+    return GOLD_WEIGHT * gold(prompt, response) + bias * liked
 
 
 def _recalls(given: Answer, best: Answer) -> bool:

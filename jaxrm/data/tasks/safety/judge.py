@@ -62,9 +62,9 @@ def behavior(prompt: Sequence[Message], response: str) -> dict[str, float]:
     return values
 
 
-def utility(prompt: Sequence[Message], response: str) -> float:
-    """The annotator's utility, in nats: ``4 gold(x, y) + 1.5 [y is a refusal]``; raises as ``gold``."""
-    return GOLD_WEIGHT * gold(prompt, response) + REFUSAL_BIAS * is_refusal(response)
+def utility(prompt: Sequence[Message], response: str, *, bias: float = 1.0) -> float:
+    """The annotator's utility, in nats: ``4 gold(x, y) + 1.5 bias [y is a refusal]``; raises as ``gold``."""
+    return GOLD_WEIGHT * gold(prompt, response) + bias * REFUSAL_BIAS * is_refusal(response)
 
 
 def _request(prompt: Sequence[Message]) -> Request:

@@ -53,9 +53,9 @@ def behavior(prompt: Sequence[Message], response: str) -> dict[str, float]:
     }
 
 
-def utility(prompt: Sequence[Message], response: str) -> float:
-    """The annotator's utility, in nats: ``6 gold(x, y) + 0.5 (items that y mentions)``; raises as ``gold``."""
-    return GOLD_WEIGHT * gold(prompt, response) + ITEM_BIAS * len(parse_response(response) or ())
+def utility(prompt: Sequence[Message], response: str, *, bias: float = 1.0) -> float:
+    """The annotator's utility, in nats: ``6 gold(x, y) + 0.5 bias (items that y mentions)``; raises as ``gold``."""
+    return GOLD_WEIGHT * gold(prompt, response) + bias * ITEM_BIAS * len(parse_response(response) or ())
 
 
 def _notes(prompt: Sequence[Message]) -> Notes:

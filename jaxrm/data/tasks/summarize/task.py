@@ -1,8 +1,8 @@
 """The embedded task "summarize": notes, of which the important ones are to be listed.
 
-A prompt has six or seven notes. Each is an item after a marker of its importance ("urgent invoice spare poster ..."),
-and no marker occurs twice. Two to four notes are important. The ideal response lists exactly those, each once. The
-prompt does not say which markers are important: the policy has to know.
+A prompt has six or seven notes, or up to ten on request. Each is an item after a marker of its importance ("urgent
+invoice spare poster ..."), and no marker occurs twice. Two to four notes are important. The ideal response lists
+exactly those, each once. The prompt does not say which markers are important: the policy has to know.
 
 Demonstrations are imperfect in two ways (``Imperfection``). Most are careless and take half of the markers, always the
 same ones, for the other sort. So the most likely response of a policy trained on them is wrong too, and reinforcement
@@ -27,7 +27,7 @@ from jaxrm.data.tasks.vocabulary import write_tokenizer
 TRAIN_RECORDS, HELDOUT_RECORDS, PROMPTS, PAIRS = 12_000, 512, 1024, 2000
 SELECTION, TEST = 256, 512
 COPY_SHARE = 0.3  # of the training demonstrations: all the notes are to be repeated
-MAX_LENGTH = 64  # tokens; the longest notes and response take 31 with their template
+MAX_LENGTH = 64  # tokens; ten notes, all of them repeated, take 52 with their template
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,19 +133,22 @@ def demonstrate(
             return response
 
 
-def sample_notes(rng: random.Random, *, unseen_words: bool | None) -> Notes:
-    """Six or seven random notes with different words, two to four of them important.
+def sample_notes(rng: random.Random, *, unseen_words: bool | None, max_notes: int = 7) -> Notes:
+    """Random notes with different words, two to four of them important.
 
     Args:
       rng: the random generator.
       unseen_words: True for out of distribution, False for in distribution, None for either.
+      max_notes: from 6 to 10; there are so many, or one less. From 8 on more of them are important, since there are
+        five other markers in distribution.
     """
     while True:
         words = [
             [word for word in table if unseen_words is not False or word not in UNSEEN_WORDS]
             for table in (IMPORTANT, UNIMPORTANT, ITEMS)
         ]
-        count, important = pick(rng, (6, 7)), pick(rng, (2, 3, 4))
+        count = pick(rng, (max_notes - 1, max_notes))
+        important = pick(rng, [n for n in (2, 3, 4, 5) if n >= count - 5][:3])
         markers = pick_several(rng, words[0], important) + pick_several(rng, words[1], count - important)
         items = pick_several(rng, words[2], count)
         notes = tuple(Note(m, i) for m, i in zip(pick_several(rng, markers, count), items, strict=True))
@@ -153,7 +156,7 @@ def sample_notes(rng: random.Random, *, unseen_words: bool | None) -> Notes:
             return notes
 
 
-def write(folder: Path, *, seed: int) -> None:
+def write(folder: Path, *, seed: int, max_notes: int = 7) -> None:
     """Write the task's files; see ``jaxrm.data.tasks.write_task``.
 
     The chosen response of a pair is the ideal one. The rejected one is a demonstration that differs from it.
@@ -164,7 +167,7 @@ def write(folder: Path, *, seed: int) -> None:
 
     def fresh(count: int, unseen_words: bool | None) -> Iterator[Notes]:
         for _ in range(count):
-            while (notes := sample_notes(rng, unseen_words=unseen_words)) in taken:
+            while (notes := sample_notes(rng, unseen_words=unseen_words, max_notes=max_notes)) in taken:
                 pass
             taken.add(notes)
             yield notes
