@@ -22,7 +22,8 @@ def copied_tokens(target: Sequence[int] | np.ndarray, source: Sequence[int] | np
     Returns:
       bool ``[n]``.
     """
-    ids, columns = [int(token) for token in target], {}
+    ids = [int(token) for token in target]
+    columns: dict[int, int] = {}
     for column, token in enumerate(source):
         columns[int(token)] = columns.get(int(token), 0) | 1 << column
     all_columns = (1 << len(source)) - 1
