@@ -51,6 +51,7 @@ RESUMABLE_FIELDS = frozenset(
         "mesh",
         "rollout.mesh",
         "rollout.weights",
+        "rollout.cache",
         "rollout.max_mismatch",
         "reward.function_workers",
         "reward.function_timeout",

@@ -182,6 +182,8 @@ class RolloutConfig:
       weights: how the loop over tokens stores the policy's weights. ``compute`` is in the compute dtype. ``int8`` is a
         byte a weight and a scale for each output, the embedding of the head too, so that a token reads half as much.
         Prompts are read in the compute dtype. Calibration, evaluation and training are not touched.
+      cache: how keys and values are stored meanwhile: in the compute dtype, or as ``int8`` with a scale for each token
+        and head. Where rows are many or long, a token reads more of these than of weights.
       max_mismatch: most ``sampler_mismatch``, the mean over response tokens of how far the sampler's log-prob is from
         that of the training forward, in nats. Where a step passes it, the run stops with its state saved. None is 0.2
         with ``int8``, and no bound without.
@@ -198,6 +200,7 @@ class RolloutConfig:
     sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(max_new_tokens=128))
     mesh: MeshConfig | None = None
     weights: Literal["compute", "int8"] = "compute"
+    cache: Literal["compute", "int8"] = "compute"
     max_mismatch: float | None = bounded(None, above(0), meaning="0.2 with int8")
     num_microbatches: int = bounded(1, at_least(1))
     slots: int | None = bounded(None, at_least(1))
@@ -209,7 +212,7 @@ class RolloutConfig:
     @property
     def is_quantized(self) -> bool:
         """Whether the sampler reads codes."""
-        return self.weights == "int8"
+        return "int8" in (self.weights, self.cache)
 
     @property
     def mismatch_bound(self) -> float | None:

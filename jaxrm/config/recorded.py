@@ -24,6 +24,7 @@ _SINCE: Mapping[str, Any] = {
     "vocabulary": "auto",
     "weights": "compute",
     "packing": False,
+    "cache": "compute",
 }
 _RENAMED = {"answers": "evaluate", "along": "evaluate_checkpoints", "draw": "sampling_seed"}
 

@@ -13,6 +13,7 @@ from jaxrm.inference import sharded_model
 from jaxrm.inference.decode_mesh import DecodeLoad, decode_meshes
 from jaxrm.inference.sharded_model import ShardedModel
 from jaxrm.models import build, lora
+from jaxrm.models.cache import bytes_of_a_token
 from jaxrm.models.quantized_params import count_parameters
 from jaxrm.models.sampling import SamplingConfig
 from jaxrm.models.transformer import DecodingStorage
@@ -88,7 +89,7 @@ def _decode_load(config: PPO, policy: ShardedModel) -> DecodeLoad:
     slots = rows * (length + (config.data.max_length - length) / rollout.responses_per_prompt)
     return DecodeLoad(
         weights=read * (1 if rollout.weights == "int8" else itemsize),
-        cache=2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * slots * itemsize,
+        cache=slots * bytes_of_a_token(shape, itemsize, rollout.cache),
         kv_heads=shape.num_kv_heads,
         sums=2 * shape.num_layers,
         sum_bytes=rows * shape.hidden_size * itemsize,
@@ -179,7 +180,7 @@ def check_is_exact(config: Any) -> None:
     Raises:
       UserError: naming the field.
     """
-    for name, default in (("weights", "compute"), ("max_mismatch", None)):
+    for name, default in (("weights", "compute"), ("cache", "compute"), ("max_mismatch", None)):
         value = getattr(config.rollout, name)
         if value != default:
             field = f"rollout.{name}"

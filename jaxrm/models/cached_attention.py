@@ -11,9 +11,10 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from jaxrm.errors import UserError, flag, option
+from jaxrm.models.quantized import Int8Array, codes_beside
+from jaxrm.ops import pallas_kernels
 
-KERNELS = ("auto", "xla", "pallas")
+KERNELS = pallas_kernels.KERNELS
 HIDDEN_LOGIT = float(jnp.finfo(jnp.float32).min)
 _HEAD_DIMS = {"tpu": (128, 256), "gpu": (64, 128, 256)}  # of each platform's kernel: whole lanes, and powers of two
 
@@ -22,16 +23,21 @@ class CachedKeys(NamedTuple):
     """Keys and values of one layer, laid out as in ``jaxrm.models.cache.Cache``.
 
     Attributes:
-      keys: ``[B, K, H, S]``.
-      values: ``[B, K, S, H]``.
+      keys: ``[B, K, H, S]``, as they are or int8 with a scale for each token and head.
+      values: ``[B, K, S, H]``, alike.
       mask: ``[B, S]`` bool, True on those that a query sees. Of shared prompts ``[G, S]``, or ``[B, S]`` where the
         rows of a prompt do not see the same of it. Kernels read the blocks in which it is True somewhere, and no
         others, wherever these lie.
     """
 
-    keys: jax.Array
-    values: jax.Array
+    keys: jax.Array | Int8Array
+    values: jax.Array | Int8Array
     mask: jax.Array
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys and values."""
+        return sum(x.nbytes for x in jax.tree.leaves((self.keys, self.values)))
 
 
 class Part(NamedTuple):
@@ -85,22 +91,12 @@ def resolve(kernel: str, platform: str, dtype: jnp.dtype, head_dim: int) -> str:
     Raises:
       UserError: for an unknown name, and for ``pallas`` where it has no kernel.
     """
-    name = option("model.cached_attention")
-    if kernel not in KERNELS:
-        raise UserError(f"{name} is {kernel!r}; use one of {', '.join(KERNELS)}")
-    reason = ""
-    if platform not in _HEAD_DIMS:
-        reason = f"which runs on TPU and GPU, but the devices are of platform {platform}"
-    elif head_dim not in _HEAD_DIMS[platform]:
-        sizes = " or ".join(map(str, _HEAD_DIMS[platform]))
-        reason = f"which needs heads of {sizes} on {platform.upper()}, but the model's have {head_dim}"
-    elif platform == "gpu" and jnp.dtype(dtype).itemsize != 2:
-        reason = f"which needs 16 bits on GPU, but {option('model.dtype')} is {jnp.dtype(dtype)}"
-    if kernel == "xla" or (kernel == "auto" and reason):
-        return "xla"
-    if reason:
-        raise UserError(f"{name} is 'pallas', {reason}; use {flag('model.cached_attention')}=auto")
-    return "pallas"
+    obstacles = dict.fromkeys(_HEAD_DIMS, "") | {"gpu": pallas_kernels.obstacle_of_dtype(dtype)}
+    for home, sizes in _HEAD_DIMS.items():
+        if head_dim not in sizes:
+            these = " or ".join(map(str, sizes))
+            obstacles[home] = f"needs heads of {these} on {home.upper()}, but the model's have {head_dim}"
+    return pallas_kernels.resolve("model.cached_attention", kernel, platform, obstacles)
 
 
 def attend(
@@ -161,14 +157,31 @@ def _together(one: Part, other: Part) -> Part:
 
 def read_in_xla(query: jax.Array, past: CachedKeys, *, scale: float, softcap: float | None) -> Part:
     """``Read`` in plain XLA, on any platform: all slots of the cache, whatever the mask."""
-    logits = jnp.einsum("bkgh,bkhs->bkgs", query, past.keys, preferred_element_type=jnp.float32) * scale
+    multiply = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    keys, values = past.keys, past.values
+    if isinstance(keys, Int8Array):
+        logits = multiply("bkgh,bkhs->bkgs", query, codes_beside(keys.codes, query)) * keys.scales * scale
+    else:
+        logits = multiply("bkgh,bkhs->bkgs", query, keys) * scale
     if softcap is not None:
         logits = softcap * jnp.tanh(logits / softcap)
     logits = jnp.where(mask_of_queries(past, query.shape[2])[:, None], logits, HIDDEN_LOGIT)
     top = jnp.max(logits, axis=-1)
     weights = jnp.exp(logits - top[..., None])
-    mixed = jnp.einsum("bkgs,bksh->bkgh", weights.astype(query.dtype), past.values, preferred_element_type=jnp.float32)
+    if isinstance(values, Int8Array):
+        scaled = (weights * values.scales.swapaxes(2, 3)).astype(query.dtype)
+        mixed = multiply("bkgs,bksh->bkgh", scaled, codes_beside(values.codes, scaled))
+    else:
+        mixed = multiply("bkgs,bksh->bkgh", weights.astype(query.dtype), values)
     return Part(mixed, top, jnp.sum(weights, axis=-1))
+
+
+def stored(past: CachedKeys) -> tuple[list[jax.Array], list[jax.Array]]:
+    """Keys and values as kernels take them, and the scales ``[B, K, S]`` of both; no scales unless they are int8."""
+    arrays = [past.keys, past.values]
+    codes = [x.codes if isinstance(x, Int8Array) else x for x in arrays]
+    B, K, _, S = past.keys.shape
+    return codes, [x.scales.reshape(B, K, S) for x in arrays if isinstance(x, Int8Array)]
 
 
 def mask_of_queries(past: CachedKeys, num_queries: int) -> jax.Array:

@@ -6,6 +6,8 @@ nothing is transposed. ``block`` is as long as 2 MiB allow, in whole lanes of 12
 blocks (Milakov & Gimelshein, arXiv 1805.02867): the largest logit, the sum and the mixed values stay on the chip until
 the row's last block.
 
+int8. Codes are converted on the chip, and their scales multiply the logits, and the weights of the values.
+
 Raggedness. The blocks that each row sees are listed before the kernel starts, and the list says which block a step
 brings. Steps past its end name the last block again, which the pipeline then does not copy, and compute nothing. So a
 row moves the bytes of the blocks that it sees; a step that has nothing to do costs the time of a step, about 0.3
@@ -20,7 +22,15 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from jaxrm.models.cached_attention import HIDDEN_LOGIT, CachedKeys, Part, mask_of_queries, read_in_xla, seen_blocks
+from jaxrm.models.cached_attention import (
+    HIDDEN_LOGIT,
+    CachedKeys,
+    Part,
+    mask_of_queries,
+    read_in_xla,
+    seen_blocks,
+    stored,
+)
 
 _LANES, _SUBLANES = 128, 8
 _BLOCKS = (1024, 512, 256, 128)
@@ -36,13 +46,18 @@ def read(query: jax.Array, past: CachedKeys, *, scale: float, softcap: float | N
     S = past.mask.shape[1]
     if S % _LANES:
         return read_in_xla(query, past, scale=scale, softcap=softcap)
-    block = block_size(K, H, S, past.keys.dtype.itemsize)
+    block = block_size(K, H, S, query.dtype.itemsize)
     rows = g + -g % _SUBLANES
     query = jnp.pad(query, ((0, 0), (0, 0), (0, rows - g), (0, 0)))
     mask = mask_of_queries(past, g)
     seen, count = seen_blocks(mask, block)
     if mask.shape[1] > 1:
         mask = jnp.pad(mask, ((0, 0), (0, rows - g), (0, 0)))
+
+    arrays, scales = stored(past)
+
+    def by_slot(size: int) -> pl.BlockSpec:
+        return pl.BlockSpec((1, size, block), lambda b, j, *lists: (b, 0, _number(b, j, *lists)))
 
     def at_row(b: Any, j: Any, seen: Any, count: Any) -> tuple[Any, ...]:
         del j, seen, count
@@ -55,9 +70,10 @@ def read(query: jax.Array, past: CachedKeys, *, scale: float, softcap: float | N
             grid=(B, pl.cdiv(S, block)),
             in_specs=[
                 pl.BlockSpec((1, K, rows, H), at_row),
+                by_slot(mask.shape[1]),
                 pl.BlockSpec((1, K, H, block), lambda b, j, *lists: (b, 0, 0, _number(b, j, *lists))),
                 pl.BlockSpec((1, K, block, H), lambda b, j, *lists: (b, 0, _number(b, j, *lists), 0)),
-                pl.BlockSpec((1, mask.shape[1], block), lambda b, j, *lists: (b, 0, _number(b, j, *lists))),
+                *(by_slot(K) for _ in scales),
             ],
             out_specs=[pl.BlockSpec((1, K, rows, H), at_row), pl.BlockSpec((1, K, rows, _LANES), at_row)],
             scratch_shapes=[
@@ -73,12 +89,12 @@ def read(query: jax.Array, past: CachedKeys, *, scale: float, softcap: float | N
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
         cost_estimate=pl.CostEstimate(
             flops=4 * B * K * g * H * S,
-            bytes_accessed=past.keys.nbytes + past.values.nbytes,
+            bytes_accessed=past.nbytes,
             transcendentals=B * K * g * S,
         ),
         name="cached_attention",
         interpret=interpret,
-    )(seen, count, query, past.keys, past.values, mask.astype(jnp.int32))
+    )(seen, count, query, mask.astype(jnp.int32), *arrays, *scales)
     return Part(mixed[:, :, :g], sums[:, :, :g, 0], sums[:, :, :g, 1])
 
 
@@ -98,19 +114,15 @@ def _kernel(
     seen_ref: Any,
     count_ref: Any,
     query_ref: Any,
+    mask_ref: Any,
     keys_ref: Any,
     values_ref: Any,
-    mask_ref: Any,
-    mixed_out: Any,
-    sums_out: Any,
-    mixed_ref: Any,
-    top_ref: Any,
-    total_ref: Any,
-    *,
+    *refs: Any,
     scale: float,
     softcap: float | None,
     slots: int,
 ) -> None:
+    *scale_refs, mixed_out, sums_out, mixed_ref, top_ref, total_ref = refs
     b, j = pl.program_id(0), pl.program_id(1)
     block = keys_ref.shape[3]
     number = _number(b, j, seen_ref, count_ref)
@@ -124,10 +136,13 @@ def _kernel(
     @pl.when(j < count_ref[b])
     def _() -> None:
         product = functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
-        logits = product(query_ref[0], keys_ref[0], (((2,), (1,)), ((0,), (0,)))) * scale
+        query = query_ref[0]
+        logits = product(query, keys_ref[0].astype(query.dtype), (((2,), (1,)), ((0,), (0,)))) * scale
+        if scale_refs:
+            logits *= scale_refs[0][0][:, None]
         if softcap is not None:
             logits = softcap * jnp.tanh(logits / softcap)
-        visible, values = mask_ref[...] != 0, values_ref[0]
+        visible, values = mask_ref[...] != 0, values_ref[0].astype(query.dtype)
         if slots % block:  # behind the cache lies anything, and 0 times NaN is NaN
             visible &= number * block + jax.lax.broadcasted_iota(jnp.int32, visible.shape, 2) < slots
             inside = number * block + jax.lax.broadcasted_iota(jnp.int32, (1, block, 1), 1) < slots
@@ -136,9 +151,11 @@ def _kernel(
         before = top_ref[:, :, :1]
         top = jnp.maximum(before, jnp.max(logits, axis=2, keepdims=True))
         shrink, weights = jnp.exp(before - top), jnp.exp(logits - top)
-        mixed = product(weights.astype(values.dtype), values, (((2,), (1,)), ((0,), (0,))))
-        mixed_ref[...] = mixed_ref[...] * shrink + mixed
         total = total_ref[:, :, :1] * shrink + jnp.sum(weights, axis=2, keepdims=True)
+        if scale_refs:
+            weights = jnp.where(visible, weights * scale_refs[1][0][:, None], 0.0)
+        mixed = product(weights.astype(query.dtype), values, (((2,), (1,)), ((0,), (0,))))
+        mixed_ref[...] = mixed_ref[...] * shrink + mixed
         top_ref[...] = jnp.broadcast_to(top, top_ref.shape)
         total_ref[...] = jnp.broadcast_to(total, total_ref.shape)
 

@@ -124,6 +124,11 @@ class Int8Array(NamedTuple):
     codes: jax.Array
     scales: jax.Array
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the codes."""
+        return self.codes.shape
+
 
 def to_int8(x: jax.Array, axis: int) -> Int8Array:
     """Codes of an array whose numbers along ``axis`` share a scale: the largest of them over 127."""

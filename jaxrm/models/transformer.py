@@ -38,9 +38,11 @@ class DecodingStorage:
 
     Attributes:
       weights: ``compute``, in the compute dtype; or ``int8``, a byte a weight and a scale for each output.
+      cache: the same of keys and values, with a scale for each token and head.
     """
 
     weights: str = "compute"
+    cache: str = "compute"
 
 
 COMPUTE_STORAGE = DecodingStorage()
@@ -103,7 +105,8 @@ class Decoder(nnx.Module):
         """
         hidden, kv = self._forward(tokens, positions, segment_ids, return_kv=True)
         assert kv is not None
-        return hidden, self.constrain_cache(cache.from_prompts(*kv, segment_ids, positions))
+        prompts = cache.from_prompts(*kv, segment_ids, positions)
+        return hidden, self.constrain_cache(cache.in_int8(prompts) if self.storage.cache == "int8" else prompts)
 
     def empty_cache(self, prompts: cache.SharedPrompts, n: int, size: int) -> cache.Cache:
         """Room for ``size`` tokens of each of the ``n`` rows that begin with each prompt; for ``decode``."""
@@ -150,7 +153,7 @@ class Decoder(nnx.Module):
         config = self.config
         positions = past.next_position[:, None]
         full, sliding = self._rotations(positions)
-        window, width, P = config.sliding_window or 0, past.keys[0].shape[3], prompts.occupied.shape[1]
+        window, width, P = config.sliding_window or 0, past.width, prompts.occupied.shape[1]
         age = (past.cursor - jnp.arange(width)) % width
         seen = age[None] <= past.lengths[:, None]
         near = seen & (age < window)[None]
@@ -174,9 +177,9 @@ class Decoder(nnx.Module):
         for i, layer in enumerate(unstacked):
             is_sliding = bool(config.layer_is_sliding) and config.layer_is_sliding[i]
             query, key, value = layer.attention.qkv(layer.attention_norm(x), sliding if is_sliding else full)
-            write = functools.partial(jax.lax.dynamic_update_index_in_dim, index=past.cursor)
-            keys[i] = self.constrain(write(keys[i], key[:, 0], axis=3), _KEYS)
-            values[i] = self.constrain(write(values[i], value[:, 0], axis=2), _VALUES)
+            keys[i] = self._constrained(cache.written(keys[i], key[:, 0], past.cursor, column=3, head_dim=2), _KEYS)
+            values[i] = cache.written(values[i], value[:, 0], past.cursor, column=2, head_dim=3)
+            values[i] = self._constrained(values[i], _VALUES)
             own = cached_attention.CachedKeys(keys[i], values[i], near if is_sliding else seen)
             attended = attend(query[:, 0], own, cached_prompts(i, is_sliding))
             x = self.constrain(layer.output_and_mlp(x, attended[:, None]), _HIDDEN)
@@ -186,9 +189,11 @@ class Decoder(nnx.Module):
 
     def constrain_cache(self, past: CacheType) -> CacheType:
         """Rows and heads of keys and values on their devices."""
-        keys = tuple(self.constrain(x, _KEYS) for x in past.keys)
-        values = tuple(self.constrain(x, _VALUES) for x in past.values)
+        keys, values = self._constrained(past.keys, _KEYS), self._constrained(past.values, _VALUES)
         return dataclasses.replace(past, keys=keys, values=values)
+
+    def _constrained(self, cached: Any, axes: tuple[str | None, ...]) -> Any:
+        return jax.tree.map(lambda x: self.constrain(x, axes), cached)
 
     @property
     def head_embedding(self) -> jax.Array:

@@ -2,10 +2,10 @@
 
 import jax.numpy as jnp
 
-from jaxrm.errors import UserError, flag, option
+from jaxrm.ops import pallas_kernels
 from jaxrm.ops.vocab_chunks import SumChunk
 
-KERNELS = ("auto", "xla", "pallas")
+KERNELS = pallas_kernels.KERNELS
 _LANES, _MOST_CHANNELS = 128, 512  # of a step of the kernel for TPU
 
 
@@ -30,21 +30,10 @@ def resolve(kernel: str, platform: str, dtype: jnp.dtype, hidden_size: int) -> s
     Raises:
       UserError: for an unknown name, and for ``pallas`` where it has no kernel.
     """
-    name = option("model.vocabulary")
-    if kernel not in KERNELS:
-        raise UserError(f"{name} is {kernel!r}; use one of {', '.join(KERNELS)}")
-    reason = ""
-    if platform not in ("tpu", "gpu"):
-        reason = f"which runs on TPU and GPU, but the devices are of platform {platform}"
-    elif platform == "tpu" and channels_of_a_step(hidden_size) is None:
-        reason = f"which on TPU needs a multiple of 128 channels, but the model has {hidden_size}"
-    elif platform == "gpu" and jnp.dtype(dtype).itemsize != 2:
-        reason = f"which needs 16 bits on GPU, but {option('model.dtype')} is {jnp.dtype(dtype)}"
-    if kernel == "xla" or (kernel == "auto" and (reason or platform != "tpu")):
-        return "xla"
-    if reason:
-        raise UserError(f"{name} is 'pallas', {reason}; use {flag('model.vocabulary')}=auto")
-    return "pallas"
+    has_steps = channels_of_a_step(hidden_size) is not None
+    tpu = "" if has_steps else f"on TPU needs a multiple of 128 channels, but the model has {hidden_size}"
+    obstacles = {"tpu": tpu, "gpu": pallas_kernels.obstacle_of_dtype(dtype)}
+    return pallas_kernels.resolve("model.vocabulary", kernel, platform, obstacles, automatic=("tpu",))
 
 
 def channels_of_a_step(size: int) -> int | None:

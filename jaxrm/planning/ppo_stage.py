@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from jaxrm.algorithms import ppo, scoring
 from jaxrm.algorithms.ppo_state import PPOState
 from jaxrm.algorithms.rollout import FrozenParams
+from jaxrm.models.cache import bytes_of_a_token
 from jaxrm.models.flops import forward_flops
 from jaxrm.sharding import partition
 from jaxrm.sharding.mesh import batch_shards
@@ -132,13 +133,14 @@ def cache_of_rollout(stage: PPOStage, mesh: Mesh) -> float:
     rollout = stage.config.rollout
     rows = rollout.slots or stage.batch_size // rollout.num_microbatches
     prompts = rows // rollout.responses_per_prompt
-    return cache_of_slots(stage, mesh, prompts, prompts * stage.prompt_length + rows * stage.response_length)
+    slots = prompts * stage.prompt_length + rows * stage.response_length
+    return cache_of_slots(stage, mesh, prompts, slots, rollout.cache)
 
 
-def cache_of_slots(stage: PPOStage, mesh: Mesh, rows: int, slots: float) -> float:
+def cache_of_slots(stage: PPOStage, mesh: Mesh, rows: int, slots: float, stored: str = "compute") -> float:
     """Bytes on a device of a cache with room for so many tokens in all, in ``rows`` rows."""
     config = stage.learner.decoder.config
     shards = batch_shards(mesh) if rows % batch_shards(mesh) == 0 else 1
     shards *= mesh.shape["tensor"] if config.num_kv_heads % mesh.shape["tensor"] == 0 else 1
-    size = 2 * config.num_layers * slots * config.num_kv_heads * config.head_dim
-    return size * jnp.dtype(stage.config.model.dtype).itemsize / shards
+    itemsize = jnp.dtype(stage.config.model.dtype).itemsize
+    return slots * bytes_of_a_token(config, itemsize, stored) / shards

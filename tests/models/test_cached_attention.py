@@ -11,6 +11,7 @@ from support.planning import compiled_for, gpu, tpu
 from jaxrm.errors import UserError
 from jaxrm.models import cached_attention, cached_attention_gpu, cached_attention_tpu
 from jaxrm.models.cached_attention import CachedKeys
+from jaxrm.models.quantized import Int8Array, to_int8
 from jaxrm.sharding import partition
 from jaxrm.sharding.mesh import MeshConfig, build_mesh
 
@@ -73,6 +74,21 @@ def test_kernels_read_a_ragged_cache_as_xla_does(platform):
     np.testing.assert_allclose(got, attend(query, own, prompts), atol=1e-5)
 
 
+@pytest.mark.parametrize("kernel", ["xla", *KERNELS])
+def test_int8_keys_are_read_as_those_they_stand_for(kernel):
+    """By XLA and both kernels; the codes are converted, and the scales come after the products."""
+    query, *pair = random_case(**{"K": 8, "S": 1152, "P": 256} if kernel == "tpu" else {})
+    codes = [past._replace(keys=to_int8(past.keys, 2), values=to_int8(past.values, 3)) for past in pair]
+    wide = [past._replace(keys=_wide(past.keys), values=_wide(past.values)) for past in codes]
+    attend = functools.partial(cached_attention.attend, scale=64**-0.5, softcap=5.0)
+    got = jax.jit(functools.partial(attend, read=KERNELS.get(kernel)))(query, *codes)
+    np.testing.assert_allclose(got, attend(query, *wide), atol=1e-5)
+
+
+def _wide(stored):
+    return stored.codes * stored.scales
+
+
 @pytest.mark.parametrize("platform", KERNELS)
 def test_blocks_that_a_row_does_not_see_are_not_read(platform):
     """They hold NaN, before and between those that it sees; read and masked, it would be in the sum of the values."""
@@ -132,15 +148,20 @@ CASES = {  # B, K, g, H, S and the soft cap of published models
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("stored", ["bfloat16", "int8"])
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("topology", [pytest.param("v5e:2x2", marks=tpu), pytest.param("h100:1", marks=gpu)])
-def test_kernels_compile_for_accelerators(topology, case):
+def test_kernels_compile_for_accelerators(topology, case, stored):
     """And take little memory beside the cache."""
     B, K, g, H, S, softcap = CASES[case]
     read = {"v5e:2x2": cached_attention_tpu, "h100:1": cached_attention_gpu}[topology].read
     attend = functools.partial(cached_attention.attend, scale=H**-0.5, softcap=softcap, read=read)
     shapes = ((B, K * g, H), CachedKeys((B, K, H, S), (B, K, S, H), (B, S)))
     dtypes = (jnp.bfloat16, CachedKeys(jnp.bfloat16, jnp.bfloat16, jnp.bool_))
+    if stored == "int8":
+        both = Int8Array((B, K, H, S), (B, K, 1, S)), Int8Array((B, K, S, H), (B, K, S, 1))
+        shapes = (shapes[0], CachedKeys(*both, (B, S)))
+        dtypes = (jnp.bfloat16, CachedKeys(*[Int8Array(jnp.int8, jnp.float32)] * 2, jnp.bool_))
     compiled = compiled_for(topology, attend, shapes, dtypes)
     assert compiled.memory_analysis().temp_size_in_bytes < 0.3 * 4 * B * K * H * S
     assert "custom-call" in compiled.as_text()

@@ -1,4 +1,4 @@
-"""Decoding with int8 weights: the logits, and that the loop reads the codes."""
+"""Decoding with int8 weights, keys and values: the logits, and that the loop reads the codes."""
 
 import dataclasses
 import functools
@@ -18,7 +18,7 @@ from jaxrm.models.transformer import COMPUTE_STORAGE, DecodingStorage, positions
 
 CONFIG = dataclasses.replace(preset("tiny"), vocab_size=320)
 SOURCE = ModelSource(preset="tiny")
-INT8 = DecodingStorage(weights="int8")
+INT8, INT8_CACHE = DecodingStorage(weights="int8"), DecodingStorage(cache="int8")
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, CONFIG.vocab_size, (2, 12)), jnp.int32)
 ONE = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
@@ -52,6 +52,12 @@ def test_int8_logits_are_near_those_of_plain_weights(params):
     plain, ours = (np.asarray(decoded(model(storage)[0], params)) for storage in (COMPUTE_STORAGE, INT8))
     error = np.sqrt(np.mean((ours - plain) ** 2)) / plain.std()
     assert 1e-4 < error < 0.05, error
+
+
+def test_logits_with_an_int8_cache_are_near_the_plain_ones(params):
+    plain, ours = (np.asarray(decoded(model(storage)[0], params)) for storage in (COMPUTE_STORAGE, INT8_CACHE))
+    error = np.sqrt(np.mean((ours - plain) ** 2)) / plain.std()
+    assert 1e-5 < error < 0.02, error
 
 
 def rounded(path, kernel):

@@ -156,8 +156,9 @@ class Learner:
     def rollout_sampler(self) -> BatchSampler:
         """Samples the responses of a step: ``config.rollout.responses_per_prompt`` to each prompt."""
         rollout = self.config.rollout
-        model, n = with_storage(self.rollout_model, DecodingStorage(rollout.weights)), rollout.responses_per_prompt
-        return self._sampler(model, rollout.sampling, rollout.num_microbatches, n, rollout.slots)
+        model = with_storage(self.rollout_model, DecodingStorage(rollout.weights, rollout.cache))
+        n, parts = rollout.responses_per_prompt, rollout.num_microbatches
+        return self._sampler(model, rollout.sampling, parts, n, rollout.slots)
 
     def sampler(self, sampling: SamplingConfig) -> BatchSampler:
         """Samples one response to each prompt, in so many parts that they take no larger cache than a step's.

@@ -293,7 +293,8 @@ def _check_mismatch(run: PPORun, step: int, state: PPOState, mismatch: float) ->
     run.save(step, state, None)
     run.checkpoints.wait()
     field, name = option("rollout.max_mismatch"), flag("rollout.max_mismatch")
-    exact = f"{flag('rollout.weights')}=compute, or allow more, " if rollout.is_quantized else ""
+    codes = [part for part in ("weights", "cache") if getattr(rollout, part) == "int8"]
+    exact = "".join(f"{flag(f'rollout.{part}')}=compute " for part in codes) + ("or, to allow more, " if codes else "")
     raise UserError(
         f"step {step}: sampler_mismatch is {mismatch:.3g} nats a token, but {field} is {bound:g}: responses are not "
         f"drawn from the policy that is trained; the state is saved, and the same command goes on with {exact}"

@@ -122,8 +122,8 @@ def _critic_name(config: Any, critic: Critic | None) -> str:
 
 def _written(learner: Learner) -> str:
     """The devices that write, and what the loop over tokens reads."""
-    codes = ", int8 weights" if learner.config.rollout.weights == "int8" else ""
-    return f"{layout_in_words(learner.rollout_model)}{codes}"
+    codes = [name for name in ("weights", "cache") if getattr(learner.config.rollout, name) == "int8"]
+    return f"{layout_in_words(learner.rollout_model)}{', int8 ' if codes else ''}{' and '.join(codes)}"
 
 
 def _to_each_prompt(config: Any) -> str:
