@@ -44,6 +44,9 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string("model", None, model, flag_values=values)
     flags.DEFINE_boolean("find", False, "search for the fastest mesh and number of microbatches", flag_values=values)
     flags.DEFINE_integer("tries", 8, "most changes that a search compiles", flag_values=values)
+    response = "tokens of a response in PPO that you expect in the mean: a second plan beside that of the longest"
+    flags.DEFINE_float("mean_response", None, response, flag_values=values)
+    flags.DEFINE_float("mean_prompt", None, "the same of a prompt; without it the longest", flag_values=values)
     flags.DEFINE_string("json", None, "file for the figures", flag_values=values)
     flags.DEFINE_string("html", None, "file for a page with the figures as bars and tables", flag_values=values)
 
@@ -63,7 +66,8 @@ def main(config: StageConfig | Pipeline, given: flags.FlagValues) -> int:
     from jaxrm.planning.stages import planned_stages
 
     command = shlex.join(["python", "-m", "jaxrm.plan", *sys.argv[1:]])
-    options = PlanOptions(command, given.topology, given.weak_scaling, given.find, given.tries, **files)
+    means = given.mean_prompt, given.mean_response
+    options = PlanOptions(command, given.topology, given.weak_scaling, given.find, given.tries, *means, **files)
     return run(planned_stages(config, given.model), options)
 
 

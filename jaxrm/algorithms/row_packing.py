@@ -45,16 +45,33 @@ def build_pack_rows(
     def pack_rows(batch: ResponseBatch) -> ResponseBatch:
         prompts, responses = (np.asarray(x) for x in lengths(batch))
         groups = groups_of(len(prompts), num_shards, num_microbatches)
-        starts, num_rows = plan_rows(prompts + responses, groups, row_width(batch, pad_to_multiple_of))
-        most_rows, most_tokens = groups.shape[1], groups.shape[1] * batch.responses.shape[1]
-        num_tokens = _rung(int(responses[groups].sum(axis=1).max()), most_tokens)
-        num_tokens = -(-num_tokens // pad_to_multiple_of) * pad_to_multiple_of
-        if num_rows == most_rows and num_tokens >= most_tokens:
+        planned = plan_packing(batch, prompts, responses, groups, pad_to_multiple_of)
+        if planned is None:
             return batch
+        starts, num_rows, num_tokens = planned
         placed = jax.make_array_from_callback(starts.shape, batch_sharding, lambda index: starts[index])
         return dataclasses.replace(batch, packing=RowPacking(placed, num_shards, num_rows, num_tokens))
 
     return pack_rows
+
+
+def plan_packing(
+    batch: ResponseBatch, prompts: np.ndarray, responses: np.ndarray, groups: np.ndarray, pad_to_multiple_of: int
+) -> tuple[np.ndarray, int, int] | None:
+    """Where each prompt begins, and the rows and response tokens of a group, see `RowPacking`; None for full rows.
+
+    Args:
+      batch: whose shapes alone are read.
+      prompts: ``[B]``, tokens of each prompt.
+      responses: ``[B]``, of each response.
+      groups: what is packed together, see `groups_of`.
+      pad_to_multiple_of: see `build_pack_rows`.
+    """
+    starts, num_rows = plan_rows(prompts + responses, groups, row_width(batch, pad_to_multiple_of))
+    most_rows, most_tokens = groups.shape[1], groups.shape[1] * batch.responses.shape[1]
+    num_tokens = _rung(int(responses[groups].sum(axis=1).max()), most_tokens)
+    num_tokens = -(-num_tokens // pad_to_multiple_of) * pad_to_multiple_of
+    return None if num_rows == most_rows and num_tokens >= most_tokens else (starts, num_rows, num_tokens)
 
 
 def groups_of(num_rows: int, num_shards: int, num_microbatches: int) -> np.ndarray:

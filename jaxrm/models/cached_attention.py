@@ -99,6 +99,23 @@ def resolve(kernel: str, platform: str, dtype: jnp.dtype, head_dim: int) -> str:
     return pallas_kernels.resolve("model.cached_attention", kernel, platform, obstacles)
 
 
+def block_size(platform: str, heads: int, head_dim: int, slots: int, itemsize: int) -> int:
+    """Slots that the kernel of a platform reads at once; all of them where it has none.
+
+    Args:
+      platform: of the devices.
+      heads: key heads on a device.
+      head_dim: ``H``.
+      slots: of the cache.
+      itemsize: bytes of a number in the compute dtype.
+    """
+    from jaxrm.models import cached_attention_gpu, cached_attention_tpu
+
+    if platform == "gpu":
+        return cached_attention_gpu.block_size(head_dim)
+    return cached_attention_tpu.block_size(heads, head_dim, slots, itemsize) if platform == "tpu" else slots
+
+
 def attend(
     query: jax.Array,
     own: CachedKeys,

@@ -29,7 +29,7 @@ def read(query: jax.Array, past: CachedKeys, *, scale: float, softcap: float | N
     """``Read`` of ``jaxrm.models.cached_attention``; with ``interpret`` on any platform."""
     B, K, g, H = query.shape
     S = past.mask.shape[1]
-    block = 128 if H <= 64 else 64
+    block = block_size(H)
     rows = max(_ROWS, pl.next_power_of_2(g))
     splits = max(1, min(pl.cdiv(_PROGRAMS, B * K), pl.cdiv(S, block)))
     query = jnp.pad(query, ((0, 0), (0, 0), (0, rows - g), (0, 0)))
@@ -72,6 +72,11 @@ def read(query: jax.Array, past: CachedKeys, *, scale: float, softcap: float | N
     shrink = jnp.exp(top - highest[:, :, None])
     mixed = jnp.sum(mixed * shrink[..., None], axis=2)
     return Part(mixed[:, :, :g], highest[:, :, :g], jnp.sum(total * shrink, axis=2)[:, :, :g])
+
+
+def block_size(head_dim: int) -> int:
+    """Slots that a program reads at once."""
+    return 128 if head_dim <= 64 else 64
 
 
 def _kernel(

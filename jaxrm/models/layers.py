@@ -144,7 +144,8 @@ class Projection(nnx.Module):
             y = checkpoint_name(self._product(x), self.name)
         else:
             rows = x.shape[: x.ndim - self.contracted]
-            y = self._transposed_product(x.reshape(*rows, -1)).reshape(*rows, *self.output_shape)
+            y = self._transposed_product(x.reshape(*rows, -1))
+            y = y.reshape(*rows, *self.output_shape)
         if self.bias is None:
             return y
         bias = self.bias[...].astype(self.dtype)
@@ -168,7 +169,7 @@ class Projection(nnx.Module):
     def _transposed_product(self, x: jax.Array) -> jax.Array:
         if self.is_quantized:
             return quantized.int8_product(x, quantized.Int8Array(self.codes[...], self.scales[...])).astype(x.dtype)
-        return jnp.einsum("...i,oi->...o", x, self.kernel[...].astype(x.dtype))
+        return jnp.tensordot(x, self.kernel[...].astype(x.dtype), axes=(-1, -1))
 
     def transpose(self, weights: str = "compute") -> None:
         """Store the kernel of one layer, without the stack, as a matrix with a row for each output.
@@ -197,6 +198,18 @@ class Projection(nnx.Module):
             self.codes, self.scales, self.is_quantized = nnx.Param(stored.codes), nnx.Param(stored.scales), True
         else:
             self.kernel.set_value(matrix.astype(self.dtype))
+
+    def take_in(self, other: "Projection") -> None:
+        """Compute another projection of the same input as well: outputs get a first axis of the two.
+
+        Both are transposed, and have as many outputs.
+        """
+        assert self.output_shape is not None and self.output_shape == other.output_shape
+        names = ["codes", "scales"] if self.is_quantized else ["kernel"]
+        for name in names if self.bias is None else [*names, "bias"]:
+            mine, theirs = getattr(self, name), getattr(other, name)
+            mine.set_value(jnp.stack([mine[...], theirs[...]]))
+        self.output_shape = (2, *self.output_shape)
 
 
 class RMSNorm(nnx.Module):
@@ -255,10 +268,22 @@ class MLP(nnx.Module):
         down_stddev = (2 * config.num_layers * F) ** -0.5
         self.down = project(("mlp", "down"), (*stack, F, D), ("layers", "mlp", "embed"), stddev=down_stddev)
         self.activation = _ACTIVATIONS[config.activation]
+        self.is_joined = False
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Apply to ``x [B, T, D]``."""
-        return self.down(self.activation(self.gate(x)) * self.up(x))
+        gate = self.gate(x)
+        gate, up = (gate[..., 0, :], gate[..., 1, :]) if self.is_joined else (gate, self.up(x))
+        return self.down(self.activation(gate) * up)
+
+    def join(self) -> None:
+        """Read the input once for gate and up, whose kernels are transposed.
+
+        XLA does so by itself on GPU, but then it copies both kernels into one at every token.
+        """
+        self.gate.take_in(self.up)
+        del self.up
+        self.is_joined = True
 
 
 class Layer(nnx.Module):

@@ -139,12 +139,12 @@ def to_int8(x: jax.Array, axis: int) -> Int8Array:
 
 
 def int8_product(x: jax.Array, matrix: Int8Array) -> jax.Array:
-    """Product ``[..., O]`` in float32 of ``x [..., I]`` with a matrix ``[O, I]`` of a scale for each output.
+    """Product ``[..., *O]`` in float32 of ``x [..., I]`` with a matrix ``[*O, I]`` of a scale for each output.
 
     Codes are whole numbers up to 127, which bfloat16 has exactly. So the product is of codes, and its result is scaled.
     """
-    y = jnp.einsum("...i,oi->...o", x, codes_beside(matrix.codes, x), preferred_element_type=jnp.float32)
-    return y * jnp.expand_dims(matrix.scales[:, 0], tuple(range(y.ndim - 1)))
+    y = jnp.tensordot(x, codes_beside(matrix.codes, x), axes=(-1, -1), preferred_element_type=jnp.float32)
+    return y * jnp.expand_dims(matrix.scales[..., 0], tuple(range(x.ndim - 1)))
 
 
 def codes_beside(codes: jax.Array, x: jax.Array) -> jax.Array:

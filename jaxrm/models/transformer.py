@@ -125,6 +125,7 @@ class Decoder(nnx.Module):
             for _, part in nnx.iter_modules(layer):
                 if isinstance(part, layers.Projection):
                     part.transpose(self.storage.weights)
+            layer.mlp.join()
             return layer
 
         return tuple(one_layer(i) for i in range(self.config.num_layers))

@@ -28,6 +28,7 @@ class Program:
       model_flops: FLOPs of the model on all devices, without recomputation, counted by hand.
       while_trips: most iterations of a loop whose length depends on the data; None where there is no such loop.
       cache_bytes: bytes of the key-value cache on one device.
+      cache_read: share of the cache that its kernel reads at a step in the mean.
       times: how often a step runs it.
       copied_parameters: abstract parameters that exist only while it runs; None where there are none.
     """
@@ -40,6 +41,7 @@ class Program:
     model_flops: float
     while_trips: int | None = None
     cache_bytes: float = 0.0
+    cache_read: float = 1.0
     times: int = 1
     copied_parameters: Any = None
 

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import jax
+
 from jaxrm.algorithms.state import TrainState
 from jaxrm.errors import UserError, flag
 from jaxrm.models import lora
@@ -14,6 +16,8 @@ from jaxrm.models.flops import peak_flops
 from jaxrm.planning.abstract import BASE, Program, StagePrograms
 from jaxrm.planning.cost import Cost, ProgramPlan, StagePlan, subtract
 from jaxrm.planning.flops import matmul_flops
+from jaxrm.planning.lengths import Lengths
+from jaxrm.planning.lengths import in_words as lengths_in_words
 from jaxrm.planning.programs import stage_programs
 from jaxrm.planning.topology import GIB, Topology
 from jaxrm.planning.traffic import traffic
@@ -55,13 +59,21 @@ class _Devices:
 
 
 def plan_stage(
-    config: TrainingConfig, topology: Topology, *, show_progress: bool = False, until_misfit: bool = False
+    config: TrainingConfig,
+    topology: Topology,
+    *,
+    lengths: Lengths | None = None,
+    compiled: dict[str, Any] | None = None,
+    show_progress: bool = False,
+    until_misfit: bool = False,
 ) -> StagePlan:
     """Compile every program of a stage.
 
     Args:
       config: of the stage.
       topology: to compile for.
+      lengths: of prompts and responses in PPO; None for the longest.
+      compiled: what is compiled, for another plan of the same config for other lengths, which takes it from there.
       show_progress: on the console.
       until_misfit: stop at the first program that does not fit.
 
@@ -71,14 +83,15 @@ def plan_stage(
     mesh = build_mesh(config.mesh, topology.devices)
     chip_memory = None if topology.chip is None else topology.chip.memory * GIB
     config, decided = remat.decide_for(config, mesh, None if chip_memory is None else remat.for_chip(chip_memory))
-    stage = stage_programs(config, mesh)
+    stage = stage_programs(config, mesh, lengths)
     peak = peak_flops(topology.kind, config.model.dtype)
     peak = None if peak is None or topology.chip is None else peak * topology.chip.share * len(topology.devices)
     devices = _Devices(topology, slice_indices(list(mesh.devices.flat)), peak)
+    compiled = {} if compiled is None else compiled
     plans: list[ProgramPlan] = []
     with Progress("compile", len(stage.programs), unit="programs", enabled=show_progress) as progress:
         for number, program in enumerate(stage.programs, 1):
-            plans.append(_plan_program(program, stage, devices))
+            plans.append(_plan_program(program, stage, devices, compiled))
             progress.update(number)
             if until_misfit and plans[-1].fits is False:
                 break
@@ -96,21 +109,27 @@ def plan_stage(
         chip_memory,
         peak,
         decided,
+        "" if lengths is None else lengths_in_words(lengths),
     )
 
 
-def _plan_program(program: Program, stage: StagePrograms, devices: _Devices) -> ProgramPlan:
+def _plan_program(
+    program: Program, stage: StagePrograms, devices: _Devices, known: dict[str, tuple[str, Any, _Compiled]]
+) -> ProgramPlan:
     begin = time.monotonic()
-    traced = _trace(program)
-    compiled = _compile(program, traced, devices.topology)
+    shapes = str(jax.tree.flatten(program.arguments))
+    if program.name not in known or known[program.name][0] != shapes:
+        traced = _trace(program)
+        known[program.name] = shapes, traced.jaxpr, _compile(program, traced, devices.topology)
+    _, jaxpr, compiled = known[program.name]
     seconds = time.monotonic() - begin
     beside = stage.bytes_beside(program)
     peak = None if compiled.peak is None else beside + compiled.peak
     if program.while_trips is None:
-        cost, decode = _cost(traced.jaxpr, compiled.hlo, 1, devices), None
+        cost, decode = _cost(jaxpr, compiled.hlo, 1, 1.0, devices), None
     else:  # the difference between all iterations of the loop and none is decoding
-        cost = _cost(traced.jaxpr, compiled.hlo, program.while_trips, devices)
-        decode = subtract(cost, _cost(traced.jaxpr, compiled.hlo, 0, devices))
+        cost = _cost(jaxpr, compiled.hlo, program.while_trips, program.cache_read, devices)
+        decode = subtract(cost, _cost(jaxpr, compiled.hlo, 0, program.cache_read, devices))
     chip = devices.topology.chip
     return ProgramPlan(
         program.name,
@@ -160,10 +179,10 @@ def _compile(program: Program, traced: Any, topology: Topology) -> _Compiled:
     return _Compiled(peak, None, compiled.as_text())
 
 
-def _cost(jaxpr: Any, hlo: str, while_trips: int, devices: _Devices) -> Cost:
-    """The cost of a program whose loop of unknown length runs ``while_trips`` times."""
+def _cost(jaxpr: Any, hlo: str, while_trips: int, cache_read: float, devices: _Devices) -> Cost:
+    """The cost of a program whose loop of unknown length runs ``while_trips`` times and reads a share of its cache."""
     flops = matmul_flops(jaxpr, while_trips=while_trips)
-    moved = traffic(hlo, while_trips=while_trips, slice_of=devices.slice_of)
+    moved = traffic(hlo, while_trips=while_trips, slice_of=devices.slice_of, cache_read=cache_read)
     chip, peak = devices.topology.chip, devices.peak_flops
     dcn_seconds: float | None = 0.0
     if moved.dcn:

@@ -105,6 +105,7 @@ class StagePlan:
       memory: bytes of one device; None where that is unknown.
       peak_flops: of all devices, FLOP/s; None where that is unknown.
       remat: what ``model.remat=auto`` comes to there, in one line; empty where the config says itself.
+      lengths: of prompts and responses, in words; empty where all are as long as the config allows.
     """
 
     topology: str
@@ -120,6 +121,7 @@ class StagePlan:
     memory: float | None
     peak_flops: float | None
     remat: str = ""
+    lengths: str = ""
 
     @property
     def fits(self) -> bool:

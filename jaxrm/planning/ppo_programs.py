@@ -18,8 +18,9 @@ from jaxrm.models.generate import num_loops, refill_of
 from jaxrm.models.quantized_params import count_parameters
 from jaxrm.ops.reward_kinds import find_kind
 from jaxrm.planning.abstract import BASE, Program, StagePrograms, abstract_batch
+from jaxrm.planning.lengths import Lengths
 from jaxrm.planning.ppo_scoring import scoring_program, shard_classifier, shard_reward_model
-from jaxrm.planning.ppo_stage import PPOStage, cache_of_rollout
+from jaxrm.planning.ppo_stage import PPOStage, cache_of_rollout, read_of_cache
 from jaxrm.runtime.checkpoint import with_shardings
 from jaxrm.sharding.mesh import batch_shards
 from jaxrm.stage_config import PPO
@@ -27,8 +28,8 @@ from jaxrm.stages.ppo.learner import open_learner
 from jaxrm.types import TokenBatch
 
 
-def build(config: PPO, mesh: Mesh, decoder: ShardedModel) -> StagePrograms:
-    """The programs of a PPO step."""
+def build(config: PPO, mesh: Mesh, decoder: ShardedModel, lengths: Lengths | None = None) -> StagePrograms:
+    """The programs of a PPO step; ``lengths`` of prompts and responses, None for the longest."""
     critic = None
     if config.ppo.has_values and not config.ppo.shared_trunk:
         critic = sharded_model.shard_scalar_model(config.model, mesh, decoder.config, lora=decoder.lora)
@@ -36,10 +37,13 @@ def build(config: PPO, mesh: Mesh, decoder: ShardedModel) -> StagePrograms:
     base = with_shardings(decoder.frozen_shapes, decoder.frozen_shardings)
     reference = with_shardings(decoder.trained_shapes, decoder.trained_shardings)
     reference = reference if base else _in_dtype(reference, config.model.dtype)
-    stage = PPOStage(config, mesh, learner, learner.programs(_NoRewards()), learner.abstract, base, reference)
+    limit = config.rollout.sampling.max_new_tokens
+    lengths = lengths or Lengths(config.data.max_length - limit, limit)
+    programs = learner.programs(_NoRewards())
+    stage = PPOStage(config, mesh, learner, programs, learner.abstract, base, reference, lengths)
     residents = {"policy": stage.state.policy, "reference": reference} | ({BASE: base} if base else {})
     is_one_pass = stage.jitted.one_pass is not None
-    programs = [*_rollout(stage), _reference_log_probs(stage) if is_one_pass else _log_probs(stage)]
+    planned = [*_rollout(stage), _reference_log_probs(stage) if is_one_pass else _log_probs(stage)]
     if stage.state.critic is not None:
         residents["critic"] = stage.state.critic
     paths: set[str] = set()
@@ -62,17 +66,17 @@ def build(config: PPO, mesh: Mesh, decoder: ShardedModel) -> StagePrograms:
             residents[f"reward model{suffix}"] = resident
         reading = source.model, kind.needs_correction  # one serves all kinds but that of corrections
         if reading not in readings:
-            programs.append(scoring_program(stage, model, kind, whole, f"scoring{suffix}"))
+            planned.append(scoring_program(stage, model, kind, whole, f"scoring{suffix}"))
         paths.add(source.model)
         readings.add(reading)
     if is_one_pass:
-        programs.append(_update(stage))
+        planned.append(_update(stage))
     else:
-        programs.append(_policy_update(stage))
+        planned.append(_policy_update(stage))
         if stage.state.critic is not None:
-            programs.append(_critic_update(stage))
+            planned.append(_critic_update(stage))
     counts = count_parameters(decoder.shapes), count_parameters(decoder.trained_shapes)
-    return StagePrograms(tuple(programs), residents, *counts, decoder.config, decoder.kernels)
+    return StagePrograms(tuple(planned), residents, *counts, decoder.config, decoder.kernels)
 
 
 def _rollout(stage: PPOStage) -> list[Program]:
@@ -91,33 +95,38 @@ def _rollout(stage: PPOStage) -> list[Program]:
     n = stage.config.rollout.responses_per_prompt
     key = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), (num_prompts, n)))
     key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=NamedSharding(rollout_model.mesh, PartitionSpec()))
+    steps, trips = _decoding_steps(stage, rollout_model.mesh)
     programs.append(
         Program(
             "rollout",
             sampler.sample,
             (params, *prompts, key),
-            rows * stage.config.data.max_length,
+            rows * stage.row_tokens,
             resident,
             rows * stage.row_flops(forward_flops) - (rows - num_prompts) * stage.prompt_flops(),
-            while_trips=_steps_of_a_loop(stage, rollout_model.mesh),
+            while_trips=trips,
             cache_bytes=cache_of_rollout(stage, rollout_model.mesh),
+            cache_read=read_of_cache(stage, rollout_model.mesh, steps),
             copied_parameters=copied,
         )
     )
     return programs
 
 
-def _steps_of_a_loop(stage: PPOStage, mesh: Mesh) -> int:
-    """Tokens that each loop of the rollout writes where all responses have full length, were they spread over all.
+def _decoding_steps(stage: PPOStage, mesh: Mesh) -> tuple[float, int]:
+    """Tokens that are written one after another, and those of a loop, were they spread over all loops.
 
-    With slots there is a loop before each read of further prompts, and some after the last.
+    With slots there is a loop before each read of further prompts, and some after the last; with parts, one in each.
     """
-    steps, config = stage.response_length - 1, stage.config.rollout
+    config, n = stage.config.rollout, stage.config.rollout.responses_per_prompt
     if config.slots is None or config.slots == stage.batch_size:
-        return steps
-    groups, n = config.slots // config.responses_per_prompt, config.responses_per_prompt
+        prompts = stage.num_prompts // config.num_microbatches
+        steps = stage.lengths.decoding_steps(prompts, n, prompts)
+        return steps, max(1, round(steps))
+    groups = config.slots // n
+    steps = stage.lengths.decoding_steps(stage.num_prompts, n, groups)
     loops = num_loops(stage.num_prompts, groups, n, refill_of(groups, batch_shards(mesh)))
-    return max(1, round(steps * -(-stage.num_prompts // groups) / loops))
+    return steps, max(1, round(steps / loops))
 
 
 def _log_probs(stage: PPOStage) -> Program:
@@ -128,8 +137,8 @@ def _log_probs(stage: PPOStage) -> Program:
     return Program(
         "log_probs",
         stage.jitted.log_probs,
-        (stage.base, *models, stage.responses(stage.batch_size)),
-        stage.batch_size * stage.config.data.max_length,
+        (stage.base, *models, stage.packed_responses(stage.batch_size)),
+        stage.batch_size * stage.row_tokens,
         (stage.base, *models),
         stage.batch_size * (2 * stage.row_flops(forward_flops) + value_flops),
     )
@@ -140,8 +149,8 @@ def _reference_log_probs(stage: PPOStage) -> Program:
     return Program(
         "log_probs",
         stage.jitted.reference_log_probs,
-        (stage.base, stage.reference, stage.responses(stage.batch_size)),
-        stage.batch_size * stage.config.data.max_length,
+        (stage.base, stage.reference, stage.packed_responses(stage.batch_size)),
+        stage.batch_size * stage.row_tokens,
         (stage.base, stage.reference),
         stage.batch_size * stage.row_flops(forward_flops),
     )
@@ -149,7 +158,7 @@ def _reference_log_probs(stage: PPOStage) -> Program:
 
 def _policy_update(stage: PPOStage) -> Program:
     """One update of the policy on a minibatch, with its share of pre-training texts where there are any (PTX)."""
-    tokens = stage.minibatch_size * stage.config.data.max_length
+    tokens = stage.minibatch_size * stage.row_tokens
     model_flops = stage.minibatch_size * stage.row_flops(training_flops)
     batch, ptx = PPOBatch(stage.rollout()), stage.config.ptx
     if ptx is not None:
@@ -177,8 +186,9 @@ def _update(stage: PPOStage) -> Program:
         states["critic"] = stage.state.critic
         flops += stage.row_flops(training_flops, scalar_head=True)
     rows = stage.rows((stage.batch_size, stage.response_length), jnp.float32)
-    batch, ptx = OnePassBatch(stage.responses(stage.batch_size), rows, stage.token_rewards(), rows), stage.config.ptx
-    tokens, model_flops = stage.batch_size * stage.config.data.max_length, stage.batch_size * flops
+    responses, ptx = stage.packed_responses(stage.batch_size), stage.config.ptx
+    batch = OnePassBatch(responses, rows, stage.token_rewards(), rows)
+    tokens, model_flops = stage.batch_size * stage.row_tokens, stage.batch_size * flops
     if ptx is not None:
         batch = dataclasses.replace(batch, ptx=abstract_batch(TokenBatch, ptx.batch_size, ptx.max_length, stage.mesh))
         tokens += ptx.batch_size * ptx.max_length
@@ -200,7 +210,7 @@ def _critic_update(stage: PPOStage) -> Program:
         "critic update",
         stage.jitted.update_critic,
         (stage.state.critic, stage.frozen.critic, PPOBatch(stage.rollout())),
-        stage.minibatch_size * stage.config.data.max_length,
+        stage.minibatch_size * stage.row_tokens,
         (stage.state.critic, stage.frozen.critic),
         stage.minibatch_size * stage.row_flops(training_flops, scalar_head=True),
         times=stage.updates,

@@ -8,18 +8,22 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from jaxrm.algorithms import ppo, scoring
 from jaxrm.algorithms.ppo_state import PPOState
 from jaxrm.algorithms.rollout import FrozenParams
+from jaxrm.algorithms.row_packing import groups_of, plan_packing
+from jaxrm.models import cached_attention
 from jaxrm.models.cache import bytes_of_a_token
 from jaxrm.models.flops import forward_flops
+from jaxrm.planning.lengths import Lengths
 from jaxrm.sharding import partition
 from jaxrm.sharding.mesh import batch_shards
 from jaxrm.stage_config import PPO
 from jaxrm.stages.ppo.learner import Learner
-from jaxrm.types import ResponseBatch, Rollout, TokenRewards
+from jaxrm.types import ResponseBatch, Rollout, RowPacking, TokenRewards
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,7 @@ class PPOStage:
       state: abstract, of policy and critic.
       base: abstract parameters under the adapters of all models, in the compute dtype; ``{}`` where they have none.
       reference: abstract parameters of the reference, in the compute dtype; its adapters where there is a base.
+      lengths: of prompts and responses.
     """
 
     config: PPO
@@ -43,6 +48,7 @@ class PPOStage:
     state: PPOState
     base: Any
     reference: Any
+    lengths: Lengths
 
     @property
     def response_length(self) -> int:
@@ -84,15 +90,20 @@ class PPOStage:
         """Abstract frozen parameters of policy and critic."""
         return self.learner.networks.frozen(self.base)
 
+    @property
+    def row_tokens(self) -> int:
+        """Tokens of a prompt with its response."""
+        return round(self.lengths.prompt + self.lengths.mean)
+
     def row_flops(self, flops: Callable[..., float], *, scalar_head: bool = False) -> float:
         """FLOPs of a pass over one prompt and response: ``flops`` is `forward_flops` or `training_flops`."""
-        decoder, length = self.learner.decoder, self.config.data.max_length
-        return flops(decoder.config, length, predicted=self.response_length, scalar_head=scalar_head, lora=decoder.lora)
+        decoder, predicted = self.learner.decoder, round(self.lengths.mean)
+        return flops(decoder.config, self.row_tokens, predicted=predicted, scalar_head=scalar_head, lora=decoder.lora)
 
     def prompt_flops(self) -> float:
         """FLOPs of a pass over one prompt, which the responses to it share."""
         decoder = self.learner.decoder
-        return forward_flops(decoder.config, self.prompt_length, predicted=0, lora=decoder.lora)
+        return forward_flops(decoder.config, round(self.lengths.prompt), predicted=0, lora=decoder.lora)
 
     def rows(self, shape: tuple[int, ...], dtype: Any, *, mesh: Mesh | None = None) -> Any:
         """An abstract array whose first axis is that of the batch, on the stage's mesh or another."""
@@ -102,6 +113,21 @@ class PPOStage:
         """An abstract batch of prompts and responses."""
         lengths = (self.prompt_length, self.response_length)
         return ResponseBatch(*(self.rows((rows, n), dtype) for n in lengths for dtype in (jnp.int32, jnp.bool_)))
+
+    def packed_responses(self, rows: int) -> ResponseBatch:
+        """The same as the learner packs it; padded where that is switched off, or rows are full."""
+        batch = self.responses(rows)
+        if not self.config.ppo.packing:
+            return batch
+        shards = batch_shards(self.mesh)
+        groups = groups_of(rows, shards, self.config.num_microbatches)
+        prompts = np.full(rows, round(self.lengths.prompt))
+        planned = plan_packing(
+            batch, prompts, self.lengths.drawn(rows), groups, self.learner.networks.pad_to_multiple_of
+        )
+        if planned is None:
+            return batch
+        return dataclasses.replace(batch, packing=RowPacking(self.rows((rows,), jnp.int32), shards, *planned[1:]))
 
     def token_rewards(self) -> TokenRewards:
         """Abstract token rewards of a batch."""
@@ -119,7 +145,7 @@ class PPOStage:
         """An abstract minibatch of a rollout."""
         rows = self.minibatch_size
         arrays = [self.rows((rows, self.response_length), jnp.float32) for _ in range(5)]
-        rollout = Rollout(self.responses(rows), *arrays)
+        rollout = Rollout(self.packed_responses(rows), *arrays)
         if self.config.ppo.importance_cap is not None:
             rollout = dataclasses.replace(rollout, sampler_log_probs=arrays[0])
         return rollout if self.config.ppo.has_values else dataclasses.replace(rollout, values=None, returns=None)
@@ -135,6 +161,29 @@ def cache_of_rollout(stage: PPOStage, mesh: Mesh) -> float:
     prompts = rows // rollout.responses_per_prompt
     slots = prompts * stage.prompt_length + rows * stage.response_length
     return cache_of_slots(stage, mesh, prompts, slots, rollout.cache)
+
+
+def read_of_cache(stage: PPOStage, mesh: Mesh, steps: float) -> float:
+    """Share of the cache that a kernel reads at a step: blocks in which a row sees no token are not.
+
+    Args:
+      stage: the stage.
+      mesh: that responses are written on.
+      steps: of decoding.
+    """
+    config, rollout, limit = stage.learner.decoder.config, stage.config.rollout, stage.response_length
+    heads = config.num_kv_heads // (mesh.shape["tensor"] if config.num_kv_heads % mesh.shape["tensor"] == 0 else 1)
+    itemsize = jnp.dtype(stage.config.model.dtype).itemsize
+    platform = mesh.devices.flat[0].platform
+    is_refilled = rollout.slots is not None and rollout.slots < stage.batch_size
+
+    def block(slots: int) -> int:
+        return cached_attention.block_size(platform, heads, config.head_dim, slots, itemsize)
+
+    n, longest, prompt = rollout.responses_per_prompt, stage.prompt_length, round(stage.lengths.prompt)
+    own = stage.lengths.tokens_seen(steps, is_refilled=is_refilled, block=block(limit))
+    shared = min(-(-prompt // block(longest)) * block(longest), longest)
+    return (own + shared / n) / (limit + longest / n)
 
 
 def cache_of_slots(stage: PPOStage, mesh: Mesh, rows: int, slots: float, stored: str = "compute") -> float:

@@ -17,6 +17,7 @@ from jaxrm.models.flops import training_flops
 from jaxrm.models.quantized_params import count_parameters
 from jaxrm.planning import ppo_programs
 from jaxrm.planning.abstract import BASE, Program, StagePrograms, abstract_batch
+from jaxrm.planning.lengths import Lengths
 from jaxrm.runtime.checkpoint import with_shardings
 from jaxrm.sharding import partition
 from jaxrm.sharding.mesh import check_batch, check_row_length
@@ -24,8 +25,13 @@ from jaxrm.stage_config import PLANNED, PPO, TrainingConfig
 from jaxrm.stages.objective import build_objective
 
 
-def stage_programs(config: TrainingConfig, mesh: Mesh) -> StagePrograms:
+def stage_programs(config: TrainingConfig, mesh: Mesh, lengths: Lengths | None = None) -> StagePrograms:
     """The programs of a stage on a mesh, whose devices need not exist; nothing is allocated, no weights are read.
+
+    Args:
+      config: of the stage.
+      mesh: the devices.
+      lengths: of prompts and responses in PPO; None for the longest.
 
     Raises:
       UserError: for an algorithm that has no plan, or a model or batch that does not fit the mesh.
@@ -37,7 +43,7 @@ def stage_programs(config: TrainingConfig, mesh: Mesh) -> StagePrograms:
     decoder = sharded_model.shard_model(config.model, mesh, lora=config.lora)
     build.check_length(decoder.config, "data.max_length", config.data.max_length)
     if isinstance(config, PPO):
-        return ppo_programs.build(config, mesh, decoder)
+        return ppo_programs.build(config, mesh, decoder, lengths)
     return _supervised(config, mesh, decoder)
 
 

@@ -38,6 +38,8 @@ def stage_naming(name: str) -> Iterator[None]:
 def print_plan(plan: StagePlan) -> None:
     """Print a plan as tables."""
     print(f"\n{plan.algorithm}, {_size(plan)}, on {plan.topology} as {_mesh(plan)}; kernels: {plan.kernels}")
+    if plan.lengths:
+        print(f"Expected: {plan.lengths}")
     if plan.remat:
         print(plan.remat)
     parts = list(dict.fromkeys(part for program in plan.programs for part in program.parts))
@@ -230,8 +232,9 @@ def _speed(plan: StagePlan) -> str:
     if plan.seconds is None or not plan.fits:
         return ""
     low, high = plan.seconds
+    lengths = f" with {plan.lengths}" if plan.lengths else ""
     return (
-        f"; a step takes {low:.3g} to {high:.3g} s by this estimate, {plan.tokens / high:,.0f} to "
+        f"; a step{lengths} takes {low:.3g} to {high:.3g} s by this estimate, {plan.tokens / high:,.0f} to "
         f"{plan.tokens / low:,.0f} tokens/s, MFU {_mfu(plan)}"
     )
 

@@ -39,6 +39,7 @@ _FREE = (
     "opt-barrier",
     "async-start",
 )
+_CACHE_KERNEL = "/cached_attention/"  # in the name of the operation
 _SLICES = ("dynamic-slice", "slice", "gather")
 _MAX_COUNTER_BYTES = 4  # an asynchronous start returns counters of its own besides its arrays
 
@@ -59,7 +60,7 @@ class Traffic:
     memory: float
 
 
-def traffic(hlo: str, *, while_trips: int = 1, slice_of: Sequence[int] = ()) -> Traffic:
+def traffic(hlo: str, *, while_trips: int = 1, slice_of: Sequence[int] = (), cache_read: float = 1.0) -> Traffic:
     """Count the traffic of a program.
 
     Where a loop has no trip count beside it, its condition's constant is taken. TPU programs split a collective into
@@ -70,8 +71,9 @@ def traffic(hlo: str, *, while_trips: int = 1, slice_of: Sequence[int] = ()) -> 
       hlo: text of the compiled program, ``compiled.as_text()``.
       while_trips: iterations of a loop whose length depends on the data.
       slice_of: the slice of each device, in the order of the program's devices; empty: all on one slice.
+      cache_read: share of a cache that the kernel of ``jaxrm.models.cached_attention`` reads of it.
     """
-    counter = _Counter(computations_of(hlo), while_trips, slice_of)
+    counter = _Counter(computations_of(hlo), while_trips, slice_of, cache_read)
     counter.count("ENTRY", 1.0, is_fused=False)
     ici: dict[str, float] = defaultdict(float)
     dcn = 0.0
@@ -91,6 +93,7 @@ class _Counter:
       computations: of the program.
       while_trips: iterations of a loop whose length depends on the data.
       slice_of: the slice of each device.
+      cache_read: share of a cache that its kernel reads.
       collectives: bytes by kind, channel, and whether they go over DCN.
       memory: bytes read and written.
     """
@@ -98,6 +101,7 @@ class _Counter:
     computations: Computations
     while_trips: int
     slice_of: Sequence[int]
+    cache_read: float
     collectives: dict[tuple[str, str, bool], float] = field(default_factory=lambda: defaultdict(float))
     memory: float = 0.0
 
@@ -107,7 +111,8 @@ class _Counter:
         for each in instructions.values():
             self._add_collective(each, name, times)
             if not is_fused:
-                self.memory += times * _memory_bytes(each, instructions, self.computations)
+                share = self.cache_read if each.kind == "custom-call" and _CACHE_KERNEL in each.rest else 1.0
+                self.memory += times * share * _memory_bytes(each, instructions, self.computations)
             kind = each.kind.removesuffix("-start")
             trips = self._trips(each) if kind == "while" else 1.0
             is_fusion = kind not in ("while", "conditional", "call", "async")

@@ -93,7 +93,7 @@ def test_the_loop_over_tokens_reads_codes():
     graphdef, _ = model(INT8)
     _, shapes, _ = build.abstract_decoder(CONFIG, SOURCE)
     hlo = decoded.lower(graphdef, shapes).compile().as_text()
-    wide = (CONFIG.intermediate_size, CONFIG.hidden_size)
+    wide = f"[2,{CONFIG.intermediate_size},{CONFIG.hidden_size}]"  # gate and up
     loops = [line for line in hlo.splitlines() if " while(" in line]
-    (over_tokens,) = (line for line in loops if f"s8[{wide[0]},{wide[1]}]" in line)
-    assert f"f32[{wide[0]},{wide[1]}]" not in over_tokens
+    (over_tokens,) = (line for line in loops if f"s8{wide}" in line)
+    assert f"f32{wide}" not in over_tokens
