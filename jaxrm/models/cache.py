@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxrm.models.config import ModelConfig
 from jaxrm.models.quantized import Int8Array, to_int8
 
+ENDED = -1
 CachedArray = jax.Array | Int8Array
 
 
@@ -43,7 +44,8 @@ class Cache:
       keys: one ``[B, K, H, W]`` for each layer, as in `SharedPrompts`.
       values: one ``[B, K, W, H]`` for each layer.
       cursor: ``[]`` int32, column of the next token.
-      lengths: ``[B]`` int32, tokens of each row before it: those in the columns up to the cursor.
+      lengths: ``[B]`` int32, tokens of each row before it: those in the columns up to the cursor. ``ENDED`` where a row
+        is over: it sees no key any more, and what is computed for it means nothing.
       next_position: ``[B]`` int32, position of each row's next token.
     """
 

@@ -129,7 +129,7 @@ def attend(
 
     Args:
       query: ``[B, N, H]``.
-      own: keys of each row; every query sees at least one.
+      own: keys of each row. What a query that sees none at all attends to means nothing, but is finite.
       prompts: keys of G prompts, each seen by the ``B / G`` rows that lie next to each other; they are read once for
         all of these. None where ``own`` has them.
       scale: factor on the logits.

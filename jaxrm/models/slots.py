@@ -162,12 +162,14 @@ class Writer:
             return jax.lax.dynamic_update_index_in_dim(ring, new, past.cursor, axis=1)
 
         drawn = slots.drawn + slots.alive
+        alive = slots.alive & ~self._is_end(token) & (drawn < slots.limits)
+        past = dataclasses.replace(past, lengths=jnp.where(alive, past.lengths, cache.ENDED))
         return dataclasses.replace(
             slots,
             past=past,
             token=token,
             drawn=drawn,
-            alive=slots.alive & ~self._is_end(token) & (drawn < slots.limits),
+            alive=alive,
             tokens=put(slots.tokens, token),
             log_probs=put(slots.log_probs, log_prob),
             capacity=slots.capacity + slots.token.shape[0],

@@ -157,14 +157,15 @@ class Decoder(nnx.Module):
         window, width, P = config.sliding_window or 0, past.width, prompts.occupied.shape[1]
         age = (past.cursor - jnp.arange(width)) % width
         seen = age[None] <= past.lengths[:, None]
-        near = seen & (age < window)[None]
         n = past.lengths.shape[0] // prompts.occupied.shape[0]
+        is_read = prompts.occupied & jnp.any((past.lengths >= 0).reshape(-1, n), axis=1, keepdims=True)
+        near = seen & (age < window)[None]
         # Rows of one prompt may have lengths of their own, so a window's edge in the prompt is that of each row.
         distance = past.lengths[:, None] + jnp.arange(P, 0, -1)[None]
-        near_prompt = jnp.repeat(prompts.occupied, n, axis=0) & (distance < window)
+        near_prompt = jnp.repeat(is_read, n, axis=0) & (distance < window)
 
         def cached_prompts(i: int, is_sliding: bool) -> cached_attention.CachedKeys:
-            mask = near_prompt if is_sliding else prompts.occupied
+            mask = near_prompt if is_sliding else is_read
             return cached_attention.CachedKeys(prompts.keys[i], prompts.values[i], mask)
 
         attend = functools.partial(

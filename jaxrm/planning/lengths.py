@@ -55,17 +55,10 @@ class Lengths:
         steps = (self.longest(n) - 1) * prompts / groups
         return max(steps / _SLOT_USE, self.longest(groups * n) - 1) if self.is_expected else steps
 
-    def tokens_seen(self, steps: float, *, is_refilled: bool, block: int = 1) -> float:
-        """Own tokens that a row reads at a step in the mean, in whole blocks.
-
-        Args:
-          steps: of decoding, where all rows begin together.
-          is_refilled: whether a slot is taken anew when its row has ended; else a row that has ended is still read.
-          block: tokens that are read at once.
-        """
+    def tokens_read(self, block: int) -> float:
+        """Own tokens that a response reads until it ends, in whole blocks of ``block``."""
         t = np.arange(1, self.limit + 1)
-        weights = self._lasting() if is_refilled else (t <= max(1.0, steps)).astype(float)
-        return float(np.sum(weights * np.minimum(-(-t // block) * block, self.limit)) / np.sum(weights))
+        return float(np.sum(self._lasting() * np.minimum(-(-t // block) * block, self.limit)))
 
     def drawn(self, rows: int) -> np.ndarray:
         """Lengths of ``rows`` responses, always the same ones."""

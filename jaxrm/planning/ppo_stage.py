@@ -164,26 +164,26 @@ def cache_of_rollout(stage: PPOStage, mesh: Mesh) -> float:
 
 
 def read_of_cache(stage: PPOStage, mesh: Mesh, steps: float) -> float:
-    """Share of the cache that a kernel reads at a step: blocks in which a row sees no token are not.
+    """Share of the cache that a kernel reads at a step: no blocks in which a row sees no token, nor rows that ended.
 
     Args:
       stage: the stage.
       mesh: that responses are written on.
-      steps: of decoding.
+      steps: of decoding, in each part of the batch.
     """
-    config, rollout, limit = stage.learner.decoder.config, stage.config.rollout, stage.response_length
+    config, rollout, lengths = stage.learner.decoder.config, stage.config.rollout, stage.lengths
     heads = config.num_kv_heads // (mesh.shape["tensor"] if config.num_kv_heads % mesh.shape["tensor"] == 0 else 1)
-    itemsize = jnp.dtype(stage.config.model.dtype).itemsize
-    platform = mesh.devices.flat[0].platform
-    is_refilled = rollout.slots is not None and rollout.slots < stage.batch_size
+    platform, itemsize = mesh.devices.flat[0].platform, jnp.dtype(stage.config.model.dtype).itemsize
 
     def block(slots: int) -> int:
         return cached_attention.block_size(platform, heads, config.head_dim, slots, itemsize)
 
-    n, longest, prompt = rollout.responses_per_prompt, stage.prompt_length, round(stage.lengths.prompt)
-    own = stage.lengths.tokens_seen(steps, is_refilled=is_refilled, block=block(limit))
-    shared = min(-(-prompt // block(longest)) * block(longest), longest)
-    return (own + shared / n) / (limit + longest / n)
+    n, longest, limit = rollout.responses_per_prompt, stage.prompt_length, stage.response_length
+    prompts = stage.num_prompts // rollout.num_microbatches
+    groups = prompts if rollout.slots is None else rollout.slots // n
+    shared = min(-(-round(lengths.prompt) // block(longest)) * block(longest), longest)
+    read = prompts * (n * lengths.tokens_read(block(limit)) + lengths.longest(n) * shared)
+    return min(1.0, read / (max(1.0, steps) * groups * (n * limit + longest)))
 
 
 def cache_of_slots(stage: PPOStage, mesh: Mesh, rows: int, slots: float, stored: str = "compute") -> float:
