@@ -115,7 +115,7 @@ def test_bfloat16_decoding_reads_no_float32_weights():
     traced = generate.trace(graphdef, params, ids, mask, jax.random.key(0), sampling=sampling, end_ids=())
     (loop,) = [eqn for eqn in traced.jaxpr.eqns if eqn.primitive.name == "while"]
     read = [v.aval for v in loop.invars if jnp.issubdtype(v.aval.dtype, jnp.floating) and v.aval.ndim > 1]
-    assert sum(x.dtype == jnp.bfloat16 for x in read) == 2 * (7 + 4) + 1  # projections and keys of 2 layers, head
+    assert sum(x.dtype == jnp.bfloat16 for x in read) == 2 * (6 + 4) + 1  # products and keys of 2 layers, head
     weights = [x.shape for x in read if x.dtype == jnp.float32 and x.shape != (3, 5)]  # log-probs apart
     assert weights == [(61, 32)]  # rows are looked up in it
 
