@@ -168,7 +168,7 @@ class Projection(nnx.Module):
 
     def _transposed_product(self, x: jax.Array) -> jax.Array:
         if self.is_quantized:
-            return quantized.int8_product(x, quantized.Int8Array(self.codes[...], self.scales[...])).astype(x.dtype)
+            return quantized.int8_product(x, quantized.Int8Array(self.codes[...], self.scales[...]), x.dtype)
         return jnp.tensordot(x, self.kernel[...].astype(x.dtype), axes=(-1, -1))
 
     def transpose(self, weights: str = "compute") -> None:

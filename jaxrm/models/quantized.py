@@ -138,13 +138,19 @@ def to_int8(x: jax.Array, axis: int) -> Int8Array:
     return Int8Array(jnp.clip(jnp.round(wide / scales), -127, 127).astype(jnp.int8), scales)
 
 
-def int8_product(x: jax.Array, matrix: Int8Array) -> jax.Array:
-    """Product ``[..., *O]`` in float32 of ``x [..., I]`` with a matrix ``[*O, I]`` of a scale for each output.
+def int8_product(x: jax.Array, matrix: Int8Array, dtype: Any = jnp.float32) -> jax.Array:
+    """Product ``[..., *O]`` of ``x [..., I]`` with a matrix ``[*O, I]`` of a scale for each output.
 
     Codes are whole numbers up to 127, which bfloat16 has exactly. So the product is of codes, and its result is scaled.
+
+    Args:
+      x: the rows.
+      matrix: its codes and scales.
+      dtype: of the product, and so of what devices add up where the inputs are split over them.
     """
-    y = jnp.tensordot(x, codes_beside(matrix.codes, x), axes=(-1, -1), preferred_element_type=jnp.float32)
-    return y * jnp.expand_dims(matrix.scales[..., 0], tuple(range(x.ndim - 1)))
+    y = jnp.tensordot(x, codes_beside(matrix.codes, x), axes=(-1, -1), preferred_element_type=dtype)
+    y = y.astype(jnp.float32) * jnp.expand_dims(matrix.scales[..., 0], tuple(range(x.ndim - 1)))
+    return y.astype(dtype)
 
 
 def codes_beside(codes: jax.Array, x: jax.Array) -> jax.Array:
