@@ -67,8 +67,8 @@ def main(config: StageConfig | Pipeline, given: flags.FlagValues) -> int:
 
     command = shlex.join(["python", "-m", "jaxrm.plan", *sys.argv[1:]])
     means = given.mean_prompt, given.mean_response
-    asked = given.topology, given.weak_scaling, given.find, given.tries
-    options = PlanOptions(command, *asked, *means, files.get("json"), files.get("html"))
+    search_options = given.topology, given.weak_scaling, given.find, given.tries
+    options = PlanOptions(command, *search_options, *means, files.get("json"), files.get("html"))
     return run(planned_stages(config, given.model), options)
 
 

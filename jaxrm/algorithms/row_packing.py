@@ -45,10 +45,10 @@ def build_pack_rows(
     def pack_rows(batch: ResponseBatch) -> ResponseBatch:
         prompts, responses = (np.asarray(x) for x in lengths(batch))
         groups = groups_of(len(prompts), num_shards, num_microbatches)
-        planned = plan_packing(batch, prompts, responses, groups, pad_to_multiple_of)
-        if planned is None:
+        layout = plan_packing(batch, prompts, responses, groups, pad_to_multiple_of)
+        if layout is None:
             return batch
-        starts, num_rows, num_tokens = planned
+        starts, num_rows, num_tokens = layout
         placed = jax.make_array_from_callback(starts.shape, batch_sharding, lambda index: starts[index])
         return dataclasses.replace(batch, packing=RowPacking(placed, num_shards, num_rows, num_tokens))
 

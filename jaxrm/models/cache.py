@@ -69,8 +69,8 @@ def bytes_of_a_token(shape: ModelConfig, itemsize: int, stored: str) -> int:
       itemsize: bytes of a number in the compute dtype.
       stored: ``compute`` or ``int8``, see ``jaxrm.models.transformer.DecodingStorage``.
     """
-    of_a_head = shape.head_dim + 4 if stored == "int8" else shape.head_dim * itemsize
-    return 2 * shape.num_layers * shape.num_kv_heads * of_a_head
+    head_bytes = shape.head_dim + 4 if stored == "int8" else shape.head_dim * itemsize
+    return 2 * shape.num_layers * shape.num_kv_heads * head_bytes
 
 
 def empty(prompts: SharedPrompts, n: int, size: int) -> Cache:

@@ -11,7 +11,7 @@ int8. Codes are converted on the chip, and their scales multiply the logits, and
 Raggedness. The blocks that each row sees are listed before the kernel starts, and the list says which block a step
 brings. Steps past its end name the last block again, which the pipeline then does not copy, and compute nothing. So a
 row moves the bytes of the blocks that it sees; a step that has nothing to do costs the time of a step, about 0.3
-microseconds.
+microseconds. A row that sees no key, since its response has ended, names the last block of the row before it.
 """
 
 import functools
@@ -51,28 +51,42 @@ def read(query: jax.Array, past: CachedKeys, *, scale: float, softcap: float | N
     query = jnp.pad(query, ((0, 0), (0, 0), (0, rows - g), (0, 0)))
     mask = mask_of_queries(past, g)
     seen, count = seen_blocks(mask, block)
+    is_over = ~jnp.any(mask, axis=(1, 2))
+    source = jax.lax.cummax(jnp.where(is_over, 0, jnp.arange(B, dtype=jnp.int32)))
     if mask.shape[1] > 1:
         mask = jnp.pad(mask, ((0, 0), (0, rows - g), (0, 0)))
 
     arrays, scales = stored(past)
 
     def by_slot(size: int) -> pl.BlockSpec:
-        return pl.BlockSpec((1, size, block), lambda b, j, *lists: (b, 0, _number(b, j, *lists)))
+        def index(b: Any, j: Any, *lists: Any) -> tuple[Any, ...]:
+            row, number = _place(b, j, *lists)
+            return row, 0, number
 
-    def at_row(b: Any, j: Any, seen: Any, count: Any) -> tuple[Any, ...]:
-        del j, seen, count
+        return pl.BlockSpec((1, size, block), index)
+
+    def keys_at(b: Any, j: Any, *lists: Any) -> tuple[Any, ...]:
+        row, number = _place(b, j, *lists)
+        return row, 0, 0, number
+
+    def values_at(b: Any, j: Any, *lists: Any) -> tuple[Any, ...]:
+        row, number = _place(b, j, *lists)
+        return row, 0, number, 0
+
+    def at_row(b: Any, j: Any, *lists: Any) -> tuple[Any, ...]:
+        del j, lists
         return b, 0, 0, 0
 
     mixed, sums = pl.pallas_call(
         functools.partial(_kernel, scale=scale, softcap=softcap, slots=S),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=2,
+            num_scalar_prefetch=3,
             grid=(B, pl.cdiv(S, block)),
             in_specs=[
                 pl.BlockSpec((1, K, rows, H), at_row),
                 by_slot(mask.shape[1]),
-                pl.BlockSpec((1, K, H, block), lambda b, j, *lists: (b, 0, 0, _number(b, j, *lists))),
-                pl.BlockSpec((1, K, block, H), lambda b, j, *lists: (b, 0, _number(b, j, *lists), 0)),
+                pl.BlockSpec((1, K, H, block), keys_at),
+                pl.BlockSpec((1, K, block, H), values_at),
                 *(by_slot(K) for _ in scales),
             ],
             out_specs=[pl.BlockSpec((1, K, rows, H), at_row), pl.BlockSpec((1, K, rows, _LANES), at_row)],
@@ -94,7 +108,7 @@ def read(query: jax.Array, past: CachedKeys, *, scale: float, softcap: float | N
         ),
         name="cached_attention",
         interpret=interpret,
-    )(seen, count, query, mask.astype(jnp.int32), *arrays, *scales)
+    )(seen, count, source, query, mask.astype(jnp.int32), *arrays, *scales)
     return Part(mixed[:, :, :g], sums[:, :, :g, 0], sums[:, :, :g, 1])
 
 
@@ -105,14 +119,17 @@ def block_size(heads: int, head_dim: int, slots: int, itemsize: int) -> int:
     return block if slots > block else slots + -slots % _LANES
 
 
-def _number(b: Any, j: Any, seen: Any, count: Any) -> Any:
-    """The block that step ``j`` of row ``b`` brings."""
-    return seen[b, jnp.minimum(j, count[b] - 1)]
+def _place(b: Any, j: Any, seen: Any, count: Any, source: Any) -> tuple[Any, Any]:
+    """Row and number of the block that step ``j`` of row ``b`` brings: of its own, or the last of the row before."""
+    row = source[b]
+    last = count[row] - 1
+    return row, seen[row, jnp.where(row == b, jnp.minimum(j, last), last)]
 
 
 def _kernel(
     seen_ref: Any,
     count_ref: Any,
+    source_ref: Any,
     query_ref: Any,
     mask_ref: Any,
     keys_ref: Any,
@@ -125,7 +142,7 @@ def _kernel(
     *scale_refs, mixed_out, sums_out, mixed_ref, top_ref, total_ref = refs
     b, j = pl.program_id(0), pl.program_id(1)
     block = keys_ref.shape[3]
-    number = _number(b, j, seen_ref, count_ref)
+    row, number = _place(b, j, seen_ref, count_ref, source_ref)
 
     @pl.when(j == 0)
     def _() -> None:
@@ -147,7 +164,7 @@ def _kernel(
             visible &= number * block + jax.lax.broadcasted_iota(jnp.int32, visible.shape, 2) < slots
             inside = number * block + jax.lax.broadcasted_iota(jnp.int32, (1, block, 1), 1) < slots
             values = jnp.where(inside, values, jnp.zeros_like(values))
-        logits = jnp.where(visible, logits, HIDDEN_LOGIT)
+        logits = jnp.where(visible & (row == b), logits, HIDDEN_LOGIT)
         before = top_ref[:, :, :1]
         top = jnp.maximum(before, jnp.max(logits, axis=2, keepdims=True))
         shrink, weights = jnp.exp(before - top), jnp.exp(logits - top)

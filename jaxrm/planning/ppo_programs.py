@@ -43,7 +43,7 @@ def build(config: PPO, mesh: Mesh, decoder: ShardedModel, lengths: Lengths | Non
     stage = PPOStage(config, mesh, learner, programs, learner.abstract, base, reference, lengths)
     residents = {"policy": stage.state.policy, "reference": reference} | ({BASE: base} if base else {})
     is_one_pass = stage.jitted.one_pass is not None
-    planned = [*_rollout(stage), _reference_log_probs(stage) if is_one_pass else _log_probs(stage)]
+    step_programs = [*_rollout(stage), _reference_log_probs(stage) if is_one_pass else _log_probs(stage)]
     if stage.state.critic is not None:
         residents["critic"] = stage.state.critic
     paths: set[str] = set()
@@ -66,17 +66,17 @@ def build(config: PPO, mesh: Mesh, decoder: ShardedModel, lengths: Lengths | Non
             residents[f"reward model{suffix}"] = resident
         reading = source.model, kind.needs_correction  # one serves all kinds but that of corrections
         if reading not in readings:
-            planned.append(scoring_program(stage, model, kind, whole, f"scoring{suffix}"))
+            step_programs.append(scoring_program(stage, model, kind, whole, f"scoring{suffix}"))
         paths.add(source.model)
         readings.add(reading)
     if is_one_pass:
-        planned.append(_update(stage))
+        step_programs.append(_update(stage))
     else:
-        planned.append(_policy_update(stage))
+        step_programs.append(_policy_update(stage))
         if stage.state.critic is not None:
-            planned.append(_critic_update(stage))
+            step_programs.append(_critic_update(stage))
     counts = count_parameters(decoder.shapes), count_parameters(decoder.trained_shapes)
-    return StagePrograms(tuple(planned), residents, *counts, decoder.config, decoder.kernels)
+    return StagePrograms(tuple(step_programs), residents, *counts, decoder.config, decoder.kernels)
 
 
 def _rollout(stage: PPOStage) -> list[Program]:

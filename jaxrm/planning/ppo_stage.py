@@ -122,12 +122,12 @@ class PPOStage:
         shards = batch_shards(self.mesh)
         groups = groups_of(rows, shards, self.config.num_microbatches)
         prompts = np.full(rows, round(self.lengths.prompt))
-        planned = plan_packing(
+        layout = plan_packing(
             batch, prompts, self.lengths.drawn(rows), groups, self.learner.networks.pad_to_multiple_of
         )
-        if planned is None:
+        if layout is None:
             return batch
-        return dataclasses.replace(batch, packing=RowPacking(self.rows((rows,), jnp.int32), shards, *planned[1:]))
+        return dataclasses.replace(batch, packing=RowPacking(self.rows((rows,), jnp.int32), shards, *layout[1:]))
 
     def token_rewards(self) -> TokenRewards:
         """Abstract token rewards of a batch."""

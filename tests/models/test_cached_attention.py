@@ -106,6 +106,19 @@ def test_blocks_that_a_row_does_not_see_are_not_read(platform):
     np.testing.assert_allclose(got, attend(query, clean), atol=1e-5)
 
 
+@pytest.mark.parametrize("platform", KERNELS)
+def test_a_row_that_is_over_disturbs_no_other(platform):
+    """Two in the middle see no key. On TPU nothing of theirs is read, so what they hold is not in their results."""
+    query, own, _ = random_case(g=1, S=256)
+    mask = own.mask.at[1:3].set(False)
+    over = (jnp.arange(4) == 1) | (jnp.arange(4) == 2)
+    keys, values = (jnp.where(over[:, None, None, None], jnp.nan, x) for x in (own.keys, own.values))
+    attend = functools.partial(cached_attention.attend, scale=0.1, softcap=None)
+    got = jax.jit(functools.partial(attend, read=KERNELS[platform]))(query, CachedKeys(keys, values, mask))
+    np.testing.assert_allclose(got[::3], attend(query, own)[::3], atol=1e-5)
+    assert platform == "gpu" or np.all(np.isfinite(got))
+
+
 @pytest.mark.parametrize(("K", "g", "tensor"), [(2, 3, 2), (1, 4, 2), (1, 3, 2)])
 def test_each_device_reads_its_own_rows_and_heads(K, g, tensor):
     """Key heads that tensor divides, queries of one key head that it divides, and neither."""
