@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxrm.models.config import ModelConfig
 from jaxrm.models.quantized import Int8Array, to_int8
 
-ENDED = -1
+ENDED = -1  # in place of the length of a row that is over
 CachedArray = jax.Array | Int8Array
 
 

@@ -1,6 +1,7 @@
 """A dry run: what it shows, that it writes nothing, and that a pipeline is checked before its first stage."""
 
 import dataclasses
+import re
 import sys
 from pathlib import Path
 
@@ -82,11 +83,14 @@ def test_the_shown_mask_is_that_of_the_loss():
     config = jaxrm.Seq2SeqRM(
         run_dir="rm",
         model=TINY,
+        mapping=jaxrm.MappingConfig(edit_weight=4.0),
         data=dataclasses.replace(TASK, path="task:safety"),
         num_steps=2,
         logging=QUIET,
     )
-    examples = jaxrm.check(config).stages["seq2seq_rm"].inspection.examples
+    inspection = jaxrm.check(config).stages["seq2seq_rm"].inspection
+    assert re.fullmatch(r"[\d,]+ of [\d,]+ tokens of corrections, \d\d %; each weighs 4", inspection.facts["edits"])
+    examples = inspection.examples
     assert {example.title for example in examples} == {
         "correction of the rejected response",
         "copy of the chosen response",

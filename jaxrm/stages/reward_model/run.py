@@ -1,7 +1,7 @@
 """The reward model stage: sequence MLE on both mappings, or the scalar Bradley-Terry baseline, from the same pairs."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -9,6 +9,7 @@ import numpy as np
 
 from jaxrm import atomic
 from jaxrm.algorithms import scalar_rm, seq2seq_rm
+from jaxrm.data.examples import MarkedMappingExample
 from jaxrm.data.pairs import TokenPair, correction_request
 from jaxrm.data.readers import ReadReport
 from jaxrm.inference import sharded_model
@@ -88,7 +89,14 @@ def run(config: Any) -> int:
 def inspect(config: Any) -> Inspection:
     """What `run` would do; errors are the same, no weights are read and nothing is written."""
     inputs = _open_inputs(config)
-    return inspect_training(inputs.stage, inputs.reading, inputs.data)
+    inspection = inspect_training(inputs.stage, inputs.reading, inputs.data)
+    marked = [x for x in inputs.data.examples if isinstance(x, MarkedMappingExample) and x.is_correction]
+    if not marked:
+        return inspection
+    edits, targets = sum(int(x.is_edit.sum()) for x in marked), sum(int(x.loss_mask.sum()) for x in marked)
+    share = f"{edits:,} of {targets:,} tokens of corrections, {100 * edits / targets:.0f} %"
+    weight = f"each weighs {config.mapping.edit_weight:g}"
+    return replace(inspection, facts={**inspection.facts, "edits": f"{share}; {weight}"})
 
 
 def _open_inputs(config: Any) -> _Inputs:
