@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxrm.models.generate import generate
-from jaxrm.models.sampling import SamplingConfig
+from jaxrm.models.sampling import GenerateOptions, SamplingConfig
 from jaxrm.ops import edit_alignment
 from jaxrm.types import ResponseBatch
 
@@ -36,7 +36,7 @@ def kept_by_correction(
     """
     tokens, mask = sources
     sampling = SamplingConfig(max_new_tokens=max_new_tokens, temperature=0.0)
-    written = generate(graphdef, params, tokens, mask, jax.random.key(0), sampling=sampling, end_ids=end_ids)
+    written = generate(graphdef, params, tokens, mask, jax.random.key(0), options=GenerateOptions(sampling, end_ids))
     max_position = nnx.merge(graphdef, params).config.max_position
     position = jnp.sum(mask, axis=1, dtype=jnp.int32)[:, None] + jnp.arange(max_new_tokens, dtype=jnp.int32)[None]
     is_written = written.mask & (position < max_position)

@@ -1,7 +1,7 @@
 """Rollouts: prompts to responses, and the log-probs and values that policy, reference and critic give their tokens."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
@@ -14,7 +14,7 @@ from jaxrm.algorithms.reading import read_responses, response_statistics, token_
 from jaxrm.models import heads, lora
 from jaxrm.models.generate import generate, refill_of
 from jaxrm.models.heads import ScalarHead
-from jaxrm.models.sampling import SamplingConfig, response_keys
+from jaxrm.models.sampling import GenerateOptions, response_keys
 from jaxrm.models.transformer import Decoder
 from jaxrm.ops.vocab import TokenStatistics
 from jaxrm.sharding.mesh import batch_shards
@@ -193,34 +193,29 @@ class BatchSampler:
 def build_sample(
     graphdef: nnx.GraphDef,
     *,
-    sampling: SamplingConfig,
-    end_ids: tuple[int, ...],
+    options: GenerateOptions,
     params_sharding: Any,
     batch_sharding: Any,
     num_microbatches: int = 1,
-    responses_per_prompt: int = 1,
-    slots: int | None = None,
 ) -> Callable[[Any, jax.Array, jax.Array, jax.Array], Sampled]:
     """Jitted ``sample(params, prompts [G, P], prompt_mask [G, P], keys [G, n]) -> Sampled``.
 
     Args:
       graphdef: of the decoder.
-      sampling: see `jaxrm.models.generate.generate`.
-      end_ids: ids that end a response.
+      options: how each part is answered. With n responses a prompt the batch has ``G n`` rows, those of a prompt next
+        to each other. As many prompts are read at once for each device.
       params_sharding: of the decoder's parameters.
       batch_sharding: of the rows.
       num_microbatches: parts of the prompts, one after another.
-      responses_per_prompt: n; the batch has ``G n`` rows, those of a prompt next to each other.
-      slots: rows that are written at once, see `jaxrm.models.generate.generate`; None for those of a part.
     """
-    n, shards = responses_per_prompt, batch_shards(batch_sharding.mesh)
-    options = {"sampling": sampling, "end_ids": end_ids, "responses_per_prompt": n, "slots": slots}
-    if slots is not None:
-        options["refill"] = refill_of(slots // n, shards)
+    n = options.responses_per_prompt
+    if options.slots is not None:
+        refill = refill_of(options.slots // n, batch_shards(batch_sharding.mesh))
+        options = replace(options, refill=refill)
 
     def sample(params: Any, prompts: jax.Array, prompt_mask: jax.Array, keys: jax.Array) -> Sampled:
         def part(rows: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
-            drawn = generate(graphdef, params, *rows, **options)
+            drawn = generate(graphdef, params, *rows, options=options)
             return tuple(x.reshape(-1, n, x.shape[1]) for x in (drawn.tokens, drawn.mask, drawn.log_probs))
 
         rows = (prompts, prompt_mask, keys)

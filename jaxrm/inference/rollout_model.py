@@ -15,7 +15,7 @@ from jaxrm.inference.sharded_model import ShardedModel
 from jaxrm.models import build, lora
 from jaxrm.models.cache import bytes_of_a_token
 from jaxrm.models.quantized_params import count_parameters
-from jaxrm.models.sampling import SamplingConfig
+from jaxrm.models.sampling import GenerateOptions
 from jaxrm.models.transformer import DecodingStorage
 from jaxrm.sharding import partition
 from jaxrm.sharding.mesh import batch_shards, check_batch, reshape_mesh
@@ -192,11 +192,8 @@ def build_sampler(
     rollout_model: ShardedModel,
     *,
     dtype: str,
-    sampling: SamplingConfig,
-    end_ids: tuple[int, ...],
+    options: GenerateOptions,
     num_microbatches: int = 1,
-    responses_per_prompt: int = 1,
-    slots: int | None = None,
 ) -> BatchSampler:
     """The programs by which a policy answers.
 
@@ -204,25 +201,20 @@ def build_sampler(
       policy: the decoder as it lies in training.
       rollout_model: from `shard_rollout_model`.
       dtype: compute dtype.
-      sampling: see `jaxrm.models.generate.generate`.
-      end_ids: ids that end a response.
+      options: how it answers a part.
       num_microbatches: parts of a batch of prompts that are answered one after another.
-      responses_per_prompt: see `jaxrm.models.generate.generate`.
-      slots: see `jaxrm.models.generate.generate`.
     """
     rows = partition.batch_sharding(rollout_model.mesh)
     sample = rollout.build_sample(
         rollout_model.graphdef,
-        sampling=sampling,
-        end_ids=end_ids,
+        options=options,
         params_sharding=rollout_model.shardings,
         batch_sharding=rows,
         num_microbatches=num_microbatches,
-        responses_per_prompt=responses_per_prompt,
-        slots=slots,
     )
+    n = options.responses_per_prompt
     if rollout_model.mesh.shape == policy.mesh.shape:
-        return BatchSampler(sample, responses_per_prompt=responses_per_prompt)
+        return BatchSampler(sample, responses_per_prompt=n)
     reshard = rollout.build_reshard(
         dtype,
         params_sharding=policy.shardings,
@@ -230,4 +222,4 @@ def build_sampler(
         to_params=rollout_model.shardings,
         to_batch=rows,
     )
-    return BatchSampler(sample, reshard, responses_per_prompt)
+    return BatchSampler(sample, reshard, n)

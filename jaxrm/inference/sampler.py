@@ -1,6 +1,7 @@
 """Text in, text out: a model's responses to chat prompts."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -12,8 +13,8 @@ from jaxrm.data.responses import Response, response_text
 from jaxrm.errors import UserError, flag, option
 from jaxrm.inference.sharded_model import ShardedModel
 from jaxrm.models.config import ModelConfig
-from jaxrm.models.generate import generate
-from jaxrm.models.sampling import SamplingConfig, prompt_keys, response_keys
+from jaxrm.models.generate import generate, refill_of
+from jaxrm.models.sampling import GenerateOptions, SamplingConfig, prompt_keys, response_keys
 from jaxrm.models.stream import Prompt, Stream
 from jaxrm.sharding.mesh import batch_shards
 
@@ -81,6 +82,7 @@ class Sampler:
         self._model, self._params = model, params
         self._tokenizer, self._template, self._sampling = tokenizer, template, sampling
         self._end_ids = model.end_ids(tokenizer, template)
+        self._options = GenerateOptions(sampling, self._end_ids)
         self._streams: dict[int, Stream] = {}
 
     def encode(self, prompts: Sequence[Sequence[Message]]) -> list[list[int]]:
@@ -146,10 +148,7 @@ class Sampler:
             self._streams[slots] = Stream(
                 self._model.graphdef,
                 self._params,
-                sampling=self._sampling,
-                end_ids=self._end_ids,
-                slots=slots,
-                shards=batch_shards(self._model.mesh),
+                options=replace(self._options, slots=slots, refill=refill_of(slots, batch_shards(self._model.mesh))),
             )
         return self._streams[slots]
 
@@ -178,8 +177,7 @@ class Sampler:
             tokens,
             mask,
             keys,
-            sampling=self._sampling,
-            end_ids=self._end_ids,
+            options=self._options,
         )
         responses, response_mask = jax.device_get((out.tokens, out.mask))
         return [responses[row][response_mask[row]] for row in range(len(prompts))]

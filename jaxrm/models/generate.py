@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxrm.models.sampling import SamplingConfig, response_keys
+from jaxrm.models.sampling import GenerateOptions, response_keys
 from jaxrm.models.slots import Slots, Work, Writer, free_groups, in_order, pick
 
 _LEAST_SLOTS = 8  # the last rows of a batch are not packed into fewer
@@ -37,9 +37,7 @@ class Generation(NamedTuple):
     capacity: jax.Array
 
 
-@functools.partial(
-    jax.jit, static_argnames=("graphdef", "sampling", "end_ids", "responses_per_prompt", "slots", "refill")
-)
+@functools.partial(jax.jit, static_argnames=("graphdef", "options"))
 def generate(
     graphdef: nnx.GraphDef,
     params: Any,
@@ -48,11 +46,7 @@ def generate(
     key: jax.Array,
     limits: jax.Array | None = None,
     *,
-    sampling: SamplingConfig,
-    end_ids: tuple[int, ...],
-    responses_per_prompt: int = 1,
-    slots: int | None = None,
-    refill: int | None = None,
+    options: GenerateOptions,
 ) -> Generation:
     """Sample responses to prompts; stops early once every row has ended.
 
@@ -70,31 +64,26 @@ def generate(
         and key alone, not on its slot or neighbors. The number of rows, the column that a slot's response begins in and
         the mesh change the order of sums, which in float32 moves logits by about 1e-6; in rare cases that
         decides which of two tokens is drawn.
-      limits: ``[G]`` int32, longest response to each prompt where it is shorter than ``sampling`` says; None for that.
-      sampling: see ``SamplingConfig``.
-      end_ids: ids that end a response.
-      responses_per_prompt: n. The prompts are read, and their keys and values stored, once for all n.
-      slots: responses that are written at once, a multiple of n; None or more than ``G n`` for all. With n responses a
-        prompt the n slots of a prompt are taken anew when the last of them has ended.
-      refill: prompts that are read at once, when so many can be begun; None for an eighth of the slots.
+      limits: ``[G]`` int32, longest response to each prompt where it is shorter than ``options`` say; None for that.
+      options: how they are answered, n times each.
 
     Returns:
       ``G n`` responses; those to one prompt lie next to each other.
     """
     chex.assert_equal_shape([prompts, prompt_mask])
-    G, n, T = prompts.shape[0], responses_per_prompt, sampling.max_new_tokens
+    G, n, T = prompts.shape[0], options.responses_per_prompt, options.sampling.max_new_tokens
     limits = jnp.full((G,), T, jnp.int32) if limits is None else jnp.minimum(limits, T)
     work = Work(prompts, prompt_mask, response_keys(key, G, n), limits)
     model = nnx.merge(graphdef, params)
-    writer = Writer(model, model.unstack_layers(), model.decode_head(), sampling, end_ids)
-    groups = G if slots is None else min(slots // n, G)
-    assert groups > 0, (slots, n)
+    writer = Writer(model, model.unstack_layers(), model.decode_head(), options)
+    groups = G if options.slots is None else min(options.slots // n, G)
+    assert groups > 0, (options.slots, n)
     state = writer.begin(jax.tree.map(lambda x: x[:groups], work), T)
-    if slots is None or groups == G:
+    if groups == G:
         state = jax.lax.while_loop(lambda now: jnp.any(now.alive), writer.step, state)
         out = Generation(*in_order(state, T), state.capacity)
     else:
-        out = _in_turn(writer, state, work, refill or refill_of(groups, 1))
+        out = _in_turn(writer, state, work, options.refill or refill_of(groups, 1))
     # Whole on every device, so that any process can read them.
     return Generation(*(model.constrain(x, (None,) * x.ndim) for x in out))
 

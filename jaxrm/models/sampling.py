@@ -35,6 +35,26 @@ class SamplingConfig:
         check(self)
 
 
+@dataclass(frozen=True)
+class GenerateOptions:
+    """How prompts are answered.
+
+    Attributes:
+      sampling: how tokens are drawn.
+      end_ids: ids that end a response.
+      responses_per_prompt: n. The prompts are read, and their keys and values stored, once for all n.
+      slots: responses that are written at once, a multiple of n; None or more than there are for all. With n responses
+        a prompt the n slots of a prompt are taken anew when the last of them has ended.
+      refill: prompts that are read at once, when so many can be begun; None for an eighth of the slots.
+    """
+
+    sampling: SamplingConfig
+    end_ids: tuple[int, ...]
+    responses_per_prompt: int = 1
+    slots: int | None = None
+    refill: int | None = None
+
+
 @functools.partial(jax.jit, static_argnames="count")
 def prompt_keys(key: jax.Array, first: int, count: int) -> jax.Array:
     """Keys ``[count]`` of the prompts from number ``first`` on: ``fold_in(key, number)``."""

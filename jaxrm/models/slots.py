@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from jaxrm.models import cache
 from jaxrm.models.layers import Layer
-from jaxrm.models.sampling import SamplingConfig, sample
+from jaxrm.models.sampling import GenerateOptions, sample
 from jaxrm.models.transformer import Decoder, positions_from_mask
 
 
@@ -79,15 +79,13 @@ class Writer:
       model: the decoder.
       layers: from `Decoder.unstack_layers`.
       head: from `Decoder.decode_head`.
-      sampling: how tokens are drawn; its length is that of no row.
-      end_ids: ids that end a response.
+      options: how tokens are drawn and responses end; the longest response that they name is that of no row.
     """
 
     model: Decoder
     layers: tuple[Layer, ...]
     head: jax.Array
-    sampling: SamplingConfig
-    end_ids: tuple[int, ...]
+    options: GenerateOptions
 
     def begin(self, work: Work, width: int) -> Slots:
         """A slot for every response to ``work``, with its first token drawn and a ring of ``width`` columns."""
@@ -154,7 +152,7 @@ class Writer:
         """The next token of every row that is alive."""
         hidden, past = self.model.decode(slots.token[:, None], self.layers, slots.past, slots.prompts)
         keys = jax.vmap(jax.random.fold_in)(slots.keys, slots.drawn)
-        token, log_prob = sample(self.model.logits(hidden[:, 0], self.head), keys, self.sampling)
+        token, log_prob = sample(self.model.logits(hidden[:, 0], self.head), keys, self.options.sampling)
 
         def put(ring: jax.Array, new: jax.Array) -> jax.Array:  # what ended stays as it is until it is collected
             old = jax.lax.dynamic_index_in_dim(ring, past.cursor, axis=1, keepdims=False)
@@ -182,10 +180,10 @@ class Writer:
         )
         last = jnp.repeat(hidden[:, -1], work.keys.shape[1], axis=0)
         keys = jax.vmap(jax.random.fold_in, (0, None))(work.keys.reshape(-1), 0)
-        return prompts, *sample(self.model.logits(last, self.head), keys, self.sampling)
+        return prompts, *sample(self.model.logits(last, self.head), keys, self.options.sampling)
 
     def _is_end(self, token: jax.Array) -> jax.Array:
-        return jnp.any(token[:, None] == jnp.asarray(self.end_ids, jnp.int32)[None], axis=1)
+        return jnp.any(token[:, None] == jnp.asarray(self.options.end_ids, jnp.int32)[None], axis=1)
 
 
 def free_groups(slots: Slots, n: int) -> jax.Array:

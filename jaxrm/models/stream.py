@@ -18,7 +18,7 @@ from flax import nnx
 from jaxrm.models import cache
 from jaxrm.models.generate import fewer_slots, refill_of
 from jaxrm.models.layers import Layer
-from jaxrm.models.sampling import SamplingConfig
+from jaxrm.models.sampling import GenerateOptions
 from jaxrm.models.slots import Slots, Work, Writer, free_groups, pick
 from jaxrm.models.transformer import Decoder
 
@@ -62,29 +62,17 @@ class Stream:
     Args:
       graphdef: of the decoder.
       params: its parameters.
-      sampling: how tokens are drawn.
-      end_ids: ids that end a response.
-      slots: responses that are written at once.
-      shards: devices that the rows lie over.
+      options: how prompts are answered, once each; they name the slots, and the prompts to read at once.
 
     Attributes:
       capacity: tokens that the last call's steps could have drawn; see `jaxrm.models.generate.Generation`.
     """
 
-    def __init__(
-        self,
-        graphdef: nnx.GraphDef,
-        params: Any,
-        *,
-        sampling: SamplingConfig,
-        end_ids: tuple[int, ...],
-        slots: int,
-        shards: int = 1,
-    ) -> None:
-        self._graphdef, self._params, self._sampling = graphdef, params, sampling
-        self._static = {"graphdef": graphdef, "sampling": sampling, "end_ids": end_ids}
-        assert slots % shards == 0, (slots, shards)
-        self._slots, self._refill = slots, min(refill_of(slots, shards), slots)
+    def __init__(self, graphdef: nnx.GraphDef, params: Any, *, options: GenerateOptions) -> None:
+        assert options.slots is not None and options.responses_per_prompt == 1, options
+        self._graphdef, self._params, self._sampling = graphdef, params, options.sampling
+        self._static = {"graphdef": graphdef, "options": options}
+        self._slots, self._refill = options.slots, options.refill or refill_of(options.slots, 1)
         self._layers, self._head = _unstack(graphdef, params)
         self.capacity = 0
 
@@ -189,7 +177,7 @@ def _empty(params: Any, slots: int, prompt_width: int, width: int, *, graphdef: 
     )
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "sampling", "end_ids"), donate_argnames="state")
+@functools.partial(jax.jit, static_argnames=("graphdef", "options"), donate_argnames="state")
 def _begin(
     state: Slots,
     params: Any,
@@ -199,15 +187,14 @@ def _begin(
     rows: jax.Array,
     *,
     graphdef: nnx.GraphDef,
-    sampling: SamplingConfig,
-    end_ids: tuple[int, ...],
+    options: GenerateOptions,
 ) -> Slots:
     """The slots with ``work`` begun in ``rows``."""
-    writer = Writer(nnx.merge(graphdef, params), layers, head, sampling, end_ids)
+    writer = Writer(nnx.merge(graphdef, params), layers, head, options)
     return _readable(writer.model, writer.refill(state, work, rows, rows[:, None]))
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "sampling", "end_ids"), donate_argnames="state")
+@functools.partial(jax.jit, static_argnames=("graphdef", "options"), donate_argnames="state")
 def _burst(
     state: Slots,
     params: Any,
@@ -216,11 +203,10 @@ def _burst(
     enough: jax.Array,
     *,
     graphdef: nnx.GraphDef,
-    sampling: SamplingConfig,
-    end_ids: tuple[int, ...],
+    options: GenerateOptions,
 ) -> Slots:
     """The slots some tokens later: after a burst, or once ``enough`` are free, or the cache is full."""
-    writer = Writer(nnx.merge(graphdef, params), layers, head, sampling, end_ids)
+    writer = Writer(nnx.merge(graphdef, params), layers, head, options)
     width = state.tokens.shape[1]
 
     def goes_on(carry: tuple[jax.Array, Slots]) -> jax.Array:

@@ -22,7 +22,7 @@ from jaxrm.models import build
 from jaxrm.models.build import ModelSource
 from jaxrm.models.config import ModelConfig, preset
 from jaxrm.models.generate import generate
-from jaxrm.models.sampling import SamplingConfig
+from jaxrm.models.sampling import GenerateOptions, SamplingConfig
 from jaxrm.sharding.mesh import MeshConfig, build_mesh
 from jaxrm.types import TokenBatch
 
@@ -140,7 +140,7 @@ def _answers(model: ShardedModel, batch: TokenBatch, *, with_tokens: bool = True
         sampling = SamplingConfig(max_new_tokens=min(16, half), temperature=0.0)
         key = jax.device_put(jax.random.key(0), model.mesh.devices.flat[0])
         answers["tokens"] = np.asarray(
-            generate(model.graphdef, params, *prompts, key, sampling=sampling, end_ids=()).tokens
+            generate(model.graphdef, params, *prompts, key, options=GenerateOptions(sampling, ())).tokens
         )
     return answers
 

@@ -15,7 +15,7 @@ from jaxrm.models.build import ModelSource
 from jaxrm.models.config import ModelConfig
 from jaxrm.models.flops import peak_bandwidth
 from jaxrm.models.generate import generate
-from jaxrm.models.sampling import SamplingConfig
+from jaxrm.models.sampling import GenerateOptions, SamplingConfig
 from jaxrm.sharding.mesh import MeshConfig, build_mesh
 from jaxrm.sharding.partition import batch_sharding
 
@@ -35,7 +35,7 @@ def decode(shape: Shape, report: Report) -> None:
         sampling, key = SamplingConfig(max_new_tokens=new_tokens), jax.random.key(0)
         # Nothing ends a response, so all of them have `new_tokens`.
         return here.best_seconds(
-            lambda: generate(model.graphdef, params, *prompts, key, sampling=sampling, end_ids=()),
+            lambda: generate(model.graphdef, params, *prompts, key, options=GenerateOptions(sampling, ())),
             rounds=shape.rounds,
         )
 

@@ -35,7 +35,7 @@ from jaxrm.algorithms.ppo_config import PPOConfig
 from jaxrm.algorithms.ppo_state import PPOBatch, RewardAndKLState, steps_of
 from jaxrm.algorithms.rollout import TokenLogProbs, build_sample
 from jaxrm.errors import UserError
-from jaxrm.models.sampling import response_keys
+from jaxrm.models.sampling import GenerateOptions, response_keys
 from jaxrm.ops import reward_scaling, token_rewards
 from jaxrm.ops.reward_kinds import KINDS
 from jaxrm.runtime.checkpoint import Checkpoints
@@ -482,8 +482,7 @@ def test_prompts_answered_in_parts_are_answered_alike(mesh):
     build = functools.partial(
         build_sample,
         s.decoder.graphdef,
-        sampling=s.config.rollout.sampling,
-        end_ids=(EOS,),
+        options=GenerateOptions(s.config.rollout.sampling, (EOS,)),
         params_sharding=s.decoder.shardings,
         batch_sharding=partition.batch_sharding(s.mesh),
     )

@@ -18,7 +18,7 @@ from jaxrm.models.build import ModelSource
 from jaxrm.models.config import PRESETS
 from jaxrm.models.generate import generate
 from jaxrm.models.kernels import Kernels
-from jaxrm.models.sampling import SamplingConfig
+from jaxrm.models.sampling import GenerateOptions, SamplingConfig
 from jaxrm.ops import reward_scaling, token_rewards
 from jaxrm.ops.reward_kinds import KINDS, names_for
 from jaxrm.ops.vocab import TokenStatistics
@@ -480,7 +480,9 @@ def test_edit_aligned_compares_with_the_models_own_correction(scorers):
     width = max(map(len, rows))
     ids = np.array([[0] * (width - len(row)) + row for row in rows], np.int32)
     real = np.array([[False] * (width - len(row)) + [True] * len(row) for row in rows])
-    written = generate(scorers.decoder, scorers.params, ids, real, jax.random.key(1), sampling=greedy, end_ids=ENDS)
+    written = generate(
+        scorers.decoder, scorers.params, ids, real, jax.random.key(1), options=GenerateOptions(greedy, ENDS)
+    )
     kept_at_all = 0
     for b, row in enumerate(rows):
         n = int(batch.response_mask[b].sum())

@@ -25,7 +25,7 @@ from jaxrm.inference.sharded_model import pad_to_multiple_of, shard_model
 from jaxrm.models import build
 from jaxrm.models.build import ModelSource
 from jaxrm.models.generate import generate
-from jaxrm.models.sampling import SamplingConfig
+from jaxrm.models.sampling import GenerateOptions, SamplingConfig
 from jaxrm.ops import reward_scaling
 from jaxrm.ops.reward_kinds import KINDS
 from jaxrm.sharding.mesh import MeshConfig, build_mesh
@@ -109,9 +109,8 @@ def print_times(args: argparse.Namespace) -> None:
     key, everywhere = jax.random.key(0), jnp.ones_like(context, bool)
     decoding = f"greedy decoding of {args.response} tokens"
     if args.decodings:
-        calls[decoding] = lambda: generate(
-            model.graphdef, params, context, everywhere, key, sampling=sampling, end_ids=()
-        )
+        options = GenerateOptions(sampling, ())
+        calls[decoding] = lambda: generate(model.graphdef, params, context, everywhere, key, options=options)
     for call in calls.values():
         jax.block_until_ready(call())  # compile
     times: dict[str, list[float]] = {name: [] for name in calls}

@@ -16,7 +16,7 @@ from jaxrm.inference.sharded_model import shard_model
 from jaxrm.models.build import ModelSource
 from jaxrm.models.config import PRESETS
 from jaxrm.models.generate import generate
-from jaxrm.models.sampling import SamplingConfig, check_on_policy, response_keys, sample
+from jaxrm.models.sampling import GenerateOptions, SamplingConfig, check_on_policy, response_keys, sample
 from jaxrm.models.transformer import Decoder, positions_from_mask
 from jaxrm.sharding.mesh import MeshConfig, build_mesh
 from jaxrm.types import ResponseBatch
@@ -41,7 +41,7 @@ def test_greedy_tokens_are_the_argmax_of_the_full_forward():
     """An independent loop without a cache, each row alone and without padding."""
     graphdef, params, prompts, mask = model_and_prompts()
     sampling = SamplingConfig(max_new_tokens=5, temperature=0.0)
-    got = generate(graphdef, params, prompts, mask, jax.random.key(0), sampling=sampling, end_ids=())
+    got = generate(graphdef, params, prompts, mask, jax.random.key(0), options=GenerateOptions(sampling, ()))
     assert got.mask.all()
 
     @jax.jit
@@ -60,9 +60,9 @@ def test_greedy_tokens_are_the_argmax_of_the_full_forward():
 def test_a_response_ends_with_its_end_token():
     graphdef, params, prompts, mask = model_and_prompts()
     sampling = SamplingConfig(max_new_tokens=12, temperature=0.0)
-    free = generate(graphdef, params, prompts, mask, jax.random.key(0), sampling=sampling, end_ids=())
+    free = generate(graphdef, params, prompts, mask, jax.random.key(0), options=GenerateOptions(sampling, ()))
     end = int(free.tokens[0, 3])
-    got = generate(graphdef, params, prompts, mask, jax.random.key(0), sampling=sampling, end_ids=(end,))
+    got = generate(graphdef, params, prompts, mask, jax.random.key(0), options=GenerateOptions(sampling, (end,)))
     for row in range(3):
         ids = free.tokens[row].tolist()
         length = ids.index(end) + 1 if end in ids else 12
@@ -74,7 +74,7 @@ def test_the_loop_stops_once_every_row_has_ended():
     graphdef, params, prompts, mask = model_and_prompts()
     sampling = SamplingConfig(max_new_tokens=12, temperature=0.0)
     every = tuple(range(TINY.vocab_size))
-    got = generate(graphdef, params, prompts, mask, jax.random.key(0), sampling=sampling, end_ids=every)
+    got = generate(graphdef, params, prompts, mask, jax.random.key(0), options=GenerateOptions(sampling, every))
     assert got.mask.sum(axis=1).tolist() == [1, 1, 1]
     assert got.tokens[:, 0].all() and not got.tokens[:, 1:].any()  # nothing was written after them
 
@@ -85,21 +85,22 @@ def test_samples_depend_on_the_key_alone():
     end = 7
     sampled = functools.partial(generate, graphdef, params)
     short, long = SamplingConfig(max_new_tokens=4), SamplingConfig(max_new_tokens=9)
-    got = sampled(prompts, mask, jax.random.key(3), sampling=long, end_ids=(end,))
+    got = sampled(prompts, mask, jax.random.key(3), options=GenerateOptions(long, (end,)))
     padded = jnp.where(mask, prompts, end)
-    again = sampled(padded, mask, jax.random.key(3), sampling=long, end_ids=(end,))
+    again = sampled(padded, mask, jax.random.key(3), options=GenerateOptions(long, (end,)))
     np.testing.assert_array_equal(again.tokens, got.tokens)
     np.testing.assert_array_equal(again.mask, got.mask)
-    cut = sampled(prompts, mask, jax.random.key(3), sampling=short, end_ids=(end,))
+    cut = sampled(prompts, mask, jax.random.key(3), options=GenerateOptions(short, (end,)))
     np.testing.assert_array_equal(cut.tokens, got.tokens[:, :4])
-    other = sampled(prompts, mask, jax.random.key(4), sampling=short, end_ids=(end,))
+    other = sampled(prompts, mask, jax.random.key(4), options=GenerateOptions(short, (end,)))
     assert (other.tokens != cut.tokens).any()
 
 
 def test_a_response_depends_on_no_neighbor():
     """One row of a batch alone, by its key and by that of its prompt; log-probs are those of the training forward."""
     graphdef, params, prompts, mask = model_and_prompts()
-    sampled = functools.partial(generate, graphdef, params, sampling=SamplingConfig(9, temperature=0.7), end_ids=(7,))
+    options = GenerateOptions(SamplingConfig(9, temperature=0.7), (7,))
+    sampled = functools.partial(generate, graphdef, params, options=options)
     got, keys = sampled(prompts, mask, jax.random.key(3)), response_keys(jax.random.key(3), 3, 1)
     alone = sampled(prompts[1:2], mask[1:2], keys[1:2])
     np.testing.assert_array_equal(alone.tokens[0][alone.mask[0]], got.tokens[1][got.mask[1]])
@@ -112,7 +113,7 @@ def test_bfloat16_decoding_reads_no_float32_weights():
     graphdef, params = jax.eval_shape(lambda: nnx.split(Decoder(TINY, rngs=nnx.Rngs(0), dtype=jnp.bfloat16)))
     ids, mask = jax.ShapeDtypeStruct((3, 6), jnp.int32), jax.ShapeDtypeStruct((3, 6), bool)
     sampling = SamplingConfig(max_new_tokens=5)
-    traced = generate.trace(graphdef, params, ids, mask, jax.random.key(0), sampling=sampling, end_ids=())
+    traced = generate.trace(graphdef, params, ids, mask, jax.random.key(0), options=GenerateOptions(sampling, ()))
     (loop,) = [eqn for eqn in traced.jaxpr.eqns if eqn.primitive.name == "while"]
     read = [v.aval for v in loop.invars if jnp.issubdtype(v.aval.dtype, jnp.floating) and v.aval.ndim > 1]
     assert sum(x.dtype == jnp.bfloat16 for x in read) == 2 * (6 + 4) + 1  # products and keys of 2 layers, head
@@ -131,8 +132,7 @@ def test_eight_devices_sample_as_one(n):
     def drawn(devices, mesh):
         model = shard_model(ModelSource(), build_mesh(mesh, devices), config)
         given = (jax.device_put(make(), model.shardings), prompts, mask, jax.random.key(0))
-        options = {"sampling": sampling, "end_ids": (5,), "responses_per_prompt": n}
-        traced = generate.trace(model.graphdef, *given, **options)
+        traced = generate.trace(model.graphdef, *given, options=GenerateOptions(sampling, (5,), n))
         constraints = [eqn for eqn in traced.jaxpr.eqns if eqn.primitive.name == "sharding_constraint"]
         return traced.lower().compile()(*given), [eqn.params["sharding"].spec for eqn in constraints]
 
@@ -168,8 +168,8 @@ def test_tokens_depend_on_no_slot_and_no_device(n):
     def drawn(slots, devices="one"):
         model = models[devices]
         given = jax.device_put(params, model.shardings), prompts, mask, jax.random.key(3), limits
-        options = {"sampling": SamplingConfig(T), "end_ids": (5,), "responses_per_prompt": n, "slots": slots}
-        return jax.device_get(generate(model.graphdef, *given, **options))
+        options = GenerateOptions(SamplingConfig(T), (5,), n, slots)
+        return jax.device_get(generate(model.graphdef, *given, options=options))
 
     whole = drawn(None)
     lengths = whole.mask.sum(axis=1)
@@ -196,18 +196,18 @@ def test_responses_that_share_a_prompt_are_as_with_their_own(config):
     """The same draws from the same keys, as the prompts were written n times; greedily, what the prompt alone gets."""
     _, _, prompts, mask = model_and_prompts()
     graphdef, params = jax.jit(lambda: nnx.split(Decoder(config, rngs=nnx.Rngs(0))))()
-    draw = functools.partial(generate, graphdef, nnx.to_pure_dict(params), end_ids=(7,))
+    draw = functools.partial(generate, graphdef, nnx.to_pure_dict(params))
     keys = response_keys(jax.random.key(3), 3, 4)
-    sampling, greedy = (SamplingConfig(max_new_tokens=8, temperature=temperature) for temperature in (1.0, 0.0))
-    shared = draw(prompts, mask, jax.random.key(3), sampling=sampling, responses_per_prompt=4)
-    repeated = draw(*(jnp.repeat(x, 4, axis=0) for x in (prompts, mask)), keys.reshape(-1, 1), sampling=sampling)
+    sampled, greedy = (GenerateOptions(SamplingConfig(8, temperature), (7,)) for temperature in (1.0, 0.0))
+    shared = draw(prompts, mask, jax.random.key(3), options=dataclasses.replace(sampled, responses_per_prompt=4))
+    repeated = draw(*(jnp.repeat(x, 4, axis=0) for x in (prompts, mask)), keys.reshape(-1, 1), options=sampled)
     np.testing.assert_array_equal(shared.tokens, repeated.tokens)
     np.testing.assert_array_equal(shared.mask, repeated.mask)
     np.testing.assert_allclose(shared.log_probs, repeated.log_probs, atol=1e-5)
     assert all(len({tuple(row) for row in group.tolist()}) == 4 for group in shared.tokens.reshape(3, 4, 8))
 
-    alone = draw(prompts, mask, keys[:, 0], sampling=greedy)
-    together = draw(prompts, mask, keys[:, 0], sampling=greedy, responses_per_prompt=2)
+    alone = draw(prompts, mask, keys[:, 0], options=greedy)
+    together = draw(prompts, mask, keys[:, 0], options=dataclasses.replace(greedy, responses_per_prompt=2))
     np.testing.assert_array_equal(together.tokens, jnp.repeat(alone.tokens, 2, axis=0))
     np.testing.assert_array_equal(together.mask, jnp.repeat(alone.mask, 2, axis=0))
 
@@ -216,8 +216,8 @@ def test_a_shared_prompt_has_one_set_of_keys_in_memory():
     """The loop over tokens has the prompt's slots once, and for each response only those of its own tokens."""
     graphdef, params = jax.eval_shape(lambda: nnx.split(Decoder(TINY, rngs=nnx.Rngs(0))))
     ids, mask = jax.ShapeDtypeStruct((3, 6), jnp.int32), jax.ShapeDtypeStruct((3, 6), bool)
-    options = {"sampling": SamplingConfig(max_new_tokens=5), "end_ids": (), "responses_per_prompt": 4}
-    traced = generate.trace(graphdef, params, ids, mask, jax.random.key(0), **options)
+    options = GenerateOptions(SamplingConfig(max_new_tokens=5), (), 4)
+    traced = generate.trace(graphdef, params, ids, mask, jax.random.key(0), options=options)
     (loop,) = [eqn for eqn in traced.jaxpr.eqns if eqn.primitive.name == "while"]
     shapes = [v.aval.shape for v in loop.invars if v.aval.ndim == 4]
     K, H = TINY.num_kv_heads, TINY.head_dim
@@ -295,7 +295,7 @@ def test_ids_without_a_token_are_never_drawn(sampling):
     _, params, prompts, mask = model_and_prompts()
     config = dataclasses.replace(TINY, drawable=((1, 20), (39, 61)))
     graphdef = jax.eval_shape(lambda: nnx.split(Decoder(config, rngs=nnx.Rngs(0))))[0]
-    got = generate(graphdef, params, prompts, mask, jax.random.key(0), sampling=sampling, end_ids=())
+    got = generate(graphdef, params, prompts, mask, jax.random.key(0), options=GenerateOptions(sampling, ()))
     assert set(np.unique(got.tokens)) <= {*range(1, 20), *range(39, 61)}
 
 

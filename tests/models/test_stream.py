@@ -10,7 +10,7 @@ from flax import nnx
 from jaxrm.models import stream
 from jaxrm.models.config import PRESETS
 from jaxrm.models.generate import generate
-from jaxrm.models.sampling import SamplingConfig, response_keys
+from jaxrm.models.sampling import GenerateOptions, SamplingConfig, response_keys
 from jaxrm.models.transformer import Decoder
 
 CONFIG = dataclasses.replace(
@@ -37,10 +37,10 @@ def test_answers_in_a_stream_are_those_of_one_batch(monkeypatch):
     prompts = rng.integers(0, 61, (G, 8)).astype(np.int32)
     mask = np.arange(8)[None] >= 8 - rng.integers(1, 9, (G, 1))
     limits, keys = np.minimum(rng.geometric(1 / 6, G), 12).astype(np.int32), response_keys(jax.random.key(3), G, 1)
-    whole = generate(graphdef, params, prompts, mask, keys, limits, sampling=sampling, end_ids=(7,))
+    whole = generate(graphdef, params, prompts, mask, keys, limits, options=GenerateOptions(sampling, (7,)))
     whole = jax.device_get(whole)
 
-    answers = stream.Stream(graphdef, params, sampling=sampling, end_ids=(7,), slots=32)
+    answers = stream.Stream(graphdef, params, options=GenerateOptions(sampling, (7,), slots=32))
     rows = zip(prompts, mask, np.asarray(jax.random.key_data(keys[:, 0])), limits, strict=True)
     waiting = [stream.Prompt(ids[real].tolist(), key, int(limit)) for ids, real, key, limit in rows]
     compiled = []
@@ -64,8 +64,8 @@ def test_a_burst_writes_into_the_cache_that_it_is_given():
     params = nnx.to_pure_dict(params)
     layers, head = jax.eval_shape(lambda params: stream._unstack(graphdef, params), params)
     state = jax.eval_shape(lambda params: stream._empty(params, 32, 512, 512, graphdef=graphdef), params)
-    options = {"graphdef": graphdef, "sampling": SamplingConfig(512), "end_ids": (7,)}
-    compiled = stream._burst.lower(state, params, layers, head, 4, **options).compile()
+    options = GenerateOptions(SamplingConfig(512), (7,))
+    compiled = stream._burst.lower(state, params, layers, head, 4, graphdef=graphdef, options=options).compile()
     one = 4 * state.past.keys[0].size  # bytes of the keys of one layer; it has values too, and so have the prompts
     memory = compiled.memory_analysis()
     assert memory.alias_size_in_bytes > 16 * one and memory.temp_size_in_bytes < 2 * one

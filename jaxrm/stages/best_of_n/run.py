@@ -22,6 +22,7 @@ from jaxrm.data.tasks.prompts import prompt_field
 from jaxrm.inference import sharded_model, weights
 from jaxrm.inference.rollout_model import build_sampler, layout_of, shard_rollout_model
 from jaxrm.inference.sharded_model import ShardedModel
+from jaxrm.models.sampling import GenerateOptions
 from jaxrm.runtime.metrics import read_rows
 from jaxrm.runtime.preemption import EXIT_PREEMPTED
 from jaxrm.runtime.run_folder import RunFolder
@@ -156,10 +157,8 @@ def _open_draws(inputs: _Inputs, folder: RunFolder, source: RewardSource) -> tup
         stage.model,
         rollout_model,
         dtype=config.model.dtype,
-        sampling=config.rollout.sampling,
-        end_ids=stage.end_ids,
+        options=GenerateOptions(config.rollout.sampling, stage.end_ids, slots=config.rollout.slots),
         num_microbatches=config.rollout.num_microbatches,
-        slots=config.rollout.slots,
     )
     score = PolicyRewards(config, stage.model, params, source)
     run_key, _, calibration_key, _ = jax.random.split(jax.random.key(config.seed), 4)  # as those of PPO

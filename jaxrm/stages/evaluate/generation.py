@@ -14,6 +14,7 @@ from jaxrm.data.prompts import PromptExample
 from jaxrm.inference import parameters
 from jaxrm.inference.rollout_model import build_sampler
 from jaxrm.inference.sharded_model import ShardedModel
+from jaxrm.models.sampling import GenerateOptions
 from jaxrm.stages.evaluate.answers import add_sources, answer_rows, draw_answers, log_ratio
 from jaxrm.stages.inputs.prompts import fixed_batches
 from jaxrm.stages.rewards.calibration import PolicyRewards, calibration_of
@@ -120,13 +121,13 @@ def open_generator(
         stage.model,
         rollout_model,
         dtype=config.model.dtype,
-        end_ids=stage.end_ids,
         num_microbatches=config.rollout.num_microbatches,
-        slots=config.rollout.slots,
     )
+    options = GenerateOptions(sampling, stage.end_ids, slots=config.rollout.slots)
+    greedy = dataclasses.replace(sampling, temperature=0.0, top_k=0, top_p=1.0)
     samplers = {
-        "sampled": build(sampling=sampling),
-        "greedy": build(sampling=dataclasses.replace(sampling, temperature=0.0, top_k=0, top_p=1.0)),
+        "sampled": build(options=options),
+        "greedy": build(options=dataclasses.replace(options, sampling=greedy)),
     }
     calibration_key, key = jax.random.split(jax.random.key(config.seed))
     score, source = None, None

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -31,7 +31,7 @@ from jaxrm.inference import sharded_model
 from jaxrm.inference.rollout_model import build_sampler, shard_rollout_model, with_storage
 from jaxrm.inference.sharded_model import ShardedModel
 from jaxrm.models import lora
-from jaxrm.models.sampling import SamplingConfig
+from jaxrm.models.sampling import GenerateOptions, SamplingConfig
 from jaxrm.models.transformer import DecodingStorage
 from jaxrm.runtime.checkpoint import with_shardings
 from jaxrm.sharding import partition
@@ -157,8 +157,8 @@ class Learner:
         """Samples the responses of a step: ``config.rollout.responses_per_prompt`` to each prompt."""
         rollout = self.config.rollout
         model = with_storage(self.rollout_model, DecodingStorage(rollout.weights, rollout.cache))
-        n, parts = rollout.responses_per_prompt, rollout.num_microbatches
-        return self._sampler(model, rollout.sampling, parts, n, rollout.slots)
+        options = GenerateOptions(rollout.sampling, self.end_ids, rollout.responses_per_prompt, rollout.slots)
+        return self._sampler(model, options, rollout.num_microbatches)
 
     def sampler(self, sampling: SamplingConfig) -> BatchSampler:
         """Samples one response to each prompt, in so many parts that they take no larger cache than a step's.
@@ -166,34 +166,21 @@ class Learner:
         A batch has as many prompts as a step has responses, and no responses share a prompt's part of the cache.
         """
         config, rollout = self.config, self.config.rollout
+        options = GenerateOptions(sampling, self.end_ids)
         if rollout.responses_per_prompt == 1:
-            return self._sampler(self.rollout_model, sampling, rollout.num_microbatches, 1, rollout.slots)
+            options = replace(options, slots=rollout.slots)
+            return self._sampler(self.rollout_model, options, rollout.num_microbatches)
         batch_size, width = config.data.batch_size, config.data.max_length
         length = rollout.sampling.max_new_tokens
         tokens = length + (width - length) / rollout.responses_per_prompt  # in the cache, of a response of a step
         rows = batch_size // batch_shards(self.rollout_model.mesh)
         at_once = rollout.slots or batch_size // rollout.num_microbatches
         parts = next(n for n in range(1, rows + 1) if rows % n == 0 and width * batch_size / n <= tokens * at_once)
-        return self._sampler(self.rollout_model, sampling, parts, 1, None)
+        return self._sampler(self.rollout_model, options, parts)
 
-    def _sampler(
-        self,
-        model: ShardedModel,
-        sampling: SamplingConfig,
-        num_microbatches: int,
-        responses_per_prompt: int,
-        slots: int | None,
-    ) -> BatchSampler:
-        return build_sampler(
-            self.decoder,
-            model,
-            dtype=self.config.model.dtype,
-            sampling=sampling,
-            end_ids=self.end_ids,
-            num_microbatches=num_microbatches,
-            responses_per_prompt=responses_per_prompt,
-            slots=slots,
-        )
+    def _sampler(self, model: ShardedModel, options: GenerateOptions, num_microbatches: int) -> BatchSampler:
+        dtype = self.config.model.dtype
+        return build_sampler(self.decoder, model, dtype=dtype, options=options, num_microbatches=num_microbatches)
 
     def programs(self, source: RewardSource) -> ppo.Programs:
         """The jitted programs of a step, with rewards from ``source``."""
