@@ -19,7 +19,7 @@ from jaxrm.errors import UserError
 
 FLAG_OF_FIELD = {"path": "--checkpoint", "model.path": "--weights", "data.eval_path": "--input"}
 FLAG_OF_FIELD |= {"data.tokenizer": "--tokenizer", "data.template": "--template", "max_new_tokens": "--max_new_tokens"}
-FLAG_OF_FIELD |= {"model.adapter": "--adapter"}
+FLAG_OF_FIELD |= {"model.adapter": "--adapter", "batch_size": "--batch_size"}
 
 
 def define_flags(values: flags.FlagValues) -> None:

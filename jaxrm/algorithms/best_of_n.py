@@ -5,6 +5,7 @@ from. Fine-tuning on the winners (rejection sampling fine-tuning, Touvron et al.
 RAFT, Dong et al. 2023, arXiv 2304.06767) puts what it gains into the weights.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -60,42 +61,68 @@ class Best(NamedTuple):
 
 
 def best_of_n(
-    sample: SampleFn, score: Score, n: int, *, drawn: Callable[[int], None] | None = None
+    sample: SampleFn, score: Score, n: int, *, at_once: int = 1, drawn: Callable[[int], None] | None = None
 ) -> Callable[[Any, jax.Array, jax.Array, jax.Array], Best]:
     """Function ``(params, prompts [B, P], prompt_mask [B, P], keys [B]) -> Best``.
 
-    Draw ``i`` to a prompt is made with ``fold_in(its key, i)`` by the one program that draws a single response, so the
-    n responses are the first of those of ``n + 1``, and a few batches are in memory, whatever n is. The
-    winner has the highest sum of token rewards, which PPO maximizes; of equal ones the first wins, and a NaN
-    wins nowhere but in the first place.
+    Draw ``i`` to a prompt is made with ``fold_in(its key, i)``, so the n responses are the first of those of ``n + 1``.
+    A few batches are in memory, whatever n is. The winner has the highest sum of token rewards, which PPO maximizes; of
+    equal ones the first wins, and a NaN wins only where all are.
 
     Args:
-      sample: samples one response to each prompt, e.g. a `jaxrm.algorithms.rollout.BatchSampler`.
+      sample: samples ``at_once`` responses to each prompt, e.g. a `jaxrm.algorithms.rollout.BatchSampler`, which reads
+        the prompt once for them.
       score: token rewards of a batch, calibrated; it need not be a jax program.
-      n: responses to each prompt.
-      drawn: called after each draw with how many have been made; what it raises ends the work.
+      n: responses to each prompt, a multiple of ``at_once``.
+      at_once: responses to each prompt in one draw.
+      drawn: called after each draw with how many responses each prompt has; what it raises ends the work.
     """
-    assert n >= 1, n
+    assert n >= 1 and n % at_once == 0, (n, at_once)
 
     def select(params: Any, prompts: jax.Array, prompt_mask: jax.Array, keys: jax.Array) -> Best:
         every = jax.vmap(lambda key: prompt_keys(key, 0, n))(keys)
-        first = best = sample(params, prompts, prompt_mask, every[:, :1]).responses
-        rewards = score(best)
-        sums, parts = [rewards.diagnostics["sum"]], [_sums_of_parts(rewards)]
-        for i in range(n):
-            if i:
-                candidate = sample(params, prompts, prompt_mask, every[:, i : i + 1]).responses
-                candidate_rewards = score(candidate)
-                sums.append(candidate_rewards.diagnostics["sum"])
-                parts.append(_sums_of_parts(candidate_rewards))
-                best, rewards = _better((best, rewards), (candidate, candidate_rewards))
-            jax.block_until_ready(rewards)  # else all draws would be queued, each with its memory
+        first: ResponseBatch | None = None
+        best: tuple[ResponseBatch, TokenRewards] | None = None
+        sums, parts = [], []
+        for i in range(0, n, at_once):
+            candidates = sample(params, prompts, prompt_mask, every[:, i : i + at_once]).responses
+            scored = score(candidates)
+            sums.append(_by_prompt(scored.diagnostics["sum"], at_once))
+            parts.append({name: _by_prompt(part, at_once) for name, part in _sums_of_parts(scored).items()})
+            if first is None:
+                first = _chosen(candidates, jnp.zeros(len(prompts), jnp.int32), at_once)
+            winner = _chosen((candidates, scored), _winners(sums[-1]), at_once)
+            best = winner if best is None else _better(best, winner)
+            jax.block_until_ready(best)  # else all draws would be queued, each with its memory
             if drawn is not None:
-                drawn(i + 1)
+                drawn(i + at_once)
+        assert first is not None and best is not None
         by_source = {name: _columns([part[name] for part in parts]) for name in parts[0]}
-        return Best(best, rewards.diagnostics["sum"], rewards, _columns(sums), first, by_source)
+        responses, rewards = best
+        return Best(responses, rewards.diagnostics["sum"], rewards, _columns(sums), first, by_source)
 
     return select
+
+
+def divide(n: int, rows: int, *, prompt_unit: int, row_unit: int, slot_unit: int | None = None) -> tuple[int, int]:
+    """Prompts of a draw, and responses to each of them, that are at most ``rows`` together.
+
+    A prompt is read once for the responses of a draw, so that these are as many of the n as can be (jaxrm choice).
+
+    Args:
+      n: responses to each prompt.
+      rows: most responses of a draw.
+      prompt_unit: what divides the number of prompts; a divisor of ``rows``.
+      row_unit: what divides the number of responses; a divisor of ``rows``.
+      slot_unit: slots of a device, a whole number of times the responses to a prompt; None for no slots.
+    """
+    for at_once in (size for size in range(n, 0, -1) if n % size == 0):
+        if slot_unit is not None and slot_unit % at_once:
+            continue
+        for prompts in range(rows // at_once // prompt_unit * prompt_unit, 0, -prompt_unit):
+            if prompts * at_once % row_unit == 0:
+                return prompts, at_once
+    raise AssertionError((n, rows, prompt_unit, row_unit))  # one response to each of ``rows`` prompts fits
 
 
 def kl_bound(n: int) -> float:
@@ -112,12 +139,36 @@ def _sums_of_parts(rewards: TokenRewards) -> dict[str, jax.Array]:
     return {name: part.diagnostics["sum"] for name, part in rewards.parts.items()}
 
 
+@functools.partial(jax.jit, static_argnames="at_once")
+def _by_prompt(x: jax.Array, at_once: int) -> jax.Array:
+    """``[B at_once, ...] -> [B, at_once, ...]``, responses to a prompt being next to each other."""
+    return x.reshape(-1, at_once, *x.shape[1:])
+
+
+@jax.jit
+def _winners(sums: jax.Array) -> jax.Array:
+    """Place ``[B]`` of the highest of each row of ``sums [B, at_once]``."""
+    return jnp.argmax(jnp.where(jnp.isnan(sums), -jnp.inf, sums), axis=1)
+
+
+@functools.partial(jax.jit, static_argnames="at_once")
+def _chosen(tree: Any, places: jax.Array, at_once: int) -> Any:
+    """Of the responses to each prompt the one at its place ``[B]``."""
+
+    def choose(x: jax.Array) -> jax.Array:
+        grouped = _by_prompt(x, at_once)
+        return jnp.take_along_axis(grouped, jnp.expand_dims(places, tuple(range(1, grouped.ndim))), axis=1)[:, 0]
+
+    return jax.tree.map(choose, tree)
+
+
 @jax.jit
 def _better(
     best: tuple[ResponseBatch, TokenRewards], candidate: tuple[ResponseBatch, TokenRewards]
 ) -> tuple[ResponseBatch, TokenRewards]:
     """Row by row the candidate where its sum is higher, else the best so far."""
-    wins = candidate[1].diagnostics["sum"] > best[1].diagnostics["sum"]
+    ours, theirs = best[1].diagnostics["sum"], candidate[1].diagnostics["sum"]
+    wins = (theirs > ours) | (jnp.isnan(ours) & ~jnp.isnan(theirs))
 
     def choose(new: jax.Array, old: jax.Array) -> jax.Array:
         return jnp.where(jnp.expand_dims(wins, tuple(range(1, new.ndim))), new, old)
@@ -127,4 +178,4 @@ def _better(
 
 @jax.jit
 def _columns(sums: list[jax.Array]) -> jax.Array:
-    return jnp.stack(sums, axis=1)
+    return jnp.concatenate(sums, axis=1)

@@ -1,5 +1,6 @@
 """How a policy answers prompts: on the mesh that it lies on, or on another layout of the same devices."""
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -7,9 +8,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxrm.algorithms import rollout
+from jaxrm.algorithms.best_of_n import divide
 from jaxrm.algorithms.rollout import BatchSampler
 from jaxrm.errors import UserError, flag, option
-from jaxrm.inference import sharded_model
+from jaxrm.inference import decode_memory, sharded_model
 from jaxrm.inference.decode_mesh import DecodeLoad, decode_meshes
 from jaxrm.inference.sharded_model import ShardedModel
 from jaxrm.models import build, lora
@@ -77,6 +79,21 @@ def _on_mesh(config: PPO, mesh: Mesh, policy: ShardedModel, field: str) -> Shard
     if mesh.shape == policy.mesh.shape:
         return policy
     return sharded_model.shard_model(config.model, mesh, policy.config, lora=policy.lora, field=field)
+
+
+def check_cache(config: Any, rollout_model: ShardedModel, prompt_length: int) -> None:
+    """Refuse responses whose keys and values no device has room for, before anything is allocated.
+
+    Args:
+      config: the whole config.
+      rollout_model: from `shard_rollout_model`.
+      prompt_length: tokens that prompts are padded to.
+
+    Raises:
+      UserError: with the most responses at once that fit.
+    """
+    weights = _decode_load(config, rollout_model).weights
+    decode_memory.check_rollout(config, rollout_model.config, rollout_model.mesh, weights, prompt_length)
 
 
 def _decode_load(config: PPO, policy: ShardedModel) -> DecodeLoad:
@@ -158,6 +175,28 @@ def check_slots(config: Any, mesh: Mesh, *, mesh_field: str = "mesh") -> None:
             f"fsdp axes of {option(mesh_field)}; use a multiple of {unit}, e.g. "
             f"{flag(name)}={max(1, round(slots / unit)) * unit}"
         )
+
+
+def divide_responses(config: Any, mesh: Mesh, rollout_mesh: Mesh, n: int) -> tuple[int, int]:
+    """Prompts of a draw, and responses to each of them, of n in all: `jaxrm.algorithms.best_of_n.divide`.
+
+    Together they are at most ``config.data.batch_size``, so a draw takes no more memory than one response to each of so
+    many prompts.
+
+    Args:
+      config: the whole config.
+      mesh: that responses are scored on.
+      rollout_mesh: that the policy answers on.
+      n: responses to each prompt.
+    """
+    rollout, shards, rollout_shards = config.rollout, batch_shards(mesh), batch_shards(rollout_mesh)
+    return divide(
+        n,
+        config.data.batch_size,
+        prompt_unit=math.lcm(shards, rollout_shards * rollout.num_microbatches),
+        row_unit=shards * config.num_microbatches,
+        slot_unit=None if rollout.slots is None else rollout.slots // rollout_shards,
+    )
 
 
 def check_one_response_a_prompt(config: Any, instead: str) -> None:

@@ -5,17 +5,20 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxrm.data import templates
 from jaxrm.data.records import Message
 from jaxrm.data.responses import Response, response_text
 from jaxrm.errors import UserError, flag, option
+from jaxrm.inference.decode_memory import CacheFields, cache_room, check_room
 from jaxrm.inference.sharded_model import ShardedModel
 from jaxrm.models.config import ModelConfig
 from jaxrm.models.generate import generate, refill_of
+from jaxrm.models.quantized_params import count_parameters
 from jaxrm.models.sampling import GenerateOptions, SamplingConfig, prompt_keys, response_keys
-from jaxrm.models.stream import Prompt, Stream
+from jaxrm.models.stream import Prompt, Stream, bucket
 from jaxrm.sharding.mesh import batch_shards
 
 if TYPE_CHECKING:
@@ -128,7 +131,22 @@ class Sampler:
         Raises:
           UserError: as `encode`; at once, before anything is drawn.
         """
-        return self._answers(self.encode(prompts), keys, slots)
+        encoded = self.encode(prompts)
+        shards = batch_shards(self._model.mesh)
+        slots = min(slots, 1 << max(len(encoded) - 1, 0).bit_length())  # few numbers: few programs are compiled
+        slots = -(-slots // shards) * shards  # as many on every device
+        if encoded:
+            self._check_memory(max(map(len, encoded)), slots)
+        return self._answers(encoded, keys, slots)
+
+    def _check_memory(self, prompt: int, slots: int) -> None:
+        """Refuse more slots than a device has memory for."""
+        model, response = self._model, self._sampling.max_new_tokens
+        itemsize = jnp.dtype(model.source.dtype).itemsize
+        weights = itemsize * count_parameters(model.shapes)
+        tokens = bucket(prompt) + response
+        room = cache_room(model.config, model.mesh, itemsize=itemsize, weights=weights, tokens=tokens)
+        check_room(room, slots, prompt, response, CacheFields("batch_size", flag("batch_size"), "max_new_tokens"))
 
     def _answers(self, encoded: list[list[int]], keys: jax.Array, slots: int) -> Iterator[tuple[int, Response]]:
         if not encoded:
@@ -136,9 +154,6 @@ class Sampler:
         data = np.asarray(jax.random.key_data(response_keys(keys, len(encoded), 1)[:, 0]))
         limit = self._sampling.max_new_tokens
         waiting = [Prompt(ids, key, limit) for ids, key in zip(encoded, data, strict=True)]
-        slots = min(slots, 1 << (len(encoded) - 1).bit_length())  # few numbers, so that few programs are compiled
-        shards = batch_shards(self._model.mesh)
-        slots = -(-slots // shards) * shards  # as many on every device
         for answer in self._stream(slots).answer(waiting):
             yield answer.place, self.text(answer.tokens)
 

@@ -140,7 +140,7 @@ def _in_turn(writer: Writer, state: Slots, work: Work, refill: int) -> Generatio
         chosen = jnp.argsort(~free_groups(state, n), stable=True)[:refill]
         part = jax.tree.map(lambda x: x[jnp.minimum(number, G - 1)], work)
         places = number[:, None] * n + jnp.arange(n)[None]
-        return (writer.refill(state, part, jnp.where(number < G, chosen, groups), places), out), None
+        return (writer.refill(state, part, writer.read(part), jnp.where(number < G, chosen, groups), places), out), None
 
     # The last of these reads no prompt that counts: to compile another loop as wide takes longer.
     reads = [*range(groups, G, refill), G]

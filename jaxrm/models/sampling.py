@@ -46,6 +46,8 @@ class GenerateOptions:
       slots: responses that are written at once, a multiple of n; None or more than there are for all. With n responses
         a prompt the n slots of a prompt are taken anew when the last of them has ended.
       refill: prompts that are read at once, when so many can be begun; None for an eighth of the slots.
+      prefill_chunk: most tokens of a prompt that are read at once. Longer ones are read in chunks, see
+        `jaxrm.models.prefill` (jaxrm choice).
     """
 
     sampling: SamplingConfig
@@ -53,6 +55,7 @@ class GenerateOptions:
     responses_per_prompt: int = 1
     slots: int | None = None
     refill: int | None = None
+    prefill_chunk: int = 1024
 
 
 @functools.partial(jax.jit, static_argnames="count")

@@ -5,12 +5,12 @@ The functions here are traced inside jitted programs: `jaxrm.models.generate` ha
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jaxrm.models import cache
+from jaxrm.models import cache, prefill
 from jaxrm.models.layers import Layer
 from jaxrm.models.sampling import GenerateOptions, sample
 from jaxrm.models.transformer import Decoder, positions_from_mask
@@ -32,6 +32,18 @@ class Work:
     mask: Any
     keys: jax.Array
     limits: Any
+
+
+class PromptsRead(NamedTuple):
+    """What a model keeps of prompts.
+
+    Attributes:
+      prompts: their keys and values.
+      hidden: ``[G, D]`` of the last token of each, of which the first of a response is drawn.
+    """
+
+    prompts: cache.SharedPrompts
+    hidden: jax.Array
 
 
 @jax.tree_util.register_dataclass
@@ -90,7 +102,8 @@ class Writer:
     def begin(self, work: Work, width: int) -> Slots:
         """A slot for every response to ``work``, with its first token drawn and a ring of ``width`` columns."""
         n = work.keys.shape[1]
-        prompts, token, log_prob = self._read(work)
+        prompts, hidden = self.read(work)
+        token, log_prob = self._first_tokens(work, hidden)
         rows = token.shape[0]
         limits, places = jnp.repeat(work.limits, n), jnp.arange(rows, dtype=jnp.int32)
         return Slots(
@@ -108,19 +121,20 @@ class Writer:
             capacity=jnp.asarray(rows, jnp.int32),
         )
 
-    def refill(self, slots: Slots, work: Work, groups: jax.Array, places: jax.Array) -> Slots:
+    def refill(self, slots: Slots, work: Work, read: PromptsRead, groups: jax.Array, places: jax.Array) -> Slots:
         """Begin the responses to ``work`` in slots whose own have ended.
 
         Args:
           slots: before.
           work: the next prompts.
+          read: what was read of them.
           groups: ``[G]`` int32, which n neighboring slots each prompt gets, counted in groups; past the last for a
             prompt that is not answered.
           places: ``[G, n]`` int32 of the responses.
         """
         G, n = work.keys.shape
-        prompts, token, log_prob = self._read(work)
-        prompts = cache.widened(prompts, slots.prompts.occupied.shape[1])
+        token, log_prob = self._first_tokens(work, read.hidden)
+        prompts = cache.widened(read.prompts, slots.prompts.occupied.shape[1])
         rows = (groups[:, None] * n + jnp.arange(n)[None]).reshape(-1)
         limits, cursor = jnp.repeat(work.limits, n), slots.past.cursor
 
@@ -173,14 +187,21 @@ class Writer:
             capacity=slots.capacity + slots.token.shape[0],
         )
 
-    def _read(self, work: Work) -> tuple[cache.SharedPrompts, jax.Array, jax.Array]:
-        """Keys and values of prompts, and the first token of each response with its log-prob."""
+    def read(self, work: Work) -> PromptsRead:
+        """Read the prompts, the long ones in chunks."""
+        if (size := prefill.chunk_size(work.prompts.shape[1], self.options.prefill_chunk)) is not None:
+            hidden, prompts = prefill.in_chunks(self.model, work.prompts, work.mask, size)
+            return PromptsRead(prompts, hidden)
         hidden, prompts = self.model.prefill(
             work.prompts, positions=positions_from_mask(work.mask), segment_ids=work.mask.astype(jnp.int32)
         )
-        last = jnp.repeat(hidden[:, -1], work.keys.shape[1], axis=0)
+        return PromptsRead(prompts, hidden[:, -1])
+
+    def _first_tokens(self, work: Work, hidden: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The first token of each response, and its log-prob."""
+        last = jnp.repeat(hidden, work.keys.shape[1], axis=0)
         keys = jax.vmap(jax.random.fold_in, (0, None))(work.keys.reshape(-1), 0)
-        return prompts, *sample(self.model.logits(last, self.head), keys, self.options.sampling)
+        return sample(self.model.logits(last, self.head), keys, self.options.sampling)
 
     def _is_end(self, token: jax.Array) -> jax.Array:
         return jnp.any(token[:, None] == jnp.asarray(self.options.end_ids, jnp.int32)[None], axis=1)

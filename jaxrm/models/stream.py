@@ -15,11 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxrm.models import cache
+from jaxrm.models import cache, prefill
 from jaxrm.models.generate import fewer_slots, refill_of
 from jaxrm.models.layers import Layer
+from jaxrm.models.prefill import Reading
 from jaxrm.models.sampling import GenerateOptions
-from jaxrm.models.slots import Slots, Work, Writer, free_groups, pick
+from jaxrm.models.slots import PromptsRead, Slots, Work, Writer, free_groups, pick
 from jaxrm.models.transformer import Decoder
 
 _BURST = 32  # tokens between two looks of the host
@@ -39,6 +40,24 @@ class Answer(NamedTuple):
     place: int
     tokens: np.ndarray
     log_probs: np.ndarray
+
+
+class Weights(NamedTuple):
+    """Parameters of a decoder, as prompts are read with them, and as a loop over tokens reads them.
+
+    Attributes:
+      params: its parameters.
+      layers: from `Decoder.unstack_layers`.
+      head: from `Decoder.decode_head`.
+    """
+
+    params: Any
+    layers: tuple[Layer, ...]
+    head: jax.Array
+
+    def writer(self, graphdef: nnx.GraphDef, options: GenerateOptions) -> Writer:
+        """The decoder in slots."""
+        return Writer(nnx.merge(graphdef, self.params), self.layers, self.head, options)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,18 +89,18 @@ class Stream:
 
     def __init__(self, graphdef: nnx.GraphDef, params: Any, *, options: GenerateOptions) -> None:
         assert options.slots is not None and options.responses_per_prompt == 1, options
-        self._graphdef, self._params, self._sampling = graphdef, params, options.sampling
+        self._graphdef, self._options = graphdef, options
         self._static = {"graphdef": graphdef, "options": options}
         self._slots, self._refill = options.slots, options.refill or refill_of(options.slots, 1)
-        self._layers, self._head = _unstack(graphdef, params)
+        self._weights = Weights(params, *_unstack(graphdef, params))
         self.capacity = 0
 
     def answer(self, prompts: Sequence[Prompt]) -> Iterator[Answer]:
         """The responses to all prompts, each as soon as it is whole."""
         room = max(len(prompt.tokens) for prompt in prompts)
-        longest = self._sampling.max_new_tokens
+        longest = self._options.sampling.max_new_tokens
         width = min(max(_FIRST_WIDTH, -(-longest // 4)), longest)
-        state = _empty(self._params, self._slots, bucket(room), width, graphdef=self._graphdef)
+        state = _empty(self._weights.params, self._slots, bucket(room), width, graphdef=self._graphdef)
         places = np.full(self._slots, -1)  # the prompt that each slot answers
         first = 0
         while True:
@@ -94,7 +113,8 @@ class Stream:
             if waiting and len(free) >= min(self._refill, waiting):
                 now = prompts[first : first + self._refill]
                 work, rows = self._work(now, free)
-                state = _begin(state, self._params, self._layers, self._head, work, rows, **self._static)
+                state, reading = self._read_in_chunks(state, work)
+                state = _begin(state, self._weights, work, rows, reading, **self._static)
                 places[free[: len(now)]] = np.arange(first, first + len(now))
                 first += len(now)
                 continue
@@ -105,13 +125,26 @@ class Stream:
             enough = min(self._refill, waiting) if waiting else len(places) - fewer
             if not waiting and len(free) >= enough:
                 chosen = np.argsort(places < 0, kind="stable")[:fewer]
-                state, places = _picked(state, self._params, chosen, graphdef=self._graphdef), places[chosen]
+                state, places = _picked(state, self._weights.params, chosen, graphdef=self._graphdef), places[chosen]
                 continue
             if width < longest and width <= drawn[places >= 0].max():
                 width = min(2 * width, longest)
-                state = _grown(state, self._params, width, graphdef=self._graphdef)
+                state = _grown(state, self._weights.params, width, graphdef=self._graphdef)
                 continue
-            state = _burst(state, self._params, self._layers, self._head, enough, **self._static)
+            state = _burst(state, self._weights, enough, **self._static)
+
+    def _read_in_chunks(self, state: Slots, work: Work) -> tuple[Slots, Reading | None]:
+        """Read prompts that are too long to be read at once, with a burst of the other responses after each chunk."""
+        size = prefill.chunk_size(work.prompts.shape[1], self._options.prefill_chunk)
+        if size is None:
+            return state, None
+        params, graphdef = self._weights.params, self._graphdef
+        chunks = -(-work.prompts.shape[1] // size)
+        reading = _unread(params, len(work.prompts), chunks * size, graphdef=graphdef)
+        for number in range(chunks):
+            reading = _chunk_read(reading, params, work, number, size=size, graphdef=graphdef)
+            state = _burst(state, self._weights, len(state.alive), **self._static)
+        return state, reading
 
     def _work(self, prompts: Sequence[Prompt], free: np.ndarray) -> tuple[Work, np.ndarray]:
         """The next prompts as arrays of one size, and the slot of each; one past the last for what fills them up."""
@@ -180,33 +213,47 @@ def _empty(params: Any, slots: int, prompt_width: int, width: int, *, graphdef: 
 @functools.partial(jax.jit, static_argnames=("graphdef", "options"), donate_argnames="state")
 def _begin(
     state: Slots,
-    params: Any,
-    layers: tuple[Layer, ...],
-    head: jax.Array,
+    weights: Weights,
     work: Work,
     rows: jax.Array,
+    reading: Reading | None,
     *,
     graphdef: nnx.GraphDef,
     options: GenerateOptions,
 ) -> Slots:
-    """The slots with ``work`` begun in ``rows``."""
-    writer = Writer(nnx.merge(graphdef, params), layers, head, options)
-    return _readable(writer.model, writer.refill(state, work, rows, rows[:, None]))
+    """The slots with ``work`` begun in ``rows``; it is read here, unless it was in chunks."""
+    writer = weights.writer(graphdef, options)
+    if reading is None:
+        read = writer.read(work)
+    else:
+        read = PromptsRead(prefill.read_prompts(writer.model, reading, work.mask), reading.hidden)
+    return _readable(writer.model, writer.refill(state, work, read, rows, rows[:, None]))
+
+
+@functools.partial(jax.jit, static_argnames=("size", "graphdef"), donate_argnames="reading")
+def _chunk_read(
+    reading: Reading, params: Any, work: Work, number: int, *, size: int, graphdef: nnx.GraphDef
+) -> Reading:
+    """The prompts of ``work`` with one chunk more."""
+    return prefill.read_chunk(nnx.merge(graphdef, params), reading, work.prompts, work.mask, number, size)
+
+
+@functools.partial(jax.jit, static_argnames=("prompts", "width", "graphdef"))
+def _unread(params: Any, prompts: int, width: int, *, graphdef: nnx.GraphDef) -> Reading:
+    return prefill.empty(nnx.merge(graphdef, params), prompts, width)
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "options"), donate_argnames="state")
 def _burst(
     state: Slots,
-    params: Any,
-    layers: tuple[Layer, ...],
-    head: jax.Array,
+    weights: Weights,
     enough: jax.Array,
     *,
     graphdef: nnx.GraphDef,
     options: GenerateOptions,
 ) -> Slots:
     """The slots some tokens later: after a burst, or once ``enough`` are free, or the cache is full."""
-    writer = Writer(nnx.merge(graphdef, params), layers, head, options)
+    writer = weights.writer(graphdef, options)
     width = state.tokens.shape[1]
 
     def goes_on(carry: tuple[jax.Array, Slots]) -> jax.Array:

@@ -105,8 +105,14 @@ class Decoder(nnx.Module):
         """
         hidden, kv = self._forward(tokens, positions, segment_ids, return_kv=True)
         assert kv is not None
+        return hidden, self.as_prompts(kv, segment_ids, positions)
+
+    def as_prompts(
+        self, kv: tuple[jax.Array, jax.Array], segment_ids: jax.Array, positions: jax.Array
+    ) -> cache.SharedPrompts:
+        """Keys and values ``[L, G, P, K, H]`` of prompts as decoding reads them; the rest as in ``prefill``."""
         prompts = cache.from_prompts(*kv, segment_ids, positions)
-        return hidden, self.constrain_cache(cache.in_int8(prompts) if self.storage.cache == "int8" else prompts)
+        return self.constrain_cache(cache.in_int8(prompts) if self.storage.cache == "int8" else prompts)
 
     def empty_cache(self, prompts: cache.SharedPrompts, n: int, size: int) -> cache.Cache:
         """Room for ``size`` tokens of each of the ``n`` rows that begin with each prompt; for ``decode``."""
@@ -153,7 +159,7 @@ class Decoder(nnx.Module):
         """
         config = self.config
         positions = past.next_position[:, None]
-        full, sliding = self._rotations(positions)
+        full, sliding = self.rotations(positions)
         window, width, P = config.sliding_window or 0, past.width, prompts.occupied.shape[1]
         age = (past.cursor - jnp.arange(width)) % width
         seen = age[None] <= past.lengths[:, None]
@@ -174,7 +180,7 @@ class Decoder(nnx.Module):
             softcap=config.attention_softcap,
             read=self.kernels.read_cache,
         )
-        x = self._embed(tokens)
+        x = self.embed(tokens)
         keys, values = list(past.keys), list(past.values)
         for i, layer in enumerate(unstacked):
             is_sliding = bool(config.layer_is_sliding) and config.layer_is_sliding[i]
@@ -223,7 +229,8 @@ class Decoder(nnx.Module):
         can_be_drawn = vocab_chunks.is_drawable(jnp.arange(logits.shape[-1], dtype=jnp.int32), self.config.drawable)
         return jnp.where(jnp.expand_dims(can_be_drawn, range(logits.ndim - 1)), logits, -jnp.inf)
 
-    def _embed(self, tokens: jax.Array) -> jax.Array:
+    def embed(self, tokens: jax.Array) -> jax.Array:
+        """Embeddings ``[B, T, D]`` of tokens, as the first layer reads them."""
         # The table's columns are split over fsdp, as the rows of the batch are. So each device looks up its columns for
         # the rows of all of them, and two all-to-alls return tokens and rows to their own devices. Without the
         # constraints in between the compiler copies every row to every device.
@@ -234,7 +241,7 @@ class Decoder(nnx.Module):
             x = x * jnp.asarray(self.config.hidden_size**0.5, self.dtype)
         return self.constrain(x, _HIDDEN)
 
-    def _rotations(self, positions: jax.Array) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
+    def rotations(self, positions: jax.Array) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
         """Rotations of the full-attention layers and of the sliding ones (the same unless the model says)."""
         config = self.config
         full = rope.rotations(positions, rope.frequencies(config.head_dim, config.rope_theta, config.rope_scaling))
@@ -249,7 +256,7 @@ class Decoder(nnx.Module):
         """Scan the layers over whole rows; with ``return_kv``, also the keys and values ``[L, B, T, K, H]``."""
         config = self.config
         graphdef, stacked = nnx.split(self.layers)
-        full, sliding = self._rotations(positions)
+        full, sliding = self.rotations(positions)
         attend = functools.partial(self.kernels.attend, scale=self.scale, softcap=config.attention_softcap)
         attend_full = functools.partial(attend, window=None)
         attend_near = functools.partial(attend, window=config.sliding_window)
@@ -272,7 +279,7 @@ class Decoder(nnx.Module):
         if self.remat != "none":
             policy = jax.checkpoint_policies.save_only_these_names(*KEPT_NAMES[self.remat])
             one_layer = jax.checkpoint(one_layer, policy=policy, prevent_cse=False)
-        x, kv = jax.lax.scan(one_layer, self._embed(tokens), (stacked, jnp.asarray(flags)))
+        x, kv = jax.lax.scan(one_layer, self.embed(tokens), (stacked, jnp.asarray(flags)))
         return self.final_norm(x), kv
 
 

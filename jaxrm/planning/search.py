@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from jaxrm.config.dicts import with_changes
 from jaxrm.errors import UserError, flag
+from jaxrm.inference.decode_memory import WHILE_FILLED, rows_that_fit
 from jaxrm.models import quantized_params
 from jaxrm.planning.abstract import StagePrograms
 from jaxrm.planning.compile import plan_stage
@@ -204,16 +205,16 @@ def _rollout_changes(config: PPO, stage: StagePrograms, memory: float) -> dict[s
     taken = device_bytes(dict(stage.residents)) + device_bytes(rollout.copied_parameters)
     free = memory - taken - device_bytes(in_compute_dtype)
     present = config.rollout.num_microbatches
-    if 1.5 * rollout.cache_bytes <= free:
+    if WHILE_FILLED * rollout.cache_bytes <= free:
         return {}
     prompts = rollout.arguments[1]
     if (slots := config.rollout.slots) is not None:
         unit = config.rollout.responses_per_prompt * batch_shards(prompts.sharding.mesh)
-        by_memory = int(slots * max(free, 0) / (1.5 * rollout.cache_bytes))
-        return {"rollout.slots": max(by_memory // unit, 1) * unit}
+        slots = rows_that_fit(free, rollout.cache_bytes * unit / slots, unit)
+        return {"rollout.slots": max(slots, unit)}
     rows = prompts.shape[0] // batch_shards(prompts.sharding.mesh)
     choices = [each for each in _divisors(rows) if each.bit_count() == 1 and each > present]
-    fitting = [each for each in choices if 1.5 * rollout.cache_bytes * present / each <= free]
+    fitting = [each for each in choices if WHILE_FILLED * rollout.cache_bytes * present / each <= free]
     parts = next(iter(fitting), choices[-1] if choices else None)
     return {} if parts is None else {"rollout.num_microbatches": parts}
 

@@ -31,6 +31,7 @@ from jaxrm.stages.inspection import Inspection
 from jaxrm.stages.stage import check_run_folder, open_run_folder, task_files
 
 PAIRS = "pairs.jsonl"
+_FIELDS = {"batch_size": "batch_size", "max_new_tokens": "sampling.max_new_tokens"}  # of `Sampler`, in the config
 _ATTEMPTS = 4  # draws of a second response that differs from the first
 
 
@@ -57,7 +58,10 @@ def run(config: Any) -> int:
     target = folder.path / PAIRS
     if not target.exists():
         sampler = Sampler(policy.model, policy.params, policy.tokenizer, policy.template, config.pairs.sampling)
-        _write(target, _sample(config, sampler, task, records))
+        names = {name: option(f"pairs.{field}") for name, field in _FIELDS.items()}
+        with naming(names):
+            rows = _sample(config, sampler, task, records)
+        _write(target, rows)
     _print(_read_pairs(str(target)), task, len(records))
     print(f"The pairs are in {target}")
     return 0

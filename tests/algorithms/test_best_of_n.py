@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrm.algorithms.best_of_n import BestOfNConfig, best_of_n, kl_bound
+from jaxrm.algorithms.best_of_n import BestOfNConfig, best_of_n, divide, kl_bound
 from jaxrm.algorithms.rollout import Sampled
 from jaxrm.algorithms.scoring import as_token_rewards
 from jaxrm.errors import UserError
@@ -60,6 +60,43 @@ def test_the_highest_sum_wins_each_row_and_ties_go_to_the_first():
     assert [jax.random.key_data(key).tolist() for key in keys] == [
         [jax.random.key_data(one).tolist() for one in row] for row in expected
     ]
+
+
+def test_draws_that_share_a_prompt_have_the_same_winners():
+    """Four responses to each prompt, two at a time and next to each other."""
+    draws = np.array([[5, 2, 7], [6, 2, 1], [6, 1, 7], [3, 2, 2]])
+
+    def respond(params, prompts, mask, keys):
+        first = 0 if jnp.array_equal(keys[0, 0], jax.random.fold_in(KEYS[0], 0)) else 2
+        tokens = jnp.asarray(draws[first : first + 2].T.reshape(6, 1), jnp.int32)
+        rows = [jnp.repeat(jnp.asarray(x), 2, axis=0) for x in (prompts, mask)]
+        return Sampled(ResponseBatch(*rows, tokens, jnp.ones_like(tokens, bool)), jnp.zeros((6, 1)))
+
+    drawn = []
+    select = best_of_n(respond, by_token, 4, at_once=2, drawn=drawn.append)
+    best = jax.device_get(select("params", PROMPTS, MASK, KEYS))
+    np.testing.assert_array_equal(best.candidate_rewards, draws.T)
+    np.testing.assert_array_equal(best.rewards, [6, 2, 7])
+    np.testing.assert_array_equal(best.responses.responses[:, 0], [6, 2, 7])
+    np.testing.assert_array_equal(best.token_rewards.rewards[:, 0], [6, 2, 7])
+    np.testing.assert_array_equal(best.responses.prompts, PROMPTS)
+    np.testing.assert_array_equal(best.first.responses[:, 0], [5, 2, 7])
+    assert drawn == [2, 4]
+
+
+@pytest.mark.parametrize(
+    ("n", "rows", "units", "expected"),
+    [
+        (16, 32, {"prompt_unit": 1, "row_unit": 1}, (2, 16)),
+        (16, 8, {"prompt_unit": 1, "row_unit": 1}, (1, 8)),  # a prompt is read twice
+        (4, 64, {"prompt_unit": 8, "row_unit": 8}, (16, 4)),
+        (4, 8, {"prompt_unit": 8, "row_unit": 8}, (8, 1)),
+        (5, 32, {"prompt_unit": 1, "row_unit": 4}, (4, 5)),
+        (6, 32, {"prompt_unit": 1, "row_unit": 1, "slot_unit": 9}, (10, 3)),
+    ],
+)
+def test_a_draw_has_as_many_responses_a_prompt_as_fit(n, rows, units, expected):
+    assert divide(n, rows, **units) == expected
 
 
 def test_the_best_of_one_is_the_plain_sample():

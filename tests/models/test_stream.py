@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxrm.models import stream
+from jaxrm.models import prefill, stream
 from jaxrm.models.config import PRESETS
 from jaxrm.models.generate import generate
 from jaxrm.models.sampling import GenerateOptions, SamplingConfig, response_keys
@@ -23,12 +23,15 @@ CONFIG = dataclasses.replace(
     sliding_window=3,
     layer_is_sliding=(True,),
 )
-PROGRAMS = ("_begin", "_burst", "_grown", "_picked", "_empty", "_unstack")
+PROGRAMS = ("_begin", "_chunk_read", "_unread", "_burst", "_grown", "_picked", "_empty", "_unstack")
 
 
 @pytest.mark.slow
 def test_answers_in_a_stream_are_those_of_one_batch(monkeypatch):
-    """Slots that become sixteen and eight, a cache that grows twice, prompts of two widths, a limit for each."""
+    """Slots that become sixteen and eight, a cache that grows twice, prompts of two widths, a limit for each.
+
+    Those of the larger width are read in two chunks.
+    """
     monkeypatch.setattr(stream, "_FIRST_WIDTH", 4)
     monkeypatch.setattr(stream, "_LENGTH_BUCKET", 4)
     monkeypatch.setattr(stream, "_BURST", 5)
@@ -40,7 +43,9 @@ def test_answers_in_a_stream_are_those_of_one_batch(monkeypatch):
     whole = generate(graphdef, params, prompts, mask, keys, limits, options=GenerateOptions(sampling, (7,)))
     whole = jax.device_get(whole)
 
-    answers = stream.Stream(graphdef, params, options=GenerateOptions(sampling, (7,), slots=32))
+    monkeypatch.setattr(prefill, "_MULTIPLE", 1)
+    options = GenerateOptions(sampling, (7,), slots=32, prefill_chunk=6)
+    answers = stream.Stream(graphdef, params, options=options)
     rows = zip(prompts, mask, np.asarray(jax.random.key_data(keys[:, 0])), limits, strict=True)
     waiting = [stream.Prompt(ids[real].tolist(), key, int(limit)) for ids, real, key, limit in rows]
     compiled = []
@@ -62,10 +67,10 @@ def test_a_burst_writes_into_the_cache_that_it_is_given():
     config = dataclasses.replace(CONFIG, num_layers=4, sliding_window=None, layer_is_sliding=())
     graphdef, params = jax.eval_shape(lambda: nnx.split(Decoder(config, rngs=nnx.Rngs(0))))
     params = nnx.to_pure_dict(params)
-    layers, head = jax.eval_shape(lambda params: stream._unstack(graphdef, params), params)
+    weights = stream.Weights(params, *jax.eval_shape(lambda params: stream._unstack(graphdef, params), params))
     state = jax.eval_shape(lambda params: stream._empty(params, 32, 512, 512, graphdef=graphdef), params)
     options = GenerateOptions(SamplingConfig(512), (7,))
-    compiled = stream._burst.lower(state, params, layers, head, 4, graphdef=graphdef, options=options).compile()
+    compiled = stream._burst.lower(state, weights, 4, graphdef=graphdef, options=options).compile()
     one = 4 * state.past.keys[0].size  # bytes of the keys of one layer; it has values too, and so have the prompts
     memory = compiled.memory_analysis()
     assert memory.alias_size_in_bytes > 16 * one and memory.temp_size_in_bytes < 2 * one

@@ -13,13 +13,14 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxrm import atomic
-from jaxrm.algorithms.best_of_n import Best, SampleFn, Score, best_of_n
+from jaxrm.algorithms.best_of_n import Best, Score, best_of_n
 from jaxrm.algorithms.reward_config import naming_source, weights_of
+from jaxrm.algorithms.rollout import BatchSampler
 from jaxrm.data import tasks
 from jaxrm.data.prompts import PromptExample
 from jaxrm.errors import UserError, flag
 from jaxrm.models.sampling import prompt_keys
-from jaxrm.runtime.metrics import read_rows, remove_rows_after
+from jaxrm.runtime.metrics import read_rows
 from jaxrm.runtime.preemption import StoppedError, StopRequest, agree, catch_signals
 from jaxrm.runtime.progress import Progress
 from jaxrm.runtime.run_folder import RunFolder, from_writer
@@ -41,7 +42,8 @@ class Draws:
       folder: of the run.
       examples: the prompts.
       prompt_length: tokens that they are padded to.
-      sample: see `jaxrm.algorithms.rollout.BatchSampler`.
+      prompts_at_once: in a batch, from `jaxrm.inference.rollout_model.divide_responses`.
+      sample: so many responses at once to each.
       params: of the policy.
       score: token rewards of responses, calibrated.
       key: of all draws.
@@ -51,7 +53,8 @@ class Draws:
     folder: RunFolder
     examples: Sequence[PromptExample]
     prompt_length: int
-    sample: SampleFn
+    prompts_at_once: int
+    sample: BatchSampler
     params: Any
     score: Score
     key: jax.Array
@@ -67,7 +70,7 @@ def draw(draws: Draws, first_batch: int) -> bool:
       UserError: where a reward is not finite.
     """
     config = draws.stage.config
-    n, batch_size = config.best_of_n.n, config.data.batch_size
+    n, batch_size = config.best_of_n.n, draws.prompts_at_once
     num_batches = -(-len(draws.examples) // batch_size)
     total, done = num_batches * batch_size * n, first_batch * batch_size * n
     with (
@@ -121,9 +124,10 @@ def load_progress(folder: RunFolder, identity: str, num_prompts: int, batch_size
             )
         calibration = calibration_from_numbers(saved["calibration"])
     if folder.is_writer:
-        drawn = len(read_rows(path))
-        done = -(-num_prompts // batch_size) if drawn >= num_prompts else drawn // batch_size
-        remove_rows_after(path, done - 1)
+        rows = read_rows(path)
+        done = -(-num_prompts // batch_size) if len(rows) >= num_prompts else len(rows) // batch_size
+        if path.exists():  # without rows of a batch that was cut short
+            atomic.write_text(path, lines_of(rows[: done * batch_size]))
     if jax.process_count() > 1:
         done = from_writer(done, folder.is_writer)
     return done, calibration
@@ -139,11 +143,13 @@ def _draw_batch(
     draws: Draws, number: int, examples: Sequence[PromptExample], stop: StopRequest, progress: Progress
 ) -> Best:
     """The winners of one batch, on the host."""
-    config, mesh = draws.stage.config, draws.stage.mesh
-    n, batch_size = config.best_of_n.n, config.data.batch_size
+    mesh, n, batch_size = draws.stage.mesh, draws.stage.config.best_of_n.n, draws.prompts_at_once
     (prompts,) = fixed_batches(examples, batch_size, draws.prompt_length, mesh)
     watch = functools.partial(_watch, stop, progress, number * batch_size * n, batch_size)
-    select = best_of_n(draws.sample, lambda batch: draws.score(prompts.with_records(batch)), n, drawn=watch)
+    at_once = draws.sample.responses_per_prompt
+    select = best_of_n(
+        draws.sample, lambda batch: draws.score(prompts.with_records(batch)), n, at_once=at_once, drawn=watch
+    )
     gather = jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, PartitionSpec()))  # whole for every process
     keys = prompt_keys(draws.key, number * batch_size, batch_size)
     return jax.device_get(gather(select(draws.params, prompts.tokens, prompts.mask, keys)))

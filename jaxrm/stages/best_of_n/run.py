@@ -7,7 +7,7 @@ the batches of prompts; without it every prompt is answered once. A batch in ``c
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from jaxrm.data.prompts import PromptExample
 from jaxrm.data.readers import ReadReport
 from jaxrm.data.tasks.prompts import prompt_field
 from jaxrm.inference import sharded_model, weights
-from jaxrm.inference.rollout_model import build_sampler, layout_of, shard_rollout_model
+from jaxrm.inference.rollout_model import build_sampler, check_cache, divide_responses, layout_of, shard_rollout_model
 from jaxrm.inference.sharded_model import ShardedModel
 from jaxrm.models.sampling import GenerateOptions
 from jaxrm.runtime.metrics import read_rows
@@ -87,10 +87,11 @@ def run(config: Any) -> int:
 def inspect(config: Any) -> Inspection:
     """What `run` would do; errors are the same, no weights are read and nothing is written."""
     inputs = _open_inputs(config)
+    prompts_at_once, at_once = inputs.division
     facts = {
         "responses": f"{config.best_of_n.n:,} to each of {len(inputs.examples):,} prompts, of up to "
         f"{config.rollout.sampling.max_new_tokens:,} tokens",
-        "batches": f"{-(-len(inputs.examples) // config.data.batch_size):,} of {config.data.batch_size:,} prompts",
+        "at once": f"{at_once:,} responses to each of {prompts_at_once:,} prompts, which are read once for them",
         "rewards": inputs.reward_name,
         **judges_in_words(config),
     }
@@ -119,6 +120,12 @@ class _Inputs:
     reward_name: str
 
     @property
+    def division(self) -> tuple[int, int]:
+        """Prompts of a draw, and responses to each."""
+        config = self.stage.config
+        return divide_responses(config, self.stage.mesh, self.rollout_model.mesh, config.best_of_n.n)
+
+    @property
     def reading(self) -> dict[str, ReadReport]:
         """What became of the records."""
         return {f"Prompts in {self.stage.config.data.path}": self.prompts.report}
@@ -137,6 +144,7 @@ def _open_inputs(config: Any) -> _Inputs:
         if judge is not None:
             check_judgeable(examples, judge, "evaluation.judge")
         prompt_length = stage_prompt_length(stage, prompts.examples)
+        check_cache(config, rollout_model, prompt_length)
         reward_name = check_rewards(config, mesh, stage.vocabulary, prompts.examples)
     return _Inputs(stage, rollout_model, prompts, examples, prompt_length, reward_name)
 
@@ -153,24 +161,24 @@ def _open_draws(inputs: _Inputs, folder: RunFolder, source: RewardSource) -> tup
     rollout_model, prompt_length = inputs.rollout_model, inputs.prompt_length
     config = stage.config
     params = sharded_model.in_compute_dtype(stage.init_params(jax.random.key(config.seed)), config.model.dtype)
-    sample = build_sampler(
-        stage.model,
-        rollout_model,
-        dtype=config.model.dtype,
-        options=GenerateOptions(config.rollout.sampling, stage.end_ids, slots=config.rollout.slots),
-        num_microbatches=config.rollout.num_microbatches,
+    options = GenerateOptions(config.rollout.sampling, stage.end_ids, slots=config.rollout.slots)
+    parts = config.rollout.num_microbatches
+    build = functools.partial(
+        build_sampler, stage.model, rollout_model, dtype=config.model.dtype, num_microbatches=parts
     )
+    prompts_at_once, at_once = inputs.division
+    sample = build(options=replace(options, responses_per_prompt=at_once))
     score = PolicyRewards(config, stage.model, params, source)
     run_key, _, calibration_key, _ = jax.random.split(jax.random.key(config.seed), 4)  # as those of PPO
     identity = _identity(config, examples)
-    num_drawn, calibration = load_progress(folder, identity, len(examples), config.data.batch_size)
+    num_drawn, calibration = load_progress(folder, identity, len(examples), prompts_at_once)
     if calibration is None:
         calibration = calibration_of(
             config,
             stage.mesh,
             prompts.examples,
             prompt_length,
-            functools.partial(sample, params),
+            functools.partial(build(options=options), params),
             score,
             calibration_key,
             stage.show_progress,
@@ -180,7 +188,8 @@ def _open_draws(inputs: _Inputs, folder: RunFolder, source: RewardSource) -> tup
     if stage.is_writer:
         print(f"Token rewards: {calibration_in_words(calibration)} (from responses of the policy)")
     scored = functools.partial(score, calibration)
-    return Draws(stage, folder, examples, prompt_length, sample, params, scored, run_key), num_drawn
+    draws = Draws(stage, folder, examples, prompt_length, prompts_at_once, sample, params, scored, run_key)
+    return draws, num_drawn
 
 
 def _identity(config: Any, examples: Sequence[PromptExample]) -> str:

@@ -11,8 +11,9 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxrm.algorithms import reading
-from jaxrm.algorithms.best_of_n import SampleFn, best_of_n
+from jaxrm.algorithms.best_of_n import best_of_n
 from jaxrm.algorithms.reward_config import source_fields
+from jaxrm.algorithms.rollout import BatchSampler
 from jaxrm.algorithms.summed_rewards import metrics_of_rows
 from jaxrm.data import tasks
 from jaxrm.data.prompts import PromptExample, transcript
@@ -40,7 +41,7 @@ class Answers:
 
 
 def draw_answers(
-    respond: SampleFn,
+    respond: BatchSampler,
     score: Callable[[ResponseBatch], TokenRewards] | None,
     params: Any,
     batches: Sequence[PlacedPrompts],
@@ -53,7 +54,7 @@ def draw_answers(
     """Answer every prompt.
 
     Args:
-      respond: see `jaxrm.algorithms.rollout.BatchSampler`.
+      respond: one response to each prompt, or several of the ``best_of`` at once.
       score: token rewards of responses, or None.
       params: of the policy.
       batches: prompts, all of one shape.
@@ -69,7 +70,8 @@ def draw_answers(
         keys = prompt_keys(key, number * len(prompts.tokens), len(prompts.tokens))
         if best_of > 1:
             assert score is not None
-            select = best_of_n(respond, functools.partial(_score, score, prompts), best_of)
+            at_once = respond.responses_per_prompt
+            select = best_of_n(respond, functools.partial(_score, score, prompts), best_of, at_once=at_once)
             best = select(params, prompts.tokens, prompts.mask, keys)
             batch, scored = best.responses, best.token_rewards
         else:

@@ -12,7 +12,7 @@ from jaxrm.algorithms.reward_config import has_rewards, weights_of
 from jaxrm.algorithms.rollout import BatchSampler, RewardSource
 from jaxrm.data.prompts import PromptExample
 from jaxrm.inference import parameters
-from jaxrm.inference.rollout_model import build_sampler
+from jaxrm.inference.rollout_model import build_sampler, divide_responses
 from jaxrm.inference.sharded_model import ShardedModel
 from jaxrm.models.sampling import GenerateOptions
 from jaxrm.stages.evaluate.answers import add_sources, answer_rows, draw_answers, log_ratio
@@ -31,7 +31,8 @@ class AnswerGenerator:
       stage: the stage.
       params: of the policy.
       reference: parameters that the KL is measured to; None measures none.
-      samplers: programs by decoding, ``sampled`` and ``greedy``.
+      samplers: programs by decoding, ``sampled`` and ``greedy``, and ``best_of`` where several responses compete.
+      prompts_at_once: in a draw of those that compete.
       score: calibrated token rewards of responses, or None.
       source: of these rewards, or None.
       log_ratio: ``(params, reference, batch) -> [B]`` nats, jitted once for all checkpoints.
@@ -43,6 +44,7 @@ class AnswerGenerator:
     params: Any
     reference: Any
     samplers: Mapping[str, BatchSampler]
+    prompts_at_once: int
     score: Callable[[ResponseBatch], TokenRewards] | None
     source: RewardSource | None
     log_ratio: Callable[[Any, Any, ResponseBatch], jax.Array]
@@ -69,11 +71,12 @@ class AnswerGenerator:
         # The KL is of plain samples: neither greedy answers nor the best of several are drawn from the policy.
         has_kl = self.reference is not None and decoding == "sampled" and best_of == 1
         split_key = jax.random.fold_in(self.key, split[0])
+        at_once = self.prompts_at_once if best_of > 1 else config.data.batch_size
         answers = draw_answers(
-            self.samplers[decoding],
+            self.samplers["best_of" if best_of > 1 else decoding],
             self.score,
             params,
-            fixed_batches(examples, config.data.batch_size, self.prompt_length, self.stage.mesh),
+            fixed_batches(examples, at_once, self.prompt_length, self.stage.mesh),
             self.stage.mesh,
             jax.random.fold_in(split_key, config.evaluate.decodings.index(decoding)),
             best_of=best_of,
@@ -129,6 +132,8 @@ def open_generator(
         "sampled": build(options=options),
         "greedy": build(options=dataclasses.replace(options, sampling=greedy)),
     }
+    prompts_at_once, at_once = divide_responses(config, stage.mesh, rollout_model.mesh, config.evaluate.best_of)
+    samplers["best_of"] = build(options=dataclasses.replace(options, responses_per_prompt=at_once))
     calibration_key, key = jax.random.split(jax.random.key(config.seed))
     score, source = None, None
     if has_rewards(config):
@@ -148,7 +153,9 @@ def open_generator(
         score = functools.partial(uncalibrated, calibration)
     key = jax.random.fold_in(key, config.evaluate.sampling_seed)
     ratio = log_ratio(stage.model.graphdef, stage.mesh, sampling.temperature or 1.0)
-    return AnswerGenerator(stage, params, reference, samplers, score, source, ratio, prompt_length, key)
+    return AnswerGenerator(
+        stage, params, reference, samplers, prompts_at_once, score, source, ratio, prompt_length, key
+    )
 
 
 def _load_others(stage: Stage, path: str) -> Any:

@@ -22,7 +22,7 @@ from jaxrm.data.loader import fingerprint
 from jaxrm.data.prompts import PromptExample
 from jaxrm.errors import UserError, flag, option
 from jaxrm.inference import run_checkpoint, weights
-from jaxrm.inference.rollout_model import layout_of, shard_rollout_model
+from jaxrm.inference.rollout_model import check_cache, layout_of, shard_rollout_model
 from jaxrm.inference.sharded_model import ShardedModel
 from jaxrm.runtime.checkpoint import Checkpoints
 from jaxrm.runtime.metrics import json_line, read_rows
@@ -139,6 +139,7 @@ def _open_inputs(config: Any) -> _Inputs:
         prompts = dict(zip(config.evaluate.splits, sides, strict=False))
         to_calibrate = sides[-1].examples if has_rewards(config) else []
         inputs = _Inputs(stage, rollout_model, prompts, to_calibrate)
+        check_cache(config, rollout_model, stage_prompt_length(stage, inputs.every))
         judge = judge_of(config)
         if judge is not None:
             check_judgeable(inputs.every, judge, "evaluation.judge")

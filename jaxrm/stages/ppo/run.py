@@ -7,7 +7,7 @@ from jaxrm import atomic
 from jaxrm.algorithms.reward_config import in_words
 from jaxrm.data.readers import ReadReport
 from jaxrm.inference import weights
-from jaxrm.inference.rollout_model import layout_in_words, layout_of
+from jaxrm.inference.rollout_model import check_cache, layout_in_words, layout_of
 from jaxrm.runtime.preemption import EXIT_PREEMPTED
 from jaxrm.runtime.run_folder import RunFolder
 from jaxrm.sharding.mesh import build_mesh
@@ -107,6 +107,7 @@ def _open_inputs(config: Any) -> _Inputs:
             num_steps=data.num_steps,
             end_ids=stage.end_ids,
         )
+        check_cache(config, learner.rollout_model, data.prompt_length)
     return _Inputs(stage, data, reward_name, critic, learner)
 
 
