@@ -229,7 +229,7 @@ class BestOfN(ModelStageConfig):
     """The best of n responses of a policy to each prompt.
 
     Attributes:
-      num_steps: batches of prompts in all; None takes every prompt.
+      num_steps: batches of ``data.batch_size`` prompts in all; None takes every prompt.
       num_microbatches: parts that a batch is scored in, to save memory.
       reward: the source of token rewards that chooses.
       rewards: several sources in its place, by name: their token rewards are added.

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxrm.algorithms.rollout import Sampled
 from jaxrm.config.fields import at_least, bounded, check
@@ -28,7 +29,8 @@ class BestOfNConfig:
     """How many responses compete, and what becomes of the winners.
 
     Attributes:
-      n: responses drawn for each prompt.
+      n: responses drawn for each prompt, which is read once for as many of them as are drawn at once: all n, where
+        ``config.data.batch_size`` responses have room for them.
       keep_truncated: keep winners that were cut off before their end token. Fine-tuning on such a one teaches to stop
         in the middle of a sentence (jaxrm choice: they are dropped and counted).
     """
@@ -90,7 +92,7 @@ def best_of_n(
             sums.append(_by_prompt(scored.diagnostics["sum"], at_once))
             parts.append({name: _by_prompt(part, at_once) for name, part in _sums_of_parts(scored).items()})
             if first is None:
-                first = _chosen(candidates, jnp.zeros(len(prompts), jnp.int32), at_once)
+                first = _chosen(candidates, np.zeros(len(prompts), np.int32), at_once)
             winner = _chosen((candidates, scored), _winners(sums[-1]), at_once)
             best = winner if best is None else _better(best, winner)
             jax.block_until_ready(best)  # else all draws would be queued, each with its memory

@@ -28,6 +28,7 @@ CHECKS = (
     Check("float32", "correctness:float32", 70, "logits, losses, gradients, tokens, PPO step against CPU", True),
     Check("bfloat16", "correctness:bfloat16", 70, "the same with the kernels of the platform", True),
     Check("decoding", "decoding:decode", 60, "tokens/s of a policy, share of the memory's bandwidth"),
+    Check("slots", "refilled_slots:refill", 40, "tokens/s where lengths differ and slots are taken over"),
     Check("sft", "training:sft", 65, "SFT step: tokens/s, MFU, memory against the planner"),
     Check("reward-model", "training:reward_model", 55, "the same of a scalar reward model"),
     Check("scoring", "scoring_time:score", 35, "token rewards in one pass against a plain forward"),

@@ -13,6 +13,17 @@ class Answers:
 
 
 @dataclass(frozen=True)
+class Ragged:
+    """Responses of geometric lengths to ``prompts`` of ``prompt`` tokens, of ``mean`` tokens up to ``limit``."""
+
+    prompts: int
+    slots: int
+    prompt: int
+    mean: int
+    limit: int
+
+
+@dataclass(frozen=True)
 class Shape:
     """Sizes of one ``--shape``. Of several models the first that fits is measured.
 
@@ -25,6 +36,7 @@ class Shape:
       checked_length: tokens of its rows.
       scoring: batch that a reward model scores.
       decoding: batch that a policy answers.
+      ragged: responses in fewer slots than there are prompts.
       ppo: batch of a PPO step.
       ppo_microbatches: parts of an update.
       lora: batch of a PPO step with adapters.
@@ -40,6 +52,7 @@ class Shape:
     checked_length: int
     scoring: Answers
     decoding: Answers
+    ragged: Ragged
     ppo: Answers
     ppo_microbatches: int
     lora: Answers
@@ -58,6 +71,7 @@ SHAPES = {
         checked_length=256,
         scoring=Answers(8, 512, 512),
         decoding=Answers(32, 256, 256),
+        ragged=Ragged(128, 32, 64, 64, 256),
         ppo=Answers(32, 512, 512),
         ppo_microbatches=4,
         lora=Answers(16, 512, 512),
@@ -73,6 +87,7 @@ SHAPES = {
         checked_length=128,
         scoring=Answers(2, 32, 32),
         decoding=Answers(4, 16, 16),
+        ragged=Ragged(32, 8, 16, 8, 32),
         ppo=Answers(4, 16, 16),
         ppo_microbatches=2,
         lora=Answers(4, 16, 16),
@@ -88,6 +103,7 @@ SHAPES = {
         checked_length=32,
         scoring=Answers(2, 8, 8),
         decoding=Answers(2, 8, 8),
+        ragged=Ragged(16, 8, 8, 4, 8),
         ppo=Answers(4, 8, 8),
         ppo_microbatches=2,
         lora=Answers(4, 8, 8),

@@ -67,7 +67,7 @@ def config(place, tmp_path, monkeypatch):
         run_dir=str(tmp_path / "run"),
         model=ModelSource(path="sft"),
         reward=RewardConfig(kind="scalar", function="rewards_of_this_test:variety", calibration_responses=8),
-        data=DataConfig(path="prompts.jsonl", eval_path="heldout.jsonl", max_length=48, batch_size=8),
+        data=DataConfig(path="prompts.jsonl", eval_path="heldout.jsonl", max_length=48, batch_size=8 * N),
         best_of_n=BestOfNConfig(n=N, keep_truncated=True),
         rollout=RolloutConfig(sampling=SamplingConfig(max_new_tokens=6)),
         evaluation=JudgeConfig(judge="task:safety"),
@@ -86,11 +86,11 @@ def test_winners_have_the_highest_reward_and_train_sft(config, reward, tmp_path,
     printed = capsys.readouterr().out
     rows, winners = rows_of(config, "candidates.jsonl"), rows_of(config)
     calibration, *draws = reward.asked
-    assert len(draws) == 3 * N and len(rows) == len(winners) == COUNT
+    assert len(draws) == 3 and len(rows) == len(winners) == COUNT
     scale = 1 / np.std([len(set(text.split())) for text in calibration])  # unit standard deviation
     for i, (row, winner) in enumerate(zip(rows, winners, strict=True)):
         batch, place_in_batch = divmod(i, 8)
-        texts = [draws[batch * N + k][place_in_batch] for k in range(N)]
+        texts = draws[batch][place_in_batch * N : (place_in_batch + 1) * N]
         words = [len(set(text.split())) for text in texts]
         assert winner["response"] == texts[int(np.argmax(words))] == row["winner"]["response"]
         np.testing.assert_allclose(row["rewards"], np.array(words) * scale, rtol=1e-5)
@@ -125,20 +125,20 @@ def test_a_stopped_run_ends_with_the_same_bytes(config, reward, tmp_path, capsys
 
     def interrupted(prompts, responses):
         calls.append(1)
-        if len(calls) == 1 + N + 2:  # after the calibration, in the middle of the second batch
+        if len(calls) == 1 + 1 + 1:  # after the calibration and the first batch
             os.kill(os.getpid(), signal.SIGTERM)
         return variety(prompts, responses)
 
     reward.variety = interrupted
     assert best_of_n.run(config) == EXIT_PREEMPTED
-    assert len(calls) == 1 + N + 2 and len(rows_of(config, "candidates.jsonl")) == 8
+    assert len(calls) == 1 + 1 + 1 and len(rows_of(config, "candidates.jsonl")) == 8
     assert not (tmp_path / "run" / "winners.jsonl").exists()
     assert "the same command continues" in capsys.readouterr().out
     with (tmp_path / "run" / "candidates.jsonl").open("a") as file:
         file.write('{"step": 1, "prompt": "x"}\n{"step": 1, "pro')  # as a kill leaves it
     reward.variety, before = variety, len(reward.asked)
     assert best_of_n.run(config) == 0
-    assert len(reward.asked) - before == 2 * N == asked - 1 - N  # neither the calibration nor the first batch again
+    assert len(reward.asked) - before == 2 == asked - 1 - 1  # neither the calibration nor the first batch again
     for name in ("winners.jsonl", "candidates.jsonl", "evaluation.json"):
         assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "unbroken" / name).read_bytes(), name
     told = capsys.readouterr().out.split("Best of")[1]
@@ -152,7 +152,7 @@ def test_steps_bound_the_batches_and_a_reward_model_scores_them(config, tmp_path
         config,
         num_steps=1,
         reward=RewardConfig(kind="contrast", model="seq2seq_rm", calibration_responses=8),
-        data=dataclasses.replace(config.data, max_length=40),
+        data=dataclasses.replace(config.data, max_length=40, batch_size=8),  # each draw reads its prompts
         best_of_n=BestOfNConfig(n=2, keep_truncated=True),
     )
     assert best_of_n.run(paid) == 0
@@ -214,7 +214,7 @@ def test_another_policy_in_the_folder_does_not_continue_the_run(config, reward, 
         raise KeyboardInterrupt
 
     variety = reward.variety
-    reward.variety = lambda p, r: variety(p, r) if len(reward.asked) < 1 + N else die(p, r)
+    reward.variety = lambda p, r: variety(p, r) if len(reward.asked) < 1 + 1 else die(p, r)
     with pytest.raises(KeyboardInterrupt):
         best_of_n.run(config)
     reward.variety = variety
