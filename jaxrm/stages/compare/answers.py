@@ -147,6 +147,7 @@ def _named(name: str, run: int) -> Any:
     return naming(
         {"path": place, "model.path": place, "model.adapter": f"{field}.adapter"}
         | {f"data.{key}": f"{field}.{key}" for key in ("tokenizer", "template")}
+        | {"batch_size": "config.compare.batch_size", "max_new_tokens": "config.compare.sampling.max_new_tokens"}
     )
 
 
