@@ -198,14 +198,14 @@ def ragged(args: argparse.Namespace) -> None:
 
     stream = Stream(model.graphdef, params, sampling=sampling, end_ids=(), slots=args.batch)
 
-    def streamed(lengths: np.ndarray = lengths) -> tuple[int, int]:
-        waiting = [Prompt(*row) for row in zip(ids.tolist(), data, lengths.tolist(), strict=True)]
+    waiting = [Prompt(*row) for row in zip(ids.tolist(), data, lengths.tolist(), strict=True)]
+
+    def streamed() -> tuple[int, int]:
         tokens = sum(len(answer.tokens) for answer in stream.answer(waiting))
         return tokens, stream.capacity
 
-    short = np.ones_like(lengths)  # the same programs, quickly
-    short[-1] = longest
-    streamed(short)
+    streamed()  # compiles; which programs it needs depends on the lengths
+    short = np.ones_like(lengths)
     draw(slice(None), args.batch, short)
     draw(slice(0, args.batch), lengths=short)
     print(f"{args.preset}: {count} prompts of {args.prompt}, lengths {lengths.mean():.0f} on average")
