@@ -196,7 +196,7 @@ def ragged(args: argparse.Namespace) -> None:
         parts = [draw(slice(start, start + args.batch)) for start in range(0, count, args.batch)]
         return sum(part[0] for part in parts), sum(part[1] for part in parts)
 
-    stream = Stream(model.graphdef, params, sampling=sampling, end_ids=(), slots=args.batch)
+    stream = Stream(model.graphdef, params, options=GenerateOptions(sampling, (), slots=args.batch))
 
     waiting = [Prompt(*row) for row in zip(ids.tolist(), data, lengths.tolist(), strict=True)]
 
