@@ -30,7 +30,7 @@ PROGRAMS = ("_begin", "_chunk_read", "_unread", "_burst", "_grown", "_picked", "
 def test_answers_in_a_stream_are_those_of_one_batch(monkeypatch):
     """Slots that become sixteen and eight, a cache that grows twice, prompts of two widths, a limit for each.
 
-    Those of the larger width are read in two chunks.
+    Those of the larger width are read in two chunks, and in three where all are written at once.
     """
     monkeypatch.setattr(stream, "_FIRST_WIDTH", 4)
     monkeypatch.setattr(stream, "_LENGTH_BUCKET", 4)
@@ -40,11 +40,11 @@ def test_answers_in_a_stream_are_those_of_one_batch(monkeypatch):
     prompts = rng.integers(0, 61, (G, 8)).astype(np.int32)
     mask = np.arange(8)[None] >= 8 - rng.integers(1, 9, (G, 1))
     limits, keys = np.minimum(rng.geometric(1 / 6, G), 12).astype(np.int32), response_keys(jax.random.key(3), G, 1)
-    whole = generate(graphdef, params, prompts, mask, keys, limits, options=GenerateOptions(sampling, (7,)))
-    whole = jax.device_get(whole)
-
     monkeypatch.setattr(prefill, "_MULTIPLE", 1)
-    options = GenerateOptions(sampling, (7,), slots=32, prefill_chunk=6)
+    options = GenerateOptions(sampling, (7,), prefill_chunk=3)
+    whole = jax.device_get(generate(graphdef, params, prompts, mask, keys, limits, options=options))
+
+    options = dataclasses.replace(options, slots=32, prefill_chunk=6)
     answers = stream.Stream(graphdef, params, options=options)
     rows = zip(prompts, mask, np.asarray(jax.random.key_data(keys[:, 0])), limits, strict=True)
     waiting = [stream.Prompt(ids[real].tolist(), key, int(limit)) for ids, real, key, limit in rows]

@@ -164,7 +164,7 @@ def test_steps_bound_the_batches_and_a_reward_model_scores_them(config, tmp_path
 def test_winners_that_were_cut_off_are_no_demonstrations(config):
     cut = dataclasses.replace(config, best_of_n=BestOfNConfig(n=1))
     rollout = RolloutConfig(sampling=SamplingConfig(max_new_tokens=2))
-    cut = dataclasses.replace(cut, num_steps=1, rollout=rollout)
+    cut = dataclasses.replace(cut, num_steps=1, rollout=rollout, data=dataclasses.replace(config.data, batch_size=8))
     try:
         assert best_of_n.run(cut) == 0
         kept = len(rows_of(cut))
