@@ -117,19 +117,31 @@ def verdict_ids(
     Raises:
       UserError: the words are not two tokens of the model.
     """
+    prefix, ids = _apart(tokenizer, template, words)
+    if ids is None:
+        others = (("1", "2"), ("yes", "no"), tuple(sorted(filter(str.isalpha, tokenizer.get_vocab()))[-2:]))
+        example = next((pair for pair in others if len(pair) == 2 and _apart(tokenizer, template, pair)[1]), ("A", "B"))
+        words_flag = flag(f"{field.removesuffix('.language_model')}.words")
+        raise UserError(
+            f"{option(field)} is {name}, whose tokenizer has no two tokens for {words[0]} and {words[1]}, from which a "
+            f"verdict is read; give two words that it has, e.g. {words_flag}={','.join(example)}, or another model, "
+            f"e.g. {flag(field)}=HuggingFaceTB/SmolLM2-135M-Instruct"
+        )
+    return prefix, ids
+
+
+def _apart(
+    tokenizer: "PreTrainedTokenizerBase", template: str, words: Sequence[str]
+) -> tuple[list[int], tuple[int, int] | None]:
+    """What both replies begin with, and the tokens behind it; None where those are none or unknown ones."""
     replies = [templates.encode_response(tokenizer, word, template) for word in words]
     shared = 0
     while shared < min(map(len, replies)) and replies[0][shared] == replies[1][shared]:
         shared += 1
-    first, second = (reply[shared] if shared < len(reply) else tokenizer.unk_token_id for reply in replies)
-    if first == second or tokenizer.unk_token_id in (first, second):
-        words_flag = flag(f"{field.removesuffix('.language_model')}.words")
-        raise UserError(
-            f"{option(field)} is {name}, whose tokenizer has no two tokens for {words[0]} and {words[1]}, from which a "
-            f"verdict is read; give two words that it has, e.g. {words_flag}=yes,no, or another model, e.g. "
-            f"{flag(field)}=HuggingFaceTB/SmolLM2-135M-Instruct"
-        )
-    return replies[0][:shared], (int(first), int(second))
+    if shared == min(map(len, replies)):
+        return replies[0][:shared], None
+    first, second = (int(reply[shared]) for reply in replies)
+    return replies[0][:shared], None if tokenizer.unk_token_id in (first, second) else (first, second)
 
 
 class EndpointAsker:

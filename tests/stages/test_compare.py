@@ -20,6 +20,7 @@ from jaxrm.comparison_config import (
 from jaxrm.errors import UserError
 from jaxrm.models.sampling import SamplingConfig
 from jaxrm.runtime.metrics import LoggingConfig, read_rows
+from jaxrm.runtime.row_log import RowLog
 from jaxrm.stage_config import Compare
 from jaxrm.stages.compare.run import compare, inspect
 
@@ -217,6 +218,52 @@ def test_policies_answer_and_what_is_there_stays(config, make_run, tmp_path):
     assert {path: path.read_bytes() for path in before} == before
 
 
+@pytest.mark.slow
+def test_a_comparison_killed_at_every_write_is_the_same(config, make_run, tmp_path, monkeypatch):
+    """Each launch is killed at its first block of answers or verdicts, half of which is on disk, its last row cut."""
+    make_run(tmp_path / "policy")
+    prompts = {"heldout": PromptSetConfig(path="task:safety", max_prompts=4)}
+    judge = ComparisonJudgeConfig(language_model=str(tmp_path / "policy"), words=("do", "how"))
+    config = dataclasses.replace(
+        config,
+        policies={name: ComparedPolicyConfig(path=str(tmp_path / "policy")) for name in ("one", "two")},
+        prompts=prompts,
+        judges={"lm": judge},
+        compare=CompareConfig(decodings=("sampled",), sampling=SamplingConfig(max_new_tokens=4), batch_size=1),
+    )
+    expected = compare(dataclasses.replace(config, run_dir=str(tmp_path / "whole"))).tables
+
+    append = RowLog.append
+
+    def killed(log, rows):
+        block = list(rows)
+        half = (len(block) + 1) // 2
+        append(log, block[:half])
+        if block[half:]:
+            with log._path.open("a") as file:
+                file.write(json.dumps(block[half])[:-5])
+        raise Killed
+
+    monkeypatch.setattr(RowLog, "append", killed)
+    files, launches = {}, 0
+    while launches < 30:
+        launches += 1
+        try:
+            result = compare(config)
+            break
+        except Killed:
+            earlier = files
+            files = {path: path.read_text().splitlines() for path in (tmp_path / "run").glob("*/*.jsonl")}
+            assert all(files[path][: len(rows) - 1] == rows[:-1] for path, rows in earlier.items())
+    assert result.tables == expected and 5 < launches < 30
+    rows = [json.loads(row) for path in (tmp_path / "run/verdicts").iterdir() for row in path.read_text().splitlines()]
+    assert len({row["question"] for row in rows}) == len(rows)
+
+
+class Killed(BaseException):
+    """In place of a signal that nothing can catch."""
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -270,7 +317,8 @@ def test_answers_that_do_not_match_the_prompts_are_named(config, tmp_path):
         compare(config)
     (tmp_path / "wordy.jsonl").write_text("".join([*rows, rows[0].replace("water", "sand")]))
     with pytest.raises(UserError, match="answer one prompt differently"):
-        compare(config)
+        inspect(config)
+    assert not (tmp_path / "run").exists()  # before a policy has answered
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from jaxrm.data.config import DataConfig
 from jaxrm.data.prompts import transcript
 from jaxrm.data.readers import read_records
 from jaxrm.data.records import DemonstrationRecord, Message
+from jaxrm.data.responses import Response
 from jaxrm.errors import UserError, flag, naming, option
 from jaxrm.inference import run_checkpoint, weights
 from jaxrm.inference.load import load_policy
@@ -52,8 +53,6 @@ class AnswerKey:
     prompts: str
     decoding: str
 
-
-_BLOCK = 4  # batches that are kept together: in between, the next prompt takes the place of a response that ended
 
 # Rows in the order of the prompts: response, token_ids (None where another program answered), ended.
 Answers = Mapping[AnswerKey, Sequence[dict[str, Any]]]
@@ -96,6 +95,18 @@ def check_policies(config: Compare) -> None:
                 weights.read_shape(ModelSource(path=reference))
 
 
+def check_answer_files(config: Compare, sets: Mapping[str, PromptSet]) -> None:
+    """Refuse answers of other programs that do not match the prompts, before any policy answers.
+
+    Raises:
+      UserError: naming the policy, and the prompt that has no answer, or two that differ.
+    """
+    for name, policy in config.policies.items():
+        if policy.answers is not None:
+            for prompts in sets.values():
+                _read_answers(name, policy.answers, prompts)
+
+
 def find_answers(config: Compare, folder: Path, sets: Mapping[str, PromptSet], *, show_progress: bool) -> Answers:
     """The answers of all policies; what is missing is generated, a batch at a time.
 
@@ -122,8 +133,8 @@ def find_answers(config: Compare, folder: Path, sets: Mapping[str, PromptSet], *
                     with _named(name, run):
                         opened = _open_policy(config, policy, path)
                         for key in missing:
-                            for _ in _generate(config, opened, key, sets[key.prompts], logs[key]):
-                                progress.update(_count(logs))
+                            for num_waiting in _generate(config, opened, key, sets[key.prompts], logs[key]):
+                                progress.update(_count(logs) + num_waiting)
                         del opened
             if policy.answers is not None:
                 for key in keys:
@@ -182,36 +193,55 @@ def _sampling(config: Compare, decoding: str) -> SamplingConfig:
     return sampling if decoding == "sampled" else SamplingConfig(sampling.max_new_tokens, temperature=0.0)
 
 
-def _generate(config: Compare, policy: Policy, key: AnswerKey, prompts: PromptSet, log: RowLog) -> Iterator[None]:
-    """Generate the answers that are missing, block by block, with their log-probs where they are sampled."""
+def _generate(config: Compare, policy: Policy, key: AnswerKey, prompts: PromptSet, log: RowLog) -> Iterator[int]:
+    """Generate the answers that are missing, and keep them in the order of the prompts, a batch at a time.
+
+    Yields:
+      How many there are that are not yet kept.
+    """
     sampler, rows = policy.sampler(_sampling(config, key.decoding)), config.compare.batch_size
-    try:
-        sampler.encode(prompts.prompts)
-    except UserError as error:
-        raise UserError(f"the prompts {key.prompts} do not fit {policy.name}: {error}") from error
+    start, total = len(log.rows), len(prompts.prompts)
     # Policies that are compared draw different numbers, lest they share their luck.
     seed = int.from_bytes(hashlib.sha256(f"{config.seed} {key}".encode()).digest()[:4], "big")
-    keys = prompt_keys(jax.random.key(seed), 0, len(prompts.prompts))
-    for start in range(len(log.rows), len(prompts.prompts), _BLOCK * rows):
-        block = prompts.prompts[start : start + _BLOCK * rows]
-        answers = dict(sampler.answers(block, keys[start : start + len(block)], rows))
-        responses = [answers[place] for place in range(len(block))]
-        ids = [[int(token) for token in response.token_ids] for response in responses]
-        sums: Sequence[float | None] = [None] * len(block)
-        vocabulary = vocabulary_digest(policy)
-        if key.decoding == "sampled" and config.compare.reference is not None:
-            sums = log_prob_sums(policy, block, ids, rows)
-        log.append(
-            {
-                "response": str(response),
-                "token_ids": tokens,
-                "ended": response.ended,
-                "log_prob": log_prob,
-                "vocabulary": vocabulary,
-            }
-            for response, tokens, log_prob in zip(responses, ids, sums, strict=True)
-        )
-        yield
+    keys = prompt_keys(jax.random.key(seed), 0, total)
+    with_log_probs = key.decoding == "sampled" and config.compare.reference is not None
+    try:
+        stream = sampler.answers(prompts.prompts[start:], keys[start:], rows)
+    except UserError as error:
+        raise UserError(f"the prompts {key.prompts} do not fit {policy.name}: {error}") from error
+    waiting: dict[int, Response] = {}  # answered, while an earlier prompt is not
+    for place, response in stream:
+        waiting[start + place] = response
+        first = len(log.rows)
+        batch = range(first, min(first + rows, total))
+        if all(number in waiting for number in batch):
+            responses = [waiting.pop(number) for number in batch]
+            log.append(_rows_of(policy, prompts.prompts[first : batch.stop], responses, rows, with_log_probs))
+        yield len(waiting)
+
+
+def _rows_of(
+    policy: Policy,
+    prompts: Sequence[Sequence[Message]],
+    responses: Sequence[Response],
+    batch_size: int,
+    with_log_probs: bool,
+) -> list[dict[str, Any]]:
+    ids = [[int(token) for token in response.token_ids] for response in responses]
+    sums: Sequence[float | None] = [None] * len(ids)
+    if with_log_probs:
+        sums = log_prob_sums(policy, prompts, ids, batch_size)
+    vocabulary = vocabulary_digest(policy)
+    return [
+        {
+            "response": str(response),
+            "token_ids": tokens,
+            "ended": response.ended,
+            "log_prob": log_prob,
+            "vocabulary": vocabulary,
+        }
+        for response, tokens, log_prob in zip(responses, ids, sums, strict=True)
+    ]
 
 
 def log_prob_sums(

@@ -107,9 +107,12 @@ def _data_of(path: str, config: PromptSetConfig) -> DataConfig:
 
 def _read(data: DataConfig) -> tuple[list[Sequence[Message]], ReadReport]:
     records, report = read_records(dataclasses.replace(data, max_bad_share=1.0), held_out=True)
-    for reason, count in report.bad.items():
+    num_bad = sum(count.count for count in report.bad.values())
+    if num_bad > data.max_bad_share * report.total or not records:
+        reason, count = max(report.bad.items(), key=lambda item: item[1].count, default=("it is empty", None))
+        where = "" if count is None else f" (most often, first at {count.first})"
         raise UserError(
-            f"{option('data.path')} is {data.path!r}, where {count.count} of {report.total} records are no prompts: "
-            f"{reason} (first at {count.first}); mend them, since every prompt must have its answers"
+            f"{option('data.path')} is {data.path!r}, where {num_bad} of {report.total} records are no prompts: "
+            f"{reason}{where}; mend them, at most {data.max_bad_share:.0%} may be left out"
         )
     return [record.prompt for record in records], report

@@ -27,6 +27,7 @@ from jaxrm.runtime.progress import print_table
 from jaxrm.stage_config import Compare
 from jaxrm.stages.compare.answers import AnswerKey
 from jaxrm.stages.compare.measures import Comparison, Row, lengths_of
+from jaxrm.stages.compare.prompts import PromptSet
 from jaxrm.stages.compare.token_rewards import TokenRewardRows
 
 _BINS = 20  # of a histogram
@@ -126,10 +127,15 @@ def _about(config: Compare, comparison: Comparison) -> list[tuple[str, str]]:
         source = ModelSource(path=policy.path, adapter=policy.adapter)
         about.append((name, f"answers in {policy.answers}" if policy.path is None else weights.name_of(source)))
     about += [
-        (f"prompts {name}", f"{len(each.prompts):,} of {config.prompts[name].path}")
+        (f"prompts {name}", f"{len(each.prompts):,} of {config.prompts[name].path}{_left_out(each)}")
         for name, each in comparison.sets.items()
     ]
     return about
+
+
+def _left_out(prompts: PromptSet) -> str:
+    num_bad = sum(count.count for count in prompts.report.bad.values())
+    return f", without {num_bad:,} records that are no prompts" if num_bad else ""
 
 
 def _intervals(comparison: Comparison) -> list[Intervals]:

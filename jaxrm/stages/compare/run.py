@@ -21,7 +21,14 @@ from jaxrm.evaluation.refusals import is_refusal
 from jaxrm.runtime.metrics import json_line
 from jaxrm.stage_config import Compare
 from jaxrm.stages.compare import judges, report
-from jaxrm.stages.compare.answers import AnswerKey, Answers, check_policies, find_answers, free_memory
+from jaxrm.stages.compare.answers import (
+    AnswerKey,
+    Answers,
+    check_answer_files,
+    check_policies,
+    find_answers,
+    free_memory,
+)
 from jaxrm.stages.compare.judges import JudgedAnswer
 from jaxrm.stages.compare.measures import Comparison, Duel, tables_of
 from jaxrm.stages.compare.prompts import PromptSet, read_prompt_set
@@ -91,6 +98,7 @@ def _check(config: Compare) -> dict[str, PromptSet]:
     check_run_folder(config)
     check_policies(config)
     sets = {name: read_prompt_set(name, section, config.seed) for name, section in config.prompts.items()}
+    check_answer_files(config, sets)
     unlabeled = [name for name, each in sets.items() if each.label is None]
     if config.compare.refusals and unlabeled:
         raise UserError(
