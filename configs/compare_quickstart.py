@@ -3,7 +3,7 @@
     python -m jaxrm.train --config=configs/compare_quickstart.py
 
 Needs: a finished quickstart in runs/quickstart, two CPU cores, about three minutes. Add a judge and start it again:
-only what is new is asked, e.g. --config.judges.lm.language_model=runs/quickstart/sft.
+only what is new is asked, e.g. --config.judges.lm.language_model=HuggingFaceTB/SmolLM2-135M-Instruct.
 """
 
 from jaxrm.comparison_config import (

@@ -1,7 +1,7 @@
 """Compare policies: on sets of prompts, by judges, with win rates, refusals, lengths and a page.
 
     python -m jaxrm.compare --config=configs/compare_quickstart.py
-    python -m jaxrm.compare --config=configs/compare_quickstart.py --config.judges.lm.language_model=runs/quickstart/sft
+    python -m jaxrm.compare --config=configs/compare_quickstart.py --config.judges.lm.language_model=WEIGHTS
 
 Answers and verdicts are kept in config.run_dir. A comparison that was stopped goes on where it was, and one that has a
 new policy, set of prompts or judge asks only what is new. ``python -m jaxrm.train`` runs the same stage, also as a part
