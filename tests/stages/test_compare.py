@@ -293,6 +293,10 @@ class Killed(BaseException):
             ("config.judges.exact.function", "no prompt of that task"),
         ),
         (
+            lambda c: {"judges": {"lm": ComparisonJudgeConfig(language_model="/nowhere/at/all")}},
+            ("config.judges.lm.reward_model or .language_model", "'/nowhere/at/all'"),
+        ),
+        (
             lambda c: {
                 "judges": {
                     "lm": ComparisonJudgeConfig(language_model="x", prompt="no_such_file.txt"),
@@ -341,6 +345,6 @@ def test_a_judge_is_one_thing(fields, words):
 
 
 def test_a_dry_run_counts_answers_and_questions(config):
-    judge = ComparisonJudgeConfig(language_model="somewhere")
-    facts = inspect(with_judges(config, lm=judge)).facts
-    assert facts["answers"].startswith("24,") and facts["questions"].startswith("at most 24 to each of lm")
+    judge = ComparisonJudgeConfig(endpoint=EndpointConfig(url="http://localhost:1/v1", model="judge"))
+    facts = inspect(with_judges(config, chat=judge)).facts
+    assert facts["answers"].startswith("24,") and facts["questions"].startswith("at most 24 to each of chat")

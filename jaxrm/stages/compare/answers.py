@@ -33,7 +33,7 @@ from jaxrm.models.sampling import SamplingConfig, prompt_keys
 from jaxrm.runtime.progress import Progress
 from jaxrm.runtime.row_log import RowLog
 from jaxrm.sharding.mesh import build_mesh
-from jaxrm.stage_config import Compare
+from jaxrm.stage_config import LANGUAGE_MODELS, Compare
 from jaxrm.stages.compare.prompts import PromptSet
 
 
@@ -78,7 +78,7 @@ def check_policies(config: Compare) -> None:
         for run, path in enumerate(_paths(policy)):
             with _named(name, run):
                 if run_checkpoint.is_run(policy.adapter or path):
-                    run_checkpoint.find_checkpoint(policy.adapter or path, "path")
+                    run_checkpoint.find_checkpoint(policy.adapter or path, "path", algorithms=LANGUAGE_MODELS)
                 else:
                     weights.read_shape(ModelSource(path=path, adapter=policy.adapter))
         if policy.answers is not None and not Path(policy.answers).expanduser().is_file():
@@ -90,7 +90,7 @@ def check_policies(config: Compare) -> None:
     if reference is not None:
         with naming({"path": "config.compare.reference", "model.path": "config.compare.reference"}):
             if run_checkpoint.is_run(reference):
-                run_checkpoint.find_checkpoint(reference, "path")
+                run_checkpoint.find_checkpoint(reference, "path", algorithms=LANGUAGE_MODELS)
             else:
                 weights.read_shape(ModelSource(path=reference))
 

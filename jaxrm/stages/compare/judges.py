@@ -38,7 +38,7 @@ from jaxrm.models.build import ModelSource
 from jaxrm.runtime.progress import Progress
 from jaxrm.runtime.row_log import RowLog
 from jaxrm.sharding.mesh import build_mesh
-from jaxrm.stage_config import Compare
+from jaxrm.stage_config import LANGUAGE_MODELS, REWARD_MODELS, Compare
 from jaxrm.stages.rewards.function_call import open_function
 from jaxrm.stages.rewards.functions import FunctionScorer
 
@@ -76,12 +76,20 @@ def check_judges(config: Compare, prompts: Iterable[Sequence[Message]]) -> None:
             if judge.function is not None:
                 open_function(judge.function)
                 _check_task(name, judge.function, every)
-            path = judge.language_model or judge.reward_model
-            if path is not None and run_checkpoint.is_run(path):
-                run = run_checkpoint.find_checkpoint(path, "path")
-                if judge.language_model is not None:  # before answers are written for it
-                    field, template = f"judges.{name}.language_model", run.config.data.template
-                    verdict_ids(run.load_tokenizer(), template, judge.words, path, field)
+            if judge.reward_model is not None and run_checkpoint.is_run(judge.reward_model):
+                run_checkpoint.find_checkpoint(judge.reward_model, "path", algorithms=REWARD_MODELS)
+            if judge.language_model is not None:
+                _check_language_model(judge, f"judges.{name}.language_model")
+
+
+def _check_language_model(judge: ComparisonJudgeConfig, field: str) -> None:
+    """Refuse a language model that is not there, or a run whose tokenizer lacks the words."""
+    path = str(judge.language_model)
+    if not run_checkpoint.is_run(path):
+        weights.read_shape(ModelSource(path=path))
+        return
+    run = run_checkpoint.find_checkpoint(path, "path", algorithms=LANGUAGE_MODELS)
+    verdict_ids(run.load_tokenizer(), run.config.data.template, judge.words, path, field)
 
 
 def check_reachable(config: Compare) -> None:
