@@ -118,7 +118,9 @@ class Site:
             model = replace(STUDY.sft.model, preset=preset, path=path)
             config = replace(with_changes(template, changes), seed=self.seed, run_dir=str(run_dir), model=model)
             with (self.folder / "printed.log").open("a") as log, contextlib.redirect_stdout(log):
-                run_stage(config)
+                status = run_stage(config)
+            if status:
+                raise SystemExit(status)
             print(f"{run_dir} is done", flush=True)
             gc.collect()
             jax.clear_caches()
