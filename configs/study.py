@@ -1,11 +1,13 @@
-"""Is language feedback better than a scalar? Three small worlds with an exact judge, every arm tuned alike, one report.
+"""Which reward, with which settings, and what happens if they are wrong? Three small worlds with an exact judge.
 
+    python -m jaxrm.train --config=configs/study.py --dry_run
     python -m jaxrm.train --config=configs/study.py
     python -m jaxrm.train --config=configs/study.py --config.preset=smoke
 
-Needs: two CPU cores, 4 GB of memory, about two hours; the smoke preset takes two minutes. It can be stopped at any
-time; the same command continues. Parts of it: --config.worlds=safety --config.arms=ppo_scalar,ppo_literal. Other
-settings of a stage: --config.ppo.num_steps=100. Your own kind of reward: --config.arms=ppo_scalar,ppo_my_kinds:doubt
+Needs: 4 GB of memory, and hours of CPU cores, which the dry run and the first line say. The smoke preset takes two
+minutes. It can be stopped at any time; the same command continues. Parts of it: --config.worlds=safety
+--config.arms=ppo_scalar,ppo_literal. Other settings of a stage: --config.ppo.num_steps=320. Your own kind of reward:
+--config.arms=ppo_scalar,ppo_my_kinds:doubt
 """
 
 from dataclasses import replace
@@ -53,6 +55,13 @@ def get_config() -> Study:
         checkpoint=checkpoint,
         logging=quiet,
     )
+    imitation = replace(
+        sft,
+        num_steps=None,
+        num_epochs=2.0,
+        data=replace(demonstrations, batch_size=8),
+        optimizer=replace(optimizer, lr=1e-3),
+    )
     return Study(
         run_dir="runs/study",
         sft=sft,
@@ -66,24 +75,24 @@ def get_config() -> Study:
             checkpoint=checkpoint,
             logging=quiet,
         ),
-        imitation=replace(sft, num_steps=None, num_epochs=2.0, data=replace(demonstrations, batch_size=8)),
+        imitation=imitation,
         dpo=DPO(
             num_epochs=1.0,
             data=replace(demonstrations, batch_size=8),
-            optimizer=optimizer,
+            optimizer=imitation.optimizer,
             evaluation=JudgedEvaluationConfig(every=never, samples=0, sampling=SAMPLING),
             checkpoint=checkpoint,
             logging=quiet,
         ),
         best_of_n=BestOfN(data=prompts, rollout=rollout, best_of_n=BestOfNConfig(n=8), logging=quiet),
         ppo=PPO(
-            num_steps=48,
-            data=prompts,
+            num_steps=160,
+            data=replace(prompts, max_eval_records=128),
             rollout=rollout,
-            ppo=PPOConfig(),
+            ppo=PPOConfig(kl_coef=0.02),
             critic=CriticConfig(optimizer=OptimizerConfig(lr=1e-3)),
             optimizer=OptimizerConfig(lr=1e-3),
-            evaluation=JudgedEvaluationConfig(every=12, samples=8, sampling=SAMPLING),
+            evaluation=JudgedEvaluationConfig(every=16, samples=8, sampling=SAMPLING),
             checkpoint=checkpoint,
             logging=quiet,
         ),

@@ -14,8 +14,10 @@ from jaxrm.pipeline.record import stages_done
 from jaxrm.stage_config import StageConfig
 from jaxrm.stages.inspection import Inspection
 from jaxrm.stages.table import inspect_stage
-from jaxrm.study.config import Study, apply_preset
-from jaxrm.study.schedule import schedule
+from jaxrm.study import costs
+from jaxrm.study.config import Study
+from jaxrm.study.presets import apply_preset
+from jaxrm.study.schedule import Schedule, unknown_answers
 
 
 @dataclass(frozen=True)
@@ -71,13 +73,14 @@ def _inspect(config: StageConfig) -> Inspection:
 
 
 def _inspect_study(config: Study) -> Inspection:
-    """The runs that are known before any is made, and a check of the first."""
+    """What a study costs, and a check of its first run."""
     study = apply_preset(config)
-    runs, choices = schedule(study, {})
+    runs = Schedule(study).runs({})
     first = inspect_stage(runs[0].experiment)
     facts: dict[str, Any] = {
-        "runs": f"{len(runs):,} to begin with, in {len(study.worlds)} worlds and {len(study.seeds)} final seeds",
-        "to tune": f"{len(choices):,} arms; their final runs follow when their settings are chosen",
+        "cost": costs.in_words(study, [*(run.name for run in runs), *unknown_answers(study, {})], None),
+        "arms": ", ".join(study.arms or ()),
+        "worlds": f"{', '.join(study.worlds or ())}, {len(study.seeds or ())} seeds each",
         "first run": runs[0].name,
     }
     return dataclasses.replace(first, facts={**facts, **first.facts})

@@ -36,6 +36,8 @@ class WinRate:
       seeds: how many were compared.
       prompts: how many were compared for each seed; the most, where seeds differ.
       note: why there is no interval, e.g. ``2 seeds: too few for an interval``.
+      error: standard error of the rate; None where there is no interval.
+      freedom: degrees of freedom of the standard error.
     """
 
     rate: float
@@ -44,6 +46,8 @@ class WinRate:
     seeds: int
     prompts: int
     note: str = ""
+    error: float | None = None
+    freedom: float | None = None
 
     @property
     def verdict(self) -> str:
@@ -75,6 +79,19 @@ class _Spread(NamedTuple):
     prompts: int
 
 
+class _Estimate(NamedTuple):
+    """A mean with its interval, standard error and degrees of freedom."""
+
+    mean: float
+    low: float | None
+    high: float | None
+    seeds: int
+    prompts: int
+    note: str
+    error: float | None
+    freedom: float | None
+
+
 def outcomes(first: ArrayLike, second: ArrayLike) -> np.ndarray:
     """Who wins at each prompt.
 
@@ -102,14 +119,16 @@ def win_rate(*groups: Values, crossed: bool = False) -> WinRate:
     Returns:
       The rate; NaN without a seed.
     """
-    rate, *ends, seeds, prompts, note = _interval(groups, crossed)
-    low, high = (None if end is None else min(max(end, 0.0), 1.0) for end in ends)
-    return WinRate(rate, low, high, seeds, prompts, note)
+    estimate = _estimate(groups, crossed)
+    low, high = (None if end is None else min(max(end, 0.0), 1.0) for end in (estimate.low, estimate.high))
+    return WinRate(
+        estimate.mean, low, high, estimate.seeds, estimate.prompts, estimate.note, estimate.error, estimate.freedom
+    )
 
 
 def mean_interval(*groups: Values, crossed: bool = False) -> Mean:
     """Any mean over seeds and prompts with its 95 % interval: as `win_rate`, of values of any size."""
-    return Mean(*_interval(groups, crossed))
+    return Mean(*_estimate(groups, crossed)[:6])
 
 
 def difference_interval(first: Values, second: Values, *, crossed: bool = False) -> Mean:
@@ -126,20 +145,20 @@ def difference_interval(first: Values, second: Values, *, crossed: bool = False)
     return mean_interval([a - b for a, b in pairs], crossed=crossed)
 
 
-def _interval(groups: Sequence[Values], crossed: bool) -> tuple[float, float | None, float | None, int, int, str]:
+def _estimate(groups: Sequence[Values], crossed: bool) -> _Estimate:
     spreads = [_spread(group, crossed) for group in groups]
     assert spreads, "no values"
     mean = sum(spread.mean for spread in spreads) / len(spreads)
     seeds, prompts = min(spread.seeds for spread in spreads), max(spread.prompts for spread in spreads)
     if seeds < MIN_SEEDS:
         note = f"{seeds} seed{'' if seeds == 1 else 's'}: too few for an interval"
-        return mean, None, None, seeds, prompts, note
+        return _Estimate(mean, None, None, seeds, prompts, note, None, None)
     terms = [(spread.variance / len(spreads) ** 2, spread.freedom) for spread in spreads]
     variance = sum(term for term, _ in terms)
     divisor = sum(term**2 / freedom for term, freedom in terms)
     freedom = variance**2 / divisor if divisor else min(freedom for _, freedom in terms)
     half_width = float(stdtrit(freedom, 0.975)) * math.sqrt(variance)
-    return mean, mean - half_width, mean + half_width, seeds, prompts, ""
+    return _Estimate(mean, mean - half_width, mean + half_width, seeds, prompts, "", math.sqrt(variance), freedom)
 
 
 def _rows(values: Values) -> Sequence[ArrayLike]:

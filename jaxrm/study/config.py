@@ -1,85 +1,68 @@
 """A study: the same comparison for every arm, in every world, with every seed, as a list of ordinary runs.
 
-A world is an embedded task, a synthetic task whose judge is exact. An arm is a way to train a policy: ``sft`` (where
-all start), ``sft_chosen``, ``best_of_n_scalar``, ``best_of_n_seq2seq``, ``rft_scalar``, ``rft_seq2seq``, ``dpo`` and
-``ppo_KIND`` for each kind of token reward that a model gives, and `RTO`. `jaxrm.study.schedule` lists the runs, given
-the scores of those that are done: settings are chosen alike for each arm and world, on prompts and seeds of their own,
-and only then do the runs of the final seeds start. `jaxrm.study.run` runs them.
+A world is an embedded task, a synthetic task whose judge is exact. An arm is a way to make a policy
+(`jaxrm.study.arms`). Every arm has a grid of settings, and every setting is run with every seed. So how a setting is
+chosen is a reading of finished runs (`jaxrm.study.readings`), and costs none. `jaxrm.study.schedule` lists the runs,
+and `jaxrm.study.run` runs them.
 """
 
-import dataclasses
-import difflib
+import itertools
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 from jaxrm import stage_config
-from jaxrm.algorithms.reward_config import check_kind
-from jaxrm.config.fields import ROOT_CONFIG, at_least, bounded, check, place, typed, wrong
+from jaxrm.config.fields import ROOT_CONFIG, above, at_least, bounded, check, place, typed, wrong
 from jaxrm.data import tasks
 from jaxrm.errors import UserError
-from jaxrm.ops.reward_kinds import is_custom, names_for
 from jaxrm.runtime.run_folder import OnExisting
+from jaxrm.study.arms import check_arm, read_arm
 
-PPO = "ppo_"
-RTO = "ppo_rto"
-"""PPO with the sum of the kinds ``scalar`` and ``dpo`` (RTO, arXiv 2404.18922)."""
-ARMS = (
-    "sft",
-    "sft_chosen",
-    "best_of_n_scalar",
-    "best_of_n_seq2seq",
-    "rft_scalar",
-    "rft_seq2seq",
-    "dpo",
-    *(f"{PPO}{kind}" for kind in (*names_for("scalar"), *names_for("seq2seq"), *names_for("dpo"))),
-    RTO,
-)
-# What an ordinary study leaves out: kinds that came later than its published tables.
-OPTIONAL_ARMS = ("ppo_value_difference", "ppo_edit_aligned", "ppo_dpo", RTO)
-DEFAULT_ARMS = tuple(arm for arm in ARMS if arm not in OPTIONAL_ARMS)
 SIZES = {"tiny": "lab-tiny", "small": "lab-small", "base": "lab-base"}
-_SMOKE_ARMS = ("sft", "sft_chosen", "dpo", "ppo_scalar", "ppo_literal")
+Setting = tuple[tuple[str, float], ...]
+"""Values of the fields of an arm's grid, by dotted name."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Study:
     """What is compared.
 
-    The stages are templates: `jaxrm.study.schedule` fills in folders, models, data, seeds and what is tuned.
+    A field that is None is as the preset says (`jaxrm.study.presets`). The stages are templates:
+    `jaxrm.study.schedule` fills in folders, models, data, seeds and settings. Their own values of KL coefficient, beta
+    and learning rate are the setting that is called published, and lie on the grids.
 
     Attributes:
       run_dir: folder of the study.
       on_existing: a folder that already holds this study is continued (``resume``), put aside and started anew
         (``restart``) or refused (``error``). A restart that was stopped is continued by the same command.
-      preset: ``full`` leaves the config as it is; ``smoke`` reduces it to one world, two seeds, few arms and few steps.
+      preset: which comparison: ``main``, a few arms; ``full``, all of them; ``bias``, annotators of growing bias;
+        ``small``, two arms of a larger policy; ``smoke``, a trial of few steps.
       size: of the policy: ``tiny`` (0.36 M parameters), ``small`` (6 M) or ``base`` (31 M).
       worlds: embedded tasks.
-      arms: of `ARMS`, by default all but `OPTIONAL_ARMS`; the kind of ``ppo_KIND`` may be a custom one (see
+      arms: of `jaxrm.study.arms.ARMS`; the kind of ``ppo_KIND`` may be a custom one (see
         `jaxrm.algorithms.reward_config`).
-      seeds: seeds of the final runs; each seed has its own SFT policy, pairs and reward models.
-      selection_seeds: seeds of the runs that settings are chosen with.
-      kl_coefs: KL coefficients of PPO, ascending; with ``learning_rates`` they are its grid.
-      learning_rates: of PPO, DPO and of SFT on chosen responses or winners, ascending.
+      seeds: each has its own SFT policy, pairs and reward models.
+      kl_coefs: KL coefficients of arms that rewards train, ascending; with ``learning_rates`` they are their grid.
+      learning_rates: of these, of DPO, and of SFT on chosen responses or winners, ascending.
       dpo_betas: betas of DPO, ascending; with ``learning_rates`` they are its grid.
-      extensions: most values tried beyond either end of a grid's axis while the best setting lies at that end.
-      tolerance: judge scores that are no further apart count as equal when settings are chosen (see
-        `jaxrm.study.tuning.choose`).
+      blind_kl: largest KL from the SFT policy, nats a response, of a setting that is chosen by held-out reward.
+      mechanism: world for which a page shows what two reward models pay for; None leaves it out.
+      keep_policies: whether the parameters of arms stay when nothing needs them any more; about 10 MB each.
       workers: runs at once. None: one for each core, or one on an accelerator.
     """
 
     run_dir: str = "runs/study"
     on_existing: OnExisting = "resume"
-    preset: Literal["full", "smoke"] = "full"
-    size: Literal["tiny", "small", "base"] = "tiny"
-    worlds: tuple[str, ...] = tasks.TASKS
-    arms: tuple[str, ...] = DEFAULT_ARMS
-    seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
-    selection_seeds: tuple[int, ...] = (1001,)
-    kl_coefs: tuple[float, ...] = (0.05, 0.2)
-    learning_rates: tuple[float, ...] = (3e-4, 1e-3)
-    dpo_betas: tuple[float, ...] = (0.1, 0.3)
-    extensions: int = bounded(3, at_least(0))
-    tolerance: float = 0.01
+    preset: Literal["main", "full", "bias", "small", "smoke"] = "main"
+    size: Literal["tiny", "small", "base"] | None = None
+    worlds: tuple[str, ...] | None = None
+    arms: tuple[str, ...] | None = None
+    seeds: tuple[int, ...] | None = None
+    kl_coefs: tuple[float, ...] | None = None
+    learning_rates: tuple[float, ...] | None = None
+    dpo_betas: tuple[float, ...] | None = None
+    blind_kl: float = bounded(5.0, above(0))
+    mechanism: str | None = "safety"
+    keep_policies: bool = False
     workers: int | None = bounded(None, at_least(1))
     sft: stage_config.SFT = field(default_factory=stage_config.SFT, metadata=ROOT_CONFIG)
     pairs: stage_config.SamplePairs = field(default_factory=stage_config.SamplePairs, metadata=ROOT_CONFIG)
@@ -93,73 +76,68 @@ class Study:
 
     def __post_init__(self) -> None:
         check(self)
-        for name, known in (("worlds", tasks.TASKS), ("arms", ARMS)):
+        for name in ("worlds", "arms", "seeds"):
             values = getattr(self, name)
-            if not values or len(set(values)) < len(values):
-                raise wrong(self, name, "each one once, at least one", known)
-            for value in values:
-                if value not in known and not (name == "arms" and is_custom(value) and value.startswith(PPO)):
-                    near = difflib.get_close_matches(value, known, n=1)
-                    meant = f"; did you mean {near[0]}?" if near else ""
-                    raise UserError(f"{place(self, name)} has {value!r}; there are {', '.join(known)}{meant}")
-                if value.startswith(PPO) and value != RTO:
-                    check_kind(value.removeprefix(PPO), place(self, "arms"), typed(self, "arms", ("ppo_literal",)))
+            if values is not None and (not values or len(set(values)) < len(values)):
+                raise wrong(self, name, "each one once, at least one", _EXAMPLES[name])
+        for world in (*(self.worlds or ()), *((self.mechanism,) if self.mechanism else ())):
+            name = "worlds" if world in (self.worlds or ()) else "mechanism"
+            if world not in tasks.TASKS:
+                raise UserError(
+                    f"{place(self, name)} has {world!r}; there are {', '.join(tasks.TASKS)}; "
+                    f"e.g. {typed(self, name, _EXAMPLES['worlds'] if name == 'worlds' else 'safety')}"
+                )
+        for arm in self.arms or ():
+            check_arm(arm, place(self, "arms"), typed(self, "arms", ("ppo_literal",)))
+        if self.seeds is not None and min(self.seeds) < 0:
+            raise wrong(self, "seeds", "none below 0", _EXAMPLES["seeds"])
+        for name in ("kl_coefs", "learning_rates", "dpo_betas"):
+            values = getattr(self, name)
+            if values is not None and (not values or list(values) != sorted(set(values)) or values[0] <= 0):
+                raise wrong(self, name, "numbers above 0, ascending", (0.02, 0.1))
         for name in ("ppo", "best_of_n", "evaluate"):
             for source in getattr(self, name).rewards:
                 raise UserError(
                     f"{place(self, name)}.rewards has {source}, but arms say where rewards come from; leave it out, "
                     f"{typed(self, f'{name}.rewards.{source}', None)}, and choose among config.arms"
                 )
-        for name in ("seeds", "selection_seeds"):
-            values = getattr(self, name)
-            if not values or len(set(values)) < len(values) or min(values) < 0:
-                raise wrong(self, name, "each once, at least one, none below 0", (1, 2, 3))
-        both = sorted(set(self.seeds) & set(self.selection_seeds))
-        if both:
-            required = f"seeds that settings are not chosen with, not {both[0]}"
-            raise wrong(self, "seeds", required, (1, 2, 3))
-        for name in ("kl_coefs", "learning_rates", "dpo_betas"):
-            values = getattr(self, name)
-            if not values or list(values) != sorted(set(values)) or values[0] <= 0:
-                raise wrong(self, name, "numbers above 0, ascending", (0.05, 0.2))
 
 
-def apply_preset(study: Study) -> Study:
-    """Return the study to run: ``config.preset`` applied."""
-    if study.preset == "full":
-        return study
-    return dataclasses.replace(
-        study,
-        worlds=study.worlds[:1],
-        arms=tuple(arm for arm in study.arms if arm in _SMOKE_ARMS or arm not in ARMS) or study.arms[:1],
-        seeds=study.seeds[:2],
-        selection_seeds=study.selection_seeds[:1],
-        kl_coefs=study.kl_coefs[:1],
-        learning_rates=study.learning_rates[-1:],
-        dpo_betas=study.dpo_betas[:1],
-        extensions=0,
-        sft=_shorten(study.sft, num_steps=60),
-        pairs=dataclasses.replace(study.pairs, pairs=dataclasses.replace(study.pairs.pairs, count=256)),
-        rm_scalar=_shorten(study.rm_scalar, num_steps=8),
-        rm_seq2seq=_shorten(study.rm_seq2seq, num_steps=8),
-        imitation=_shorten(study.imitation, num_steps=4),
-        dpo=_shorten(study.dpo, num_steps=4),
-        best_of_n=_shorten(study.best_of_n, num_steps=1),
-        ppo=_shorten(study.ppo, num_steps=2),
-        evaluate=_shorten(study.evaluate),
-    )
+_EXAMPLES = {"worlds": ("safety",), "arms": ("ppo_scalar", "ppo_literal"), "seeds": (1, 2, 3)}
 
 
-def axes(study: Study, arm: str) -> tuple[tuple[str, tuple[float, ...]], ...]:
-    """The fields that are tuned for an arm, by dotted name, each with the values of its grid."""
-    rate = ("optimizer.lr", study.learning_rates)
-    if arm.startswith(PPO):
-        return (("ppo.kl_coef", study.kl_coefs), rate)
+def settings(study: Study, arm: str) -> list[Setting]:
+    """The settings of an arm's grid, in order; one empty setting for an arm that has none.
+
+    Args:
+      study: from `jaxrm.study.presets.apply_preset`.
+      arm: of the study.
+    """
+    fields = axes(study, arm)
+    return [tuple(zip(fields, values, strict=True)) for values in itertools.product(*fields.values())]
+
+
+def axes(study: Study, arm: str) -> dict[str, tuple[float, ...]]:
+    """The fields of an arm's grid, by dotted name, each with its values."""
+    rates = {"optimizer.lr": study.learning_rates or ()}
+    if read_arm(arm) is not None:
+        return {"ppo.kl_coef": study.kl_coefs or ()} | rates
     if arm == "dpo":
-        return (("dpo.beta", study.dpo_betas), rate)
-    return (rate,) if arm == "sft_chosen" or arm.startswith("rft_") else ()
+        return {"dpo.beta": study.dpo_betas or ()} | rates
+    return rates if arm == "sft_chosen" or arm.startswith("rft_") else {}
 
 
-def _shorten(stage: Any, **changes: Any) -> Any:
-    data = dataclasses.replace(stage.data, max_records=512, max_eval_records=64)
-    return dataclasses.replace(stage, data=data, **changes)
+def published(study: Study, arm: str) -> Setting:
+    """The setting that an arm's template has."""
+    template = study.dpo if arm == "dpo" else study.imitation if read_arm(arm) is None else study.ppo
+    values = {
+        "optimizer.lr": template.optimizer.lr,
+        "ppo.kl_coef": study.ppo.ppo.kl_coef,
+        "dpo.beta": study.dpo.dpo.beta,
+    }
+    return tuple((name, values[name]) for name in axes(study, arm))
+
+
+def setting_name(setting: Setting) -> str:
+    """A setting as the name of a folder: ``kl_coef=0.02,lr=0.001``; ``plain`` where there is none."""
+    return ",".join(f"{name.rsplit('.', 1)[-1]}={value:g}" for name, value in setting) or "plain"

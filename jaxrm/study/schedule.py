@@ -1,27 +1,29 @@
-"""The runs of a study: ordinary experiments, and which of them are known, given the scores so far."""
+"""The runs of a study: ordinary experiments, all known beforehand but for the answers of best checkpoints."""
 
 import dataclasses
 import itertools
+import math
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
+from jaxrm.algorithms.ppo_config import CriticConfig
 from jaxrm.algorithms.reward_config import RewardConfig
 from jaxrm.config.dicts import with_changes
 from jaxrm.data import tasks
 from jaxrm.evaluation.config import EvaluateConfig
 from jaxrm.models.build import ModelSource
-from jaxrm.ops.reward_kinds import names_for
-from jaxrm.study.config import PPO, RTO, SIZES, Study, axes
-from jaxrm.study.tuning import Choice, Setting, choose, setting_name
-
-Choices = dict[tuple[str, str], Choice]
-"""The state of tuning, by world and arm."""
+from jaxrm.study.arms import RESPONSES_PER_PROMPT, TrainedByRewards, folder_name, read_arm
+from jaxrm.study.config import SIZES, Setting, Study, published, setting_name, settings
 
 REWARD_MODELS = ("rm_scalar", "rm_seq2seq")
-_RTO_WEIGHTS = {"scalar": 1.0, "dpo": 0.2}  # jaxrm choice: with 1, dpo taught to refuse (configs/README.md)
-_NEVER = 1_000_000  # steps between evaluations of a run that needs none but the last
+BEST = "best"
+"""Name, in the place of a setting, of the checkpoint with the highest judge score of an arm and seed."""
+MECHANISM = ("ppo_scalar", "ppo_literal")
+"""The arms whose reward models a page compares, if both are in the study."""
+MECHANISM_KINDS = {"scalar": "rm_scalar", "literal": "rm_seq2seq"}
+_ALL = 1_000_000  # checkpoints
 
 
 @dataclass(frozen=True)
@@ -39,82 +41,116 @@ class StudyRun:
     needs: tuple[str, ...] = ()
 
 
-def schedule(study: Study, scores: Mapping[str, float]) -> tuple[list[StudyRun], Choices]:
-    """List the runs of a study that are known so far.
+class Best(NamedTuple):
+    """The checkpoint of a training run with the highest judge score on the selection prompts.
 
-    The final runs of an arm are known once its setting is chosen. That takes the scores of its selection runs.
+    Attributes:
+      judge: its score; NaN of a run that failed.
+      step: of the checkpoint.
+      is_last: whether it is the last one, whose answers are there anyway.
+    """
+
+    judge: float
+    step: int
+    is_last: bool
+
+
+class Schedule:
+    """The runs of a study, each after those that it needs.
 
     Args:
-      study: from `jaxrm.study.config.apply_preset`.
-      scores: mean judge score on the selection prompts by name of a finished run; NaN for a failed one.
-
-    Returns:
-      The runs, each after those that it needs, and the state of tuning by world and arm.
+      study: from `jaxrm.study.presets.apply_preset`.
     """
-    choices = {(world, arm): _choose_setting(study, world, arm, scores) for world in study.worlds for arm in study.arms}
-    runs: list[StudyRun] = []
-    for (world, arm), choice in choices.items():
-        settings = (*choice.scores, *choice.wanted) if axes(study, arm) else ()
-        for setting, seed in itertools.product(settings, study.selection_seeds):
-            runs += _selection_runs(_Site(study, world, seed), arm, setting)
-    # Seeds outside, worlds inside, so that a study that is stopped early has every world alike.
-    for seed, world in itertools.product(study.seeds, study.worlds):
-        site = _Site(study, world, seed)
-        runs += shared_runs(study, world, seed)
-        for arm in study.arms:
-            chosen = choices[world, arm].chosen
-            if chosen is not None:
-                runs += _final_runs(site, arm, chosen)
+
+    def __init__(self, study: Study) -> None:
+        self._study = study
+        # Seeds outside, worlds inside, so that a study that is stopped early has every world alike.
+        sites = itertools.product(study.seeds or (), study.worlds or ())
+        self._runs = {_Site(study, world, seed): _site_runs(study, world, seed) for seed, world in sites}
+        self._best: dict[tuple[str, Best], StudyRun] = {}
+
+    def runs(self, best: Mapping[str, Best]) -> list[StudyRun]:
+        """List the runs.
+
+        Args:
+          best: the best checkpoint of each run of reinforcement learning that ended, by name. Once all settings of an
+            arm and seed are there, the best of their checkpoints answers too.
+        """
+        listed: list[StudyRun] = []
+        for site, runs in self._runs.items():
+            listed += runs
+            for arm in self._study.arms or ():
+                setting = best_setting(self._study, site.world, site.seed, arm, best)
+                if setting is None:
+                    continue
+                found = best[policy_name(site.world, site.seed, arm, setting)]
+                if not found.is_last:
+                    place = (site.name(_policy_path(arm, setting)), found)
+                    if place not in self._best:
+                        self._best[place] = _best_run(site, arm, setting, found)
+                    listed.append(self._best[place])
+        return listed
+
+
+def _site_runs(study: Study, world: str, seed: int) -> list[StudyRun]:
+    """The runs of a world and seed that are known beforehand."""
+    site = _Site(study, world, seed)
+    runs = shared_runs(study, world, seed)
+    for arm in study.arms or ():
+        for setting in settings(study, arm):
+            runs += _arm_runs(site, arm, setting)
     by_name: dict[str, StudyRun] = {}
-    for run in runs:
+    for run in [*runs, *_mechanism_runs(site)]:
         by_name.setdefault(run.name, run)
-    return list(by_name.values()), choices
+    return list(by_name.values())
 
 
 def shared_runs(study: Study, world: str, seed: int) -> list[StudyRun]:
-    """What every arm of a world and seed starts from: SFT policy, pairs and both reward models."""
+    """What the arms of a world and seed start from: SFT policy, pairs and both reward models."""
     site = _Site(study, world, seed)
-    untrained = dataclasses.replace(study.sft.model, path=None, preset=SIZES[study.size])
-    policy = site.model("sft")
-    runs = [
+    untrained = dataclasses.replace(study.sft.model, path=None, preset=SIZES[study.size or "tiny"])
+    return [
         site.run("sft", study.sft, site.task, untrained),
-        site.run("pairs", study.pairs, site.task, policy, needs=("sft",)),
+        site.run("pairs", study.pairs, site.task, site.model("sft"), needs=("sft",)),
+        *(_reward_model(site, name) for name in REWARD_MODELS),
     ]
-    for name in REWARD_MODELS:
-        template = with_changes(getattr(study, name), {"evaluation.judge": site.task})
-        runs.append(site.run(name, template, f"{site.folder('pairs')}/pairs.jsonl", policy, needs=("pairs",)))
-    return runs
-
-
-def selection_run(study: Study, world: str, seed: int, arm: str, setting: Setting) -> StudyRun:
-    """The run whose score counts for a setting."""
-    return _selection_runs(_Site(study, world, seed), arm, setting)[-1]
 
 
 def policy_name(world: str, seed: int, arm: str, setting: Setting) -> str:
-    """The final run that trains an arm's policy."""
-    return f"{world}/seed{seed}/{_policy_path(arm, setting, is_final=True)}"
+    """The run that trains an arm's policy."""
+    return f"{world}/seed{seed}/{_policy_path(arm, setting)}"
 
 
-def answers_name(world: str, seed: int, arm: str, setting: Setting) -> str:
-    """The run in which an arm's policy answers the test prompts."""
-    return f"{world}/seed{seed}/answers/{folder_name(arm)}/{setting_name(setting)}"
+def answers_name(world: str, seed: int, arm: str, setting: str) -> str:
+    """The run in which an arm's policy answers the test prompts; the setting as `setting_name` has it, or `BEST`."""
+    return f"{world}/seed{seed}/answers/{folder_name(arm)}/{setting}"
 
 
-def folder_name(arm: str) -> str:
-    """An arm as the name of a folder, and in the results."""
-    return arm.replace(":", "-")
+def mechanism_name(world: str, seed: int, arm: str) -> str:
+    """The run in which a policy's answers are read by two reward models."""
+    return f"{world}/seed{seed}/mechanism/{folder_name(arm)}"
 
 
-def evaluates_checkpoints(arm: str) -> bool:
-    """Whether the checkpoints of an arm's final run are evaluated afterwards.
+def best_setting(study: Study, world: str, seed: int, arm: str, best: Mapping[str, Best]) -> Setting | None:
+    """The setting that holds the best checkpoint of an arm and seed; None while runs are missing, or all failed."""
+    names = {setting: policy_name(world, seed, arm, setting) for setting in settings(study, arm)}
+    if read_arm(arm) is None or any(name not in best for name in names.values()):
+        return None
+    scores = {setting: best[name].judge for setting, name in names.items() if not math.isnan(best[name].judge)}
+    return max(scores, key=lambda setting: scores[setting]) if scores else None
 
-    PPO evaluates its policy while it trains, and the other arms train nothing.
-    """
-    return arm in ("sft_chosen", "dpo") or arm.startswith("rft_")
+
+def unknown_answers(study: Study, best: Mapping[str, Best]) -> list[str]:
+    """Names of runs that a `Schedule` does not list yet: of best checkpoints that are still to be found."""
+    return [
+        answers_name(world, seed, arm, BEST)
+        for seed, world, arm in itertools.product(study.seeds or (), study.worlds or (), study.arms or ())
+        if read_arm(arm) is not None
+        and any(policy_name(world, seed, arm, setting) not in best for setting in settings(study, arm))
+    ]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Site:
     """One seed in one world: the names, folders and common fields of its runs."""
 
@@ -125,6 +161,10 @@ class _Site:
     @property
     def task(self) -> str:
         return f"{tasks.PREFIX}{self.world}"
+
+    @property
+    def pairs(self) -> str:
+        return f"{self.folder('pairs')}/pairs.jsonl"
 
     def name(self, path: str) -> str:
         return f"{self.world}/seed{self.seed}/{path}"
@@ -143,11 +183,11 @@ class _Site:
         data: str,
         model: ModelSource,
         setting: Setting = (),
-        needs: tuple[str, ...] = (),
+        needs: Sequence[str] = (),
     ) -> StudyRun:
         """A run of this site: a template of the study with its data, model, setting, seed and folder."""
-        tuned = with_changes(template, {"data.path": data, **dict(setting)})
-        experiment = dataclasses.replace(tuned, seed=self.seed, run_dir=self.folder(path), model=model)
+        changed = with_changes(template, {"data.path": data, **dict(setting)})
+        experiment = dataclasses.replace(changed, seed=self.seed, run_dir=self.folder(path), model=model)
         return StudyRun(self.name(path), experiment, tuple(self.name(need) for need in dict.fromkeys(needs)))
 
 
@@ -158,119 +198,123 @@ class _ArmPolicy:
     Attributes:
       runs: those that train its policy, beyond the shared ones.
       path: of the run that holds the policy.
-      reward: measured on its answers, or chooses among them.
+      reward: chooses among its answers, where there are several to a prompt.
       reward_paths: of the runs that hold the reward models.
-      rewards: sources in place of ``reward``, by name, where there are several.
       best_of: answers to a prompt of which the best is taken.
     """
 
     runs: tuple[StudyRun, ...]
     path: str
-    reward: RewardConfig
+    reward: RewardConfig = dataclasses.field(default_factory=RewardConfig)
     reward_paths: tuple[str, ...] = ()
-    rewards: Mapping[str, RewardConfig] = dataclasses.field(default_factory=dict)
     best_of: int = 1
 
 
-def _choose_setting(study: Study, world: str, arm: str, scores: Mapping[str, float]) -> Choice:
-    """Tune an arm as far as the scores go: the grid first, then what lies beyond it."""
-    grid = axes(study, arm)
-    if not grid:
-        return Choice({}, ())
-    setting_scores: dict[Setting, float] = {}
-    while True:
-        choice = choose(grid, setting_scores, extensions=study.extensions, tolerance=study.tolerance)
-        if not choice.wanted:
-            return choice
-        new_scores = {}
-        for setting in choice.wanted:
-            names = [selection_run(study, world, seed, arm, setting).name for seed in study.selection_seeds]
-            if all(name in scores for name in names):
-                new_scores[setting] = sum(scores[name] for name in names) / len(names)
-        if len(new_scores) < len(choice.wanted):
-            return dataclasses.replace(choice, scores=setting_scores)
-        setting_scores |= new_scores
-
-
-def _selection_runs(site: _Site, arm: str, setting: Setting) -> list[StudyRun]:
-    """The runs that give a setting its score, which is that of the last one."""
-    policy = _arm_policy(site, arm, setting, is_final=False)
-    runs = [*shared_runs(site.study, site.world, site.seed), *policy.runs]
-    if arm.startswith(PPO):  # its own evaluation is on the selection prompts
-        return runs
-    answers = dataclasses.replace(site.study.evaluate.evaluate, splits=("selection",), decodings=("sampled",))
-    return [*runs, _evaluation_run(site, arm, policy, f"{policy.path}/answers", answers)]
-
-
-def _final_runs(site: _Site, arm: str, setting: Setting) -> list[StudyRun]:
-    """The runs that train an arm's policy, if it trains one, and let it answer the test prompts.
-
-    It answers the selection prompts too, on which PPO evaluates its policies while they train.
-    """
-    policy = _arm_policy(site, arm, setting, is_final=True)
+def _arm_runs(site: _Site, arm: str, setting: Setting) -> list[StudyRun]:
+    """The runs that train an arm's policy, if it trains one, and let it answer the test prompts."""
+    policy = _arm_policy(site, arm, setting)
     answers = dataclasses.replace(
         site.study.evaluate.evaluate,
-        splits=("selection", "test", "test_ood"),
+        # Rewards train on prompts of their own, and the policy answers the selection prompts meanwhile.
+        splits=("test", "test_ood") if read_arm(arm) else ("selection", "test", "test_ood"),
         decodings=("sampled", "greedy") if policy.best_of == 1 else ("sampled",),
-        evaluate_checkpoints=evaluates_checkpoints(arm),
     )
     path = f"answers/{folder_name(arm)}/{setting_name(setting)}"
-    return [*policy.runs, _evaluation_run(site, arm, policy, path, answers)]
+    return [*policy.runs, _answers_run(site, arm, policy, path, answers, policy.path)]
 
 
-def _arm_policy(site: _Site, arm: str, setting: Setting, *, is_final: bool) -> _ArmPolicy:
-    """An arm's policy, trained with a setting."""
-    study, path = site.study, _policy_path(arm, setting, is_final)
-    if arm == "sft":
-        return _ArmPolicy((), "sft", study.evaluate.reward)
-    if arm in ("sft_chosen", "dpo"):
-        template = _keep_checkpoints(study.dpo if arm == "dpo" else study.imitation, is_final)
-        pairs = f"{site.folder('pairs')}/pairs.jsonl"
-        run = site.run(path, template, pairs, site.model("sft"), setting, ("pairs",))
-        return _ArmPolicy((run,), path, study.evaluate.reward)
-    if arm.startswith(PPO):
-        return _ppo_policy(site, arm, setting, is_final)
-    return _best_of_n_policy(site, arm, setting, is_final)
+def _best_run(site: _Site, arm: str, setting: Setting, found: Best) -> StudyRun:
+    """The answers of the best checkpoint of an arm and seed."""
+    policy = _arm_policy(site, arm, setting)
+    answers = dataclasses.replace(site.study.evaluate.evaluate, splits=("test", "test_ood"))
+    path = f"answers/{folder_name(arm)}/{BEST}"
+    return _answers_run(site, arm, policy, path, answers, f"{policy.path}/checkpoints/{found.step}")
 
 
-def _ppo_policy(site: _Site, arm: str, setting: Setting, is_final: bool) -> _ArmPolicy:
-    """A policy trained by PPO, with rewards of one kind or, in `RTO`, of two."""
-    study, path = site.study, _policy_path(arm, setting, is_final)
-    kinds = tuple(_RTO_WEIGHTS) if arm == RTO else (arm.removeprefix(PPO),)
-    reward_paths = tuple(_reward_path(kind) for kind in kinds)
-    sources = {
-        kind: dataclasses.replace(study.ppo.reward, kind=kind, model=site.folder(reward_path))
-        for kind, reward_path in zip(kinds, reward_paths, strict=True)
+def _mechanism_runs(site: _Site) -> list[StudyRun]:
+    """Answers of the SFT policy and of two arms as published, each with the token rewards of both reward models."""
+    study = site.study
+    if site.world != study.mechanism or not set(MECHANISM) <= set(study.arms or ()):
+        return []
+    rewards = {
+        kind: dataclasses.replace(study.ppo.reward, kind=kind, model=site.folder(path))
+        for kind, path in MECHANISM_KINDS.items()
     }
-    reward, rewards = sources[kinds[0]], {}
-    if arm == RTO:
-        reward = RewardConfig()
-        rewards = {kind: dataclasses.replace(sources[kind], weight=weight) for kind, weight in _RTO_WEIGHTS.items()}
-    changes: dict[str, Any] = {"critic.path": site.folder("rm_scalar"), "data.eval_split": "selection"}
-    if not is_final:
-        changes["evaluation.every"] = _NEVER
-    template = dataclasses.replace(with_changes(study.ppo, changes), reward=reward, rewards=rewards)
-    run = site.run(path, template, site.task, site.model("sft"), setting, ("rm_scalar", *reward_paths))
-    source = (_dpo_source(site),) if "dpo" in kinds else ()
-    return _ArmPolicy((*source, run), path, reward, reward_paths, rewards)
+    answers = dataclasses.replace(
+        study.evaluate.evaluate, splits=("test",), decodings=("sampled",), token_rewards=1_000, sampling_seed=1
+    )
+    answers = dataclasses.replace(answers, reference=site.folder("sft"))
+    template = dataclasses.replace(study.evaluate, evaluate=answers, rewards=rewards, reward=RewardConfig())
+    runs = []
+    for arm in ("sft", *MECHANISM):
+        path = "sft" if arm == "sft" else _policy_path(arm, published(study, arm))
+        needs = (path, *MECHANISM_KINDS.values())
+        runs.append(site.run(f"mechanism/{arm}", template, site.task, site.model(path), needs=needs))
+    return runs
 
 
-def _reward_path(kind: str) -> str:
-    """The run that gives token rewards of a kind."""
-    if kind in names_for("scalar"):
-        return "rm_scalar"
-    return "rm_dpo" if kind in names_for("dpo") else "rm_seq2seq"
+def _arm_policy(site: _Site, arm: str, setting: Setting) -> _ArmPolicy:
+    """An arm's policy, trained with a setting."""
+    study, path = site.study, _policy_path(arm, setting)
+    trained = read_arm(arm)
+    if trained is not None:
+        return _ArmPolicy(tuple(_rewarded_runs(site, trained, path, setting)), path)
+    if arm == "sft":
+        return _ArmPolicy((), "sft")
+    if arm in ("sft_chosen", "dpo"):
+        template = study.dpo if arm == "dpo" else study.imitation
+        return _ArmPolicy((site.run(path, template, site.pairs, site.model("sft"), setting, ("pairs",)),), path)
+    return _best_of_n_policy(site, arm, setting)
 
 
-def _dpo_source(site: _Site) -> StudyRun:
-    """The run of DPO whose log-probs are rewards: as the template of DPO is, and not tuned."""
-    pairs = f"{site.folder('pairs')}/pairs.jsonl"
-    return site.run("rm_dpo", site.study.dpo, pairs, site.model("sft"), needs=("pairs",))
+def _rewarded_runs(site: _Site, arm: TrainedByRewards, path: str, setting: Setting) -> list[StudyRun]:
+    """A policy trained by token rewards, after the reward models that only such arms have."""
+    study, sources = site.study, arm.sources
+    rewards = {
+        kind: dataclasses.replace(study.ppo.reward, kind=kind, model=site.folder(sources[kind]), weight=weight)
+        for kind, weight in arm.weights.items()
+    }
+    critic = "rm_scalar_lora" if arm.has_adapters else "rm_scalar"
+    changes: dict[str, Any] = {
+        "data.eval_split": "selection",
+        "ppo.advantage": arm.advantage,
+        # Every evaluated step has a checkpoint until the run is done; then the best and the last are left.
+        "checkpoint.every": study.ppo.evaluation.every,
+        "checkpoint.keep": _ALL,
+        "checkpoint.keep_best": 0,
+    }
+    if arm.advantage == "gae":
+        changes["critic.path"] = site.folder(critic)
+    else:
+        changes["rollout.responses_per_prompt"] = RESPONSES_PER_PROMPT
+    template = study.ppo if arm.advantage == "gae" else dataclasses.replace(study.ppo, critic=CriticConfig())
+    template = _with_adapters(with_changes(template, changes), arm.has_adapters)
+    if len(rewards) == 1:
+        template = dataclasses.replace(template, reward=next(iter(rewards.values())), rewards={})
+    else:
+        template = dataclasses.replace(template, reward=RewardConfig(), rewards=rewards)
+    needs = tuple(dict.fromkeys((*sources.values(), *((critic,) if arm.advantage == "gae" else ()))))
+    models = [_reward_model(site, need) for need in needs if need not in REWARD_MODELS]
+    return [*models, site.run(path, template, site.task, site.model("sft"), setting, needs)]
 
 
-def _best_of_n_policy(site: _Site, arm: str, setting: Setting, is_final: bool) -> _ArmPolicy:
+def _reward_model(site: _Site, name: str) -> StudyRun:
+    """The run that trains a reward model; ``rm_dpo`` is one of DPO as its template has it."""
+    study = site.study
+    if name == "rm_dpo":
+        return site.run(name, study.dpo, site.pairs, site.model("sft"), needs=("pairs",))
+    template = with_changes(getattr(study, name.removesuffix("_lora")), {"evaluation.judge": site.task})
+    template = _with_adapters(template, name.endswith("_lora"))
+    return site.run(name, template, site.pairs, site.model("sft"), needs=("pairs",))
+
+
+def _with_adapters(template: Any, has_adapters: bool) -> Any:
+    return with_changes(template, {"lora.rank": 8}) if has_adapters else template
+
+
+def _best_of_n_policy(site: _Site, arm: str, setting: Setting) -> _ArmPolicy:
     """The best of n answers of the SFT policy, or a policy fine-tuned on such winners (``rft_…``)."""
-    study, path = site.study, _policy_path(arm, setting, is_final)
+    study, path = site.study, _policy_path(arm, setting)
     source = arm.removeprefix("rft_").removeprefix("best_of_n_")
     reward_path = f"rm_{source}"
     kind = "scalar" if source == "scalar" else study.best_of_n.reward.kind
@@ -280,28 +324,31 @@ def _best_of_n_policy(site: _Site, arm: str, setting: Setting, is_final: bool) -
     winners = f"winners_{source}"
     draw = site.run(winners, template, site.task, site.model("sft"), needs=("sft", reward_path))
     data = f"{site.folder(winners)}/winners.jsonl"
-    imitation = _keep_checkpoints(study.imitation, is_final)
-    run = site.run(path, imitation, data, site.model("sft"), setting, (winners,))
-    return _ArmPolicy((draw, run), path, study.evaluate.reward)
+    run = site.run(path, study.imitation, data, site.model("sft"), setting, (winners,))
+    return _ArmPolicy((draw, run), path)
 
 
-def _evaluation_run(site: _Site, arm: str, policy: _ArmPolicy, path: str, answers: EvaluateConfig) -> StudyRun:
-    """The run in which a policy answers prompts."""
+def _answers_run(site: _Site, arm: str, policy: _ArmPolicy, path: str, answers: EvaluateConfig, model: str) -> StudyRun:
+    """The run in which a policy answers prompts.
+
+    Args:
+      site: of the policy.
+      arm: whose policy it is.
+      policy: how it answers.
+      path: of the run.
+      answers: which prompts, and how.
+      model: path of the policy's parameters.
+    """
     answers = dataclasses.replace(
         answers,
         best_of=policy.best_of,
         sampling_seed=zlib.crc32(arm.encode()),  # arms that are compared must not share their random numbers
         reference=site.folder("sft"),
     )
-    template = dataclasses.replace(site.study.evaluate, evaluate=answers, reward=policy.reward, rewards=policy.rewards)
+    template = dataclasses.replace(site.study.evaluate, evaluate=answers, reward=policy.reward)
     needs = ("sft", policy.path, *policy.reward_paths)
-    return site.run(path, template, site.task, site.model(policy.path), needs=needs)
+    return site.run(path, template, site.task, site.model(model), needs=needs)
 
 
-def _policy_path(arm: str, setting: Setting, is_final: bool) -> str:
-    return f"{'' if is_final else 'select/'}{folder_name(arm)}/{setting_name(setting)}"
-
-
-def _keep_checkpoints(template: Any, is_final: bool) -> Any:
-    """Keep the checkpoints of a final run, which are evaluated afterwards."""
-    return with_changes(template, {"checkpoint.every": 12, "checkpoint.keep": 8}) if is_final else template
+def _policy_path(arm: str, setting: Setting) -> str:
+    return "sft" if arm == "sft" or arm.startswith("best_of_n_") else f"{folder_name(arm)}/{setting_name(setting)}"

@@ -1,159 +1,234 @@
-"""Tables of a study: what each arm does, the chosen settings, the reward models, and what is missing."""
+"""Tables of a study: who wins by each protocol, what wrong settings cost, and what policies do."""
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
-from jaxrm.evaluation.win_rate import Mean, WinRate, mean_interval
+from jaxrm.evaluation.win_rate import Mean, mean_interval
 from jaxrm.reports.report import Table
-from jaxrm.study.config import PPO
-from jaxrm.study.intervals import interval_note, mean_cells, win_rate_cell
-from jaxrm.study.results import SPLITS, AnswerKey, Results, SeedAnswers, are_crossed, as_float, in_order
-from jaxrm.study.win_rates import BASELINE, SPLIT_NAMES, ArmWinRate
+from jaxrm.study.arms import in_order
+from jaxrm.study.intervals import (
+    WIN_RATE_NOTE,
+    adjusted_cell,
+    interval_note,
+    many_note,
+    mean_cells,
+    win_rate_cell,
+)
+from jaxrm.study.readings import PROTOCOLS, blind_choice, read
+from jaxrm.study.results import SPLIT_NAMES, SPLITS, Policy, Results
+from jaxrm.study.schedule import BEST
+from jaxrm.study.win_rates import ALL_WORLDS, OPPONENTS, ArmWinRate, select
+
+_SAMPLED = "sampled"
+_PROTOCOL_NOTE = (
+    "published: the setting of the template. blind: the highest held-out reward at a KL of at most {kl:g} nats. "
+    "oracle: the highest judge score on prompts of their own, which no user has. best checkpoint: the same along "
+    "training. mean: every setting of the grid alike. worst: the lowest judge score. "
+)
 
 
-def arm_tables(results: Results, rates: Sequence[ArmWinRate]) -> list[Table]:
-    """For each world and split, means over the arms' sampled answers."""
+def protocol_note(results: Results) -> str:
+    """What the protocols are, in a line."""
+    return _PROTOCOL_NOTE.format(kl=results.blind_kl)
+
+
+def win_rate_tables(results: Results, rates: Sequence[ArmWinRate]) -> list[Table]:
+    """Arm by protocol, for each opponent, split and decoding; the most important ones first and unfolded."""
+    worlds = sorted({rate.world for rate in rates}, key=lambda world: (world != ALL_WORLDS, world))
     tables = []
-    for world in results.worlds:
-        for split in SPLITS:
-            keys = [AnswerKey(world, arm, split, "sampled") for arm in results.arms]
-            keys = [key for key in keys if key in results.answers]
-            wins = {
-                each.arm: each.rate
-                for each in rates
-                if each[:3] == (world, split, "sampled") and each.opponent == BASELINE
-            }
-            if keys:
-                tables.append(_arm_table(results, keys, wins))
+    for opponent in OPPONENTS:
+        for world in worlds:
+            for decoding in (_SAMPLED, "greedy"):
+                for split in SPLITS:
+                    shown = select(rates, world=world, split=split, decoding=decoding, opponent=opponent)
+                    if shown:
+                        is_first = opponent == OPPONENTS[0] and world == worlds[0] and decoding == _SAMPLED
+                        title = f"{world}: win rate against {opponent}, {SPLIT_NAMES[split]}, {decoding}"
+                        note = WIN_RATE_NOTE + protocol_note(results) if is_first else WIN_RATE_NOTE
+                        tables.append(_by_protocol(title, shown, note, is_folded=not is_first))
     return tables
 
 
-def _arm_table(results: Results, keys: Sequence[AnswerKey], wins: Mapping[str, WinRate]) -> Table:
-    """The table of one world and split.
+def adjusted_tables(rates: Sequence[ArmWinRate]) -> list[Table]:
+    """The first tables again, with intervals that hold for all of their comparisons together."""
+    tables = []
+    for split in SPLITS:
+        shown = select(rates, split=split, decoding=_SAMPLED, opponent=OPPONENTS[0])
+        worlds = [rate.world for rate in shown]
+        for world in (ALL_WORLDS,) if ALL_WORLDS in worlds else tuple(dict.fromkeys(worlds)):
+            here = select(shown, world=world)
+            count = max((rate.adjusted.comparisons for rate in here), default=0)
+            if count > 1:
+                title = f"{world}: win rate against {OPPONENTS[0]}, {SPLIT_NAMES[split]}, adjusted"
+                note = f"95 % intervals that hold for all {count} comparisons together (Bonferroni)."
+                tables.append(_by_protocol(title, here, note, is_folded=True, is_adjusted=True))
+    return tables
 
-    Args:
-      results: of the study.
-      keys: its rows, one an arm.
-      wins: the arms' win rates against the baseline.
-    """
-    world, split = keys[0].world, keys[0].split
-    fields = {"judge": "judge", "KL": "kl", "length": "length"}
-    means = {
-        title: [_answer_mean(results, key, name) for key in keys]
-        for title, name in (fields | {name: name for name in results.behaviors(world)}).items()
-    }
-    cells = {title: mean_cells(column) for title, column in means.items()}
-    cells = {title: column for title, column in cells.items() if any(column)}
-    titles = list(cells)
+
+def _by_protocol(
+    title: str, rates: Sequence[ArmWinRate], note: str, *, is_folded: bool, is_adjusted: bool = False
+) -> Table:
+    by_cell = {(rate.arm, rate.protocol): rate for rate in rates}
+    protocols = [protocol for protocol in PROTOCOLS if any(rate.protocol == protocol for rate in rates)]
+    cell = adjusted_cell if is_adjusted else win_rate_cell
     rows = [
-        (key.arm, cells["judge"][n], win_rate_cell(wins.get(key.arm)), *(cells[title][n] for title in titles[1:]))
-        for n, key in enumerate(keys)
+        (arm, *(cell(by_cell.get((arm, protocol))) for protocol in protocols))
+        for arm in in_order({rate.arm for rate in rates})
     ]
-    note = "KL from the SFT policy in nats a response, length in tokens; "
-    note += "each behavior over the prompts that it applies to. "
-    return Table(
-        f"{world}: what the arms do, {SPLIT_NAMES[split]}, sampled",
-        ("arm", "judge", f"wins against {BASELINE}", *titles[1:]),
-        tuple(rows),
-        note + interval_note([mean for column in means.values() for mean in column if mean.seeds]),
-    )
+    if not is_adjusted:
+        note += many_note(rates) + interval_note([rate.rate for rate in rates])
+    return Table(title, ("arm", *protocols), tuple(rows), note, is_folded)
 
 
-def _answer_mean(results: Results, key: AnswerKey, name: str) -> Mean:
-    seeds = list(results.answers[key].values())
-    return mean_interval([_answer_values(answers, name) for answers in seeds], crossed=are_crossed(seeds))
+def settings_tables(results: Results) -> list[Table]:
+    """What a wrong setting costs: the judge's mark of every arm by protocol, in each world."""
+    tables = []
+    for world in results.worlds:
+        for split in SPLITS:
+            columns = {
+                protocol: [reading_mean(results, protocol, world, arm, split, "judge") for arm in results.arms]
+                for protocol in PROTOCOLS
+            }
+            means = [mean for column in columns.values() for mean in column if mean.seeds]
+            if not means:
+                continue
+            cells = [mean_cells(column) for column in columns.values()]
+            title = f"{world}: the judge's mark by protocol, {SPLIT_NAMES[split]}, sampled"
+            rows = tuple(zip(results.arms, *cells, strict=True))
+            note = "Means over the answers to the test prompts. " + interval_note(means)
+            tables.append(Table(title, ("arm", *PROTOCOLS), rows, note, is_folded=split != SPLITS[0]))
+    return tables
 
 
-def _answer_values(answers: SeedAnswers, name: str) -> np.ndarray:
-    """``[P]`` values of a field of the answers, or of a behavior; NaN for one that was not measured."""
-    if name in ("judge", "kl", "length"):
-        return np.asarray(getattr(answers, name))
-    return answers.behavior.get(name, np.full(len(answers.index), np.nan))
+def behavior_tables(results: Results, protocol: str) -> list[Table]:
+    """What the policies of a protocol do: marks, refusals, length and KL, in each world and split."""
+    tables = []
+    for world in results.worlds:
+        for split in SPLITS:
+            names = {"judge": "judge", "KL": "kl", "length": "length"} | {n: n for n in results.behaviors(world)}
+            columns = {
+                title: [reading_mean(results, protocol, world, arm, split, name) for arm in results.arms]
+                for title, name in names.items()
+            }
+            means = [mean for column in columns.values() for mean in column if mean.seeds]
+            cells = {title: mean_cells(column) for title, column in columns.items()}
+            cells = {title: column for title, column in cells.items() if any(column)}
+            if not cells:
+                continue
+            note = "KL from the SFT policy in nats a response, length in tokens; each behavior over the prompts that "
+            note += "it applies to. " + interval_note(means)
+            title = f"{world}: what the policies do, {protocol}, {SPLIT_NAMES[split]}, sampled"
+            rows = tuple(zip(results.arms, *cells.values(), strict=True))
+            tables.append(Table(title, ("arm", *cells), rows, note, protocol != "published" or split != SPLITS[0]))
+    return tables
 
 
-def settings_table(results: Results) -> list[Table]:
-    """The setting that was chosen for each arm, and whether it lies at the edge of what was tried."""
-    names = sorted({name for row in results.selection for name in row["settings"]})
-    rows = list(_setting_rows(results, names))
-    columns = ("world", "arm", *names, "score", "KL", "tried", "at the edge")
-    note = "Chosen on prompts of their own, none of which is in the tables above."
-    return [Table("Settings chosen for each arm", columns, tuple(rows), note)] if rows else []
+def reading_mean(results: Results, protocol: str, world: str, arm: str, split: str, name: str) -> Mean:
+    """The mean of a field or behavior over sampled answers, over the seeds of a reading."""
+    chosen = read(results, protocol, world, arm)
+    return mean_interval([_values(policies, split, name) for policies in chosen.values()])
 
 
-def _setting_rows(results: Results, names: Sequence[str]) -> Iterator[tuple[Any, ...]]:
-    tried: dict[tuple[str, str], dict[tuple[tuple[str, Any], ...], list[Any]]] = {}
-    for row in results.selection:
-        settings = tuple(sorted(row["settings"].items()))
-        tried.setdefault((row["world"], row["arm"]), {}).setdefault(settings, []).append(row)
-    for world in sorted({world for world, _ in tried}):
-        for arm in in_order(arm for tried_world, arm in tried if tried_world == world):
-            settings_rows = tried[world, arm]
-            chosen = [rows for rows in settings_rows.values() if any(row["chosen"] for row in rows)]
-            for rows in chosen:
-                values = [_setting_text(rows[0]["settings"].get(name)) for name in names]
-                score, kl = (float(np.mean([as_float(row[name]) for row in rows])) for name in ("score", "kl"))
-                edge = "yes" if any(row["at_edge"] for row in rows) else "no"
-                yield (world, arm, *values, score, kl, len(settings_rows), edge)
-            if not chosen:
-                yield (world, arm, *[None] * len(names), None, None, len(settings_rows), "not chosen yet")
+def _values(policies: Sequence[Policy], split: str, name: str) -> np.ndarray:
+    """``[P]`` values of one seed, over all policies of its reading."""
+    found = [policy.answers[split, _SAMPLED].values(name) for policy in policies if (split, _SAMPLED) in policy.answers]
+    return np.concatenate(found) if found else np.array([np.nan])
 
 
-def _setting_text(value: Any) -> Any:
-    return f"{value:g}" if isinstance(value, float) else value
+def blind_table(results: Results) -> list[Table]:
+    """How the blind choice depends on the KL that is allowed."""
+    limits = (0.5, 1.0, 2.0, 5.0, 10.0, math.inf)
+    rows: list[tuple[Any, ...]] = []
+    means: list[Mean] = []
+    for world in results.worlds:
+        for arm in results.rewarded_arms:
+            by_limit = [_blind_mean(results, world, arm, limit) for limit in limits]
+            if any(mean.seeds for mean in by_limit):
+                means += by_limit
+                rows.append((f"{world}, {arm}", *mean_cells(by_limit)))
+    columns = ("arm", *("any KL" if math.isinf(limit) else f"KL ≤ {limit:g}" for limit in limits))
+    note = "The judge's mark, in distribution, of the setting with the highest held-out reward within a KL. "
+    title = "Chosen blind: how much KL to allow"
+    return [Table(title, columns, tuple(rows), note + interval_note(means), is_folded=True)] if rows else []
+
+
+def _blind_mean(results: Results, world: str, arm: str, limit: float) -> Mean:
+    values = []
+    for seed, policies in results.policies_of(world, arm).items():
+        finals = [policy for policy in policies if policy.key.setting != BEST]
+        if (world, arm, seed) in results.complete and finals:
+            values.append(_values([blind_choice(finals, limit)], SPLITS[0], "judge"))
+    return mean_interval(values)
+
+
+def choices_table(results: Results) -> list[Table]:
+    """The settings that each protocol chose, with the seeds that they were chosen for."""
+    rows = []
+    for world in results.worlds:
+        for arm in results.arms:
+            cells = [_chosen(results, protocol, world, arm) for protocol in ("blind", "oracle", "worst")]
+            if any(cells) and set(cells) != {"plain"}:
+                rows.append((f"{world}, {arm}", *cells))
+    columns = ("arm", "blind", "oracle", "worst")
+    note = "In brackets the number of seeds, where they differ."
+    return [Table("Settings chosen", columns, tuple(rows), note, is_folded=True)] if rows else []
+
+
+def _chosen(results: Results, protocol: str, world: str, arm: str) -> str:
+    counts: dict[str, int] = {}
+    for policies in read(results, protocol, world, arm).values():
+        for policy in policies:
+            counts[policy.key.setting] = counts.get(policy.key.setting, 0) + 1
+    if len(counts) < 2:
+        return next(iter(counts), "")
+    ordered = sorted(counts, key=lambda name: -counts[name])
+    return "; ".join(f"{name} ({counts[name]})" for name in ordered)
 
 
 def agreement_table(results: Results) -> list[Table]:
-    """The share of held-out pairs that each kind of reward ranks as the judge does, and as they were labeled."""
+    """How reward models rank held-out pairs, and what the corrections of seq2seq ones gain."""
     by_kind: dict[tuple[str, str, str], list[Any]] = {}
     for row in results.agreement:
         by_kind.setdefault((row["world"], row["rm"], row["kind"]), []).append(row)
-    order = in_order(f"{PPO}{kind}" for *_, kind in by_kind)
-    names = sorted(by_kind, key=lambda name: (*name[:2], order.index(f"{PPO}{name[2]}")))
+    order = in_order({f"ppo_{kind}" for *_, kind in by_kind})
+    names = sorted(by_kind, key=lambda name: (*name[:2], order.index(f"ppo_{name[2]}")))
     means = {
-        field: [mean_interval([[as_float(row.get(field))] for row in by_kind[name]]) for name in names]
+        field: [mean_interval([[float(row.get(field, math.nan))] for row in by_kind[name]]) for name in names]
         for field in ("judge", "sum", "mean")
     }
+    gains = {side: [mean_interval([[_gain(row, side)] for row in by_kind[n]]) for n in names] for side in _SIDES}
     columns = [mean_cells(column) for column in means.values()]
-    seeds = [len({row["seed"] for row in by_kind[name]}) for name in names]
-    rows = [(*name, *cells) for name, *cells in zip(names, *columns, seeds, strict=True)]
+    columns += [mean_cells(column, signed=True) for column in gains.values()]
+    rows = [(", ".join(name), *cells) for name, *cells in zip(names, *columns, strict=True)]
     note = (
         "Share of held-out pairs in which the response with the higher judge score has the higher centered sum of "
-        "rewards; then in which the response that the annotator chose has the higher centered sum, or the higher mean. "
-        "A reward with a share of one half cannot rank, and its arm shows nothing about it. "
+        "rewards; then in which the one that the annotator chose has the higher centered sum, or the higher mean. "
+        "What the model's own correction gains over a rejected and over a chosen response, of the judge's 1. "
     )
-    title = "Reward models: pairs ranked right"
-    head = ("world", "model", "kind", "as the judge", "as labeled", "as labeled, by mean", "seeds")
+    head = ("reward model", "as the judge", "as labeled", "as labeled, by mean", *(f"gain on {x}" for x in _SIDES))
+    title = "Reward models: pairs ranked right, and corrections"
     return [Table(title, head, tuple(rows), note + interval_note(means["sum"]))] if rows else []
 
 
-def missing_table(results: Results, expected: Sequence[tuple[str, str, int]] | None) -> list[Table]:
-    """What an unfinished study lacks.
-
-    Args:
-      results: of the study so far.
-      expected: every ``(world, arm, seed)`` that it is to have; None infers them from the other arms and worlds.
-    """
-    seeds_of: dict[tuple[str, str], set[int]] = {}
-    for key, seeds in results.answers.items():
-        seeds_of.setdefault((key.world, key.arm), set()).update(seeds)
-    if expected is None:
-        expected = _infer_expected(results, seeds_of)
-    absent: dict[tuple[str, str], list[int]] = {}
-    for world, arm, seed in expected:
-        if seed not in seeds_of.get((world, arm), ()):
-            absent.setdefault((world, arm), []).append(seed)
-    rows = []
-    for world in sorted({world for world, _ in absent}):
-        for arm in in_order(arm for absent_world, arm in absent if absent_world == world):
-            rows.append((world, arm, ", ".join(map(str, absent[world, arm])), len(seeds_of.get((world, arm), ()))))
-    columns = ("world", "arm", "seeds that are missing", "seeds that are there")
-    return [Table("Not there yet", columns, tuple(rows), "The same command continues the study.")] if rows else []
+_SIDES = ("rejected", "chosen")
 
 
-def _infer_expected(results: Results, seeds_of: Mapping[tuple[str, str], set[int]]) -> list[tuple[str, str, int]]:
-    seeds_in: dict[str, set[int]] = {}
-    for (world, _), seeds in seeds_of.items():
-        seeds_in.setdefault(world, set()).update(seeds)
-    return [(world, arm, seed) for world in seeds_in for arm in results.arms for seed in sorted(seeds_in[world])]
+def _gain(row: Any, side: str) -> float:
+    gain = row.get("corrections", {}).get(side, {}).get("judge_gain")
+    return math.nan if gain is None else float(gain)
+
+
+def missing_table(results: Results) -> list[Table]:
+    """What an unfinished study lacks."""
+    rows = tuple(_missing_rows(results))
+    columns = ("arm", "seeds that are missing", "seeds that are there")
+    return [Table("Not there yet", columns, rows, "The same command continues the study.")] if rows else []
+
+
+def _missing_rows(results: Results) -> Iterator[tuple[Any, ...]]:
+    for (world, arm), seeds in sorted(results.missing.items(), key=lambda item: item[0][0]):
+        there = [seed for seed in results.policies_of(world, arm) if seed not in seeds]
+        yield (f"{world}, {arm}", ", ".join(map(str, sorted(seeds))), len(there))

@@ -1,82 +1,136 @@
-"""Win rates of every arm against a few opponents, and their tables."""
+"""Win rates of every arm against a few opponents, by protocol."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any
 
+import numpy as np
+
+from jaxrm.errors import UserError
+from jaxrm.evaluation.many_comparisons import Adjusted, adjusted
 from jaxrm.evaluation.win_rate import WinRate, outcomes, win_rate
-from jaxrm.reports.report import Table
-from jaxrm.study.intervals import interval_note, win_rate_cell
-from jaxrm.study.results import DECODINGS, SPLITS, AnswerKey, Results, are_crossed, in_order
+from jaxrm.study.arms import BASELINE, FAIR_BASELINE
+from jaxrm.study.readings import PROTOCOLS, read
+from jaxrm.study.results import DECODINGS, SPLITS, Policy, Results
 
-OPPONENTS = ("ppo_scalar", "ppo_scalar_length_residual", "sft_chosen", "sft")
-BASELINE = "ppo_scalar"
+OPPONENTS = (BASELINE, FAIR_BASELINE, "sft_chosen", "sft")
 ALL_WORLDS = "all worlds"
-SPLIT_NAMES = {"test": "in distribution", "test_ood": "out of distribution"}
+_NONE = Adjusted(None, None, None, 0)
 
 
-class ArmWinRate(NamedTuple):
-    """An arm's win rate against an opponent; `world` is `ALL_WORLDS` for the mean over the study's worlds."""
+@dataclass(frozen=True)
+class ArmWinRate:
+    """An arm's win rate against an opponent.
 
+    Attributes:
+      protocol: of `jaxrm.study.readings.PROTOCOLS`; both sides are read by it.
+      world: `ALL_WORLDS` for the mean over the study's worlds.
+      split: of the prompts.
+      decoding: of the answers.
+      arm: of the study.
+      opponent: of `OPPONENTS`.
+      rate: the win rate.
+      adjusted: the same as one of all arms and protocols against this opponent, of one world, split and decoding.
+    """
+
+    protocol: str
     world: str
     split: str
     decoding: str
     arm: str
     opponent: str
     rate: WinRate
+    adjusted: Adjusted = _NONE
+
+    def as_row(self) -> dict[str, Any]:
+        """For a file of JSON lines."""
+        names = ("protocol", "world", "split", "decoding", "arm", "opponent")
+        row = {name: getattr(self, name) for name in names}
+        row |= {name: getattr(self.rate, name) for name in ("rate", "low", "high", "seeds", "prompts", "note")}
+        several = self.adjusted
+        return row | {
+            "adjusted_low": several.low,
+            "adjusted_high": several.high,
+            "holm_p": several.p,
+            "comparisons": several.comparisons,
+        }
 
 
 def win_rates(results: Results) -> list[ArmWinRate]:
-    """Every arm against every opponent, in each world and over all of them, where every world has both."""
-    return [
-        each
-        for split in SPLITS
-        for decoding in DECODINGS
-        for arm in results.arms
-        for opponent in OPPONENTS
-        if arm != opponent
-        for each in _pairing(results, split, decoding, arm, opponent)
-    ]
+    """Every arm against every opponent by every protocol, in each world and over all that have both.
 
-
-def _pairing(results: Results, split: str, decoding: str, arm: str, opponent: str) -> list[ArmWinRate]:
-    """One arm against one opponent."""
-    worlds = sorted({key.world for key in results.answers})
-    groups = {}
-    for world in worlds:
-        pairs = results.pairs(AnswerKey(world, arm, split, decoding), opponent)
-        if pairs:
-            wins = [outcomes(answers.judge, opposing.judge) for answers, opposing in pairs]
-            groups[world] = (wins, are_crossed([answers for answers, _ in pairs]))
-    rates = [
-        ArmWinRate(world, split, decoding, arm, opponent, win_rate(wins, crossed=crossed))
-        for world, (wins, crossed) in groups.items()
-    ]
-    if len(groups) == len(worlds) > 1:
-        crossed = all(crossed for _, crossed in groups.values())
-        rate = win_rate(*(wins for wins, _ in groups.values()), crossed=crossed)
-        rates.append(ArmWinRate(ALL_WORLDS, split, decoding, arm, opponent, rate))
+    Raises:
+      UserError: two policies of a world and seed were asked different prompts.
+    """
+    rates: list[ArmWinRate] = []
+    for split in SPLITS:
+        for decoding in DECODINGS:
+            for opponent in OPPONENTS:
+                rates += _adjust(
+                    [
+                        rate
+                        for protocol in PROTOCOLS
+                        for arm in results.arms
+                        if arm != opponent
+                        for rate in _pairing(results, protocol, (split, decoding), arm, opponent)
+                    ]
+                )
     return rates
 
 
-def win_rate_tables(rates: Sequence[ArmWinRate]) -> list[Table]:
-    """A matrix, arm by opponent, for each split and decoding, over all worlds and then for each world."""
-    worlds = sorted({each.world for each in rates}, key=lambda world: (world != ALL_WORLDS, world))
-    tables = []
-    for world in worlds:
-        for decoding in DECODINGS:
-            for split in SPLITS:
-                shown = [each for each in rates if each[:3] == (world, split, decoding)]
-                if shown:
-                    tables.append(_matrix(f"{world}: win rate against …, {SPLIT_NAMES[split]}, {decoding}", shown))
-    return tables
+def _adjust(rates: Sequence[ArmWinRate]) -> list[ArmWinRate]:
+    """The rates of an opponent, each as one of those of its world."""
+    together = []
+    for world in dict.fromkeys(rate.world for rate in rates):
+        here = [rate for rate in rates if rate.world == world]
+        several = adjusted([rate.rate for rate in here])
+        together += [replace(rate, adjusted=one) for rate, one in zip(here, several, strict=True)]
+    return together
 
 
-def _matrix(title: str, rates: Sequence[ArmWinRate]) -> Table:
-    by_pairing = {(each.arm, each.opponent): each.rate for each in rates}
-    opponents = [name for name in OPPONENTS if any(each.opponent == name for each in rates)]
-    rows = [
-        (arm, *(win_rate_cell(by_pairing.get((arm, opponent))) for opponent in opponents))
-        for arm in in_order(each.arm for each in rates)
-    ]
-    note = "Share of prompts where the arm has the higher judge score, in percent; a tie counts half. "
-    return Table(title, ("arm", *opponents), tuple(rows), note + interval_note([each.rate for each in rates]))
+def _pairing(results: Results, protocol: str, answered: tuple[str, str], arm: str, opponent: str) -> list[ArmWinRate]:
+    """One arm against one opponent, in one split and decoding."""
+    groups: dict[str, tuple[list[np.ndarray], bool]] = {}
+    for world in results.worlds:
+        wins, prompts = [], []
+        first, second = read(results, protocol, world, arm), read(results, protocol, world, opponent)
+        for seed in sorted(first.keys() & second.keys()):
+            scores = _outcomes(first[seed], second[seed], answered)
+            if scores is not None:
+                wins.append(scores)
+                prompts.append(first[seed][0].answers[answered].prompts)
+        if wins:
+            groups[world] = wins, all(np.array_equal(asked, prompts[0]) for asked in prompts)
+
+    def row(world: str, rate: WinRate) -> ArmWinRate:
+        return ArmWinRate(protocol, world, *answered, arm, opponent, rate)
+
+    rows = [row(world, win_rate(wins, crossed=crossed)) for world, (wins, crossed) in groups.items()]
+    if len(groups) == len(results.worlds) > 1:
+        crossed = all(crossed for _, crossed in groups.values())
+        rows.append(row(ALL_WORLDS, win_rate(*(wins for wins, _ in groups.values()), crossed=crossed)))
+    return rows
+
+
+def _outcomes(first: Sequence[Policy], second: Sequence[Policy], answered: tuple[str, str]) -> np.ndarray | None:
+    """``[P]`` who wins at each prompt of one seed, the mean over all pairs of policies; None without answers."""
+    sides = [[policy for policy in side if answered in policy.answers] for side in (first, second)]
+    if not all(sides):
+        return None
+    wins = [_compare(one, other, answered) for one in sides[0] for other in sides[1]]
+    return np.mean(wins, axis=0)
+
+
+def _compare(one: Policy, other: Policy, answered: tuple[str, str]) -> np.ndarray:
+    a, b = one.answers[answered], other.answers[answered]
+    if not np.array_equal(a.prompts, b.prompts):
+        raise UserError(
+            f"{one.key.world}, seed {one.key.seed}: {one.key.arm} and {other.key.arm} were asked different prompts, so "
+            "that they cannot be compared; the results are of two studies: remove those of one and run it again"
+        )
+    return outcomes(a.judge, b.judge)
+
+
+def select(rates: Sequence[ArmWinRate], **fields: str) -> list[ArmWinRate]:
+    """The rates whose fields have these values, e.g. ``world="safety"``."""
+    return [rate for rate in rates if all(getattr(rate, name) == value for name, value in fields.items())]

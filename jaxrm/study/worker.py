@@ -3,8 +3,8 @@
     python -m jaxrm.study.worker [CORE]
 
 Each input line is a run, ``{"experiment": {...}, "log": "PATH"}``. Each output line is its outcome, ``{"status": 0}``
-or ``{"status": 2, "error": "..."}``. What the run prints goes to its log. The workers share a compilation cache: the
-study names its folder in their environment.
+or ``{"status": 2, "error": "..."}``, with the ``core_seconds`` that it took. What the run prints goes to its log. The
+workers share a compilation cache: the study names its folder in their environment.
 """
 
 import contextlib
@@ -32,7 +32,9 @@ def main(arguments: list[str]) -> int:
     outcomes = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # libraries that print between two runs must not write among the outcomes
     for line in sys.stdin:
-        outcomes.write(json.dumps(_execute(json.loads(line))) + "\n")
+        started = time.process_time()
+        outcome = _execute(json.loads(line))
+        outcomes.write(json.dumps(outcome | {"core_seconds": time.process_time() - started}) + "\n")
         outcomes.flush()
     return 0
 

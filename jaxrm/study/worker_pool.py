@@ -29,12 +29,14 @@ class Outcome:
       status: exit status, 0 for done.
       error: one line, where the status is not 0.
       seconds: wall-clock time.
+      core_seconds: of computation, over all threads.
     """
 
     worker: "Worker"
     status: int
     error: str
     seconds: float
+    core_seconds: float = 0.0
 
 
 class Worker:
@@ -92,19 +94,20 @@ class Worker:
             )
 
     def _execute(self, process: "subprocess.Popen[str]", task: str) -> None:
-        started = time.monotonic()
+        started, core_seconds = time.monotonic(), 0.0
         try:
             assert process.stdin is not None and process.stdout is not None
             process.stdin.write(task + "\n")
             process.stdin.flush()
             outcome = json.loads(process.stdout.readline())
             status, error = int(outcome["status"]), str(outcome.get("error", f"exit status {outcome['status']}"))
+            core_seconds = float(outcome["core_seconds"])
         except Exception:  # no line, or none that can be read: the process is of no more use, whatever happened to it
             process.kill() if not self._is_stopping else process.terminate()
             code = process.wait()
             status = EXIT_PREEMPTED if self._is_stopping else EXIT_FAILED
             error = f"its process died with exit status {code}" + (" (out of memory?)" if code == -9 else "")
-        self._outcomes.put(Outcome(self, status, error, time.monotonic() - started))
+        self._outcomes.put(Outcome(self, status, error, time.monotonic() - started, core_seconds))
 
 
 @contextmanager
