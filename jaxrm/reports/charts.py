@@ -40,6 +40,7 @@ class Curves:
       note: a sentence below the chart.
       in_order: whether a line joins its points in their order, e.g. along a training whose x goes up and down;
         otherwise by ascending x.
+      is_scatter: whether its points are dots without lines.
     """
 
     title: str
@@ -48,6 +49,7 @@ class Curves:
     series: tuple[Series, ...]
     note: str = ""
     in_order: bool = False
+    is_scatter: bool = False
 
 
 @dataclass(frozen=True)
@@ -160,11 +162,15 @@ def draw_chart(chart: Curves, number: int, palette: Mapping[str, int]) -> tuple[
         for series, line in zip(chart.series, lines, strict=True)
     ]
     paths = [
-        f'<path class="{_style(palette[series.name])}" d="{_path(line, across, up)}"/>'
+        f'<path class="{_style(palette[series.name])}" d="{_path(line, across, up, chart.is_scatter)}"/>'
         for series, line in zip(chart.series, lines, strict=True)
     ]
     is_empty = all(y is None for line in lines for _, y in line)
-    plot = _grid(across, up) + _lines(paths) + ('<text x="50%" y="50%">no values</text>' if is_empty else "")
+    plot = (
+        _grid(across, up)
+        + _lines(paths, chart.is_scatter)
+        + ('<text x="50%" y="50%">no values</text>' if is_empty else "")
+    )
     return _figure(chart, number, "".join(keys), plot), data
 
 
@@ -186,9 +192,10 @@ def _key(name: str, color: int, value: str) -> str:
     )
 
 
-def _lines(paths: Sequence[str]) -> str:
+def _lines(paths: Sequence[str], is_scatter: bool) -> str:
+    name = "lines dots" if is_scatter else "lines"
     return (
-        f'<svg class="lines" width="100%" height="100%" viewBox="0 0 {_SIDE} {_SIDE}" preserveAspectRatio="none">'
+        f'<svg class="{name}" width="100%" height="100%" viewBox="0 0 {_SIDE} {_SIDE}" preserveAspectRatio="none">'
         f'{"".join(paths)}</svg><g class="cross"></g>'
     )
 
@@ -218,14 +225,14 @@ def _finite(value: float | None) -> float | None:
     return float(value) if value is not None and math.isfinite(value) else None
 
 
-def _path(line: Iterable[tuple[float, float | None]], across: Axis, up: Axis) -> str:
+def _path(line: Iterable[tuple[float, float | None]], across: Axis, up: Axis, is_scatter: bool) -> str:
     """Path data: a stretch between each two gaps. Round ends make a dot of a lone point, a line of length 0."""
     steps, pen_down = [], False
     for x, y in line:
         if y is not None:
             point = f"{_SIDE * across.position(x):.1f} {_SIDE * (1 - up.position(y)):.1f}"
             steps.append(f"L{point}" if pen_down else f"M{point}h0")
-        pen_down = y is not None
+        pen_down = y is not None and not is_scatter
     return "".join(steps)
 
 

@@ -137,6 +137,7 @@ def write_report(
     examples: Sequence[ReportExample],
     bars: Sequence[Bars] = (),
     intervals: Sequence[Intervals] = (),
+    more_tables: Sequence[Table] = (),
 ) -> None:
     """Write the report, atomically: bars, tables, intervals, curves as small multiples, then examples one at a time.
 
@@ -154,6 +155,7 @@ def write_report(
       examples: prompts with responses to compare.
       bars: charts of stacked bars.
       intervals: charts of shares with their intervals.
+      more_tables: tables below the curves, of what few readers look up.
     """
     palette = palette_indices(curves)
     charts = [draw_chart(chart, number, palette) for number, chart in enumerate(curves)]
@@ -169,6 +171,7 @@ def write_report(
         tables=_section("tables", "Results", "".join(_table(table) for table in tables)),
         intervals=_section("intervals", "Shares", "".join(draw_intervals(chart) for chart in intervals)),
         curves=_section("curves", "Curves", f'<h2>Curves</h2><div class="charts">{figures}</div>' if figures else ""),
+        more=_section("more", "More results", "".join(_table(table) for table in more_tables)),
         examples=_section("examples", "Examples", read_template("report_examples.html")) if examples else "",
     )
     atomic.write_text(Path(path), report)

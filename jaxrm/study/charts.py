@@ -1,5 +1,6 @@
 """Charts of a study: win rates by protocol, the frontier of judge score and KL, and training."""
 
+import dataclasses
 import math
 from collections.abc import Sequence
 
@@ -9,7 +10,9 @@ from jaxrm.study.arms import BASELINE
 from jaxrm.study.curves import curves_of, end_points, frontier, mean_along
 from jaxrm.study.readings import PROTOCOLS
 from jaxrm.study.results import SPLIT_NAMES, SPLITS, Results
+from jaxrm.study.tables import reading_mean
 from jaxrm.study.win_rates import ALL_WORLDS, ArmWinRate, select
+from jaxrm.study.worlds import bias_of, task_of
 
 # What a world's annotator overrates, or what that makes a policy do.
 KEY_BEHAVIOR = {"safety": "refusal_on_benign", "summarize": "excess_items", "dialogue": "sycophantic"}
@@ -37,12 +40,28 @@ def win_rate_charts(results: Results, rates: Sequence[ArmWinRate]) -> list[Inter
 
 
 def curve_charts(results: Results) -> list[Curves]:
-    """For each world the frontier, the end of every setting, and the published training."""
-    charts = []
+    """The dial of biases, if there is one; for each world the frontier, every setting, and the published training."""
+    charts = _bias_charts(results)
     for world in results.worlds:
         charts += [_frontier_chart(results, world), _ends_chart(results, world)]
         charts += [_training_chart(results, world, name, unit) for name, unit in _measures(results, world)]
     return [chart for chart in charts if chart.series]
+
+
+def _bias_charts(results: Results) -> list[Curves]:
+    """The judge's mark, and the behavior that is overrated, by the annotator's bias."""
+    charts = []
+    for task in dict.fromkeys(map(task_of, results.worlds)) if results.has_biases else ():
+        worlds = sorted((world for world in results.worlds if task_of(world) == task), key=bias_of)
+        for name, unit in (("judge", "mean judge score"), (KEY_BEHAVIOR.get(task, ""), "mean")):
+            series = []
+            for arm in results.arms:
+                means = [reading_mean(results, "published", world, arm, SPLITS[0], name) for world in worlds]
+                series.append(Series(arm, tuple(map(bias_of, worlds)), tuple(mean.mean for mean in means)))
+            note = "As published, in distribution. 0: the annotator likes what the judge likes. A mean over seeds."
+            title = f"{task}: {name.replace('_', ' ')} by the annotator's bias"
+            charts.append(_chart(title, f"times the bias of {task}", unit, series, note))
+    return charts
 
 
 def _frontier_chart(results: Results, world: str) -> Curves:
@@ -63,13 +82,11 @@ def _ends_chart(results: Results, world: str) -> Curves:
     series = []
     for arm in results.arms:
         points = end_points(results, world, arm)
-        # A gap between two points leaves dots without lines.
-        x = [value for kl, _ in points for value in (kl, kl)]
-        y = [value for _, judge in points for value in (judge, None)]
-        series.append(Series(arm, tuple(x), tuple(y)))
+        series.append(Series(arm, tuple(kl for kl, _ in points), tuple(judge for _, judge in points)))
     note = "Each dot is a setting at the end of its training, a mean over seeds on selection prompts. "
     note += "Of best-of-n the KL is a bound."
-    return _chart(f"{world}: where every setting ends", _kl_label(world), "mean judge score", series, note)
+    chart = _chart(f"{world}: where every setting ends", _kl_label(world), "mean judge score", series, note)
+    return dataclasses.replace(chart, is_scatter=True)
 
 
 def _training_chart(results: Results, world: str, name: str, unit: str) -> Curves:
@@ -87,7 +104,7 @@ def _by_step(arm: str, curve: TrainingCurve) -> Series:
 def _measures(results: Results, world: str) -> list[tuple[str, str]]:
     """The quantities whose training is shown, with their units."""
     behaviors = results.behaviors(world)
-    key = KEY_BEHAVIOR.get(world)
+    key = KEY_BEHAVIOR.get(task_of(world))
     key = key if key in behaviors else next(iter(behaviors), None)
     shown = [
         ("judge", "mean judge score"),

@@ -27,6 +27,7 @@ from jaxrm.study.arms import folder_name, read_arm
 from jaxrm.study.config import Setting, Study, published, setting_name, settings
 from jaxrm.study.results import Answers, JsonRow, Policy, PolicyKey, Results, as_float
 from jaxrm.study.schedule import BEST, REWARD_MODELS, Best, answers_name, best_setting, policy_name
+from jaxrm.study.worlds import task_of, worlds_of
 
 _EXAMPLE_PROMPTS = {"test": 8, "test_ood": 4}  # prompts of each split whose answers the report shows
 
@@ -66,7 +67,7 @@ def collect(study: Study, folder: Path, progress: Progress) -> Results:
     policies: dict[PolicyKey, Policy] = {}
     examples: dict[tuple[str, str, str], dict[str, JsonRow]] = {}
     agreement: list[JsonRow] = []
-    sites = list(itertools.product(study.worlds or (), study.seeds or ()))
+    sites = list(itertools.product(worlds_of(study), study.seeds or ()))
     for (world, seed), arm in itertools.product(sites, study.arms or ()):
         for policy, rows in _policies_of(study, folder / "runs", progress, (world, seed, arm)):
             policies[policy.key] = policy
@@ -158,7 +159,7 @@ def _at_step(policy: Policy, step: int) -> Policy:
 
 def _curve(run: Path, world: str) -> Iterator[JsonRow]:
     """What a training by rewards measured on the selection prompts while it went on."""
-    behaviors = tasks.BEHAVIORS[world]
+    behaviors = tasks.BEHAVIORS[task_of(world)]
     for row in read_rows(run / "metrics.jsonl"):
         if "eval_judge" in row:
             yield {

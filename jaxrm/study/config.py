@@ -40,6 +40,7 @@ class Study:
       worlds: embedded tasks.
       arms: of `jaxrm.study.arms.ARMS`; the kind of ``ppo_KIND`` may be a custom one (see
         `jaxrm.algorithms.reward_config`).
+      biases: how many times its own bias the annotator of a world has, ascending; each makes a world of its own.
       seeds: each has its own SFT policy, pairs and reward models.
       kl_coefs: KL coefficients of arms that rewards train, ascending; with ``learning_rates`` they are their grid.
       learning_rates: of these, of DPO, and of SFT on chosen responses or winners, ascending.
@@ -56,6 +57,7 @@ class Study:
     size: Literal["tiny", "small", "base"] | None = None
     worlds: tuple[str, ...] | None = None
     arms: tuple[str, ...] | None = None
+    biases: tuple[float, ...] | None = None
     seeds: tuple[int, ...] | None = None
     kl_coefs: tuple[float, ...] | None = None
     learning_rates: tuple[float, ...] | None = None
@@ -91,10 +93,14 @@ class Study:
             check_arm(arm, place(self, "arms"), typed(self, "arms", ("ppo_literal",)))
         if self.seeds is not None and min(self.seeds) < 0:
             raise wrong(self, "seeds", "none below 0", _EXAMPLES["seeds"])
-        for name in ("kl_coefs", "learning_rates", "dpo_betas"):
+        for name in ("kl_coefs", "learning_rates", "dpo_betas", "biases"):
             values = getattr(self, name)
-            if values is not None and (not values or list(values) != sorted(set(values)) or values[0] <= 0):
-                raise wrong(self, name, "numbers above 0, ascending", (0.02, 0.1))
+            if values is None:
+                continue
+            is_low = bool(values) and (values[0] < 0 if name == "biases" else values[0] <= 0)
+            if is_low or not values or list(values) != sorted(set(values)):
+                least = "from 0 on" if name == "biases" else "above 0"
+                raise wrong(self, name, f"numbers {least}, ascending", (0.02, 0.1))
         for name in ("ppo", "best_of_n", "evaluate"):
             for source in getattr(self, name).rewards:
                 raise UserError(

@@ -11,7 +11,7 @@ WIN_RATE_NOTE = "Share of prompts where the arm has the higher judge score, in p
 
 
 def win_rate_cell(rate: ArmWinRate | None) -> Shaded | None:
-    """``53 % [51, 55]``, colored by its distance from one half, bold where the interval leaves out one half.
+    """``53 [51, 55]`` in percent, colored by its distance from one half, bold where the interval leaves out one half.
 
     A star says that it would among all comparisons of the table too.
     """
@@ -30,7 +30,7 @@ def adjusted_cell(rate: ArmWinRate | None) -> Shaded | None:
 
 
 def _percent(rate: float, low: float | None, high: float | None) -> str:
-    text = f"{100 * rate:.0f} %"
+    text = f"{100 * rate:.0f}"
     return text if low is None or high is None else f"{text} [{100 * low:.0f}, {100 * high:.0f}]"
 
 

@@ -12,6 +12,7 @@ from jaxrm.study.config import Study, axes, published
 _MAIN: dict[str, Any] = {
     "size": "tiny",
     "worlds": tasks.TASKS,
+    "biases": (1.0,),
     "arms": (
         "sft",
         "sft_chosen",
@@ -34,6 +35,14 @@ _TWO_ARMS = ("sft", "ppo_scalar", "ppo_literal")
 PRESETS: dict[str, dict[str, Any]] = {
     "main": _MAIN,
     "full": {**_MAIN, "arms": ARMS},
+    "bias": {
+        **_MAIN,
+        **_ONE_SETTING,
+        "worlds": ("safety", "summarize"),
+        "biases": (0.0, 0.5, 1.0, 2.0, 4.0),
+        "arms": _TWO_ARMS,
+        "seeds": (1, 2, 3),
+    },
     "small": {**_MAIN, **_ONE_SETTING, "size": "small", "arms": _TWO_ARMS, "seeds": (1, 2)},
     "smoke": {**_MAIN, **_ONE_SETTING, "worlds": tasks.TASKS[:1], "arms": _TWO_ARMS, "seeds": (1, 2)},
 }

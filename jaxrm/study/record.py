@@ -23,6 +23,7 @@ _MAY_DIFFER = (
     "preset",
     "worlds",
     "arms",
+    "biases",
     "seeds",
     "kl_coefs",
     "learning_rates",

@@ -22,6 +22,7 @@ from jaxrm.study.tables import (
     adjusted_tables,
     agreement_table,
     behavior_tables,
+    bias_tables,
     blind_table,
     choices_table,
     missing_table,
@@ -29,6 +30,7 @@ from jaxrm.study.tables import (
     win_rate_tables,
 )
 from jaxrm.study.win_rates import ArmWinRate, win_rates
+from jaxrm.study.worlds import worlds_of
 
 CONSOLE_WIDTH = 110
 _FIRST_COLUMN = 34  # most characters of a name in the first column
@@ -50,7 +52,7 @@ def publish(study: Study, folder: Path, progress: Progress) -> None:
     about = [
         ("Folder", str(folder)),
         ("Preset", study.preset),
-        ("Worlds", ", ".join(study.worlds or ())),
+        ("Worlds", ", ".join(worlds_of(study))),
         ("Policy", str(study.size)),
         ("Seeds", f"{len(study.seeds or ())}, each with its own SFT policy, pairs and reward models"),
         ("Time of all runs", format_seconds(progress.seconds)),
@@ -71,6 +73,7 @@ def write_tables(results: Results, rates: Sequence[ArmWinRate], folder: Path, ab
       about: ``(name, value)`` lines below the report's heading.
     """
     tables = [
+        *bias_tables(results),
         *win_rate_tables(results, rates),
         *settings_tables(results),
         *behavior_tables(results, "published"),
@@ -83,6 +86,7 @@ def write_tables(results: Results, rates: Sequence[ArmWinRate], folder: Path, ab
         *equal_kl_tables(results),
         *missing_table(results),
     ]
+    tables.sort(key=lambda table: table.is_folded)  # which leaves the others in their order
     for table in tables:
         if not table.is_folded:
             _print(table)
@@ -93,7 +97,8 @@ def write_tables(results: Results, rates: Sequence[ArmWinRate], folder: Path, ab
         folder / "report.html",
         title=_QUESTION,
         about=about,
-        tables=tables,
+        tables=[table for table in tables if not table.is_folded],
+        more_tables=[table for table in tables if table.is_folded],
         curves=curve_charts(results),
         examples=_examples(results),
         intervals=win_rate_charts(results, rates),

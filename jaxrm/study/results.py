@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxrm.study.arms import in_order, read_arm
+from jaxrm.study.worlds import task_of
 
 SPLITS = ("test", "test_ood")
 DECODINGS = ("sampled", "greedy")
@@ -94,6 +95,11 @@ class Results:
     def worlds(self) -> list[str]:
         """The worlds that have a policy, in the order in which they came."""
         return list(dict.fromkeys(key.world for key in self.policies))
+
+    @property
+    def has_biases(self) -> bool:
+        """Whether there are worlds that differ in their annotator's bias alone."""
+        return len({task_of(world) for world in self.worlds}) < len(self.worlds)
 
     @property
     def arms(self) -> list[str]:

@@ -16,6 +16,7 @@ from jaxrm.evaluation.config import EvaluateConfig
 from jaxrm.models.build import ModelSource
 from jaxrm.study.arms import RESPONSES_PER_PROMPT, TrainedByRewards, folder_name, read_arm
 from jaxrm.study.config import SIZES, Setting, Study, published, setting_name, settings
+from jaxrm.study.worlds import bias_of, task_of, worlds_of
 
 REWARD_MODELS = ("rm_scalar", "rm_seq2seq")
 BEST = "best"
@@ -65,7 +66,7 @@ class Schedule:
     def __init__(self, study: Study) -> None:
         self._study = study
         # Seeds outside, worlds inside, so that a study that is stopped early has every world alike.
-        sites = itertools.product(study.seeds or (), study.worlds or ())
+        sites = itertools.product(study.seeds or (), worlds_of(study))
         self._runs = {_Site(study, world, seed): _site_runs(study, world, seed) for seed, world in sites}
         self._best: dict[tuple[str, Best], StudyRun] = {}
 
@@ -108,10 +109,12 @@ def _site_runs(study: Study, world: str, seed: int) -> list[StudyRun]:
 def shared_runs(study: Study, world: str, seed: int) -> list[StudyRun]:
     """What the arms of a world and seed start from: SFT policy, pairs and both reward models."""
     site = _Site(study, world, seed)
+    bias = bias_of(world)
+    pairs = study.pairs if bias == 1 else with_changes(study.pairs, {"pairs.annotator_bias": bias})
     untrained = dataclasses.replace(study.sft.model, path=None, preset=SIZES[study.size or "tiny"])
     return [
         site.run("sft", study.sft, site.task, untrained),
-        site.run("pairs", study.pairs, site.task, site.model("sft"), needs=("sft",)),
+        site.run("pairs", pairs, site.task, site.model("sft"), needs=("sft",)),
         *(_reward_model(site, name) for name in REWARD_MODELS),
     ]
 
@@ -144,7 +147,7 @@ def unknown_answers(study: Study, best: Mapping[str, Best]) -> list[str]:
     """Names of runs that a `Schedule` does not list yet: of best checkpoints that are still to be found."""
     return [
         answers_name(world, seed, arm, BEST)
-        for seed, world, arm in itertools.product(study.seeds or (), study.worlds or (), study.arms or ())
+        for seed, world, arm in itertools.product(study.seeds or (), worlds_of(study), study.arms or ())
         if read_arm(arm) is not None
         and any(policy_name(world, seed, arm, setting) not in best for setting in settings(study, arm))
     ]
@@ -160,14 +163,16 @@ class _Site:
 
     @property
     def task(self) -> str:
-        return f"{tasks.PREFIX}{self.world}"
+        return f"{tasks.PREFIX}{task_of(self.world)}"
 
     @property
     def pairs(self) -> str:
         return f"{self.folder('pairs')}/pairs.jsonl"
 
     def name(self, path: str) -> str:
-        return f"{self.world}/seed{self.seed}/{path}"
+        # The SFT policy knows no annotator.
+        world = task_of(self.world) if path == "sft" else self.world
+        return f"{world}/seed{self.seed}/{path}"
 
     def folder(self, path: str) -> str:
         return f"{self.study.run_dir.rstrip('/')}/runs/{self.name(path)}"

@@ -21,6 +21,7 @@ from jaxrm.study.readings import PROTOCOLS, blind_choice, read
 from jaxrm.study.results import SPLIT_NAMES, SPLITS, Policy, Results
 from jaxrm.study.schedule import BEST
 from jaxrm.study.win_rates import ALL_WORLDS, OPPONENTS, ArmWinRate, select
+from jaxrm.study.worlds import bias_of, task_of
 
 _SAMPLED = "sampled"
 _PROTOCOL_NOTE = (
@@ -44,12 +45,19 @@ def win_rate_tables(results: Results, rates: Sequence[ArmWinRate]) -> list[Table
             for decoding in (_SAMPLED, "greedy"):
                 for split in SPLITS:
                     shown = select(rates, world=world, split=split, decoding=decoding, opponent=opponent)
-                    if shown:
+                    if shown and _is_shown(opponent, world == worlds[0], decoding):
                         is_first = opponent == OPPONENTS[0] and world == worlds[0] and decoding == _SAMPLED
                         title = f"{world}: win rate against {opponent}, {SPLIT_NAMES[split]}, {decoding}"
                         note = WIN_RATE_NOTE + protocol_note(results) if is_first else WIN_RATE_NOTE
                         tables.append(_by_protocol(title, shown, note, is_folded=not is_first))
     return tables
+
+
+def _is_shown(opponent: str, is_pooled: bool, decoding: str) -> bool:
+    """The page has the more important tables; ``win_rates.jsonl`` has the others too."""
+    if decoding == _SAMPLED:
+        return is_pooled or opponent in OPPONENTS[:2]
+    return is_pooled and opponent == OPPONENTS[0]
 
 
 def adjusted_tables(rates: Sequence[ArmWinRate]) -> list[Table]:
@@ -84,9 +92,10 @@ def _by_protocol(
 
 
 def settings_tables(results: Results) -> list[Table]:
-    """What a wrong setting costs: the judge's mark of every arm by protocol, in each world."""
+    """What a wrong setting costs: the judge's mark of every arm by protocol, over all worlds and in each."""
     tables = []
-    for world in results.worlds:
+    pooled = [ALL_WORLDS] if len(results.worlds) > 1 and not results.has_biases else []
+    for world in (*pooled, *results.worlds):
         for split in SPLITS:
             columns = {
                 protocol: [reading_mean(results, protocol, world, arm, split, "judge") for arm in results.arms]
@@ -99,7 +108,8 @@ def settings_tables(results: Results) -> list[Table]:
             title = f"{world}: the judge's mark by protocol, {SPLIT_NAMES[split]}, sampled"
             rows = tuple(zip(results.arms, *cells, strict=True))
             note = "Means over the answers to the test prompts. " + interval_note(means)
-            tables.append(Table(title, ("arm", *PROTOCOLS), rows, note, is_folded=split != SPLITS[0]))
+            is_first = split == SPLITS[0] and not results.has_biases
+            tables.append(Table(title, ("arm", *PROTOCOLS), rows, note, is_folded=not is_first))
     return tables
 
 
@@ -122,20 +132,42 @@ def behavior_tables(results: Results, protocol: str) -> list[Table]:
             note += "it applies to. " + interval_note(means)
             title = f"{world}: what the policies do, {protocol}, {SPLIT_NAMES[split]}, sampled"
             rows = tuple(zip(results.arms, *cells.values(), strict=True))
-            tables.append(Table(title, ("arm", *cells), rows, note, protocol != "published" or split != SPLITS[0]))
+            is_first = protocol == "published" and split == SPLITS[0] and not results.has_biases
+            tables.append(Table(title, ("arm", *cells), rows, note, is_folded=not is_first))
     return tables
 
 
 def reading_mean(results: Results, protocol: str, world: str, arm: str, split: str, name: str) -> Mean:
-    """The mean of a field or behavior over sampled answers, over the seeds of a reading."""
-    chosen = read(results, protocol, world, arm)
-    return mean_interval([_values(policies, split, name) for policies in chosen.values()])
+    """The mean of a field or behavior over sampled answers, over the seeds of a reading, and over `ALL_WORLDS`."""
+    worlds = results.worlds if world == ALL_WORLDS else [world]
+    groups = [read(results, protocol, each, arm) for each in worlds]
+    if not all(groups):
+        return mean_interval([])
+    return mean_interval(*([_values(policies, split, name) for policies in chosen.values()] for chosen in groups))
 
 
 def _values(policies: Sequence[Policy], split: str, name: str) -> np.ndarray:
     """``[P]`` values of one seed, over all policies of its reading."""
     found = [policy.answers[split, _SAMPLED].values(name) for policy in policies if (split, _SAMPLED) in policy.answers]
     return np.concatenate(found) if found else np.array([np.nan])
+
+
+def bias_tables(results: Results) -> list[Table]:
+    """How biased an annotator may be: marks by bias, as published."""
+    tables = []
+    for task in dict.fromkeys(map(task_of, results.worlds)) if results.has_biases else ():
+        worlds = sorted((world for world in results.worlds if task_of(world) == task), key=bias_of)
+        for split in SPLITS:
+            columns = [
+                [reading_mean(results, "published", world, arm, split, "judge") for arm in results.arms]
+                for world in worlds
+            ]
+            cells = [mean_cells(column) for column in columns]
+            title = f"{task}: the judge's mark by the annotator's bias, published, {SPLIT_NAMES[split]}"
+            head = ("arm", *(f"bias {bias_of(world):g}" for world in worlds))
+            note = interval_note([mean for column in columns for mean in column if mean.seeds])
+            tables.append(Table(title, head, tuple(zip(results.arms, *cells, strict=True)), note))
+    return tables
 
 
 def blind_table(results: Results) -> list[Table]:

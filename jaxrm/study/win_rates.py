@@ -106,7 +106,7 @@ def _pairing(results: Results, protocol: str, answered: tuple[str, str], arm: st
         return ArmWinRate(protocol, world, *answered, arm, opponent, rate)
 
     rows = [row(world, win_rate(wins, crossed=crossed)) for world, (wins, crossed) in groups.items()]
-    if len(groups) == len(results.worlds) > 1:
+    if len(groups) == len(results.worlds) > 1 and not results.has_biases:
         crossed = all(crossed for _, crossed in groups.values())
         rows.append(row(ALL_WORLDS, win_rate(*(wins for wins, _ in groups.values()), crossed=crossed)))
     return rows
@@ -117,18 +117,20 @@ def _outcomes(first: Sequence[Policy], second: Sequence[Policy], answered: tuple
     sides = [[policy for policy in side if answered in policy.answers] for side in (first, second)]
     if not all(sides):
         return None
-    wins = [_compare(one, other, answered) for one in sides[0] for other in sides[1]]
-    return np.mean(wins, axis=0)
-
-
-def _compare(one: Policy, other: Policy, answered: tuple[str, str]) -> np.ndarray:
-    a, b = one.answers[answered], other.answers[answered]
-    if not np.array_equal(a.prompts, b.prompts):
+    marks, prompts = zip(*(_marks(side, answered) for side in sides), strict=True)
+    if not np.array_equal(*prompts):
+        one, other = (side[0].key for side in sides)
         raise UserError(
-            f"{one.key.world}, seed {one.key.seed}: {one.key.arm} and {other.key.arm} were asked different prompts, so "
-            "that they cannot be compared; the results are of two studies: remove those of one and run it again"
+            f"{one.world}, seed {one.seed}: {one.arm} and {other.arm} were asked different prompts, so they cannot "
+            "be compared; the results are of two studies: remove those of one and run it again"
         )
-    return outcomes(a.judge, b.judge)
+    return np.asarray(outcomes(*np.broadcast_arrays(marks[0][:, None], marks[1][None])).mean(axis=(0, 1)))
+
+
+def _marks(policies: Sequence[Policy], answered: tuple[str, str]) -> tuple[np.ndarray, np.ndarray]:
+    """``[S, P]`` judge scores of the policies of one seed, and ``[P]`` the prompts."""
+    answers = [policy.answers[answered] for policy in policies]
+    return np.stack([each.judge for each in answers]), answers[0].prompts
 
 
 def select(rates: Sequence[ArmWinRate], **fields: str) -> list[ArmWinRate]:

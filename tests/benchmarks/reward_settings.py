@@ -1,13 +1,13 @@
-"""What centring and scaling of token rewards are worth: final runs of a study, once more with one setting changed.
+"""What centring and scaling of token rewards are worth: runs of a study, once more with one field changed.
 
     PYTHONPATH=. python tests/benchmarks/reward_settings.py runs/study
     PYTHONPATH=. python tests/benchmarks/reward_settings.py runs/study --arms=ppo_soft --changes=center=none
 
-Every run of an arm of PPO in the study (see configs/study.py) is repeated with the same seed, data, reward model, KL
-coefficient and learning rate; they were chosen for the setting that the study has, which favours that one. Printed is
-what the judge and the length on the selection prompts become, and the difference with its 95 % interval over the seeds.
-The repetitions are kept in STUDY/reward_settings, and are not run again. Two processes may share the work:
-``--share=1/2`` and ``--share=2/2``.
+Every run of an arm of PPO in the study (see configs/study.py) with one setting, by default the published one, is
+repeated with the same seed, data, reward model, KL coefficient and learning rate. Printed is what the judge and the
+length on the selection prompts become, and the difference with its 95 % interval over the seeds. The repetitions are
+kept in STUDY/reward_settings, and are not run again. Two processes may share the work: ``--share=1/2`` and
+``--share=2/2``.
 """
 
 import argparse
@@ -18,6 +18,7 @@ import math
 from pathlib import Path
 
 from jaxrm.evaluation.win_rate import difference_interval
+from jaxrm.runtime.checkpoint import CheckpointConfig
 from jaxrm.runtime.progress import Progress, print_table
 from jaxrm.stage_config import PPO, read_stage
 from jaxrm.stages.table import run_stage
@@ -29,13 +30,14 @@ def main() -> None:
     parser.add_argument("study", type=Path, help="folder of a study")
     parser.add_argument("--arms", default="ppo_literal,ppo_soft", help="arms of PPO")
     parser.add_argument("--changes", default="center=none,scale=1.0", help="fields of config.reward with their values")
+    parser.add_argument("--setting", default="kl_coef=0.02,lr=0.001", help="of the runs that are repeated")
     parser.add_argument("--share", default="1/1", help="which part of the runs to make, e.g. 1/2")
     args = parser.parse_args()
     arms, changes = args.arms.split(","), args.changes.split(",")
     finals = [
         found.parent
         for arm in arms
-        for found in sorted((args.study / "runs").glob(f"*/seed*/{arm}/*/run.json"))
+        for found in sorted((args.study / "runs").glob(f"*/seed*/{arm}/{args.setting}/run.json"))
         if (found.parent / "evaluation.json").exists()
     ]
     todo = [(final, change) for final in finals for change in changes]
@@ -71,7 +73,8 @@ def repeated(study: Path, final: Path, change: str) -> PPO:
         value = text
     folder = study / "reward_settings" / change / final.relative_to(study / "runs")
     reward = dataclasses.replace(config.reward, **{field: value})  # type: ignore[arg-type]  # checked by the class
-    return dataclasses.replace(config, reward=reward, run_dir=str(folder))
+    checkpoint = CheckpointConfig(every=config.num_steps or 1)
+    return dataclasses.replace(config, reward=reward, run_dir=str(folder), checkpoint=checkpoint)
 
 
 def after(run: Path) -> dict[str, float]:

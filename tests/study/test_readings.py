@@ -162,7 +162,7 @@ def test_a_study_is_told_in_tables_that_fit_the_console(tmp_path, capsys):
     assert "dialogue, dpo" in out
     for title in ("where every setting ends", "the best within a KL", "Chosen blind", "adjusted", "at an equal KL of"):
         assert title in page
-    assert "<img" not in page and re.search(r"\d % \[\d+, \d+\] \*", page)
+    assert "<img" not in page and re.search(r"\d \[\d+, \d+\] \*", page)
     assert {path.stem for path in (tmp_path / "results").iterdir()} == {
         "policies", "curves", "choices", "agreement", "win_rates",
     }  # fmt: skip
