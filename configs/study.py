@@ -23,6 +23,7 @@ from jaxrm.evaluation.config import (
     JudgedEvaluationConfig,
     RankingEvaluationConfig,
 )
+from jaxrm.models.build import ModelSource
 from jaxrm.models.sampling import SamplingConfig
 from jaxrm.runtime.checkpoint import CheckpointConfig
 from jaxrm.runtime.metrics import LoggingConfig
@@ -41,6 +42,7 @@ def get_config() -> Study:
     prompts = DataConfig(max_length=60, batch_size=32, max_eval_records=256)
     rollout = RolloutConfig(sampling=SAMPLING)
     sft = SFT(
+        model=ModelSource(remat="none"),  # of every run: there is room for all activations
         num_steps=3000,
         data=demonstrations,
         optimizer=optimizer,
