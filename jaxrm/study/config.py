@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from jaxrm import stage_config
-from jaxrm.config.fields import ROOT_CONFIG, above, at_least, bounded, check, place, typed, wrong
+from jaxrm.config.fields import ROOT_CONFIG, above, at_least, at_most, bounded, check, place, typed, wrong
 from jaxrm.data import tasks
 from jaxrm.errors import UserError
 from jaxrm.runtime.run_folder import OnExisting
@@ -41,6 +41,7 @@ class Study:
       arms: of `jaxrm.study.arms.ARMS`; the kind of ``ppo_KIND`` may be a custom one (see
         `jaxrm.algorithms.reward_config`).
       biases: how many times its own bias the annotator of a world has, ascending; each makes a world of its own.
+      max_notes: most notes of a prompt of ``summarize``, which makes it harder; None for 7.
       seeds: each has its own SFT policy, pairs and reward models.
       kl_coefs: KL coefficients of arms that rewards train, ascending; with ``learning_rates`` they are their grid.
       learning_rates: of these, of DPO, and of SFT on chosen responses or winners, ascending.
@@ -58,6 +59,7 @@ class Study:
     worlds: tuple[str, ...] | None = None
     arms: tuple[str, ...] | None = None
     biases: tuple[float, ...] | None = None
+    max_notes: int | None = bounded(None, at_least(6), at_most(10))
     seeds: tuple[int, ...] | None = None
     kl_coefs: tuple[float, ...] | None = None
     learning_rates: tuple[float, ...] | None = None

@@ -9,16 +9,16 @@ from jaxrm.study.config import Study
 # Seconds of one core of a server, with the settings of configs/study.py and the tiny policy.
 SECONDS = {
     "sft": 170.0,
-    "pairs": 30.0,
-    "rm_scalar": 45.0,
-    "rm_seq2seq": 60.0,
-    "rm_dpo": 60.0,
-    "winners": 60.0,
-    "imitation": 40.0,
-    "dpo": 60.0,
-    "rewarded": 60.0,
-    "answers": 12.0,
-    "mechanism": 20.0,
+    "pairs": 12.0,
+    "rm_scalar": 30.0,
+    "rm_seq2seq": 45.0,
+    "rm_dpo": 40.0,
+    "winners": 30.0,
+    "imitation": 25.0,
+    "dpo": 40.0,
+    "rewarded": 75.0,
+    "answers": 8.0,
+    "mechanism": 10.0,
 }
 _LARGER = {"tiny": 1.0}
 """How many times as long a run of a larger policy takes, where it was measured."""

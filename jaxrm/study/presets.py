@@ -44,7 +44,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "seeds": (1, 2, 3),
     },
     "small": {**_MAIN, **_ONE_SETTING, "size": "small", "arms": _TWO_ARMS, "seeds": (1, 2)},
-    "smoke": {**_MAIN, **_ONE_SETTING, "worlds": tasks.TASKS[:1], "arms": _TWO_ARMS, "seeds": (1, 2)},
+    "smoke": {**_MAIN, **_ONE_SETTING, "worlds": tasks.TASKS[:1], "arms": _TWO_ARMS, "seeds": (1,)},
 }
 
 

@@ -10,6 +10,7 @@ The study's folder holds
 Runs that are done are not repeated. A run that failed is tried again by the next launch.
 """
 
+import contextlib
 import dataclasses
 import math
 import queue
@@ -96,7 +97,7 @@ def _run_queue(study: Study, schedule: Schedule, folder: Path, records: RunRecor
     """Keep the workers busy until no run can start; return 0, or `EXIT_PREEMPTED` when the study was stopped."""
     outcomes: queue.Queue[Outcome] = queue.Queue()
     busy: dict[Worker, str] = {}
-    with catch_signals() as stop, open_workers(study.workers, folder, outcomes) as workers:
+    with catch_signals() as stop, _open_workers(study, folder, outcomes) as workers:
         idle, runs = list(workers), schedule.runs(_best(records))
         names = [run.name for run in runs if run.name not in records]
         print(costs.in_words(study, [*names, *unknown_answers(study, _best(records))], len(workers)), flush=True)
@@ -124,6 +125,12 @@ def _run_queue(study: Study, schedule: Schedule, folder: Path, records: RunRecor
                 if not study.keep_policies:
                     checkpoints.remove_unneeded(folder, name, runs, records)
                 print(_progress_line(study, runs, records, name, len(workers)), flush=True)
+
+
+def _open_workers(
+    study: Study, folder: Path, outcomes: queue.Queue[Outcome]
+) -> contextlib.AbstractContextManager[list[Worker]]:
+    return open_workers(study.workers, folder, outcomes, is_trial=study.preset == "smoke")
 
 
 def _best(records: RunRecords) -> dict[str, Best]:

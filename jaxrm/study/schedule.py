@@ -67,7 +67,13 @@ class Schedule:
         self._study = study
         # Seeds outside, worlds inside, so that a study that is stopped early has every world alike.
         sites = itertools.product(study.seeds or (), worlds_of(study))
-        self._runs = {_Site(study, world, seed): _site_runs(study, world, seed) for seed, world in sites}
+        listed: set[str] = set()
+        self._runs: dict[_Site, list[StudyRun]] = {}
+        for seed, world in sites:
+            site = _Site(study, world, seed)
+            runs = {run.name: run for run in _site_runs(site) if run.name not in listed}
+            listed |= runs.keys()
+            self._runs[site] = list(runs.values())
         self._best: dict[tuple[str, Best], StudyRun] = {}
 
     def runs(self, best: Mapping[str, Best]) -> list[StudyRun]:
@@ -93,23 +99,18 @@ class Schedule:
         return listed
 
 
-def _site_runs(study: Study, world: str, seed: int) -> list[StudyRun]:
-    """The runs of a world and seed that are known beforehand."""
-    site = _Site(study, world, seed)
-    runs = shared_runs(study, world, seed)
-    for arm in study.arms or ():
-        for setting in settings(study, arm):
+def _site_runs(site: "_Site") -> list[StudyRun]:
+    """The runs of a world and seed that are known beforehand; some more than once."""
+    runs = _shared_runs(site)
+    for arm in site.study.arms or ():
+        for setting in settings(site.study, arm):
             runs += _arm_runs(site, arm, setting)
-    by_name: dict[str, StudyRun] = {}
-    for run in [*runs, *_mechanism_runs(site)]:
-        by_name.setdefault(run.name, run)
-    return list(by_name.values())
+    return [*runs, *_mechanism_runs(site)]
 
 
-def shared_runs(study: Study, world: str, seed: int) -> list[StudyRun]:
+def _shared_runs(site: "_Site") -> list[StudyRun]:
     """What the arms of a world and seed start from: SFT policy, pairs and both reward models."""
-    site = _Site(study, world, seed)
-    bias = bias_of(world)
+    study, bias = site.study, bias_of(site.world)
     pairs = study.pairs if bias == 1 else with_changes(study.pairs, {"pairs.annotator_bias": bias})
     untrained = dataclasses.replace(study.sft.model, path=None, preset=SIZES[study.size or "tiny"])
     return [
@@ -191,7 +192,10 @@ class _Site:
         needs: Sequence[str] = (),
     ) -> StudyRun:
         """A run of this site: a template of the study with its data, model, setting, seed and folder."""
-        changed = with_changes(template, {"data.path": data, **dict(setting)})
+        changes: dict[str, Any] = {"data.path": data, **dict(setting)}
+        if data == self.task and task_of(self.world) == "summarize":
+            changes["data.max_notes"] = self.study.max_notes
+        changed = with_changes(template, changes)
         experiment = dataclasses.replace(changed, seed=self.seed, run_dir=self.folder(path), model=model)
         return StudyRun(self.name(path), experiment, tuple(self.name(need) for need in dict.fromkeys(needs)))
 

@@ -18,6 +18,7 @@ from jaxrm.runtime.preemption import EXIT_PREEMPTED
 from jaxrm.study.schedule import StudyRun
 
 EXIT_FAILED = 1
+_FAST_COMPILATION = "--xla_backend_optimization_level=0"
 
 
 @dataclass(frozen=True)
@@ -46,10 +47,14 @@ class Worker:
       core: the core that it is bound to, or None.
       folder: of the study; it holds the shared compilation cache and the workers' log.
       outcomes: receives the outcome of each run.
+      compiler_flags: of XLA, besides those of the environment.
     """
 
-    def __init__(self, core: int | None, folder: Path, outcomes: "queue.Queue[Outcome]") -> None:
+    def __init__(
+        self, core: int | None, folder: Path, outcomes: "queue.Queue[Outcome]", compiler_flags: str = ""
+    ) -> None:
         self._core, self._folder, self._outcomes = core, folder.resolve(), outcomes
+        self._flags = f"{os.environ.get('XLA_FLAGS', '')} {compiler_flags}".strip()
         self._process: subprocess.Popen[str] | None = None
         self._is_stopping = False
 
@@ -87,6 +92,7 @@ class Worker:
                 start_new_session=True,  # so that Ctrl-C reaches only the study, which passes it on
                 env={
                     **os.environ,
+                    "XLA_FLAGS": self._flags,
                     "JAX_COMPILATION_CACHE_DIR": str(self._folder / "compiled"),
                     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
                     "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
@@ -111,13 +117,16 @@ class Worker:
 
 
 @contextmanager
-def open_workers(count: int | None, folder: Path, outcomes: "queue.Queue[Outcome]") -> Iterator[list[Worker]]:
+def open_workers(
+    count: int | None, folder: Path, outcomes: "queue.Queue[Outcome]", *, is_trial: bool = False
+) -> Iterator[list[Worker]]:
     """Open the workers of a study, which end with the block.
 
     Args:
       count: of workers. None: one for each core, or one on an accelerator.
       folder: of the study.
       outcomes: receives the outcome of each run.
+      is_trial: whether runs are so short that fast compilation is worth more than fast programs.
     """
     available = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     on_accelerator = _on_accelerator()
@@ -125,7 +134,8 @@ def open_workers(count: int | None, folder: Path, outcomes: "queue.Queue[Outcome
     cores: Sequence[int | None] = [None] * count
     if 1 < count <= len(available) and not on_accelerator:
         cores = available[:count]
-    workers = [Worker(core, folder, outcomes) for core in cores]
+    flags = _FAST_COMPILATION if is_trial and not on_accelerator else ""
+    workers = [Worker(core, folder, outcomes, flags) for core in cores]
     try:
         yield workers
     finally:

@@ -59,6 +59,14 @@ def test_presets_fill_in_what_the_config_leaves_open(preset):
     assert study.seeds == (7,) and study.arms == PRESETS[preset]["arms"] and study.size == PRESETS[preset]["size"]
 
 
+def test_annotators_of_other_biases_share_the_sft_policy():
+    study = the_study(preset="bias", worlds=("safety",), biases=(1.0, 4.0), seeds=(1,))
+    names = [run.name for run in Schedule(apply_preset(study)).runs({})]
+    assert len(set(names)) == len(names) and sum(name.endswith("/sft") for name in names) == 2  # one is the mechanism's
+    pairs = runs_of(study)["safety,bias=4/seed1/pairs"]
+    assert pairs.experiment.pairs.annotator_bias == 4 and pairs.needs == ("safety/seed1/sft",)
+
+
 def test_the_best_checkpoint_answers_when_the_grid_is_there():
     study = the_study(
         worlds=("safety",), arms=("ppo_literal",), seeds=(1,), kl_coefs=(0.02, 0.1), learning_rates=(1e-3,)
@@ -168,8 +176,7 @@ def test_a_study_of_the_first_edition_is_refused(tmp_path):
 
 def launch(*arguments, **environment):
     command = [sys.executable, "-m", "jaxrm.train", f"--config={ROOT / 'configs/study.py'}", *arguments]
-    quick = "--xla_backend_optimization_level=0"  # a study compiles much and computes little here
-    env = {**os.environ, "XLA_FLAGS": quick, "JAX_PLATFORMS": "cpu", **environment}
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", **environment}
     return subprocess.run(command, capture_output=True, text=True, env=env, check=False, timeout=600)
 
 
