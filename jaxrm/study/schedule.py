@@ -16,7 +16,7 @@ from jaxrm.evaluation.config import EvaluateConfig
 from jaxrm.models.build import ModelSource
 from jaxrm.study.arms import RESPONSES_PER_PROMPT, TrainedByRewards, folder_name, read_arm
 from jaxrm.study.config import SIZES, Setting, Study, published, setting_name, settings
-from jaxrm.study.worlds import bias_of, task_of, worlds_of
+from jaxrm.study.worlds import bias_of, prompt_tokens, task_of, worlds_of
 
 REWARD_MODELS = ("rm_scalar", "rm_seq2seq")
 BEST = "best"
@@ -195,6 +195,10 @@ class _Site:
         changes: dict[str, Any] = {"data.path": data, **dict(setting)}
         if data == self.task and task_of(self.world) == "summarize":
             changes["data.max_notes"] = self.study.max_notes
+        if data == self.task and hasattr(template, "rollout"):
+            longest = prompt_tokens(task_of(self.world), self.study.max_notes)
+            longest += template.rollout.sampling.max_new_tokens
+            changes["data.max_length"] = min(longest, template.data.max_length)
         changed = with_changes(template, changes)
         experiment = dataclasses.replace(changed, seed=self.seed, run_dir=self.folder(path), model=model)
         return StudyRun(self.name(path), experiment, tuple(self.name(need) for need in dict.fromkeys(needs)))

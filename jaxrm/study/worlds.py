@@ -3,6 +3,9 @@
 from jaxrm.study.config import Study
 
 _BIAS = ",bias="
+# Tokens of the longest prompt with its template; rows that are no longer cost less.
+_PROMPT_TOKENS = {"safety": 19, "summarize": 21, "dialogue": 32}
+_TOKENS_OF_A_NOTE = 2
 
 
 def world_name(task: str, bias: float) -> str:
@@ -19,6 +22,17 @@ def bias_of(world: str) -> float:
     """How many times its own bias the annotator of a world has."""
     bias = world.partition(_BIAS)[2]
     return float(bias) if bias else 1.0
+
+
+def prompt_tokens(task: str, max_notes: int | None = None) -> int:
+    """Tokens of the longest prompt of a task, with its template.
+
+    Args:
+      task: embedded task.
+      max_notes: most notes of a prompt of ``summarize``; None for 7.
+    """
+    more = 0 if task != "summarize" or max_notes is None else _TOKENS_OF_A_NOTE * (max_notes - 7)
+    return _PROMPT_TOKENS[task] + more
 
 
 def worlds_of(study: Study) -> list[str]:

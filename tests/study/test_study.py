@@ -12,6 +12,8 @@ import pytest
 
 from jaxrm.algorithms.reward_config import RewardConfig
 from jaxrm.config.files import load_config_file
+from jaxrm.data import tasks
+from jaxrm.data.tokenizer import load_tokenizer
 from jaxrm.errors import UserError
 from jaxrm.runtime import run_lock
 from jaxrm.runtime.metrics import read_rows
@@ -24,6 +26,7 @@ from jaxrm.study.checkpoints import keep_best, remove_unneeded
 from jaxrm.study.config import Study, settings
 from jaxrm.study.presets import PRESETS, apply_preset
 from jaxrm.study.schedule import Best, Schedule, StudyRun, policy_name, unknown_answers
+from jaxrm.study.worlds import prompt_tokens
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -65,6 +68,20 @@ def test_annotators_of_other_biases_share_the_sft_policy():
     assert len(set(names)) == len(names) and sum(name.endswith("/sft") for name in names) == 2  # one is the mechanism's
     pairs = runs_of(study)["safety,bias=4/seed1/pairs"]
     assert pairs.experiment.pairs.annotator_bias == 4 and pairs.needs == ("safety/seed1/sft",)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("task", "max_notes"), [("safety", None), ("summarize", 10), ("dialogue", None)])
+def test_the_rows_of_a_world_hold_its_longest_prompt(task, max_notes, tmp_path):
+    """And no more than it."""
+    tasks.write_task(task, tmp_path, seed=1, max_notes=max_notes)
+    tokenizer, longest = load_tokenizer(str(tmp_path / "tokenizer")), 0
+    for split in ("prompts", "selection", "test", "test_ood"):
+        for row in read_rows(tmp_path / f"{split}.jsonl"):
+            prompt = row["prompt"] if isinstance(row["prompt"], list) else [{"role": "user", "content": row["prompt"]}]
+            ids = tokenizer.apply_chat_template(prompt, tokenize=True, add_generation_prompt=True, return_dict=False)
+            longest = max(longest, len(ids))
+    assert longest == prompt_tokens(task, max_notes)
 
 
 def test_the_best_checkpoint_answers_when_the_grid_is_there():
