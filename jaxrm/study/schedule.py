@@ -90,11 +90,11 @@ class Schedule:
                 setting = best_setting(self._study, site.world, site.seed, arm, best)
                 if setting is None:
                     continue
-                found = best[policy_name(site.world, site.seed, arm, setting)]
-                if not found.is_last:
-                    place = (site.name(_policy_path(arm, setting)), found)
+                checkpoint = best[policy_name(site.world, site.seed, arm, setting)]
+                if not checkpoint.is_last:
+                    place = (site.name(_policy_path(arm, setting)), checkpoint)
                     if place not in self._best:
-                        self._best[place] = _best_run(site, arm, setting, found)
+                        self._best[place] = _best_run(site, arm, setting, checkpoint)
                     listed.append(self._best[place])
         return listed
 
@@ -236,12 +236,12 @@ def _arm_runs(site: _Site, arm: str, setting: Setting) -> list[StudyRun]:
     return [*policy.runs, _answers_run(site, arm, policy, path, answers, policy.path)]
 
 
-def _best_run(site: _Site, arm: str, setting: Setting, found: Best) -> StudyRun:
+def _best_run(site: _Site, arm: str, setting: Setting, checkpoint: Best) -> StudyRun:
     """The answers of the best checkpoint of an arm and seed."""
     policy = _arm_policy(site, arm, setting)
     answers = dataclasses.replace(site.study.evaluate.evaluate, splits=("test", "test_ood"))
     path = f"answers/{folder_name(arm)}/{BEST}"
-    return _answers_run(site, arm, policy, path, answers, f"{policy.path}/checkpoints/{found.step}")
+    return _answers_run(site, arm, policy, path, answers, f"{policy.path}/checkpoints/{checkpoint.step}")
 
 
 def _mechanism_runs(site: _Site) -> list[StudyRun]:

@@ -148,8 +148,10 @@ def reading_mean(results: Results, protocol: str, world: str, arm: str, split: s
 
 def _values(policies: Sequence[Policy], split: str, name: str) -> np.ndarray:
     """``[P]`` values of one seed, over all policies of its reading."""
-    found = [policy.answers[split, _SAMPLED].values(name) for policy in policies if (split, _SAMPLED) in policy.answers]
-    return np.concatenate(found) if found else np.array([np.nan])
+    values = [
+        policy.answers[split, _SAMPLED].values(name) for policy in policies if (split, _SAMPLED) in policy.answers
+    ]
+    return np.concatenate(values) if values else np.array([np.nan])
 
 
 def bias_tables(results: Results) -> list[Table]:

@@ -100,7 +100,7 @@ def _pairing(results: Results, protocol: str, answered: tuple[str, str], arm: st
                 wins.append(scores)
                 prompts.append(first[seed][0].answers[answered].prompts)
         if wins:
-            groups[world] = wins, all(np.array_equal(asked, prompts[0]) for asked in prompts)
+            groups[world] = wins, all(np.array_equal(each, prompts[0]) for each in prompts)
 
     def row(world: str, rate: WinRate) -> ArmWinRate:
         return ArmWinRate(protocol, world, *answered, arm, opponent, rate)
