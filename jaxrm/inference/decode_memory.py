@@ -6,6 +6,7 @@ from typing import Any
 from jax.sharding import Mesh
 
 from jaxrm.errors import UserError, flag, option
+from jaxrm.models.cache import bytes_of_a_token
 from jaxrm.models.config import ModelConfig
 from jaxrm.runtime.hardware import GIB, device_limit
 from jaxrm.sharding.mesh import batch_shards
@@ -46,24 +47,23 @@ def rows_that_fit(free: float, group: float, unit: int) -> int:
 
 
 def cache_room(
-    shape: ModelConfig, mesh: Mesh, *, itemsize: int, weights: float, tokens: int, responses_per_prompt: int = 1
+    shape: ModelConfig, mesh: Mesh, *, token_bytes: int, weights: float, tokens: int, responses_per_prompt: int = 1
 ) -> CacheRoom:
     """The room on a device of ``mesh``.
 
     Args:
       shape: of the model.
       mesh: that it writes on.
-      itemsize: bytes of a number of the cache.
+      token_bytes: see `jaxrm.models.cache.bytes_of_a_token`.
       weights: bytes of all weights that the loop over tokens reads.
       tokens: in the cache, of a prompt and all of its responses.
       responses_per_prompt: n.
     """
     sizes = mesh.shape
     heads = sizes["tensor"] if shape.num_kv_heads % sizes["tensor"] == 0 else 1
-    of_a_token = 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * itemsize
     shares = sizes["tensor"] * sizes["fsdp"] * sizes["context"]
     unit = responses_per_prompt * batch_shards(mesh)
-    return CacheRoom(device_limit(), weights / shares, tokens * of_a_token / heads, unit)
+    return CacheRoom(device_limit(), weights / shares, tokens * token_bytes / heads, unit)
 
 
 def check_room(room: CacheRoom, rows: int, prompt: int, response: int, fields: "CacheFields") -> None:
@@ -128,9 +128,9 @@ def check_rollout(config: Any, shape: ModelConfig, mesh: Mesh, weights: float, p
     """
     rollout, n = config.rollout, config.rollout.responses_per_prompt
     response = rollout.sampling.max_new_tokens
-    itemsize = 2 if config.model.dtype == "bfloat16" else 4
+    token_bytes = bytes_of_a_token(shape, 2 if config.model.dtype == "bfloat16" else 4, rollout.cache)
     tokens = prompt + n * response
-    room = cache_room(shape, mesh, itemsize=itemsize, weights=weights, tokens=tokens, responses_per_prompt=n)
+    room = cache_room(shape, mesh, token_bytes=token_bytes, weights=weights, tokens=tokens, responses_per_prompt=n)
     rows, fields = rollout.slots, CacheFields("rollout.slots", flag("rollout.slots"), "rollout.sampling.max_new_tokens")
     if rows is None:
         rows = config.data.batch_size // rollout.num_microbatches

@@ -14,6 +14,7 @@ from jaxrm.data.responses import Response, response_text
 from jaxrm.errors import UserError, flag, option
 from jaxrm.inference.decode_memory import CacheFields, cache_room, check_room
 from jaxrm.inference.sharded_model import ShardedModel
+from jaxrm.models.cache import bytes_of_a_token
 from jaxrm.models.config import ModelConfig
 from jaxrm.models.generate import generate, refill_of
 from jaxrm.models.quantized_params import count_parameters
@@ -144,8 +145,8 @@ class Sampler:
         model, response = self._model, self._sampling.max_new_tokens
         itemsize = jnp.dtype(model.source.dtype).itemsize
         weights = itemsize * count_parameters(model.shapes)
-        tokens = bucket(prompt) + response
-        room = cache_room(model.config, model.mesh, itemsize=itemsize, weights=weights, tokens=tokens)
+        token_bytes, tokens = bytes_of_a_token(model.config, itemsize, "compute"), bucket(prompt) + response
+        room = cache_room(model.config, model.mesh, token_bytes=token_bytes, weights=weights, tokens=tokens)
         check_room(room, slots, prompt, response, CacheFields("batch_size", flag("batch_size"), "max_new_tokens"))
 
     def _answers(self, encoded: list[list[int]], keys: jax.Array, slots: int) -> Iterator[tuple[int, Response]]:
