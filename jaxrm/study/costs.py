@@ -6,7 +6,7 @@ from jaxrm.runtime.progress import format_seconds
 from jaxrm.study.arms import read_arm
 from jaxrm.study.config import Study
 
-# Seconds of one core of a server, with the settings of configs/study.py and the tiny policy.
+# Seconds of one core of a busy server, with the settings of configs/study.py and the tiny policy.
 SECONDS = {
     "sft": 170.0,
     "pairs": 12.0,
@@ -16,8 +16,8 @@ SECONDS = {
     "winners": 30.0,
     "imitation": 25.0,
     "dpo": 40.0,
-    "rewarded": 75.0,
-    "answers": 8.0,
+    "rewarded": 80.0,
+    "answers": 7.5,
     "mechanism": 10.0,
 }
 _LARGER = {"tiny": 1.0}

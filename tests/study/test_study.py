@@ -193,7 +193,7 @@ def test_a_study_of_the_first_edition_is_refused(tmp_path):
 
 def launch(*arguments, **environment):
     command = [sys.executable, "-m", "jaxrm.train", f"--config={ROOT / 'configs/study.py'}", *arguments]
-    env = {**os.environ, "JAX_PLATFORMS": "cpu", **environment}
+    env = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu", **environment}
     return subprocess.run(command, capture_output=True, text=True, env=env, check=False, timeout=600)
 
 
