@@ -107,6 +107,7 @@ def test_an_endpoint_is_asked_in_both_orders(config, tmp_path):
         judged = with_judges(config, chat=ComparisonJudgeConfig(endpoint=endpoint))
         (wins,) = compare(judged).tables["wins"]
         assert (wins["win_rate"], wins["position_bias"]) == (0.5, 1.0)
+        assert "chat goes by the first place" in (tmp_path / "run/comparison.html").read_text()
         assert len(server.questions) == 24 and SHORT in server.questions[0] and "Answer A" in server.questions[0]
         compare(judged)
         assert len(server.questions) == 24
@@ -294,7 +295,7 @@ class Killed(BaseException):
         ),
         (
             lambda c: {"judges": {"lm": ComparisonJudgeConfig(language_model="/nowhere/at/all")}},
-            ("config.judges.lm.reward_model or .language_model", "'/nowhere/at/all'"),
+            ("config.judges.lm.language_model", "'/nowhere/at/all'"),
         ),
         (
             lambda c: {

@@ -157,6 +157,7 @@ def _named(name: str, run: int) -> Any:
     place = f"{field}.path" if run == 0 else f"{field}.seeds[{run - 1}]"
     return naming(
         {"path": place, "model.path": place, "model.adapter": f"{field}.adapter"}
+        | {"max_new_tokens": "config.compare.sampling.max_new_tokens"}
         | {f"data.{key}": f"{field}.{key}" for key in ("tokenizer", "template")}
         | {"batch_size": "config.compare.batch_size", "max_new_tokens": "config.compare.sampling.max_new_tokens"}
     )

@@ -68,7 +68,7 @@ def check_judges(config: Compare, prompts: Iterable[Sequence[Message]]) -> None:
     """
     every = list(prompts)
     for name, judge in config.judges.items():
-        with named_judge(name):
+        with named_judge(name, judge):
             if judge.is_pairwise:
                 read_pair_question(judge, f"judges.{name}.prompt")
             if judge.endpoint is not None:
@@ -96,7 +96,7 @@ def check_reachable(config: Compare) -> None:
     """Refuse endpoints that cannot be reached."""
     for name, judge in config.judges.items():
         if judge.endpoint is not None:
-            with named_judge(name):
+            with named_judge(name, judge):
                 ChatEndpoint(judge.endpoint, f"judges.{name}.endpoint").check()
 
 
@@ -112,7 +112,7 @@ def score_answers(
     if missing:
         done = len(unique) - len(missing)
         with (
-            named_judge(name),
+            named_judge(name, judge),
             Progress(name, len(unique), unit="answers", done=done, enabled=show_progress) as bar,
         ):
             score = _open_scorer(config, judge)
@@ -164,7 +164,7 @@ def _ask(config: Compare, name: str, folder: Path, texts: Sequence[str], *, show
         total, rows = len(set(keys)), config.compare.batch_size
         done = total - len(missing)
         with (
-            named_judge(name),
+            named_judge(name, judge),
             Progress(name, total, unit="questions", done=done, enabled=show_progress) as bar,
         ):
             asker = _open_asker(config, name)
@@ -250,10 +250,10 @@ def _check_task(name: str, function: str, prompts: Sequence[Sequence[Message]]) 
 
 
 @contextmanager
-def named_judge(name: str) -> Iterator[None]:
+def named_judge(name: str, judge: ComparisonJudgeConfig) -> Iterator[None]:
     """Name what a judge's fields stand for in messages."""
     field = f"config.judges.{name}"
-    model = f"{field}.reward_model or .language_model"
+    model = f"{field}.{'reward_model' if judge.language_model is None else 'language_model'}"
     with naming({"path": model, "reward.function": f"{field}.function", "model.path": model, "kind": f"{field}.kind"}):
         yield
 

@@ -31,6 +31,7 @@ from jaxrm.stages.compare.prompts import PromptSet
 from jaxrm.stages.compare.token_rewards import TokenRewardRows
 
 _BINS = 20  # of a histogram
+_MOST_BIAS = 0.5  # for a place, of a judge whose rates are to be read
 _LONGEST = 0.1  # share of the prompts that "longest answers" shows
 
 _WINS_NOTE = "A tie counts half. Intervals are 95 %, over prompts, and over seeds too where there are three or more."
@@ -74,7 +75,18 @@ def who_wins(wins: Sequence[Row]) -> Table:
         by_place.setdefault(place, {})[row["judge"]] = _shaded(row, "win_rate")
     columns = ("policy", "prompts", "decoding", *(f"{judge}, %" for judge in judges))
     rows = tuple((*place, *(cells.get(judge) for judge in judges)) for place, cells in by_place.items())
-    return Table("Who wins, by judge", columns, rows, _WINS_NOTE)
+    places: dict[str, list[float]] = {}
+    for row in wins:
+        if row["position_bias"] is not None:
+            places.setdefault(row["judge"], []).append(row["position_bias"])
+    biases = {judge: sum(each) / len(each) for judge, each in places.items()}
+    warnings = [
+        f" {judge} goes by the {'first' if bias > 0 else 'second'} place more than by the answer ({bias:+.2f} of −1 to "
+        "1), so its rates say little."
+        for judge, bias in biases.items()
+        if abs(bias) > _MOST_BIAS
+    ]
+    return Table("Who wins, by judge", columns, rows, _WINS_NOTE + "".join(warnings))
 
 
 def _quarters(quartiles: Sequence[Row]) -> Table:

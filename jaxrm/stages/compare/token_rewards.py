@@ -34,7 +34,7 @@ def score_tokens(config: Compare, folder: Path, sets: Mapping[str, PromptSet], a
     }
     missing = {texts: sets[key.prompts].prompts[index] for (key, index), texts in wanted.items() if texts not in scored}
     if missing:
-        with named_judge(names[0]):
+        with named_judge(names[0], judge):
             model = load_reward_model(str(judge.reward_model), mesh=build_mesh(config.mesh), dtype=judge.dtype)
             if isinstance(model, Classifier):
                 return {}  # its number is of the whole answer
