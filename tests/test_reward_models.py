@@ -189,7 +189,6 @@ def rows_of(run):
 # --- training
 
 
-@pytest.mark.each_python
 @pytest.mark.parametrize("algorithm", STEPS)
 def test_one_device_and_eight_give_the_same_losses(runs, algorithm):
     one = [row for row in rows_of(runs.reward_model(algorithm)) if row["step"] <= FEW]
