@@ -172,7 +172,6 @@ def test_unlikely_tokens_outside_the_mask_have_no_gradient(aggregation, estimato
     assert not np.asarray(clean[1])[~np.asarray(mask)].any()
 
 
-@pytest.mark.each_python
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("advantage", "kl_coef", "at_end"),

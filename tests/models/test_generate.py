@@ -151,7 +151,6 @@ def test_eight_devices_sample_as_one(n):
 SLOTS = {1: [(8, "one"), (32, "one"), (64, "one"), (32, "eight")], 4: [(8, "eight")]}
 
 
-@pytest.mark.each_python
 @pytest.mark.slow
 @pytest.mark.parametrize("n", SLOTS, ids=["a response a prompt", "four"])
 def test_tokens_depend_on_no_slot_and_no_device(n):

@@ -62,7 +62,6 @@ def train(algorithm, dtype, runs, task_folder, folder):
     return read_rows(folder / "metrics.jsonl")
 
 
-@pytest.mark.each_python
 @pytest.mark.slow
 @pytest.mark.parametrize("algorithm", ["sft", "seq2seq_rm", "scalar_rm", "dpo", "ppo"])
 def test_bfloat16_trains_as_float32_does(algorithm, runs, task_folder, tmp_path):
