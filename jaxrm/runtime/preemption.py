@@ -163,7 +163,16 @@ def run_preemptible(work: Callable[[], int], describe: Callable[[], str]) -> int
 
 
 def say_interrupted() -> None:
-    """From now on Ctrl-C ends this process with ``EXIT_INTERRUPTED`` in one line, also in the middle of its imports."""
+    """From now on Ctrl-C ends this process with ``EXIT_INTERRUPTED`` in one line, also in the middle of its imports.
+
+    There it does so at once: an exception in a compiled module that is being imported can abort the process.
+    """
+
+    def on_interrupt(number: int, frame: FrameType | None) -> None:
+        if _is_importing(frame):
+            _say("interrupted")
+            _exit(EXIT_INTERRUPTED)
+        raise KeyboardInterrupt
 
     def say(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         if issubclass(kind, KeyboardInterrupt):
@@ -172,7 +181,16 @@ def say_interrupted() -> None:
         sys.__excepthook__(kind, error, trace)
 
     sys.excepthook = say
+    signal.signal(signal.SIGINT, on_interrupt)
     _raise_again(KeyboardInterrupt, signal.SIGINT)
+
+
+def _is_importing(frame: FrameType | None) -> bool:
+    while frame is not None:
+        if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
+            return True
+        frame = frame.f_back
+    return False
 
 
 class _Command:

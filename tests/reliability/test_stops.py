@@ -60,6 +60,17 @@ def test_other_commands_answer_ctrl_c_in_one_line(seconds, name):
     assert (status, output.strip()) == (EXIT_INTERRUPTED, "jaxrm: interrupted")
 
 
+def test_ctrl_c_raises_nothing_in_a_module_being_imported(tmp_path):
+    """A compiled module aborts the process where Python raises in it, as jaxlib's do."""
+    (tmp_path / "compiled.py").write_text(
+        "import os, signal\ntry:\n    os.kill(os.getpid(), signal.SIGINT)\nexcept BaseException:\n    os.abort()\n"
+    )
+    code = "from jaxrm.runtime import preemption; preemption.say_interrupted(); import compiled"
+    variables = environment(ROOT / ".jax_cache" / "tests") | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=variables, capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr.strip()) == (EXIT_INTERRUPTED, "jaxrm: interrupted")
+
+
 @pytest.fixture(scope="module")
 def needed(make_run, small, task_folder, tmp_path_factory):
     """Folder of the policy, the reward model and the pairs that stages are built on."""
