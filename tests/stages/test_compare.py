@@ -1,6 +1,7 @@
 """Policies compared: what is answered, judged, kept, and refused. Most policies are files of answers."""
 
 import dataclasses
+import importlib
 import json
 import sys
 import types
@@ -98,6 +99,20 @@ def test_nothing_is_judged_twice(config, judge_module):
     again = compare(dataclasses.replace(with_judges(config, longer=LONGER), policies=policies))
     assert judge_module.given == [] and again.tables["wins"][0] == first.tables["wins"][0]
     assert again.tables["wins"][1]["ties"] == 1.0
+
+
+def test_a_function_that_was_edited_judges_anew(config, tmp_path, monkeypatch):
+    """Its name stays, so only its file tells."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    judged = with_judges(config, mine=ComparisonJudgeConfig(function="edited_judge:score"))
+    rates = []
+    for sign in ("", "-"):
+        code = f"def score(prompts, responses):\n    return [{sign}float(len(each)) for each in responses]\n"
+        (tmp_path / "edited_judge.py").write_text(code)
+        monkeypatch.delitem(sys.modules, "edited_judge", raising=False)
+        importlib.invalidate_caches()
+        rates.append(compare(judged).tables["wins"][0]["win_rate"])
+    assert rates == [1.0, 0.0]
 
 
 def test_an_endpoint_is_asked_in_both_orders(config, tmp_path):
