@@ -158,7 +158,7 @@ def _open(
         kernels=_kernels(source, mesh, config),
         constrain=constrain,
         lora=adapters,
-        merges_adapters=platform == "cpu",
+        on_cpu=platform == "cpu",
     )
     shardings = partition.parameter_shardings(shapes, axes, mesh, field=field)
     return ShardedModel(config, mesh, graphdef, shapes, shardings, source, adapters)

@@ -132,7 +132,7 @@ def abstract_decoder(
     kernels: Kernels = PLAIN,
     constrain: layers.Constrain = layers.unconstrained,
     lora: LoRAConfig = NO_LORA,
-    merges_adapters: bool = False,
+    on_cpu: bool = False,
 ) -> tuple[nnx.GraphDef, Any, Any]:
     """The decoder without memory: its graph, the shapes of its parameters and their logical axes.
 
@@ -140,7 +140,7 @@ def abstract_decoder(
       ``graphdef`` (static, for ``nnx.merge(graphdef, params)``), a nested dict of ``jax.ShapeDtypeStruct`` and the
       same dict of tuples of logical axis names.
     """
-    return _abstract(lambda: _decoder(config, source, nnx.Rngs(0), kernels, constrain, lora, merges_adapters))
+    return _abstract(lambda: _decoder(config, source, nnx.Rngs(0), kernels, constrain, lora, on_cpu))
 
 
 def abstract_scalar_model(
@@ -150,14 +150,14 @@ def abstract_scalar_model(
     kernels: Kernels = PLAIN,
     constrain: layers.Constrain = layers.unconstrained,
     lora: LoRAConfig = NO_LORA,
-    merges_adapters: bool = False,
+    on_cpu: bool = False,
 ) -> tuple[nnx.GraphDef, Any, Any]:
     """A ``jaxrm.models.heads.ScalarModel`` without memory; arguments and returns as ``abstract_decoder``."""
     trunk = replace(config, tie_embeddings=True)  # no language head
 
     def make() -> ScalarModel:
         rngs = nnx.Rngs(0)
-        return ScalarModel(_decoder(trunk, source, rngs, kernels, constrain, lora, merges_adapters), rngs=rngs)
+        return ScalarModel(_decoder(trunk, source, rngs, kernels, constrain, lora, on_cpu), rngs=rngs)
 
     return _abstract(make)
 
@@ -169,13 +169,13 @@ def abstract_actor_critic(
     kernels: Kernels = PLAIN,
     constrain: layers.Constrain = layers.unconstrained,
     lora: LoRAConfig = NO_LORA,
-    merges_adapters: bool = False,
+    on_cpu: bool = False,
 ) -> tuple[nnx.GraphDef, Any, Any]:
     """A ``jaxrm.models.heads.ActorCritic`` without memory; arguments and returns as ``abstract_decoder``."""
 
     def make() -> ActorCritic:
         rngs = nnx.Rngs(0)
-        return ActorCritic(_decoder(config, source, rngs, kernels, constrain, lora, merges_adapters), rngs=rngs)
+        return ActorCritic(_decoder(config, source, rngs, kernels, constrain, lora, on_cpu), rngs=rngs)
 
     return _abstract(make)
 
@@ -219,7 +219,7 @@ def _decoder(
     kernels: Kernels,
     constrain: layers.Constrain,
     lora: LoRAConfig,
-    merges_adapters: bool = False,
+    on_cpu: bool = False,
 ) -> Decoder:
     return Decoder(
         config,
@@ -228,7 +228,7 @@ def _decoder(
         remat="full" if source.remat == AUTO_REMAT else source.remat,  # undecided: of what is not trained
         kernels=kernels,
         constrain=constrain,
-        projections=layers.ProjectionOptions(lora=lora, quantize=source.quantize, merges_adapters=merges_adapters),
+        projections=layers.ProjectionOptions(lora=lora, quantize=source.quantize, on_cpu=on_cpu),
     )
 
 

@@ -82,14 +82,14 @@ class ProjectionOptions:
       dtype: compute dtype.
       lora: adapters.
       quantize: how kernels are stored, one of ``jaxrm.models.quantized.KINDS``; None as they are.
-      merges_adapters: whether float32 adapters may be added to float32 kernels before a product. It takes devices whose
-        products do not round: in bfloat16 or TF32, small adapters are lost beside a kernel.
+      on_cpu: whether the devices are CPUs. Their float32 products do not round, so adapters may be added to kernels
+        before one: in bfloat16 or TF32, small adapters are lost beside a kernel. In decoding gate and up stay apart.
     """
 
     dtype: jnp.dtype | type = jnp.float32
     lora: LoRAConfig = NO_LORA
     quantize: str | None = None
-    merges_adapters: bool = False
+    on_cpu: bool = False
 
 
 PLAIN = ProjectionOptions()
@@ -131,7 +131,7 @@ class Projection(nnx.Module):
         self.bias = nnx.Param(zeros, logical_axes=("layers", *axes[first_output:])) if bias else None
         lora = options.lora
         self.adapter_scale = lora.scale if lora.has(*place) else None
-        self.merges_adapters = options.merges_adapters and not self.is_quantized
+        self.merges_adapters = options.on_cpu and not self.is_quantized
         if self.adapter_scale is not None:
             # Shapes and axes alone: first values are drawn by `jaxrm.models.lora.init_adapters`, apart from the base.
             a, b = (*shape[:first_output], lora.rank), (shape[0], lora.rank, *shape[first_output:])
@@ -268,7 +268,7 @@ class MLP(nnx.Module):
         down_stddev = (2 * config.num_layers * F) ** -0.5
         self.down = project(("mlp", "down"), (*stack, F, D), ("layers", "mlp", "embed"), stddev=down_stddev)
         self.activation = _ACTIVATIONS[config.activation]
-        self.is_joined = False
+        self.may_join, self.is_joined = not options.on_cpu, False
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Apply to ``x [B, T, D]``."""
@@ -279,8 +279,11 @@ class MLP(nnx.Module):
     def join(self) -> None:
         """Read the input once for gate and up, whose kernels are transposed.
 
-        XLA does so by itself on GPU, but then it copies both kernels into one at every token.
+        XLA does so by itself on GPU, but then it copies both kernels into one at every token. On CPU it would copy the
+        joined kernel at every token, a sixth of the time, so there they stay apart.
         """
+        if not self.may_join:
+            return
         self.gate.take_in(self.up)
         del self.up
         self.is_joined = True

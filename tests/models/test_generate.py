@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec
 from jaxrm.algorithms import reading
 from jaxrm.errors import UserError
 from jaxrm.inference.sharded_model import shard_model
+from jaxrm.models import build
 from jaxrm.models.build import ModelSource
 from jaxrm.models.config import PRESETS
 from jaxrm.models.generate import generate
@@ -119,6 +120,22 @@ def test_bfloat16_decoding_reads_no_float32_weights():
     assert sum(x.dtype == jnp.bfloat16 for x in read) == 2 * (6 + 4) + 1  # products and keys of 2 layers, head
     weights = [x.shape for x in read if x.dtype == jnp.float32 and x.shape != (3, 5)]  # log-probs apart
     assert weights == [(61, 32)]  # rows are looked up in it
+
+
+def test_no_kernel_of_gate_and_up_is_copied_on_cpu():
+    """Joined, XLA lays both out anew at every token there."""
+    prompts, mask = model_and_prompts()[2:]
+    options = GenerateOptions(SamplingConfig(max_new_tokens=5), ())
+    source, results = ModelSource(), {}
+    params = jax.jit(lambda: nnx.to_pure_dict(nnx.state(Decoder(TINY, rngs=nnx.Rngs(0)))))()
+    for on_cpu in (False, True):
+        graphdef, *_ = build.abstract_decoder(TINY, source, on_cpu=on_cpu)
+        program = generate.lower(graphdef, params, prompts, mask, jax.random.key(0), options=options).compile()
+        joined = f"f32[{TINY.hidden_size},{2 * TINY.intermediate_size}]"
+        assert on_cpu == (joined not in program.as_text())  # the joined form shows that the name is right
+        results[on_cpu] = program(params, prompts, mask, jax.random.key(0))
+    np.testing.assert_array_equal(results[True].tokens, results[False].tokens)
+    np.testing.assert_allclose(results[True].log_probs, results[False].log_probs, atol=1e-5)
 
 
 @pytest.mark.parametrize("n", [1, 3], ids=["a response a prompt", "three"])

@@ -117,7 +117,7 @@ def test_merged_weights_equal_base_and_adapters(family, read, merges):
     """However the adapters are multiplied with."""
     config, base = FAMILIES[family], base_of(FAMILIES[family])
     plain, adapted = opened(config), opened(config, RANK_4)
-    graphdef, *_ = build.abstract_decoder(config, adapted.source, lora=RANK_4, merges_adapters=merges)
+    graphdef, *_ = build.abstract_decoder(config, adapted.source, lora=RANK_4, on_cpu=merges)
     joined = lora.join(base, drawn(adapted.trained_shapes, 3))
     merged = lora.merge(joined, RANK_4)
     chex.assert_trees_all_equal_shapes_and_dtypes(merged, base)
