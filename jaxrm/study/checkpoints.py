@@ -5,7 +5,8 @@ from collections.abc import Container, Iterable
 from pathlib import Path
 
 from jaxrm.runtime.metrics import read_rows
-from jaxrm.study.schedule import Best, StudyRun
+from jaxrm.study.run_configs import StudyRun
+from jaxrm.study.schedule import Best
 
 
 def keep_best(run: Path) -> Best | None:

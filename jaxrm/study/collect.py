@@ -24,9 +24,10 @@ from jaxrm.data import tasks
 from jaxrm.runtime.metrics import read_rows
 from jaxrm.stages.evaluate.run import ANSWERS
 from jaxrm.study.arms import folder_name, read_arm
-from jaxrm.study.config import Setting, Study, published, setting_name, settings
+from jaxrm.study.config import BEST, Setting, Study, published, setting_name, settings
 from jaxrm.study.results import Answers, JsonRow, Policy, PolicyKey, Results, as_float
-from jaxrm.study.schedule import BEST, REWARD_MODELS, Best, answers_name, best_setting, policy_name
+from jaxrm.study.run_configs import REWARD_MODELS, answers_name, policy_name
+from jaxrm.study.schedule import Best, best_setting
 from jaxrm.study.worlds import task_of, worlds_of
 
 _EXAMPLE_PROMPTS = {"test": 8, "test_ood": 4}  # prompts of each split whose answers the report shows

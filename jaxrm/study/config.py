@@ -3,7 +3,7 @@
 A world is an embedded task, a synthetic task whose judge is exact. An arm is a way to make a policy
 (`jaxrm.study.arms`). Every arm has a grid of settings, and every setting is run with every seed. So how a setting is
 chosen is a reading of finished runs (`jaxrm.study.readings`), and costs none. `jaxrm.study.schedule` lists the runs,
-and `jaxrm.study.run` runs them.
+`jaxrm.study.run_configs` builds their configs, and `jaxrm.study.run` runs them.
 """
 
 import itertools
@@ -20,6 +20,8 @@ from jaxrm.study.arms import check_arm, read_arm
 SIZES = {"tiny": "lab-tiny", "small": "lab-small", "base": "lab-base"}
 Setting = tuple[tuple[str, float], ...]
 """Values of the fields of an arm's grid, by dotted name."""
+BEST = "best"
+"""Name, in the place of a setting, of the checkpoint with the highest judge score of an arm and seed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,8 +29,8 @@ class Study:
     """What is compared.
 
     A field that is None is as the preset says (`jaxrm.study.presets`). The stages are templates:
-    `jaxrm.study.schedule` fills in folders, models, data, seeds and settings. Their own values of KL coefficient, beta
-    and learning rate are the setting that is called published, and lie on the grids.
+    `jaxrm.study.run_configs` fills in folders, models, data, seeds and settings. Their own values of KL coefficient,
+    beta and learning rate are the setting that is called published, and lie on the grids.
 
     Attributes:
       run_dir: folder of the study.

@@ -10,10 +10,10 @@ from jaxrm.evaluation.over_optimization import TrainingCurve, at_kl, mean_curve,
 from jaxrm.evaluation.win_rate import Mean, difference_interval, mean_interval
 from jaxrm.reports.report import Table
 from jaxrm.study.arms import BASELINE
+from jaxrm.study.config import BEST
 from jaxrm.study.intervals import interval_note, mean_cells
 from jaxrm.study.readings import SINGLE, read
 from jaxrm.study.results import JsonRow, Results, as_float
-from jaxrm.study.schedule import BEST
 
 Runs = Mapping[int, Sequence[JsonRow]]
 """The rows along a training, by seed."""

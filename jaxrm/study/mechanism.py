@@ -29,7 +29,7 @@ from jaxrm.study.config import Study
 from jaxrm.study.curves import curves_of, mean_along
 from jaxrm.study.intervals import interval_note, mean_cells
 from jaxrm.study.results import Results
-from jaxrm.study.schedule import MECHANISM, MECHANISM_KINDS, mechanism_name
+from jaxrm.study.run_configs import MECHANISM, MECHANISM_KINDS, mechanism_name
 
 PAGE = "mechanism.html"
 _EXAMPLES = 12

@@ -20,8 +20,8 @@ import math
 from collections.abc import Sequence
 
 from jaxrm.study.arms import read_arm
+from jaxrm.study.config import BEST
 from jaxrm.study.results import Policy, Results
-from jaxrm.study.schedule import BEST
 
 PROTOCOLS = ("published", "blind", "oracle", "best checkpoint", "mean", "worst")
 SINGLE = tuple(name for name in PROTOCOLS if name != "mean")

@@ -18,7 +18,7 @@ JsonRow = Mapping[str, Any]
 
 
 class PolicyKey(NamedTuple):
-    """Names a policy: the setting is as `jaxrm.study.config.setting_name` has it, or `jaxrm.study.schedule.BEST`."""
+    """Names a policy: the setting is as `jaxrm.study.config.setting_name` has it, or `jaxrm.study.config.BEST`."""
 
     world: str
     arm: str

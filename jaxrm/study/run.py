@@ -29,7 +29,8 @@ from jaxrm.study.config import Study
 from jaxrm.study.presets import apply_preset
 from jaxrm.study.record import open_folder, write_end
 from jaxrm.study.report import publish
-from jaxrm.study.schedule import Best, Schedule, StudyRun, unknown_answers
+from jaxrm.study.run_configs import StudyRun
+from jaxrm.study.schedule import Best, Schedule, unknown_answers
 from jaxrm.study.worker_pool import EXIT_FAILED, Outcome, Worker, open_workers
 
 _QUEUE = "queue.jsonl"

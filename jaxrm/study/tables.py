@@ -9,6 +9,7 @@ import numpy as np
 from jaxrm.evaluation.win_rate import Mean, mean_interval
 from jaxrm.reports.report import Table
 from jaxrm.study.arms import in_order
+from jaxrm.study.config import BEST
 from jaxrm.study.intervals import (
     WIN_RATE_NOTE,
     adjusted_cell,
@@ -19,7 +20,6 @@ from jaxrm.study.intervals import (
 )
 from jaxrm.study.readings import PROTOCOLS, blind_choice, read
 from jaxrm.study.results import SPLIT_NAMES, SPLITS, Policy, Results
-from jaxrm.study.schedule import BEST
 from jaxrm.study.win_rates import ALL_WORLDS, OPPONENTS, ArmWinRate, select
 from jaxrm.study.worlds import bias_of, task_of
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from jaxrm.config import dicts
 from jaxrm.runtime.preemption import EXIT_PREEMPTED
-from jaxrm.study.schedule import StudyRun
+from jaxrm.study.run_configs import StudyRun
 
 EXIT_FAILED = 1
 _FAST_COMPILATION = "--xla_backend_optimization_level=0"

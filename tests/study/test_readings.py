@@ -10,11 +10,11 @@ from jaxrm.errors import UserError
 from jaxrm.evaluation.many_comparisons import adjusted
 from jaxrm.evaluation.win_rate import win_rate
 from jaxrm.study import report
+from jaxrm.study.config import BEST
 from jaxrm.study.curves import frontier
 from jaxrm.study.mechanism import over_credit_tables
 from jaxrm.study.readings import blind_choice, read
 from jaxrm.study.results import Answers, Policy, PolicyKey, Results
-from jaxrm.study.schedule import BEST
 from jaxrm.study.win_rates import select, win_rates
 
 SETTINGS = ("kl_coef=0.02,lr=0.001", "kl_coef=0.1,lr=0.001", "kl_coef=0.5,lr=0.001")

@@ -25,7 +25,8 @@ from jaxrm.study.arms import ARMS, OTHERS, read_arm
 from jaxrm.study.checkpoints import keep_best, remove_unneeded
 from jaxrm.study.config import Study, settings
 from jaxrm.study.presets import PRESETS, apply_preset
-from jaxrm.study.schedule import Best, Schedule, StudyRun, policy_name, unknown_answers
+from jaxrm.study.run_configs import StudyRun, policy_name
+from jaxrm.study.schedule import Best, Schedule, unknown_answers
 from jaxrm.study.worlds import prompt_tokens
 
 ROOT = Path(__file__).resolve().parents[2]
