@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxrm.data.readers import ReadReport
 from jaxrm.pipeline.check import StageCheck
-from jaxrm.reports.report import ExampleResponse, ReportExample, Table, write_report
+from jaxrm.reports.report import ExampleResponse, Report, ReportExample, Table, write_report
 from jaxrm.runtime.progress import print_table
 from jaxrm.stages.inspection import Inspection, ShownExample
 
@@ -45,14 +45,13 @@ def write_page(path: Path, stages: Mapping[str, StageCheck], done: Sequence[str]
         for heading, report in inspection.reading.items():
             tables.append(Table(f"{prefix}{heading}", _READING, tuple(_reading_rows(report))))
         examples += [_page_example(prefix, example) for example in inspection.examples]
-    write_report(
-        path,
+    page = Report(
         title=title,
         about=[("result", _closing(stages)), ("colored", "tokens that are trained on, or that a reward is read from")],
         tables=tables,
-        curves=(),
         examples=examples,
     )
+    write_report(path, page)
 
 
 def _inspected(stages: Mapping[str, StageCheck]) -> dict[str, Inspection]:

@@ -15,6 +15,7 @@ from jaxrm.reports.report import (
     Cell,
     Curves,
     ExampleResponse,
+    Report,
     ReportExample,
     Series,
     SourceRewards,
@@ -74,14 +75,14 @@ def publish(path: Path, stages: Sequence[PipelineStage], seconds: Mapping[str, f
     for table in by_source:
         print_table(table.title, table.columns, table.rows)
     report = path / "report.html"
-    write_report(
-        report,
+    page = Report(
         title=f"{path.name}: results",
         about=_about(path, stages),
         tables=tables,
         curves=curves(stages),
         examples=examples(stages),
     )
+    write_report(report, page)
     print(f"The runs are in {path}; the report is {report}", flush=True)
 
 

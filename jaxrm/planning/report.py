@@ -9,7 +9,7 @@ from jaxrm.errors import flag, naming
 from jaxrm.planning.cost import Cost, ProgramPlan, StagePlan, subtract
 from jaxrm.planning.search import Trial
 from jaxrm.planning.topology import GIB
-from jaxrm.reports.report import Bar, Bars, Table, write_report
+from jaxrm.reports.report import Bar, Bars, Report, Table, write_report
 from jaxrm.runtime.progress import print_table
 
 ASSUMPTIONS = (
@@ -119,7 +119,7 @@ def write_page(path: Path, plans: Mapping[str, tuple[StagePlan, Sequence[Trial]]
                 tables.append(_trial_table(trials, f"{prefix}what was tried"))
     sized = ((name or "plan", f"{_size(plan)}; {verdict(plan)}") for name, (plan, _) in plans.items())
     about = [("command", command), *sized]
-    write_report(path, title="Does it fit?", about=about, tables=tables, curves=(), examples=(), bars=bars)
+    write_report(path, Report(title="Does it fit?", about=about, tables=tables, bars=bars))
 
 
 def _bars(plan: StagePlan, where: str) -> list[Bars]:

@@ -11,7 +11,7 @@ from jaxrm.planning.compile import plan_stage
 from jaxrm.planning.cost import StagePlan
 from jaxrm.planning.report import ASSUMPTIONS
 from jaxrm.planning.topology import GIB, Topology
-from jaxrm.reports.report import Curves, Series, Table, write_report
+from jaxrm.reports.report import Curves, Report, Series, Table, write_report
 from jaxrm.runtime.progress import Progress, print_table
 from jaxrm.stage_config import PPO, TrainingConfig
 
@@ -99,7 +99,7 @@ def write_page(path: Path, plans_of_stages: Mapping[str, Sequence[StagePlan]], c
         curves.append(Curves(f"{title}: a step", "devices", "s at full speed", parts))
         curves.append(Curves(f"{title}: efficiency", "devices", "speed of a device, first topology 1", shares))
     about = [("command", command)]
-    write_report(path, title="Weak scaling on paper", about=about, tables=tables, curves=curves, examples=())
+    write_report(path, Report(title="Weak scaling on paper", about=about, tables=tables, curves=curves))
 
 
 def _rows(plans: Sequence[StagePlan]) -> list[tuple[Any, ...]]:

@@ -4,26 +4,27 @@ from __future__ import annotations
 
 import html
 import math
-import numbers
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 from jaxrm import atomic
 from jaxrm.reports.bars import Bar, Bars, draw_bars
-from jaxrm.reports.charts import Curves, Series, draw_chart, number_text, palette_indices
+from jaxrm.reports.charts import Curves, Series, draw_chart, palette_indices
 from jaxrm.reports.document import fill_template, read_template, rounded
 from jaxrm.reports.intervals import Interval, Intervals, draw_intervals
+from jaxrm.reports.tables import Cell, Shaded, Table, draw_table
 
 __all__ = [
     "Bar",
     "Bars",
+    "Cell",
     "Curves",
     "ExampleResponse",
     "Interval",
     "Intervals",
+    "Report",
     "ReportExample",
     "Series",
     "Shaded",
@@ -31,47 +32,6 @@ __all__ = [
     "Table",
     "write_report",
 ]
-
-
-@dataclass(frozen=True)
-class Shaded:
-    """A cell with a colored background, as in a matrix of win rates.
-
-    Attributes:
-      text: of the cell.
-      shade: −1 to 1, from full orange over none to full blue.
-      strong: whether the text is bold, e.g. where an interval leaves out chance.
-    """
-
-    text: str
-    shade: float
-    strong: bool = False
-
-    def __str__(self) -> str:
-        return self.text
-
-
-Cell = str | float | int | Shaded | None
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table of results.
-
-    Attributes:
-      title: heading.
-      columns: names of the columns; the first one names the rows.
-      rows: cells row by row, as many as there are columns. The numbers of a column get the same decimals; None and
-        NaN are shown as missing. A `Shaded` cell keeps its color, but not in the first column.
-      note: a sentence below the table.
-      is_folded: whether only its heading is seen until a reader opens it.
-    """
-
-    title: str
-    columns: tuple[str, ...]
-    rows: tuple[tuple[Cell, ...], ...]
-    note: str = ""
-    is_folded: bool = False
 
 
 @dataclass(frozen=True)
@@ -127,19 +87,34 @@ class ReportExample:
     tags: tuple[str, ...] = ()
 
 
-def write_report(
-    path: str | Path,
-    *,
-    title: str,
-    about: Sequence[tuple[str, str]],
-    tables: Sequence[Table],
-    curves: Sequence[Curves],
-    examples: Sequence[ReportExample],
-    bars: Sequence[Bars] = (),
-    intervals: Sequence[Intervals] = (),
-    more_tables: Sequence[Table] = (),
-) -> None:
-    """Write the report, atomically: bars, tables, intervals, curves as small multiples, then examples one at a time.
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What a report shows, in this order; an empty part leaves no trace on the page.
+
+    Attributes:
+      title: heading of the report.
+      about: ``(name, value)`` lines below the heading, e.g. the run's folder.
+      bars: charts of stacked bars.
+      tables: results, the most important first.
+      intervals: charts of shares with their intervals.
+      curves: charts as small multiples. A series has the same color in all charts, by its name. Charts with the same
+        `x_label` show their values at the same x under the pointer.
+      more_tables: what few readers look up.
+      examples: prompts with responses to compare, one at a time.
+    """
+
+    title: str
+    about: Sequence[tuple[str, str]] = ()
+    bars: Sequence[Bars] = ()
+    tables: Sequence[Table] = ()
+    intervals: Sequence[Intervals] = ()
+    curves: Sequence[Curves] = ()
+    more_tables: Sequence[Table] = ()
+    examples: Sequence[ReportExample] = ()
+
+
+def write_report(path: str | Path, report: Report) -> None:
+    """Write a report, atomically.
 
     Tables and charts are HTML and SVG in the file. Its script adds the values under the pointer and the examples. The
     file needs no network and no other file. Every text is escaped or reaches the browser as JSON. The page's
@@ -147,34 +122,26 @@ def write_report(
 
     Args:
       path: the HTML file; missing folders are made, and an existing file is replaced.
-      title: heading of the report.
-      about: ``(name, value)`` lines below the heading, e.g. the run's folder.
-      tables: results, the most important first.
-      curves: charts. A series has the same color in all charts, by its name. Charts with the same `x_label` show their
-        values at the same x under the pointer.
-      examples: prompts with responses to compare.
-      bars: charts of stacked bars.
-      intervals: charts of shares with their intervals.
-      more_tables: tables below the curves, of what few readers look up.
+      report: what the file shows.
     """
-    palette = palette_indices(curves)
-    charts = [draw_chart(chart, number, palette) for number, chart in enumerate(curves)]
+    palette = palette_indices(report.curves)
+    charts = [draw_chart(chart, number, palette) for number, chart in enumerate(report.curves)]
     figures = "".join(figure for figure, _ in charts)
-    report = fill_template(
+    page = fill_template(
         read_template("report.html"),
-        title=title,
+        title=report.title,
         style=read_template("page.css") + read_template("report.css"),
         script=read_template("page_tokens.js") + read_template("report.js"),
-        content={"charts": [data for _, data in charts], "examples": [_example(example) for example in examples]},
-        about=_about(about),
-        bars=_section("bars", "Bars", "".join(draw_bars(chart) for chart in bars)),
-        tables=_section("tables", "Results", "".join(_table(table) for table in tables)),
-        intervals=_section("intervals", "Shares", "".join(draw_intervals(chart) for chart in intervals)),
+        content={"charts": [data for _, data in charts], "examples": [_example(each) for each in report.examples]},
+        about=_about(report.about),
+        bars=_section("bars", "Bars", "".join(draw_bars(chart) for chart in report.bars)),
+        tables=_section("tables", "Results", "".join(draw_table(table) for table in report.tables)),
+        intervals=_section("intervals", "Shares", "".join(draw_intervals(chart) for chart in report.intervals)),
         curves=_section("curves", "Curves", f'<h2>Curves</h2><div class="charts">{figures}</div>' if figures else ""),
-        more=_section("more", "More results", "".join(_table(table) for table in more_tables)),
-        examples=_section("examples", "Examples", read_template("report_examples.html")) if examples else "",
+        more=_section("more", "More results", "".join(draw_table(table) for table in report.more_tables)),
+        examples=_section("examples", "Examples", read_template("report_examples.html")) if report.examples else "",
     )
-    atomic.write_text(Path(path), report)
+    atomic.write_text(Path(path), page)
 
 
 def _section(name: str, label: str, content: str) -> str:
@@ -187,83 +154,6 @@ def _about(lines: Sequence[tuple[str, str]]) -> str:
         for name, value in lines
     ]
     return f'<dl id="about">{"".join(rows)}</dl>' if rows else ""
-
-
-def _table(table: Table) -> str:
-    for row in table.rows:
-        assert len(row) == len(table.columns), (table.title, table.columns, row)
-    columns = [_column_texts([row[index] for row in table.rows]) for index in range(len(table.columns))]
-    kinds = [""] + [_column_class(column) for column in columns[1:]]
-    head = "".join(
-        f'<th scope="col"{kind} dir="auto">{html.escape(name)}</th>'
-        for kind, name in zip(kinds, table.columns, strict=True)
-    )
-    body = []
-    for row, texts in zip(table.rows, zip(*columns, strict=True), strict=True):
-        cells = [
-            f'<td{kind}><span class="missing">–</span></td>'
-            if text is None
-            else f'<td{_shaded(cell, kind)} dir="auto">{html.escape(text)}</td>'
-            for cell, kind, text in zip(row[1:], kinds[1:], texts[1:], strict=True)
-        ]
-        body.append(f'<tr><th scope="row" dir="auto">{html.escape(texts[0] or "–")}</th>{"".join(cells)}</tr>')
-    note = f'<p class="note" dir="auto">{html.escape(table.note)}</p>' if table.note else ""
-    heading = f'<h2 dir="auto">{html.escape(table.title)}</h2>'
-    outer, heading = ("details", f"<summary>{heading}</summary>") if table.is_folded else ("section", heading)
-    return (
-        f'<{outer} class="result">{heading}<div class="card scroll" tabindex="0">'
-        f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table></div>{note}</{outer}>"
-    )
-
-
-def _shaded(cell: Cell, kind: str) -> str:
-    """The class of a cell: that of its column and one of nine shades, as the page's policy allows no styles here."""
-    if not isinstance(cell, Shaded):
-        return kind
-    level = round(4 * min(max(cell.shade, -1.0), 1.0))
-    names = [*re.findall(r'class="(\w+)"', kind), f"{'m' if level < 0 else 'p'}{abs(level)}"]
-    return f' class="{" ".join(names + ["strong"] * cell.strong)}"'
-
-
-def _column_texts(cells: Sequence[Cell]) -> list[str | None]:
-    """The cells of a column as text; None for an empty cell."""
-    sizes = [abs(float(cell)) for cell in cells if _is_number(cell) and not isinstance(cell, numbers.Integral)]
-    sizes = [size for size in sizes if 0 < size < math.inf]
-    # Three digits of the largest number, so that a column of shares shows 0.812 and one of lengths 63.4.
-    decimals: int | None = min(4, max(0, 2 - math.floor(math.log10(max(sizes))))) if sizes else 0
-    if sizes and not 1e-3 <= max(sizes) < 1e7:
-        decimals = None
-    return [_cell_text(cell, decimals) for cell in cells]
-
-
-def _cell_text(cell: Cell, decimals: int | None) -> str | None:
-    if cell is None or cell == "":
-        return None
-    if isinstance(cell, bool):
-        return "yes" if cell else "no"
-    if not _is_number(cell):
-        return str(cell)
-    if isinstance(cell, numbers.Integral):
-        return number_text(int(cell), 0)
-    value = float(cell)
-    if math.isnan(value):
-        return None
-    if math.isinf(value):
-        return "∞" if value > 0 else "−∞"
-    rounds_to_zero = decimals is not None and value and abs(value) < 0.5 * 10.0**-decimals
-    return number_text(value, None if rounds_to_zero else decimals)
-
-
-def _is_number(cell: Cell) -> TypeGuard[int | float]:
-    return isinstance(cell, numbers.Real) and not isinstance(cell, bool)
-
-
-def _column_class(column: Sequence[str | None]) -> str:
-    """CSS class of a column: numbers, also with a unit or an interval, are right-aligned; sentences may wrap."""
-    texts = [text for text in column if text is not None]
-    if texts and all(re.match(r"[−+±<>≤≥~-]?\s?(\d|∞)", text) for text in texts):
-        return ' class="n"'
-    return ' class="wide"' if any(len(text) > 48 for text in texts) else ""
 
 
 def _example(example: ReportExample) -> dict[str, Any]:

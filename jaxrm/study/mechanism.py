@@ -15,6 +15,7 @@ from jaxrm.evaluation.win_rate import Mean, mean_interval
 from jaxrm.reports.report import (
     Curves,
     ExampleResponse,
+    Report,
     ReportExample,
     Series,
     SourceRewards,
@@ -58,14 +59,14 @@ def write_mechanism(study: Study, results: Results, folder: Path, done: Collecti
         arm: {seed: read_rows(folder / "runs" / names[arm][seed] / ANSWERS) for seed in seeds} for arm in _POLICIES
     }
     behavior = KEY_BEHAVIOR[world]
-    write_report(
-        folder / PAGE,
+    page = Report(
         title=f"Why: what two reward models pay for in {world}",
         about=[("Seeds", str(len(seeds))), ("Setting", "as published"), ("Behavior", behavior.replace("_", " "))],
         tables=[*over_credit_tables(answered, behavior)],
         curves=_charts(results, world),
         examples=_examples(answered, seeds[0], behavior),
     )
+    write_report(folder / PAGE, page)
     print(f"What the reward models pay for is in {folder / PAGE}")
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxrm import atomic
-from jaxrm.reports.report import ExampleResponse, ReportExample, Table, write_report
+from jaxrm.reports.report import ExampleResponse, Report, ReportExample, Table, write_report
 from jaxrm.runtime.metrics import json_line
 from jaxrm.runtime.progress import format_seconds, format_value, print_table
 from jaxrm.study.arms import in_order
@@ -93,8 +93,7 @@ def write_tables(results: Results, rates: Sequence[ArmWinRate], folder: Path, ab
     if not tables:
         print("There are no results yet.")
     _write_rows(folder / "results", results, rates)
-    write_report(
-        folder / "report.html",
+    page = Report(
         title=_QUESTION,
         about=about,
         tables=[table for table in tables if not table.is_folded],
@@ -103,6 +102,7 @@ def write_tables(results: Results, rates: Sequence[ArmWinRate], folder: Path, ab
         examples=_examples(results),
         intervals=win_rate_charts(results, rates),
     )
+    write_report(folder / "report.html", page)
 
 
 def _write_rows(folder: Path, results: Results, rates: Sequence[ArmWinRate]) -> None:

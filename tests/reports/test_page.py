@@ -11,7 +11,7 @@ import pytest
 from jaxrm.reports import page as page_module
 from jaxrm.reports.document import read_template
 from jaxrm.reports.page import write_page
-from jaxrm.reports.report import ExampleResponse, ReportExample, SourceRewards, write_report
+from jaxrm.reports.report import ExampleResponse, Report, ReportExample, SourceRewards, write_report
 
 END = "<|end|>"
 HOSTILE = [
@@ -465,7 +465,7 @@ def test_a_source_has_a_row_of_tokens_below_the_sum(browser, tmp_path):
     write_page(tmp_path / "page.html", [record("one", response)], title="t", about=[])
     each = tuple(SourceRewards(name, x["weight"], x["reward"], tuple(x["rewards"])) for name, x in sources.items())
     example = ReportExample("p", (ExampleResponse("ppo", "a", ("a", END), (0.5, -1.0), sources=each),))
-    write_report(tmp_path / "report.html", title="t", about=[], tables=[], curves=[], examples=[example])
+    write_report(tmp_path / "report.html", Report(title="t", examples=[example]))
     for name in ("page.html", "report.html"):
         drawn = browser.draw(tmp_path / name)
         assert drawn.problems == []

@@ -14,7 +14,16 @@ import pytest
 
 from jaxrm.reports import document
 from jaxrm.reports.charts import POINTS, axis, draw_chart, number_text
-from jaxrm.reports.report import Curves, ExampleResponse, ReportExample, Series, SourceRewards, Table, write_report
+from jaxrm.reports.report import (
+    Curves,
+    ExampleResponse,
+    Report,
+    ReportExample,
+    Series,
+    SourceRewards,
+    Table,
+    write_report,
+)
 
 HOSTILE = [
     "</script><script>alert(1)</script>",
@@ -64,8 +73,7 @@ class Reader(html.parser.HTMLParser):
 
 
 def written(path, **changes):
-    content = {"title": "t", "about": [], "tables": [], "curves": [], "examples": [], **changes}
-    write_report(path, **content)
+    write_report(path, Report(**{"title": "t", **changes}))
     return path.read_text(encoding="utf-8")
 
 

@@ -17,6 +17,7 @@ from jaxrm.reports.report import (
     ExampleResponse,
     Interval,
     Intervals,
+    Report,
     ReportExample,
     Series,
     Shaded,
@@ -122,8 +123,7 @@ def print_tables(config: Compare, comparison: Comparison) -> None:
 def write(config: Compare, comparison: Comparison, path: Path, token_rewards: TokenRewardRows) -> None:
     """Write the page."""
     names = list(config.policies)
-    write_report(
-        path,
+    page = Report(
         title=f"{', '.join(names[:-1])} and {names[-1]} compared",
         about=_about(config, comparison),
         tables=result_tables(config, comparison),
@@ -131,6 +131,7 @@ def write(config: Compare, comparison: Comparison, path: Path, token_rewards: To
         curves=_histograms(comparison),
         examples=_examples(config, comparison, token_rewards),
     )
+    write_report(path, page)
 
 
 def _about(config: Compare, comparison: Comparison) -> list[tuple[str, str]]:
