@@ -21,11 +21,13 @@ class Series:
       name: of the line, in the key.
       x: ``[N]`` of its points.
       y: ``[N]`` of its points; None, NaN or infinity is a gap in the line.
+      summary: text beside its name in the key, e.g. ``mean 41.3``; without it that is the last value.
     """
 
     name: str
     x: tuple[float, ...]
     y: tuple[float | None, ...]
+    summary: str = ""
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,8 @@ class Curves:
       in_order: whether a line joins its points in their order, e.g. along a training whose x goes up and down;
         otherwise by ascending x.
       is_scatter: whether its points are dots without lines.
+      bin_width: of a histogram of whole numbers, how many of them a bin holds. Each x is then the mean of a bin's
+        numbers, and a line is the outline of the bins that are not empty.
     """
 
     title: str
@@ -50,6 +54,7 @@ class Curves:
     note: str = ""
     in_order: bool = False
     is_scatter: bool = False
+    bin_width: int | None = None
 
 
 @dataclass(frozen=True)
@@ -140,8 +145,10 @@ def draw_chart(chart: Curves, number: int, palette: Mapping[str, int]) -> tuple[
       The chart as HTML with all text escaped, and the data for the values under the pointer, for JSON.
     """
     lines = [_points(series, in_order=chart.in_order) for series in chart.series]
-    across = axis((x for line in lines for x, _ in line), steps=5, whole=False)
-    up = axis(y for line in lines for _, y in line if y is not None)
+    reach = (chart.bin_width or 0) / 2
+    across = axis((x + side for line in lines for x, _ in line for side in (-reach, reach)), steps=5, whole=False)
+    base = [] if chart.bin_width is None else [0.0]
+    up = axis([*base, *(y for line in lines for _, y in line if y is not None)])
     decimals = decimals_for(up.step / 20, max(abs(up.low), abs(up.high)))
     data = {
         "x_label": chart.x_label,
@@ -157,13 +164,19 @@ def draw_chart(chart: Curves, number: int, palette: Mapping[str, int]) -> tuple[
             for series, line in zip(chart.series, lines, strict=True)
         ],
     }
+    if chart.bin_width is not None:
+        data["bin"] = chart.bin_width
     keys = [
-        _key(series.name, palette[series.name], _last_value(line, decimals))
+        _key(series.name, palette[series.name], html.escape(series.summary) or _last_value(line, decimals))
         for series, line in zip(chart.series, lines, strict=True)
     ]
+    shapes = [
+        _path(line, across, up, chart.is_scatter) if chart.bin_width is None else _outline(line, across, up, reach)
+        for line in lines
+    ]
     paths = [
-        f'<path class="{_style(palette[series.name])}" d="{_path(line, across, up, chart.is_scatter)}"/>'
-        for series, line in zip(chart.series, lines, strict=True)
+        f'<path class="{_style(palette[series.name])}" d="{shape}"/>'
+        for series, shape in zip(chart.series, shapes, strict=True)
     ]
     is_empty = all(y is None for line in lines for _, y in line)
     plot = (
@@ -234,6 +247,21 @@ def _path(line: Iterable[tuple[float, float | None]], across: Axis, up: Axis, is
             steps.append(f"L{point}" if pen_down else f"M{point}h0")
         pen_down = y is not None and not is_scatter
     return "".join(steps)
+
+
+def _outline(line: Iterable[tuple[float, float | None]], across: Axis, up: Axis, reach: float) -> str:
+    """Path data: an outline around each run of bins that are not empty, from the base and back to it."""
+    steps, base, is_open, end = [], f"V{_SIDE * (1 - up.position(0)):.1f}", False, 0.0
+    for x, y in line:
+        left, right = (_SIDE * across.position(x + side) for side in (-reach, reach))
+        if is_open and (not y or left - end > 0.5):
+            steps.append(base)
+            is_open = False
+        if y:
+            steps.append("" if is_open else f"M{left:.1f} {base[1:]}")
+            steps.append(f"V{_SIDE * (1 - up.position(y)):.1f}H{right:.1f}")
+            is_open, end = True, right
+    return "".join(steps) + (base if is_open else "")
 
 
 def _last_value(line: Sequence[tuple[float, float | None]], decimals: int | None) -> str:

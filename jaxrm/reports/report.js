@@ -51,6 +51,12 @@ function rest() {
   }
 }
 
+// A place on the axis; of a histogram the ends of the bin around it.
+function placeText(x, bin) {
+  const text = (value) => Number(value.toPrecision(6)).toLocaleString("en", { maximumSignificantDigits: 6 });
+  return bin === 1 ? text(x) : `${text(x - (bin - 1) / 2)}–${text(x + (bin - 1) / 2)}`;
+}
+
 // The charts over the same axis are read at the same place.
 function readAt(pointed, x) {
   for (const chart of charts) {
@@ -71,7 +77,7 @@ function readAt(pointed, x) {
     });
     if (!inside) continue;
     const label = svg("text", { x: left, y: "100%", dy: "1.6em" });
-    label.textContent = Number(x.toPrecision(6)).toLocaleString("en", { maximumSignificantDigits: 6 });
+    label.textContent = placeText(x, chart.bin ?? 1);
     chart.cross.append(label);
   }
   pointed.at = x;

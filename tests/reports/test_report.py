@@ -218,6 +218,31 @@ def test_a_gap_breaks_the_line_and_a_lone_point_is_still_drawn():
         assert data["series"][0]["y"] == [0.0, 1.0, None, 3.0, None, 4.0, 4.0]
 
 
+def histogram():
+    """Of 0 to 19 in four bins of five, the second one empty."""
+    return Curves(
+        "Lengths", "words", "%", (Series("sft", (2, 7, 12, 17), (50.0, 0.0, 25.0, 25.0), "mean <7"),), bin_width=5
+    )
+
+
+def test_a_histogram_outlines_the_bins_that_are_not_empty():
+    figure, data = draw_chart(histogram(), 0, {"sft": 0})
+    assert (data["x"], data["y"], data["bin"]) == ([-0.5, 19.5], [0, 50], 5)
+    assert 'd="M0.0 1000.0V0.0H250.0V1000.0M500.0 1000.0V500.0H750.0V500.0H1000.0V1000.0"' in figure
+    assert "<b>mean &lt;7</b>" in figure
+
+
+def test_a_bin_is_read_by_its_first_and_last_number(browser, tmp_path):
+    written(tmp_path / "r.html", curves=[histogram()])
+    home = 'document.querySelector(".plot").dispatchEvent(new KeyboardEvent("keydown", { key: "Home" }))'
+    for script, value, places in (("", "mean <7", []), (home, "50.0", ["0–4"])):
+        drawn = browser.drive(tmp_path / "r.html", script)
+        assert drawn.problems == []
+        assert [each.text for each in drawn["b"]] == [value]
+        (cross,) = drawn[".cross"]
+        assert [each.text for each in drawn.below(cross, "text")] == places
+
+
 def test_charts_without_a_value_or_with_one_are_drawn(tmp_path):
     for ys in ([], [math.nan], [0.0], [-3.0], [5.0, 5.0], [1e300, -1e300], [1e-12, 2e-12]):
         text = written(tmp_path / "r.html", curves=[chart(ys), chart()])

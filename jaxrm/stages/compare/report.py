@@ -13,13 +13,11 @@ from jaxrm.inference import weights
 from jaxrm.models.build import ModelSource
 from jaxrm.reports.report import (
     Cell,
-    Curves,
     ExampleResponse,
     Interval,
     Intervals,
     Report,
     ReportExample,
-    Series,
     Shaded,
     Table,
     write_report,
@@ -27,11 +25,11 @@ from jaxrm.reports.report import (
 from jaxrm.runtime.progress import print_table
 from jaxrm.stage_config import Compare
 from jaxrm.stages.compare.answers import AnswerKey
+from jaxrm.stages.compare.histograms import length_histograms
 from jaxrm.stages.compare.measures import Comparison, Row, lengths_of
 from jaxrm.stages.compare.prompts import PromptSet
 from jaxrm.stages.compare.token_rewards import TokenRewardRows
 
-_BINS = 20  # of a histogram
 _MOST_BIAS = 0.5  # for a place, of a judge whose rates are to be read
 _LONGEST = 0.1  # share of the prompts that "longest answers" shows
 
@@ -128,7 +126,7 @@ def write(config: Compare, comparison: Comparison, path: Path, token_rewards: To
         about=_about(config, comparison),
         tables=result_tables(config, comparison),
         intervals=_intervals(comparison),
-        curves=_histograms(comparison),
+        curves=length_histograms(comparison.answers),
         examples=_examples(config, comparison, token_rewards),
     )
     write_report(path, page)
@@ -178,30 +176,6 @@ def _intervals(comparison: Comparison) -> list[Intervals]:
         if row["refusals"] is not None
     )
     charts.append(Intervals("Refusals", "% of the answers", rows))
-    return charts
-
-
-def _histograms(comparison: Comparison) -> list[Curves]:
-    """Lengths of the answers of each policy, one chart a set and decoding."""
-    charts = []
-    for prompts, decoding in dict.fromkeys((key.prompts, key.decoding) for key in comparison.answers):
-        lengths = {
-            policy: np.concatenate(
-                [
-                    lengths_of(rows)
-                    for key, rows in comparison.answers.items()
-                    if key == AnswerKey(policy, key.run, prompts, decoding)
-                ]
-            )
-            for policy in dict.fromkeys(key.policy for key in comparison.answers)
-        }
-        edges = np.linspace(0, max(1.0, max(each.max() for each in lengths.values())), _BINS + 1)
-        series = []
-        for policy, each in lengths.items():
-            counts, _ = np.histogram(each, edges)
-            middles = (edges[:-1] + edges[1:]) / 2
-            series.append(Series(policy, tuple(map(float, middles)), tuple(map(float, 100 * counts / len(each)))))
-        charts.append(Curves(f"Lengths, {prompts}, {decoding}", "words", "% of the answers", tuple(series)))
     return charts
 
 
