@@ -9,29 +9,24 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec
+from support.decoders import TINY, abstract_decoder, random_decoder
 
 from jaxrm.algorithms import reading
 from jaxrm.errors import UserError
 from jaxrm.inference.sharded_model import shard_model
 from jaxrm.models import build
 from jaxrm.models.build import ModelSource
-from jaxrm.models.config import PRESETS
 from jaxrm.models.generate import generate
 from jaxrm.models.sampling import GenerateOptions, SamplingConfig, check_on_policy, response_keys, sample
-from jaxrm.models.transformer import Decoder, positions_from_mask
+from jaxrm.models.transformer import positions_from_mask
 from jaxrm.sharding.mesh import MeshConfig, build_mesh
 from jaxrm.types import ResponseBatch
 
-TINY = dataclasses.replace(
-    PRESETS["tiny"], vocab_size=61, hidden_size=32, intermediate_size=48, num_layers=2, head_dim=8
-)
-
 
 def model_and_prompts():
-    graphdef, params = jax.jit(lambda: nnx.split(Decoder(TINY, rngs=nnx.Rngs(0))))()
     prompts = jnp.asarray(np.random.default_rng(0).integers(0, 61, (3, 6)), jnp.int32)
     mask = jnp.arange(6)[None] >= jnp.asarray([0, 3, 5])[:, None]
-    return graphdef, nnx.to_pure_dict(params), prompts, mask
+    return *random_decoder(), prompts, mask
 
 
 def keys_of(seed, count):
@@ -111,7 +106,7 @@ def test_a_response_depends_on_no_neighbor():
 
 
 def test_bfloat16_decoding_reads_no_float32_weights():
-    graphdef, params = jax.eval_shape(lambda: nnx.split(Decoder(TINY, rngs=nnx.Rngs(0), dtype=jnp.bfloat16)))
+    graphdef, params = abstract_decoder(dtype=jnp.bfloat16)
     ids, mask = jax.ShapeDtypeStruct((3, 6), jnp.int32), jax.ShapeDtypeStruct((3, 6), bool)
     sampling = SamplingConfig(max_new_tokens=5)
     traced = generate.trace(graphdef, params, ids, mask, jax.random.key(0), options=GenerateOptions(sampling, ()))
@@ -144,11 +139,11 @@ def test_eight_devices_sample_as_one(n):
     config = dataclasses.replace(TINY, vocab_size=64, num_layers=1)
     sampling = SamplingConfig(max_new_tokens=4)
     prompts, mask = (jnp.tile(x, (4, 1))[:8] for x in model_and_prompts()[2:])
-    make = jax.jit(lambda: nnx.to_pure_dict(nnx.state(Decoder(config, rngs=nnx.Rngs(0)))))
+    params = random_decoder(config)[1]
 
     def drawn(devices, mesh):
         model = shard_model(ModelSource(), build_mesh(mesh, devices), config)
-        given = (jax.device_put(make(), model.shardings), prompts, mask, jax.random.key(0))
+        given = (jax.device_put(params, model.shardings), prompts, mask, jax.random.key(0))
         traced = generate.trace(model.graphdef, *given, options=GenerateOptions(sampling, (5,), n))
         constraints = [eqn for eqn in traced.jaxpr.eqns if eqn.primitive.name == "sharding_constraint"]
         return traced.lower().compile()(*given), [eqn.params["sharding"].spec for eqn in constraints]
@@ -177,7 +172,7 @@ def test_tokens_depend_on_no_slot_and_no_device(n):
     prompts = rng.integers(0, 61, (G, 6)).astype(np.int32)
     mask = np.arange(6)[None] >= rng.integers(0, 6, (G, 1))
     limits = np.minimum(rng.geometric(1 / 5, G), T).astype(np.int32)
-    params = jax.jit(lambda: nnx.to_pure_dict(nnx.state(Decoder(config, rngs=nnx.Rngs(0)))))()
+    params = random_decoder(config)[1]
     devices = {"one": (MeshConfig(), jax.devices()[:1]), "eight": (MeshConfig(data=2, fsdp=2, tensor=2), jax.devices())}
     models = {name: shard_model(ModelSource(), build_mesh(*mesh), config) for name, mesh in devices.items()}
 
@@ -211,8 +206,7 @@ def windowed():
 def test_responses_that_share_a_prompt_are_as_with_their_own(config):
     """The same draws from the same keys, as the prompts were written n times; greedily, what the prompt alone gets."""
     _, _, prompts, mask = model_and_prompts()
-    graphdef, params = jax.jit(lambda: nnx.split(Decoder(config, rngs=nnx.Rngs(0))))()
-    draw = functools.partial(generate, graphdef, nnx.to_pure_dict(params))
+    draw = functools.partial(generate, *random_decoder(config))
     keys = response_keys(jax.random.key(3), 3, 4)
     sampled, greedy = (GenerateOptions(SamplingConfig(8, temperature), (7,)) for temperature in (1.0, 0.0))
     shared = draw(prompts, mask, jax.random.key(3), options=dataclasses.replace(sampled, responses_per_prompt=4))
@@ -230,7 +224,7 @@ def test_responses_that_share_a_prompt_are_as_with_their_own(config):
 
 def test_a_shared_prompt_has_one_set_of_keys_in_memory():
     """The loop over tokens has the prompt's slots once, and for each response only those of its own tokens."""
-    graphdef, params = jax.eval_shape(lambda: nnx.split(Decoder(TINY, rngs=nnx.Rngs(0))))
+    graphdef, params = abstract_decoder()
     ids, mask = jax.ShapeDtypeStruct((3, 6), jnp.int32), jax.ShapeDtypeStruct((3, 6), bool)
     options = GenerateOptions(SamplingConfig(max_new_tokens=5), (), 4)
     traced = generate.trace(graphdef, params, ids, mask, jax.random.key(0), options=options)
@@ -310,7 +304,7 @@ def test_ids_without_a_token_are_never_drawn(sampling):
     """Of 61 rows 20 have no token, as in models whose vocabulary is padded."""
     _, params, prompts, mask = model_and_prompts()
     config = dataclasses.replace(TINY, drawable=((1, 20), (39, 61)))
-    graphdef = jax.eval_shape(lambda: nnx.split(Decoder(config, rngs=nnx.Rngs(0))))[0]
+    graphdef = abstract_decoder(config)[0]
     got = generate(graphdef, params, prompts, mask, jax.random.key(0), options=GenerateOptions(sampling, ()))
     assert set(np.unique(got.tokens)) <= {*range(1, 20), *range(39, 61)}
 
@@ -319,7 +313,7 @@ def test_log_probs_are_those_that_tokens_are_drawn_with():
     """Shares of 30,000 draws from one state equal the probabilities that training computes."""
     _, params, prompts, mask = model_and_prompts()
     config = dataclasses.replace(TINY, drawable=((0, 12),))
-    graphdef = jax.eval_shape(lambda: nnx.split(Decoder(config, rngs=nnx.Rngs(0))))[0]
+    graphdef = abstract_decoder(config)[0]
     model = nnx.merge(graphdef, params)
     hidden = model(prompts, positions=positions_from_mask(mask), segment_ids=mask.astype(jnp.int32))[:1, -1]
     rows = jnp.broadcast_to(model.logits(hidden), (30_000, 61))

@@ -6,30 +6,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from support.decoders import TINY, abstract_decoder, random_decoder
 
 from jaxrm.models import prefill
-from jaxrm.models.config import PRESETS
-from jaxrm.models.transformer import Decoder, positions_from_mask
+from jaxrm.models.transformer import positions_from_mask
 
 CONFIG = dataclasses.replace(
-    PRESETS["tiny"],
-    vocab_size=61,
-    hidden_size=32,
-    intermediate_size=48,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=8,
-    sliding_window=5,
-    layer_is_sliding=(True, False),
-    attention_softcap=5.0,
+    TINY, num_heads=4, num_kv_heads=2, sliding_window=5, layer_is_sliding=(True, False), attention_softcap=5.0
 )
 
 
 def test_chunks_give_the_cache_of_the_whole_prompt():
     """Nine columns in chunks of four, behind a window and not."""
-    graphdef, params = jax.jit(lambda: nnx.split(Decoder(CONFIG, rngs=nnx.Rngs(0))))()
-    params, rng = nnx.to_pure_dict(params), np.random.default_rng(0)
+    graphdef, params = random_decoder(CONFIG)
+    rng = np.random.default_rng(0)
     tokens = rng.integers(0, 61, (3, 9)).astype(np.int32)
     mask = np.arange(9)[None] >= np.array([[0], [3], [8]])
 
@@ -52,8 +42,7 @@ def test_chunks_give_the_cache_of_the_whole_prompt():
 
 def test_the_memory_of_chunks_does_not_grow_with_the_prompt():
     """Beside keys and values; four times the columns."""
-    graphdef, params = jax.eval_shape(lambda: nnx.split(Decoder(CONFIG, rngs=nnx.Rngs(0))))
-    params = nnx.to_pure_dict(params)
+    graphdef, params = abstract_decoder(CONFIG)
 
     def beside(width):
         ids, mask = (jax.ShapeDtypeStruct((2, width), dtype) for dtype in (jnp.int32, jnp.bool_))

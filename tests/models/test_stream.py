@@ -5,24 +5,13 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from flax import nnx
+from support.decoders import TINY, abstract_decoder, random_decoder
 
 from jaxrm.models import prefill, stream
-from jaxrm.models.config import PRESETS
 from jaxrm.models.generate import generate
 from jaxrm.models.sampling import GenerateOptions, SamplingConfig, response_keys
-from jaxrm.models.transformer import Decoder
 
-CONFIG = dataclasses.replace(
-    PRESETS["tiny"],
-    vocab_size=61,
-    hidden_size=32,
-    intermediate_size=48,
-    num_layers=1,
-    head_dim=8,
-    sliding_window=3,
-    layer_is_sliding=(True,),
-)
+CONFIG = dataclasses.replace(TINY, num_layers=1, sliding_window=3, layer_is_sliding=(True,))
 PROGRAMS = ("_begin", "_chunk_read", "_unread", "_burst", "_grown", "_picked", "_empty", "_unstack")
 
 
@@ -35,8 +24,8 @@ def test_answers_in_a_stream_are_those_of_one_batch(monkeypatch):
     monkeypatch.setattr(stream, "_FIRST_WIDTH", 4)
     monkeypatch.setattr(stream, "_LENGTH_BUCKET", 4)
     monkeypatch.setattr(stream, "_BURST", 5)
-    graphdef, params = jax.jit(lambda: nnx.split(Decoder(CONFIG, rngs=nnx.Rngs(0))))()
-    params, sampling, rng, G = nnx.to_pure_dict(params), SamplingConfig(12), np.random.default_rng(0), 70
+    graphdef, params = random_decoder(CONFIG)
+    sampling, rng, G = SamplingConfig(12), np.random.default_rng(0), 70
     prompts = rng.integers(0, 61, (G, 8)).astype(np.int32)
     mask = np.arange(8)[None] >= 8 - rng.integers(1, 9, (G, 1))
     limits, keys = np.minimum(rng.geometric(1 / 6, G), 12).astype(np.int32), response_keys(jax.random.key(3), G, 1)
@@ -65,8 +54,7 @@ def test_answers_in_a_stream_are_those_of_one_batch(monkeypatch):
 def test_a_burst_writes_into_the_cache_that_it_is_given():
     """Beside the cache, which is donated, it needs no more than the keys of one layer."""
     config = dataclasses.replace(CONFIG, num_layers=4, sliding_window=None, layer_is_sliding=())
-    graphdef, params = jax.eval_shape(lambda: nnx.split(Decoder(config, rngs=nnx.Rngs(0))))
-    params = nnx.to_pure_dict(params)
+    graphdef, params = abstract_decoder(config)
     weights = stream.Weights(params, *jax.eval_shape(lambda params: stream._unstack(graphdef, params), params))
     state = jax.eval_shape(lambda params: stream._empty(params, 32, 512, 512, graphdef=graphdef), params)
     options = GenerateOptions(SamplingConfig(512), (7,))

@@ -8,34 +8,23 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from support.decoders import TINY, random_decoder
 
 from jaxrm.models import attention
-from jaxrm.models.config import PRESETS, RopeScaling
-from jaxrm.models.transformer import Decoder, positions_from_mask
+from jaxrm.models.config import RopeScaling
+from jaxrm.models.transformer import positions_from_mask
 
-TINY = dataclasses.replace(
-    PRESETS["tiny"], vocab_size=61, hidden_size=32, intermediate_size=48, num_layers=3, head_dim=8
-)
+PLAIN = dataclasses.replace(TINY, num_layers=3)
 SLIDING = dataclasses.replace(
-    TINY, layer_is_sliding=(True, False, True), sliding_window=3, local_rope_theta=500.0, qk_norm=True
+    PLAIN, layer_is_sliding=(True, False, True), sliding_window=3, local_rope_theta=500.0, qk_norm=True
 )
 CAPPED = dataclasses.replace(
     SLIDING, post_norms=True, unit_offset_norm=True, scale_embedding=True, attention_softcap=5.0, logit_softcap=7.0
 )
 BIASED = dataclasses.replace(
-    TINY, qkv_bias=True, output_bias=True, mlp_bias=True, tie_embeddings=False, rope_scaling=RopeScaling("llama3", 4.0)
+    PLAIN, qkv_bias=True, output_bias=True, mlp_bias=True, tie_embeddings=False, rope_scaling=RopeScaling("llama3", 4.0)
 )
-CONFIGS = {"plain": TINY, "sliding": SLIDING, "capped": CAPPED, "biased": BIASED}
-
-
-@functools.cache
-def parameters(config):
-    return nnx.to_pure_dict(jax.jit(lambda: nnx.state(Decoder(config, rngs=nnx.Rngs(0))))())
-
-
-def decoder(config, **options):
-    """Graph and parameters, which no option changes; the graph is static under jit."""
-    return nnx.graphdef(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0), **options))), parameters(config)
+CONFIGS = {"plain": PLAIN, "sliding": SLIDING, "capped": CAPPED, "biased": BIASED}
 
 
 def tokens_of(config, shape, seed=0):
@@ -57,7 +46,7 @@ def read(model, tokens, segment_ids=None, positions=None):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_no_position_sees_the_future(name):
     """By gradient: hidden state t does not change with the embedding of any later token."""
-    graphdef, params = decoder(CONFIGS[name])
+    graphdef, params = random_decoder(CONFIGS[name])
     tokens = jnp.arange(7, dtype=jnp.int32)[None]
 
     def states(table):
@@ -71,7 +60,7 @@ def test_no_position_sees_the_future(name):
 
 def test_a_window_bounds_what_one_layer_sees():
     config = dataclasses.replace(SLIDING, num_layers=1, layer_is_sliding=(True,))
-    model = decoder(config)
+    model = random_decoder(config)
     tokens = tokens_of(config, (1, 8))
     changed = tokens.at[0, 2].set((tokens[0, 2] + 1) % config.vocab_size)
     moved = np.abs(read(model, tokens) - read(model, changed)).max(axis=-1)[0]
@@ -80,8 +69,8 @@ def test_a_window_bounds_what_one_layer_sees():
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_packed_segments_equal_separate_rows(name):
-    model = decoder(CONFIGS[name])
-    rows = tokens_of(TINY, (2, 5), 1)
+    model = random_decoder(CONFIGS[name])
+    rows = tokens_of(PLAIN, (2, 5), 1)
     packed = read(
         model,
         jnp.concatenate([rows[:1], rows[1:, :4], jnp.zeros((1, 2), jnp.int32)], axis=1),
@@ -96,9 +85,9 @@ def test_packed_segments_equal_separate_rows(name):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_cached_decoding_equals_the_full_forward(name):
     """Prefill of left-padded prompts and one token at a time give the states of the whole rows."""
-    model = decoder(CONFIGS[name])
+    model = random_decoder(CONFIGS[name])
     B, T, P = 3, 11, 5
-    tokens = tokens_of(TINY, (B, T))
+    tokens = tokens_of(PLAIN, (B, T))
     mask = jnp.arange(T)[None] >= jnp.asarray([0, 2, 4])[:, None]
     segments, positions = mask.astype(jnp.int32), positions_from_mask(mask)
     whole = read(model, tokens, segments, positions)
@@ -127,10 +116,10 @@ def test_cached_decoding_equals_the_full_forward(name):
 
 @pytest.mark.parametrize("name", ["plain", "capped"])
 def test_remat_changes_no_gradient(name):
-    tokens = tokens_of(TINY, (2, 6))
+    tokens = tokens_of(PLAIN, (2, 6))
 
     def gradient(remat):
-        graphdef, params = decoder(CONFIGS[name], remat=remat)
+        graphdef, params = random_decoder(CONFIGS[name], remat=remat)
         return jax.jit(jax.grad(lambda p: (read((graphdef, p), tokens) ** 2).sum()))(params)
 
     full = gradient("full")
@@ -139,8 +128,8 @@ def test_remat_changes_no_gradient(name):
 
 
 def test_bfloat16_compute_stays_near_float32():
-    tokens = tokens_of(TINY, (2, 9))
-    wide, narrow = read(decoder(TINY), tokens), read(decoder(TINY, dtype=jnp.bfloat16), tokens)
+    tokens = tokens_of(PLAIN, (2, 9))
+    wide, narrow = read(random_decoder(PLAIN), tokens), read(random_decoder(PLAIN, dtype=jnp.bfloat16), tokens)
     assert narrow.dtype == jnp.bfloat16
     assert float(jnp.abs(narrow.astype(jnp.float32) - wide).mean()) < 0.03
 
