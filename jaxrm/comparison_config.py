@@ -164,7 +164,7 @@ class CompareConfig:
       sampling: how.
       batch_size: prompts answered, and answers judged, at once.
       max_length: most tokens that a judge, or the reference, reads of prompt and answers; a pair that is longer gets no
-        verdict of a language model, and is counted.
+        verdict of a language model, and is counted. A judge's question that is longer by itself is refused.
       reference: a run or published weights; KL of the sampled answers to it and their perplexity under it are measured.
       refusals: whether refusals are counted against labels, for which every set needs one; None does it for sets that
         have one.

@@ -145,6 +145,22 @@ def describe_reward_model(
     )
 
 
+def shape_and_tokenizer(path: str) -> tuple[ModelConfig, "PreTrainedTokenizerBase", str]:
+    """Shape, tokenizer and chat template of the model that `load_policy` would load; no weights are read.
+
+    Args:
+      path: see `load_policy`.
+
+    Raises:
+      UserError: as `load_policy`, but for what is wrong with the weights.
+    """
+    if not is_run(path):
+        return _shape_and_tokenizer(ModelSource(path=path), None, None)
+    run = find_checkpoint(path, algorithms=LANGUAGE_MODELS)
+    tokenizer = run.load_tokenizer()
+    return with_tokens(run.shape, tokenizer), tokenizer, run.config.data.template
+
+
 def check_flags(run: str | None, published: str | None, adapter: str | None = None) -> str:
     """What a command loads: the run that one of its flags names, or the published weights that the other names.
 

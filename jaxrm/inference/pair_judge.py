@@ -83,10 +83,7 @@ class LanguageModelAsker:
     def ask(self, questions: Sequence[str]) -> np.ndarray:
         """See `Asker`."""
         policy = self._policy
-        encoded = [
-            [*templates.encode_prompt(policy.tokenizer, [Message("user", text)], policy.template), *self._prefix]
-            for text in questions
-        ]
+        encoded = [question_ids(policy.tokenizer, policy.template, text, self._prefix) for text in questions]
         shares = np.full(len(questions), np.nan)
         order = sorted(
             (i for i, ids in enumerate(encoded) if len(ids) <= self._max_length), key=lambda i: len(encoded[i])
@@ -100,6 +97,23 @@ class LanguageModelAsker:
                 tokens[row, width - len(encoded[i]) :], mask[row, width - len(encoded[i]) :] = encoded[i], True
             shares[indices] = np.asarray(self._read(policy.params, tokens, mask), np.float64)[: len(indices)]
         return shares
+
+
+def question_ids(
+    tokenizer: "PreTrainedTokenizerBase", template: str, question: str, prefix: Sequence[int]
+) -> list[int]:
+    """Token ids of a question, up to where a verdict is read.
+
+    Args:
+      tokenizer: of the model.
+      template: its chat template.
+      question: the text.
+      prefix: from `verdict_ids`.
+
+    Raises:
+      UserError: the chat template cannot write the question.
+    """
+    return [*templates.encode_prompt(tokenizer, [Message("user", question)], template), *prefix]
 
 
 def verdict_ids(

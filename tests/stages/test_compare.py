@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import json
+import shutil
 import sys
 import types
 
@@ -326,6 +327,53 @@ def test_what_cannot_be_compared_is_refused_before_writing(config, tmp_path, cha
     for run in (compare, inspect):
         with pytest.raises(UserError) as error:
             run(dataclasses.replace(config, **change(config)))
+        assert all(word in str(error.value) for word in words), error.value
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture
+def judge_without_weights(tmp_path, task_folder):
+    """Published weights of which only shape and tokenizer are there; its tokens are words, and A and B are none."""
+    shutil.copytree(task_folder / "tokenizer", tmp_path / "judge")
+    shape = {"vocab_size": 2048, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+    shape |= {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 320}
+    (tmp_path / "judge/config.json").write_text(json.dumps({"model_type": "llama", "rms_norm_eps": 1e-5, **shape}))
+    return str(tmp_path / "judge")
+
+
+@pytest.mark.parametrize(
+    ("judge", "changes", "words"),
+    [
+        (
+            {"prompt": "long.txt"},
+            {},
+            ("config.judges.lm.prompt is", "long.txt", "at most 320;", "--config.judges.lm.language_model="),
+        ),
+        (
+            {"prompt": "short.txt"},
+            {"max_length": 9},
+            ("config.judges.lm.prompt is", "but config.compare.max_length is 9;", "--config.compare.max_length="),
+        ),
+        (
+            {"prompt": "short.txt"},
+            {"max_length": 100, "refusal_judge": "lm"},
+            ("config.compare.refusal_judge is 'lm', whose question has", "but config.compare.max_length is 100;"),
+        ),
+        ({"words": ("A", "B")}, {}, ("no two tokens for A and B", "--config.judges.lm.words=")),
+    ],
+    ids=["for the model", "for the bound", "of refusals", "words"],
+)
+def test_questions_without_room_are_refused_without_weights(
+    config, judge_without_weights, tmp_path, monkeypatch, judge, changes, words
+):
+    """A question that no answer fits behind would leave every pair without a verdict."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "short.txt").write_text("which is better ? {prompt} {first} {second}")
+    (tmp_path / "long.txt").write_text("which is better ? " * 99 + "{prompt} {first} {second}")
+    for run in (compare, inspect):
+        with pytest.raises(UserError) as error:
+            lm = ComparisonJudgeConfig(language_model=judge_without_weights, **{"words": ("do", "how"), **judge})
+            run(dataclasses.replace(with_judges(config, lm=lm), compare=dataclasses.replace(config.compare, **changes)))
         assert all(word in str(error.value) for word in words), error.value
     assert not (tmp_path / "run").exists()
 

@@ -23,13 +23,14 @@ from jaxrm.data.responses import Response
 from jaxrm.errors import UserError, flag, naming, option
 from jaxrm.inference import run_checkpoint, weights
 from jaxrm.inference.chat_endpoint import ChatEndpoint
-from jaxrm.inference.load import load_policy, load_reward_model
+from jaxrm.inference.load import load_policy, load_reward_model, shape_and_tokenizer
 from jaxrm.inference.pair_judge import (
     Asker,
     EndpointAsker,
     LanguageModelAsker,
     PairQuestion,
     pair_texts,
+    question_ids,
     read_pair_question,
     refusal_texts,
     verdict_ids,
@@ -39,7 +40,7 @@ from jaxrm.models.build import ModelSource
 from jaxrm.runtime.progress import Progress
 from jaxrm.runtime.row_log import RowLog
 from jaxrm.sharding.mesh import build_mesh
-from jaxrm.stage_config import LANGUAGE_MODELS, REWARD_MODELS, Compare
+from jaxrm.stage_config import REWARD_MODELS, Compare
 from jaxrm.stages.rewards.function_call import open_function
 from jaxrm.stages.rewards.functions import FunctionScorer
 
@@ -80,17 +81,35 @@ def check_judges(config: Compare, prompts: Iterable[Sequence[Message]]) -> None:
             if judge.reward_model is not None and run_checkpoint.is_run(judge.reward_model):
                 run_checkpoint.find_checkpoint(judge.reward_model, "path", algorithms=REWARD_MODELS)
             if judge.language_model is not None:
-                _check_language_model(judge, f"judges.{name}.language_model")
+                _check_language_model(config, name)
 
 
-def _check_language_model(judge: ComparisonJudgeConfig, field: str) -> None:
-    """Refuse a language model that is not there, or a run whose tokenizer lacks the words."""
-    path = str(judge.language_model)
-    if not run_checkpoint.is_run(path):
-        weights.read_shape(ModelSource(path=path))
-        return
-    run = run_checkpoint.find_checkpoint(path, "path", algorithms=LANGUAGE_MODELS)
-    verdict_ids(run.load_tokenizer(), run.config.data.template, judge.words, path, field)
+def _check_language_model(config: Compare, name: str) -> None:
+    """Refuse a language model that is not there, whose tokenizer lacks the words, or that can read no question."""
+    judge, field = config.judges[name], f"judges.{name}.language_model"
+    path, nothing = str(judge.language_model), [Message("user", "")]
+    shape, tokenizer, template = shape_and_tokenizer(path)
+    prefix, _ = verdict_ids(tokenizer, template, judge.words, path, field)
+
+    def check_length(place: str, value: str, question: str) -> None:
+        length = len(question_ids(tokenizer, template, question, prefix))
+        where = f"{option(place)} is {value!r}, whose question has {length:,} tokens before any answer stands in it"
+        if length > shape.max_position:
+            raise UserError(
+                f"{where}, but {path} reads at most {shape.max_position:,}; give a shorter question or a model that "
+                f"reads more, e.g. {flag(field)}=HuggingFaceTB/SmolLM2-135M-Instruct"
+            )
+        if length > config.compare.max_length:
+            raise UserError(
+                f"{where}, but {option('compare.max_length')} is {config.compare.max_length:,}; leave room for the "
+                f"answers, e.g. {flag('compare.max_length')}={min(shape.max_position, 2 * length)}"
+            )
+
+    place = f"judges.{name}.prompt"
+    (question,) = pair_texts(read_pair_question(judge, place), [PairQuestion(nothing, "", "")], judge.words)
+    check_length(place, judge.prompt, question)
+    if config.compare.refusal_judge == name:
+        check_length("compare.refusal_judge", name, *refusal_texts([nothing], [""], judge.words))
 
 
 def check_reachable(config: Compare) -> None:
