@@ -168,8 +168,8 @@ class CompareConfig:
       reference: a run or published weights; KL of the sampled answers to it and their perplexity under it are measured.
       refusals: whether refusals are counted against labels, for which every set needs one; None does it for sets that
         have one.
-      refusal_judge: name of a judge, a language model or an endpoint, that says whether an answer refuses; None reads
-        phrases, see `jaxrm.evaluation.refusals`.
+      refusal_judge: name of a judge, a language model or an endpoint, that says whether an answer refuses; None goes
+        by rules, see `jaxrm.evaluation.refusals`.
       token_rewards: answers of each set whose token rewards are on the page, by the first reward model of ``judges``.
     """
 
@@ -224,5 +224,5 @@ def check_comparison(config: Any) -> None:
         known = [name for name, judge in judges.items() if judge.is_pairwise]
         raise UserError(
             f"config.compare.refusal_judge is {asker!r}; required the name of a judge that is a language_model or an "
-            f"endpoint, {' or '.join(known) or 'of which there is none'}, or None, which reads phrases"
+            f"endpoint, {' or '.join(known) or 'of which there is none'}, or None, which goes by rules"
         )

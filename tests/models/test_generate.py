@@ -122,7 +122,7 @@ def test_no_kernel_of_gate_and_up_is_copied_on_cpu():
     prompts, mask = model_and_prompts()[2:]
     options = GenerateOptions(SamplingConfig(max_new_tokens=5), ())
     source, results = ModelSource(), {}
-    params = jax.jit(lambda: nnx.to_pure_dict(nnx.state(Decoder(TINY, rngs=nnx.Rngs(0)))))()
+    params = random_decoder()[1]
     for on_cpu in (False, True):
         graphdef, *_ = build.abstract_decoder(TINY, source, on_cpu=on_cpu)
         program = generate.lower(graphdef, params, prompts, mask, jax.random.key(0), options=options).compile()

@@ -182,7 +182,7 @@ def _judge(config: Compare, name: str, folder: Path, sets: Mapping[str, PromptSe
 def _refused(
     config: Compare, folder: Path, sets: Mapping[str, PromptSet], answers: Answers
 ) -> dict[AnswerKey, np.ndarray]:
-    """Whether each answer refuses, by a judge or by its phrases."""
+    """Whether each answer refuses, by a judge or by rules."""
     asker = config.compare.refusal_judge
     if asker is None:
         return {key: np.array([float(is_refusal(row["response"])) for row in rows]) for key, rows in answers.items()}
