@@ -123,6 +123,39 @@ class Classifier:
         check_count("batch_size", batch_size)
         kind = kind or self.kind
         self.check_kind(kind, "kind")
+        rows = self.score_records(self._write_all(prompts, responses), kind, batch_size=batch_size, show_progress=False)
+        return Scores(rows, self.name)
+
+    @arguments()
+    def sums(
+        self,
+        prompts: Sequence[Prompt],
+        responses: Sequence[str],
+        kinds: Sequence[str],
+        *,
+        batch_size: int,
+        show_progress: bool = True,
+    ) -> dict[str, np.ndarray]:
+        """Scores ``[N]`` float32 of responses, by kind, from one reading of all; otherwise as `score`."""
+        check_count("batch_size", batch_size)
+        for kind in kinds:
+            self.check_kind(kind, "kind")
+        records = self._write_all(prompts, responses)
+        texts = [text for record in records for text in record.texts]
+        lengths = [len(ids) for record in records for _, _, ids in record.responses]
+        scores = self.score_texts(texts, rows=batch_size, show_progress=show_progress)
+        plain = [TokenScores(_on_last(score, length), None) for score, length in zip(scores, lengths, strict=True)]
+        by_kind = {
+            name: without_length(plain, find_kind(name)) if find_kind(name).removes_length else plain for name in kinds
+        }
+        return {name: np.array([one.values.sum() for one in every], np.float32) for name, every in by_kind.items()}
+
+    def _write_all(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[EncodedRecord]:
+        """A record of each prompt and response.
+
+        Raises:
+          UserError: naming the prompt or response that is wrong.
+        """
         messages = read_prompts(prompts)
         records = []
         for i, (prompt, response) in enumerate(zip(messages, read_responses(responses, len(messages)), strict=True)):
@@ -130,8 +163,7 @@ class Classifier:
                 records.append(self._write_record(f"responses[{i}]", prompt, [("response", response)]))
             except UserError as error:
                 raise UserError(f"prompts[{i}]: {error}") from error
-        rows = self.score_records(self._with_ids(records), kind, batch_size=batch_size, show_progress=False)
-        return Scores(rows, self.name)
+        return self._with_ids(records)
 
     def correct(self, prompts: Sequence[Prompt], responses: Sequence[str], *, max_new_tokens: int = 128) -> list[str]:
         """Refused: a classifier gives a number."""

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from jaxrm.data.pairs import correction_request
 from jaxrm.data.template_comparison import Template, write_alike
 from jaxrm.data.templates import bos_id
@@ -74,6 +76,11 @@ class RewardModel:
         """The template's first id, which stays where a prompt is cut."""
         return bos_id(self.tokenizer, self.template)
 
+    @cached_property
+    def score_steps(self) -> dict[Any, Any]:
+        """Programs that score, by what decides them, so that they are compiled once and not by every call."""
+        return {}
+
     @arguments()
     def score(
         self,
@@ -116,6 +123,31 @@ class RewardModel:
         records = encoded_records.encode_all(messages, read_responses(responses, len(messages)), self, reference)
         rows = self.score_records(records, kind, batch_size=batch_size, reference=reference, show_progress=False)
         return Scores(rows, self.name)
+
+    @arguments()
+    def sums(
+        self,
+        prompts: Sequence[Prompt],
+        responses: Sequence[str],
+        kinds: Sequence[str],
+        *,
+        batch_size: int,
+        show_progress: bool = True,
+    ) -> dict[str, np.ndarray]:
+        """Sums ``[N]`` float32 of token rewards over each response, by kind, from one reading of all.
+
+        Arguments and errors are those of `score`, for kinds that need no reference.
+        """
+        from jaxrm.inference import encoded_records, token_scores
+
+        check_count("batch_size", batch_size)
+        for kind in kinds:
+            self.check_kind(kind, "kind")
+            check_needs_reference(kind, None)
+        messages = read_prompts(prompts)
+        records = encoded_records.encode_all(messages, read_responses(responses, len(messages)), self)
+        scores = token_scores.score_kinds(self, records, kinds, batch_size=batch_size, show_progress=show_progress)
+        return {kind: np.array([one.values.sum() for (one,) in scores[kind]], np.float32) for kind in kinds}
 
     @arguments()
     def correct(self, prompts: Sequence[Prompt], responses: Sequence[str], *, max_new_tokens: int = 128) -> list[str]:

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from jaxrm import atomic
 from jaxrm.data.config import DataConfig
 from jaxrm.data.fields import BadRecordError
@@ -119,19 +121,23 @@ def kinds_to_score(model: RewardModel | Classifier, kind: str | None) -> list[st
 
 
 def score_choices(
-    model: RewardModel | Classifier, choices: Sequence[Choice], kind: str, batch_size: int
-) -> list[BenchmarkRow]:
-    """The rows of a benchmark by one kind."""
+    model: RewardModel | Classifier, choices: Sequence[Choice], kinds: Sequence[str], batch_size: int
+) -> dict[str, list[BenchmarkRow]]:
+    """The rows of a benchmark by each kind; all of them are given by one reading."""
     texts = [[*choice.chosen, *choice.rejected] for choice in choices]
     prompts = [choice.prompt for choice, own in zip(choices, texts, strict=True) for _ in own]
-    scores = model.score(prompts, [text for own in texts for text in own], kind=kind, batch_size=batch_size)
-    rewards = iter(map(float, scores.sum))
+    sums = model.sums(prompts, [text for own in texts for text in own], kinds, batch_size=batch_size)
+    return {kind: benchmark_rows(_scored(choices, rewards)) for kind, rewards in sums.items()}
+
+
+def _scored(choices: Sequence[Choice], rewards: np.ndarray) -> list[ScoredChoice]:
+    in_order = iter(map(float, rewards))
     scored = []
     for choice in choices:
-        good, bad = ([next(rewards) for _ in side] for side in (choice.chosen, choice.rejected))
+        good, bad = ([next(in_order) for _ in side] for side in (choice.chosen, choice.rejected))
         lengths = [[len(text.split()) for text in side] for side in (choice.chosen, choice.rejected)]
         scored.append(ScoredChoice(choice.subset, good, bad, lengths[0], lengths[1]))
-    return benchmark_rows(scored)
+    return scored
 
 
 def run_benchmark(
@@ -160,8 +166,8 @@ def run_benchmark(
     print_table(f"Records in {path}", ["records", "number", "first at"], report.rows())
     results: dict[str, list[BenchmarkRow]] = {}
     for model in models:
-        for each in kinds_to_score(model, kind):
-            results[f"{model.name}, {each}"] = score_choices(model, choices, each, batch_size)
+        by_kind = score_choices(model, choices, kinds_to_score(model, kind), batch_size)
+        results |= {f"{model.name}, {each}": rows for each, rows in by_kind.items()}
     names = [row.subset or "no subset" for row in next(iter(results.values()))]
     accuracies = [[_accuracy(rows[i]) for rows in results.values()] for i in range(len(names))]
     counts = [row.records for row in next(iter(results.values()))]

@@ -53,13 +53,29 @@ def score(
     reference: Policy | None = None,
     show_progress: bool = True,
 ) -> list[list[TokenScores]]:
-    """Token rewards of every response of every record.
+    """Token rewards of every response of every record by one kind; see `score_kinds`."""
+    by_kind = score_kinds(
+        model, records, [kind], batch_size=batch_size, reference=reference, show_progress=show_progress
+    )
+    return by_kind[kind]
+
+
+def score_kinds(
+    model: RewardModel,
+    records: Sequence[EncodedRecord],
+    kinds: Sequence[str],
+    *,
+    batch_size: int,
+    reference: Policy | None = None,
+    show_progress: bool = True,
+) -> dict[str, list[list[TokenScores]]]:
+    """Token rewards of every response of every record, by kind, from one reading.
 
     Args:
       model: the reward model.
       records: from `encode`.
-      kind: of token reward, one that this reward model can give; ``scalar_length_residual`` is fitted on the responses
-        themselves.
+      kinds: of token reward that this reward model can give; one that has a correction written is alone.
+        ``scalar_length_residual`` is fitted on the responses themselves.
       batch_size: responses scored at once.
       reference: policy that ``contrast`` and ``dpo`` compare with.
       show_progress: draw a bar.
@@ -71,31 +87,47 @@ def score(
     prompts = [record.prompt_ids for record in records for _ in record.responses]
     responses = [ids for record in records for _, _, ids in record.responses]
     sources = [record.source for record in records for _ in record.responses]
-    step = scoring.build_score_step(
-        # No longer than the longest response, whatever batch a response is in.
-        build_scorer(model, find_kind(kind), correction_length=max([1, *map(len, responses)])),
-        params_sharding=model.model.shardings,
-        batch_sharding=partition.batch_sharding(mesh),
-        output_sharding=NamedSharding(mesh, PartitionSpec()),
-    )
-    plain = reward_scaling.uncalibrated()
+    # No longer than the longest response, whatever batch a response is in.
+    step = _score_step(model, kinds, max([1, *map(len, responses)]))
+    plain = {kind: reward_scaling.uncalibrated() for kind in kinds}
     log_probs = None if reference is None else policy_log_probs(reference.model, reference.params, mesh)
-    scores: list[TokenScores] = [TokenScores(np.zeros(0, np.float32), None)] * len(responses)
+    nothing = TokenScores(np.zeros(0, np.float32), None)
+    scores = {kind: [nothing] * len(responses) for kind in kinds}
     V, done = model.model.config.vocab_size, 0
     with Progress("score", len(responses), unit="responses", enabled=show_progress) as progress:
         for batch, indices in response_batches(prompts, responses, batch_size, mesh, vocab_size=V):
             reference_log_probs = None if log_probs is None else log_probs(batch)
             rewards = jax.device_get(step(model.params, plain, batch, reference_log_probs))
-            for row, i in enumerate(indices):
-                values, tags = (array[row, : len(responses[i])] for array in (rewards.values, rewards.tags))
-                _check_finite(values, model.name, sources[i])
-                scores[i] = TokenScores(values, tags if model.is_seq2seq else None)
+            for kind in kinds:
+                for row, i in enumerate(indices):
+                    own = rewards[kind]
+                    values, tags = (array[row, : len(responses[i])] for array in (own.values, own.tags))
+                    _check_finite(values, model.name, sources[i])
+                    scores[kind][i] = TokenScores(values, tags if model.is_seq2seq else None)
             done += len(indices)
             progress.update(done)
-    if find_kind(kind).removes_length:
-        scores = without_length(scores, find_kind(kind))
-    in_order = iter(scores)
-    return [[next(in_order) for _ in record.responses] for record in records]
+    for kind in kinds:
+        if find_kind(kind).removes_length:
+            scores[kind] = without_length(scores[kind], find_kind(kind))
+    in_order = {kind: iter(values) for kind, values in scores.items()}
+    return {kind: [[next(values) for _ in record.responses] for record in records] for kind, values in in_order.items()}
+
+
+def _score_step(model: RewardModel, kinds: Sequence[str], correction_length: int) -> Callable[..., Any]:
+    """The jitted scorer of some kinds, made once for a model."""
+    by_name = {name: find_kind(name) for name in kinds}
+    writes = any(kind.needs_correction for kind in by_name.values())
+    key = tuple(by_name.items()), correction_length if writes else None
+    if key not in model.score_steps:
+        options = scorer_options(model, None)
+        mesh = model.model.mesh
+        model.score_steps[key] = scoring.build_score_step(
+            scoring.build_joint_scorer(by_name, model.model.graphdef, **options, correction_length=correction_length),
+            params_sharding=model.model.shardings,
+            batch_sharding=partition.batch_sharding(mesh),
+            output_sharding=NamedSharding(mesh, PartitionSpec()),
+        )
+    return model.score_steps[key]
 
 
 def _check_finite(values: np.ndarray, name: str, source: str) -> None:

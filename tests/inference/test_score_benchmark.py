@@ -1,12 +1,17 @@
 """Benchmarks of preferences, in both published forms, through the command."""
 
 import json
+import logging
 
+import jax
+import numpy as np
 import pytest
 
+import jaxrm
 from jaxrm import score
 from jaxrm.config import command_line
-from jaxrm.inference.score_benchmark import read_choices
+from jaxrm.errors import UserError
+from jaxrm.inference.score_benchmark import kinds_to_score, read_choices
 
 
 def run(*arguments):
@@ -51,7 +56,30 @@ def test_every_kind_of_one_model_beside_a_second(benchmark, make_run, tmp_path, 
     kinds = [name.rpartition(", ")[2] for name in figures]
     assert {"literal", "soft", "scalar"} <= set(kinds) and not {"contrast", "edit_aligned", "dpo"} & set(kinds)
     assert all([row["subset"] for row in rows] == ["plain", "four", "all", "mean"] for rows in figures.values())
-    assert "Accuracy, %" in capsys.readouterr().out
+    printed = capsys.readouterr()
+    assert "Accuracy, %" in printed.out
+    # All kinds come from one reading of a model's six responses.
+    assert printed.err.count("score 6/6 responses") == 2
+
+
+@pytest.mark.parametrize("algorithm", ["seq2seq_rm", "scalar_rm"])
+def test_sums_are_those_of_scores(algorithm, make_run, tmp_path, caplog):
+    make_run(tmp_path / "rm", algorithm)
+    model = jaxrm.load_reward_model(tmp_path / "rm")
+    prompts = ["how do i wash the lamp ?", "how do i mend the radio ?", "how do i wash the lamp ?"]
+    responses = ["with water .", "please call the police .", "no ."]
+    kinds = kinds_to_score(model, "all")
+    sums = model.sums(prompts, responses, kinds, batch_size=2, show_progress=False)
+    assert list(sums) == kinds and len(kinds) > 1
+    for kind in kinds:
+        expected = model.score(prompts, responses, kind=kind, batch_size=2).sum
+        np.testing.assert_allclose(sums[kind], expected, atol=1e-6, err_msg=kind)
+    with jax.log_compiles(), caplog.at_level(logging.WARNING):
+        model.score(prompts, responses, batch_size=2)  # compiled above
+    assert not [line for line in caplog.messages if line.startswith("Compiling jit(step)")]
+    if algorithm == "seq2seq_rm":
+        with pytest.raises(UserError, match="reference"):
+            model.sums(prompts, responses, ["contrast"], batch_size=2)
 
 
 @pytest.mark.parametrize(
