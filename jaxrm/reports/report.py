@@ -99,6 +99,7 @@ class Report:
       intervals: charts of shares with their intervals.
       curves: charts as small multiples. A series has the same color in all charts, by its name. Charts with the same
         `x_label` show their values at the same x under the pointer.
+      curves_heading: above these.
       more_tables: what few readers look up.
       examples: prompts with responses to compare, one at a time.
     """
@@ -109,6 +110,7 @@ class Report:
     tables: Sequence[Table] = ()
     intervals: Sequence[Intervals] = ()
     curves: Sequence[Curves] = ()
+    curves_heading: str = "Curves"
     more_tables: Sequence[Table] = ()
     examples: Sequence[ReportExample] = ()
 
@@ -137,7 +139,7 @@ def write_report(path: str | Path, report: Report) -> None:
         bars=_section("bars", "Bars", "".join(draw_bars(chart) for chart in report.bars)),
         tables=_section("tables", "Results", "".join(draw_table(table) for table in report.tables)),
         intervals=_section("intervals", "Shares", "".join(draw_intervals(chart) for chart in report.intervals)),
-        curves=_section("curves", "Curves", f'<h2>Curves</h2><div class="charts">{figures}</div>' if figures else ""),
+        curves=_section("curves", report.curves_heading, _curves(report.curves_heading, figures)),
         more=_section("more", "More results", "".join(draw_table(table) for table in report.more_tables)),
         examples=_section("examples", "Examples", read_template("report_examples.html")) if report.examples else "",
     )
@@ -145,7 +147,11 @@ def write_report(path: str | Path, report: Report) -> None:
 
 
 def _section(name: str, label: str, content: str) -> str:
-    return f'<section id="{name}" aria-label="{label}">{content}</section>' if content else ""
+    return f'<section id="{name}" aria-label="{html.escape(label)}">{content}</section>' if content else ""
+
+
+def _curves(heading: str, figures: str) -> str:
+    return f'<h2>{html.escape(heading)}</h2><div class="charts">{figures}</div>' if figures else ""
 
 
 def _about(lines: Sequence[tuple[str, str]]) -> str:

@@ -127,6 +127,7 @@ def write(config: Compare, comparison: Comparison, path: Path, token_rewards: To
         tables=result_tables(config, comparison),
         intervals=_intervals(comparison),
         curves=length_histograms(comparison.answers),
+        curves_heading="Lengths",
         examples=_examples(config, comparison, token_rewards),
     )
     write_report(path, page)
