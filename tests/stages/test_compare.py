@@ -19,11 +19,16 @@ from jaxrm.comparison_config import (
     ComparisonJudgeConfig,
     PromptSetConfig,
 )
+from jaxrm.data.readers import ReadReport
+from jaxrm.data.records import Message
+from jaxrm.data.responses import Response
 from jaxrm.errors import UserError
 from jaxrm.models.sampling import SamplingConfig
 from jaxrm.runtime.metrics import LoggingConfig, read_rows
 from jaxrm.runtime.row_log import RowLog
 from jaxrm.stage_config import Compare
+from jaxrm.stages.compare.answers import AnswerKey, _generate
+from jaxrm.stages.compare.prompts import PromptSet
 from jaxrm.stages.compare.run import compare, inspect
 
 PROMPTS = [f"how do i wash lamp {number} ?" for number in range(12)]
@@ -100,6 +105,26 @@ def test_nothing_is_judged_twice(config, judge_module):
     again = compare(dataclasses.replace(with_judges(config, longer=LONGER), policies=policies))
     assert judge_module.given == [] and again.tables["wins"][0] == first.tables["wins"][0]
     assert again.tables["wins"][1]["ties"] == 1.0
+
+
+def test_no_answer_is_lost_that_came_before_an_earlier_one(config, tmp_path, monkeypatch):
+    """The last response completes the first of three batches; the two behind it are whole."""
+    order = [*range(1, 10), 0]
+
+    def answered(prompts, keys, rows):
+        for place in order:
+            response = Response(f"answer {place}")
+            response.raw, response.token_ids, response.ended = str(response), np.zeros(1, np.int32), True
+            yield place, response
+
+    sampler = types.SimpleNamespace(answers=answered)
+    tokenizer = types.SimpleNamespace(get_vocab=dict)
+    policy = types.SimpleNamespace(sampler=lambda sampling: sampler, tokenizer=tokenizer, name="late")
+    prompts = PromptSet("lamps", [[Message("user", f"prompt {i}")] for i in order], None, ReadReport())
+    log = RowLog(tmp_path / "answers.jsonl")
+    key = AnswerKey("late", 0, "lamps", "greedy")
+    assert list(_generate(config, policy, key, prompts, log)) == [*range(1, 10), 0]
+    assert [row["response"] for row in read_rows(tmp_path / "answers.jsonl")] == [f"answer {i}" for i in range(10)]
 
 
 def test_a_function_that_was_edited_judges_anew(config, tmp_path, monkeypatch):

@@ -213,11 +213,10 @@ def _generate(config: Compare, policy: Policy, key: AnswerKey, prompts: PromptSe
     waiting: dict[int, Response] = {}  # answered, while an earlier prompt is not
     for place, response in stream:
         waiting[start + place] = response
-        first = len(log.rows)
-        batch = range(first, min(first + rows, total))
-        if all(number in waiting for number in batch):
-            responses = [waiting.pop(number) for number in batch]
-            log.append(_rows_of(policy, prompts.prompts[first : batch.stop], responses, rows, with_log_probs))
+        # One response may be the last of a batch behind which others are whole.
+        while (batch := range(len(log.rows), min(len(log.rows) + rows, total))) and all(i in waiting for i in batch):
+            responses = [waiting.pop(i) for i in batch]
+            log.append(_rows_of(policy, prompts.prompts[batch.start : batch.stop], responses, rows, with_log_probs))
         yield len(waiting)
 
 
