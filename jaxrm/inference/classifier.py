@@ -141,14 +141,21 @@ class Classifier:
         for kind in kinds:
             self.check_kind(kind, "kind")
         records = self._write_all(prompts, responses)
+        by_kind = self._read(records, kinds, batch_size, show_progress)
+        return {kind: np.array([one.values.sum() for one in scores], np.float32) for kind, scores in by_kind.items()}
+
+    def _read(
+        self, records: Sequence[EncodedRecord], kinds: Sequence[str], batch_size: int, show_progress: bool
+    ) -> dict[str, list[TokenScores]]:
+        """Scores of all responses of the records, by kind, from one reading."""
         texts = [text for record in records for text in record.texts]
         lengths = [len(ids) for record in records for _, _, ids in record.responses]
         scores = self.score_texts(texts, rows=batch_size, show_progress=show_progress)
         plain = [TokenScores(_on_last(score, length), None) for score, length in zip(scores, lengths, strict=True)]
-        by_kind = {
-            name: without_length(plain, find_kind(name)) if find_kind(name).removes_length else plain for name in kinds
+        return {
+            kind: without_length(plain, find_kind(kind)) if plain and find_kind(kind).removes_length else plain
+            for kind in kinds
         }
-        return {name: np.array([one.values.sum() for one in every], np.float32) for name, every in by_kind.items()}
 
     def _write_all(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[EncodedRecord]:
         """A record of each prompt and response.
@@ -291,13 +298,7 @@ class Classifier:
           show_progress: draw a bar.
         """
         assert reference is None and max_new_tokens is None, (reference, max_new_tokens)
-        texts = [text for record in records for text in record.texts]
-        scores = self.score_texts(texts, rows=batch_size, show_progress=show_progress)
-        every = [ids for record in records for _, _, ids in record.responses]
-        scored = [TokenScores(_on_last(score, len(ids)), None) for score, ids in zip(scores, every, strict=True)]
-        if find_kind(kind).removes_length and scored:
-            scored = without_length(scored, find_kind(kind))
-        in_order = iter(scored)
+        in_order = iter(self._read(records, [kind], batch_size, show_progress)[kind])
         return [
             # The template ends every turn.
             as_record(self, one, [next(in_order) for _ in one.responses], None, kind, ended=True)

@@ -231,23 +231,13 @@ def _as_text_and_tokens(model: Tokenized, token_ids: np.ndarray) -> dict[str, An
     }
 
 
-def build_scorer(
-    model: RewardModel,
-    kind: Kind,
-    end_ids: tuple[int, ...] | None = None,
-    *,
-    temperature: float = 1.0,
-    correction_length: int | None = None,
-) -> scoring.Scorer:
-    """The scorer of a reward model with its own request, and its own end ids unless others are given."""
-    options = scorer_options(model, end_ids)
-    return scoring.build_scorer(
-        kind, model.model.graphdef, **options, temperature=temperature, correction_length=correction_length
-    )
-
-
 def scorer_options(model: RewardModel, end_ids: tuple[int, ...] | None) -> dict[str, Any]:
-    """What `jaxrm.algorithms.scoring.build_joint_scorer` has to know of a reward model; see `build_scorer`."""
+    """What `jaxrm.algorithms.scoring.build_joint_scorer` has to know of a reward model.
+
+    Args:
+      model: the reward model.
+      end_ids: tokens that end a response; None for its own.
+    """
     return {
         "request": model.request if model.is_seq2seq else (),
         "end_ids": model.end_ids if end_ids is None else end_ids,
