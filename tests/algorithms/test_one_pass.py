@@ -65,14 +65,14 @@ def steps_of_both(tmp_path, case):
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_one_pass_equals_two(tmp_path, case):
-    """To 1e-6 in the first step; Adam makes more of it in parameters whose gradients are rounding."""
+    """To 1e-5 in the first step; Adam makes more of it in parameters whose gradients are rounding."""
     (ours, ours_after), (others, others_after) = steps_of_both(tmp_path, case)
     for number, (one, two) in enumerate(zip(ours, others, strict=True)):
         assert one.keys() == two.keys()
         assert one["ratio_error"] == one["clip_fraction"] == one["approx_kl"] == 0
         for name in one.keys() - WALL_CLOCK:
-            tolerance = 1e-6 if number == 0 else 1e-4
-            assert np.isclose(one[name], two[name], rtol=tolerance, atol=max(tolerance, 2e-6)), (number, name)
+            tolerance = 1e-5 if number == 0 else 1e-4
+            assert np.isclose(one[name], two[name], rtol=tolerance, atol=max(tolerance, 2e-5)), (number, name)
     for a, b in zip(jax.tree.leaves(ours_after), jax.tree.leaves(others_after), strict=True):
         if not jax.numpy.issubdtype(a.dtype, jax.dtypes.prng_key):
             np.testing.assert_allclose(a, b, atol=2e-4)

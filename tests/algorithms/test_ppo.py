@@ -118,8 +118,8 @@ def test_before_the_first_update_the_ratio_is_1_and_the_kl_0(temperature, shared
     rollout, _, metrics = rollout_of(s, batch)
     (_, _), aux = jax.jit(ppo_loss.policy_loss(s.networks, s.config.ppo))(s.state.policy.params, PPOBatch(rollout), KEY)
     means = {name: float(total / weight) for name, (total, weight) in aux.items()}
-    assert means["ratio_error"] < 1e-6 and abs(means["approx_kl"]) < 1e-6 and means["clip_fraction"] == 0
-    assert abs(float(metrics["kl"])) < 1e-6 and abs(float(metrics["kl_error"])) < 1e-6
+    assert means["ratio_error"] < 1e-5 and abs(means["approx_kl"]) < 1e-5 and means["clip_fraction"] == 0
+    assert abs(float(metrics["kl"])) < 1e-5 and abs(float(metrics["kl_error"])) < 1e-5
     assert np.isclose(means["policy_loss"], -np.asarray(rollout.advantages)[np.asarray(batch.response_mask)].mean())
 
 
@@ -139,7 +139,7 @@ def test_padding_and_its_id_change_nothing():
     for other in (batch_of(fill=9), batch_of(width=P + 3, length=T + 2)):
         wide, wide_metrics, wide_gradient = everything(other)
         for name in ("log_probs", "reference_log_probs", "values", "advantages", "returns"):
-            np.testing.assert_allclose(getattr(wide, name)[:, :T], getattr(plain, name), rtol=1e-6, atol=1e-6)
+            np.testing.assert_allclose(getattr(wide, name)[:, :T], getattr(plain, name), rtol=1e-5, atol=1e-5)
             assert not np.asarray(getattr(wide, name)[:, T:]).any()
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), wide_gradient, gradient)
         assert all(np.isclose(wide_metrics[name], metrics[name], atol=1e-5) for name in metrics)
@@ -317,7 +317,7 @@ def test_the_sft_term_is_its_own_mean_however_the_batch_is_cut(parts):
 
     loss, gradient = jax.jit(jax.value_and_grad(expected))(before)
     assert np.isclose(metrics["loss"], loss, atol=1e-5) and metrics["ptx_loss"] > 0
-    jax.tree.map(lambda a, b, g: np.testing.assert_allclose(a - b, g, atol=2e-6), before, moved.params, gradient)
+    jax.tree.map(lambda a, b, g: np.testing.assert_allclose(a - b, g, atol=1e-5), before, moved.params, gradient)
 
 
 def test_a_shared_trunk_adds_both_losses_under_one_optimizer():
@@ -327,9 +327,9 @@ def test_a_shared_trunk_adds_both_losses_under_one_optimizer():
         s.state.policy.params, PPOBatch(rollout), KEY
     )
     parts = {name: float(x / w) for name, (x, w) in aux.items()}
-    assert np.isclose(total / weight, parts["policy_loss"] + 0.3 * parts["value_loss"], atol=1e-6)
+    assert np.isclose(total / weight, parts["policy_loss"] + 0.3 * parts["value_loss"], atol=1e-5)
     mask = np.asarray(rollout.responses.response_mask)
-    assert np.isclose(parts["value_loss"], 0.5 * np.mean(np.asarray(rollout.returns)[mask] ** 2), atol=1e-6)
+    assert np.isclose(parts["value_loss"], 0.5 * np.mean(np.asarray(rollout.returns)[mask] ** 2), atol=1e-5)
     head = np.asarray(s.state.policy.params["scalar_head"]["kernel"])
     frozen = s.learner.networks.frozen({})
     state, rows = ppo.update(s.programs, s.config.ppo, s.state, frozen, rollout, KEY, lambda: None)
@@ -359,7 +359,7 @@ def test_it_learns_to_emit_a_pattern(tmp_path, shared):
     _, finished, told, checkpoints = fit(s, tmp_path / "checkpoints", num_steps=100)
     rewards = [row["reward_uncalibrated"] for row in told.steps]
     assert finished and rewards[0] < 0.2 and np.mean(rewards[-3:]) >= 0.9, rewards[::10]
-    assert all(row["ratio_error/first"] < 1e-5 and abs(row["approx_kl/first"]) < 1e-6 for row in told.steps)
+    assert all(row["ratio_error/first"] < 1e-5 and abs(row["approx_kl/first"]) < 1e-5 for row in told.steps)
     assert told.steps[-1]["entropy"] < told.steps[0]["entropy"] and checkpoints.steps() == [100]
     programs = [
         s.programs.rollout.sample,
@@ -429,7 +429,7 @@ def test_moments_of_both_optimizers_may_lie_with_the_hosts():
         kinds = {x.sharding.memory_kind for x in jax.tree.leaves((of_policy[0].opt_state, of_critic[0].opt_state))}
         assert ("pinned_host" in kinds) == (s is away)
         found.append(jax.device_get((of_policy[0].params, of_policy[1], of_critic[0].params, of_critic[1])))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), *found)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), *found)
 
 
 @pytest.mark.slow

@@ -77,7 +77,7 @@ def setup(case):
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_packed_steps_equal_plain_ones(tmp_path, case):
-    """To 1e-6 in the first update; Adam makes more of it in parameters whose gradients are rounding."""
+    """To 1e-5 in the first update; Adam makes more of it in parameters whose gradients are rounding."""
     rows, is_one_update = {}, setup(case)[True].learner.updates_per_step == 1
     for packing, s in setup(case).items():
         ptx = ptx_rows(8) if CASES[case][2] else None
@@ -87,20 +87,20 @@ def test_packed_steps_equal_plain_ones(tmp_path, case):
     for number, (plain, packed) in enumerate(zip(rows[False], rows[True], strict=True)):
         assert plain.keys() == packed.keys()
         for name in plain.keys() - WALL_CLOCK:
-            tolerance = 1e-6 if number == 0 and is_one_update else 1e-4
-            near = np.isclose(packed[name], plain[name], rtol=tolerance, atol=max(tolerance, 2e-6))
+            tolerance = 1e-5 if number == 0 and is_one_update else 1e-4
+            near = np.isclose(packed[name], plain[name], rtol=tolerance, atol=max(tolerance, 2e-5))
             assert near, (number, name, packed[name], plain[name])
 
 
 @pytest.mark.slow
 def test_packed_gradients_equal_plain_ones():
-    """Of policy and critic, to 2e-6 of their norm (float32), with rows that hold several prompts."""
+    """Of policy and critic, to 1e-5 of their norm (float32), with rows that hold several prompts."""
     s = setup("one pass")[True]
     batch = batch_of(rows=16, width=5, length=LONG)
     packed = s.programs.pack_rows(batch)
     assert packed.packing.num_rows < 16 and packed.packing.num_tokens < 16 * LONG
     token_log_probs = s.log_probs(batch)
-    chex.assert_trees_all_close(s.log_probs(packed), token_log_probs, rtol=1e-6, atol=2e-6)
+    chex.assert_trees_all_close(s.log_probs(packed), token_log_probs, rtol=1e-5, atol=1e-5)
     rewards = rewarded(batch, np.arange(16) / 7)
     rollout, _, _ = s.programs.estimate(s.state.feedback, batch, token_log_probs, rewards)
     frozen = s.networks.frozen(s.base)
@@ -115,8 +115,8 @@ def test_packed_gradients_equal_plain_ones():
         plain = gradient(params, PPOBatch(rollout))
         ours = gradient(params, PPOBatch(dataclasses.replace(rollout, responses=packed)))
         difference = jax.tree.map(lambda a, b: a - b, ours[1], plain[1])
-        assert optax.tree.norm(difference) / optax.tree.norm(plain[1]) < 2e-6
-        assert np.isclose(ours[0], plain[0], rtol=1e-6, atol=5e-6)  # whitened advantages add up to 0
+        assert optax.tree.norm(difference) / optax.tree.norm(plain[1]) < 1e-5
+        assert np.isclose(ours[0], plain[0], rtol=1e-5, atol=2e-5)  # whitened advantages add up to 0
 
 
 @pytest.mark.slow

@@ -197,7 +197,7 @@ def test_padding_and_empty_rows_change_nothing():
     padded = {name: np.pad(x, ((0, 4), (0, 5))) for name, x in batch.items()}
     padded["tokens"][:, 12:] = 7
     loss = [jax.jit(setup.loss_fn)(setup.state.params, TokenBatch(**b), jax.random.key(0))[0] for b in (batch, padded)]
-    np.testing.assert_allclose(loss[1], loss[0], rtol=1e-6)
+    np.testing.assert_allclose(loss[1], loss[0], rtol=1e-5)
 
 
 def test_an_empty_batch_moves_nothing_but_decay():
@@ -247,7 +247,7 @@ def test_moments_in_the_memory_of_the_hosts_teach_the_same(name):
     here, away = (Setup(EIGHT, optimizer=dataclasses.replace(one, name=name)) for one in (ADAMW, AWAY))
     first = jax.tree.leaves(away.state.opt_state)
     state, losses = away.run(3)
-    np.testing.assert_allclose(losses, here.run(3)[1], rtol=1e-6)
+    np.testing.assert_allclose(losses, here.run(3)[1], rtol=1e-5)
     assert all(x.is_deleted() for x in first if x.sharding.memory_kind == partition.HOST_MEMORY)
     for x, was in zip(jax.tree.leaves(state.opt_state), first, strict=True):
         assert x.sharding == was.sharding
@@ -272,7 +272,7 @@ def test_a_run_goes_on_wherever_its_moments_are(tmp_path, written, read):
     elsewhere, continued = (
         one.run(2, x)[1] for one, x in ((reader, jax.device_put(restored, reader.sharding)), (writer, state))
     )
-    np.testing.assert_allclose(elsewhere, continued, rtol=1e-6)
+    np.testing.assert_allclose(elsewhere, continued, rtol=1e-5)
     changed = [name for name, *_ in differences(SFT(optimizer=written), SFT(optimizer=read))]
     assert changed == ["optimizer.offload"] and set(changed) <= RESUMABLE_FIELDS
 

@@ -128,7 +128,7 @@ def test_a_mesh_of_eight_gives_the_scores_of_one_device(folders, one):
 def test_scores_alone_are_those_in_a_batch(folders, one):
     classifier = opened(folders["gemma"], one)
     alone = [classifier(samples([each]))[0] for each in DIALOGUES]
-    np.testing.assert_allclose(classifier(samples()), alone, atol=1e-6)
+    np.testing.assert_allclose(classifier(samples()), alone, atol=1e-5)
     assert classifier._step._cache_size() <= 3  # widths, of few buckets
 
 
@@ -238,7 +238,7 @@ def test_a_text_that_the_template_drops_is_not_hidden(folders, one, tmp_path, ca
     whole, partly = (prompt, "good"), (prompt, "bad insult </think>good")
     assert "changes the text of a message of the role 'assistant'" in refusal(classifier.score, *zip(partly))
     scores = classifier(samples([whole, partly]))
-    assert scores[0] == pytest.approx(scores[1], abs=1e-6)
+    assert scores[0] == pytest.approx(scores[1], abs=1e-5)
     assert (classifier.counts.changed, classifier.counts.changed_share) == (1, 0.5)
     classifier(samples([whole]))
     assert (classifier.counts.changed, classifier.counts.changed_share) == (1, 0.0)
@@ -282,7 +282,7 @@ def test_load_reward_model_opens_a_classifier(folders, one):
     model = jaxrm.load_reward_model(str(folders["qwen2"]), mesh=one)
     prompts, responses = zip(*DIALOGUES, strict=True)
     scores = model.score(prompts, responses)
-    np.testing.assert_allclose(scores.sum, opened(folders["qwen2"], one)(samples()), atol=1e-6)
+    np.testing.assert_allclose(scores.sum, opened(folders["qwen2"], one)(samples()), atol=1e-5)
     assert all(np.count_nonzero(rewards) == 1 and rewards[-1] for rewards in scores.rewards)
     assert "".join(scores.tokens[1]) == responses[1]
     assert scores.tags is None
@@ -314,7 +314,7 @@ def test_score_takes_a_classifier(folders, tmp_path):
     (line,) = (tmp_path / "out.jsonl").read_text().splitlines()
     written = json.loads(line)
     expected = jaxrm.load_reward_model(str(folders["mistral"])).score(["hello"] * 2, ["good", "bad bad"]).sum
-    np.testing.assert_allclose([response["sum"] for response in written["responses"]], expected, atol=1e-6)
+    np.testing.assert_allclose([response["sum"] for response in written["responses"]], expected, atol=1e-5)
     assert written["ranked_right"] == (expected[0] > expected[1])
     assert "bad" in (tmp_path / "out.html").read_text()
 

@@ -73,7 +73,7 @@ def test_sums_are_those_of_scores(algorithm, make_run, tmp_path, caplog):
     assert list(sums) == kinds and len(kinds) > 1
     for kind in kinds:
         expected = model.score(prompts, responses, kind=kind, batch_size=2).sum
-        np.testing.assert_allclose(sums[kind], expected, atol=1e-6, err_msg=kind)
+        np.testing.assert_allclose(sums[kind], expected, atol=1e-5, err_msg=kind)
     with jax.log_compiles(), caplog.at_level(logging.WARNING):
         model.score(prompts, responses, batch_size=2)  # compiled above
     assert not [line for line in caplog.messages if line.startswith("Compiling jit(step)")]

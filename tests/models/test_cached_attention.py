@@ -127,7 +127,7 @@ def test_each_device_reads_its_own_rows_and_heads(K, g, tensor):
     attend = functools.partial(cached_attention.attend, scale=0.5, softcap=None)
     read = partition.read_per_device(cached_attention.read_in_xla, mesh)
     got = jax.jit(functools.partial(attend, read=read))(query, own, prompts)
-    np.testing.assert_allclose(got, attend(query, own, prompts), atol=1e-6)
+    np.testing.assert_allclose(got, attend(query, own, prompts), atol=1e-5)
 
 
 def test_a_kernel_is_taken_where_it_can_be():

@@ -262,8 +262,8 @@ def test_a_sum_is_that_of_a_plain_loop(parts):
     for name, weight in weights.items():
         expected += weight * np.asarray(each[name].rewards)
         tags &= np.asarray(each[name].tags)
-    np.testing.assert_allclose(summed.rewards, expected, rtol=1e-6, atol=1e-6)
-    np.testing.assert_allclose(summed.diagnostics["sum"], expected.sum(axis=1), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(summed.rewards, expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(summed.diagnostics["sum"], expected.sum(axis=1), rtol=1e-5, atol=1e-5)
     np.testing.assert_array_equal(summed.tags, tags)
     np.testing.assert_array_equal(summed.diagnostics["ended"], [1, 0, 0, 0])
     assert list(summed.parts) == ["b", "a", "c"]
@@ -617,7 +617,7 @@ def test_a_file_is_scored_by_the_sum_of_sources(pairs, capsys):
     for response in responses:
         sources = response["sources"]
         summed = np.array(sources["words"]["rewards"]) - 0.5 * np.array(sources["brief"]["rewards"])
-        np.testing.assert_allclose(response["rewards"], summed, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(response["rewards"], summed, rtol=1e-5, atol=1e-5)
     brief = np.array([response["sources"]["brief"]["reward"] for response in responses])
     words = np.array([-len(response["text"].split()) for response in responses])
     np.testing.assert_allclose(brief, words / words.std(), rtol=1e-5)
