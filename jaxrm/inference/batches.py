@@ -7,7 +7,8 @@ from typing import TypeVar
 from jaxrm.data.config import DataConfig
 from jaxrm.data.examples import TokenExample, tokenize_demonstrations
 from jaxrm.data.loader import build_loader
-from jaxrm.data.pairs import TokenPair, comparison_examples, mapping_examples, tokenize_pairs
+from jaxrm.data.pair_examples import comparison_examples, mapping_examples
+from jaxrm.data.pairs import TokenPair, tokenize_pairs
 from jaxrm.data.readers import read_records
 from jaxrm.data.records import as_demonstration
 from jaxrm.data.templates import bos_id

@@ -9,14 +9,8 @@ from jaxrm.data.cutting import cut_prompt
 from jaxrm.data.examples import ComparisonExample, tokenize_demonstrations
 from jaxrm.data.loader import eval_batches
 from jaxrm.data.named_templates import TEMPLATES
-from jaxrm.data.pairs import (
-    MappingConfig,
-    TokenPair,
-    comparison_examples,
-    correction_request,
-    mapping_examples,
-    tokenize_pairs,
-)
+from jaxrm.data.pair_examples import comparison_examples, mapping_examples
+from jaxrm.data.pairs import MappingConfig, TokenPair, correction_request, tokenize_pairs
 from jaxrm.data.readers import read_records
 from jaxrm.data.records import DemonstrationRecord, Message, PreferenceRecord, PromptRecord
 from jaxrm.data.tasks import write_task

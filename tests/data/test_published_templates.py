@@ -10,7 +10,8 @@ from support.published import PUBLISHED, published_tokenizer
 from jaxrm.data.config import DataConfig
 from jaxrm.data.examples import tokenize_demonstrations
 from jaxrm.data.exported_template import set_exported_template
-from jaxrm.data.pairs import comparison_examples, correction_request, mapping_examples, tokenize_pairs
+from jaxrm.data.pair_examples import comparison_examples, mapping_examples
+from jaxrm.data.pairs import correction_request, tokenize_pairs
 from jaxrm.data.prompts import tokenize_prompts
 from jaxrm.data.records import DemonstrationRecord, Message, PreferenceRecord, PromptRecord
 from jaxrm.data.templates import bos_id, encode_prompt, encode_response, end_ids

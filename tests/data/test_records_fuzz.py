@@ -16,7 +16,8 @@ from support.fuzz import fuzz
 
 from jaxrm.data.config import SCHEMAS, DataConfig
 from jaxrm.data.examples import tokenize_demonstrations
-from jaxrm.data.pairs import comparison_examples, correction_request, mapping_examples, tokenize_pairs
+from jaxrm.data.pair_examples import comparison_examples, mapping_examples
+from jaxrm.data.pairs import correction_request, tokenize_pairs
 from jaxrm.data.prompts import tokenize_prompts
 from jaxrm.data.readers import read_records
 from jaxrm.data.records import DemonstrationRecord, PreferenceRecord, as_demonstration

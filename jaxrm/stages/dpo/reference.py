@@ -15,7 +15,8 @@ from jaxrm.algorithms.dpo import DPOBatch, pair_log_probs
 from jaxrm.data.config import DataConfig
 from jaxrm.data.examples import MarkedComparisonExample
 from jaxrm.data.loader import eval_batches
-from jaxrm.data.pairs import TokenPair, marked_comparison_examples
+from jaxrm.data.pair_examples import marked_comparison_examples
+from jaxrm.data.pairs import TokenPair
 from jaxrm.data.readers import ReadReport
 from jaxrm.errors import UserError, flag, option
 from jaxrm.inference.sharded_model import ShardedModel, to_devices
@@ -57,7 +58,7 @@ def dpo_examples(
 ) -> tuple[list[DPOExample], ReadReport]:
     """Examples of pairs, numbered from ``first_pair`` on, as yet without a reference.
 
-    Arguments, report and errors otherwise as for `jaxrm.data.pairs.comparison_examples`.
+    Arguments, report and errors otherwise as for `jaxrm.data.pair_examples.comparison_examples`.
     """
     comparisons, report = marked_comparison_examples(pairs, config, first_id=first_id)
     examples = [

@@ -5,7 +5,7 @@ from functools import partial
 
 from jaxrm.data.examples import TokenExample
 from jaxrm.data.loader import build_loader, warm_up
-from jaxrm.data.pairs import comparison_examples, mapping_examples, marked_comparison_examples
+from jaxrm.data.pair_examples import comparison_examples, mapping_examples, marked_comparison_examples
 from jaxrm.data.readers import ReadReport
 from jaxrm.errors import UserError, flag, option
 from jaxrm.stages.inputs.preferences import Preferences
