@@ -612,7 +612,7 @@ def test_a_process_answers_with_status_2_and_one_line(place):
         env=environment,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         check=False,
     )
     assert (done.returncode, done.stdout) == (2, "")

@@ -60,7 +60,7 @@ def start(
 
 def finish(job: list[subprocess.Popen]) -> list[str]:
     try:
-        return [process.communicate(timeout=240)[0] for process in job]
+        return [process.communicate(timeout=600)[0] for process in job]
     finally:
         for process in job:
             process.kill()

@@ -87,7 +87,7 @@ def launch(environment, run_dir, *more, algorithm="sft"):
 
 def finish(environment, run_dir, *more, algorithm="sft"):
     process = launch(environment, run_dir, *more, algorithm=algorithm)
-    output, _ = process.communicate(timeout=300)
+    output, _ = process.communicate(timeout=600)
     assert process.returncode == 0, output
     return output
 
@@ -191,7 +191,7 @@ def test_a_finished_run_says_so_and_trains_no_more(environment, unbroken):
 
 def test_another_config_is_refused_and_restart_keeps_the_old_run(environment, unbroken):
     process = launch(environment, unbroken, "--config.optimizer.lr=0.5")
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=600)
     assert process.returncode == 2, output
     error = output.strip().splitlines()[-1]
     assert error.startswith("jaxrm: error:") and "optimizer.lr" in error and "on_existing=restart" in error
@@ -223,7 +223,7 @@ def test_other_data_under_the_same_name_are_refused(environment, tmp_path):
     finish(environment, run_dir, *more)
     write("clean")
     process = launch(environment, run_dir, *more)
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=600)
     assert process.returncode == 2, output
     assert "no longer gives the examples" in output.strip().splitlines()[-1]
     assert len(list((run_dir / "checkpoints").iterdir())) > 0
@@ -238,7 +238,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_a_save(environment, tmp_
         "--config.optimizer.clip_norm=None",
         "--config.optimizer.warmup=0",
     )
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=600)
     assert process.returncode == 2, output
     error = output.strip().splitlines()[-1]
     assert "is not finite" in error and "nothing was saved" in error and "Traceback" not in output

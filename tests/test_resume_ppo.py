@@ -98,7 +98,7 @@ def ppo(environment, tmp_path_factory, request):
 def unbroken(environment, ppo, tmp_path_factory):
     """Folder of a run that nothing interrupted."""
     run_dir = tmp_path_factory.mktemp("unbroken") / "run"
-    output, _ = (process := launch(environment, ppo | {"run_dir": run_dir})).communicate(timeout=300)
+    output, _ = (process := launch(environment, ppo | {"run_dir": run_dir})).communicate(timeout=600)
     assert process.returncode == 0, output
     return run_dir
 
@@ -165,7 +165,7 @@ def test_a_stopped_run_ends_with_the_same_bits(environment, ppo, unbroken, tmp_p
             stops.append((steps_done(run_dir), signal_.name, round(seconds, 1)))
         else:
             process.communicate()
-    output, _ = (process := launch(environment, fields)).communicate(timeout=300)
+    output, _ = (process := launch(environment, fields)).communicate(timeout=600)
     assert process.returncode == 0, output
     print(f"\n{len(stops)} stops of {STEPS} steps: {stops}")
     assert len(stops) >= min(max(num_stops - 1, 1), 20), stops

@@ -51,7 +51,7 @@ def limited(what, folder):
     """Runs a piece of work that may write files of 20,000 bytes, as on a disk that is full."""
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [sys.executable, "-c", LIMITED, what], cwd=folder, env=environment, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", LIMITED, what], cwd=folder, env=environment, capture_output=True, text=True, timeout=600
     )
     return done.returncode, done.stderr.splitlines()
 
@@ -140,5 +140,5 @@ def test_output_that_nobody_reads_on_ends_the_command_quietly():
     )
     assert process.stdout.readline() == "0\n"
     process.stdout.close()
-    assert process.stderr.read() == "" and process.wait(timeout=60) == command_line.EXIT_BROKEN_PIPE
+    assert process.stderr.read() == "" and process.wait(timeout=600) == command_line.EXIT_BROKEN_PIPE
     process.stderr.close()

@@ -19,7 +19,7 @@ SOURCES = ("jaxrm", "configs", "setup.py", "pyproject.toml", "requirements.txt",
 def run(*command, cwd=None, **variables):
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | variables
     done = subprocess.run(
-        list(map(str, command)), cwd=cwd, env=environment, capture_output=True, text=True, check=False, timeout=300
+        list(map(str, command)), cwd=cwd, env=environment, capture_output=True, text=True, check=False, timeout=600
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr

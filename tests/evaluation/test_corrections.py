@@ -123,6 +123,6 @@ def test_the_libraries_load_on_use_and_touch_no_network():
         "assert corrections.rouge_l('a b', 'a b') == 1.0 and corrections.edit_distance([1], [2]) == 1\n"
     )
     result = subprocess.run(
-        [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, timeout=600, check=False
     )
     assert result.returncode == 0, result.stderr

@@ -131,7 +131,7 @@ def install(tmp_path):
         folder = tmp_path / "empty"
         folder.mkdir()
         command = [sys.executable, str(script)]
-        return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120, check=False)
+        return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600, check=False)
 
     return run
 

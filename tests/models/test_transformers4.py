@@ -85,7 +85,7 @@ def test_transformers_4_gives_the_same_ids_logits_and_scores(exports, tmp_path):
     (tmp_path / "request.json").write_text(json.dumps(request))
     environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "XLA_FLAGS")}
     command = [PYTHON, str(SCRIPT), str(tmp_path / "request.json"), str(tmp_path / "result.json")]
-    subprocess.run(command, check=True, env=environment, timeout=300)
+    subprocess.run(command, check=True, env=environment, timeout=600)
     result = json.loads((tmp_path / "result.json").read_text())
     assert int(result["version"].split(".")[0]) == 4
 

@@ -145,7 +145,7 @@ class Campaign:
         phase = phase_of(run_dir)
         process.send_signal(signal_)
         sent = time.monotonic()
-        status = process.wait(timeout=120)
+        status = process.wait(timeout=600)
         stop = Stop(stage, signal_.name, after, phase)
         text = errors_of(output).read_text(errors="replace")
         # Python itself has not begun in the first instant.

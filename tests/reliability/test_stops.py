@@ -29,7 +29,7 @@ def stop_after(seconds, number, *arguments):
     while process.poll() is None and cpu_seconds(process) < seconds:
         time.sleep(0.002)
     process.send_signal(number)
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=600)
     return process.returncode, output
 
 
@@ -103,7 +103,7 @@ def test_a_run_stopped_at_hard_moments_ends_the_same(stage, stops, needed, tmp_p
         while process.poll() is None and not any(text in file.read_text() for file in files if file.exists()):
             time.sleep(0.002)
         process.send_signal(number)
-        status = process.wait(timeout=60)
+        status = process.wait(timeout=600)
         assert status == (EXIT_PREEMPTED if number == TERM else -KILL), errors_of(output).read_text()
         assert "Traceback" not in errors_of(output).read_text()
     finish(command(stage, run_dir, needed), variables, output)

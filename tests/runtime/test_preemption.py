@@ -81,7 +81,7 @@ def test_a_terminated_process_saves_and_exits_as_documented():
     process = subprocess.Popen([sys.executable, "-c", LOOP], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout.readline() == b"ready\n"
     process.terminate()
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=600)
     assert (out, process.returncode) == (b"saved\n", 75)
     assert EXIT_PREEMPTED == os.EX_TEMPFAIL == 75
     assert err == b"\njaxrm: SIGTERM: saving after this step\n"
@@ -139,7 +139,7 @@ def stop_command(signals, **parts):
     for number in signals:
         process.send_signal(number)
         time.sleep(0.5 if len(signals) > 1 else 0)
-    out, err = process.communicate(timeout=30)
+    out, err = process.communicate(timeout=600)
     return process.returncode, out.decode(), err.decode()
 
 

@@ -277,7 +277,7 @@ def test_processes_agree_on_the_run_and_on_stopping(tmp_path):
         )
         for me in range(2)
     ]  # fmt: skip
-    outputs = [process.communicate(timeout=120) for process in processes]
+    outputs = [process.communicate(timeout=600) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
     lines = [[line for line in out.splitlines() if not line.startswith("[Gloo]")] for out, _ in outputs]
     assert [line[0] for line in lines] == ["False True"] * 2

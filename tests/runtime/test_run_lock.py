@@ -161,7 +161,7 @@ def test_of_many_that_see_a_stale_lock_one_takes_it(tmp_path):
         )
         for _ in range(4)
     ]
-    ends = [other.communicate(timeout=60) for other in others]
+    ends = [other.communicate(timeout=600) for other in others]
     assert sorted(other.returncode for other in others) == [0, 1, 1, 1]
     assert sum(out == "taken\n" for out, _ in ends) == 1
     assert sum("which is in use by process" in err for _, err in ends) == 3
@@ -208,7 +208,7 @@ def test_a_process_whose_lock_was_taken_over_stops(tmp_path):
     )
     assert process.stdout.readline() == "taken\n"
     write_lock(tmp_path)
-    _, err = process.communicate(timeout=30)
+    _, err = process.communicate(timeout=600)
     assert process.returncode == run_lock.EXIT_LOCK_LOST
     (line,) = err.splitlines()
     assert "was taken over by process 7 of ann on far" in line and "this one stops" in line

@@ -267,9 +267,9 @@ def f(prompts, responses):
 
 def test_a_function_that_raises_late_is_not_late(scorer):
     """Finding the response to blame takes calls of its own, each with its own limit."""
-    source = "import time\ndef f(prompts, responses):\n    time.sleep(1.5)\n    raise ValueError('no')"
+    source = "import time\ndef f(prompts, responses):\n    time.sleep(3)\n    raise ValueError('no')"
     with pytest.raises(UserError, match="raised ValueError: no, on response 0 of the batch, 'a'"):
-        scorer(source, workers=1, timeout=2.5)([sample("a"), sample("b")])
+        scorer(source, workers=1, timeout=5.0)([sample("a"), sample("b")])
 
 
 def test_a_dead_worker_whose_child_lives_on_is_noticed(scorer):
@@ -392,8 +392,8 @@ def f(prompts, responses, fields):
     name = write_module(source)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ppo, "build_mesh", lambda given: build_mesh(given, jax.devices()[:1]))
-        with pytest.raises(UserError, match=r"f took more than 1 s on response 0 of the batch, .* within 1 s"):
-            run(function_workers=1, function_timeout=1.0)
+        with pytest.raises(UserError, match=r"f took more than 4 s on response 0 of the batch, .* within 4 s"):
+            run(function_workers=1, function_timeout=4.0)
         saved = max(int(path.name) for path in (tmp_path / "ppo" / "checkpoints").iterdir() if path.name.isdecimal())
         assert saved == 3  # calls: calibration, evaluation and three steps
         (tmp_path / "count").unlink()
@@ -470,7 +470,7 @@ def test_a_job_of_two_processes_calls_a_function_once():
         for i in range(2)
     ]
     try:
-        printed = [process.communicate(timeout=120)[0] for process in job]
+        printed = [process.communicate(timeout=600)[0] for process in job]
     finally:
         for process in job:
             process.kill()

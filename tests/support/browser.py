@@ -103,7 +103,7 @@ class Browser:
             "--dump-dom",
             f"{page.resolve().as_uri()}#{address}",
         ]
-        result = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", timeout=120, check=False)
+        result = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", timeout=600, check=False)
         assert result.stdout, f"{self.program} returned {result.returncode}: {result.stderr[-2000:]}"
         reader = _Reader()
         reader.feed(result.stdout)
