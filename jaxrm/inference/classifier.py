@@ -26,7 +26,7 @@ from jaxrm.inference import sharded_model
 from jaxrm.inference.encoded_records import EncodedRecord, encode_each
 from jaxrm.inference.prompts import Prompt, check_count, read_prompts, read_responses
 from jaxrm.inference.response_batches import bucket
-from jaxrm.inference.reward_model import default_kind
+from jaxrm.inference.reward_kind import default_kind
 from jaxrm.inference.scores import Scores
 from jaxrm.inference.sharded_model import ShardedModel
 from jaxrm.inference.text_scorer import TextSample

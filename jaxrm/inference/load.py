@@ -18,7 +18,8 @@ from jaxrm.inference import parameters, weights
 from jaxrm.inference.classifier import Classifier
 from jaxrm.inference.open_classifier import open_classifier
 from jaxrm.inference.policy import Policy
-from jaxrm.inference.reward_model import RewardModel, default_kind, kind_of, sort_of
+from jaxrm.inference.reward_kind import default_kind, kind_of, sort_of
+from jaxrm.inference.reward_model import RewardModel
 from jaxrm.inference.run_checkpoint import RunCheckpoint, find_checkpoint, is_run
 from jaxrm.inference.sharded_model import check_tokenizer, shard_model, shard_scalar_model, with_tokens
 from jaxrm.models import build, hub

@@ -11,7 +11,8 @@ from jaxrm.data.pairs import MappingConfig
 from jaxrm.data.responses import Response
 from jaxrm.errors import UserError, arguments
 from jaxrm.inference.prompts import Prompt, check_count, read_prompts
-from jaxrm.inference.reward_model import RewardModel, default_kind
+from jaxrm.inference.reward_kind import default_kind
+from jaxrm.inference.reward_model import RewardModel
 from jaxrm.inference.sampler import Sampler
 from jaxrm.inference.sharded_model import ShardedModel, shard_model, shard_scalar_model
 from jaxrm.models import build, heads

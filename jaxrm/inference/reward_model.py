@@ -1,7 +1,6 @@
 """A reward model with its parameters, ready to score responses and, a seq2seq one, to correct them."""
 
 import dataclasses
-import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from jaxrm.data.pairs import correction_request
-from jaxrm.data.template_comparison import Template, write_alike
 from jaxrm.data.templates import bos_id
-from jaxrm.data.tokenizer import Vocabulary, unreadable_by
-from jaxrm.errors import UserError, arguments, flag, option
+from jaxrm.data.tokenizer import Vocabulary
+from jaxrm.errors import UserError, arguments
 from jaxrm.inference.prompts import Prompt, check_count, read_prompts, read_responses
+from jaxrm.inference.reference import check_reference, check_reference_template
+from jaxrm.inference.reward_kind import check_needs_reference, choose_kind
 from jaxrm.inference.sharded_model import ShardedModel
 from jaxrm.models import lora
-from jaxrm.ops import reward_kinds
 from jaxrm.ops.reward_kinds import Source
 
 if TYPE_CHECKING:
@@ -27,7 +26,6 @@ if TYPE_CHECKING:
     from jaxrm.data.records import Record
     from jaxrm.inference.encoded_records import EncodedRecord
     from jaxrm.inference.policy import Policy
-    from jaxrm.inference.run_checkpoint import RunCheckpoint
     from jaxrm.inference.scores import Scores
 
 
@@ -253,95 +251,3 @@ class RewardModel:
 def vocabulary_of(model: "RewardModel | Policy") -> Vocabulary:
     """What the token ids of a model mean."""
     return Vocabulary(model.tokenizer, model.model.config.vocab_size, model.name)
-
-
-def sort_of(run: "RunCheckpoint") -> Source:
-    """The sort of the reward model that a run holds."""
-    sorts: dict[str, Source] = {"seq2seq_rm": "seq2seq", "scalar_rm": "scalar", "dpo": "dpo"}
-    return sorts[run.config.algorithm]
-
-
-def kind_of(run: "RunCheckpoint") -> str:
-    """Kind that the reward model of a run is read by where nothing else is said."""
-    sort = sort_of(run)
-    return default_kind(sort, None if sort == "dpo" else run.config.reward.kind)
-
-
-def default_kind(sort: Source, recorded: str | None = None) -> str:
-    """Kind that a reward model is read by where nothing else is said: that of its run, if it can give it."""
-    kinds = reward_kinds.names_for(sort)
-    return recorded if recorded in kinds else kinds[0]
-
-
-def choose_kind(name: str, sort: Source, kind: str, field: str) -> str:
-    """Refuse a kind of token reward that is none, or that a reward model cannot give.
-
-    Args:
-      name: of the reward model.
-      sort: its own.
-      kind: the kind.
-      field: argument or field that says it.
-
-    Raises:
-      UserError: with the kinds that it can give.
-    """
-    kinds = reward_kinds.names_for(sort)
-    if kind in kinds or (sort == "seq2seq" and reward_kinds.is_custom(str(kind))):
-        return kind
-    if field == "kind" and kind not in reward_kinds.KINDS:
-        near = difflib.get_close_matches(str(kind), kinds, n=1)
-        advice = f"did you mean {flag(field)}={near[0]}?" if near else f"e.g. {flag(field)}={kinds[0]}"
-        raise UserError(f"{option(field)} is {kind!r}; use one of {', '.join(kinds)}; {advice}")
-    raise UserError(
-        f"{option(field)} is {kind!r}, but {name} is a {sort} reward model, whose kinds are "
-        f"{', '.join(kinds)}; e.g. {flag('kind')}={kinds[0]}"
-    )
-
-
-def check_needs_reference(kind: str, reference: object) -> None:
-    """Refuse ``contrast`` and ``dpo`` without a reference policy, and a reference policy with another kind."""
-    is_needed = reward_kinds.find_kind(kind).needs_reference
-    if is_needed != (reference is not None):
-        name = getattr(reference, "name", reference)
-        example = f"{flag('kind')}={kind if is_needed else 'contrast'} {flag('reference')}=runs/quickstart/sft"
-        raise UserError(
-            f"the kind is {kind}, and {option('reference')} is {name}; contrast and dpo compare with a reference "
-            f"policy and the other kinds with none, so give both, e.g. {example}, or neither"
-        )
-
-
-def check_reference_template(own: Template, name: str, theirs: Template, path: str) -> None:
-    """Refuse a reference policy that was trained with another template than a reward model.
-
-    Args:
-      own: of the reward model.
-      name: what it is called.
-      theirs: of the reference.
-      path: what ``reference`` names.
-
-    Raises:
-      UserError: naming both templates.
-    """
-    if not write_alike(own, theirs):
-        raise UserError(
-            f"{option('reference')} is {path!r}, trained with the chat template {theirs[1]!r}, but {name} with "
-            f"{own[1]!r}, which writes a dialogue differently; required a policy that was trained with the same"
-        )
-
-
-def check_reference(own: Vocabulary, path: str, theirs: Vocabulary, example: str | None = None) -> None:
-    """Refuse a reference policy to which a reward model's token ids mean something else, or nothing.
-
-    Args:
-      own: what they mean to the reward model.
-      path: what ``reference`` names.
-      theirs: what they mean to the reference.
-      example: a reference that fits.
-    """
-    conflict = unreadable_by(theirs, own)
-    if conflict is not None:
-        advice = f"e.g. {flag('reference')}={example}" if example else "such as the run that it started from"
-        raise UserError(
-            f"{option('reference')} is {path!r}, which has another vocabulary than {own.name}: {conflict}; "
-            f"required a policy that reads the same ids, {advice}"
-        )

@@ -14,15 +14,9 @@ from jaxrm.errors import UserError, option
 from jaxrm.evaluation.ranking import pair_accuracy
 from jaxrm.inference.classifier import Classifier
 from jaxrm.inference.policy import Policy
-from jaxrm.inference.reward_model import (
-    RewardModel,
-    check_needs_reference,
-    check_reference,
-    check_reference_template,
-    choose_kind,
-    kind_of,
-    sort_of,
-)
+from jaxrm.inference.reference import check_reference, check_reference_template
+from jaxrm.inference.reward_kind import check_needs_reference, choose_kind, kind_of, sort_of
+from jaxrm.inference.reward_model import RewardModel
 from jaxrm.inference.run_checkpoint import RunCheckpoint, find_checkpoint, is_run
 from jaxrm.reports import page
 from jaxrm.runtime.progress import print_table

@@ -9,7 +9,7 @@ from jaxrm.data.config import DataConfig
 from jaxrm.data.template_comparison import write_alike
 from jaxrm.data.tokenizer import load_tokenizer
 from jaxrm.errors import UserError
-from jaxrm.inference.reward_model import check_reference_template
+from jaxrm.inference.reference import check_reference_template
 from jaxrm.models.build import ModelSource
 from jaxrm.stages.trained_template import check_trained_template
 
