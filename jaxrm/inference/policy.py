@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 import jax
@@ -42,6 +43,11 @@ class Policy:
     tokenizer: "PreTrainedTokenizerBase" = dataclasses.field(repr=False)
     template: str
     name: str
+
+    @cached_property
+    def log_prob_steps(self) -> dict[Any, Any]:
+        """Functions to its log-probs of responses, by mesh, so that they are compiled once and not by every call."""
+        return {}
 
     @arguments()
     def generate(

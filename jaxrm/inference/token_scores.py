@@ -90,7 +90,7 @@ def score_kinds(
     # No longer than the longest response, whatever batch a response is in.
     step = _score_step(model, kinds, max([1, *map(len, responses)]))
     plain = {kind: reward_scaling.uncalibrated() for kind in kinds}
-    log_probs = None if reference is None else policy_log_probs(reference.model, reference.params, mesh)
+    log_probs = None if reference is None else _reference_log_probs(reference, mesh)
     nothing = TokenScores(np.zeros(0, np.float32), None)
     scores = {kind: [nothing] * len(responses) for kind in kinds}
     V, done = model.model.config.vocab_size, 0
@@ -128,6 +128,13 @@ def _score_step(model: RewardModel, kinds: Sequence[str], correction_length: int
             output_sharding=NamedSharding(mesh, PartitionSpec()),
         )
     return model.score_steps[key]
+
+
+def _reference_log_probs(reference: Policy, mesh: Mesh) -> Callable[[ResponseBatch], jax.Array]:
+    """`policy_log_probs` of a reference policy, made once for it."""
+    if mesh not in reference.log_prob_steps:
+        reference.log_prob_steps[mesh] = policy_log_probs(reference.model, reference.params, mesh)
+    return reference.log_prob_steps[mesh]
 
 
 def _check_finite(values: np.ndarray, name: str, source: str) -> None:

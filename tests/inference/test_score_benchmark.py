@@ -78,6 +78,14 @@ def test_sums_are_those_of_scores(algorithm, make_run, tmp_path, caplog):
         model.score(prompts, responses, batch_size=2)  # compiled above
     assert not [line for line in caplog.messages if line.startswith("Compiling jit(step)")]
     if algorithm == "seq2seq_rm":
+        make_run(tmp_path / "sft")
+        reference = jaxrm.load_policy(tmp_path / "sft")
+        for expected_compilations in (2, 0):  # the reward model's reading and the reference's
+            caplog.clear()
+            with jax.log_compiles(), caplog.at_level(logging.WARNING):
+                model.score(prompts, responses, kind="contrast", batch_size=2, reference=reference)
+            compiled = [line for line in caplog.messages if "jit(step)" in line or "jit(log_probs)" in line]
+            assert sum(line.startswith("Compiling") for line in compiled) == expected_compilations, compiled
         with pytest.raises(UserError, match="reference"):
             model.sums(prompts, responses, ["contrast"], batch_size=2)
 
