@@ -7,57 +7,34 @@ out in a message stays text (`jaxrm.data.templates`), so that a policy cannot en
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxrm.data import templates
 from jaxrm.data.readers import ReadReport
 from jaxrm.data.records import Message, Record
 from jaxrm.data.templates import Text
 from jaxrm.errors import UserError, arguments, flag, option
-from jaxrm.inference import sharded_model
 from jaxrm.inference.encoded_records import EncodedRecord, encode_each
 from jaxrm.inference.prompts import Prompt, check_count, read_prompts, read_responses
-from jaxrm.inference.response_batches import bucket
 from jaxrm.inference.reward_kind import default_kind
 from jaxrm.inference.scores import Scores
 from jaxrm.inference.sharded_model import ShardedModel
+from jaxrm.inference.text_batches import build_text_step, text_batches
+from jaxrm.inference.text_counts import TextCounts
 from jaxrm.inference.text_scorer import TextSample
 from jaxrm.inference.token_scores import TokenScores, as_record, without_length
 from jaxrm.models import hub
 from jaxrm.ops.reward_kinds import find_kind, names_for
 from jaxrm.runtime.progress import Progress
-from jaxrm.sharding import partition
-from jaxrm.sharding.mesh import batch_shards
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from jaxrm.inference.policy import Policy
-
-
-@dataclass
-class TextCounts:
-    """How many of the texts that a classifier has scored were not read whole.
-
-    Attributes:
-      cut: those that were too long and lost a part.
-      cut_share: of those that were scored last, together.
-      changed: those of which the template dropped or changed something, in training alone.
-      changed_share: of those that were scored last, together.
-    """
-
-    cut: int = 0
-    cut_share: float = 0.0
-    changed: int = 0
-    changed_share: float = 0.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,7 +79,7 @@ class Classifier:
                 dialogue = [*sample.prompt, Message("assistant", sample.response)]
                 texts.append(templates.write_dialogue(self.tokenizer, dialogue, self.template, may_change=True))
                 num_changed += 1
-        self._count_changed(num_changed, len(texts))
+        self.counts.add_changed(num_changed, len(texts), self.name)
         return self.score_texts(texts)
 
     @arguments()
@@ -243,10 +220,11 @@ class Classifier:
         assert self.weights is not None, "the classifier has no weights yet"
         whole = templates.encode(self.tokenizer, texts)
         encoded = [self._readable(ids) for ids in whole]
-        self._count_cut(sum(len(ids) > self.max_length for ids in whole), len(whole))
+        num_cut = sum(len(ids) > self.max_length for ids in whole)
+        self.counts.add_cut(num_cut, len(whole), self.name, self.max_length, self.tokenizer.truncation_side)
         scores, done = np.zeros(len(texts), np.float32), 0
         with Progress("score", len(texts), unit="responses", enabled=show_progress) as progress:
-            for tokens, last, indices in self._batches(encoded, rows or self.rows):
+            for tokens, last, indices in text_batches(encoded, rows or self.rows, self.model.mesh):
                 scores[indices] = np.asarray(self._step(self.weights.params, tokens, last))[: len(indices)]
                 done += len(indices)
                 progress.update(done)
@@ -334,59 +312,7 @@ class Classifier:
 
     @functools.cached_property
     def _step(self) -> Any:
-        """Jitted ``(params, tokens [B, W], last [B]) -> [B]``, the score at the token ``last`` of each row."""
-        mesh, graphdef = self.model.mesh, self.model.graphdef
-        rows, copied = partition.batch_sharding(mesh), NamedSharding(mesh, PartitionSpec())
-
-        def step(params: Any, tokens: jax.Array, last: jax.Array) -> jax.Array:
-            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None], tokens.shape)
-            segments = (positions <= last[:, None]).astype(jnp.int32)
-            scores = nnx.merge(graphdef, params)(tokens, positions=positions, segment_ids=segments)
-            return jnp.take_along_axis(scores, last[:, None], axis=1)[:, 0]
-
-        return jax.jit(step, in_shardings=(self.model.shardings, rows, rows), out_shardings=copied)
-
-    def _batches(self, texts: Sequence[np.ndarray], rows: int) -> Iterator[tuple[jax.Array, jax.Array, list[int]]]:
-        """Rows of about one length, padded to few widths: tokens, the index of each row's last one, and whose they are.
-
-        Every process has all of it and gives its devices their part. Rows left over are one token of padding.
-        """
-        mesh = self.model.mesh
-        shards, multiple = batch_shards(mesh), sharded_model.pad_to_multiple_of(mesh)
-        height = -(-rows // shards) * shards
-        sharding = partition.batch_sharding(mesh)
-        order = sorted(range(len(texts)), key=lambda i: (bucket(len(texts[i])), i))
-        for start in range(0, len(order), height):
-            indices = order[start : start + height]
-            width = -(-bucket(max(len(texts[i]) for i in indices)) // multiple) * multiple
-            tokens, last = np.zeros((height, width), np.int32), np.zeros(height, np.int32)
-            for row, i in enumerate(indices):
-                tokens[row, : len(texts[i])], last[row] = texts[i], len(texts[i]) - 1
-            placed = [jax.make_array_from_callback(x.shape, sharding, x.__getitem__) for x in (tokens, last)]
-            yield placed[0], placed[1], indices
-
-    def _count_cut(self, num_cut: int, total: int) -> None:
-        """Count texts that were cut, and warn of the first."""
-        is_first = num_cut > 0 and not self.counts.cut
-        self.counts.cut += num_cut
-        self.counts.cut_share = num_cut / max(total, 1)
-        if is_first and jax.process_index() == 0:
-            side = "the beginning" if self.tokenizer.truncation_side == "left" else "the end"
-            print(
-                f"warning: texts of more than {self.max_length} tokens lose {side} before {self.name} reads them, as "
-                "its tokenizer truncates"
-            )
-
-    def _count_changed(self, num_changed: int, total: int) -> None:
-        """Count texts that the template changed, and warn of the first."""
-        is_first = num_changed > 0 and not self.counts.changed
-        self.counts.changed += num_changed
-        self.counts.changed_share = num_changed / max(total, 1)
-        if is_first and jax.process_index() == 0:
-            print(
-                f"warning: the chat template of {self.name} drops or changes some of a text, so that what it writes is "
-                "scored; texts_changed is the share of such texts"
-            )
+        return build_text_step(self.model)
 
 
 def _on_last(score: float, length: int) -> np.ndarray:

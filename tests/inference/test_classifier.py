@@ -19,8 +19,8 @@ from jaxrm.data import templates
 from jaxrm.data.records import Message
 from jaxrm.data.responses import Response
 from jaxrm.errors import UserError, naming
-from jaxrm.inference.classifier import TextCounts
 from jaxrm.inference.open_classifier import describe_classifier, open_classifier
+from jaxrm.inference.text_counts import TextCounts
 from jaxrm.inference.text_scorer import TextSample
 from jaxrm.models import build
 from jaxrm.models.build import ModelSource
