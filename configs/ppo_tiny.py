@@ -21,14 +21,14 @@ def get_config() -> PPO:
     sampling = SamplingConfig(max_new_tokens=40)
     return PPO(
         run_dir="runs/ppo_tiny",
-        num_steps=50,
+        num_steps=100,
         # No kind beat the paper's in the study, and centering is worth most (jaxrm/study/README.md).
         reward=RewardConfig(kind="literal", model="runs/rm_seq2seq_tiny"),
         model=ModelSource(path="runs/sft_tiny"),
-        data=DataConfig(path="task:safety", max_length=64, batch_size=64),
+        data=DataConfig(path="task:safety", max_length=64, batch_size=32),
         rollout=RolloutConfig(sampling=sampling),
-        ppo=PPOConfig(kl_coef=0.3),
+        ppo=PPOConfig(kl_coef=0.02),  # as published
         critic=CriticConfig(optimizer=OptimizerConfig(lr=3e-4)),
-        optimizer=OptimizerConfig(lr=1e-4),
+        optimizer=OptimizerConfig(lr=3e-4),
         evaluation=JudgedEvaluationConfig(every=25, sampling=sampling),
     )

@@ -19,7 +19,8 @@ def get_config() -> Seq2SeqRM:
     return Seq2SeqRM(
         run_dir="runs/rm_seq2seq_tiny",
         num_epochs=2.0,
-        mapping=MappingConfig(instruction=""),  # in a world of 198 words the turn alone is instruction enough
+        # In a world of 198 words the turn alone is instruction enough. The weight has its evidence in jaxrm/study.
+        mapping=MappingConfig(instruction="", edit_weight=4.0),
         model=ModelSource(path="runs/sft_tiny"),
         data=DataConfig(path="runs/pairs_tiny/pairs.jsonl", max_length=256, batch_size=16, eval_share=0.2),
         optimizer=OptimizerConfig(lr=1e-3, weight_decay=0.1),

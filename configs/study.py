@@ -66,11 +66,12 @@ def get_config() -> Study:
     )
     return Study(
         run_dir="runs/study",
+        max_notes=10,  # with 7, all arms are at the ceiling of summarize
         sft=sft,
         pairs=SamplePairs(data=demonstrations, pairs=PairsConfig(count=2000, sampling=SAMPLING), logging=quiet),
         rm_scalar=rm_scalar,
         rm_seq2seq=Seq2SeqRM(
-            mapping=MappingConfig(instruction=""),
+            mapping=MappingConfig(instruction="", edit_weight=4.0),
             data=pairs,
             optimizer=rm_scalar.optimizer,
             evaluation=CorrectionEvaluationConfig(every=never, samples=0, sampling=SAMPLING),

@@ -12,7 +12,12 @@ from jaxrm.algorithms.dpo import DPOConfig
 from jaxrm.algorithms.endpoint_config import RESUMABLE_ENDPOINT_FIELDS
 from jaxrm.algorithms.optimizer import OptimizerConfig
 from jaxrm.algorithms.ppo_config import CriticConfig, PPOConfig, RolloutConfig
-from jaxrm.algorithms.reward_config import RewardConfig, RewardKindConfig, check_sources
+from jaxrm.algorithms.reward_config import (
+    RewardConfig,
+    RewardKindConfig,
+    check_early_end_penalty,
+    check_sources,
+)
 from jaxrm.algorithms.scalar_rm import ScalarRMConfig
 from jaxrm.comparison_config import (
     CompareConfig,
@@ -213,6 +218,7 @@ class PPO(TrainingConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_sources(self)
+        check_early_end_penalty(self)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -144,14 +144,16 @@ def _advantages(
 
 
 def _shaped_rewards(rewards: TokenRewards, mask: jax.Array, config: PPOConfig) -> jax.Array:
-    """Token rewards ``[B, T]``, normalized where the config says so, less a penalty where the end token is missing."""
+    """Token rewards ``[B, T]``, normalized where the config says so, less penalties for a missing or early end."""
     shaped = rewards.rewards
     if config.normalize_rewards:
         mean = masking.masked_mean(shaped, mask)
         variance = masking.masked_mean(jnp.square(shaped - mean), mask)
         shaped = shaped * jax.lax.rsqrt(variance + 1e-8)
-    is_truncated = rewards.diagnostics["ended"] == 0
-    return shaped - config.missing_end_penalty * (masking.last_token(mask) & is_truncated[:, None])
+    ended, end_tag = rewards.diagnostics["ended"], rewards.diagnostics["end_tag"]
+    is_early = (ended == 1) & (end_tag == 0)
+    penalty = jnp.where(is_early, config.early_end_penalty, jnp.where(ended == 0, config.missing_end_penalty, 0.0))
+    return shaped - jnp.where(masking.last_token(mask), penalty[:, None], 0.0)
 
 
 def _rollout_metrics(

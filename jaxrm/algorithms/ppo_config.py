@@ -55,6 +55,9 @@ class PPOConfig:
         et al. 2024, arXiv 2403.17031). What is left of it counts as the whole response: a scalar reward model is read
         at its last token, and nothing is worth anything after it. Without a penalty, a policy that never ends is paid
         like one that does. With ``config.reward.scale=unit``, 1 is the standard deviation of the SFT policy's rewards.
+      early_end_penalty: taken off the last token's reward of a response that ended where the seq2seq reward model would
+        have gone on, that is where its end token has tag - (jaxrm choice). ``literal`` charges such an end as one wrong
+        token, however much is left unsaid, so a policy that expects to be wrong may learn to say nothing.
       whiten_advantages: give the advantages of a rollout zero mean and unit standard deviation; ``reinforce++`` does.
       normalize_rewards: divide token rewards by their standard deviation in the rollout.
       packing: let prompts with their responses share rows where policy, reference and critic read them, as SFT does, so
@@ -84,6 +87,7 @@ class PPOConfig:
     kl_loss_coef: float = bounded(0.0, at_least(0), finite)
     kl_loss_estimator: str | None = bounded(None, one_of("k2", "k3"), meaning="that of the advantage")
     missing_end_penalty: float = bounded(1.0, at_least(0), finite)
+    early_end_penalty: float = bounded(0.0, at_least(0), finite)
     whiten_advantages: bool = False
     normalize_rewards: bool = False
     packing: bool = False

@@ -257,6 +257,22 @@ def check_sources(config: Any) -> None:
         )
 
 
+def check_early_end_penalty(config: Any) -> None:
+    """Refuse a penalty for early ends where no source tags tokens, so that no end could be early.
+
+    Raises:
+      UserError: naming the penalty and the kinds.
+    """
+    kinds = [source.kind for source in sources_of(config).values()]
+    if config.ppo.early_end_penalty and not any(map(reward_kinds.tags_tokens, kinds)):
+        penalty = f"{place(config, 'ppo')}.early_end_penalty"
+        raise UserError(
+            f"{penalty} is {config.ppo.early_end_penalty:g}, but a seq2seq reward model alone says where a response "
+            f"should go on, and the kind of the rewards is {', '.join(kinds)}; "
+            f"give {typed(config, 'ppo.early_end_penalty', 0.0)}"
+        )
+
+
 def _typed(rewards: str, name: str, field: str, value: Any) -> str:
     """A field of a named source as the person gives it, in Python or on a command line."""
     if rewards.startswith("config"):

@@ -16,6 +16,7 @@ _SINCE: Mapping[str, Any] = {
     "weight": 1.0,
     "head": "zero",
     "edit_weight": 1.0,
+    "early_end_penalty": 0.0,
     "annotator_bias": 1.0,
     "annotator_noise": 1.0,
     "prefix_coef": 0.0,

@@ -125,6 +125,11 @@ def names_for(needs: Source, reads: Reads | None = None) -> tuple[str, ...]:
     return tuple(name for name, kind in KINDS.items() if kind.needs == needs and reads in (None, kind.reads))
 
 
+def tags_tokens(name: str) -> bool:
+    """Whether a kind comes with tags of tokens, which a seq2seq reward model alone gives."""
+    return is_custom(name) or KINDS[name].needs == "seq2seq"
+
+
 def is_custom(name: str) -> bool:
     """Whether a name is that of a user's own kind, ``package.module:function``. It reads a seq2seq reward model."""
     return ":" in name

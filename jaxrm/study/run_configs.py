@@ -12,6 +12,7 @@ from jaxrm.config.dicts import with_changes
 from jaxrm.data import tasks
 from jaxrm.evaluation.config import EvaluateConfig
 from jaxrm.models.build import ModelSource
+from jaxrm.ops.reward_kinds import tags_tokens
 from jaxrm.study.arms import RESPONSES_PER_PROMPT, TrainedByRewards, folder_name, read_arm
 from jaxrm.study.config import BEST, SIZES, Setting, Study, published, setting_name
 from jaxrm.study.worlds import bias_of, prompt_tokens, task_of
@@ -227,6 +228,8 @@ def _rewarded_runs(site: Site, arm: TrainedByRewards, path: str, setting: Settin
         "checkpoint.keep": _ALL,
         "checkpoint.keep_best": 0,
     }
+    if not any(map(tags_tokens, rewards)):
+        changes["ppo.early_end_penalty"] = 0.0  # of the arms that have tags
     if arm.advantage == "gae":
         changes["critic.path"] = site.folder(critic)
     else:

@@ -241,6 +241,24 @@ def test_a_response_that_was_cut_off_is_worth_less_by_default():
     np.testing.assert_allclose(rollout.returns, expected + np.asarray([0.5, 0.25]), rtol=1e-6)
 
 
+def test_an_end_that_the_reward_model_tags_minus_costs_more():
+    """Of an end with tag +, one with tag - and a missing one only the second is early; kinds without tags have none."""
+    responses = jnp.asarray([[5, EOS], [5, EOS], [5, 5]])
+    whole = jnp.ones((3, 2), bool)
+    batch = ResponseBatch(jnp.ones((3, 1), jnp.int32), jnp.ones((3, 1), bool), responses, whole)
+    blank = jnp.zeros((3, 2))
+    tags = jnp.asarray([[True, True], [True, False], [True, False]])
+    config = PPOConfig(early_end_penalty=0.5, missing_end_penalty=0.75, gae_lambda=0.0)
+    feedback = RewardAndKLState(reward_scaling.uncalibrated(), jnp.float32(0.0))
+    for kind, early in (("literal", -0.5), ("scalar", 0.0)):
+        own = tags if kind == "literal" else whole
+        rewards = scoring.as_token_rewards(reward_scaling.uncalibrated(), KINDS[kind], blank, own, batch, (EOS,))
+        readings = TokenLogProbs(blank, blank, blank, blank)
+        rollout, _, metrics = ppo.estimate(feedback, batch, readings, rewards, config=config, next_calibration=stay)
+        np.testing.assert_allclose(rollout.advantages, [[0, 0], [0, early], [0, -0.75]], rtol=1e-6)
+        assert metrics["reward"] == 0
+
+
 def test_whitening_and_normalizing_look_at_response_tokens_alone():
     batch, mask, readings, values = made_up()
     rewards = scoring.as_token_rewards(

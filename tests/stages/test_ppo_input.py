@@ -681,6 +681,7 @@ def test_options_that_an_advantage_lacks_are_refused(advantage, options, message
         (PPOConfig, "loss_aggregation", "mean"),
         *((PPOConfig, "clip_high", bad) for bad in (0.0, 0.1, float("inf"))),
         *((PPOConfig, "missing_end_penalty", bad) for bad in (-1.0, float("inf"))),
+        *((PPOConfig, "early_end_penalty", bad) for bad in (-1.0, float("inf"))),
         (PPOConfig, "ptx_coef", float("nan")),
         (PPOConfig, "value_coef", 0.0),
         (RewardConfig, "kind", "liter"),

@@ -18,6 +18,7 @@ HEALTHY = {
     "entropy": 1.5,
     "value_loss": 0.4,
     "ended": 0.9,
+    "end_tag": 0.9,
     "response_length": 20.0,
     "tokens_per_second": 1000.0,
 }
@@ -63,12 +64,17 @@ def test_a_healthy_run_is_not_warned_of():
             ("the value loss is 8.1", "--config.reward.scale=unit", "--config.critic.optimizer.lr"),
         ),
         (
-            history(1, ended=0.0),
+            history(1, ended=0.0, end_tag=0.0),
             "truncated",
             ("within 20 tokens", "--config.rollout.sampling.max_new_tokens", "--config.ppo.missing_end_penalty"),
         ),
+        (
+            history(10, ended=[1.0] * 10, end_tag=[0.95] * 5 + [0.7] * 5),
+            "early ends",
+            ("30% of the responses", "5% at first", "--config.ppo.early_end_penalty=1", "--config.optimizer.lr"),
+        ),
     ],
-    ids=["negative KL", "entropy", "value loss", "truncated"],
+    ids=["negative KL", "entropy", "value loss", "truncated", "early ends"],
 )
 def test_each_warning_comes_alone_with_a_cause_and_a_remedy(seen, name, words):
     found = warnings(seen)
@@ -90,7 +96,10 @@ def test_each_warning_comes_alone_with_a_cause_and_a_remedy(seen, name, words):
         history(6, value_loss=7.9),
         history(5, value_loss=80.0),  # of too few steps there is no median to speak of
         history(9, value_loss=[1e-9] * 8 + [1e-6]),
-        history(9, ended=0.01),
+        history(9, ended=0.01, end_tag=0.01),
+        history(9, end_tag=[0.9] * 4 + [0.5] * 5),  # too few steps
+        history(20, end_tag=[0.5] * 20),  # a reward model that would never end
+        history(20, ended=[0.99] * 10 + [0.5] * 10, end_tag=[0.98] * 10 + [0.45] * 10),  # cut off, not early
     ],
     ids=lambda _: "",
 )
@@ -135,7 +144,7 @@ def warned(lines):
 
 
 def test_a_warning_is_not_repeated_within_twenty_steps(report):
-    _, lines = report(history(50, ended=[0.0] * 50))
+    _, lines = report(history(50, ended=[0.0] * 50, end_tag=[0.0] * 50))
     assert warned(lines) == [1, 21, 41]
 
 
@@ -143,7 +152,7 @@ def test_warnings_do_not_silence_each_other(report):
     """One that is over comes back after twenty steps."""
     steps = history(30)
     for step in (2, 3, 8, 21, 22):  # counted from 1
-        steps[step - 1]["ended"] = 0.0
+        steps[step - 1] |= {"ended": 0.0, "end_tag": 0.0}
     steps[8]["entropy"] = 0.01
     _, lines = report(steps)
     assert warned(lines) == [2, 9, 22]

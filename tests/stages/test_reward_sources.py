@@ -162,6 +162,10 @@ def test_the_critic_starts_from_the_first_weighted_name(monkeypatch):
             "reward.model=y rewards.a.model=x",
             r"reward is given beside config.rewards, .* give --config.reward.model=None$",
         ),
+        (
+            "reward.kind=scalar reward.model=x ppo.early_end_penalty=1",
+            r"ppo.early_end_penalty is 1, .* of the rewards is scalar; give --config.ppo.early_end_penalty=0.0$",
+        ),
         ("reward.scale=2 rewards.a.model=x", r"reward is given .*, which has a; .* give --config.reward.scale=unit$"),
         ("rewards.a.weight=inf rewards.a.model=x", r"rewards.a.weight is inf; it must be finite"),
         ("rewards.a.weight=nan rewards.a.model=x", r"rewards.a.weight is nan, not a number; required float"),

@@ -131,7 +131,8 @@ def test_warnings_of_a_continued_run_know_the_steps_before(tmp_path, capsys):
     from jaxrm.runtime.progress import Progress
     from jaxrm.stages.ppo.report import PPOReporter
 
-    step = {"reward": 0.0, "kl": 0.1, "kl_error": 0.1, "value_loss": 1.0, "ended": 1.0, "response_length": 3.0}
+    step = {"reward": 0.0, "kl": 0.1, "kl_error": 0.1, "value_loss": 1.0}
+    step |= {"ended": 1.0, "end_tag": 1.0, "response_length": 3.0}
     with Progress("ppo", 9) as progress:
         writer = MetricsWriter(None, None, None)
         options = {"every": 1, "num_steps": 9, "learning_rate": lambda _: 0.0}

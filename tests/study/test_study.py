@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from jaxrm.algorithms.reward_config import RewardConfig
+from jaxrm.config.dicts import with_changes
 from jaxrm.config.files import load_config_file
 from jaxrm.data import tasks
 from jaxrm.data.tokenizer import load_tokenizer
@@ -128,6 +129,14 @@ def test_arms_of_one_algorithm_differ_in_the_reward_alone():
         for arm in arms
     }
     assert same["ppo_scalar"] == same["ppo_soft"] == same["ppo_my_kinds:doubt"] and len(same["ppo_soft"]) == 6
+
+
+def test_early_ends_are_those_of_arms_with_tags():
+    study = the_study(worlds=("safety",), arms=("ppo_scalar", "ppo_soft"), seeds=(1,))
+    study = dataclasses.replace(study, ppo=with_changes(study.ppo, {"ppo.early_end_penalty": 1.0}))
+    runs = runs_of(study)
+    for arm, penalty in (("ppo_scalar", 0.0), ("ppo_soft", 1.0)):
+        assert runs[f"safety/seed1/{arm}/kl_coef=0.02,lr=0.001"].experiment.ppo.early_end_penalty == penalty
 
 
 def test_algorithms_are_read_off_an_arm():
