@@ -3,7 +3,7 @@
     ./launch/quickstart.sh
     python -m jaxrm.train --config=configs/quickstart.py
 
-Needs: two CPU cores, 2 GB of memory, about four minutes. Any field of any stage can be overridden, e.g.
+Needs: two CPU cores, 2 GB of memory, about six minutes. Any field of any stage can be overridden, e.g.
 --config.ppo_seq2seq.reward.kind=soft; each stage's run is in runs/quickstart/STAGE, the page in runs/quickstart.
 """
 
@@ -44,25 +44,30 @@ def get_config() -> Pipeline:
     )
     rm_seq2seq = Seq2SeqRM(
         num_epochs=2.0,
-        mapping=MappingConfig(instruction=""),  # in a world of 198 words the turn alone is instruction enough
+        # In a world of 198 words the turn alone is instruction enough. The weight has its evidence in jaxrm/study.
+        mapping=MappingConfig(instruction="", edit_weight=4.0),
         model=POLICY,
         data=preferences,
         optimizer=rm_scalar.optimizer,
         evaluation=CorrectionEvaluationConfig(judge="task:safety"),
     )
     ppo_scalar = PPO(
-        num_steps=50,
+        num_steps=100,
         reward=RewardConfig(kind="scalar", model="stage:rm_scalar"),
         model=POLICY,
-        data=DataConfig(path="task:safety", max_length=64, batch_size=64, max_eval_records=256),
+        data=DataConfig(path="task:safety", max_length=64, batch_size=32, max_eval_records=256),
         rollout=RolloutConfig(sampling=SAMPLING),
-        ppo=PPOConfig(kl_coef=0.3),
+        ppo=PPOConfig(kl_coef=0.02),  # as published
         critic=CriticConfig(path="stage:rm_scalar", optimizer=OptimizerConfig(lr=3e-4)),
-        optimizer=OptimizerConfig(lr=1e-4),
+        optimizer=OptimizerConfig(lr=3e-4),
         evaluation=JudgedEvaluationConfig(every=25, samples=8, sampling=SAMPLING),
         logging=LoggingConfig(every=1),
     )
-    ppo_seq2seq = replace(ppo_scalar, reward=RewardConfig(kind="literal", model="stage:rm_seq2seq"))
+    ppo_seq2seq = replace(
+        ppo_scalar,
+        reward=RewardConfig(kind="literal", model="stage:rm_seq2seq"),
+        ppo=replace(ppo_scalar.ppo, early_end_penalty=1.0),  # of an end that the reward model would not have written
+    )
     compare = Compare(
         policies={name: ComparedPolicyConfig(path=f"stage:{name}") for name in ("sft", "ppo_scalar", "ppo_seq2seq")},
         prompts={"heldout": PromptSetConfig(path="task:safety", max_prompts=128)},
