@@ -38,7 +38,7 @@ SHAPES = {
     "study": "lab-tiny",
     "_tiny": "tiny",
 }
-COLUMNS = {"loss_mask": "bool", "is_correction": "bool", "is_chosen_end": "bool"}  # the others are int32
+COLUMNS = dict.fromkeys(("loss_mask", "is_edit", "is_correction", "is_chosen_end"), "bool")  # the others are int32
 COLUMNS |= {"reference_chosen": "float32", "reference_rejected": "float32"}
 UNTRAINED = [row.name for row in STAGES.values() if not row.is_planned]
 
