@@ -5,7 +5,6 @@
 Needs: the policy, `configs/sft_tiny.py`, and a reward model, `configs/rm_seq2seq_tiny.py`; two CPU cores, 2 GB of
 memory, about a minute. With a scalar reward model instead:
 --config.reward.kind=scalar --config.reward.model=runs/rm_scalar_tiny --config.run_dir=runs/ppo_scalar_tiny
---config.ppo.early_end_penalty=0
 """
 
 from jaxrm.algorithms.optimizer import OptimizerConfig
@@ -28,7 +27,7 @@ def get_config() -> PPO:
         model=ModelSource(path="runs/sft_tiny"),
         data=DataConfig(path="task:safety", max_length=64, batch_size=32),
         rollout=RolloutConfig(sampling=sampling),
-        ppo=PPOConfig(kl_coef=0.02, early_end_penalty=1.0),
+        ppo=PPOConfig(kl_coef=0.02),  # as published
         critic=CriticConfig(optimizer=OptimizerConfig(lr=3e-4)),
         optimizer=OptimizerConfig(lr=3e-4),
         evaluation=JudgedEvaluationConfig(every=25, sampling=sampling),
