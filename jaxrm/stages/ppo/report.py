@@ -110,11 +110,12 @@ def warnings(seen: list[Mapping[str, float]]) -> dict[str, str]:
             f"pays for "
             f"length ({flag('reward.center')}=running, {flag('ppo.missing_end_penalty')})"
         )
-    early = [row["ended"] - row["end_tag"] for row in seen]  # of a reward model without tags none is
-    if len(seen) >= 10 and statistics.fmean(early[-5:]) > statistics.fmean(early[:5]) + 0.2:
+    # Shares of ends with tag -; of a reward model without tags there are none.
+    first, last = (statistics.fmean(row["ended"] - row["end_tag"] for row in rows) for rows in (seen[:5], seen[-5:]))
+    if len(seen) >= 10 and last > first + 0.2:
         texts["early ends"] = (
-            f"{statistics.fmean(early[-5:]):.0%} of the responses end where the reward model would go on, "
-            f"{statistics.fmean(early[:5]):.0%} at first: the policy stops before it can be wrong. Likely causes: a "
+            f"{last:.0%} of the responses end where the reward model would go on, {first:.0%} at first: "
+            "the policy stops before it can be wrong. Likely causes: a "
             f"reward that charges such an end as one token ({flag('ppo.early_end_penalty')}=1), a learning rate too "
             f"high ({flag('optimizer.lr')})"
         )
