@@ -30,10 +30,13 @@ os.environ["XLA_FLAGS"] = (
 if tuple(map(int, metadata.version("jaxlib").split(".")[:2])) < (0, 11):
     # The older emitters of loops compile in less than half of the time; jaxlib 0.11 has only the new ones.
     os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
+# A collective blocks a thread of XLA's pool until all devices are at it, and a device is at several at once where loops
+# do not depend on each other. With a thread a device, XLA's choice, such programs can wait for each other forever.
+os.environ["PJRT_NPROC"] = "64"
 # Eight devices share one core here, and other work may share it: one that waits for the others is slow, not stuck. By
 # default XLA ends the process, without a traceback, after 40 seconds.
 os.environ["XLA_FLAGS"] += (
-    " --xla_cpu_collective_call_warn_stuck_timeout_seconds=120 --xla_cpu_collective_call_terminate_timeout_seconds=900"
+    " --xla_cpu_collective_call_warn_stuck_timeout_seconds=60 --xla_cpu_collective_call_terminate_timeout_seconds=300"
 )
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"
