@@ -22,7 +22,6 @@ Where a rollout has one update alone, all of this follows from that update's own
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -66,7 +65,6 @@ def estimate(
     config: PPOConfig,
     next_calibration: NextCalibration,
     groups: Groups = Groups(),
-    weights: Mapping[str, float] = MappingProxyType({}),
 ) -> tuple[Rollout, RewardAndKLState, Metrics]:
     """From token rewards to advantages, and to the calibration and KL coefficient of the next step.
 
@@ -78,7 +76,6 @@ def estimate(
       config: options of PPO.
       next_calibration: moves running centers on.
       groups: how responses are compared.
-      weights: of the sources of a sum, by name.
 
     Returns:
       The rollout ``[B, T]`` to update on; the next ``feedback``; metrics, float32 scalars.
@@ -110,7 +107,6 @@ def estimate(
         "advantage_std": deviation,
     }
     if rewards.parts:
-        metrics |= source_metrics(rewards.parts, mask, weights)
         metrics |= {f"center/{name}": calibration.center for name, calibration in feedback.calibration.items()}
     else:
         metrics["center"] = feedback.calibration.center
@@ -167,7 +163,6 @@ def _rollout_metrics(
     mean_kl = masking.masked_mean(response_kl, responses)
     variance = masking.masked_mean(jnp.square(response_kl - mean_kl), responses)
     metrics = {
-        "reward": masking.masked_mean(rewards.diagnostics["sum"], responses),
         "reward_uncalibrated": masking.masked_mean(masking.masked_sum(rewards.values, mask, axis=1), responses),
         "return": masking.masked_mean(masking.masked_sum(penalized, mask, axis=1), responses),
         "kl": mean_kl,
@@ -220,7 +215,7 @@ class Programs:
       update_policy: on frozen parameters and a `PPOBatch`; the state is donated.
       update_critic: the same for the critic; None where it has no trunk of its own.
       reference_log_probs: the part of ``log_probs`` that an update in one pass needs before it.
-      mean_rewards: `mean_rewards`, by which a reward that is not finite is seen before the update.
+      reward_metrics: `reward_metrics`, by which a reward that is not finite is seen before the update.
       pack_rows: lets prompts with their responses share rows (`jaxrm.algorithms.row_packing`); else the batch as it is.
       one_pass: from `jaxrm.algorithms.ppo_one_pass.build_one_pass_step`, in place of ``estimate``, ``minibatch``,
         ``weigh``, ``update_policy`` and ``update_critic``; None where the config is not one of
@@ -236,7 +231,7 @@ class Programs:
     update_policy: Callable[[TrainState, Any, PPOBatch], tuple[TrainState, Metrics]]
     update_critic: Callable[[TrainState, Any, PPOBatch], tuple[TrainState, Metrics]] | None
     reference_log_probs: Callable[[Any, Any, ResponseBatch], jax.Array]
-    mean_rewards: Callable[[TokenRewards], Metrics]
+    reward_metrics: Callable[[TokenRewards], Metrics]
     pack_rows: Callable[[ResponseBatch], ResponseBatch]
     one_pass: Callable[..., Any] | None = None
 
@@ -310,8 +305,18 @@ def update_in_one_pass(
     return after, metrics, [policy_metrics]
 
 
-def mean_rewards(rewards: TokenRewards) -> Metrics:
-    """Mean over responses of their sum of rewards: ``reward``, and of a sum ``reward/NAME`` of each source."""
+def reward_metrics(rewards: TokenRewards, *, weights: Mapping[str, float]) -> Metrics:
+    """The mean over responses of their sum of rewards, and what each source of a sum gives.
+
+    It is a program of its own, since what is logged of several sources must not change the update of one by a bit.
+
+    Args:
+      rewards: ``[B, T]``.
+      weights: of the sources of a sum, by name; empty for one source.
+
+    Returns:
+      ``reward``, and of several sources what `jaxrm.algorithms.summed_rewards.source_metrics` says; float32 scalars.
+    """
     counted = jnp.any(rewards.mask, axis=1)
-    named = {"reward": rewards} | {f"reward/{name}": part for name, part in rewards.parts.items()}
-    return {name: masking.masked_mean(each.diagnostics["sum"], counted) for name, each in named.items()}
+    metrics = {"reward": masking.masked_mean(rewards.diagnostics["sum"], counted)}
+    return metrics | (source_metrics(rewards.parts, rewards.mask, weights) if rewards.parts else {})

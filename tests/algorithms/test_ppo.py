@@ -202,7 +202,7 @@ def test_advantages_are_those_of_a_plain_loop(kind):
     each = np.where(mask, log_probs - reference, 0.0).sum(axis=1)
     assert np.isclose(metrics["kl"], each.mean(), atol=1e-5)
     assert np.isclose(metrics["kl_error"], each.std() / np.sqrt(B), atol=1e-5)
-    assert np.isclose(metrics["reward"], by_hand.sum(axis=1).mean(), atol=1e-5)
+    assert np.isclose(ppo.reward_metrics(rewards, weights={})["reward"], by_hand.sum(axis=1).mean(), atol=1e-5)
     assert np.isclose(metrics["return"], shaped.sum(axis=1).mean(), atol=1e-5)
     assert metrics["tokens"] == mask.sum() and np.isclose(metrics["response_length"], lengths.mean())
     moved = 0.6 * 0.2 + 0.4 * values[mask].mean() if kind == "soft" else 0.2
@@ -220,7 +220,7 @@ def test_a_response_that_was_cut_off_pays_at_its_last_token():
     for b, n in enumerate(mask.sum(axis=1)):
         ended = int(batch.responses[b, n - 1]) == EOS
         expected[b, n - 1] = 0.0 if ended else -0.75
-    assert 0 < metrics["ended"] < 1 and metrics["reward"] == 0
+    assert 0 < metrics["ended"] < 1 and ppo.reward_metrics(rewards, weights={})["reward"] == 0
     np.testing.assert_allclose(rollout.advantages, expected)
 
 
@@ -254,9 +254,9 @@ def test_an_end_that_the_reward_model_tags_minus_costs_more():
         own = tags if kind == "literal" else whole
         rewards = scoring.as_token_rewards(reward_scaling.uncalibrated(), KINDS[kind], blank, own, batch, (EOS,))
         readings = TokenLogProbs(blank, blank, blank, blank)
-        rollout, _, metrics = ppo.estimate(feedback, batch, readings, rewards, config=config, next_calibration=stay)
+        rollout, _, _ = ppo.estimate(feedback, batch, readings, rewards, config=config, next_calibration=stay)
         np.testing.assert_allclose(rollout.advantages, [[0, 0], [0, early], [0, -0.75]], rtol=1e-6)
-        assert metrics["reward"] == 0
+        assert ppo.reward_metrics(rewards, weights={})["reward"] == 0
 
 
 def test_whitening_and_normalizing_look_at_response_tokens_alone():

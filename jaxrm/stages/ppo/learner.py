@@ -190,8 +190,8 @@ class Learner:
             config=config.ppo,
             next_calibration=build_next_calibration(config),
             groups=ppo.Groups(config.rollout.responses_per_prompt, are_terminal(config)),
-            weights=weights_of(config),
         )
+        reward_metrics = functools.partial(ppo.reward_metrics, weights=weights_of(config))
         minibatch = functools.partial(ppo.minibatch, num_minibatches=config.ppo.num_minibatches)
         update_policy, update_critic = self._updates()
         one_pass = None
@@ -227,7 +227,7 @@ class Learner:
             update_critic=update_critic,
             reference_log_probs=build_reference_log_probs(self.networks, **readings),
             pack_rows=self._pack_rows(),
-            mean_rewards=jax.jit(ppo.mean_rewards, in_shardings=(rows,), out_shardings=self.replicated),
+            reward_metrics=jax.jit(reward_metrics, in_shardings=(rows,), out_shardings=self.replicated),
             one_pass=one_pass,
         )
 

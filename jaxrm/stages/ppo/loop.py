@@ -127,8 +127,8 @@ def fit(run: PPORun, state: PPOState, key: jax.Array, *, evaluation_pending: boo
             is_stopping = True
             break
         batch, sampler_log_probs, token_log_probs, reference_log_probs, rewards = collected
-        means = {name: float(x) for name, x in jax.device_get(run.programs.mean_rewards(rewards)).items()}
-        if unusable := [name for name in _reward_names(config) if not math.isfinite(means[name])]:
+        reward_metrics = {name: float(x) for name, x in jax.device_get(run.programs.reward_metrics(rewards)).items()}
+        if unusable := [name for name in _reward_names(config) if not math.isfinite(reward_metrics[name])]:
             run.rewind(step, state, eval_reward, position)
             raise _not_finite_reward(config, step + 1, unusable[0], run.checkpoints)
         if token_log_probs is None:
@@ -147,7 +147,7 @@ def fit(run: PPORun, state: PPOState, key: jax.Array, *, evaluation_pending: boo
         run.stop.has_progress = True
 
         estimated, updates = jax.device_get((estimated, updates))
-        metrics = {name: float(x) for name, x in estimated.items()}
+        metrics = {name: float(x) for name, x in estimated.items()} | reward_metrics
         metrics |= cut_shares(run.programs.scoring)
         metrics |= _averaged(updates)
         _check_finite(step, metrics, run.checkpoints)
