@@ -5,8 +5,7 @@
 Needs: the policy, `configs/sft_tiny.py`, what DPO made of it, `configs/dpo_tiny.py`, and a scalar reward model,
 `configs/rm_scalar_tiny.py`; two CPU cores, 2 GB of memory, about three minutes. The sum is that of Reinforced Token
 Optimization (arXiv 2404.18922). Both sources have unit standard deviation over a response. The weight of DPO's is
-jaxrm's choice: with 1, 25 of the 50 steps taught to refuse harmless prompts (configs/README.md). The rest is as in
-`configs/ppo_tiny.py`.
+jaxrm's choice: with 1, 25 of the 50 steps taught to refuse harmless prompts (configs/README.md).
 """
 
 from jaxrm.algorithms.optimizer import OptimizerConfig

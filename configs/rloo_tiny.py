@@ -4,8 +4,8 @@
 
 Needs: the policy, `configs/sft_tiny.py`, and a reward model, `configs/rm_seq2seq_tiny.py`; two CPU cores, 2 GB of
 memory, a minute and a half. As in REINFORCE with a leave-one-out baseline (arXiv 2402.14740), the KL to the reference
-is taken off the rewards. Every token weighs alike, whatever the length of its response. The rest is as in
-`configs/ppo_tiny.py`. With a scalar reward model instead: --config.reward.kind=scalar
+is taken off the rewards. Every token weighs alike, whatever the length of its response. KL coefficient, learning rate
+and steps are jaxrm's choice. With a scalar reward model instead: --config.reward.kind=scalar
 --config.reward.model=runs/rm_scalar_tiny --config.run_dir=runs/rloo_scalar_tiny
 """
 

@@ -4,7 +4,7 @@ python -m jaxrm.score --checkpoint=runs/rm_seq2seq_tiny --input=pairs.jsonl --ou
 python -m jaxrm.score --checkpoint=runs/rm_seq2seq_tiny --kind=soft --input=pairs.jsonl --output=scored.jsonl
 
 The input holds pairs, or prompts with one response, in any schema that jaxrm reads. Records that cannot be scored are
-counted and left out. Token rewards are written before scale and centre, which belong to a run of PPO. A config is
+counted and left out. Token rewards are written before scale and center, which belong to a run of PPO. A config is
 needed only to lay the model over devices (config.mesh) or to name the kind (config.reward.kind).
 
 A config of PPO with several sources (config.rewards) scores with their sum, and no --checkpoint is given. Each source

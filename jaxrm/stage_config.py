@@ -48,7 +48,7 @@ from jaxrm.runtime.metrics import LoggingConfig
 from jaxrm.runtime.run_folder import OnExisting
 from jaxrm.sharding.mesh import MeshConfig
 
-# What may change between two launches of one run: nothing here changes what is learnt.
+# What may change between two launches of one run: nothing here changes what is learned.
 RESUMABLE_FIELDS = frozenset(
     {
         "run_dir",
@@ -78,7 +78,7 @@ RESUMABLE_FIELDS = frozenset(
 
 @dataclass(frozen=True)
 class PairsConfig:
-    """Pairs sampled from a policy on an embedded task, and labelled by its noisy and biased annotator.
+    """Pairs sampled from a policy on an embedded task, and labeled by its noisy and biased annotator.
 
     Attributes:
       count: pairs in all.

@@ -12,7 +12,7 @@ def _greedy() -> SamplingConfig:
 
 @dataclass(frozen=True)
 class JudgeConfig:
-    """Judgement of responses.
+    """Judgment of responses.
 
     Attributes:
       judge: embedded task (``task:safety``) whose exact judge scores the responses; None takes that of the data.

@@ -106,7 +106,7 @@ class Rubric:
 
     def _value(self, written: Any) -> float:
         if self._range is None:
-            return self._labelled(written)
+            return self._labeled(written)
         low, high = self._range
         if isinstance(written, str):
             match = _NUMBER.fullmatch(written.strip())
@@ -117,7 +117,7 @@ class Rubric:
             raise UnreadableScoreError(f"its score is {_shown(written)}, no number from {low:g} to {high:g}")
         return float(written)
 
-    def _labelled(self, written: Any) -> float:
+    def _labeled(self, written: Any) -> float:
         numbers = {name.casefold(): value for name, value in self._labels.items()}
         value = numbers.get(" ".join(written.split()).casefold(), math.nan) if isinstance(written, str) else math.nan
         if math.isnan(value):

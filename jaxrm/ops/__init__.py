@@ -1,1 +1,1 @@
-"""Pure maths, arrays in and arrays out: jax and chex only."""
+"""Pure math, arrays in and arrays out: jax and chex only."""

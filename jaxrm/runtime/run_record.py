@@ -89,7 +89,7 @@ def check_same_config(
 
 
 def _train_on(run_dir: str, algorithm: str) -> str:
-    """How to train on with what a run has learnt, where its stage can begin with that."""
+    """How to train on with what a run has learned, where its stage can begin with that."""
     reference = {
         "dpo": ", which becomes its reference too",
         "ppo": ", which becomes its reference too",
@@ -99,6 +99,6 @@ def _train_on(run_dir: str, algorithm: str) -> str:
     if algorithm not in reference:
         return ""
     return (
-        f"; to train on with what it has learnt{reference[algorithm]}, use {flag('model.path')}={run_dir} "
+        f"; to train on with what it has learned{reference[algorithm]}, use {flag('model.path')}={run_dir} "
         f"{flag('run_dir')}={next_name(run_dir)}"
     )
