@@ -64,6 +64,8 @@ def main(_: None, given: flags.FlagValues) -> int:
     from jaxrm.inference.chat import chat
     from jaxrm.inference.load import check_flags, load_policy
     from jaxrm.inference.prompt_file import read_prompt_file, write_responses
+    from jaxrm.inference.weights import identity_of_source
+    from jaxrm.models.build import ModelSource
     from jaxrm.models.sampling import SamplingConfig
 
     names = ("max_new_tokens", "temperature", "top_k", "top_p")
@@ -78,7 +80,8 @@ def main(_: None, given: flags.FlagValues) -> int:
         chat(sampler, key)
     elif prompts is not None:
         flags_of_answers = ("checkpoint", "weights", "adapter", "tokenizer", "template", "dtype", "seed", *names)
-        identity = {name: given[name].value for name in flags_of_answers} | {"model": policy.name}
+        identity = {name: given[name].value for name in flags_of_answers}
+        identity["model"] = identity_of_source(ModelSource(path=path, adapter=given.adapter))
         write_responses(sampler, prompts, given.output, given.batch_size, key, identity)
     else:
         print(sampler.respond([[Message("user", given.prompt)]], key)[0])

@@ -6,7 +6,6 @@ the same devices and in the same form, is that one.
 """
 
 import dataclasses
-import functools
 import hashlib
 import json
 import os
@@ -72,10 +71,10 @@ def describe_base(source: ModelSource, seed: int) -> Base:
         drawn = json.dumps({"drawn": shape, "seed": seed}, sort_keys=True)
         return dataclasses.replace(base, sha256=hashlib.sha256(drawn.encode()).hexdigest())
     if not run_checkpoint.is_run(base.path):
-        return dataclasses.replace(base, sha256=_content(tuple(hub.model_files(base.path))))
+        return dataclasses.replace(base, sha256=checksums.content_hash(hub.model_files(base.path)))
     step = Path(base.path)
     files = sorted(path for path in (step / "params").rglob("*") if path.is_file())
-    return dataclasses.replace(base, sha256=_content((step.parents[1] / "model.json", *files)))
+    return dataclasses.replace(base, sha256=checksums.content_hash((step.parents[1] / "model.json", *files)))
 
 
 def read_base(run: run_checkpoint.RunCheckpoint, path: str | None = None) -> Base:
@@ -218,13 +217,3 @@ def _places(run: run_checkpoint.RunCheckpoint, recorded: Base, path: str) -> lis
 
 def _is_there(path: str) -> bool:
     return Path(path).expanduser().exists() or hub.is_hub_name(path)
-
-
-@functools.lru_cache(64)
-def _content_of(stamps: tuple[tuple[Path, int, int], ...]) -> str:
-    return checksums.content_hash([path for path, _, _ in stamps])
-
-
-def _content(files: tuple[Path, ...]) -> str:
-    """Hash of the names and bytes of files; read once as long as none changes."""
-    return _content_of(tuple((file, file.stat().st_size, file.stat().st_mtime_ns) for file in files))

@@ -6,8 +6,10 @@ one starts from.
 
 import dataclasses
 import json
+import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 
@@ -17,10 +19,10 @@ from jaxrm.models import build, hub
 from jaxrm.models.build import ModelSource
 from jaxrm.models.config import ModelConfig
 from jaxrm.models.lora import NO_LORA, LoRAConfig
+from jaxrm.runtime import checksums
 from jaxrm.stage_config import LANGUAGE_MODELS
 
-if TYPE_CHECKING:
-    pass
+_HASH = re.compile(r" \(sha256 [0-9a-f]{12}\)")
 
 BASE_FILE = "base.json"
 """File of a run with adapters that says what they stand on."""
@@ -137,32 +139,60 @@ def load_or_init_params(config: ModelConfig, source: ModelSource, key: jax.Array
 
 
 def identity_of(path: str) -> str:
-    """Which checkpoint exactly, by when its run was started too, since a folder may come to hold another run."""
+    """Which weights exactly, since a folder may come to hold others.
+
+    Of a run these are the checkpoint and when the run was started, of published weights the path and a hash of the
+    files' bytes.
+    """
+    return _identity(path, hub.model_files)
+
+
+def _identity(path: str, files_of: Callable[[str], list[Path]]) -> str:
     if not is_run(path):
-        return path
+        return f"{path} (sha256 {checksums.content_hash(files_of(path))[:12]})"
     checkpoint = find_checkpoint(path, "model.path")
     launches = json.loads((checkpoint.folder.path / "run.json").read_text(encoding="utf-8")).get("launches") or [{}]
     return f"{checkpoint.name}, of {launches[0].get('started')}"
 
 
 def split_identity(identity: str) -> tuple[str, str]:
-    """The folder of a run and which of its checkpoints an `identity_of` means; published weights are all folder.
+    """The path that an `identity_of` was made of, and what it says beyond that: a run's checkpoint, or a hash.
 
-    A folder may have been moved since, so two identities of runs are compared without it.
+    A folder may have been moved since, so two identities are compared without it where both say more.
     """
     folder, separator, checkpoint = identity.rpartition(STEP_SEPARATOR)
-    return (folder, checkpoint) if separator else (identity, "")
+    if separator:
+        return folder, checkpoint
+    hashed = _HASH.search(identity)
+    return (identity, "") if hashed is None else (identity[: hashed.start()], hashed.group())
 
 
 def is_same_identity(one: str, other: str) -> bool:
-    """Whether two of `identity_of` are of one checkpoint, wherever its folder is, or of the same published weights."""
-    first, second = split_identity(one), split_identity(other)
-    return first[1] == second[1] if first[1] or second[1] else first == second
+    """Whether two of `identity_of` are of one checkpoint or the same published weights, wherever their folder is.
+
+    Older runs wrote down no hash of published weights; then their paths decide.
+    """
+    (first, of_first), (second, of_second) = split_identity(one), split_identity(other)
+    if of_first and of_second:
+        return of_first == of_second
+    is_checkpoint = any(more and not _HASH.fullmatch(more) for more in (of_first, of_second))
+    return first == second and not is_checkpoint
+
+
+def is_recorded_as(recorded: str, now: str) -> bool:
+    """Whether a text that has identities of models is what an earlier launch wrote down, with hashes or without them.
+
+    Args:
+      recorded: by an earlier launch, which may have been of a version without hashes of published weights.
+      now: the same text of this launch.
+    """
+    return recorded in (now, _HASH.sub("", now))
 
 
 def identity_of_source(source: ModelSource) -> str:
     """Which weights and adapters exactly, as `identity_of`; empty for weights that are drawn."""
-    return " + ".join(identity_of(path) for path in (source.path, source.adapter) if path is not None)
+    base = [] if source.path is None else [identity_of(source.path)]
+    return " + ".join(base + ([] if source.adapter is None else [_identity(source.adapter, hub.adapter_files)]))
 
 
 def contents_of(source: ModelSource) -> str:

@@ -56,13 +56,21 @@ def find_damage(folder: Path, parts: Iterable[str] = (), *, share: int = 0, num_
 
 
 def content_hash(paths: Iterable[Path]) -> str:
-    """SHA-256 of the names and bytes of files, in this order; a bar shows it where they are large."""
-    paths = list(paths)
-    total = sum(path.stat().st_size for path in paths)
+    """SHA-256 of the names and bytes of files, in this order; they are read once as long as none changes.
+
+    A bar shows it where they are large.
+    """
+    stamps = ((path, path.stat()) for path in paths)
+    return _content_hash(tuple((path, status.st_size, status.st_mtime_ns) for path, status in stamps))
+
+
+@functools.lru_cache(64)
+def _content_hash(stamps: tuple[tuple[Path, int, int], ...]) -> str:
+    total = sum(size for _, size, _ in stamps)
     digest, done = hashlib.sha256(), 0
-    with Progress("hash the base", total, unit="bytes", enabled=total > _SHOWN) as progress:
-        for path in paths:
-            digest.update(f"{path.name} {path.stat().st_size}\n".encode())
+    with Progress("hash the weights", total, unit="bytes", enabled=total > _SHOWN) as progress:
+        for path, size, _ in stamps:
+            digest.update(f"{path.name} {size}\n".encode())
             with path.open("rb") as file:
                 while block := file.read(_BLOCK):
                     digest.update(block)

@@ -6,6 +6,7 @@ import json
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from jaxrm.errors import UserError
 from jaxrm.inference import run_checkpoint, sharded_model, weights
@@ -178,3 +179,54 @@ def test_a_run_of_a_newer_config_names_the_field(make_run, tmp_path):
     (tmp_path / "run" / "run.json").write_text(json.dumps(recorded))
     with pytest.raises(UserError, match="later"):
         find_checkpoint(str(tmp_path / "run"))
+
+
+@pytest.fixture
+def folder_of_weights(tmp_path):
+    """Writes a published folder; returns its path."""
+
+    def write(value, name="published"):
+        folder = tmp_path / name
+        folder.mkdir(exist_ok=True)
+        (folder / "config.json").write_text("{}")
+        save_file({"w": np.full(4, value, np.float32)}, folder / "model.safetensors")
+        return str(folder)
+
+    return write
+
+
+def test_published_weights_are_known_by_their_bytes(folder_of_weights):
+    """Not by the names and sizes of their files, which another export of the same model has too."""
+    path = folder_of_weights(1.0)
+    first = weights.identity_of(path)
+    assert first.startswith(f"{path} (sha256 ")
+    assert weights.identity_of(path) == first
+    folder_of_weights(2.0)
+    other = weights.identity_of(path)
+    assert other != first and not weights.is_same_identity(first, other)
+    moved = weights.identity_of(folder_of_weights(1.0, "moved"))
+    assert moved != first and weights.is_same_identity(first, moved)
+    assert weights.split_identity(first)[0] == path
+
+
+def test_a_record_without_hashes_is_compared_by_its_paths(folder_of_weights):
+    """As versions before wrote it."""
+    path = folder_of_weights(1.0)
+    now = f"prompts 12ab; {weights.identity_of(path)}; runs/rm, step 4, of 2026"
+    assert weights.is_recorded_as(now, now)
+    assert weights.is_recorded_as(f"prompts 12ab; {path}; runs/rm, step 4, of 2026", now)
+    assert not weights.is_recorded_as(f"prompts 12ab; {path}; runs/rm, step 8, of 2026", now)
+    assert not weights.is_recorded_as(now.replace("sha256 ", "sha256 0")[:-1], now)
+    assert weights.is_same_identity(path, weights.identity_of(path))
+    assert not weights.is_same_identity(path, f"{path}, step 4, of 2026")
+
+
+def test_an_adapter_is_known_by_its_bytes(folder_of_weights, tmp_path):
+    source = ModelSource(path=folder_of_weights(1.0), adapter=str(tmp_path / "adapter"))
+    seen = set()
+    for value in (1.0, 2.0):
+        (tmp_path / "adapter").mkdir(exist_ok=True)
+        (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+        save_file({"w": np.full(4, value, np.float32)}, tmp_path / "adapter" / "adapter_model.safetensors")
+        seen.add(weights.identity_of_source(source))
+    assert len(seen) == 2

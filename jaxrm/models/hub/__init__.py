@@ -10,13 +10,14 @@ from jaxrm.models.hub.classifier import (
 from jaxrm.models.hub.export import export_model
 from jaxrm.models.hub.export_folder import check_export_folder
 from jaxrm.models.hub.hf_config import parse_hf_config, to_hf_config
-from jaxrm.models.hub.locate import is_hub_name, model_files
+from jaxrm.models.hub.locate import adapter_files, is_hub_name, model_files
 from jaxrm.models.hub.peft import Adapter, describe_adapter, read_adapter, write_adapter
 from jaxrm.models.hub.read import check_weights, load_params, read_model_config
 
 __all__ = [
     "Adapter",
     "ClassifierParams",
+    "adapter_files",
     "check_classifier",
     "check_export_folder",
     "check_weights",

@@ -133,6 +133,16 @@ def model_files(path: str) -> list[Path]:
     return [source / "config.json", *safetensors_files(source)]
 
 
+def adapter_files(path: str) -> list[Path]:
+    """The files of PEFT's adapters that decide what they compute, in order.
+
+    Raises:
+      UserError: as `locate_adapter`.
+    """
+    folder = locate_adapter(path)
+    return [folder / name for name in _ADAPTER_FILES[:2] if (folder / name).is_file()]
+
+
 def read_json(file: Path) -> dict[str, Any]:
     """Read a JSON object.
 

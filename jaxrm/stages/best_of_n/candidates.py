@@ -19,6 +19,7 @@ from jaxrm.algorithms.rollout import BatchSampler
 from jaxrm.data import tasks
 from jaxrm.data.prompts import PromptExample
 from jaxrm.errors import UserError, flag
+from jaxrm.inference.weights import is_recorded_as
 from jaxrm.models.sampling import prompt_keys
 from jaxrm.runtime.metrics import read_rows
 from jaxrm.runtime.preemption import StoppedError, StopRequest, agree, catch_signals
@@ -116,7 +117,7 @@ def load_progress(folder: RunFolder, identity: str, num_prompts: int, batch_size
     start = folder.path / _START
     if start.exists():
         saved = json.loads(start.read_text(encoding="utf-8"))
-        if saved["identity"] != identity:
+        if not is_recorded_as(saved["identity"], identity):
             raise UserError(
                 f"prompts, policy or reward model are no longer those that {path} was drawn with "
                 f"({saved['identity']}, now {identity}), so it cannot be continued as it was; give the same ones, or "

@@ -233,7 +233,7 @@ def _check_same_models(file: Path, config: Any, *, has_answers: bool) -> None:
     if has_answers and file.exists():
         before = json.loads(file.read_text(encoding="utf-8"))
         for name, now in models.items():
-            if before.get(name, now) != now:
+            if not weights.is_recorded_as(before.get(name, now), now):
                 raise UserError(
                     f"{file.parent} holds the answers for {option(name)} as it was, {before[name]}, which now is "
                     f"{now}; use {flag('on_existing')}=restart to put them aside and ask anew, or another "

@@ -13,6 +13,7 @@ from jaxrm.algorithms.ppo_state import PPOState
 from jaxrm.algorithms.rollout import Networks
 from jaxrm.algorithms.state import TrainState
 from jaxrm.errors import UserError, flag
+from jaxrm.inference.weights import is_recorded_as
 from jaxrm.runtime.checkpoint import Checkpoints
 from jaxrm.stages.ppo.data import PPOData
 from jaxrm.stages.ppo.learner import Learner
@@ -73,7 +74,7 @@ def restore(learner: Learner, checkpoints: Checkpoints, data: PPOData, key: jax.
     """
 
     def check_progress(step: int, progress: dict[str, Any]) -> None:
-        if progress["data"] != data.fingerprint:
+        if not is_recorded_as(progress["data"], data.fingerprint):
             raise UserError(
                 f"prompts, SFT policy or reward model are no longer those that {checkpoints.folder / str(step)} was "
                 f"trained with ({progress['data']}, now {data.fingerprint}), so it cannot be continued as it was; give "
