@@ -74,12 +74,11 @@ def _read_records(folder: Path) -> RunRecords:
 
 
 def _publish(study: Study, runs: Sequence[StudyRun], folder: Path, records: RunRecords) -> None:
-    done = {name for name, row in records.items() if row["state"] == "done"}
     seconds = sum(row["seconds"] for row in records.values())
     blocked = _blocked(runs, records)
     missing = [run.name for run in runs if run.name not in records and run.name not in blocked]
     missing += unknown_answers(study, _best(records))
-    publish(study, folder, Progress(done, missing, _best(records), seconds))
+    publish(study, folder, Progress(_done(records), missing, _best(records), seconds))
 
 
 def _print_failures(runs: Sequence[StudyRun], folder: Path, records: RunRecords) -> int:
@@ -124,7 +123,7 @@ def _run_queue(study: Study, schedule: Schedule, folder: Path, records: RunRecor
                 append_row(folder / _QUEUE, records[name])
                 runs = schedule.runs(_best(records))
                 if not study.keep_policies:
-                    checkpoints.remove_unneeded(folder, name, runs, records)
+                    checkpoints.remove_unneeded(folder, name, runs, _done(records))
                 print(_progress_line(study, runs, records, name, len(workers)), flush=True)
 
 
@@ -142,9 +141,12 @@ def _best(records: RunRecords) -> dict[str, Best]:
 
 def _ready(runs: Iterable[StudyRun], records: RunRecords, running: Iterable[str]) -> list[StudyRun]:
     """The runs that can start now: all that they need is done."""
-    started = {*records, *running}
-    done = {name for name, row in records.items() if row["state"] == "done"}
+    started, done = {*records, *running}, _done(records)
     return [run for run in runs if run.name not in started and done.issuperset(run.needs)]
+
+
+def _done(records: RunRecords) -> set[str]:
+    return {name for name, row in records.items() if row["state"] == "done"}
 
 
 def _blocked(runs: Iterable[StudyRun], records: RunRecords) -> set[str]:

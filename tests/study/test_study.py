@@ -1,5 +1,6 @@
 """The study: which runs there are, what is refused, and a small one from end to end."""
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -28,6 +29,7 @@ from jaxrm.study.config import Study, settings
 from jaxrm.study.presets import PRESETS, apply_preset
 from jaxrm.study.run_configs import StudyRun, policy_name
 from jaxrm.study.schedule import Best, Schedule, unknown_answers
+from jaxrm.study.worker_pool import Outcome
 from jaxrm.study.worlds import prompt_tokens
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -235,6 +237,56 @@ def test_a_stopped_restart_of_a_study_is_continued(queue, tmp_path):
         assert queue(status, on_existing="restart") == status
         assert len(list(tmp_path.iterdir())) == count
         assert not (tmp_path / "study/.lock").exists()
+
+
+class Worker:
+    """Ends each run at once; a policy has one checkpoint of step 2 and one of step 4, the best."""
+
+    def __init__(self, outcomes, fails, lacked):
+        self.outcomes, self.fails, self.lacked = outcomes, fails, lacked
+
+    def start(self, run, log):
+        folder = Path(run.experiment.run_dir)
+        if read_arm(run.name.split("/")[2]):
+            for step in (2, 4):
+                (folder / f"checkpoints/{step}").mkdir(parents=True, exist_ok=True)
+            rows = ({"step": step, "eval_judge": step / 10} for step in (2, 4))
+            (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        policies = [need for need in run.needs if read_arm(need.split("/")[2])]
+        runs = Path(str(folder)[: -len(run.name)])
+        self.lacked += [run.name for need in policies if not (runs / need / "checkpoints/4").exists()]
+        self.outcomes.put(Outcome(self, int(self.fails in run.name), "out of memory", 1.0))
+
+    def stop(self):
+        pass
+
+
+@pytest.fixture
+def grid_study(tmp_path, monkeypatch):
+    """Launches a study of two settings whose runs end at once, where those of a name fail.
+
+    It returns the exit status, the progress that is published, and the runs that lacked their policy.
+    """
+    published = []
+    monkeypatch.setattr(study_run, "publish", lambda *given: published.append(given))
+
+    def run(fails):
+        lacked = []
+        monkeypatch.setattr(
+            study_run, "_open_workers", lambda _, __, ends: contextlib.nullcontext([Worker(ends, fails, lacked)])
+        )
+        grid = {"arms": ("ppo_literal",), "kl_coefs": (0.02, 0.1), "learning_rates": (1e-3,), "seeds": (1,)}
+        config = the_study(run_dir=str(tmp_path / "study"), preset="smoke", worlds=("safety",), **grid)
+        return study_run.run_study(config), published[-1], lacked
+
+    return run
+
+
+def test_failed_answers_are_repeated(grid_study, tmp_path):
+    """Their policy stays until they are there."""
+    for fails, status in (("answers/ppo_literal/kl_coef=0.02", 1), ("no run", 0)):
+        assert grid_study(fails)[::2] == (status, [])
+    assert not list(tmp_path.glob("study/runs/safety/seed1/ppo_literal/*/checkpoints"))
 
 
 @pytest.fixture(scope="module")
