@@ -17,6 +17,7 @@ from jaxrm.data.records import Message
 from jaxrm.errors import UserError, option
 from jaxrm.inference.sampler import Sampler
 from jaxrm.models.sampling import prompt_keys
+from jaxrm.runtime.metrics import read_rows
 from jaxrm.runtime.progress import Progress
 
 
@@ -93,10 +94,9 @@ def _kept_rows(path: Path, identity: Mapping[str, Any]) -> list[dict[str, Any]]:
     """What a killed run has kept: what its responses follow from, and a row for each; the first alone without a file.
 
     Raises:
-      UserError: they follow from something else.
+      UserError: they follow from something else, or a line before the last is no JSON object.
     """
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    whole = [json.loads(line) for line in lines if line.endswith("\n")]  # a kill may have cut the last one short
+    whole = read_rows(path)
     if whole and whole[0] != identity:
         other = [name for name in identity if whole[0].get(name) != identity[name]]
         raise UserError(

@@ -233,12 +233,31 @@ def json_line(row: Mapping[str, Any]) -> str:
 
 
 def append_row(path: Path, row: Mapping[str, Any]) -> None:
-    """Append a row, such as a generated sample, to a JSONL file in a single write."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-    try:
-        os.write(descriptor, json_line(row).encode())
-    finally:
-        os.close(descriptor)
+    """Append a row, such as a generated sample, to a JSONL file, see `append_lines`."""
+    append_lines(path, json_line(row))
+
+
+def append_lines(path: Path, lines: str) -> None:
+    """Append whole lines to a file that one process writes; they are on disk when this returns.
+
+    A last line without its newline, which a kill or a full disk leaves, is cut off first.
+
+    Args:
+      path: the file; its folders are made.
+      lines: each with its newline.
+
+    Raises:
+      OSError: they could not be written whole.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+b") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(size - 1, 0))
+        if size and file.read(1) != b"\n":
+            file.truncate(path.read_bytes().rfind(b"\n") + 1)
+        file.write(lines.encode())  # the whole of it, in as many writes as that takes
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _wandb_id(folder: Path) -> str:

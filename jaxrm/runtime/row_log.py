@@ -1,12 +1,11 @@
 """Rows that a run adds one block after another to a JSONL file, and finds again when it goes on."""
 
 import json
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from jaxrm.runtime.metrics import read_rows
+from jaxrm.runtime.metrics import append_lines, read_rows
 
 
 class RowLog:
@@ -26,13 +25,5 @@ class RowLog:
         """Add rows, none of which holds NaN."""
         block = [dict(row) for row in rows]
         text = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in block)
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        with self._path.open("a+b") as file:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(size - 1, 0))
-            if size and file.read(1) != b"\n":
-                file.truncate(self._path.read_bytes().rfind(b"\n") + 1)
-            file.write(text.encode())
-            file.flush()
-            os.fsync(file.fileno())
+        append_lines(self._path, text)
         self.rows += block

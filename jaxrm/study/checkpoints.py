@@ -30,22 +30,22 @@ def keep_best(run: Path) -> Best | None:
     return Best(scores[best], best, best == steps[-1])
 
 
-def remove_unneeded(folder: Path, name: str, runs: Iterable[StudyRun], ended: Container[str]) -> None:
+def remove_unneeded(folder: Path, name: str, runs: Iterable[StudyRun], done: Container[str]) -> None:
     """Remove the parameters of arms when every run that needs them is done.
 
     Args:
       folder: of the study.
       name: of the run that ended.
       runs: of the study.
-      ended: names of the runs that ended, failed ones among them.
+      done: names of the runs that are done; one that failed is not, since the next launch tries it again.
     """
     runs = list(runs)
     arm = _arm(name)
     if arm is None:
         return
-    if any(_arm(run.name) == arm and run.name not in ended for run in runs):
+    if any(_arm(run.name) == arm and run.name not in done for run in runs):
         return  # the best checkpoint of an arm is known when all of its settings are done
-    needed = {need for run in runs if run.name not in ended for need in run.needs}
+    needed = {need for run in runs if run.name not in done for need in run.needs}
     for run in runs:
         if _arm(run.name) == arm and run.name not in needed:
             shutil.rmtree(folder / "runs" / run.name / "checkpoints", ignore_errors=True)

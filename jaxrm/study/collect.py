@@ -25,7 +25,7 @@ from jaxrm.runtime.metrics import read_rows
 from jaxrm.stages.evaluate.run import ANSWERS
 from jaxrm.study.arms import folder_name, read_arm
 from jaxrm.study.config import BEST, Setting, Study, published, setting_name, settings
-from jaxrm.study.results import Answers, JsonRow, Policy, PolicyKey, Results, as_float
+from jaxrm.study.results import Answers, Failure, JsonRow, Policy, PolicyKey, Results, as_float
 from jaxrm.study.run_configs import REWARD_MODELS, answers_name, policy_name
 from jaxrm.study.schedule import Best, best_setting
 from jaxrm.study.worlds import task_of, worlds_of
@@ -47,14 +47,18 @@ class Progress:
     Attributes:
       done: names of the runs that are done.
       missing: names of those that are to come; a run that failed is not, nor one that needs it.
-      best: the best checkpoint of each run of reinforcement learning that ended (`jaxrm.study.schedule`).
+      best: the best checkpoint of each run of reinforcement learning that is done (`jaxrm.study.schedule`).
       seconds: that all runs took.
+      failed: the runs that failed.
+      blocked: names of the runs that could not start, since one that they need failed.
     """
 
     done: Collection[str]
     missing: Sequence[str]
     best: Mapping[str, Best]
     seconds: float
+    failed: Sequence[Failure] = ()
+    blocked: Sequence[str] = ()
 
 
 def collect(study: Study, folder: Path, progress: Progress) -> Results:
@@ -78,7 +82,8 @@ def collect(study: Study, folder: Path, progress: Progress) -> Results:
     for (world, seed), rm in itertools.product(sites, REWARD_MODELS):
         if f"{world}/seed{seed}/{rm}" in progress.done:
             agreement += _agreement_rows(folder / "runs", world, seed, rm)
-    missing = _missing(progress.missing)
+    # A seed without the setting that failed would look better than it is: it counts as one that is to come.
+    missing = _missing([*progress.missing, *(failure.name for failure in progress.failed), *progress.blocked])
     arms = [folder_name(arm) for arm in study.arms or ()]
     return Results(
         policies=policies,
@@ -92,6 +97,7 @@ def collect(study: Study, folder: Path, progress: Progress) -> Results:
         agreement=agreement,
         examples=examples,
         missing=missing,
+        failed=progress.failed,
     )
 
 
@@ -116,7 +122,7 @@ def _policies_of(
 
 
 def _missing(names: Sequence[str]) -> dict[tuple[str, str], list[int]]:
-    """The seeds of each world and arm whose answers are to come."""
+    """The seeds of each world and arm some of whose answers are not there, of these runs."""
     missing: dict[tuple[str, str], list[int]] = {}
     for world, seed, *path in (name.split("/") for name in names):
         if path[0] == "answers":

@@ -25,6 +25,7 @@ from jaxrm.study.tables import (
     bias_tables,
     blind_table,
     choices_table,
+    failed_table,
     missing_table,
     settings_tables,
     win_rate_tables,
@@ -96,7 +97,7 @@ def write_tables(results: Results, rates: Sequence[ArmWinRate], folder: Path, ab
     page = Report(
         title=_QUESTION,
         about=about,
-        tables=[table for table in tables if not table.is_folded],
+        tables=[*(table for table in tables if not table.is_folded), *failed_table(results)],
         more_tables=[table for table in tables if table.is_folded],
         curves=curve_charts(results),
         examples=_examples(results),

@@ -26,6 +26,14 @@ class PolicyKey(NamedTuple):
     setting: str
 
 
+class Failure(NamedTuple):
+    """A run that failed: its name, what went wrong in one line, and the file with its output."""
+
+    name: str
+    error: str
+    log: str
+
+
 @dataclass(frozen=True)
 class Answers:
     """The measured answers of one policy to ``P`` prompts; NaN where a value is missing or does not apply.
@@ -75,12 +83,13 @@ class Results:
 
     Attributes:
       policies: whose answers are there.
-      complete: ``(world, arm, seed)`` of which no run is to come, so that settings can be chosen.
+      complete: ``(world, arm, seed)`` of which no run is to come or failed, so that settings can be chosen.
       published: the published setting of each arm.
       blind_kl: largest KL of a setting that is chosen by held-out reward, nats a response.
       agreement: how each reward model ranks held-out pairs: a row a world, seed and kind.
       examples: rows with answers of one seed, as published, by ``(world, split, prompt)`` and arm.
       missing: ``(world, arm)`` to the seeds that are not complete.
+      failed: the runs that failed.
     """
 
     policies: Mapping[PolicyKey, Policy]
@@ -90,6 +99,7 @@ class Results:
     agreement: Sequence[JsonRow] = ()
     examples: Mapping[tuple[str, str, str], Mapping[str, JsonRow]] = field(default_factory=dict)
     missing: Mapping[tuple[str, str], Sequence[int]] = field(default_factory=dict)
+    failed: Sequence[Failure] = ()
 
     @property
     def worlds(self) -> list[str]:

@@ -12,7 +12,6 @@ Runs that are done are not repeated. A run that failed is tried again by the nex
 
 import contextlib
 import dataclasses
-import math
 import queue
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -29,12 +28,13 @@ from jaxrm.study.config import Study
 from jaxrm.study.presets import apply_preset
 from jaxrm.study.record import open_folder, write_end
 from jaxrm.study.report import publish
+from jaxrm.study.results import Failure
 from jaxrm.study.run_configs import StudyRun
 from jaxrm.study.schedule import Best, Schedule, unknown_answers
+from jaxrm.study.tables import AFTER_FAILURES
 from jaxrm.study.worker_pool import EXIT_FAILED, Outcome, Worker, open_workers
 
 _QUEUE = "queue.jsonl"
-_FAILED = Best(math.nan, 0, is_last=True)
 
 RunRecords = dict[str, dict[str, Any]]
 """Rows of ``queue.jsonl`` by the name of the run: ``state``, ``seconds``, and what `_record` adds."""
@@ -58,7 +58,7 @@ def run_study(config: Study) -> int:
         status = _run_queue(study, schedule, folder, records)
         runs = schedule.runs(_best(records))
         _publish(study, runs, folder, records)
-        failed = _print_failures(runs, folder, records)
+        failed = _print_failures(study, runs, folder, records)
         if not (status or failed):
             write_end(folder, config.run_dir)
     return status or failed
@@ -74,24 +74,27 @@ def _read_records(folder: Path) -> RunRecords:
 
 
 def _publish(study: Study, runs: Sequence[StudyRun], folder: Path, records: RunRecords) -> None:
-    done = {name for name, row in records.items() if row["state"] == "done"}
     seconds = sum(row["seconds"] for row in records.values())
-    blocked = _blocked(runs, records)
-    missing = [run.name for run in runs if run.name not in records and run.name not in blocked]
-    missing += unknown_answers(study, _best(records))
-    publish(study, folder, Progress(done, missing, _best(records), seconds))
+    missing, blocked = _to_come(study, runs, records)
+    failed = _failures(folder, records)
+    publish(study, folder, Progress(_done(records), missing, _best(records), seconds, failed, blocked))
 
 
-def _print_failures(runs: Sequence[StudyRun], folder: Path, records: RunRecords) -> int:
+def _print_failures(study: Study, runs: Sequence[StudyRun], folder: Path, records: RunRecords) -> int:
     """Print the runs that failed; return `EXIT_FAILED`, or 0 where there are none."""
-    failed = [row for row in records.values() if row["state"] == "failed"]
-    for row in failed:
-        print(f"failed: {row['name']}: {row['error']} (its output: {_log(folder, row['name'])})")
+    failed = _failures(folder, records)
+    for failure in failed:
+        print(f"failed: {failure.name}: {failure.error} (its output: {failure.log})")
     if not failed:
         return 0
-    blocked = len(_blocked(runs, records))
-    print(f"{len(failed)} runs failed, and {blocked} that need them could not start; the same command tries them again")
+    _, blocked = _to_come(study, runs, records)
+    print(f"{len(failed)} runs failed, and {len(blocked)} that need them could not start. {AFTER_FAILURES}")
     return EXIT_FAILED
+
+
+def _failures(folder: Path, records: RunRecords) -> list[Failure]:
+    failed = [row for row in records.values() if row["state"] == "failed"]
+    return [Failure(row["name"], row["error"], str(_log(folder, row["name"]))) for row in failed]
 
 
 def _run_queue(study: Study, schedule: Schedule, folder: Path, records: RunRecords) -> int:
@@ -124,7 +127,7 @@ def _run_queue(study: Study, schedule: Schedule, folder: Path, records: RunRecor
                 append_row(folder / _QUEUE, records[name])
                 runs = schedule.runs(_best(records))
                 if not study.keep_policies:
-                    checkpoints.remove_unneeded(folder, name, runs, records)
+                    checkpoints.remove_unneeded(folder, name, runs, _done(records))
                 print(_progress_line(study, runs, records, name, len(workers)), flush=True)
 
 
@@ -135,26 +138,35 @@ def _open_workers(
 
 
 def _best(records: RunRecords) -> dict[str, Best]:
-    """The best checkpoint of every run of reinforcement learning that ended; a failed run has none."""
-    best = {name: Best(**row["best"]) for name, row in records.items() if "best" in row}
-    return best | {name: _FAILED for name, row in records.items() if row["state"] == "failed"}
+    """The best checkpoint of every run of reinforcement learning that is done; a failed run has none."""
+    return {name: Best(**row["best"]) for name, row in records.items() if "best" in row}
 
 
 def _ready(runs: Iterable[StudyRun], records: RunRecords, running: Iterable[str]) -> list[StudyRun]:
     """The runs that can start now: all that they need is done."""
-    started = {*records, *running}
-    done = {name for name, row in records.items() if row["state"] == "done"}
+    started, done = {*records, *running}, _done(records)
     return [run for run in runs if run.name not in started and done.issuperset(run.needs)]
 
 
-def _blocked(runs: Iterable[StudyRun], records: RunRecords) -> set[str]:
-    """The runs that cannot start, since one that they need failed or cannot start."""
-    failed = {name for name, row in records.items() if row["state"] == "failed"}
-    blocked: set[str] = set()
-    for run in runs:  # each after those that it needs
-        if (failed | blocked) & set(run.needs):
-            blocked.add(run.name)
-    return blocked
+def _done(records: RunRecords) -> set[str]:
+    return {name for name, row in records.items() if row["state"] == "done"}
+
+
+def _to_come(study: Study, runs: Iterable[StudyRun], records: RunRecords) -> tuple[list[str], list[str]]:
+    """Names of the runs that did not end: those that can start sooner or later, and those that a failed run blocks."""
+    remaining, blocked = [], []
+    barred = {name for name, row in records.items() if row["state"] == "failed"}
+    needs: dict[str, Sequence[str]] = {run.name: run.needs for run in runs}
+    needs |= unknown_answers(study, _best(records))
+    for name, needed in needs.items():  # each after those that it needs
+        if name in records:
+            continue
+        if barred.isdisjoint(needed):
+            remaining.append(name)
+        else:
+            blocked.append(name)
+            barred.add(name)
+    return remaining, blocked
 
 
 def _record(folder: Path, name: str, outcome: Outcome) -> dict[str, Any]:
@@ -176,9 +188,7 @@ def _record(folder: Path, name: str, outcome: Outcome) -> dict[str, Any]:
 
 def _progress_line(study: Study, runs: Iterable[StudyRun], records: RunRecords, name: str, worker_count: int) -> str:
     """One line for a run that ended: how far the study is, how the run ended, and how long the rest may take."""
-    blocked = _blocked(runs, records)
-    remaining = [run.name for run in runs if run.name not in records and run.name not in blocked]
-    remaining += unknown_answers(study, _best(records))
+    remaining, _ = _to_come(study, runs, records)
     row, total = records[name], len(records) + len(remaining)
     line = f"{len(records):,}/{total:,} {name} in {format_seconds(row['seconds'])}"
     line += f" · judge {format_value(row['score'])}" if row.get("score") is not None else ""

@@ -1,7 +1,6 @@
 """The runs of a study in order, all known beforehand but for the answers of best checkpoints."""
 
 import itertools
-import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -24,7 +23,7 @@ class Best(NamedTuple):
     """The checkpoint of a training run with the highest judge score on the selection prompts.
 
     Attributes:
-      judge: its score; NaN of a run that failed.
+      judge: its score.
       step: of the checkpoint.
       is_last: whether it is the last one, whose answers are there anyway.
     """
@@ -58,8 +57,8 @@ class Schedule:
         """List the runs.
 
         Args:
-          best: the best checkpoint of each run of reinforcement learning that ended, by name. Once all settings of an
-            arm and seed are there, the best of their checkpoints answers too.
+          best: the best checkpoint of each run of reinforcement learning that is done, by name. Once all settings of
+            an arm and seed are there, the best of their checkpoints answers too.
         """
         listed: list[StudyRun] = []
         for site, runs in self._runs.items():
@@ -79,22 +78,26 @@ class Schedule:
 
 
 def best_setting(study: Study, world: str, seed: int, arm: str, best: Mapping[str, Best]) -> Setting | None:
-    """The setting that holds the best checkpoint of an arm and seed; None while runs are missing, or all failed."""
+    """The setting that holds the best checkpoint of an arm and seed; None while one of its runs is not done."""
     names = {setting: policy_name(world, seed, arm, setting) for setting in settings(study, arm)}
     if read_arm(arm) is None or any(name not in best for name in names.values()):
         return None
-    scores = {setting: best[name].judge for setting, name in names.items() if not math.isnan(best[name].judge)}
-    return max(scores, key=lambda setting: scores[setting]) if scores else None
+    return max(names, key=lambda setting: best[names[setting]].judge)
 
 
-def unknown_answers(study: Study, best: Mapping[str, Best]) -> list[str]:
-    """Names of runs that a `Schedule` does not list yet: of best checkpoints that are still to be found."""
-    return [
-        answers_name(world, seed, arm, BEST)
-        for seed, world, arm in itertools.product(study.seeds or (), worlds_of(study), study.arms or ())
-        if read_arm(arm) is not None
-        and any(policy_name(world, seed, arm, setting) not in best for setting in settings(study, arm))
-    ]
+def unknown_answers(study: Study, best: Mapping[str, Best]) -> dict[str, list[str]]:
+    """Runs that a `Schedule` does not list yet: answers of best checkpoints that are still to be found.
+
+    Returns:
+      The names of the runs that each needs, which are those of all settings, by its own name.
+    """
+    unknown = {}
+    for seed, world, arm in itertools.product(study.seeds or (), worlds_of(study), study.arms or ()):
+        if read_arm(arm) is not None:
+            policies = [policy_name(world, seed, arm, setting) for setting in settings(study, arm)]
+            if not best.keys() >= set(policies):
+                unknown[answers_name(world, seed, arm, BEST)] = policies
+    return unknown
 
 
 def _site_runs(site: Site) -> list[StudyRun]:

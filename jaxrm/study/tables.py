@@ -262,6 +262,16 @@ def missing_table(results: Results) -> list[Table]:
     return [Table("Not there yet", columns, rows, "The same command continues the study.")] if rows else []
 
 
+AFTER_FAILURES = "The same command tries them again. Until they are done, their seeds count as published only."
+"""What becomes of runs that failed, for the page and the console."""
+
+
+def failed_table(results: Results) -> list[Table]:
+    """The runs that failed, for the page; the console has no room for their names in a table."""
+    columns = ("run", "error", "its output")
+    return [Table("Failed", columns, tuple(results.failed), AFTER_FAILURES)] if results.failed else []
+
+
 def _missing_rows(results: Results) -> Iterator[tuple[Any, ...]]:
     for (world, arm), seeds in sorted(results.missing.items(), key=lambda item: item[0][0]):
         there = [seed for seed in results.policies_of(world, arm) if seed not in seeds]

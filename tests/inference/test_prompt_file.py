@@ -43,6 +43,21 @@ def test_a_killed_run_goes_on_from_what_it_has(tmp_path, capsys):
     assert "6/6" in capsys.readouterr().err.replace(" ", "")
 
 
+def test_responses_may_hold_other_line_separators(tmp_path):
+    """Only a newline ends a row that is kept; the kill may have cut the last row inside a character."""
+    text = "a\u2028b\u2029c\u0085d\x1ce\x0bf\rg"
+    prompts = [[Message("user", f"{name}{text}")] for name in "abc"]
+    write_responses(Answers(), prompts, str(tmp_path / "whole.jsonl"), 4, KEY, {})
+    output, part = tmp_path / "out.jsonl", tmp_path / "out.jsonl.part"
+    with pytest.raises(KeyboardInterrupt):
+        write_responses(Answers(most=2), prompts, str(output), 4, KEY, {})
+    content = part.read_bytes()
+    part.write_bytes(content[: content.rindex("\u2028".encode()) + 1])
+    rest = Answers()
+    write_responses(rest, prompts, str(output), 4, KEY, {})
+    assert len(rest.asked) == 2 and output.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+
+
 def test_responses_of_other_options_are_not_gone_on_with(tmp_path):
     output = tmp_path / "out.jsonl"
     with pytest.raises(KeyboardInterrupt):

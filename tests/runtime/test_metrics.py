@@ -4,6 +4,8 @@ import importlib.util
 import io
 import json
 import math
+import resource
+import signal
 import sys
 from types import SimpleNamespace
 
@@ -136,6 +138,33 @@ def test_samples_are_appended_one_a_line(tmp_path):
     for text in ("a\nb", "ü"):
         append_row(tmp_path / "samples.jsonl", {"text": text})
     assert [row["text"] for row in read_rows(tmp_path / "samples.jsonl")] == ["a\nb", "ü"]
+
+
+def test_a_row_after_a_torn_one_is_a_line_of_its_own(tmp_path):
+    path = tmp_path / "queue.jsonl"
+    append_row(path, {"name": "a"})
+    with path.open("ab") as file:
+        file.write('{"name": "ü'.encode()[:-1])
+    for name in "bc":
+        append_row(path, {"name": name})
+    assert path.read_text() == '{"name": "a"}\n{"name": "b"}\n{"name": "c"}\n'
+
+
+def test_a_row_is_written_whole_or_refused(tmp_path):
+    """A limit on the size of files makes a write short, as a disk that is nearly full does."""
+    path = tmp_path / "queue.jsonl"
+    append_row(path, {"name": "a"})
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 5, before[1]))
+        with pytest.raises(OSError, match="File too large"):
+            append_row(path, {"name": "b"})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    append_row(path, {"name": "c"})
+    assert [row["name"] for row in read_rows(path)] == ["a", "c"]
 
 
 class Clock:

@@ -1,8 +1,8 @@
 """The study: which runs there are, what is refused, and a small one from end to end."""
 
+import contextlib
 import dataclasses
 import json
-import math
 import os
 import subprocess
 import sys
@@ -20,16 +20,21 @@ from jaxrm.runtime import run_lock
 from jaxrm.runtime.metrics import read_rows
 from jaxrm.stage_config import PPO, BestOfN, Evaluate, read_stage
 from jaxrm.stages.evaluate import run as evaluate
-from jaxrm.study import costs
+from jaxrm.study import costs, report
 from jaxrm.study import run as study_run
 from jaxrm.study.arms import ARMS, OTHERS, read_arm
 from jaxrm.study.checkpoints import keep_best, remove_unneeded
+from jaxrm.study.collect import collect
 from jaxrm.study.config import Study, settings
 from jaxrm.study.presets import PRESETS, apply_preset
+from jaxrm.study.readings import PROTOCOLS, read
 from jaxrm.study.run_configs import StudyRun, policy_name
 from jaxrm.study.schedule import Best, Schedule, unknown_answers
+from jaxrm.study.win_rates import win_rates
+from jaxrm.study.worker_pool import Outcome
 from jaxrm.study.worlds import prompt_tokens
 
+GRID_PROTOCOLS = tuple(name for name in PROTOCOLS if name != "published")
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -100,7 +105,6 @@ def test_the_best_checkpoint_answers_when_the_grid_is_there():
     run = runs_of(study, best)[name]
     assert run.experiment.model.path.endswith("ppo_literal/kl_coef=0.02,lr=0.001/checkpoints/32")
     assert name not in runs_of(study, best | {second: Best(0.8, 160, is_last=True)})  # its answers are there anyway
-    assert name in runs_of(study, best | {second: Best(math.nan, 0, is_last=True)})  # a setting that failed
 
 
 def test_an_arm_of_dpo_rewards_brings_its_source():
@@ -235,6 +239,78 @@ def test_a_stopped_restart_of_a_study_is_continued(queue, tmp_path):
         assert queue(status, on_existing="restart") == status
         assert len(list(tmp_path.iterdir())) == count
         assert not (tmp_path / "study/.lock").exists()
+
+
+class Worker:
+    """Ends each run at once; a policy has a checkpoint of step 2, the best, and one of step 4."""
+
+    def __init__(self, outcomes, fails, lacked):
+        self.outcomes, self.fails, self.lacked = outcomes, fails, lacked
+
+    def start(self, run, log):
+        folder = Path(run.experiment.run_dir)
+        if read_arm(run.name.split("/")[2]):
+            for step in (2, 4):
+                (folder / f"checkpoints/{step}").mkdir(parents=True, exist_ok=True)
+            means = {"judge": 0.5, "kl": 1.0, "reward": 1.0, "length": 9.0}
+            rows = [{"step": step, **{f"eval_{name}": x / step for name, x in means.items()}} for step in (2, 4)]
+            (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+            (folder / "evaluation.json").write_text(json.dumps({"after": means}))
+        policies = [need for need in run.needs if read_arm(need.split("/")[2])]
+        runs = Path(str(folder)[: -len(run.name)])
+        self.lacked += [run.name for need in policies if not list((runs / need).glob("checkpoints/[24]"))]
+        self.outcomes.put(Outcome(self, int(self.fails in run.name), "out of memory", 1.0))
+
+    def stop(self):
+        pass
+
+
+@pytest.fixture
+def grid_study(tmp_path, monkeypatch):
+    """Launches a study of two settings whose runs end at once, where those of a name fail.
+
+    It returns the exit status, and the runs that lacked their policy; ``published`` has what each launch publishes.
+    """
+
+    def run(fails):
+        lacked = []
+        monkeypatch.setattr(
+            study_run, "_open_workers", lambda _, __, ends: contextlib.nullcontext([Worker(ends, fails, lacked)])
+        )
+        grid = {"arms": ("ppo_literal",), "kl_coefs": (0.02, 0.1), "learning_rates": (1e-3,), "seeds": (1,)}
+        config = the_study(run_dir=str(tmp_path / "study"), preset="smoke", worlds=("safety",), **grid)
+        return study_run.run_study(config), lacked
+
+    run.published = []
+    monkeypatch.setattr(study_run, "publish", lambda *given: run.published.append(given))
+    return run
+
+
+def test_failed_answers_are_repeated(grid_study, tmp_path):
+    """Their policy stays until they are there."""
+    for fails, status in (("answers/ppo_literal/kl_coef=0.02", 1), ("no run", 0)):
+        assert grid_study(fails) == (status, [])
+    assert not list(tmp_path.glob("study/runs/safety/seed1/ppo_literal/*/checkpoints"))
+
+
+@pytest.mark.parametrize("fails", ["seed1/ppo_literal/kl_coef=0.1,", "answers/ppo_literal/kl_coef=0.1,"])
+def test_a_seed_counts_as_published_where_a_setting_failed(fails, grid_study, tmp_path, capsys):
+    """Whether its training failed or its answers; once the run is done, the seed counts."""
+    for name, status in ((fails, 1), ("no run", 0)):
+        assert grid_study(name)[0] == status
+    for (study, folder, progress), has_failed in zip(grid_study.published, (True, False), strict=True):
+        results = collect(study, folder, progress)
+        read_seeds = {protocol: set(read(results, protocol, "safety", "ppo_literal")) for protocol in GRID_PROTOCOLS}
+        assert read_seeds == dict.fromkeys(GRID_PROTOCOLS, set() if has_failed else {1})
+        assert read(results, "published", "safety", "ppo_literal").keys() == {1}
+        assert results.missing == ({("safety", "ppo_literal"): [1]} if has_failed else {})
+        assert ("safety/seed1/answers/ppo_literal/best" in progress.done) == (not has_failed or "answers" in fails)
+        report.write_tables(results, win_rates(results), tmp_path, [])
+        name, log = f"{fails}lr=0.001", f"logs/safety/seed1/{fails.removeprefix('seed1/')}lr=0.001.log"
+        assert all((text in (tmp_path / "report.html").read_text()) == has_failed for text in (name, log))
+    out = capsys.readouterr().out
+    assert f"{name}: out of memory (its output: {tmp_path / 'study' / log})" in out
+    assert "Until they are done, their seeds count as published only." in out
 
 
 @pytest.fixture(scope="module")
