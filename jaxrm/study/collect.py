@@ -26,7 +26,7 @@ from jaxrm.stages.evaluate.run import ANSWERS
 from jaxrm.study.arms import folder_name, read_arm
 from jaxrm.study.config import BEST, Setting, Study, published, setting_name, settings
 from jaxrm.study.results import Answers, Failure, JsonRow, Policy, PolicyKey, Results, as_float
-from jaxrm.study.run_configs import REWARD_MODELS, answers_name, policy_name
+from jaxrm.study.run_configs import REWARD_MODELS, answers_name, best_name, policy_name
 from jaxrm.study.schedule import Best, best_setting
 from jaxrm.study.worlds import task_of, worlds_of
 
@@ -106,19 +106,17 @@ def _policies_of(
 ) -> Iterator[tuple[Policy, Sequence[JsonRow]]]:
     """The policies of an arm and seed in a world whose answers are there, with the rows of these."""
     world, seed, arm = site
-    names: dict[str, Setting] = {setting_name(setting): setting for setting in settings(study, arm)}
+    steps: dict[tuple[str, Setting], int | None] = {(setting_name(each), each): None for each in settings(study, arm)}
     chosen = best_setting(study, world, seed, arm, progress.best)
     if chosen is not None:
-        names[BEST] = chosen
-    for name, setting in names.items():
-        answers = answers_name(world, seed, arm, name)
+        steps[BEST, chosen] = progress.best[policy_name(world, seed, arm, chosen)].step
+    for (name, setting), step in steps.items():
+        answers = answers_name(world, seed, arm, name) if step is None else best_name(world, seed, arm, (setting, step))
         if answers not in progress.done:
             continue
         rows = read_rows(runs / answers / ANSWERS)
         policy = _read_policy(study, runs, PolicyKey(world, folder_name(arm), seed, name), (arm, setting), rows)
-        if name == BEST:
-            policy = _at_step(policy, progress.best[policy_name(world, seed, arm, setting)].step)
-        yield policy, rows
+        yield policy if step is None else _at_step(policy, step), rows
 
 
 def _missing(names: Sequence[str]) -> dict[tuple[str, str], list[int]]:

@@ -98,13 +98,17 @@ def test_the_best_checkpoint_answers_when_the_grid_is_there():
     first, second = (
         policy_name("safety", 1, "ppo_literal", one) for one in settings(apply_preset(study), "ppo_literal")
     )
-    name = "safety/seed1/answers/ppo_literal/best"
+    name = "safety/seed1/answers/ppo_literal/best,kl_coef=0.02,lr=0.001,step=32"
     best = {first: Best(0.7, 32, is_last=False)}
     assert name not in runs_of(study, best)
     best[second] = Best(0.6, 160, is_last=True)
     run = runs_of(study, best)[name]
     assert run.experiment.model.path.endswith("ppo_literal/kl_coef=0.02,lr=0.001/checkpoints/32")
     assert name not in runs_of(study, best | {second: Best(0.8, 160, is_last=True)})  # its answers are there anyway
+    # That of a wider grid is another run, so the answers of the first are not taken for its own.
+    wider = runs_of(study, best | {second: Best(0.8, 96, is_last=False)})
+    assert name not in wider
+    assert "safety/seed1/answers/ppo_literal/best,kl_coef=0.1,lr=0.001,step=96" in wider
 
 
 def test_an_arm_of_dpo_rewards_brings_its_source():
@@ -304,7 +308,8 @@ def test_a_seed_counts_as_published_where_a_setting_failed(fails, grid_study, tm
         assert read_seeds == dict.fromkeys(GRID_PROTOCOLS, set() if has_failed else {1})
         assert read(results, "published", "safety", "ppo_literal").keys() == {1}
         assert results.missing == ({("safety", "ppo_literal"): [1]} if has_failed else {})
-        assert ("safety/seed1/answers/ppo_literal/best" in progress.done) == (not has_failed or "answers" in fails)
+        best = [name for name in progress.done if name.startswith("safety/seed1/answers/ppo_literal/best,")]
+        assert bool(best) == (not has_failed or "answers" in fails)
         report.write_tables(results, win_rates(results), tmp_path, [])
         name, log = f"{fails}lr=0.001", f"logs/safety/seed1/{fails.removeprefix('seed1/')}lr=0.001.log"
         assert all((text in (tmp_path / "report.html").read_text()) == has_failed for text in (name, log))
