@@ -7,6 +7,7 @@ from jaxrm.data.message_keys import name_role, unread_in_message
 from jaxrm.data.records import ROLES, Message
 
 Fields = dict[str, Any]
+_FLAGS = {"true": True, "1": True, "false": False, "0": False}
 
 
 class BadRecordError(ValueError):
@@ -40,6 +41,16 @@ def read_choice(fields: Fields, name: str) -> int:
     if isinstance(choice, bool) or choice not in (0, 1):
         raise BadRecordError(f"{name!r} is not 0 or 1")
     return int(choice)
+
+
+def read_flag(fields: Fields, name: str) -> bool:
+    """A field that is true or false, or 1 or 0. Tables of text have it as text, in any case."""
+    flag = read_field(fields, name)
+    if isinstance(flag, str):
+        flag = _FLAGS.get(flag.strip().lower())
+    if not isinstance(flag, bool | int | float) or flag not in (0, 1):
+        raise BadRecordError(f"{name!r} is not true or false, nor 1 or 0; rename the field if it means something else")
+    return bool(flag)
 
 
 def read_messages(fields: Fields, name: str) -> tuple[Message, ...]:

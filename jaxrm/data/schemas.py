@@ -14,6 +14,7 @@ from jaxrm.data.fields import (
     is_transcript,
     read_choice,
     read_field,
+    read_flag,
     read_messages,
     read_text,
     read_transcript,
@@ -98,7 +99,7 @@ def parse_ultrafeedback(fields: Fields, source: str) -> Record:
 
 def parse_demonstration(fields: Fields, source: str) -> Record:
     """``prompt`` with ``response`` or ``completion``, or ``instruction`` (and ``input``) with ``output``."""
-    if fields.get("label") is False:  # as unpaired preferences mark a response that nobody wants
+    if given(fields, "label") and not read_flag(fields, "label"):  # as unpaired preferences mark an unwanted response
         raise BadRecordError("'label' is False: its response is not to be imitated; leave such records out")
     usual = "output" if "instruction" in fields else "response" if "response" in fields else "completion"
     names = [name for name in _RESPONSES if given(fields, name)] or [usual]

@@ -417,3 +417,14 @@ def test_many_files_are_named_by_their_number_and_first(tmp_path):
     write(tmp_path / "part-1.jsonl", as_lines(ROWS[20:]))
     _, report = read(tmp_path)
     assert report.rows()[-1] == ("files", 2, "part-0.jsonl")
+
+
+def test_unwanted_responses_of_a_table_are_counted(tmp_path):
+    path = write(tmp_path / "labels.csv", b"prompt,completion,label\nhi,good,True\nhi,bad,False\nhi,ugly,?\n")
+    config = DataConfig(path=path, eval_path=path, max_bad_share=1.0)
+    records, report = read_records(config, held_out=True)
+    assert [record.response for record in records] == ["good"]
+    assert [(reason[:24], bad.first) for reason, bad in report.bad.items()] == [
+        ("'label' is False: its re", "labels.csv:3"),
+        ("'label' is not true or f", "labels.csv:4"),
+    ]

@@ -221,3 +221,23 @@ def test_a_response_labeled_false_is_not_imitated():
     with pytest.raises(BadRecordError, match="'label' is False"):
         parse("demonstration", fields, "file:1", "better_response_id")
     assert parse("demonstration", fields | {"label": True}, "file:1", "better_response_id").response == "go away"
+
+
+@pytest.mark.parametrize("label", [0, 0.0, "False", "false", " FALSE", "0"])
+def test_a_label_of_zero_or_text_is_false_too(label):
+    fields = {"prompt": "hi", "completion": "go away", "label": label}
+    with pytest.raises(BadRecordError, match="'label' is False"):
+        parse("demonstration", fields, "file:1", "better_response_id")
+
+
+@pytest.mark.parametrize("label", [True, 1, 1.0, "True", "true", "1", None, "", float("nan")])
+def test_a_response_with_a_true_label_or_none_is_learned(label):
+    fields = {"prompt": "hi", "completion": "hello", "label": label}
+    assert parse("demonstration", fields, "file:1", "better_response_id").response == "hello"
+
+
+@pytest.mark.parametrize("label", ["no", "bad", 2, -1, 0.5, "0.0", [False], {"value": 0}])
+def test_a_label_that_is_neither_is_a_bad_record(label):
+    fields = {"prompt": "hi", "completion": "go away", "label": label}
+    with pytest.raises(BadRecordError, match="'label' is not true or false, nor 1 or 0; rename the field"):
+        parse("demonstration", fields, "file:1", "better_response_id")
