@@ -39,13 +39,14 @@ def with_context(fields: Fields, turns: Turns) -> Turns:
     Raises:
       BadRecordError: they have another system text, or a field is no such thing.
     """
-    head, rest = (turns[:1], turns[1:]) if turns and turns[0].role == "system" else ((), turns)
-    history = _history(fields)
+    head, rest = _split_system(turns)
+    first, history = _split_system(_history(fields))
     if not _includes(rest, history):
         rest = (*history, *rest)
     systems = {squeeze(text): Message("system", text) for name in SYSTEMS if (text := _optional_text(fields, name))}
-    systems |= {squeeze(message.content): message for message in head}
-    if len(systems) > 1:
+    systems |= {squeeze(message.content): message for message in (*first, *head)}
+    later = {squeeze(message.content) for message in history if message.role == "system"}
+    if len(systems) > 1 or (systems and not later <= systems.keys()):
         raise BadRecordError("there are two different system texts")
     return (*systems.values(), *rest)
 
@@ -168,25 +169,43 @@ def _optional_text(fields: Fields, name: str) -> str | None:
 
 
 def _joined(prompt: Turns, turns: Turns) -> Turns:
-    """A prompt and the turns before a response as one dialogue: the longer one, or one after the other."""
-    if _includes(prompt, turns):
+    """A prompt and the turns before a response as one dialogue, which is the longer of the two.
+
+    The turns are the whole prompt or its end: after other ones the response would answer another turn. Where the
+    dialogue is the longer one, the prompt is its end, or its beginning as of data whose prompt is the first question.
+    """
+    if _ends_with(prompt, turns):
         return prompt
-    if prompt[0].role == "system" != turns[0].role:
-        return (prompt[0], *(_joined(prompt[1:], turns) if prompt[1:] else turns))
-    written = "\n".join(message.content for message in turns)
-    if _includes(turns, prompt) or (len(prompt) == 1 and is_written(prompt[0].content, written)):
+    system, question = _split_system(prompt)
+    if system and turns[0].role != "system":
+        return (*system, *(_joined(question, turns) if question else turns))
+    beginning = turns if system else _split_system(turns)[1]
+    if _ends_with(turns, prompt) or _keys(beginning)[: len(prompt)] == _keys(prompt):
         return turns
-    if prompt[-1].role != "user" and turns[0].role == "user":
-        return (*prompt, *turns)
     raise BadRecordError("'prompt' is another than that of the responses' dialogues")
+
+
+def _split_system(turns: Turns) -> tuple[Turns, Turns]:
+    """The system text that turns begin with, if they do, and the others."""
+    return (turns[:1], turns[1:]) if turns and turns[0].role == "system" else ((), turns)
+
+
+def _ends_with(turns: Turns, end: Turns) -> bool:
+    """Whether the last of ``turns`` are ``end``, up to white space."""
+    return len(end) <= len(turns) and _keys(turns)[len(turns) - len(end) :] == _keys(end)
 
 
 def _includes(turns: Turns, part: Turns) -> bool:
     """Whether ``part`` stands in ``turns`` as it is, up to white space."""
     if not part:
         return True
-    whole, wanted = ([(m.role, squeeze(m.content)) for m in messages] for messages in (turns, part))
+    whole, wanted = _keys(turns), _keys(part)
     return any(whole[i : i + len(wanted)] == wanted for i in range(len(whole) - len(wanted) + 1))
+
+
+def _keys(turns: Turns) -> list[tuple[str, str]]:
+    """Turns as they are compared: up to white space."""
+    return [(message.role, squeeze(message.content)) for message in turns]
 
 
 def _kind(value: object) -> str:

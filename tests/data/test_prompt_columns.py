@@ -10,6 +10,8 @@ EARLIER = (Message("user", "hi"), Message("assistant", "salut"))
 ASKED = Message("user", "why?")
 WRITTEN = {"role": "system", "content": "answer in French"}
 USER, GOOD, BAD = ({"role": r, "content": c} for r, c in (("user", "why?"), ("assistant", "oui"), ("assistant", "no")))
+EARLY, REPLY = ({"role": r, "content": c} for r, c in (("user", "hi"), ("assistant", "salut")))
+HH_FIRST = "\n\nHuman: hi\n\nAssistant:"
 HH = "\n\nHuman: why?\n\nAssistant:"
 HH_TWO = "\n\nHuman: hi\n\nAssistant: salut\n\nHuman: why?\n\nAssistant:"
 ALPACA = {"instruction": "why?", "input": "", "output": "oui"}
@@ -57,6 +59,28 @@ def demonstration(*prompt):
         ),
         ({"prompt": [WRITTEN], "chosen": [USER, GOOD], "rejected": [USER, BAD]}, pair(SYSTEM, ASKED)),
         ({"prompt": "why?", "chosen": [WRITTEN, USER, GOOD], "rejected": [WRITTEN, USER, BAD]}, pair(SYSTEM, ASKED)),
+        (
+            {"prompt": [EARLY, REPLY, USER], "chosen": [USER, GOOD], "rejected": [USER, BAD]},
+            pair(*EARLIER, ASKED),
+        ),
+        (
+            {"prompt": [WRITTEN, EARLY, REPLY, USER], "chosen": [USER, GOOD], "rejected": [USER, BAD]},
+            pair(SYSTEM, *EARLIER, ASKED),
+        ),
+        (
+            {
+                "prompt": "hi",
+                "chosen": [WRITTEN, EARLY, REPLY, USER, GOOD],
+                "rejected": [WRITTEN, EARLY, REPLY, USER, BAD],
+            },
+            pair(SYSTEM, *EARLIER, ASKED),
+        ),
+        ({**PAIR, "history": [WRITTEN, EARLY, REPLY]}, pair(SYSTEM, *EARLIER, ASKED)),
+        ({**PAIR, "history": [WRITTEN, EARLY, REPLY], "system": "answer  in French"}, pair(SYSTEM, *EARLIER, ASKED)),
+        (
+            {"messages": [WRITTEN, USER, GOOD], "history": [WRITTEN, EARLY, REPLY]},
+            demonstration(SYSTEM, *EARLIER, ASKED),
+        ),
         ({"system": "answer in French", "chosen": [USER, GOOD], "rejected": [USER, BAD]}, pair(SYSTEM, ASKED)),
         ({"chosen": HH + " oui", "rejected": HH + " no", "system": "answer in French"}, pair(SYSTEM, ASKED)),
         ({"prompt": "why?", "system": "answer in French"}, PromptRecord((SYSTEM, ASKED), "f:1")),
@@ -126,6 +150,20 @@ def test_the_prompt_is_found_under_each_of_its_names(fields, expected):
         ({**PAIR, "history": [["hi", None]]}, "missing field 'history'"),
         ({"prompt": "when?", "chosen": [USER, GOOD], "rejected": [USER, BAD]}, "'prompt' is another"),
         ({"prompt": "when?", "chosen": HH + " oui", "rejected": HH + " no"}, "'prompt' is another"),
+        (
+            {"prompt": [EARLY, REPLY, USER], "chosen": [EARLY, GOOD], "rejected": [EARLY, BAD]},
+            "'prompt' is another",
+        ),
+        ({"prompt": HH_TWO, "chosen": HH_FIRST + " oui", "rejected": HH_FIRST + " no"}, "'prompt' is another"),
+        ({"prompt": "why", "chosen": [USER, GOOD], "rejected": [USER, BAD]}, "'prompt' is another"),
+        ({"prompt": "salut", "chosen": HH_TWO + " oui", "rejected": HH_TWO + " no"}, "'prompt' is another"),
+        (
+            {"prompt": "when?", "completion": [WRITTEN, {"role": "user", "content": "when? why?"}, GOOD]},
+            "'prompt' is another",
+        ),
+        ({**PAIR, "history": [WRITTEN, EARLY, REPLY], "system": "answer in German"}, "two different system texts"),
+        ({**PAIR, "history": [EARLY, WRITTEN, REPLY], "system": "answer in German"}, "two different system texts"),
+        ({"messages": [{**WRITTEN, "content": "no"}, USER, GOOD], "history": [WRITTEN, EARLY, REPLY]}, "two different"),
         ({"prompt": HH, "chosen": HH + " oui", "rejected": " no"}, "differ before the last turn"),
         ({"prompt": HH, "chosen": " oui\n\nHuman: and?", "rejected": " no"}, "'chosen' goes on with further turns"),
         ({"prompt": HH + " oui"}, "the prompt ends with the assistant"),
