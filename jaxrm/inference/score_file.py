@@ -1,15 +1,18 @@
 """Scoring the records of a file, for `jaxrm.score`: what is read, refused, written and printed."""
 
+import glob
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from jaxrm import atomic
 from jaxrm.data.config import DataConfig
+from jaxrm.data.file_names import is_data
 from jaxrm.data.readers import ReadReport, read_records
 from jaxrm.data.records import Record
+from jaxrm.data.sources import Place, is_one_file
 from jaxrm.errors import UserError, option
 from jaxrm.evaluation.ranking import pair_accuracy
 from jaxrm.inference.classifier import Classifier
@@ -94,7 +97,7 @@ def read_records_to_score(
 
     Args:
       path: the file.
-      data: of the run: which label of PKU-SafeRLHF counts, and what it held out.
+      data: of the run: which label of PKU-SafeRLHF counts, and how its records were read and held out.
       held_out: read only the records whose prompts the run held out, by their hash.
       max_records: read no more than so many.
       with_fields: give each record the columns of its row, for functions that read them.
@@ -106,15 +109,28 @@ def read_records_to_score(
             f"{data.eval_path!r} and eval_split {data.eval_split!r}; give those records as --input, without it"
         )
     # The held-out side of a file that is given as held out is all of it.
-    whole = DataConfig(
-        path=path,
-        eval_path=None if held_out else path,
-        eval_share=data.eval_share,
-        preferred=data.preferred,
-        max_eval_records=max_records,
-        max_bad_share=1.0,
+    section = DataConfig(
+        path=path, eval_path=path, preferred=data.preferred, max_eval_records=max_records, max_bad_share=1.0
     )
-    return RecordsToScore(path, *read_records(whole, held_out=True, with_fields=with_fields))
+    if held_out:
+        section = replace(
+            section,
+            eval_path=None,
+            eval_share=data.eval_share,
+            schema=data.schema,
+            split=data.split if _is_read_by_split(path, data.path) else DataConfig.split,
+            revision=data.revision if path == data.path else None,
+        )
+    return RecordsToScore(path, *read_records(section, held_out=True, with_fields=with_fields))
+
+
+def _is_read_by_split(path: str, trained: str) -> bool:
+    """Whether the run's split says which records of ``path`` are meant, as it did of the ``trained`` data.
+
+    Of a folder or a data set the split chose the files, so a single file that is given in its place is read whole.
+    """
+    was_one_file = is_data(trained) and not glob.has_magic(trained)
+    return path == trained or was_one_file or not is_one_file(Place(path, None))
 
 
 def score_records(
