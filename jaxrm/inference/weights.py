@@ -22,7 +22,7 @@ from jaxrm.models.lora import NO_LORA, LoRAConfig
 from jaxrm.runtime import checksums
 from jaxrm.stage_config import LANGUAGE_MODELS
 
-_HASH = re.compile(r" \(sha256 [0-9a-f]{12}\)")
+_HASH = re.compile(r" \((?:file )?sha256 [0-9a-f]{12}\)")
 
 BASE_FILE = "base.json"
 """File of a run with adapters that says what they stand on."""
@@ -172,10 +172,10 @@ def is_same_identity(one: str, other: str) -> bool:
 
     Older runs wrote down no hash of published weights; then their paths decide.
     """
-    (first, of_first), (second, of_second) = split_identity(one), split_identity(other)
-    if of_first and of_second:
-        return of_first == of_second
-    is_checkpoint = any(more and not _HASH.fullmatch(more) for more in (of_first, of_second))
+    (first, first_content), (second, second_content) = split_identity(one), split_identity(other)
+    if first_content and second_content:
+        return first_content == second_content
+    is_checkpoint = any(more and not _HASH.fullmatch(more) for more in (first_content, second_content))
     return first == second and not is_checkpoint
 
 
@@ -183,10 +183,13 @@ def is_recorded_as(recorded: str, now: str) -> bool:
     """Whether a text that has identities of models is what an earlier launch wrote down, with hashes or without them.
 
     Args:
-      recorded: by an earlier launch, which may have been of a version without hashes of published weights.
+      recorded: by an earlier launch, which may have been of a version without hashes of published weights, or of
+        functions.
       now: the same text of this launch.
     """
-    return recorded in (now, _HASH.sub("", now))
+    parts, hashes = _HASH.split(now), [*_HASH.findall(now), ""]
+    pattern = "".join(f"{re.escape(part)}(?:{re.escape(end)})?" for part, end in zip(parts, hashes, strict=True))
+    return re.fullmatch(pattern, recorded) is not None
 
 
 def identity_of_source(source: ModelSource) -> str:

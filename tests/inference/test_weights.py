@@ -215,6 +215,10 @@ def test_a_record_without_hashes_is_compared_by_its_paths(folder_of_weights):
     now = f"prompts 12ab; {weights.identity_of(path)}; runs/rm, step 4, of 2026"
     assert weights.is_recorded_as(now, now)
     assert weights.is_recorded_as(f"prompts 12ab; {path}; runs/rm, step 4, of 2026", now)
+    rewards = "my:score (file sha256 0123456789ab); my:other (file sha256 ba9876543210)"  # functions had none yet
+    assert weights.is_recorded_as(f"{now}; my:score; my:other", f"{now}; {rewards}")
+    assert not weights.is_recorded_as(f"{now}; my:score; my:another", f"{now}; {rewards}")
+    assert not weights.is_recorded_as(f"{now}; my:score (file sha256 999999999999); my:other", f"{now}; {rewards}")
     assert not weights.is_recorded_as(f"prompts 12ab; {path}; runs/rm, step 8, of 2026", now)
     assert not weights.is_recorded_as(now.replace("sha256 ", "sha256 0")[:-1], now)
     assert weights.is_same_identity(path, weights.identity_of(path))

@@ -1,6 +1,7 @@
 """The best-of-n stage: winners of a known reward, read by SFT; stopped and continued; what it refuses."""
 
 import dataclasses
+import hashlib
 import json
 import os
 import signal
@@ -29,6 +30,7 @@ from jaxrm.sharding.mesh import MeshConfig
 from jaxrm.stage_config import SFT, BestOfN
 from jaxrm.stages import sft
 from jaxrm.stages.best_of_n import run as best_of_n
+from jaxrm.stages.best_of_n.candidates import save_start
 
 COUNT, N = 20, 3
 
@@ -219,5 +221,38 @@ def test_another_policy_in_the_folder_does_not_continue_the_run(config, reward, 
         best_of_n.run(config)
     reward.variety = variety
     monkeypatch.setattr(best_of_n.weights, "identity_of", lambda path: "a new run")
-    with pytest.raises(UserError, match=r"prompts, policy or reward model are no longer those.*on_existing=restart"):
+    with pytest.raises(
+        UserError, match=r"prompts, policy, reward model or function are no longer those.*on_existing=restart"
+    ):
         best_of_n.run(config)
+
+
+def test_an_edited_function_does_not_continue_the_run(config, tmp_path, monkeypatch):
+    """Nor do candidates of versions that wrote down its name alone stop at it."""
+    name = f"edited_{tmp_path.name.replace('-', '_')}"
+    file, body = tmp_path / f"{name}.py", "def f(prompts, responses):\n    return [float(len(r)) for r in responses]\n"
+    file.write_text(body)
+    monkeypatch.syspath_prepend(tmp_path)
+    config = dataclasses.replace(config, reward=dataclasses.replace(config.reward, function=f"{name}:f"))
+    with monkeypatch.context() as patch:
+        patch.setattr(best_of_n, "save_start", lambda *args: (save_start(*args), stop()))
+        with pytest.raises(KeyboardInterrupt):
+            best_of_n.run(config)
+    file.write_text(body.replace("len(r)", "-len(r)"))
+    with pytest.raises(UserError, match=rf"{name}:f \(file sha256 \w+\), now .*on_existing=restart"):
+        best_of_n.run(config)
+
+    start = tmp_path / "run" / "best_of_n.json"
+    recorded = json.loads(start.read_text())
+    recorded["identity"] = recorded["identity"].partition(f" (file sha256 {source_digest_of(body)}")[0]
+    assert recorded["identity"].endswith(f"{name}:f")
+    start.write_text(json.dumps(recorded))
+    assert best_of_n.run(config) == 0
+
+
+def stop():
+    raise KeyboardInterrupt
+
+
+def source_digest_of(text):
+    return hashlib.sha256(text.encode()).hexdigest()[:12]

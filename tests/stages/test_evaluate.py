@@ -1,11 +1,13 @@
 """What the evaluation of a policy refuses; tests/test_study.py runs it."""
 
 import dataclasses
+import json
 
 import jax
 import pytest
 
 from jaxrm.algorithms.ppo_config import RolloutConfig
+from jaxrm.algorithms.reward_config import RewardConfig
 from jaxrm.data.config import DataConfig
 from jaxrm.errors import UserError
 from jaxrm.evaluation.config import EvaluateConfig
@@ -111,3 +113,24 @@ def test_a_stopped_evaluation_asks_only_for_what_is_left(config, make_run, tmp_p
     for name in ("answers.jsonl", "evaluation.json"):
         assert (stopped / name).read_text() == (unbroken / name).read_text()
     assert not (unbroken / "parts").exists() and not (stopped / "parts").exists()
+
+
+def test_answers_of_an_edited_function_are_not_taken_on(config, make_run, tmp_path, monkeypatch):
+    """Answers of versions that wrote down no function are."""
+    make_run(tmp_path / "sft")
+    name = f"edited_{tmp_path.name.replace('-', '_')}"
+    file, body = tmp_path / f"{name}.py", "def f(prompts, responses):\n    return [1.0 for _ in responses]\n"
+    file.write_text(body)
+    monkeypatch.syspath_prepend(tmp_path)
+    reward = RewardConfig(kind="scalar", function=f"{name}:f", model=None)
+    config = dataclasses.replace(config, model=ModelSource(path=str(tmp_path / "sft")), reward=reward)
+    asked = tmp_path / "run" / "asked.json"
+    evaluate._check_same_models(asked, config, has_answers=False)
+    evaluate._check_same_models(asked, config, has_answers=True)
+    file.write_text(body.replace("1.0", "2.0"))
+    words = rf"for config.reward.function as it was, {name}:f \(file sha256 .*--config.on_existing=restart"
+    with pytest.raises(UserError, match=words):
+        evaluate._check_same_models(asked, config, has_answers=True)
+    recorded = json.loads(asked.read_text())
+    asked.write_text(json.dumps({"model.path": recorded["model.path"]}))
+    evaluate._check_same_models(asked, config, has_answers=True)

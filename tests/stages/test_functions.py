@@ -1,8 +1,11 @@
 """Functions of text: spans, fields of records, and processes of their own that hang, die and end with the run."""
 
+import dataclasses
 import functools
+import hashlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -32,10 +35,11 @@ from jaxrm.ops import reward_scaling
 from jaxrm.ops.reward_kinds import KINDS
 from jaxrm.runtime.metrics import LoggingConfig
 from jaxrm.sharding.mesh import MeshConfig, build_mesh
-from jaxrm.stage_config import PPO
+from jaxrm.stage_config import PPO, BestOfN, Evaluate
 from jaxrm.stages.ppo import run as ppo
 from jaxrm.stages.rewards.function_call import takes_fields
 from jaxrm.stages.rewards.functions import FunctionScorer, open_function
+from jaxrm.stages.rewards.sources import identities_of
 from jaxrm.stages.rewards.text import TextRewards
 from jaxrm.types import ResponseBatch
 
@@ -354,9 +358,13 @@ def test_options_that_contradict_each_other_are_refused(options, message):
         RewardConfig(**{"kind": "scalar", "function": "my:f", **options})
 
 
+def sha256_of(text):
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
 @pytest.mark.slow
-def test_a_function_that_hangs_stops_ppo_with_its_state_saved(write_module, make_run, task_folder, tmp_path):
-    """A whole run: spans by the fields of records, in processes; more of them are no other run."""
+def test_a_function_that_hangs_stops_ppo_with_its_state_saved(write_module, make_run, task_folder, tmp_path, capsys):
+    """A whole run: spans by the fields of records, in processes; more of them are no other run, and a mend is said."""
     source = f"""
 import pathlib, time
 count = pathlib.Path({str(tmp_path / "count")!r})
@@ -396,8 +404,14 @@ def f(prompts, responses, fields):
             run(function_workers=1, function_timeout=4.0)
         saved = max(int(path.name) for path in (tmp_path / "ppo" / "checkpoints").iterdir() if path.name.isdecimal())
         assert saved == 3  # calls: calibration, evaluation and three steps
+        before = sha256_of(source)
         (tmp_path / "count").unlink()
+        write_module(source.replace("while calls == 5", "while False"))
         assert run(function_workers=2, function_timeout=60.0) == 0
+        mended = sha256_of(source.replace("while calls == 5", "while False"))
+        words = f"({name} (file sha256 {before}), now {name} (file sha256 {mended})); the run goes on with the new one"
+        assert words in capsys.readouterr().out
+        assert run() == 0 and "reward function" not in capsys.readouterr().out
     rows = [json.loads(line) for line in (tmp_path / "ppo" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if "policy_loss" in row] == [1, 2, 3, 4]
 
@@ -480,3 +494,19 @@ def test_a_job_of_two_processes_calls_a_function_once():
             "error config.reward.function mine:f raised UserError: no more ?, on response 0 of the batch, '5'; " in text
         )
         assert f"calls {0 if index else 3}" in text  # the second one fails, and again with the first response alone
+
+
+@pytest.mark.parametrize("stage", [PPO, BestOfN, Evaluate])
+def test_an_edited_function_is_another_source_of_rewards(write_module, stage):
+    """Its file says which one it is. What is not in a file has its name alone."""
+    source = "def f(prompts, responses):\n    return [1.0 for _ in responses]\n"
+    config = stage(reward=RewardConfig(kind="scalar", function=write_module(source), model=None))
+    [first] = identities_of(config)
+    assert re.fullmatch(rf"{config.reward.function} \(file sha256 [0-9a-f]{{12}}\)", first)
+    assert identities_of(config) == [first]
+    write_module(source.replace("1.0", "2.0"))
+    assert identities_of(config) != [first]
+    named = dataclasses.replace(config, reward=RewardConfig(), rewards={"exact": config.reward})
+    assert identities_of(named) == [f"exact {identities_of(config)[0]}"]
+    judge = dataclasses.replace(config, reward=dataclasses.replace(config.reward, function="task:safety"))
+    assert identities_of(judge) == ["task:safety"]

@@ -119,7 +119,7 @@ def load_progress(folder: RunFolder, identity: str, num_prompts: int, batch_size
         saved = json.loads(start.read_text(encoding="utf-8"))
         if not is_recorded_as(saved["identity"], identity):
             raise UserError(
-                f"prompts, policy or reward model are no longer those that {path} was drawn with "
+                f"prompts, policy, reward model or function are no longer those that {path} was drawn with "
                 f"({saved['identity']}, now {identity}), so it cannot be continued as it was; give the same ones, or "
                 f"put the run aside with {flag('on_existing')}=restart"
             )

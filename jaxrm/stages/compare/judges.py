@@ -5,7 +5,6 @@ of the texts that were judged, so the same answer is judged once, whoever gave i
 """
 
 import hashlib
-import inspect
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -41,7 +40,7 @@ from jaxrm.runtime.progress import Progress
 from jaxrm.runtime.row_log import RowLog
 from jaxrm.sharding.mesh import build_mesh
 from jaxrm.stage_config import REWARD_MODELS, Compare
-from jaxrm.stages.rewards.function_call import open_function
+from jaxrm.stages.rewards.function_call import open_function, source_digest
 from jaxrm.stages.rewards.functions import FunctionScorer
 
 
@@ -245,7 +244,7 @@ def identity_of_judge(judge: ComparisonJudgeConfig) -> str:
     """Hash of all that decides a judge's verdicts; of a function its file, but not what that imports."""
     decisive: list[Any] = [judge.function, judge.kind, judge.dtype]
     if judge.function is not None and not judge.function.startswith(tasks.PREFIX):
-        decisive += [_source_digest(open_function(judge.function))]
+        decisive += [source_digest(open_function(judge.function))]
     for path in (judge.reward_model, judge.language_model):
         source = ModelSource(path=path)
         decisive += [] if path is None else [weights.identity_of_source(source), weights.contents_of(source)]
@@ -255,15 +254,6 @@ def identity_of_judge(judge: ComparisonJudgeConfig) -> str:
     if judge.words != ("A", "B"):  # else the question of a file, which need not have them, would decide alone
         decisive += judge.words
     return _digest(decisive)[:12]
-
-
-def _source_digest(function: Callable[..., Any]) -> str | None:
-    """Hash of the file that defines a function, so that verdicts of an edited one are not taken for its own."""
-    try:
-        file = inspect.getsourcefile(inspect.unwrap(function))
-    except TypeError:  # not written in Python
-        return None
-    return None if file is None or not Path(file).is_file() else hashlib.sha256(Path(file).read_bytes()).hexdigest()
 
 
 def _check_task(name: str, function: str, prompts: Sequence[Sequence[Message]]) -> None:

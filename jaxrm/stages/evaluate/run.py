@@ -226,8 +226,8 @@ def _check_same_models(file: Path, config: Any, *, has_answers: bool) -> None:
     """Refuse answers of another model than the one that a path names now; write down which ones it names."""
     models = {"model.path": weights.identity_of_source(config.model)}
     for name, source in sources_of(config).items():
-        origin = "model" if source.model is not None else "endpoint"
-        if source.function is None and source.is_given:
+        origin = "model" if source.model is not None else "endpoint" if source.function is None else "function"
+        if source.is_given:
             place = f"rewards.{name}.{origin}" if config.rewards else f"reward.{origin}"
             models[place] = identity_of_rewards(source)
     if has_answers and file.exists():

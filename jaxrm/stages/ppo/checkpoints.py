@@ -17,6 +17,7 @@ from jaxrm.inference.weights import is_recorded_as
 from jaxrm.runtime.checkpoint import Checkpoints
 from jaxrm.stages.ppo.data import PPOData
 from jaxrm.stages.ppo.learner import Learner
+from jaxrm.stages.rewards.function_call import without_files
 
 
 def saved_arrays(state: PPOState, networks: Networks) -> dict[str, Any]:
@@ -63,6 +64,8 @@ def save(
 def restore(learner: Learner, checkpoints: Checkpoints, data: PPOData, key: jax.Array) -> PPOState:
     """State of the latest checkpoint, and the data moved to where they were.
 
+    A function whose file has changed is said and goes on: it may have been mended, since one that fails stops the run.
+
     Args:
       learner: shapes and shardings of the state.
       checkpoints: at least one of them is there.
@@ -74,11 +77,20 @@ def restore(learner: Learner, checkpoints: Checkpoints, data: PPOData, key: jax.
     """
 
     def check_progress(step: int, progress: dict[str, Any]) -> None:
-        if not is_recorded_as(progress["data"], data.fingerprint):
+        before, now = progress["data"], data.fingerprint
+        if not is_recorded_as(without_files(before), without_files(now)):
             raise UserError(
                 f"prompts, SFT policy or reward model are no longer those that {checkpoints.folder / str(step)} was "
-                f"trained with ({progress['data']}, now {data.fingerprint}), so it cannot be continued as it was; give "
-                f"the same ones, or put the run aside with {flag('on_existing')}=restart"
+                f"trained with ({before}, now {now}), so it cannot be continued as it was; give the same ones, or "
+                f"put the run aside with {flag('on_existing')}=restart"
+            )
+        pairs = zip(before.split("; "), now.split("; "), strict=True)
+        edited = [f"{one}, now {other}" for one, other in pairs if not is_recorded_as(one, other)]
+        if edited and jax.process_index() == 0:
+            print(
+                f"The file of a reward function is another than {checkpoints.folder / str(step)} was trained with "
+                f"({'; '.join(edited)}); the run goes on with the new one. If that is not meant, put the run aside "
+                f"with {flag('on_existing')}=restart"
             )
 
     abstract_arrays = saved_arrays(learner.abstract, learner.networks)

@@ -20,6 +20,7 @@ from jaxrm.stages.ppo.learner import Learner, open_learner
 from jaxrm.stages.ppo.report import closing_report
 from jaxrm.stages.ppo.train import Opened, train
 from jaxrm.stages.report import adapters_in_words, print_held_out, print_quantized, print_reading
+from jaxrm.stages.rewards.function_call import without_files
 from jaxrm.stages.rewards.judges import check_reachable, judges_in_words
 from jaxrm.stages.rewards.sources import check_rewards, open_rewards
 from jaxrm.stages.stage import Stage, open_stage
@@ -45,9 +46,8 @@ def run(config: Any) -> int:
     )
     opened = Opened(inputs.learner, inputs.critic, source, with_models(inputs.data, config), base)
 
-    folder = stage.open_run(
-        [opened.inputs.data.fingerprint, inputs.data.held_out.examples], layout=layout_of(inputs.learner.rollout_model)
-    )
+    read = without_files(opened.inputs.data.fingerprint)  # one process calls functions for all
+    folder = stage.open_run([read, inputs.data.held_out.examples], layout=layout_of(inputs.learner.rollout_model))
     policy_name = weights.name_of(config.model)  # by every process, since they look into the checkpoints together
     if stage.is_writer:
         _print_inputs(stage, opened, policy_name, reward_name)

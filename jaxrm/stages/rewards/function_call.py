@@ -1,8 +1,11 @@
 """A user's function of text: how it is opened and called, and what it may return. Nothing here needs JAX."""
 
+import hashlib
 import importlib
 import inspect
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from pathlib import Path
 from typing import Any
 
 from jaxrm.data import tasks
@@ -14,6 +17,7 @@ from jaxrm.inference.text_scorer import TextSample
 # (prompts, responses) or (prompts, responses, fields) -> a number, or a list of spans, for each response
 RewardFunction = Callable[..., Iterable[Any]]
 SHOWN = 60  # characters of a response or a value that a message quotes
+_FILE = re.compile(r" \(file sha256 [0-9a-f]{12}\)")
 _LARGEST = 3.4028234663852886e38  # of float32
 
 
@@ -62,6 +66,33 @@ def open_function(name: str) -> RewardFunction:
             f"record's columns are those of fields[i], a dict"
         )
     return function
+
+
+def identity_of_function(name: str) -> str:
+    """Which function exactly: its name and a hash of its file, but not of what that imports.
+
+    Args:
+      name: as `open_function` takes it. The judge of an embedded task, and what no file defines, is its name alone.
+
+    Raises:
+      UserError: as `open_function`.
+    """
+    digest = None if name.startswith(tasks.PREFIX) else source_digest(open_function(name))
+    return name if digest is None else f"{name} (file sha256 {digest[:12]})"
+
+
+def without_files(identities: str) -> str:
+    """A text with identities of functions, without the hashes of their files."""
+    return _FILE.sub("", identities)
+
+
+def source_digest(function: RewardFunction) -> str | None:
+    """Hash of the file that defines a function, so that what an edited one says is not taken for its own."""
+    try:
+        file = inspect.getsourcefile(inspect.unwrap(function))
+    except TypeError:  # not written in Python
+        return None
+    return None if file is None or not Path(file).is_file() else hashlib.sha256(Path(file).read_bytes()).hexdigest()
 
 
 def takes_fields(function: RewardFunction) -> bool:

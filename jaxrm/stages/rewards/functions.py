@@ -32,6 +32,10 @@ Places are characters of the response as it is given, as ``re.finditer(pattern, 
 Numbers on one token add; other tokens get 0. The empty span at the end, ``(len(response), len(response), number)``, is
 the response as a whole: its number stands on the last token, which is the end token where that was reached.
 
+**Edits.** A run writes down the hash of the function's file, but not of what that imports. Where the file was edited
+since, PPO says so and goes on, since a function that stopped it had to be mended. Best-of-n and evaluations refuse it:
+rewards of two functions are not to be compared.
+
 **Processes.** In a job of several processes, process 0 calls the function for all of them. The same responses must
 always get the same rewards, since a resumed run calls it again. ``config.reward.function_workers=4`` calls it in four
 processes, each with a part of the batch, so it must not compare the responses of a batch. They start no JAX, import

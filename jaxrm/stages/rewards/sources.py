@@ -24,7 +24,7 @@ from jaxrm.ops.reward_kinds import find_kind
 from jaxrm.stage_config import PPO, REWARD_MODELS, BestOfN, Evaluate
 from jaxrm.stages.judge import check_judgeable
 from jaxrm.stages.rewards import classifier
-from jaxrm.stages.rewards.function_call import open_function, takes_fields
+from jaxrm.stages.rewards.function_call import identity_of_function, open_function, takes_fields
 from jaxrm.stages.rewards.functions import open_scorer
 from jaxrm.stages.rewards.model_run import check_run, open_run
 from jaxrm.stages.rewards.scored import Origin, Responses, Scored
@@ -202,7 +202,7 @@ FUNCTION = Origin(
     check_config=_check_named_function,
     check=check_function,
     open=open_function_rewards,
-    identity=lambda source: str(source.function),
+    identity=lambda source: identity_of_function(str(source.function)),
     reads_fields=lambda source: takes_fields(open_function(str(source.function))),
 )
 JUDGE = Origin(
