@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from jaxrm.algorithms.endpoint_config import EndpointConfig
@@ -21,7 +22,7 @@ class ComparedPolicyConfig:
     Attributes:
       path: folder of a run, hub name, folder of published weights, or GGUF file.
       adapter: adapters that stand on those weights.
-      seeds: further runs of the same training with other seeds, each a path; intervals then count seeds.
+      seeds: further runs of the same training with other seeds, each a path of its own; intervals then count seeds.
       answers: in place of a path, a JSONL file of answers that another program wrote: rows with ``prompt`` and
         ``response``, one for each prompt that is compared.
       tokenizer: for published weights without one.
@@ -50,6 +51,26 @@ class ComparedPolicyConfig:
                     f"{place(self, name)} is {getattr(self, name)!r}, but {place(self, 'answers')} has the answers and "
                     f"no model gives any; use {typed(self, name, () if name == 'seeds' else None)}"
                 )
+        self._check_runs()
+
+    def _check_runs(self) -> None:
+        """Refuse a run that is given twice: it would count as two seeds, whose agreement narrows intervals."""
+        if self.path is None:
+            return
+        by_place = {_normalized(self.path): self.path}
+        for path in self.seeds:
+            by_place.setdefault(_normalized(path), path)
+        if len(by_place) < 1 + len(self.seeds):
+            others = tuple(by_place.values())[1:]
+            raise UserError(
+                f"{place(self, 'seeds')} is {self.seeds!r}, which names a run twice, or the run of "
+                f"{place(self, 'path')}, {self.path!r}; give each run once, e.g. {typed(self, 'seeds', others)}"
+            )
+
+
+def _normalized(path: str) -> Path:
+    """A path as it is compared with others: ``runs/a/`` and ``runs/../runs/a`` are one run, and so may a link be."""
+    return Path(path).expanduser().resolve()
 
 
 @dataclass(frozen=True)

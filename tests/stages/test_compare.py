@@ -6,6 +6,7 @@ import json
 import shutil
 import sys
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -431,6 +432,17 @@ def test_a_judge_is_one_thing(fields, words):
     with pytest.raises(UserError) as error:
         ComparisonJudgeConfig(**fields)
     assert words in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "seeds", [("runs/a",), ("runs/b", "runs/b"), ("runs/b", "runs/c/../b/"), ("./runs/a/",), ("~/a", "{home}/a")]
+)
+def test_a_run_is_one_seed(seeds):
+    """Given twice it would count as two that agree."""
+    seeds = tuple(path.format(home=Path.home()) for path in seeds)
+    with pytest.raises(UserError, match=r"seeds is .*; give each run once, e\.g\. .*seeds="):
+        ComparedPolicyConfig(path="runs/a", seeds=seeds)
+    assert ComparedPolicyConfig(path="runs/a", seeds=("runs/b", "runs/a2")).seeds == ("runs/b", "runs/a2")
 
 
 def test_a_dry_run_counts_answers_and_questions(config):
