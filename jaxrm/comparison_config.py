@@ -10,6 +10,7 @@ from jaxrm.config.fields import above, at_least, below, bounded, check, one_of, 
 from jaxrm.errors import UserError
 from jaxrm.models.build import DTYPES
 from jaxrm.models.sampling import SamplingConfig
+from jaxrm.ops.reward_kinds import KINDS
 
 # Fields of an endpoint that ask for a score of one answer; a comparison asks which of two is better.
 _OF_SCORES = ("rubric", "answer", "reference", "unreadable")
@@ -113,7 +114,8 @@ class ComparisonJudgeConfig:
         read from the log-probs of two words, without sampling.
       endpoint: a model behind a chat endpoint, asked the same question in both orders. A reply that is neither word,
         asked once more, is no verdict, and is counted.
-      kind: of token reward of a seq2seq ``reward_model``; None is that of its run.
+      kind: of token reward of a ``reward_model``, None for that of its run; not ``scalar_length_residual``, which is
+        fitted on the answers that are scored, so that a score would depend on which answers those are.
       prompt: of a ``language_model`` or an ``endpoint``: ``helpfulness``, ``harmlessness``, ``summary``, or a text file
         that holds {prompt}, {first} and {second}, and may hold {first_word} and {second_word}.
       words: the two replies, for the first answer and for the second; each must be a token of a ``language_model``.
@@ -140,6 +142,12 @@ class ComparisonJudgeConfig:
             )
         if self.kind is not None and self.reward_model is None:
             self._refuse("kind", None, "reward models")
+        if self.kind in KINDS and KINDS[self.kind].removes_length:
+            raise UserError(
+                f"{place(self, 'kind')} is {self.kind!r}, which is fitted on the answers of a batch, so the scores of "
+                f"two batches cannot be compared; use {typed(self, 'kind', 'scalar')}, and read the length-controlled "
+                "win rate"
+            )
         if self.prompt != "helpfulness" and not self.is_pairwise:
             self._refuse("prompt", "helpfulness", "a language_model or an endpoint")
         if self.words != ("A", "B") and not self.is_pairwise:

@@ -421,6 +421,10 @@ def test_answers_that_do_not_match_the_prompts_are_named(config, tmp_path):
         ({}, "has no judge"),
         ({"function": "task:safety", "language_model": "x"}, "has function and language_model"),
         ({"function": "task:safety", "kind": "soft"}, "kind is 'soft', which is for reward models"),
+        (
+            {"reward_model": "x", "kind": "scalar_length_residual"},
+            "kind is 'scalar_length_residual', which is fitted on the answers of a batch",
+        ),
         ({"reward_model": "x", "prompt": "summary"}, "prompt is 'summary', which is for a language_model"),
         (
             {"endpoint": EndpointConfig(url="http://localhost:1/v1", model="m", answer="1..5")},
