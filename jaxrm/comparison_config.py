@@ -108,8 +108,9 @@ class ComparisonJudgeConfig:
 
     Attributes:
       reward_model: a reward model of any sort, a run or a classifier of the hub; the higher reward wins.
-      function: ``package.module:name`` of a function ``(prompts, responses) -> scores``, as for rewards, or the exact
-        judge of an embedded task, ``task:safety``; the higher score wins.
+      function: ``package.module:name`` of a function ``(prompts, responses) -> scores``, as for rewards, also with
+        ``fields``, the columns of the prompts' records; or the exact judge of an embedded task, ``task:safety``. The
+        higher score wins.
       language_model: a run or published weights, which is asked which answer is better, in both orders. Its verdict is
         read from the log-probs of two words, without sampling.
       endpoint: a model behind a chat endpoint, asked the same question in both orders. A reply that is neither word,

@@ -142,6 +142,26 @@ def test_a_function_that_was_edited_judges_anew(config, tmp_path, monkeypatch):
     assert rates == [1.0, 0.0]
 
 
+def test_a_function_reads_the_columns_of_prompts(config, judge_module, tmp_path):
+    """``wordy`` is right in 8 of 12 prompts; the first comes again with an answer that ``brief`` alone has."""
+    prompts = [{"prompt": text, "answer": ("time", "time", SHORT)[number % 3]} for number, text in enumerate(PROMPTS)]
+    prompts.append({**prompts[0], "answer": SHORT})
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts))
+
+    def right(prompts, responses, fields):
+        judge_module.given += fields
+        return [float(row["answer"] in each) for each, row in zip(responses, fields, strict=True)]
+
+    judge_module.right = right
+    judged = with_judges(config, right=ComparisonJudgeConfig(function="comparison_judges:right"), longer=LONGER)
+    by_judge = {row["judge"]: row for row in compare(judged).tables["wins"]}
+    assert by_judge["right"]["win_rate"] == pytest.approx(8 / 13) and by_judge["longer"]["win_rate"] == 1.0
+    judge_module.given = []
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({**row, "answer": "time"}) + "\n" for row in prompts))
+    by_judge = {row["judge"]: row for row in compare(judged).tables["wins"]}
+    assert by_judge["right"]["win_rate"] == 1.0 and all(row["answer"] == "time" for row in judge_module.given)
+
+
 def test_an_endpoint_is_asked_in_both_orders(config, tmp_path):
     """One that always says A has a position bias of 1 and gives 50 %; it is asked once, whatever happens."""
     with serving(ChatServer(reply=lambda number, question: Reply("A"))) as server:

@@ -7,7 +7,7 @@ of the texts that were judged, so the same answer is judged once, whoever gave i
 import hashlib
 import inspect
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,21 +41,40 @@ from jaxrm.runtime.progress import Progress
 from jaxrm.runtime.row_log import RowLog
 from jaxrm.sharding.mesh import build_mesh
 from jaxrm.stage_config import REWARD_MODELS, Compare
-from jaxrm.stages.rewards.function_call import open_function
+from jaxrm.stages.rewards.function_call import open_function, takes_fields
 from jaxrm.stages.rewards.functions import FunctionScorer
 
 
 @dataclass(frozen=True)
 class JudgedAnswer:
-    """An answer to a prompt."""
+    """An answer to a prompt.
+
+    Attributes:
+      prompt: the turns before it.
+      response: its text.
+      fields: the columns of the prompt's record, for a judge that reads them; else None.
+    """
 
     prompt: Sequence[Message]
     response: str
+    fields: Mapping[str, Any] | None = None
 
     @property
     def key(self) -> str:
-        """Hash of the texts."""
-        return _digest([transcript(self.prompt), self.response])
+        """Hash of the texts, and of the columns where the judge reads them."""
+        texts = [transcript(self.prompt), self.response]
+        return _digest(texts if self.fields is None else [*texts, dict(self.fields)])
+
+
+def reads_fields(config: Compare, name: str) -> bool:
+    """Whether a judge is a function that reads the columns of the prompts' records.
+
+    Raises:
+      UserError: naming the judge; there is no such function.
+    """
+    judge = config.judges[name]
+    with named_judge(name, judge):
+        return judge.function is not None and takes_fields(open_function(judge.function))
 
 
 def check_judges(config: Compare, prompts: Iterable[Sequence[Message]]) -> None:
@@ -226,7 +245,8 @@ def _open_scorer(config: Compare, judge: ComparisonJudgeConfig) -> Callable[[Seq
     scorer = FunctionScorer(str(judge.function), open_function(str(judge.function)))
 
     def by_function(answers: Sequence[JudgedAnswer]) -> np.ndarray:
-        return np.asarray(scorer([TextSample(each.prompt, _as_response(each.response), {}) for each in answers]))
+        samples = [TextSample(each.prompt, _as_response(each.response), each.fields or {}) for each in answers]
+        return np.asarray(scorer(samples))
 
     return by_function
 
@@ -290,4 +310,5 @@ def named_judge(name: str, judge: ComparisonJudgeConfig) -> Iterator[None]:
 
 
 def _digest(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, ensure_ascii=False).encode()).hexdigest()[:24]
+    # A column of a record may be what JSON has not, e.g. a date.
+    return hashlib.sha256(json.dumps(content, ensure_ascii=False, default=repr).encode()).hexdigest()[:24]
