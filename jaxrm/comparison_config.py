@@ -195,7 +195,8 @@ class CompareConfig:
       batch_size: prompts answered, and answers judged, at once.
       max_length: most tokens that a judge, or the reference, reads of prompt and answers; a pair that is longer gets no
         verdict of a language model, and is counted. A judge's question that is longer by itself is refused.
-      reference: a run or published weights; KL of the sampled answers to it and their perplexity under it are measured.
+      reference: a run or published weights; KL of the sampled answers to it, at the sampling temperature, and their
+        perplexity under it, at 1, are measured.
       refusals: whether refusals are counted against labels, for which every set needs one; None does it for sets that
         have one.
       refusal_judge: name of a judge, a language model or an endpoint, that says whether an answer refuses; None goes

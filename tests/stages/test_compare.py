@@ -28,6 +28,7 @@ from jaxrm.models.sampling import SamplingConfig
 from jaxrm.runtime.metrics import LoggingConfig, read_rows
 from jaxrm.runtime.row_log import RowLog
 from jaxrm.stage_config import Compare
+from jaxrm.stages.compare import answers, reference
 from jaxrm.stages.compare.answers import AnswerKey, _generate
 from jaxrm.stages.compare.prompts import PromptSet
 from jaxrm.stages.compare.run import compare, inspect
@@ -279,6 +280,42 @@ def test_policies_answer_and_what_is_there_stays(config, make_run, tmp_path):
     before = {path: path.read_bytes() for path in (tmp_path / "run").glob("*/*.jsonl")}
     assert jaxrm.run(config) == 0 and compare(config).tables == found.tables
     assert {path: path.read_bytes() for path in before} == before
+
+
+@pytest.mark.slow
+def test_a_kl_is_at_the_sampling_temperature(config, make_run, tmp_path, monkeypatch):
+    """By hand from log-probs at 1 of answers of one token; perplexity stays at 1, and older KLs are not taken."""
+    for number, name in enumerate(("one", "two")):
+        make_run(tmp_path / name, seed=number)
+    config = dataclasses.replace(
+        config,
+        policies={name: ComparedPolicyConfig(path=str(tmp_path / name)) for name in ("one", "two")},
+        prompts={"heldout": PromptSetConfig(path="task:safety", max_prompts=3)},
+        compare=CompareConfig(
+            decodings=("sampled",),
+            sampling=SamplingConfig(max_new_tokens=1, temperature=0.25, top_p=0.9),
+            batch_size=4,
+            reference=str(tmp_path / "one"),
+        ),
+    )
+    with monkeypatch.context() as older:
+        for module in (answers, reference):
+            older.setattr(module, "kl_temperature", lambda config: 1.0)
+        before = compare(config)
+    result = compare(config)
+    key = AnswerKey("two", 0, "heldout", "sampled")
+    rows, prompts = result.answers[key], result.sets["heldout"].prompts
+    assert [row["response"] for row in rows] == [row["response"] for row in before.answers[key]]
+    one, two = (jaxrm.load_policy(str(tmp_path / name)) for name in ("one", "two"))
+    vocabulary = [[token] for token in range(len(one.tokenizer))]
+    for row, prompt, read in zip(rows, prompts, result.reference[key], strict=True):
+        (token,), log_probs = row["token_ids"], []
+        for policy in (two, one):
+            scaled = np.array(answers.log_prob_sums(policy, [prompt] * len(vocabulary), vocabulary, 256)) / 0.25
+            log_probs.append(scaled[token] - np.log(np.exp(scaled).sum()))
+        assert read["kl"] == pytest.approx(log_probs[0] - log_probs[1], rel=1e-4, abs=1e-4)
+    for read, old in zip(result.reference[key], before.reference[key], strict=True):
+        assert read["nll"] == pytest.approx(old["nll"]) and abs(read["kl"] - old["kl"]) > 0.1
 
 
 @pytest.mark.slow

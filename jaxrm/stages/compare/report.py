@@ -42,7 +42,8 @@ _QUARTERS = "Win rates by difference of length"
 _QUARTERS_NOTE = "In % of a quarter's prompts; in brackets how many words more than the other policy's answers have."
 _ANSWERS_NOTE = (
     "Distinct-2: different pairs of words over all. Repeat: words of the longest span that an answer has twice. "
-    "KL: nats a sampled answer, to the reference. Perplexity: of the answers under the reference."
+    "KL: nats a sampled answer, to the reference, at the sampling temperature. Perplexity: of the answers under the "
+    "reference, at temperature 1."
 )
 
 
