@@ -30,6 +30,7 @@ from jaxrm.runtime.row_log import RowLog
 from jaxrm.stage_config import Compare
 from jaxrm.stages.compare import answers, reference
 from jaxrm.stages.compare.answers import AnswerKey, _generate
+from jaxrm.stages.compare.measures import Comparison, tables_of
 from jaxrm.stages.compare.prompts import PromptSet
 from jaxrm.stages.compare.run import compare, inspect
 
@@ -504,6 +505,24 @@ def test_a_run_is_one_seed(seeds):
     with pytest.raises(UserError, match=r"seeds is .*; give each run once, e\.g\. .*seeds="):
         ComparedPolicyConfig(path="runs/a", seeds=seeds)
     assert ComparedPolicyConfig(path="runs/a", seeds=("runs/b", "runs/a2")).seeds == ("runs/b", "runs/a2")
+
+
+def test_refusals_of_runs_that_agree_count_once():
+    """Three of eight prompts of each set are refused, by one run or by five that are the same."""
+    texts = [[Message("user", f"prompt {number}")] for number in range(8)]
+    rows = []
+    for runs in (1, 5):
+        keys = [AnswerKey("ppo", run, name, "greedy") for name in ("some", "others") for run in range(runs)]
+        sets = {name: PromptSet(name, texts, "harmful", ReadReport()) for name in ("some", "others")}
+        replies = {key: [{"response": "no .", "ended": True}] * 8 for key in keys}
+        refused = {key: np.repeat([1.0, 0.0], [3, 5]) for key in keys}
+        tables = tables_of(Comparison(sets, replies, (), refused, {}))
+        (labels,), some = tables["labels"], tables["answers"][0]
+        rows.append([labels[f"complied_of_harmful{end}"] for end in ("_low", "", "_high")])
+        rows[-1] += [some[f"refusals{end}"] for end in ("_low", "", "_high")]
+    one, five = rows
+    assert one[1::3] == five[1::3] == [5 / 8, 3 / 8]
+    assert all(five[i] <= one[i] < one[i + 2] <= five[i + 2] for i in (0, 3))
 
 
 def test_a_dry_run_counts_answers_and_questions(config):

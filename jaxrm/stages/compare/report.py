@@ -33,7 +33,10 @@ from jaxrm.stages.compare.token_rewards import TokenRewardRows
 _MOST_BIAS = 0.5  # for a place, of a judge whose rates are to be read
 _LONGEST = 0.1  # share of the prompts that "longest answers" shows
 
-_WINS_NOTE = "A tie counts half. Intervals are 95 %, over prompts, and over seeds too where there are three or more."
+_WINS_NOTE = (
+    "A tie counts half. Intervals are 95 %, over prompts; with three seeds or more they reach at least as far as those "
+    "over seeds."
+)
 _VERDICTS_NOTE = (
     "Length-controlled: the win rate that a logistic regression predicts for answers of equal length. Place: how far "
     "the judge prefers the first place, from −1 to 1."
