@@ -14,6 +14,7 @@ from support.chat_server import ChatServer, Reply, serving
 
 import jaxrm
 from jaxrm.algorithms.endpoint_config import EndpointConfig
+from jaxrm.algorithms.reward_config import RewardKindConfig
 from jaxrm.comparison_config import (
     CompareConfig,
     ComparedPolicyConfig,
@@ -494,6 +495,16 @@ def test_a_judge_is_one_thing(fields, words):
     with pytest.raises(UserError) as error:
         ComparisonJudgeConfig(**fields)
     assert words in str(error.value)
+
+
+def test_a_run_that_is_fitted_on_a_batch_is_no_judge(config, make_run, tmp_path):
+    """Its own kind is refused as the config's is, and with another kind it judges."""
+    make_run(tmp_path / "rm", "scalar_rm", reward=RewardKindConfig(kind="scalar_length_residual"))
+    judge = ComparisonJudgeConfig(reward_model=str(tmp_path / "rm"))
+    words = r"config.judges.rm.reward_model is .* kind scalar_length_residual, .*--config.judges.rm.kind=scalar"
+    with pytest.raises(UserError, match=words):
+        inspect(with_judges(config, rm=judge))
+    inspect(with_judges(config, rm=dataclasses.replace(judge, kind="scalar")))
 
 
 @pytest.mark.parametrize(

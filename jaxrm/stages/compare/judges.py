@@ -35,8 +35,10 @@ from jaxrm.inference.pair_judge import (
     refusal_texts,
     verdict_ids,
 )
+from jaxrm.inference.reward_kind import kind_of
 from jaxrm.inference.text_scorer import TextSample
 from jaxrm.models.build import ModelSource
+from jaxrm.ops.reward_kinds import KINDS
 from jaxrm.runtime.progress import Progress
 from jaxrm.runtime.row_log import RowLog
 from jaxrm.sharding.mesh import build_mesh
@@ -98,9 +100,20 @@ def check_judges(config: Compare, prompts: Iterable[Sequence[Message]]) -> None:
                 open_function(judge.function)
                 _check_task(name, judge.function, every)
             if judge.reward_model is not None and run_checkpoint.is_run(judge.reward_model):
-                run_checkpoint.find_checkpoint(judge.reward_model, "path", algorithms=REWARD_MODELS)
+                run = run_checkpoint.find_checkpoint(judge.reward_model, "path", algorithms=REWARD_MODELS)
+                _check_kind(name, judge, kind_of(run))
             if judge.language_model is not None:
                 _check_language_model(config, name)
+
+
+def _check_kind(name: str, judge: ComparisonJudgeConfig, recorded: str) -> None:
+    """Refuse a run whose own kind is fitted on the answers of a batch, as the config refuses that kind where given."""
+    if judge.kind is None and recorded in KINDS and KINDS[recorded].removes_length:
+        raise UserError(
+            f"{option(f'judges.{name}.reward_model')} is {judge.reward_model!r}, a run of the kind {recorded}, which "
+            f"is fitted on the answers of a batch; use {flag(f'judges.{name}.kind')}=scalar, and read the "
+            "length-controlled win rate"
+        )
 
 
 def _check_language_model(config: Compare, name: str) -> None:
