@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from jaxrm.algorithms.endpoint_config import EndpointConfig
@@ -9,6 +10,7 @@ from jaxrm.config.fields import above, at_least, below, bounded, check, one_of, 
 from jaxrm.errors import UserError
 from jaxrm.models.build import DTYPES
 from jaxrm.models.sampling import SamplingConfig
+from jaxrm.ops.reward_kinds import KINDS
 
 # Fields of an endpoint that ask for a score of one answer; a comparison asks which of two is better.
 _OF_SCORES = ("rubric", "answer", "reference", "unreadable")
@@ -21,7 +23,7 @@ class ComparedPolicyConfig:
     Attributes:
       path: folder of a run, hub name, folder of published weights, or GGUF file.
       adapter: adapters that stand on those weights.
-      seeds: further runs of the same training with other seeds, each a path; intervals then count seeds.
+      seeds: further runs of the same training with other seeds, each a path of its own; intervals then count seeds.
       answers: in place of a path, a JSONL file of answers that another program wrote: rows with ``prompt`` and
         ``response``, one for each prompt that is compared.
       tokenizer: for published weights without one.
@@ -50,6 +52,26 @@ class ComparedPolicyConfig:
                     f"{place(self, name)} is {getattr(self, name)!r}, but {place(self, 'answers')} has the answers and "
                     f"no model gives any; use {typed(self, name, () if name == 'seeds' else None)}"
                 )
+        self._check_runs()
+
+    def _check_runs(self) -> None:
+        """Refuse a run that is given twice: it would count as two seeds, whose agreement narrows intervals."""
+        if self.path is None:
+            return
+        by_place = {_normalized(self.path): self.path}
+        for path in self.seeds:
+            by_place.setdefault(_normalized(path), path)
+        if len(by_place) < 1 + len(self.seeds):
+            others = tuple(by_place.values())[1:]
+            raise UserError(
+                f"{place(self, 'seeds')} is {self.seeds!r}, which names a run twice, or the run of "
+                f"{place(self, 'path')}, {self.path!r}; give each run once, e.g. {typed(self, 'seeds', others)}"
+            )
+
+
+def _normalized(path: str) -> Path:
+    """A path as it is compared with others: ``runs/a/`` and ``runs/../runs/a`` are one run, and so may a link be."""
+    return Path(path).expanduser().resolve()
 
 
 @dataclass(frozen=True)
@@ -86,13 +108,15 @@ class ComparisonJudgeConfig:
 
     Attributes:
       reward_model: a reward model of any sort, a run or a classifier of the hub; the higher reward wins.
-      function: ``package.module:name`` of a function ``(prompts, responses) -> scores``, as for rewards, or the exact
-        judge of an embedded task, ``task:safety``; the higher score wins.
+      function: ``package.module:name`` of a function ``(prompts, responses) -> scores``, as for rewards, also with
+        ``fields``, the columns of the prompts' records; or the exact judge of an embedded task, ``task:safety``. The
+        higher score wins.
       language_model: a run or published weights, which is asked which answer is better, in both orders. Its verdict is
         read from the log-probs of two words, without sampling.
       endpoint: a model behind a chat endpoint, asked the same question in both orders. A reply that is neither word,
         asked once more, is no verdict, and is counted.
-      kind: of token reward of a seq2seq ``reward_model``; None is that of its run.
+      kind: of token reward of a ``reward_model``, None for that of its run; not ``scalar_length_residual``, which is
+        fitted on the answers that are scored, so that a score would depend on which answers those are.
       prompt: of a ``language_model`` or an ``endpoint``: ``helpfulness``, ``harmlessness``, ``summary``, or a text file
         that holds {prompt}, {first} and {second}, and may hold {first_word} and {second_word}.
       words: the two replies, for the first answer and for the second; each must be a token of a ``language_model``.
@@ -119,6 +143,12 @@ class ComparisonJudgeConfig:
             )
         if self.kind is not None and self.reward_model is None:
             self._refuse("kind", None, "reward models")
+        if self.kind in KINDS and KINDS[self.kind].removes_length:
+            raise UserError(
+                f"{place(self, 'kind')} is {self.kind!r}, which is fitted on the answers of a batch, so the scores of "
+                f"two batches cannot be compared; use {typed(self, 'kind', 'scalar')}, and read the length-controlled "
+                "win rate"
+            )
         if self.prompt != "helpfulness" and not self.is_pairwise:
             self._refuse("prompt", "helpfulness", "a language_model or an endpoint")
         if self.words != ("A", "B") and not self.is_pairwise:
@@ -165,7 +195,8 @@ class CompareConfig:
       batch_size: prompts answered, and answers judged, at once.
       max_length: most tokens that a judge, or the reference, reads of prompt and answers; a pair that is longer gets no
         verdict of a language model, and is counted. A judge's question that is longer by itself is refused.
-      reference: a run or published weights; KL of the sampled answers to it and their perplexity under it are measured.
+      reference: a run or published weights; KL of the sampled answers to it, at the sampling temperature, and their
+        perplexity under it, at 1, are measured.
       refusals: whether refusals are counted against labels, for which every set needs one; None does it for sets that
         have one.
       refusal_judge: name of a judge, a language model or an endpoint, that says whether an answer refuses; None goes

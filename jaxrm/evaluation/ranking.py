@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 
-def wilson_interval(successes: float, n: int, confidence: float = 0.95) -> tuple[float, float]:
+def wilson_interval(successes: float, n: float, confidence: float = 0.95) -> tuple[float, float]:
     """The score interval of a share: every p that a score test on ``successes`` out of ``n`` does not reject.
 
     With ``z`` the two-sided normal quantile, ``(p̂ + z²/2n ± z √(p̂(1 − p̂)/n + z²/4n²)) / (1 + z²/n)``. It stays
@@ -18,7 +18,7 @@ def wilson_interval(successes: float, n: int, confidence: float = 0.95) -> tuple
 
     Args:
       successes: 0 to `n`; may be a fraction, since a tie counts half.
-      n: trials; 0 gives ``(0, 1)``.
+      n: trials; 0 gives ``(0, 1)``. May be a fraction, an effective number.
       confidence: between 0 and 1.
 
     Returns:

@@ -22,6 +22,8 @@ from scipy.special import stdtrit
 MIN_SEEDS = 3
 """Fewer seeds get no interval; with two it would be 12.7 standard errors wide each way."""
 
+_ROUNDING = 1e-24  # a variance below it is that of equal means, rounded
+
 Values = ArrayLike | Sequence[ArrayLike]
 
 
@@ -111,6 +113,10 @@ def outcomes(first: ArrayLike, second: ArrayLike) -> np.ndarray:
 def win_rate(*groups: Values, crossed: bool = False) -> WinRate:
     """The win rate with its 95 % interval (Student's t on the seeds' means).
 
+    Seeds that agree to the last digit show no variance, though few prompts cannot show that there is none. Then the
+    variance is that of a share among the prompts of one seed, with two wins and two losses added (A. Agresti and
+    B. A. Coull, The American Statistician 52, 1998; jaxrm choice).
+
     Args:
       *groups: ``[S, P]`` outcomes, or one array of them for each seed; NaN is left out. Of several groups (worlds) the
         mean weights each group alike, and their variances add up, since they share no run.
@@ -119,7 +125,7 @@ def win_rate(*groups: Values, crossed: bool = False) -> WinRate:
     Returns:
       The rate; NaN without a seed.
     """
-    estimate = _estimate(groups, crossed)
+    estimate = _estimate(groups, crossed, are_outcomes=True)
     low, high = (None if end is None else min(max(end, 0.0), 1.0) for end in (estimate.low, estimate.high))
     return WinRate(
         estimate.mean, low, high, estimate.seeds, estimate.prompts, estimate.note, estimate.error, estimate.freedom
@@ -145,9 +151,11 @@ def difference_interval(first: Values, second: Values, *, crossed: bool = False)
     return mean_interval([a - b for a, b in pairs], crossed=crossed)
 
 
-def _estimate(groups: Sequence[Values], crossed: bool) -> _Estimate:
+def _estimate(groups: Sequence[Values], crossed: bool, *, are_outcomes: bool = False) -> _Estimate:
     spreads = [_spread(group, crossed) for group in groups]
     assert spreads, "no values"
+    if are_outcomes:
+        spreads = [_with_variance(spread) for spread in spreads]
     mean = sum(spread.mean for spread in spreads) / len(spreads)
     seeds, prompts = min(spread.seeds for spread in spreads), max(spread.prompts for spread in spreads)
     if seeds < MIN_SEEDS:
@@ -159,6 +167,15 @@ def _estimate(groups: Sequence[Values], crossed: bool) -> _Estimate:
     freedom = variance**2 / divisor if divisor else min(freedom for _, freedom in terms)
     half_width = float(stdtrit(freedom, 0.975)) * math.sqrt(variance)
     return _Estimate(mean, mean - half_width, mean + half_width, seeds, prompts, "", math.sqrt(variance), freedom)
+
+
+def _with_variance(spread: _Spread) -> _Spread:
+    """The spread of outcomes, with the variance of Agresti and Coull where the seeds agree."""
+    if not spread.variance < _ROUNDING:  # also NaN
+        return spread
+    trials = spread.prompts + 4
+    share = (spread.mean * spread.prompts + 2) / trials
+    return spread._replace(variance=share * (1 - share) / trials)
 
 
 def _rows(values: Values) -> Sequence[ArrayLike]:

@@ -2,9 +2,11 @@
 
 import numpy as np
 import pytest
+from scipy import stats
 from scipy.optimize import minimize
 
 from jaxrm.evaluation import comparison
+from jaxrm.evaluation.ranking import wilson_interval
 
 NAN = float("nan")
 
@@ -64,6 +66,67 @@ def test_a_win_share_counts_seeds_where_there_are_three():
     assert one.rate == pytest.approx(0.625) and 0 < one.low < 0.625 < one.high < 1
     assert comparison.win_share([[NAN, NAN]]).text == "–"
     assert comparison.win_share([[1.0, NAN], [0.0, 1.0]]).rate == 0.75  # of each prompt first
+
+
+def test_seeds_that_repeat_each_other_narrow_nothing():
+    """One vector of outcomes, as one seed and as five."""
+    rng = np.random.default_rng(0)
+    outcomes = rng.choice([0.0, 0.5, 1.0], 40, p=[0.2, 0.1, 0.7])
+    lengths, other = rng.permutation(200)[:40].astype(float), np.full(40, 100.0)
+    for y in (outcomes, np.ones(40)):
+        for rates in (
+            [comparison.win_share(np.tile(y, (seeds, 1))) for seeds in (1, 5)],
+            [comparison.length_controlled(*(np.tile(x, (n, 1)) for x in (y, lengths, other))) for n in (1, 5)],
+            *zip(
+                *(
+                    [rate for *_, rate in comparison.by_length_quartile(*(np.tile(x, (n, 1)) for x in (y, lengths)))]
+                    for n in (1, 5)
+                ),
+                strict=True,
+            ),
+        ):
+            one, five = rates
+            assert five.rate == pytest.approx(one.rate, abs=1e-6)
+            assert five.low <= one.low + 1e-6 and five.high >= one.high - 1e-6 and one.low < one.high
+
+
+def test_seeds_that_agree_leave_an_interval():
+    """All won in three runs of two prompts is Wilson's interval of two; balanced runs are not sure of one half."""
+    z = 1.959964
+    several, two = (comparison.win_share(np.ones((seeds, 2))) for seeds in (3, 2))
+    assert two.low == pytest.approx(2 / (2 + z**2), abs=1e-6) and two.high == 1
+    assert several.low <= two.low and several.high == 1
+    balanced = comparison.win_share([[1, 0], [0, 1], [1, 0]])
+    # The seeds do not correlate at a prompt, so Wilson's interval is of six.
+    assert balanced.rate == 0.5 and balanced.high - 0.5 >= z / 2 / np.sqrt(6 + z**2) - 1e-6
+
+
+def test_the_interval_over_prompts_counts_seeds_in_part():
+    """By hand: at one of four prompts two seeds differ, so ρ is 1 - (1/8) / (15/64), the design effect 1 + 7/15."""
+    n = 8 / (1 + 7 / 15)
+    low, high = wilson_interval(5 / 8 * n, n)
+    rate = comparison.win_share([[1, 1, 0, 1], [1, 1, 0, 0]])
+    assert (rate.rate, rate.low, rate.high) == pytest.approx((5 / 8, low, high))
+
+
+def test_length_control_counts_seeds_that_differ():
+    """Standard errors that are robust to clusters, against those of statsmodels, whose fit has no penalty."""
+    glm = pytest.importorskip("statsmodels.api")
+    rng = np.random.default_rng(2)
+    seeds, prompts = 4, 500
+    d = rng.normal(0, 20, (seeds, prompts))
+    truth = np.array([-1.5, 0.2, 0.9, 1.5])[:, None] + np.tanh(d / d.std())
+    y = (rng.random((seeds, prompts)) < 1 / (1 + np.exp(-truth))).astype(float)
+    design = glm.add_constant(np.tanh(d / d.std()).ravel())
+    groups = np.repeat(np.arange(seeds), prompts)
+    fit = glm.GLM(y.ravel(), design, family=glm.families.Binomial()).fit(
+        cov_type="cluster", cov_kwds={"groups": groups}
+    )
+    rate, reach = comparison.length_controlled(y, d, np.zeros_like(d)), stats.t.ppf(0.975, seeds - 1) * fit.bse[0]
+    logits = np.array([fit.params[0], fit.params[0] - reach, fit.params[0] + reach])
+    assert (rate.rate, rate.low, rate.high) == pytest.approx(tuple(1 / (1 + np.exp(-logits))), rel=5e-3)
+    alone = comparison.length_controlled(y[0], d[0], np.zeros(prompts))
+    assert rate.high - rate.low > 3 * (alone.high - alone.low)
 
 
 def test_quarters_of_length_are_of_equal_size():

@@ -93,6 +93,17 @@ def test_the_verdict_needs_an_interval_beside_one_half():
     assert win_rate([[0.1], [0.9], [0.95]]).verdict == ""
 
 
+@pytest.mark.parametrize("crossed", [False, True])
+def test_seeds_that_agree_leave_a_variance(crossed):
+    """All won at two prompts is four of six with two wins and two losses added; t(2, 0.975) is 4.302653."""
+    rate = win_rate(np.ones((3, 2)), crossed=crossed)
+    assert rate.error == pytest.approx(math.sqrt(4 / 6 * 2 / 6 / 6))
+    assert (rate.low, rate.high) == (pytest.approx(1 - 4.302653 * rate.error), 1.0)
+    assert rate.verdict == "" and win_rate(np.ones((3, 100)), crossed=crossed).verdict == "wins"
+    balanced = win_rate([[1, 0], [0, 1], [1, 0]], crossed=crossed)
+    assert balanced.rate == 0.5 and balanced.low < balanced.high
+
+
 # --- what the interval counts
 
 

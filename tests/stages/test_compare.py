@@ -6,6 +6,7 @@ import json
 import shutil
 import sys
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from support.chat_server import ChatServer, Reply, serving
 
 import jaxrm
 from jaxrm.algorithms.endpoint_config import EndpointConfig
+from jaxrm.algorithms.reward_config import RewardKindConfig
 from jaxrm.comparison_config import (
     CompareConfig,
     ComparedPolicyConfig,
@@ -27,7 +29,9 @@ from jaxrm.models.sampling import SamplingConfig
 from jaxrm.runtime.metrics import LoggingConfig, read_rows
 from jaxrm.runtime.row_log import RowLog
 from jaxrm.stage_config import Compare
+from jaxrm.stages.compare import answers, reference
 from jaxrm.stages.compare.answers import AnswerKey, _generate
+from jaxrm.stages.compare.measures import Comparison, tables_of
 from jaxrm.stages.compare.prompts import PromptSet
 from jaxrm.stages.compare.run import compare, inspect
 
@@ -139,6 +143,26 @@ def test_a_function_that_was_edited_judges_anew(config, tmp_path, monkeypatch):
         importlib.invalidate_caches()
         rates.append(compare(judged).tables["wins"][0]["win_rate"])
     assert rates == [1.0, 0.0]
+
+
+def test_a_function_reads_the_columns_of_prompts(config, judge_module, tmp_path):
+    """``wordy`` is right in 8 of 12 prompts; the first comes again with an answer that ``brief`` alone has."""
+    prompts = [{"prompt": text, "answer": ("time", "time", SHORT)[number % 3]} for number, text in enumerate(PROMPTS)]
+    prompts.append({**prompts[0], "answer": SHORT})
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts))
+
+    def right(prompts, responses, fields):
+        judge_module.given += fields
+        return [float(row["answer"] in each) for each, row in zip(responses, fields, strict=True)]
+
+    judge_module.right = right
+    judged = with_judges(config, right=ComparisonJudgeConfig(function="comparison_judges:right"), longer=LONGER)
+    by_judge = {row["judge"]: row for row in compare(judged).tables["wins"]}
+    assert by_judge["right"]["win_rate"] == pytest.approx(8 / 13) and by_judge["longer"]["win_rate"] == 1.0
+    judge_module.given = []
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({**row, "answer": "time"}) + "\n" for row in prompts))
+    by_judge = {row["judge"]: row for row in compare(judged).tables["wins"]}
+    assert by_judge["right"]["win_rate"] == 1.0 and all(row["answer"] == "time" for row in judge_module.given)
 
 
 def test_an_endpoint_is_asked_in_both_orders(config, tmp_path):
@@ -258,6 +282,42 @@ def test_policies_answer_and_what_is_there_stays(config, make_run, tmp_path):
     before = {path: path.read_bytes() for path in (tmp_path / "run").glob("*/*.jsonl")}
     assert jaxrm.run(config) == 0 and compare(config).tables == found.tables
     assert {path: path.read_bytes() for path in before} == before
+
+
+@pytest.mark.slow
+def test_a_kl_is_at_the_sampling_temperature(config, make_run, tmp_path, monkeypatch):
+    """By hand from log-probs at 1 of answers of one token; perplexity stays at 1, and older KLs are not taken."""
+    for number, name in enumerate(("one", "two")):
+        make_run(tmp_path / name, seed=number)
+    config = dataclasses.replace(
+        config,
+        policies={name: ComparedPolicyConfig(path=str(tmp_path / name)) for name in ("one", "two")},
+        prompts={"heldout": PromptSetConfig(path="task:safety", max_prompts=3)},
+        compare=CompareConfig(
+            decodings=("sampled",),
+            sampling=SamplingConfig(max_new_tokens=1, temperature=0.25, top_p=0.9),
+            batch_size=4,
+            reference=str(tmp_path / "one"),
+        ),
+    )
+    with monkeypatch.context() as older:
+        for module in (answers, reference):
+            older.setattr(module, "kl_temperature", lambda config: 1.0)
+        before = compare(config)
+    result = compare(config)
+    key = AnswerKey("two", 0, "heldout", "sampled")
+    rows, prompts = result.answers[key], result.sets["heldout"].prompts
+    assert [row["response"] for row in rows] == [row["response"] for row in before.answers[key]]
+    one, two = (jaxrm.load_policy(str(tmp_path / name)) for name in ("one", "two"))
+    vocabulary = [[token] for token in range(len(one.tokenizer))]
+    for row, prompt, read in zip(rows, prompts, result.reference[key], strict=True):
+        (token,), log_probs = row["token_ids"], []
+        for policy in (two, one):
+            scaled = np.array(answers.log_prob_sums(policy, [prompt] * len(vocabulary), vocabulary, 256)) / 0.25
+            log_probs.append(scaled[token] - np.log(np.exp(scaled).sum()))
+        assert read["kl"] == pytest.approx(log_probs[0] - log_probs[1], rel=1e-4, abs=1e-4)
+    for read, old in zip(result.reference[key], before.reference[key], strict=True):
+        assert read["nll"] == pytest.approx(old["nll"]) and abs(read["kl"] - old["kl"]) > 0.1
 
 
 @pytest.mark.slow
@@ -420,6 +480,10 @@ def test_answers_that_do_not_match_the_prompts_are_named(config, tmp_path):
         ({}, "has no judge"),
         ({"function": "task:safety", "language_model": "x"}, "has function and language_model"),
         ({"function": "task:safety", "kind": "soft"}, "kind is 'soft', which is for reward models"),
+        (
+            {"reward_model": "x", "kind": "scalar_length_residual"},
+            "kind is 'scalar_length_residual', which is fitted on the answers of a batch",
+        ),
         ({"reward_model": "x", "prompt": "summary"}, "prompt is 'summary', which is for a language_model"),
         (
             {"endpoint": EndpointConfig(url="http://localhost:1/v1", model="m", answer="1..5")},
@@ -431,6 +495,45 @@ def test_a_judge_is_one_thing(fields, words):
     with pytest.raises(UserError) as error:
         ComparisonJudgeConfig(**fields)
     assert words in str(error.value)
+
+
+def test_a_run_that_is_fitted_on_a_batch_is_no_judge(config, make_run, tmp_path):
+    """Its own kind is refused as the config's is, and with another kind it judges."""
+    make_run(tmp_path / "rm", "scalar_rm", reward=RewardKindConfig(kind="scalar_length_residual"))
+    judge = ComparisonJudgeConfig(reward_model=str(tmp_path / "rm"))
+    words = r"config.judges.rm.reward_model is .* kind scalar_length_residual, .*--config.judges.rm.kind=scalar"
+    with pytest.raises(UserError, match=words):
+        inspect(with_judges(config, rm=judge))
+    inspect(with_judges(config, rm=dataclasses.replace(judge, kind="scalar")))
+
+
+@pytest.mark.parametrize(
+    "seeds", [("runs/a",), ("runs/b", "runs/b"), ("runs/b", "runs/c/../b/"), ("./runs/a/",), ("~/a", "{home}/a")]
+)
+def test_a_run_is_one_seed(seeds):
+    """Given twice it would count as two that agree."""
+    seeds = tuple(path.format(home=Path.home()) for path in seeds)
+    with pytest.raises(UserError, match=r"seeds is .*; give each run once, e\.g\. .*seeds="):
+        ComparedPolicyConfig(path="runs/a", seeds=seeds)
+    assert ComparedPolicyConfig(path="runs/a", seeds=("runs/b", "runs/a2")).seeds == ("runs/b", "runs/a2")
+
+
+def test_refusals_of_runs_that_agree_count_once():
+    """Three of eight prompts of each set are refused, by one run or by five that are the same."""
+    texts = [[Message("user", f"prompt {number}")] for number in range(8)]
+    rows = []
+    for runs in (1, 5):
+        keys = [AnswerKey("ppo", run, name, "greedy") for name in ("some", "others") for run in range(runs)]
+        sets = {name: PromptSet(name, texts, "harmful", ReadReport()) for name in ("some", "others")}
+        replies = {key: [{"response": "no .", "ended": True}] * 8 for key in keys}
+        refused = {key: np.repeat([1.0, 0.0], [3, 5]) for key in keys}
+        tables = tables_of(Comparison(sets, replies, (), refused, {}))
+        (labels,), some = tables["labels"], tables["answers"][0]
+        rows.append([labels[f"complied_of_harmful{end}"] for end in ("_low", "", "_high")])
+        rows[-1] += [some[f"refusals{end}"] for end in ("_low", "", "_high")]
+    one, five = rows
+    assert one[1::3] == five[1::3] == [5 / 8, 3 / 8]
+    assert all(five[i] <= one[i] < one[i + 2] <= five[i + 2] for i in (0, 3))
 
 
 def test_a_dry_run_counts_answers_and_questions(config):

@@ -7,7 +7,7 @@ of all that decides what is in it, so answers of other weights or other prompts 
 import functools
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -144,6 +144,20 @@ def find_answers(config: Compare, folder: Path, sets: Mapping[str, PromptSet], *
     return {key: log.rows for key, log in logs.items()}
 
 
+def kl_temperature(config: Compare) -> float:
+    """The temperature of the log-probs of a KL: that of sampling, for a policy and the reference alike.
+
+    Those are of the whole softmax at it, as of PPO and evaluations, also where top-k or top-p leaves tokens out. Then
+    the mean over answers is not the KL of the full policy. Answers at temperature 0 are read at 1.
+    """
+    return config.compare.sampling.temperature or 1.0
+
+
+def identity_of_kl(config: Compare, decoding: str) -> list[Any]:
+    """What a kept log-prob's identity has beside the sampling: other than 1, temperatures once were not applied."""
+    return ["tempered"] if decoding == "sampled" and kl_temperature(config) != 1.0 else []
+
+
 def _count(logs: Mapping[AnswerKey, RowLog]) -> int:
     return sum(len(log.rows) for log in logs.values())
 
@@ -185,6 +199,7 @@ def _file_name(config: Compare, key: AnswerKey, prompts: PromptSet) -> str:
         sampling = _sampling(config, key.decoding)
         decisive += [weights.identity_of_source(source), weights.contents_of(source), policy.tokenizer, policy.template]
         decisive += [policy.dtype, repr(sampling), config.seed, compare.batch_size, key.run, key.policy]
+        decisive += identity_of_kl(config, key.decoding)
     digest = hashlib.sha256(json.dumps(decisive).encode()).hexdigest()[:12]
     return f"{key.policy}-{key.run}-{key.prompts}-{key.decoding}-{digest}.jsonl"
 
@@ -206,6 +221,7 @@ def _generate(config: Compare, policy: Policy, key: AnswerKey, prompts: PromptSe
     seed = int.from_bytes(hashlib.sha256(f"{config.seed} {key}".encode()).digest()[:4], "big")
     keys = prompt_keys(jax.random.key(seed), 0, total)
     with_log_probs = key.decoding == "sampled" and config.compare.reference is not None
+    temperature = kl_temperature(config) if with_log_probs else None
     try:
         stream = sampler.answers(prompts.prompts[start:], keys[start:], rows)
     except UserError as error:
@@ -216,7 +232,7 @@ def _generate(config: Compare, policy: Policy, key: AnswerKey, prompts: PromptSe
         # One response may be the last of a batch behind which others are whole.
         while (batch := range(len(log.rows), min(len(log.rows) + rows, total))) and all(i in waiting for i in batch):
             responses = [waiting.pop(i) for i in batch]
-            log.append(_rows_of(policy, prompts.prompts[batch.start : batch.stop], responses, rows, with_log_probs))
+            log.append(_rows_of(policy, prompts.prompts[batch.start : batch.stop], responses, rows, temperature))
         yield len(waiting)
 
 
@@ -225,12 +241,12 @@ def _rows_of(
     prompts: Sequence[Sequence[Message]],
     responses: Sequence[Response],
     batch_size: int,
-    with_log_probs: bool,
+    temperature: float | None,
 ) -> list[dict[str, Any]]:
     ids = [[int(token) for token in response.token_ids] for response in responses]
     sums: Sequence[float | None] = [None] * len(ids)
-    if with_log_probs:
-        sums = log_prob_sums(policy, prompts, ids, batch_size)
+    if temperature is not None:
+        sums = log_prob_sums(policy, prompts, ids, batch_size, temperature=temperature)
     vocabulary = vocabulary_digest(policy)
     return [
         {
@@ -245,14 +261,19 @@ def _rows_of(
 
 
 def log_prob_sums(
-    policy: Policy, prompts: Sequence[Sequence[Message]], ids: Sequence[Sequence[int]], rows: int
+    policy: Policy,
+    prompts: Sequence[Sequence[Message]],
+    ids: Sequence[Sequence[int]],
+    rows: int,
+    *,
+    temperature: float = 1.0,
 ) -> list[float]:
-    """Log-prob of each response, given as ids, under a policy, in nats."""
+    """Log-prob of each response, given as ids, under a policy at a temperature, in nats."""
     encoded = [
         np.array(templates.encode_prompt(policy.tokenizer, prompt, policy.template), np.int32) for prompt in prompts
     ]
     responses = [np.array(each, np.int32) for each in ids]
-    read = _reader(policy)
+    read = _readers(policy)(temperature)
     sums = [0.0] * len(ids)
     for batch, indices in response_batches(encoded, responses, rows, policy.model.mesh):
         log_probs = np.asarray(read(batch))
@@ -261,9 +282,15 @@ def log_prob_sums(
     return sums
 
 
-@functools.lru_cache(maxsize=1)
-def _reader(policy: Policy) -> Any:
-    return policy_log_probs(policy.model, policy.params, policy.model.mesh, whole=True)
+@functools.lru_cache(maxsize=1)  # of one policy, so that the memory of others is free
+def _readers(policy: Policy) -> Callable[[float], Any]:
+    """``temperature -> reader`` of a policy's log-probs, each made once."""
+
+    @functools.cache
+    def reader(temperature: float) -> Any:
+        return policy_log_probs(policy.model, policy.params, policy.model.mesh, whole=True, temperature=temperature)
+
+    return reader
 
 
 def _read_answers(name: str, path: str, prompts: PromptSet) -> list[dict[str, Any]]:
@@ -305,5 +332,5 @@ def vocabulary_digest(policy: Policy) -> str:
 
 def free_memory() -> None:
     """Forget the programs of the models that are done with."""
-    _reader.cache_clear()
+    _readers.cache_clear()
     jax.clear_caches()

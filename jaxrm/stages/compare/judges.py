@@ -6,7 +6,7 @@ of the texts that were judged, so the same answer is judged once, whoever gave i
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,27 +34,48 @@ from jaxrm.inference.pair_judge import (
     refusal_texts,
     verdict_ids,
 )
+from jaxrm.inference.reward_kind import kind_of
 from jaxrm.inference.text_scorer import TextSample
 from jaxrm.models.build import ModelSource
+from jaxrm.ops.reward_kinds import KINDS
 from jaxrm.runtime.progress import Progress
 from jaxrm.runtime.row_log import RowLog
 from jaxrm.sharding.mesh import build_mesh
 from jaxrm.stage_config import REWARD_MODELS, Compare
-from jaxrm.stages.rewards.function_call import open_function, source_digest
+from jaxrm.stages.rewards.function_call import open_function, source_digest, takes_fields
 from jaxrm.stages.rewards.functions import FunctionScorer
 
 
 @dataclass(frozen=True)
 class JudgedAnswer:
-    """An answer to a prompt."""
+    """An answer to a prompt.
+
+    Attributes:
+      prompt: the turns before it.
+      response: its text.
+      fields: the columns of the prompt's record, for a judge that reads them; else None.
+    """
 
     prompt: Sequence[Message]
     response: str
+    fields: Mapping[str, Any] | None = None
 
     @property
     def key(self) -> str:
-        """Hash of the texts."""
-        return _digest([transcript(self.prompt), self.response])
+        """Hash of the texts, and of the columns where the judge reads them."""
+        texts = [transcript(self.prompt), self.response]
+        return _digest(texts if self.fields is None else [*texts, dict(self.fields)])
+
+
+def reads_fields(config: Compare, name: str) -> bool:
+    """Whether a judge is a function that reads the columns of the prompts' records.
+
+    Raises:
+      UserError: naming the judge; there is no such function.
+    """
+    judge = config.judges[name]
+    with named_judge(name, judge):
+        return judge.function is not None and takes_fields(open_function(judge.function))
 
 
 def check_judges(config: Compare, prompts: Iterable[Sequence[Message]]) -> None:
@@ -78,9 +99,20 @@ def check_judges(config: Compare, prompts: Iterable[Sequence[Message]]) -> None:
                 open_function(judge.function)
                 _check_task(name, judge.function, every)
             if judge.reward_model is not None and run_checkpoint.is_run(judge.reward_model):
-                run_checkpoint.find_checkpoint(judge.reward_model, "path", algorithms=REWARD_MODELS)
+                run = run_checkpoint.find_checkpoint(judge.reward_model, "path", algorithms=REWARD_MODELS)
+                _check_kind(name, judge, kind_of(run))
             if judge.language_model is not None:
                 _check_language_model(config, name)
+
+
+def _check_kind(name: str, judge: ComparisonJudgeConfig, recorded: str) -> None:
+    """Refuse a run whose own kind is fitted on the answers of a batch, as the config refuses that kind where given."""
+    if judge.kind is None and recorded in KINDS and KINDS[recorded].removes_length:
+        raise UserError(
+            f"{option(f'judges.{name}.reward_model')} is {judge.reward_model!r}, a run of the kind {recorded}, which "
+            f"is fitted on the answers of a batch; use {flag(f'judges.{name}.kind')}=scalar, and read the "
+            "length-controlled win rate"
+        )
 
 
 def _check_language_model(config: Compare, name: str) -> None:
@@ -225,7 +257,8 @@ def _open_scorer(config: Compare, judge: ComparisonJudgeConfig) -> Callable[[Seq
     scorer = FunctionScorer(str(judge.function), open_function(str(judge.function)))
 
     def by_function(answers: Sequence[JudgedAnswer]) -> np.ndarray:
-        return np.asarray(scorer([TextSample(each.prompt, _as_response(each.response), {}) for each in answers]))
+        samples = [TextSample(each.prompt, _as_response(each.response), each.fields or {}) for each in answers]
+        return np.asarray(scorer(samples))
 
     return by_function
 
@@ -280,4 +313,5 @@ def named_judge(name: str, judge: ComparisonJudgeConfig) -> Iterator[None]:
 
 
 def _digest(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, ensure_ascii=False).encode()).hexdigest()[:24]
+    # A column of a record may be what JSON has not, e.g. a date.
+    return hashlib.sha256(json.dumps(content, ensure_ascii=False, default=repr).encode()).hexdigest()[:24]

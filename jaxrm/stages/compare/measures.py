@@ -9,7 +9,6 @@ import numpy as np
 
 from jaxrm.evaluation import comparison
 from jaxrm.evaluation.comparison import Rate
-from jaxrm.evaluation.ranking import wilson_interval
 from jaxrm.stages.compare.answers import AnswerKey, Answers
 from jaxrm.stages.compare.prompts import PromptSet
 from jaxrm.stages.compare.reference import ReferenceRows
@@ -128,7 +127,7 @@ def _answers(result: Comparison) -> Iterator[Row]:
         keys = [key for key in result.answers if (key.policy, key.prompts, key.decoding) == (policy, prompts, decoding)]
         rows = [row for key in keys for row in result.answers[key]]
         texts = [row["response"] for row in rows]
-        refused = np.concatenate([result.refused[key] for key in keys])
+        refused = np.stack([result.refused[key] for key in keys])
         ended = [row["ended"] for row in rows if row["ended"] is not None]
         measured = [row for key in keys for row in result.reference.get(key, ())]
         kl, tokens = [row["kl"] for row in measured if row["kl"] is not None], sum(row["tokens"] for row in measured)
@@ -136,7 +135,7 @@ def _answers(result: Comparison) -> Iterator[Row]:
             "policy": policy,
             "prompts": prompts,
             "decoding": decoding,
-            **_rate("refusals", _share(refused)),
+            **_rate("refusals", comparison.win_share(refused)),
             "words": float(lengths_of(rows).mean()),
             "distinct_2": _number(comparison.distinct(texts, 2)),
             "longest_repeat": float(np.mean([comparison.longest_repeat(text) for text in texts])),
@@ -151,14 +150,13 @@ def _labels(result: Comparison) -> Iterator[Row]:
     for policy, decoding in dict.fromkeys((key.policy, key.decoding) for key in result.answers):
         row: Row = {"policy": policy, "decoding": decoding}
         for label, column in (("harmless", "refused_of_harmless"), ("harmful", "complied_of_harmful")):
-            refused = [
-                result.refused[key]
-                for key in result.answers
-                if (key.policy, key.decoding) == (policy, decoding) and result.sets[key.prompts].label == label
-            ]
-            if refused:
-                every = np.concatenate(refused)
-                row |= _rate(column, _share(every if label == "harmless" else 1 - every))
+            by_run: dict[int, list[np.ndarray]] = {}
+            for key in result.answers:
+                if (key.policy, key.decoding) == (policy, decoding) and result.sets[key.prompts].label == label:
+                    by_run.setdefault(key.run, []).append(result.refused[key])
+            if by_run:
+                refused = np.stack([np.concatenate(sets) for sets in by_run.values()])
+                row |= _rate(column, comparison.win_share(refused if label == "harmless" else 1 - refused))
         if len(row) > 2:
             yield row
 
@@ -176,13 +174,6 @@ def _agreement(duels: Sequence[Duel]) -> Iterator[Row]:
             a, b = (np.concatenate([d.outcomes.ravel() for d in duels if d.judge == name]) for name in (first, second))
             share, kappa, pairs = comparison.agreement(a, b)
             yield {"judge": first, "other": second, "equal": _number(share), "kappa": _number(kappa), "pairs": pairs}
-
-
-def _share(flags: np.ndarray) -> Rate:
-    known = flags[~np.isnan(flags)]
-    if not len(known):
-        return Rate(math.nan, None, None, 0)
-    return Rate(float(known.mean()), *wilson_interval(float(known.sum()), len(known)), len(known))
 
 
 def _number(value: float | None) -> float | None:

@@ -2,15 +2,16 @@
 
 import dataclasses
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from jaxrm.comparison_config import PromptSetConfig
 from jaxrm.data import tasks
 from jaxrm.data.config import DataConfig
 from jaxrm.data.readers import ReadReport, read_records
-from jaxrm.data.records import Message
+from jaxrm.data.records import Message, Record
 from jaxrm.errors import UserError, flag, naming, option
 
 SET_PREFIX = "set:"
@@ -27,21 +28,24 @@ class PromptSet:
       prompts: as messages.
       label: ``harmless``, ``harmful`` or None.
       report: what became of the records.
+      fields: the columns of each prompt's record by name, where a judge reads them; else None.
     """
 
     name: str
     prompts: Sequence[Sequence[Message]]
     label: str | None
     report: ReadReport
+    fields: Sequence[Mapping[str, Any]] | None = None
 
 
-def read_prompt_set(name: str, config: PromptSetConfig, seed: int) -> PromptSet:
+def read_prompt_set(name: str, config: PromptSetConfig, seed: int, *, with_fields: bool = False) -> PromptSet:
     """Read a set.
 
     Args:
       name: of the set.
       config: of the set.
       seed: of an embedded task.
+      with_fields: keep the columns of the records too.
 
     Raises:
       UserError: naming the field; where there is no such file, set or task, or a record is no prompt.
@@ -64,11 +68,13 @@ def read_prompt_set(name: str, config: PromptSetConfig, seed: int) -> PromptSet:
         if is_task:
             with tempfile.TemporaryDirectory(prefix="jaxrm-task-") as folder:
                 path = _write_task(field, config, seed, Path(folder))
-                prompts, report = _read(DataConfig(path=path, eval_path=path, max_eval_records=config.max_prompts))
+                data = DataConfig(path=path, eval_path=path, max_eval_records=config.max_prompts)
+                records, report = _read(data, with_fields)
         else:
-            prompts, report = _read(_data_of(_path_of(field, config.path), config))
+            records, report = _read(_data_of(_path_of(field, config.path), config), with_fields)
     shipped = _LABELS.get(config.path.removeprefix(SET_PREFIX)) if config.path.startswith(SET_PREFIX) else None
-    return PromptSet(name, prompts, config.label or shipped, report)
+    fields = [record.fields for record in records] if with_fields else None
+    return PromptSet(name, [record.prompt for record in records], config.label or shipped, report, fields)
 
 
 def _path_of(field: str, path: str) -> str:
@@ -105,8 +111,9 @@ def _data_of(path: str, config: PromptSetConfig) -> DataConfig:
     return dataclasses.replace(data, eval_path=path, eval_split=config.split)
 
 
-def _read(data: DataConfig) -> tuple[list[Sequence[Message]], ReadReport]:
-    records, report = read_records(dataclasses.replace(data, max_bad_share=1.0), held_out=True)
+def _read(data: DataConfig, with_fields: bool) -> tuple[list[Record], ReadReport]:
+    every = dataclasses.replace(data, max_bad_share=1.0)
+    records, report = read_records(every, held_out=True, with_fields=with_fields)
     num_bad = sum(count.count for count in report.bad.values())
     if num_bad > data.max_bad_share * report.total or not records:
         reason, count = max(report.bad.items(), key=lambda item: item[1].count, default=("it is empty", None))
@@ -115,4 +122,4 @@ def _read(data: DataConfig) -> tuple[list[Sequence[Message]], ReadReport]:
             f"{option('data.path')} is {data.path!r}, where {num_bad} of {report.total} records are no prompts: "
             f"{reason}{where}; mend them, at most {data.max_bad_share:.0%} may be left out"
         )
-    return [record.prompt for record in records], report
+    return records, report

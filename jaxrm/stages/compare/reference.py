@@ -16,7 +16,14 @@ from jaxrm.runtime.progress import Progress
 from jaxrm.runtime.row_log import RowLog
 from jaxrm.sharding.mesh import build_mesh
 from jaxrm.stage_config import Compare
-from jaxrm.stages.compare.answers import AnswerKey, Answers, log_prob_sums, vocabulary_digest
+from jaxrm.stages.compare.answers import (
+    AnswerKey,
+    Answers,
+    identity_of_kl,
+    kl_temperature,
+    log_prob_sums,
+    vocabulary_digest,
+)
 from jaxrm.stages.compare.prompts import PromptSet
 
 # nll: nats of the response under the reference, tokens: that it has there, kl: log-ratio, or None.
@@ -29,7 +36,8 @@ def measure_reference(
     """Read every answer with the reference; nothing where there is none.
 
     A KL needs answers that were sampled as token ids of the reference's vocabulary. Where a policy has other ids its
-    KL is None.
+    KL is None. Log-probs of a KL are at the temperature that `jaxrm.stages.compare.answers.kl_temperature` says,
+    perplexity at 1.
     """
     path = config.compare.reference
     if path is None:
@@ -37,31 +45,36 @@ def measure_reference(
     identity = weights.identity_of_source(ModelSource(path=path))
     logs = {}
     for key, rows in answers.items():
-        content = hashlib.sha256(json.dumps([identity, [row["response"] for row in rows]]).encode()).hexdigest()[:12]
+        decisive = [identity, [row["response"] for row in rows], *identity_of_kl(config, key.decoding)]
+        content = hashlib.sha256(json.dumps(decisive).encode()).hexdigest()[:12]
         name = f"{key.policy}-{key.run}-{key.prompts}-{key.decoding}-{content}.jsonl"
         logs[key] = RowLog(folder / "reference" / name)
     total, done = sum(map(len, answers.values())), sum(len(log.rows) for log in logs.values())
     if done < total:
         with naming({"path": "config.compare.reference"}):
             reference = load_policy(path, mesh=build_mesh(config.mesh))
+        temperature = kl_temperature(config)
         with Progress("reference", total, unit="answers", done=done, enabled=show_progress) as progress:
             for key, log in logs.items():
                 prompts = sets[key.prompts].prompts
                 for start in range(len(log.rows), len(answers[key]), config.compare.batch_size):
                     block = answers[key][start : start + config.compare.batch_size]
-                    log.append(_rows(reference, prompts[start : start + len(block)], block, config.compare.batch_size))
+                    here = prompts[start : start + len(block)]
+                    log.append(_rows(reference, here, block, config.compare.batch_size, temperature))
                     done += len(block)
                     progress.update(done)
     return {key: log.rows for key, log in logs.items()}
 
 
-def _rows(reference: Policy, prompts: Any, answers: Sequence[dict[str, Any]], rows: int) -> list[dict[str, Any]]:
+def _rows(
+    reference: Policy, prompts: Any, answers: Sequence[dict[str, Any]], rows: int, temperature: float
+) -> list[dict[str, Any]]:
     own = [templates.encode_response(reference.tokenizer, answer["response"], reference.template) for answer in answers]
     sums = log_prob_sums(reference, prompts, own, rows)
     kl: list[float | None] = [None] * len(answers)
     drawn = [answer["token_ids"] for answer in answers]
     vocabulary = vocabulary_digest(reference)
     if all(each["log_prob"] is not None and each["vocabulary"] == vocabulary for each in answers):
-        under_reference = log_prob_sums(reference, prompts, drawn, rows)
+        under_reference = log_prob_sums(reference, prompts, drawn, rows, temperature=temperature)
         kl = [answer["log_prob"] - other for answer, other in zip(answers, under_reference, strict=True)]
     return [{"nll": -total, "tokens": len(ids), "kl": ratio} for total, ids, ratio in zip(sums, own, kl, strict=True)]

@@ -33,7 +33,10 @@ from jaxrm.stages.compare.token_rewards import TokenRewardRows
 _MOST_BIAS = 0.5  # for a place, of a judge whose rates are to be read
 _LONGEST = 0.1  # share of the prompts that "longest answers" shows
 
-_WINS_NOTE = "A tie counts half. Intervals are 95 %, over prompts, and over seeds too where there are three or more."
+_WINS_NOTE = (
+    "A tie counts half. Intervals are 95 %, over prompts; with three seeds or more they reach at least as far as those "
+    "over seeds."
+)
 _VERDICTS_NOTE = (
     "Length-controlled: the win rate that a logistic regression predicts for answers of equal length. Place: how far "
     "the judge prefers the first place, from −1 to 1."
@@ -42,7 +45,8 @@ _QUARTERS = "Win rates by difference of length"
 _QUARTERS_NOTE = "In % of a quarter's prompts; in brackets how many words more than the other policy's answers have."
 _ANSWERS_NOTE = (
     "Distinct-2: different pairs of words over all. Repeat: words of the longest span that an answer has twice. "
-    "KL: nats a sampled answer, to the reference. Perplexity: of the answers under the reference."
+    "KL: nats a sampled answer, to the reference, at the sampling temperature. Perplexity: of the answers under the "
+    "reference, at temperature 1."
 )
 
 

@@ -97,7 +97,11 @@ def _check(config: Compare) -> dict[str, PromptSet]:
     check_comparison(config)
     check_run_folder(config)
     check_policies(config)
-    sets = {name: read_prompt_set(name, section, config.seed) for name, section in config.prompts.items()}
+    with_fields = any(judges.reads_fields(config, name) for name in config.judges)
+    sets = {
+        name: read_prompt_set(name, section, config.seed, with_fields=with_fields)
+        for name, section in config.prompts.items()
+    }
     check_answer_files(config, sets)
     unlabeled = [name for name, each in sets.items() if each.label is None]
     if config.compare.refusals and unlabeled:
@@ -131,9 +135,13 @@ def _compare(config: Compare, folder: Path, sets: Mapping[str, PromptSet]) -> Co
     return dataclasses.replace(result, tables=tables_of(result))
 
 
-def _judged(sets: Mapping[str, PromptSet], answers: Answers, key: AnswerKey) -> list[JudgedAnswer]:
-    rows = zip(sets[key.prompts].prompts, answers[key], strict=True)
-    return [JudgedAnswer(prompt, row["response"]) for prompt, row in rows]
+def _judged(
+    sets: Mapping[str, PromptSet], answers: Answers, key: AnswerKey, *, with_fields: bool = False
+) -> list[JudgedAnswer]:
+    prompts, rows = sets[key.prompts], answers[key]
+    fields = prompts.fields if with_fields and prompts.fields is not None else [None] * len(rows)
+    every = zip(prompts.prompts, rows, fields, strict=True)
+    return [JudgedAnswer(prompt, row["response"], columns) for prompt, row, columns in every]
 
 
 def _judge(config: Compare, name: str, folder: Path, sets: Mapping[str, PromptSet], answers: Answers) -> list[Duel]:
@@ -145,9 +153,13 @@ def _judge(config: Compare, name: str, folder: Path, sets: Mapping[str, PromptSe
         for decoding in config.compare.decodings
     ]
     num_runs = 1 + max(len(policy.seeds) for policy in config.policies.values())
+    with_fields = judges.reads_fields(config, name)
     sides = {
         place: [
-            [_judged(sets, answers, AnswerKey(policy, run, *place[2:])) for run in range(num_runs)]
+            [
+                _judged(sets, answers, AnswerKey(policy, run, *place[2:]), with_fields=with_fields)
+                for run in range(num_runs)
+            ]
             for policy in place[:2]
         ]
         for place in places
