@@ -45,7 +45,8 @@ def measure_reference(
     identity = weights.identity_of_source(ModelSource(path=path))
     logs = {}
     for key, rows in answers.items():
-        decisive = [identity, [row["response"] for row in rows], *identity_of_kl(config, key.decoding)]
+        texts = [[[turn.role, turn.content] for turn in prompt] for prompt in sets[key.prompts].prompts]
+        decisive = [identity, texts, rows, *identity_of_kl(config, key.decoding)]
         content = hashlib.sha256(json.dumps(decisive).encode()).hexdigest()[:12]
         name = f"{key.policy}-{key.run}-{key.prompts}-{key.decoding}-{content}.jsonl"
         logs[key] = RowLog(folder / "reference" / name)
