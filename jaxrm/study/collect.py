@@ -26,7 +26,7 @@ from jaxrm.stages.evaluate.run import ANSWERS
 from jaxrm.study.arms import folder_name, read_arm
 from jaxrm.study.config import BEST, Setting, Study, published, setting_name, settings
 from jaxrm.study.results import Answers, Failure, JsonRow, Policy, PolicyKey, Results, as_float
-from jaxrm.study.run_configs import REWARD_MODELS, answers_name, best_name, policy_name
+from jaxrm.study.run_configs import REWARD_MODELS, answers_name, best_setting_name, policy_name
 from jaxrm.study.schedule import Best, best_setting
 from jaxrm.study.worlds import task_of, worlds_of
 
@@ -111,7 +111,7 @@ def _policies_of(
     if chosen is not None:
         steps[BEST, chosen] = progress.best[policy_name(world, seed, arm, chosen)].step
     for (name, setting), step in steps.items():
-        answers = answers_name(world, seed, arm, name) if step is None else best_name(world, seed, arm, (setting, step))
+        answers = answers_name(world, seed, arm, name if step is None else best_setting_name(setting, step))
         if answers not in progress.done:
             continue
         rows = read_rows(runs / answers / ANSWERS)

@@ -45,14 +45,13 @@ def policy_name(world: str, seed: int, arm: str, setting: Setting) -> str:
 
 
 def answers_name(world: str, seed: int, arm: str, setting: str) -> str:
-    """The run in which an arm's policy answers the test prompts; the setting as `setting_name` has it."""
+    """The run in which an arm's policy answers the test prompts; named by `setting_name` or `best_setting_name`."""
     return f"{world}/seed{seed}/answers/{folder_name(arm)}/{setting}"
 
 
-def best_name(world: str, seed: int, arm: str, checkpoint: tuple[Setting, int]) -> str:
-    """The run in which the best checkpoint of an arm answers them; a wider grid may find another, which answers too."""
-    setting, step = checkpoint
-    return answers_name(world, seed, arm, f"{BEST},{setting_name(setting)},step={step}")
+def best_setting_name(setting: Setting, step: int) -> str:
+    """The best checkpoint of an arm, where `setting_name` stands: a wider grid may find another, which answers too."""
+    return f"{BEST},{setting_name(setting)},step={step}"
 
 
 def mechanism_name(world: str, seed: int, arm: str) -> str:
@@ -159,7 +158,7 @@ def best_run(site: Site, arm: str, setting: Setting, step: int) -> StudyRun:
     """
     policy = _arm_policy(site, arm, setting)
     answers = dataclasses.replace(site.study.evaluate.evaluate, splits=("test", "test_ood"))
-    path = best_name(site.world, site.seed, arm, (setting, step)).split("/", 2)[2]
+    path = f"answers/{folder_name(arm)}/{best_setting_name(setting, step)}"
     return _answers_run(site, arm, policy, path, answers, f"{policy.path}/checkpoints/{step}")
 
 

@@ -29,7 +29,7 @@ from jaxrm.models.sampling import SamplingConfig
 from jaxrm.runtime.metrics import LoggingConfig, read_rows
 from jaxrm.runtime.row_log import RowLog
 from jaxrm.stage_config import Compare
-from jaxrm.stages.compare import answers, reference
+from jaxrm.stages.compare import answers, log_probs, reference
 from jaxrm.stages.compare.answers import AnswerKey, _generate
 from jaxrm.stages.compare.measures import Comparison, tables_of
 from jaxrm.stages.compare.prompts import PromptSet
@@ -301,7 +301,7 @@ def test_a_kl_is_at_the_sampling_temperature(config, make_run, tmp_path, monkeyp
         ),
     )
     with monkeypatch.context() as older:
-        for module in (answers, reference):
+        for module in (answers, log_probs, reference):
             older.setattr(module, "kl_temperature", lambda config: 1.0)
         before = compare(config)
     result = compare(config)
@@ -311,11 +311,11 @@ def test_a_kl_is_at_the_sampling_temperature(config, make_run, tmp_path, monkeyp
     one, two = (jaxrm.load_policy(str(tmp_path / name)) for name in ("one", "two"))
     vocabulary = [[token] for token in range(len(one.tokenizer))]
     for row, prompt, read in zip(rows, prompts, result.reference[key], strict=True):
-        (token,), log_probs = row["token_ids"], []
+        (token,), by_hand = row["token_ids"], []
         for policy in (two, one):
-            scaled = np.array(answers.log_prob_sums(policy, [prompt] * len(vocabulary), vocabulary, 256)) / 0.25
-            log_probs.append(scaled[token] - np.log(np.exp(scaled).sum()))
-        assert read["kl"] == pytest.approx(log_probs[0] - log_probs[1], rel=1e-4, abs=1e-4)
+            scaled = np.array(log_probs.log_prob_sums(policy, [prompt] * len(vocabulary), vocabulary, 256)) / 0.25
+            by_hand.append(scaled[token] - np.log(np.exp(scaled).sum()))
+        assert read["kl"] == pytest.approx(by_hand[0] - by_hand[1], rel=1e-4, abs=1e-4)
     for read, old in zip(result.reference[key], before.reference[key], strict=True):
         assert read["nll"] == pytest.approx(old["nll"]) and abs(read["kl"] - old["kl"]) > 0.1
 

@@ -21,7 +21,8 @@ _TOKENIZER_FILES = (
 )
 # The name "model*" leaves out second copies in another layout, such as Mistral's consolidated.safetensors.
 _MODEL_FILES = (*_CONFIG_FILES, "model*.safetensors", "model.safetensors.index.json", *_TOKENIZER_FILES)
-_ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", *_TOKENIZER_FILES)
+_ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
+_ADAPTER_FILES = (*_ADAPTER, *_TOKENIZER_FILES)
 
 
 def is_hub_name(path: str) -> bool:
@@ -140,7 +141,7 @@ def adapter_files(path: str) -> list[Path]:
       UserError: as `locate_adapter`.
     """
     folder = locate_adapter(path)
-    return [folder / name for name in _ADAPTER_FILES[:2] if (folder / name).is_file()]
+    return [folder / name for name in _ADAPTER if (folder / name).is_file()]
 
 
 def read_json(file: Path) -> dict[str, Any]:

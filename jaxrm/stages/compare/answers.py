@@ -4,19 +4,16 @@ In the run's folder ``answers/`` has a file for each policy, run, set of prompts
 of all that decides what is in it, so answers of other weights or other prompts are never taken for these.
 """
 
-import functools
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from jaxrm.comparison_config import ComparedPolicyConfig
-from jaxrm.data import templates
 from jaxrm.data.config import DataConfig
 from jaxrm.data.prompts import transcript
 from jaxrm.data.readers import read_records
@@ -26,14 +23,13 @@ from jaxrm.errors import UserError, flag, naming, option
 from jaxrm.inference import run_checkpoint, weights
 from jaxrm.inference.load import load_policy
 from jaxrm.inference.policy import Policy
-from jaxrm.inference.response_batches import response_batches
-from jaxrm.inference.token_scores import policy_log_probs
 from jaxrm.models.build import ModelSource
 from jaxrm.models.sampling import SamplingConfig, prompt_keys
 from jaxrm.runtime.progress import Progress
 from jaxrm.runtime.row_log import RowLog
 from jaxrm.sharding.mesh import build_mesh
 from jaxrm.stage_config import LANGUAGE_MODELS, Compare
+from jaxrm.stages.compare.log_probs import identity_of_kl, kl_temperature, log_prob_sums, vocabulary_digest
 from jaxrm.stages.compare.prompts import PromptSet
 
 
@@ -144,20 +140,6 @@ def find_answers(config: Compare, folder: Path, sets: Mapping[str, PromptSet], *
     return {key: log.rows for key, log in logs.items()}
 
 
-def kl_temperature(config: Compare) -> float:
-    """The temperature of the log-probs of a KL: that of sampling, for a policy and the reference alike.
-
-    Those are of the whole softmax at it, as of PPO and evaluations, also where top-k or top-p leaves tokens out. Then
-    the mean over answers is not the KL of the full policy. Answers at temperature 0 are read at 1.
-    """
-    return config.compare.sampling.temperature or 1.0
-
-
-def identity_of_kl(config: Compare, decoding: str) -> list[Any]:
-    """What a kept log-prob's identity has beside the sampling: other than 1, temperatures once were not applied."""
-    return ["tempered"] if decoding == "sampled" and kl_temperature(config) != 1.0 else []
-
-
 def _count(logs: Mapping[AnswerKey, RowLog]) -> int:
     return sum(len(log.rows) for log in logs.values())
 
@@ -260,39 +242,6 @@ def _rows_of(
     ]
 
 
-def log_prob_sums(
-    policy: Policy,
-    prompts: Sequence[Sequence[Message]],
-    ids: Sequence[Sequence[int]],
-    rows: int,
-    *,
-    temperature: float = 1.0,
-) -> list[float]:
-    """Log-prob of each response, given as ids, under a policy at a temperature, in nats."""
-    encoded = [
-        np.array(templates.encode_prompt(policy.tokenizer, prompt, policy.template), np.int32) for prompt in prompts
-    ]
-    responses = [np.array(each, np.int32) for each in ids]
-    read = _readers(policy)(temperature)
-    sums = [0.0] * len(ids)
-    for batch, indices in response_batches(encoded, responses, rows, policy.model.mesh):
-        log_probs = np.asarray(read(batch))
-        for row, i in enumerate(indices):
-            sums[i] = float(log_probs[row, : len(responses[i])].sum())
-    return sums
-
-
-@functools.lru_cache(maxsize=1)  # of one policy, so that the memory of others is free
-def _readers(policy: Policy) -> Callable[[float], Any]:
-    """``temperature -> reader`` of a policy's log-probs, each made once."""
-
-    @functools.cache
-    def reader(temperature: float) -> Any:
-        return policy_log_probs(policy.model, policy.params, policy.model.mesh, whole=True, temperature=temperature)
-
-    return reader
-
-
 def _read_answers(name: str, path: str, prompts: PromptSet) -> list[dict[str, Any]]:
     """Answers of another program to these prompts, in their order.
 
@@ -323,14 +272,3 @@ def _read_answers(name: str, path: str, prompts: PromptSet) -> list[dict[str, An
             )
         rows.append({"response": answer.response, "token_ids": None, "ended": None, "log_prob": None})
     return rows
-
-
-def vocabulary_digest(policy: Policy) -> str:
-    """What a policy's token ids mean, so that ids of one policy are read by another only where they mean the same."""
-    return hashlib.sha256(json.dumps(policy.tokenizer.get_vocab(), sort_keys=True).encode()).hexdigest()[:16]
-
-
-def free_memory() -> None:
-    """Forget the programs of the models that are done with."""
-    _readers.cache_clear()
-    jax.clear_caches()

@@ -16,14 +16,8 @@ from jaxrm.runtime.progress import Progress
 from jaxrm.runtime.row_log import RowLog
 from jaxrm.sharding.mesh import build_mesh
 from jaxrm.stage_config import Compare
-from jaxrm.stages.compare.answers import (
-    AnswerKey,
-    Answers,
-    identity_of_kl,
-    kl_temperature,
-    log_prob_sums,
-    vocabulary_digest,
-)
+from jaxrm.stages.compare.answers import AnswerKey, Answers
+from jaxrm.stages.compare.log_probs import identity_of_kl, kl_temperature, log_prob_sums, vocabulary_digest
 from jaxrm.stages.compare.prompts import PromptSet
 
 # nll: nats of the response under the reference, tokens: that it has there, kl: log-ratio, or None.
@@ -36,7 +30,7 @@ def measure_reference(
     """Read every answer with the reference; nothing where there is none.
 
     A KL needs answers that were sampled as token ids of the reference's vocabulary. Where a policy has other ids its
-    KL is None. Log-probs of a KL are at the temperature that `jaxrm.stages.compare.answers.kl_temperature` says,
+    KL is None. Log-probs of a KL are at the temperature that `jaxrm.stages.compare.log_probs.kl_temperature` says,
     perplexity at 1.
     """
     path = config.compare.reference

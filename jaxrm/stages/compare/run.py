@@ -27,9 +27,9 @@ from jaxrm.stages.compare.answers import (
     check_answer_files,
     check_policies,
     find_answers,
-    free_memory,
 )
 from jaxrm.stages.compare.judges import JudgedAnswer
+from jaxrm.stages.compare.log_probs import free_memory
 from jaxrm.stages.compare.measures import Comparison, Duel, tables_of
 from jaxrm.stages.compare.prompts import PromptSet, read_prompt_set
 from jaxrm.stages.compare.reference import measure_reference
